@@ -1,0 +1,54 @@
+"""The one error tree of the package; every message says what, where, found against expected, and what to do.
+
+ConnectomicsError
+├── ConfigError        the command line or configuration is wrong (exit code 2)
+├── ModelError         a checkpoint, plans.json or dataset.json cannot be used
+│   └── UnsafeModelError   ... because it brings code that was not asked for
+├── VolumeError        an input volume cannot be read or does not fit the model
+├── OutputError        a result cannot be written, or its name is taken
+├── LedgerError        the record of a run is damaged or belongs to something else
+├── DeviceError        the requested device or backend is not available here
+└── ResourceError      the memory budget or the disk is too small
+"""
+
+from __future__ import annotations
+
+
+class ConnectomicsError(Exception):
+    """Base of all errors this package raises on purpose; ``exit_code`` is what the command line returns."""
+
+    exit_code = 3
+
+
+class ConfigError(ConnectomicsError):
+    """The command line or the configuration is wrong."""
+
+    exit_code = 2
+
+
+class ModelError(ConnectomicsError):
+    """A checkpoint, plans.json or dataset.json cannot be used."""
+
+
+class UnsafeModelError(ModelError):
+    """A checkpoint or plans file brings code that the user did not allow to run."""
+
+
+class VolumeError(ConnectomicsError):
+    """An input volume cannot be read or does not fit the model."""
+
+
+class OutputError(ConnectomicsError):
+    """A result cannot be written, or its name is already taken by something else."""
+
+
+class LedgerError(ConnectomicsError):
+    """The record of a run is damaged or belongs to other settings."""
+
+
+class DeviceError(ConnectomicsError):
+    """The requested device or backend is not available on this machine."""
+
+
+class ResourceError(ConnectomicsError):
+    """The memory budget or the disk is too small for what was asked."""

@@ -1,0 +1,183 @@
+"""Pure integer geometry: boxes of voxels and the grid of blocks that covers a volume.
+
+Everything is in voxels, axis order (z, y, x), half open. Used by every layer above; imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+Vec3 = tuple[int, int, int]
+
+
+def vec3(values: tuple[int, ...] | list[int]) -> Vec3:
+    """Return ``values`` as a tuple of exactly three Python ints.
+
+    Raises
+    ------
+    ValueError
+        If there are not exactly three values.
+    """
+    z, y, x = (int(v) for v in values)
+    return (z, y, x)
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A half-open box of voxels, ``start <= voxel < stop``, axes (z, y, x); coordinates may be negative.
+
+    Raises
+    ------
+    ValueError
+        If ``stop`` lies before ``start`` on any axis.
+
+    Examples
+    --------
+    >>> Box((0, 0, 0), (2, 3, 4)).intersect(Box((1, 1, 1), (9, 9, 9))).shape
+    (1, 2, 3)
+    """
+
+    start: Vec3
+    stop: Vec3
+
+    def __post_init__(self) -> None:
+        if any(b < a for a, b in zip(self.start, self.stop, strict=True)):
+            raise ValueError(f"box stops before it starts: {self.start} to {self.stop}")
+
+    @classmethod
+    def of_shape(cls, shape: Vec3) -> Box:
+        """The box of ``shape`` that starts at the origin."""
+        return cls((0, 0, 0), vec3(shape))
+
+    @property
+    def shape(self) -> Vec3:
+        """Extent in voxels along (z, y, x)."""
+        (az, ay, ax), (bz, by, bx) = self.start, self.stop
+        return (bz - az, by - ay, bx - ax)
+
+    @property
+    def voxels(self) -> int:
+        """Number of voxels."""
+        return math.prod(self.shape)
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice]:
+        """Numpy index of this box in an array whose first voxel is the origin."""
+        z, y, x = (slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+        return (z, y, x)
+
+    def grow(self, margin: Vec3) -> Box:
+        """Grow by ``margin`` voxels on both sides of each axis."""
+        return Box(
+            vec3([a - m for a, m in zip(self.start, margin, strict=True)]),
+            vec3([b + m for b, m in zip(self.stop, margin, strict=True)]),
+        )
+
+    def shift(self, offset: Vec3) -> Box:
+        """Move by ``offset`` voxels."""
+        return Box(
+            vec3([a + o for a, o in zip(self.start, offset, strict=True)]),
+            vec3([b + o for b, o in zip(self.stop, offset, strict=True)]),
+        )
+
+    def relative_to(self, origin: Box) -> Box:
+        """The same box in coordinates whose origin is ``origin.start``."""
+        z, y, x = origin.start
+        return self.shift((-z, -y, -x))
+
+    def intersect(self, other: Box) -> Box:
+        """The common part; where there is none, an empty box at the nearest corner."""
+        start = [max(a, b) for a, b in zip(self.start, other.start, strict=True)]
+        stop = [max(s, min(a, b)) for s, a, b in zip(start, self.stop, other.stop, strict=True)]
+        return Box(vec3(start), vec3(stop))
+
+    def clip(self, shape: Vec3) -> Box:
+        """The part that lies inside a volume of ``shape``."""
+        return self.intersect(Box.of_shape(shape))
+
+    def contains(self, other: Box) -> bool:
+        """Whether every voxel of ``other`` is in this box."""
+        return self.intersect(other) == other
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A unit of work and of recovery: ``core`` is what it writes, ``read`` is core plus context."""
+
+    index: Vec3
+    core: Box
+    read: Box
+
+    @property
+    def key(self) -> str:
+        """Stable name of the block in the ledger, for example ``0-12-3``."""
+        return "-".join(str(i) for i in self.index)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockGrid:
+    """Blocks that cover a volume without overlap, in raster order.
+
+    Parameters
+    ----------
+    volume
+        Shape (z, y, x) in voxels.
+    block_shape
+        Shape of a core (z, y, x); blocks at the far faces are clipped.
+    halo
+        Context (z, y, x) added to ``core`` on both sides for ``read``, clipped to the volume.
+    """
+
+    volume: Vec3
+    block_shape: Vec3
+    halo: Vec3 = (0, 0, 0)
+
+    def __post_init__(self) -> None:
+        if min(self.block_shape) < 1 or min(self.volume) < 1 or min(self.halo) < 0:
+            raise ValueError(f"not a grid: volume {self.volume}, blocks {self.block_shape}, halo {self.halo}")
+
+    @property
+    def counts(self) -> Vec3:
+        """Number of blocks along (z, y, x)."""
+        return vec3([-(-v // b) for v, b in zip(self.volume, self.block_shape, strict=True)])
+
+    def __len__(self) -> int:
+        return math.prod(self.counts)
+
+    def __iter__(self) -> Iterator[Block]:
+        nz, ny, nx = self.counts
+        for z in range(nz):
+            for y in range(ny):
+                for x in range(nx):
+                    yield self.block((z, y, x))
+
+    def block(self, index: Vec3) -> Block:
+        """The block at ``index`` (z, y, x).
+
+        Raises
+        ------
+        IndexError
+            If the grid has no such block.
+        """
+        if any(not 0 <= i < n for i, n in zip(index, self.counts, strict=True)):
+            raise IndexError(f"block {index} is outside a grid of {self.counts} blocks")
+        start = vec3([i * b for i, b in zip(index, self.block_shape, strict=True)])
+        core = Box(start, vec3([s + b for s, b in zip(start, self.block_shape, strict=True)])).clip(self.volume)
+        return Block(index, core, core.grow(self.halo).clip(self.volume))
+
+    def faces(self) -> Iterator[tuple[Block, Block]]:
+        """Pairs of blocks that share a face, the one nearer the origin first, in raster order."""
+        for block in self:
+            for axis in range(3):
+                neighbour = list(block.index)
+                neighbour[axis] += 1
+                if neighbour[axis] < self.counts[axis]:
+                    yield block, self.block(vec3(neighbour))
+
+    def shard(self, start_index: int, step: int) -> Iterator[Block]:
+        """Every ``step``-th block from ``start_index`` on, in raster order."""
+        for i, block in enumerate(self):
+            if i >= start_index and (i - start_index) % step == 0:
+                yield block

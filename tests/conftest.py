@@ -1,0 +1,27 @@
+"""Shared fixtures: where the real data are, and one torch thread for every test."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def shared_data_folder() -> Path | None:
+    """The folder of real EM, trained models and nnU-Net's reference outputs, or None where it is absent."""
+    stated = os.environ.get("CONNECTOMICS_SHARED_DATA")
+    folder = Path(stated) if stated else REPOSITORY.parent / "shared" / "data"
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    folder = shared_data_folder()
+    if folder is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("the shared real data must be present in CI (set CONNECTOMICS_SHARED_DATA)")
+        pytest.skip("the shared real data are not on this machine (set CONNECTOMICS_SHARED_DATA to their folder)")
+    return folder
