@@ -1,0 +1,243 @@
+"""From a YAML file and ``key=value`` words to one typed, validated ``Config``; called by the command line.
+
+Every refusal is a ConfigError of one sentence. Hydra's grammar is imported only when there are overrides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import io
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]  # OmegaConf's parser ships no types
+
+from connectomics.config.schema import Config
+from connectomics.config.validation import shown, validate
+from connectomics.errors import ConfigError
+
+_FILE_LIST = "inference.volume_mode.file_list"
+_INTERPOLATION = re.compile(r"\$\{(?:[\w.]+|oc\.env:[^${}]+)\}")
+_ALIKE = 1.1  # of 2: at most 1 from the whole key and 1 from its last part
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Parameters
+    ----------
+    path
+        YAML file, or None for the defaults of the schema. Paths in it are used as they stand, that is
+        relative to the working directory.
+    overrides
+        Words ``key=value`` in Hydra's override grammar; they win over the file, later ones over earlier ones.
+
+    Returns
+    -------
+    Config
+        Complete and validated. A single value given for a list becomes a list of one; a ``file_list`` that
+        names a text file becomes the volumes listed in it, one a line (blank lines and # lines are skipped).
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, a key is unknown, or a value has the wrong type or is impossible.
+    """
+    stated: dict[str, object] = {}
+    if path is not None:
+        stated.update(_stated_in(_read_yaml(path), "", f"configuration file {path}"))
+    for text in overrides:
+        stated.update(_override(text))
+    config = _typed(_resolved(stated))
+    validate(config)
+    return config
+
+
+def known_keys() -> tuple[str, ...]:
+    """All dotted keys that hold a value, in the schema's order.
+
+    Examples
+    --------
+    >>> known_keys()[:3]
+    ('experiment_name', 'description', 'system.device')
+    """
+    return tuple(key for key, kind in _kinds().items() if not dataclasses.is_dataclass(kind))
+
+
+@functools.cache
+def _kinds() -> Mapping[str, Any]:
+    """Type of every section and every value by its dotted key."""
+    return dict(_schema(Config, ""))
+
+
+def _schema(owner: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, kind in typing.get_type_hints(owner).items():
+        yield prefix + name, kind
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from _schema(kind, f"{prefix}{name}.")
+
+
+def _read_yaml(path: Path) -> Mapping[str, object]:
+    where = f"configuration file {path}"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except (YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where}{_yaml_finding(error)}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where} cannot be read: {_first_line(error)}") from error
+    except OSError as error:
+        # OmegaConf raises an OSError without errno for a document that is a bare value
+        finding = f"cannot be read: {error.strerror}" if error.strerror else "is not a mapping of keys"
+        raise ConfigError(f"{where} {finding}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where} is not a mapping of keys but a list")
+    return typing.cast(Mapping[str, object], content)
+
+
+def _yaml_finding(error: Exception) -> str:
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f", line {error.problem_mark.line + 1}: not valid YAML ({error.problem})"
+    return f" is not valid YAML ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _stated_in(tree: Mapping[str, object], prefix: str, where: str) -> Iterator[tuple[str, object]]:
+    """Dotted key and value of everything a nested mapping states; an unknown key is an error."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if "." in str(name):
+            raise ConfigError(f"{where}: {shown(name)} has dots; keys in a mapping are nested, as in a: {{b: 1}}")
+        if key not in _kinds():
+            raise _unknown(key, where)
+        is_section = dataclasses.is_dataclass(_kinds()[key])
+        if is_section and isinstance(value, Mapping):
+            yield from _stated_in(value, f"{key}.", where)
+        elif is_section and value is not None:  # a section whose keys are all commented out is null
+            raise ConfigError(f"{where}: {key} is a section with keys of its own, found {shown(value)}")
+        elif isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {key} holds one value, found the keys {shown(list(value))}")
+        elif not is_section:
+            yield key, value
+
+
+def _unknown(key: str, where: str) -> ConfigError:
+    def likeness(known: str) -> float:
+        return _ratio(key, known) + _ratio(key.rpartition(".")[2], known.rpartition(".")[2])
+
+    nearest = max(_kinds(), key=likeness)
+    hint = f"the nearest known key is {nearest}"
+    if likeness(nearest) < _ALIKE:
+        hint = f"no known key is like it; the top level holds {', '.join(k for k in _kinds() if '.' not in k)}"
+    return ConfigError(f"{where}: unknown key {shown(key)}; {hint}")
+
+
+def _ratio(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _override(text: str) -> Iterator[tuple[str, object]]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    where = f"override {shown(text)}"
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        name, mark, literal = text.lstrip("+").partition("=")
+        if mark and _kinds().get(name) in (str, str | None):
+            return iter([(name, literal)])
+        raise ConfigError(
+            f"{where} cannot be read ({_first_line(error)}); write key=value, and give a value with '=', "
+            "commas or other signs quotes of its own: 'key=\"value\"'"
+        ) from error
+    if override.is_delete():
+        raise ConfigError(f"{where} deletes a key, but every key has a value; write key=null or leave it out")
+    if override.is_sweep_override():
+        raise ConfigError(f"{where} asks for several runs; write a list as [a,b], or start one run a value")
+    key, value = override.key_or_group, override.value()
+    if override.package is not None:
+        raise _unknown(f"{key}@{override.package}", where)
+    if key not in _kinds():
+        raise _unknown(key, where)
+    if value is None and dataclasses.is_dataclass(_kinds()[key]):
+        raise ConfigError(f"{where}: {key} is a section with keys of its own; set those")
+    section, _, name = key.rpartition(".")
+    return _stated_in({name: value}, f"{section}." if section else "", where)
+
+
+def _resolved(stated: Mapping[str, object]) -> dict[str, object]:
+    """The stated values with their interpolations replaced."""
+    for key, value in stated.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and text.count("${") != len(_INTERPOLATION.findall(text)):
+                raise ConfigError(f"{key} is {shown(text)}, but only ${{a.key}} and ${{oc.env:NAME}} are replaced")
+    tree = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config)))
+    try:
+        for key, value in stated.items():
+            OmegaConf.update(tree, key, value)
+        OmegaConf.resolve(tree)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError(f"a ${{…}} in the configuration has no value: {_first_line(error)}") from error
+    values = {key: OmegaConf.select(tree, key) for key in stated}
+    return {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in values.items()}
+
+
+def _typed(values: Mapping[str, object]) -> Config:
+    """The schema with ``values`` put in, each checked against its type."""
+    config = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(config, False)  # OmegaConf takes a frozen dataclass for read-only
+    for key, kind in _kinds().items():
+        if dataclasses.is_dataclass(kind):
+            OmegaConf.set_readonly(OmegaConf.select(config, key), False)
+    for key, value in values.items():
+        _put(config, key, _read_file_list(value) if key == _FILE_LIST else value)
+    return typing.cast(Config, OmegaConf.to_object(config))
+
+
+def _put(config: DictConfig, key: str, value: object) -> None:
+    kind = _kinds()[key]
+    optional = isinstance(kind, types.UnionType)
+    kind = typing.get_args(kind)[0] if optional else kind
+    is_list = typing.get_origin(kind) is list
+    if is_list and isinstance(value, str | int | float):
+        value = [value]
+    parts = value if is_list and isinstance(value, list) else [value]
+    scalars = all(isinstance(part, str | int | float) and part != "???" for part in parts)
+    try:
+        if scalars or value is None:  # "???" is OmegaConf's sign for a missing value
+            OmegaConf.update(config, key, value)
+            return
+    except OmegaConfBaseException:
+        pass
+    expected = f"a list, each {_TYPE_NAMES[typing.get_args(kind)[0]]}" if is_list else _TYPE_NAMES[kind]
+    raise ConfigError(f"{key} is {shown(value)}, expected {expected}{', or null' if optional else ''}")
+
+
+def _read_file_list(value: object) -> object:
+    """The volumes named in a text file; anything but the name of one passes unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        lines = [line.strip() for line in Path(value).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        finding = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(
+            f"{_FILE_LIST} is {shown(value)}, which must be a text file, one volume a line, but: {finding}; "
+            "write a volume itself as [path]"
+        ) from error
+    return [line for line in lines if line and not line.startswith("#")]

@@ -1,0 +1,188 @@
+"""The typed configuration: every key there is, and the only home of each default.
+
+``connectomics.config.load`` fills it from YAML and ``key=value`` words; ``build`` reads it. None means
+"the model or the machine decides". ``tutorials/nnunet_mito_inference.yaml`` explains each key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class SystemInference:
+    """``system.inference``: what replaces the values of ``system`` while predicting; None keeps those."""
+
+    batch_size: int | None = None
+    num_gpus: int | None = None
+    num_cpus: int | None = None
+    num_workers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """``system``: the machine.
+
+    ``device`` is auto (the first CUDA device when there is one, otherwise the CPU), cpu, mps, cuda or cuda:N;
+    a named device that is missing is an error. ``num_cpus`` counts torch threads; ``memory_budget_gb`` limits
+    host memory, in 10^9 bytes.
+    """
+
+    device: str = "auto"
+    seed: int = 0
+    num_gpus: int | None = None
+    num_cpus: int | None = None
+    memory_budget_gb: float | None = None
+    allow_mixed_devices: bool = False
+    inference: SystemInference = field(default_factory=SystemInference)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """``model``: which trained network, and what is expected of it."""
+
+    architecture: str = "nnunet"
+    nnunet_checkpoint: str | None = None
+    nnunet_plans: str | None = None
+    nnunet_dataset: str | None = None
+    nnunet_device: str | None = None
+    use_deep_supervision: bool | None = None
+    in_channels: int | None = None
+    out_channels: int | None = None
+    sha256: str | None = None
+    trust_code: bool = False
+    folds: list[str] | None = None
+    checkpoint_name: str = "checkpoint_final.pth"
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """``data``: what the user expects of volumes and model; checked against the model, never changing it."""
+
+    do_2d: bool | None = None
+    in_channels: int | None = None
+    out_channels: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceData:
+    """``inference.data``: where results go."""
+
+    output_path: str = "outputs"
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeMode:
+    """``inference.volume_mode``: the list of volumes and this process's share of it."""
+
+    enabled: bool = True
+    start_index: int = 0
+    step: int = 1
+    stop_on_error: bool = False
+    file_list: list[str] | None = None
+    file_pattern: str | None = None
+    output_suffix: str = "labels"
+
+
+@dataclass(frozen=True, slots=True)
+class SlidingWindow:
+    """``inference.sliding_window``: windows in voxels, (y, x) or (z, y, x); overlap = 1 - tile_step_size."""
+
+    window_size: list[int] | None = None
+    overlap: float | None = None
+    sw_batch_size: int = 1
+    blending: str = "gaussian"
+    padding_mode: str = "constant"
+    engine: str = "nnunet"
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """``inference.test_time_augmentation``: mirroring (axes 0 = z, 1 = y, 2 = x) and activation."""
+
+    enabled: bool = True
+    flip_axes: list[int] | None = None
+    ensemble_mode: str = "mean"
+    act: str = "softmax"
+    select_channel: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """``inference.postprocessing.binary``: foreground probability above ``threshold``, then cleaned up."""
+
+    enabled: bool = False
+    threshold: float = 0.5
+    remove_small_objects: int = 0
+    fill_holes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Postprocessing:
+    """``inference.postprocessing``: after the network; ``intensity_*`` say how probabilities are saved."""
+
+    binary: Binary = field(default_factory=Binary)
+    intensity_scale: float | None = None
+    intensity_dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """``inference.output``: which files are left."""
+
+    formats: list[str] = field(default_factory=lambda: ["h5"])
+    save_probabilities: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """``inference``: how volumes become labels. ``voxel_size_nm`` and ``block_shape`` are (z, y, x)."""
+
+    case: str = "auto"
+    voxel_size_nm: list[float] | None = None
+    axes: str | None = None
+    block_shape: list[int] | None = None
+    data: InferenceData = field(default_factory=InferenceData)
+    volume_mode: VolumeMode = field(default_factory=VolumeMode)
+    sliding_window: SlidingWindow = field(default_factory=SlidingWindow)
+    test_time_augmentation: Augmentation = field(default_factory=Augmentation)
+    postprocessing: Postprocessing = field(default_factory=Postprocessing)
+    output: Output = field(default_factory=Output)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownVolumes:
+    """``test.data``: volumes of ``--mode test`` and, in the same order, their labels."""
+
+    test_image: list[str] | None = None
+    test_label: list[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """``test.evaluation``: what is measured where labels are given."""
+
+    enabled: bool = True
+    metrics: list[str] = field(default_factory=lambda: ["dice", "iou", "precision", "recall"])
+
+
+@dataclass(frozen=True, slots=True)
+class KnownAnswers:
+    """``test``: the run with known answers."""
+
+    data: KnownVolumes = field(default_factory=KnownVolumes)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole configuration."""
+
+    experiment_name: str = "connectomics"
+    description: str = ""
+    system: System = field(default_factory=System)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    inference: Inference = field(default_factory=Inference)
+    test: KnownAnswers = field(default_factory=KnownAnswers)
