@@ -1,0 +1,69 @@
+"""The contract of a backend: who runs the network, and in which numeric class.
+
+Implemented by the files beside this one; called by the predictor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class NumericClass:
+    """What decides the last bits of a logit; equal classes give equal bytes.
+
+    Parameters
+    ----------
+    backend
+        Name of the backend, for example ``torch``.
+    precision
+        ``exact`` (float32 throughout) or ``fast`` (nnU-Net's autocast).
+    batch
+        Rows of each batch the network sees.
+    threads
+        CPU threads within one operation.
+    device
+        Kind of device and its capability, for example ``cpu AVX512`` or ``cuda 9.0 NVIDIA H200``.
+    """
+
+    backend: str
+    precision: str
+    batch: int
+    threads: int
+    device: str
+
+    def as_dict(self) -> dict[str, str | int]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+
+class Backend(Protocol):
+    """Runs a network on batches of windows."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where ``forward`` expects its input and leaves its output."""
+        ...
+
+    @property
+    def numeric_class(self) -> NumericClass: ...
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [n, k, z, y, x] of windows float32 [n, c, z, y, x]; both on ``device``.
+
+        ``n`` is at most ``numeric_class.batch``; a row's logits do not depend on the other rows or their
+        number.
+
+        Raises
+        ------
+        ValueError
+            If the batch has another dtype, device, number of axes or more rows than that.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the network and its memory."""
+        ...

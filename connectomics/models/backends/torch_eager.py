@@ -1,0 +1,148 @@
+"""PyTorch, eager: the reference backend, float32 on CPU and MPS, nnU-Net's autocast on CUDA.
+
+Made by the composition root; ``select_device`` is also asked by ``doctor``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from connectomics.errors import ConfigError, DeviceError
+from connectomics.models.backends.contract import NumericClass
+
+
+def select_device(name: str) -> torch.device:
+    """The device called ``name``: auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:N or mps.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such name.
+    DeviceError
+        If this machine has no such device; nothing falls back to the CPU silently.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ConfigError(f"'{name}' is not a device; use auto, cpu, cuda, cuda:N or mps")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda:0" if count else "cpu")
+    if name.startswith("cuda"):
+        index = int(name.partition(":")[2] or 0)
+        if index >= count:
+            found = f"{count} CUDA devices" if count else "no CUDA device"
+            raise DeviceError(
+                f"device '{name}' is not available: PyTorch {torch.__version__} finds {found}; check the "
+                "driver and the PyTorch build, or choose another device (auto, cpu)"
+            )
+        return torch.device("cuda", index)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError(
+            f"device 'mps' is not available: PyTorch {torch.__version__} finds no Apple GPU; choose auto or cpu"
+        )
+    return torch.device("mps", 0) if name == "mps" else torch.device(name)
+
+
+def _capability(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"cuda {major}.{minor} {torch.cuda.get_device_name(device)}"
+    return device.type
+
+
+@contextlib.contextmanager
+def _arithmetic(device: torch.device) -> Iterator[None]:
+    """nnU-Net's autocast on CUDA, float32 elsewhere."""
+    if device.type != "cuda":
+        yield
+        return
+    # cuDNN may pick another algorithm each time it measures; nnU-Net lets it, we want the same bits twice
+    with (
+        torch.autocast("cuda"),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+    ):
+        yield
+
+
+class TorchBackend:
+    """Runs a network eagerly on one device, each batch padded to the same number of rows.
+
+    Parameters
+    ----------
+    network
+        Takes float32 [n, c, z, y, x], gives [n, k, z, y, x]; it is moved to the device and put in eval mode.
+    device
+        A name ``select_device`` knows.
+    batch
+        Rows of each batch the network sees; fuller batches are refused, emptier ones filled with zeros.
+    threads
+        CPU threads within one operation (``torch.set_num_threads``, which holds for the whole process).
+    """
+
+    def __init__(self, network: nn.Module, *, device: str, batch: int, threads: int) -> None:
+        if batch < 1 or threads < 1:
+            raise ValueError(f"batch and threads are at least 1, got {batch} and {threads}")
+        self._device = select_device(device)
+        self._batch = batch
+        self._threads = threads
+        self._network: nn.Module | None = network.to(self._device).eval().requires_grad_(False)
+        self._numeric_class = NumericClass(
+            backend="torch",
+            precision="fast" if self._device.type == "cuda" else "exact",
+            batch=batch,
+            threads=threads,
+            device=_capability(self._device),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where ``forward`` expects its input and leaves its output."""
+        return self._device
+
+    @property
+    def numeric_class(self) -> NumericClass:
+        """What decides the last bits of the logits."""
+        return self._numeric_class
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [n, k, z, y, x] of windows float32 [n, c, z, y, x]; both on ``device``.
+
+        Raises
+        ------
+        ValueError
+            If the batch has another dtype, device or number of axes, no row, or more than ``batch`` rows.
+        RuntimeError
+            If the backend is closed.
+        """
+        if self._network is None:
+            raise RuntimeError("the backend is closed")
+        rows = batch.shape[0]
+        if batch.dtype != torch.float32 or batch.device != self._device or batch.ndim != 5:
+            raise ValueError(
+                f"expected float32 [n, c, z, y, x] on {self._device}, got {batch.dtype} {list(batch.shape)} "
+                f"on {batch.device}"
+            )
+        if not 1 <= rows <= self._batch:
+            raise ValueError(f"a batch has 1 to {self._batch} rows, got {rows}")
+        if rows < self._batch:
+            padded = batch.new_zeros((self._batch, *batch.shape[1:]))
+            padded[:rows] = batch
+            batch = padded
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        # no_grad, not inference_mode: the caller flips and adds the logits in place outside of this call
+        with torch.no_grad(), _arithmetic(self._device):
+            logits: torch.Tensor = self._network(batch)
+        return logits[:rows].float()
+
+    def close(self) -> None:
+        """Let go of the network and its memory; twice is fine."""
+        self._network = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,132 @@
+"""Finds a model's files: a bare checkpoint, a fold's folder, a training folder. Called by ``checkpoint``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from connectomics.errors import ModelError
+
+_FOLD = "fold_"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The files of one model.
+
+    Parameters
+    ----------
+    root
+        The folder that names in messages and records are relative to.
+    checkpoints
+        One file a fold.
+    folds
+        Names of the folds, or None for a bare checkpoint, which says itself.
+    plans, dataset
+        The JSON files, or None where a bare checkpoint has none and its own copy is used.
+    """
+
+    root: Path
+    checkpoints: tuple[Path, ...]
+    folds: tuple[str, ...] | None
+    plans: Path | None
+    dataset: Path | None
+
+    def name_of(self, path: Path) -> str:
+        """The name of a file within the model: relative to the root, or the bare file name outside of it."""
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.name
+
+
+def locate_model(
+    path: Path, *, folds: Sequence[str] | None, checkpoint_name: str, plans: Path | None, dataset: Path | None
+) -> ModelFiles:
+    """Find what belongs to the model at ``path``; see ``load_model`` for the forms it may have.
+
+    Raises
+    ------
+    ModelError
+        If something is missing, unreadable or contradictory.
+    """
+    try:
+        return _locate(path, folds, checkpoint_name, plans, dataset)
+    except OSError as error:
+        raise ModelError(
+            f"{error.filename or path}: the model cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
+
+
+def _locate(
+    path: Path, folds: Sequence[str] | None, checkpoint_name: str, plans: Path | None, dataset: Path | None
+) -> ModelFiles:
+    for stated in (plans, dataset):
+        if stated is not None and not stated.is_file():
+            raise ModelError(f"{stated}: there is no such file; check model.nnunet_plans and model.nnunet_dataset")
+    if path.suffix == ".zip":
+        raise ModelError(f"{path}: exported models (.zip) are not read directly; unzip it and give the folder inside")
+    if path.is_dir():
+        return _in_folder(path, folds, checkpoint_name, plans, dataset)
+    if not path.is_file():
+        raise ModelError(f"{path}: there is no such file or folder; give a .pth file or a nnU-Net training folder")
+    if folds is not None:
+        raise ModelError(
+            f"{path}: folds {', '.join(folds)} cannot be chosen from a single checkpoint file; leave "
+            "model.folds unset or give the training folder"
+        )
+    return ModelFiles(
+        path.parent,
+        (path,),
+        None,
+        plans or _beside(path, "plans.json"),
+        dataset or _beside(path, "dataset.json"),
+    )
+
+
+def _beside(checkpoint: Path, name: str) -> Path | None:
+    """The file ``name`` in the checkpoint's folder or the one above, as given or where a link leads."""
+    for folder in (checkpoint.absolute().parent, checkpoint.resolve().parent):
+        for candidate in (folder / name, folder.parent / name):
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def _in_folder(
+    path: Path, folds: Sequence[str] | None, checkpoint_name: str, plans: Path | None, dataset: Path | None
+) -> ModelFiles:
+    root = path
+    if path.name.startswith(_FOLD) and (path / checkpoint_name).is_file():
+        own = path.name.removeprefix(_FOLD)
+        if folds is not None and tuple(folds) != (own,):
+            raise ModelError(f"{path}: this is fold {own}, but folds {', '.join(folds)} are asked for; give its parent")
+        root, folds = path.parent, (own,)
+    elif folds is None:
+        folds = _available_folds(path, checkpoint_name)
+    if not folds or len(set(folds)) < len(folds):
+        raise ModelError(f"{path}: model.folds names {list(folds)}, expected at least one fold and each once")
+    checkpoints = tuple(root / f"{_FOLD}{fold}" / checkpoint_name for fold in folds)
+    for checkpoint in checkpoints:
+        if not checkpoint.is_file():
+            raise ModelError(f"{checkpoint}: there is no such file; {_finding(root)}")
+    for name, stated in (("plans.json", plans), ("dataset.json", dataset)):
+        if stated is None and not (root / name).is_file():
+            raise ModelError(f"{root / name}: the training folder lacks this file; copy it from where nnU-Net wrote it")
+    return ModelFiles(root, checkpoints, tuple(folds), plans or root / "plans.json", dataset or root / "dataset.json")
+
+
+def _available_folds(root: Path, checkpoint_name: str) -> tuple[str, ...]:
+    """As nnU-Net detects them: every numbered fold in order of its name; if there is none, fold_all."""
+    folders = [f for f in root.iterdir() if f.name.startswith(_FOLD) and (f / checkpoint_name).is_file()]
+    names = sorted(folder.name.removeprefix(_FOLD) for folder in folders)
+    numbered = tuple(name for name in names if name.isdecimal())
+    if numbered:
+        return numbered
+    if "all" in names:
+        return ("all",)
+    raise ModelError(f"{root}: no fold_X folder holds a {checkpoint_name}; {_finding(root)}")
+
+
+def _finding(root: Path) -> str:
+    found = sorted(f.relative_to(root).as_posix() for f in (*root.glob("*.pth"), *root.glob("*/*.pth")))
+    names = ", ".join(found[:8]) or "none"
+    return f"checkpoints found there: {names}; give a nnU-Net training folder or a .pth file"

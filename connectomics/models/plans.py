@@ -1,0 +1,297 @@
+"""Turns plans.json and dataset.json into checked values: configuration, channels, labels, normalisation.
+
+Called by ``checkpoint``. What this program cannot do yet is refused here by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from connectomics.errors import ModelError
+from connectomics.geometry import Vec3
+from connectomics.models.spec import ChannelNormalisation, Spacing
+
+NORMALISATIONS = (
+    "ZScoreNormalization",
+    "CTNormalization",
+    "NoNormalization",
+    "RescaleTo01Normalization",
+    "RGBTo01Normalization",
+)
+_LARGEST_PATCH = 4096
+_RESTORE = "restore the file that nnU-Net wrote for this model"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanText:
+    """Parsed JSON and where it came from: a file, or the checkpoint's own copy."""
+
+    values: Mapping[str, Any]
+    where: str
+
+    @property
+    def text(self) -> str:
+        """The values as JSON with sorted keys: equal values give equal text."""
+        return json.dumps(self.values, sort_keys=True)
+
+    def get(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
+        """The value of a required key.
+
+        Raises
+        ------
+        ModelError
+            If it is missing or of another type.
+        """
+        if key not in self.values:
+            raise ModelError(f"{self.where}: '{key}' is missing, expected {expected}; {_RESTORE}")
+        value = self.values[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            raise ModelError(f"{self.where}: '{key}' is {value!r:.80}, expected {expected}; {_RESTORE}")
+        return value
+
+    def numbers(self, key: str, count: int) -> list[float]:
+        """A required list of positive numbers.
+
+        Raises
+        ------
+        ModelError
+            If it is anything else.
+        """
+        values: list[float] = self.get(key, list, f"{count} positive numbers")
+        numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+        if len(values) != count or not numeric or not all(0 < v < math.inf for v in values):
+            raise ModelError(f"{self.where}: '{key}' is {values!r:.80}, expected {count} positive numbers; {_RESTORE}")
+        return values
+
+
+def read_json(path: Path) -> PlanText:
+    """The object in a JSON file.
+
+    Raises
+    ------
+    ModelError
+        If the file cannot be read or is not a JSON object; the message names the line.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    except json.JSONDecodeError as error:
+        raise ModelError(
+            f"{path}: broken JSON at line {error.lineno}, column {error.colno} ({error.msg}); {_RESTORE}"
+        ) from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ModelError(f"{path}: not a JSON text file ({error!s:.80}); {_RESTORE}") from error
+    return _as_object(values, str(path))
+
+
+def embedded_json(value: object, where: str) -> PlanText:
+    """A mapping that a checkpoint carries, with JSON's types.
+
+    Raises
+    ------
+    ModelError
+        If it is not a mapping that JSON can carry.
+    """
+    try:
+        return _as_object(json.loads(json.dumps(value)), where)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ModelError(f"{where}: not plain values ({error}); put plans.json and dataset.json beside it") from error
+
+
+def _as_object(values: object, where: str) -> PlanText:
+    if not isinstance(values, dict):
+        raise ModelError(f"{where}: holds a {type(values).__name__}, expected a JSON object; {_RESTORE}")
+    return PlanText(values, where)
+
+
+def resolve_configuration(plans: PlanText, name: str) -> PlanText:
+    """The configuration ``name`` with what it inherits, in today's format of nnU-Net's plans.
+
+    Raises
+    ------
+    ModelError
+        If it does not exist, inherits in a circle, or its old format cannot be converted.
+    """
+    configurations = plans.get("configurations", dict, "the configurations")
+    chain: list[dict[str, Any]] = []
+    visited: list[str] = []
+    parent: object = name
+    while parent is not None:
+        if not isinstance(parent, str) or not isinstance(configurations.get(parent), dict):
+            raise ModelError(
+                f"{plans.where}: there is no configuration '{parent}', found: "
+                f"{', '.join(configurations) or 'none'}; give the plans file this checkpoint was trained with"
+            )
+        if parent in visited:
+            raise ModelError(
+                f"{plans.where}: configurations inherit in a circle ({' -> '.join([*visited, parent])}); {_RESTORE}"
+            )
+        visited.append(parent)
+        chain.append(configurations[parent])
+        parent = chain[-1].get("inherits_from")
+    merged: dict[str, Any] = {}
+    for part in reversed(chain):
+        merged.update(copy.deepcopy(part))
+    where = f"{plans.where}, configuration '{name}'"
+    return PlanText(merged if "architecture" in merged else _modernised(merged, where), where)
+
+
+def _modernised(configuration: dict[str, Any], where: str) -> dict[str, Any]:
+    """Plans written before nnunetv2 2.3 describe their network otherwise; nnunetv2 itself converts them."""
+    if "UNet_class_name" not in configuration:
+        raise ModelError(f"{where}: neither 'architecture' nor 'UNet_class_name' describes the network; {_RESTORE}")
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            converted: dict[str, Any] = ConfigurationManager(configuration).configuration
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{where}: the old network description cannot be converted ({error}); {_RESTORE}") from error
+    return converted
+
+
+def check_supported(plans: PlanText, configuration: PlanText) -> None:
+    """Refuse by name what nnU-Net can do and this program cannot yet.
+
+    Raises
+    ------
+    ModelError
+        For cascades, transposed axes, masked normalisation, custom preprocessors and label managers.
+    """
+    reason: str | None = None
+    transpose = plans.values.get("transpose_forward", [0, 1, 2])
+    preprocessor = configuration.values.get("preprocessor_name", "DefaultPreprocessor")
+    manager = plans.values.get("label_manager", "LabelManager")
+    if configuration.values.get("previous_stage") is not None:
+        reason = f"it is the second stage of a cascade (previous_stage {configuration.values['previous_stage']!r})"
+    elif transpose != [0, 1, 2]:
+        reason = f"it transposes the axes (transpose_forward {transpose!r:.40}, expected [0, 1, 2])"
+    elif preprocessor != "DefaultPreprocessor":
+        reason = f"it uses the preprocessor {preprocessor!r:.60}, expected DefaultPreprocessor"
+    elif manager != "LabelManager":
+        reason = f"it uses the label manager {manager!r:.60}, expected LabelManager"
+    elif configuration.values.get("use_mask_for_norm") not in (None, []) and any(
+        configuration.get("use_mask_for_norm", list, "one truth value a channel")
+    ):
+        reason = "it normalises within the mask of nonzero voxels (use_mask_for_norm)"
+    if reason is not None:
+        raise ModelError(f"{configuration.where}: this model is not supported yet: {reason}; use nnU-Net itself for it")
+
+
+def channel_names(dataset: PlanText) -> tuple[str, ...]:
+    """Names of the input channels in order; ``modality``, the key of older files, goes first as in nnU-Net.
+
+    Raises
+    ------
+    ModelError
+        If the channels are not numbered from 0.
+    """
+    key = "modality" if "modality" in dataset.values else "channel_names"
+    names = dataset.get(key, dict, "the input channels by number")
+    if not names or set(names) != {str(i) for i in range(len(names))}:
+        raise ModelError(f"{dataset.where}: '{key}' has the numbers {list(names)!r:.60}, expected 0, 1, …; {_RESTORE}")
+    return tuple(str(names[str(i)]) for i in range(len(names)))
+
+
+def labels(dataset: PlanText) -> tuple[tuple[tuple[str, int], ...], tuple[int, ...]]:
+    """Label names with their values, and the value of each output channel.
+
+    As in nnU-Net, an output channel belongs to each distinct value but ``ignore``, and what is written where
+    a channel wins is the channel's index.
+
+    Raises
+    ------
+    ModelError
+        If there are regions, no background 0, or values that are not whole numbers.
+    """
+    names: list[tuple[str, int]] = []
+    for name, stated in dataset.get("labels", dict, "label values by name").items():
+        if isinstance(stated, list) and len(stated) > 1:
+            raise ModelError(
+                f"{dataset.where}: label '{name}' is a region of {len(stated)} values; region-based models "
+                "are not supported yet, use nnU-Net itself for them"
+            )
+        value = stated[0] if isinstance(stated, list) and stated and name not in ("background", "ignore") else stated
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ModelError(f"{dataset.where}: label '{name}' is {stated!r:.40}, expected a whole number; {_RESTORE}")
+        names.append((name, value))
+    if ("background", 0) not in names:
+        raise ModelError(f"{dataset.where}: the labels lack 'background' with value 0; {_RESTORE}")
+    values = sorted({value for name, value in names if name != "ignore"})
+    ignored = dict(names).get("ignore")
+    if ignored is not None and ignored != values[-1] + 1:
+        raise ModelError(
+            f"{dataset.where}: label 'ignore' is {ignored}, expected the highest value, {values[-1] + 1}; {_RESTORE}"
+        )
+    return tuple(names), tuple(range(len(values)))
+
+
+def normalisations(plans: PlanText, configuration: PlanText, channels: int) -> tuple[ChannelNormalisation, ...]:
+    """How each channel is normalised.
+
+    Raises
+    ------
+    ModelError
+        If a scheme is unknown, missing, or lacks the intensities it needs.
+    """
+    schemes = configuration.get("normalization_schemes", list, "one scheme a channel")
+    if len(schemes) != channels:
+        raise ModelError(
+            f"{configuration.where}: {len(schemes)} normalization_schemes for the {channels} channels of "
+            "dataset.json; check that both files belong to this model"
+        )
+    by_channel: Any = {}
+    for key in ("foreground_intensity_properties_by_modality", "foreground_intensity_properties_per_channel"):
+        by_channel = plans.values.get(key, by_channel)
+    result = []
+    for index, scheme in enumerate(schemes):
+        if scheme not in NORMALISATIONS:
+            raise ModelError(
+                f"{configuration.where}: unknown normalisation '{scheme}' of channel {index}, known: "
+                f"{', '.join(NORMALISATIONS)}; custom schemes are not supported yet"
+            )
+        stated = by_channel.get(str(index), {}) if isinstance(by_channel, dict) else {}
+        numbers = [_number(stated, key) for key in ("mean", "std", "percentile_00_5", "percentile_99_5")]
+        if scheme == "CTNormalization" and None in numbers:
+            raise ModelError(
+                f"{plans.where}: CTNormalization of channel {index} needs mean, std, percentile_00_5 and "
+                f"percentile_99_5 in foreground_intensity_properties_per_channel; {_RESTORE}"
+            )
+        result.append(ChannelNormalisation(scheme, *numbers))
+    return tuple(result)
+
+
+def _number(values: object, key: str) -> float | None:
+    value = values.get(key) if isinstance(values, dict) else None
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def patch_and_spacing(configuration: PlanText) -> tuple[int, Vec3, Spacing]:
+    """Dimensions of the network, its patch (z, y, x) and its spacing (z, y, x) in the plan's unit.
+
+    Raises
+    ------
+    ModelError
+        If they are not two or three positive numbers, or absurdly large.
+    """
+    dimensions = len(configuration.get("patch_size", list, "two or three whole numbers"))
+    if dimensions not in (2, 3):
+        raise ModelError(f"{configuration.where}: 'patch_size' has {dimensions} axes, expected 2 or 3; {_RESTORE}")
+    patch = configuration.numbers("patch_size", dimensions)
+    sizes = [int(size) for size in patch]
+    if sizes != patch or max(sizes) > _LARGEST_PATCH:
+        raise ModelError(
+            f"{configuration.where}: 'patch_size' is {patch}, expected whole numbers up to {_LARGEST_PATCH}; {_RESTORE}"
+        )
+    spacing = configuration.numbers("spacing", dimensions)
+    depth, spacing_z = (1, None) if dimensions == 2 else (sizes[0], float(spacing[0]))
+    return dimensions, (depth, sizes[-2], sizes[-1]), (spacing_z, float(spacing[-2]), float(spacing[-1]))

@@ -1,0 +1,113 @@
+"""What inference needs to know of a checkpoint: ModelSpec, plain values without torch.
+
+``checkpoint`` makes it; inference, pipeline, ``inspect`` and ``doctor`` read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from connectomics.geometry import Vec3
+
+Spacing = tuple[float | None, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelNormalisation:
+    """nnU-Net's normalisation of one input channel.
+
+    Parameters
+    ----------
+    scheme
+        nnU-Net's class name: ZScoreNormalization, CTNormalization, NoNormalization, RescaleTo01Normalization
+        or RGBTo01Normalization.
+    mean, std, lower, upper
+        Foreground intensities of the training data (``lower`` and ``upper`` are the 0.5 and 99.5
+        percentiles), in the unit of the images; None where the plans do not state them. Only CTNormalization
+        uses them.
+    """
+
+    scheme: str
+    mean: float | None = None
+    std: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Everything about a model but its weights; spatial axes are (z, y, x), a 2D model has patch depth 1.
+
+    Parameters
+    ----------
+    configuration
+        nnU-Net configuration, for example ``2d`` or ``3d_fullres``.
+    dimensions
+        2 or 3: the dimensions the network was built with.
+    patch_shape
+        Network input (z, y, x) in voxels.
+    label_names
+        (name, value) as dataset.json states them, ``ignore`` included.
+    class_values
+        The label written where an output channel wins; for plain labels nnU-Net writes the channel's index.
+    mirror_axes
+        Axes (0 = z, 1 = y, 2 = x) for test time mirroring in the checkpoint's order; empty: no mirroring.
+    spacing
+        Voxel spacing (z, y, x) the model was trained at, in the unit of its plans; z is None for 2D models.
+    slice_case
+        Whether nnU-Net preprocesses each z slice alone, because the model was trained on single 2D images.
+    folds
+        Names of the ensemble's members in the order of their mean.
+    files
+        (relative name, sha256) of each file that was used.
+    weights_sha256
+        sha256 of the checkpoint file; for several folds that of the sorted lines ``name sha256``. This is
+        what a user states in ``model.sha256``.
+    sha256
+        Identity of the model in result keys: ``weights_sha256``, plans, dataset description and architecture.
+    parameters
+        Number of trainable values of one network, shared ones counted once.
+    """
+
+    configuration: str
+    dimensions: int
+    trainer_name: str
+    plans_name: str
+    dataset_name: str
+    patch_shape: Vec3
+    channel_names: tuple[str, ...]
+    label_names: tuple[tuple[str, int], ...]
+    class_values: tuple[int, ...]
+    normalisations: tuple[ChannelNormalisation, ...]
+    mirror_axes: tuple[int, ...]
+    spacing: Spacing
+    image_reader: str
+    slice_case: bool
+    folds: tuple[str, ...]
+    checkpoint_name: str
+    files: tuple[tuple[str, str], ...]
+    weights_sha256: str
+    sha256: str
+    parameters: int
+
+    @property
+    def channels(self) -> int:
+        """Number of input channels."""
+        return len(self.channel_names)
+
+    @property
+    def classes(self) -> int:
+        """Number of output channels."""
+        return len(self.class_values)
+
+    @property
+    def label_dtype(self) -> np.dtype[Any]:
+        """uint8, or uint16 from 255 foreground labels on, as nnU-Net writes."""
+        return np.dtype(np.uint8 if self.classes - 1 < 255 else np.uint16)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return asdict(self)

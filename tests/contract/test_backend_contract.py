@@ -1,0 +1,202 @@
+"""One contract for every backend, and what is particular to PyTorch's."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from connectomics.errors import ConfigError, DeviceError
+from connectomics.models.backends.contract import Backend
+from connectomics.models.backends.torch_eager import TorchBackend, _arithmetic, _capability, select_device
+
+CHANNELS, CLASSES, PATCH = 2, 3, (4, 8, 8)
+
+
+def small_network() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return nn.Sequential(
+            nn.Conv3d(CHANNELS, 6, 3, padding=1),
+            nn.InstanceNorm3d(6),
+            nn.Dropout(0.5),
+            nn.LeakyReLU(inplace=True),
+            nn.Conv3d(6, CLASSES, 1),
+        )
+
+
+def windows(rows: int, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(8)
+    return torch.randn(rows, CHANNELS, *PATCH, generator=generator).to(device)
+
+
+class BackendContract:
+    """What any backend promises; subclasses give ``backend`` (``small_network``, batch 4) and a tolerance."""
+
+    tolerance = 0.0
+
+    def test_logits_are_those_of_the_network(self, backend: Backend) -> None:
+        batch = windows(4, backend.device)
+        logits = backend.forward(batch)
+        with torch.no_grad():
+            expected = small_network().eval()(batch.cpu())
+        assert logits.shape == (4, CLASSES, *PATCH)
+        assert (logits.dtype, logits.device) == (torch.float32, backend.device)
+        assert float((logits.cpu() - expected).abs().max()) <= self.tolerance
+
+    def test_a_row_does_not_depend_on_how_full_the_batch_is(self, backend: Backend) -> None:
+        batch = windows(4, backend.device)
+        whole = backend.forward(batch)
+        for start, stop in itertools.combinations(range(5), 2):
+            assert torch.equal(backend.forward(batch[start:stop]), whole[start:stop])
+
+    def test_the_same_batch_gives_the_same_bytes(self, backend: Backend) -> None:
+        batch = windows(4, backend.device)
+        assert torch.equal(backend.forward(batch), backend.forward(batch))
+
+    def test_the_batch_is_left_as_it_was(self, backend: Backend) -> None:
+        batch = windows(3, backend.device)
+        before = batch.clone()
+        backend.forward(batch)
+        assert torch.equal(batch, before)
+
+    def test_logits_may_be_changed_in_place(self, backend: Backend) -> None:
+        logits = backend.forward(windows(2, backend.device))
+        assert not logits.requires_grad
+        logits += 1
+
+    def test_what_is_no_batch_is_refused(self, backend: Backend) -> None:
+        batch = windows(4, backend.device)
+        for wrong in (batch.double(), batch[0], batch[:0], torch.cat([batch, batch])):
+            with pytest.raises(ValueError, match=r"expected float32|has 1 to 4 rows"):
+                backend.forward(wrong)
+
+    def test_the_numeric_class_is_plain_json(self, backend: Backend) -> None:
+        values = backend.numeric_class.as_dict()
+        assert json.loads(json.dumps(values)) == values
+        assert list(values) == ["backend", "precision", "batch", "threads", "device"]
+        assert values["batch"] == 4
+
+    def test_closing_twice_is_fine_and_ends_it(self, backend: Backend) -> None:
+        backend.close()
+        backend.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            backend.forward(windows(1, backend.device))
+
+
+class TestTorchOnCpu(BackendContract):
+    @pytest.fixture
+    def backend(self) -> Iterator[Backend]:
+        made = TorchBackend(small_network(), device="cpu", batch=4, threads=1)
+        yield made
+        made.close()
+
+    def test_the_numeric_class_names_the_processor(self, backend: Backend) -> None:
+        numeric = backend.numeric_class
+        assert (numeric.backend, numeric.precision, numeric.threads) == ("torch", "exact", 1)
+        assert numeric.device == f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device here")
+class TestTorchOnCuda(BackendContract):
+    tolerance = 2e-2  # autocast, as nnU-Net runs it
+
+    @pytest.fixture
+    def backend(self) -> Iterator[Backend]:
+        made = TorchBackend(small_network(), device="cuda", batch=4, threads=1)
+        yield made
+        made.close()
+
+    def test_cuda_is_called_fast(self, backend: Backend) -> None:
+        assert backend.numeric_class.precision == "fast"
+
+
+def test_on_cuda_nnunets_autocast_runs_with_repeatable_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "autocast", lambda kind: asked.append(kind) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with _arithmetic(torch.device("cuda")):
+        assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (False, True)
+    assert torch.backends.cudnn.benchmark
+    assert asked == ["cuda"]
+
+
+def test_a_gpu_is_named_with_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert _capability(torch.device("cuda", 0)) == "cuda 9.0 NVIDIA H200"
+    assert _capability(torch.device("mps", 0)) == "mps"
+
+
+def test_threads_are_pinned_before_each_batch() -> None:
+    code = (
+        "import torch\n"
+        "from connectomics.models.backends.torch_eager import TorchBackend\n"
+        "backend = TorchBackend(torch.nn.Identity(), device='cpu', batch=1, threads=2)\n"
+        "torch.set_num_threads(1)\n"
+        "backend.forward(torch.ones(1, 1, 1, 1, 1))\n"
+        "assert torch.get_num_threads() == 2\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("options", [{"batch": 0, "threads": 1}, {"batch": 1, "threads": 0}])
+def test_impossible_settings_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        TorchBackend(nn.Identity(), device="cpu", **options)
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:", "cuda:a", "cuda:-1", "CPU", "cpu:0"])
+def test_what_is_no_device_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="auto, cpu, cuda, cuda:N or mps"):
+        select_device(name)
+
+
+@pytest.fixture
+def two_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("two_cuda_devices")
+@pytest.mark.parametrize(
+    ("name", "expected"), [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")]
+)
+def test_devices_where_there_are_two(name: str, expected: str) -> None:
+    assert select_device(name) == torch.device(expected)
+
+
+@pytest.mark.usefixtures("two_cuda_devices")
+def test_a_third_device_of_two_is_an_error() -> None:
+    with pytest.raises(DeviceError, match=r"'cuda:2' is not available.*finds 2 CUDA devices"):
+        select_device("cuda:2")
+
+
+@pytest.mark.usefixtures("no_accelerator")
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps"])
+def test_an_absent_accelerator_is_an_error_and_never_the_cpu(name: str) -> None:
+    with pytest.raises(DeviceError, match=f"'{name}' is not available"):
+        TorchBackend(nn.Identity(), device=name, batch=1, threads=1)
+
+
+@pytest.mark.usefixtures("no_accelerator")
+def test_auto_is_the_cpu_where_there_is_nothing_else() -> None:
+    assert select_device("auto") == torch.device("cpu")
+
+
+def test_an_apple_gpu_is_taken_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert select_device("mps") == torch.device("mps", 0)
