@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY = ".partial"
+REPLACED = ".replaced"
 
 
 def fsync_path(path: Path) -> None:
@@ -26,6 +27,18 @@ def discard(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def put_in_place(complete: Path, path: Path) -> None:
+    """Rename a complete file or folder to ``path``; a folder that stands there is moved aside, never half removed."""
+    aside = path.with_name(f".{path.name}{REPLACED}")
+    discard(aside)
+    if path.is_dir():
+        path.rename(aside)
+    complete.replace(path)
+    for folder in {complete.parent, path.parent}:
+        fsync_path(folder)
+    discard(aside)
 
 
 @contextlib.contextmanager
@@ -46,10 +59,7 @@ def replacing(path: Path) -> Iterator[Path]:
                 fsync_path(Path(folder))
         else:
             fsync_path(temporary)
-        if path.is_dir():
-            discard(path)
-        temporary.replace(path)
-        fsync_path(path.parent)
+        put_in_place(temporary, path)
     except BaseException:
         discard(temporary)
         raise

@@ -1,0 +1,182 @@
+"""``open_volume``: from a name to a reader; the only place that knows which format a name means.
+
+Formats are imported when first needed, so a run that reads HDF5 never loads a TIFF codec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from connectomics.errors import VolumeError
+from connectomics.geometry import Box
+from connectomics.io.source import Source, is_folder, reason
+from connectomics.io.volume import Array, Nanometres, VolumeInfo, VolumeReader
+
+HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
+TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+KNOWN = f"{', '.join(HDF5_SUFFIXES + TIFF_SUFFIXES + IMAGE_SUFFIXES)}, .zarr, a folder of images, or phantom:"
+
+
+def open_volume(uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres | None = None) -> VolumeReader:
+    """Open a volume for lazy reading; its format follows from the name.
+
+    Parameters
+    ----------
+    uri
+        A path, ``path::inner`` (an HDF5 dataset, a Zarr level or array, a TIFF series) or a ``phantom:`` URI.
+    axes
+        One letter out of c, z, y, x for each axis of the stored array, overriding what the file says. For a
+        folder of images: "zyx" makes each file a section, "cyx" each file a channel.
+    voxel_size_nm
+        (z, y, x) in nanometres, overriding what the file says.
+
+    Raises
+    ------
+    VolumeError
+        If the volume cannot be opened; the message names it and says what was found.
+    """
+    if uri.startswith("phantom:"):
+        from connectomics.io.phantom import open_phantom
+
+        return open_phantom(uri)
+    scheme, separator, _ = uri.partition("://")
+    if separator and "/" not in scheme:
+        raise VolumeError(f"cannot open {uri}: only local paths and phantom: are read, not {scheme}://; copy it first.")
+    name, _, inner = uri.partition("::")
+    source = Source(uri, Path(name), inner or None, axes, voxel_size_nm)
+    opener = _opener(source)
+    return opener(source)
+
+
+def open_channels(
+    uris: Sequence[str], *, axes: str | None = None, voxel_size_nm: Nanometres | None = None
+) -> VolumeReader:
+    """Open several volumes of the same extent and dtype as the channels of one, in the order given.
+
+    Parameters
+    ----------
+    uris
+        At least one volume, as for ``open_volume``; a volume of several channels contributes all of them.
+    axes, voxel_size_nm
+        As for ``open_volume``, for each of them.
+
+    Raises
+    ------
+    VolumeError
+        If one cannot be opened, or its extent, dtype or voxel size differs from the first's.
+    """
+    if not uris:
+        raise VolumeError("no volume was named; give at least one for the first channel.")
+    readers: list[VolumeReader] = []
+    try:
+        for uri in uris:
+            readers.append(open_volume(uri, axes=axes, voxel_size_nm=voxel_size_nm))
+            _require_alike(uris[0], readers[0].info, uri, readers[-1].info)
+    except VolumeError:
+        for reader in readers:
+            reader.close()
+        raise
+    return readers[0] if len(readers) == 1 else _Channels(readers)
+
+
+class _Channels:
+    """Volumes of one extent, stacked along c."""
+
+    def __init__(self, readers: Sequence[VolumeReader]) -> None:
+        self._readers = list(readers)
+        first = readers[0].info
+        channels = sum(reader.info.channels for reader in readers)
+        self._info = VolumeInfo(
+            (channels, *first.extent), first.dtype, first.chunk_shape, first.voxel_size_nm, first.origin_nm
+        )
+
+    @property
+    def info(self) -> VolumeInfo:
+        return self._info
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {"channels": [reader.identity for reader in self._readers]}
+
+    def read(self, box: Box) -> Array:
+        block: Array = np.concatenate([reader.read(box) for reader in self._readers])
+        return block
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
+
+
+def _require_alike(first_uri: str, first: VolumeInfo, uri: str, info: VolumeInfo) -> None:
+    expected = (first.extent, str(first.dtype), first.voxel_size_nm)
+    found = (info.extent, str(info.dtype), info.voxel_size_nm)
+    if found != expected:
+        raise VolumeError(
+            f"{uri} cannot be a channel beside {first_uri}: (z, y, x), dtype and voxel size are {found}, "
+            f"expected {expected}; all channels must agree."
+        )
+
+
+def _opener(source: Source) -> Callable[[Source], VolumeReader]:
+    suffix = source.path.suffix.lower()
+    by_suffix = {
+        **dict.fromkeys(HDF5_SUFFIXES, _hdf5),
+        **dict.fromkeys(TIFF_SUFFIXES, _tiff),
+        **dict.fromkeys(IMAGE_SUFFIXES, _image),
+    }
+    if is_folder(source):
+        if suffix == ".zarr" or _holds_zarr(source):
+            return _zarr
+        if suffix in by_suffix:
+            raise VolumeError(
+                f"cannot open {source.uri}: a folder, where {suffix} promises a file; rename or correct it."
+            )
+        return _stack
+    if suffix == ".zarr":
+        raise VolumeError(f"cannot open {source.uri}: a file, where {suffix} promises a folder; unpack or correct it.")
+    if suffix not in by_suffix:
+        raise VolumeError(
+            f"cannot open {source.uri}: unknown format {suffix or 'without suffix'!r}; known are {KNOWN}."
+        )
+    return by_suffix[suffix]
+
+
+def _holds_zarr(source: Source) -> bool:
+    try:
+        return any((source.path / name).exists() for name in ("zarr.json", ".zarray", ".zgroup"))
+    except OSError as error:
+        raise VolumeError(f"cannot open {source.uri}: {reason(error)}.") from error
+
+
+def _hdf5(source: Source) -> VolumeReader:
+    from connectomics.io.hdf5 import open_hdf5
+
+    return open_hdf5(source)
+
+
+def _tiff(source: Source) -> VolumeReader:
+    from connectomics.io.tiff import open_tiff
+
+    return open_tiff(source)
+
+
+def _image(source: Source) -> VolumeReader:
+    from connectomics.io.images import open_image
+
+    return open_image(source)
+
+
+def _stack(source: Source) -> VolumeReader:
+    from connectomics.io.images import open_stack
+
+    return open_stack(source)
+
+
+def _zarr(source: Source) -> VolumeReader:
+    from connectomics.io.zarr_volume import open_zarr
+
+    return open_zarr(source)

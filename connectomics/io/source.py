@@ -1,0 +1,147 @@
+"""The request to open a volume, and what every format says of its files: identity, failures, units.
+
+Every file of a format imports this; it knows nothing about arrays.
+"""
+
+from __future__ import annotations
+
+import stat
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from connectomics.errors import VolumeError
+from connectomics.fingerprint import key_of
+from connectomics.io.volume import Nanometres
+
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    EOFError,
+    ImportError,
+    MemoryError,
+    SyntaxError,
+    struct.error,
+    zlib.error,
+)
+"""What the storage libraries raise on a file that is damaged, missing or not theirs."""
+
+NM_PER_UNIT = {
+    "pm": 1e-3,
+    "picometer": 1e-3,
+    "å": 0.1,
+    "angstrom": 0.1,
+    "nm": 1.0,
+    "nanometer": 1.0,
+    "nanometre": 1.0,
+    "um": 1e3,
+    "micron": 1e3,
+    "micrometer": 1e3,
+    "micrometre": 1e3,
+    "mm": 1e6,
+    "millimeter": 1e6,
+    "millimetre": 1e6,
+    "cm": 1e7,
+    "centimeter": 1e7,
+    "centimetre": 1e7,
+    "m": 1e9,
+    "meter": 1e9,
+    "metre": 1e9,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A request to open one volume.
+
+    Parameters
+    ----------
+    uri
+        As the user wrote it; error messages name it.
+    path
+        File or folder on disk.
+    inner
+        What stands after ``::`` (dataset, array or level), or None.
+    axes
+        Letters of the stored array's axes that override what the file says, or None.
+    voxel_size_nm
+        (z, y, x) in nanometres that override what the file says, or None.
+    """
+
+    uri: str
+    path: Path
+    inner: str | None = None
+    axes: str | None = None
+    voxel_size_nm: Nanometres | None = None
+
+
+def three_positive(values: object, factor: float = 1.0) -> Nanometres | None:
+    """``values`` times ``factor`` as (z, y, x), or None unless they are three positive finite numbers."""
+    try:
+        z, y, x = (float(v) * factor for v in np.asarray(values, dtype=np.float64).ravel())
+    except (TypeError, ValueError):
+        return None
+    return (z, y, x) if all(np.isfinite(v) and v > 0 for v in (z, y, x)) else None
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, short enough for one sentence; libraries put the cause at its start or its end."""
+    if isinstance(error, PermissionError):
+        return "permission denied; make it readable for this user"
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else f"{text[:90]} … {text[-110:]}"
+
+
+def unreadable(source: Source, kind: str, error: BaseException) -> VolumeError:
+    """The error for a file that its library cannot open as ``kind``."""
+    return VolumeError(
+        f"cannot open {source.uri} as {kind}: {reason(error)}. Check that the file is complete and of this format."
+    )
+
+
+def is_folder(source: Source) -> bool:
+    """Whether the path is a folder, having made sure that it is there and not an empty file.
+
+    Raises
+    ------
+    VolumeError
+        Naming the path and what is wrong with it.
+    """
+    path = source.path
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        broken = path.is_symlink()
+        why = f"a symbolic link to {path.readlink()}, which is absent" if broken else "no such file or folder"
+        raise VolumeError(f"cannot open {source.uri}: {why}.") from error
+    except OSError as error:
+        raise VolumeError(f"cannot open {source.uri}: {reason(error)}.") from error
+    if stat.S_ISDIR(found.st_mode):
+        return True
+    if not stat.S_ISREG(found.st_mode):
+        raise VolumeError(f"cannot open {source.uri}: neither a file nor a folder; name a stored volume.")
+    if found.st_size == 0:
+        raise VolumeError(f"cannot open {source.uri}: the file is empty (0 bytes); copy or write it again.")
+    return False
+
+
+def file_identity(path: Path, name: str | None = None) -> dict[str, object]:
+    """Name, size and modification time of a file; they change when its content may have changed."""
+    found = path.stat()
+    return {"name": name or path.name, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def folded_identity(name: str, files: Sequence[tuple[str, Path]]) -> dict[str, object]:
+    """One identity for many files: their count and a sha256 over the identity of each, in the order given."""
+    parts = [file_identity(path, relative) for relative, path in files]
+    return {"name": name, "files": len(parts), "sha256": key_of({"files": parts})}

@@ -1,0 +1,266 @@
+"""The working store: an OME-Zarr 0.5 group with one sharded Zarr v3 array, one shard for each block's core.
+
+The pipeline writes finished cores into it and reads them back; ``export`` turns it into the final output. A
+shard is one file that TensorStore writes under a temporary name and renames, so it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from connectomics.errors import OutputError, VolumeError
+from connectomics.fingerprint import sha256_of_file
+from connectomics.geometry import Box, Vec3, vec3
+from connectomics.io.atomic import replacing, write_text
+from connectomics.io.source import READ_ERRORS, Source, reason
+from connectomics.io.stored import StoredVolume
+from connectomics.io.volume import Array, VolumeInfo
+from connectomics.io.zarr_volume import open_array, open_zarr
+
+ARRAY = "0"
+ATTRIBUTES = "connectomics"
+STAMP = "stamp"
+METADATA = "zarr.json"
+
+
+class Store:
+    """A volume that is read and written shard by shard; made by ``create_store`` and ``open_store``."""
+
+    def __init__(self, path: Path, reader: StoredVolume, array: Any, attributes: dict[str, object]) -> None:
+        self._path = path
+        self._reader = reader
+        self._array = array
+        self._attributes = attributes
+        self._shard_shape = vec3(array.chunk_layout.write_chunk.shape[-3:])
+        chunk_shape = vec3(array.chunk_layout.read_chunk.shape[-3:])
+        self._info = dataclasses.replace(reader.info, chunk_shape=chunk_shape)
+
+    @property
+    def path(self) -> Path:
+        """Folder of the group."""
+        return self._path
+
+    @property
+    def info(self) -> VolumeInfo:
+        """Shape, dtype and physical frame; ``chunk_shape`` is the inner chunk of a shard."""
+        return self._info
+
+    @property
+    def shard_shape(self) -> Vec3:
+        """(z, y, x) of what one file holds; shards at the far faces are clipped."""
+        return self._shard_shape
+
+    @property
+    def attributes(self) -> dict[str, object]:
+        """What ``create_store`` was given to keep with the volume."""
+        return dict(self._attributes)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """Names, sizes and modification times of all files, folded."""
+        return self._reader.identity
+
+    def read(self, box: Box) -> Array:
+        """Voxels of ``box`` as a new (c, z, y, x) array; 0 where no shard was written yet.
+
+        Raises
+        ------
+        VolumeError
+            If a shard is damaged, or ``box`` is not inside the volume.
+        """
+        return self._reader.read(box)
+
+    def write(self, box: Box, array: Array) -> None:
+        """Write whole shards; on return they are on the disk.
+
+        Parameters
+        ----------
+        box
+            One or more whole shards, clipped to the volume.
+        array
+            (c, z, y, x) of the store's dtype.
+
+        Raises
+        ------
+        OutputError
+            If the storage refuses; the message names the path and the box.
+        """
+        expected = (self._info.channels, *box.shape)
+        if array.shape != expected or array.dtype != self._info.dtype:
+            raise ValueError(f"expected {expected} {self._info.dtype}, got {array.shape} {array.dtype}")
+        if not self._is_whole_shards(box):
+            raise ValueError(f"{box} does not consist of whole shards of {self._shard_shape} in {self._info.extent}")
+        index = box.slices if self._array.rank == 3 else (slice(None), *box.slices)
+        try:
+            self._array[index].write(array[0] if self._array.rank == 3 else array).result()
+        except READ_ERRORS as error:
+            raise OutputError(
+                f"cannot write voxels {box.start} to {box.stop} of {self._path}: {reason(error)}. Free "
+                "disk space or mend the permission, then run again; finished blocks are kept."
+            ) from error
+
+    def shard_path(self, box: Box) -> Path:
+        """The file of ``box``, which must be exactly one shard clipped to the volume; it may be absent."""
+        index = [start // size for start, size in zip(box.start, self._shard_shape, strict=True)]
+        last = [-(-stop // size) for stop, size in zip(box.stop, self._shard_shape, strict=True)]
+        if not self._is_whole_shards(box) or any(b - a != 1 for a, b in zip(index, last, strict=True)):
+            raise ValueError(f"{box} is not one shard of {self._shard_shape} in {self._info.extent}")
+        channel = ["0"] if self._array.rank == 4 else []
+        return self._path.joinpath(ARRAY, "c", *channel, *map(str, index))
+
+    def checksum(self, box: Box) -> str:
+        """sha256 of the file that holds ``box``, which must be exactly one shard clipped to the volume.
+
+        Raises
+        ------
+        VolumeError
+            If the shard is absent or unreadable.
+        """
+        file = self.shard_path(box)
+        try:
+            return sha256_of_file(file)
+        except OSError as error:
+            why = "it was not written" if isinstance(error, FileNotFoundError) else reason(error)
+            raise VolumeError(f"no shard {file} for voxels {box.start} to {box.stop}: {why}.") from error
+
+    def close(self) -> None:
+        """Release the storage; closing twice is harmless."""
+        self._reader.close()
+
+    def _is_whole_shards(self, box: Box) -> bool:
+        if box.voxels == 0 or not Box.of_shape(self._info.extent).contains(box):
+            return False
+        edges = zip(box.start, box.stop, self._shard_shape, self._info.extent, strict=True)
+        return all(a % size == 0 and (b % size == 0 or b == end) for a, b, size, end in edges)
+
+
+def create_store(path: Path, info: VolumeInfo, *, shard_shape: Vec3, attributes: dict[str, object]) -> Store:
+    """Make an empty working store at ``path``, which must not exist.
+
+    Parameters
+    ----------
+    path
+        Folder to be made.
+    info
+        Its ``chunk_shape`` must divide ``shard_shape``; one channel is stored as (z, y, x), more as
+        (c, z, y, x).
+    shard_shape
+        (z, y, x) of one file.
+    attributes
+        JSON-able facts kept with the volume.
+
+    Raises
+    ------
+    OutputError
+        If the path is taken or cannot be written.
+    """
+    if any(shard % chunk for shard, chunk in zip(shard_shape, info.chunk_shape, strict=True)):
+        raise ValueError(f"chunks of {info.chunk_shape} do not divide shards of {shard_shape}")
+    if path.exists() or path.is_symlink():
+        raise OutputError(f"cannot make a working store at {path}: the name is taken; open or remove it.")
+    try:
+        with replacing(path) as temporary:
+            (temporary / ARRAY).mkdir(parents=True)
+            (temporary / METADATA).write_text(
+                json.dumps(_group(path.stem, info, attributes), indent=2, allow_nan=False)
+            )
+            (temporary / ARRAY / METADATA).write_text(json.dumps(_array_metadata(info, shard_shape), indent=2))
+    except OSError as error:
+        raise OutputError(
+            f"cannot make a working store at {path}: {reason(error)}. Choose another output folder or mend this one."
+        ) from error
+    return open_store(path)
+
+
+def open_store(path: Path) -> Store:
+    """Open a working store for reading and writing, keeping what it holds.
+
+    Lock files that killed writers left are removed, so the caller must be the only writer.
+
+    Raises
+    ------
+    OutputError
+        If there is no working store of this program or it cannot be opened.
+    """
+    try:
+        for lock in path.joinpath(ARRAY).rglob("*.__lock"):
+            lock.unlink(missing_ok=True)
+        attributes = json.loads((path / METADATA).read_text())["attributes"][ATTRIBUTES]
+        reader = open_zarr(Source(str(path), path, ARRAY))
+        array = open_array(path / ARRAY, 3, writable=True)
+    except (VolumeError, *READ_ERRORS) as error:
+        raise OutputError(f"cannot open the working store {path}: {reason(error)}. Remove it to begin anew.") from error
+    return Store(path, reader, array, attributes)
+
+
+def stamp_store(path: Path, stamp: dict[str, object], name: str) -> None:
+    """Keep ``stamp`` with the store at ``path`` and call its image ``name``, whole or not at all.
+
+    Raises
+    ------
+    OSError
+        If the metadata cannot be read or written.
+    """
+    group = json.loads((path / METADATA).read_text())
+    group["attributes"][ATTRIBUTES][STAMP] = stamp
+    group["attributes"]["ome"]["multiscales"][0]["name"] = name
+    write_text(path / METADATA, json.dumps(group, indent=2, allow_nan=False))
+
+
+def stamp_of_store(path: Path) -> object:
+    """What ``stamp_store`` kept; errors are those of reading files and JSON."""
+    return json.loads((path / METADATA).read_text())["attributes"][ATTRIBUTES][STAMP]
+
+
+def _group(name: str, info: VolumeInfo, attributes: dict[str, object]) -> dict[str, object]:
+    unit = {} if info.voxel_size_nm is None else {"unit": "nanometer"}
+    channel = [] if info.channels == 1 else [{"name": "c", "type": "channel"}]
+    transformations = [
+        {"type": "scale", "scale": [1.0] * len(channel) + list(info.voxel_size_nm or (1.0, 1.0, 1.0))},
+        {"type": "translation", "translation": [0.0] * len(channel) + list(info.origin_nm)},
+    ]
+    multiscale = {
+        "name": name,
+        "axes": channel + [{"name": axis, "type": "space", **unit} for axis in "zyx"],
+        "datasets": [{"path": ARRAY, "coordinateTransformations": transformations}],
+    }
+    ome = {"version": "0.5", "multiscales": [multiscale]}
+    return {"zarr_format": 3, "node_type": "group", "attributes": {"ome": ome, ATTRIBUTES: attributes}}
+
+
+def _array_metadata(info: VolumeInfo, shard_shape: Vec3) -> dict[str, object]:
+    several = info.channels > 1
+    size = info.dtype.itemsize
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    compressor = {
+        "name": "blosc",
+        "configuration": {
+            "cname": "zstd",
+            "clevel": 3,
+            "shuffle": "shuffle" if size > 1 else "noshuffle",
+            "typesize": size,
+            "blocksize": 0,
+        },
+    }
+    sharding = {
+        "chunk_shape": [1] * several + list(info.chunk_shape),
+        "codecs": [little, compressor],
+        "index_codecs": [little, {"name": "crc32c"}],
+        "index_location": "start",
+    }
+    shard = [info.channels] * several + list(shard_shape)
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(info.shape if several else info.extent),
+        "data_type": info.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "fill_value": 0 if info.dtype.kind in "iu" else 0.0,
+        "dimension_names": list("czyx" if several else "zyx"),
+        "attributes": {},
+    }

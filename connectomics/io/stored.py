@@ -1,0 +1,273 @@
+"""What all formats share: stored axes against (c, z, y, x), dtypes, and the reader itself.
+
+Each format finds its array and hands ``StoredVolume`` a function that fetches an index of it; only this file
+knows about transposing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from connectomics.errors import VolumeError
+from connectomics.geometry import Box, Vec3, vec3
+from connectomics.io.source import READ_ERRORS, Source, reason
+from connectomics.io.volume import Array, Nanometres, VolumeInfo
+
+AXES = "czyx"
+CACHE_BYTES = 128 << 20
+PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which letter each stored axis has; ``t`` marks an axis of length 1 that is dropped.
+
+    Examples
+    --------
+    >>> Layout("xyz", (4, 3, 2)).shape
+    (1, 2, 3, 4)
+    """
+
+    letters: str
+    stored: tuple[int, ...]
+
+    def size(self, letter: str) -> int:
+        """Length of the axis ``letter``; 1 where the array has no such axis."""
+        return self.stored[self.letters.index(letter)] if letter in self.letters else 1
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(c, z, y, x) in voxels."""
+        return (self.size("c"), self.size("z"), self.size("y"), self.size("x"))
+
+    def chunk(self, stored_chunk: Sequence[int]) -> Vec3:
+        """(z, y, x) of a stored chunk, clipped to the volume."""
+        lengths = dict(zip(self.letters, stored_chunk, strict=True))
+        return vec3([max(1, min(lengths.get(letter, 1), self.size(letter))) for letter in "zyx"])
+
+    def index(self, box: Box) -> tuple[slice, ...]:
+        """The index of ``box`` (all channels) into the stored array."""
+        spans = dict(zip("zyx", box.slices, strict=True))
+        spans["c"] = slice(0, self.size("c"))
+        return tuple(spans.get(letter, slice(0, 1)) for letter in self.letters)
+
+    def arrange(self, block: Array) -> Array:
+        """A stored block, seen as (c, z, y, x)."""
+        kept = [i for i, letter in enumerate(self.letters) if letter != "t"]
+        order = sorted(kept, key=lambda i: AXES.index(self.letters[i]))
+        dropped = [i for i in range(block.ndim) if i not in kept]
+        ordered = block.transpose(dropped + order)[(0,) * len(dropped)]
+        lengths = dict(zip((self.letters[i] for i in order), ordered.shape, strict=True))
+        arranged: Array = ordered.reshape([lengths.get(letter, 1) for letter in AXES])
+        return arranged
+
+
+def layout_of(source: Source, stored: Sequence[int], found: str | None) -> Layout:
+    """Decide the stored axes from the user's override, the file's own letters, or the number of axes.
+
+    Parameters
+    ----------
+    source
+        The request; ``source.axes`` comes first.
+    stored
+        Shape of the stored array.
+    found
+        Letters out of t, c, z, y, x that the file states, ``?`` for an axis of another kind, or None.
+
+    Raises
+    ------
+    VolumeError
+        If the letters do not fit the array, an axis is empty, or a time axis is longer than 1.
+    """
+    shape = tuple(int(n) for n in stored)
+    default = {2: "yx", 3: "zyx", 4: "czyx"}.get(len(shape))
+    letters = source.axes or found or default
+    if letters is None:
+        raise VolumeError(
+            f"{source.uri}: the array has {len(shape)} axes, shape {shape}; a volume has 2 (y, x), 3 (z, "
+            "y, x) or 4 (c, z, y, x). Name an array of fewer axes or state the axes."
+        )
+    if len(letters) != len(shape):
+        raise VolumeError(
+            f"{source.uri}: the axes {letters!r} name {len(letters)} axes, but the stored array has "
+            f"{len(shape)}, shape {shape}; give one letter for each of them."
+        )
+    if min(shape) < 1:
+        raise VolumeError(f"{source.uri}: the array of shape {shape} has an axis without voxels; nothing to read.")
+    for letter, length in zip(letters, shape, strict=True):
+        if letter in "t?" and length > 1:
+            kind = "a time axis" if letter == "t" else "an axis of unknown kind"
+            raise VolumeError(
+                f"{source.uri}: {kind} of length {length} in an array of shape {shape} (axes "
+                f"{letters!r}); export a single one of "
+                "them, or state what the axes are with axes=, for example 'zyx'."
+            )
+    letters = letters.replace("?", "t")
+    spatial = letters.replace("t", "")
+    if set(spatial) - set(AXES) or len(set(spatial)) < len(spatial) or not {"y", "x"} <= set(spatial):
+        raise VolumeError(
+            f"{source.uri}: cannot use the axes {letters!r} for an array of shape {shape}: each of c, z, "
+            "y, x may stand once, y and x must; state them with axes=, for example 'zyx' or 'czyx'."
+        )
+    return Layout(letters, shape)
+
+
+def native_dtype(source: Source, dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:
+    """The dtype in which voxels are handed out: this machine's byte order, bool as uint8.
+
+    Raises
+    ------
+    VolumeError
+        For anything but bool, integers and floats of at most 64 bit.
+    """
+    if dtype.kind == "b":
+        return np.dtype(np.uint8)
+    if dtype.kind not in "iuf" or dtype.itemsize > 8 or dtype.names is not None:
+        raise VolumeError(
+            f"{source.uri}: voxels of type {dtype} cannot be read as intensities or labels; expected "
+            "bool, integers or floats of at most 64 bit. Convert the array or name another one."
+        )
+    return dtype.newbyteorder("=")
+
+
+def info_of(
+    source: Source,
+    layout: Layout,
+    dtype: np.dtype[np.generic],
+    stored_chunk: Sequence[int],
+    *,
+    voxel_size_nm: Nanometres | None = None,
+    origin_nm: Nanometres = (0.0, 0.0, 0.0),
+) -> VolumeInfo:
+    """The volume's description; the request's voxel size wins over ``voxel_size_nm`` found in the file.
+
+    Raises
+    ------
+    VolumeError
+        If the dtype cannot be used or the requested voxel size is not positive.
+    """
+    native = native_dtype(source, dtype)
+    stated = source.voxel_size_nm
+    try:
+        return VolumeInfo(layout.shape, native, layout.chunk(stored_chunk), stated or voxel_size_nm, origin_nm)
+    except ValueError as error:
+        raise VolumeError(f"{source.uri}: {error}") from error
+
+
+def row_chunk(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Whole rows of about 1 MiB: the cheap unit of an array stored in C order without chunks."""
+    rows = max(1, PIECE_BYTES // max(1, shape[-1] * itemsize))
+    return (*(1,) * (len(shape) - 2), min(shape[-2], rows), shape[-1])
+
+
+class RecentArrays:
+    """The arrays decoded last, so that reading stripe by stripe decodes each piece once; bounded in bytes."""
+
+    def __init__(self, limit_bytes: int = CACHE_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._arrays: OrderedDict[Hashable, Array] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, decode: Callable[[], Array]) -> Array:
+        """The array of ``key``, decoded now unless it is a recent one; callers must not write to it."""
+        with self._lock:
+            if key in self._arrays:
+                self._arrays.move_to_end(key)
+                return self._arrays[key]
+        array = decode()
+        with self._lock:
+            self._arrays[key] = array
+            while len(self._arrays) > 1 and sum(a.nbytes for a in self._arrays.values()) > self._limit_bytes:
+                self._arrays.popitem(last=False)
+        return array
+
+    def clear(self) -> None:
+        """Forget all arrays."""
+        with self._lock:
+            self._arrays.clear()
+
+
+class StoredVolume:
+    """A VolumeReader over any storage that can fetch an index of its array; safe for several threads.
+
+    Parameters
+    ----------
+    source
+        The request, for messages.
+    info
+        Description of the volume.
+    layout
+        Axes of the stored array.
+    fetch
+        Gives the voxels at an index (one slice for each stored axis) as a new array.
+    identity
+        Computes the identity; called once, when first asked for.
+    release
+        Closes what ``fetch`` uses.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        info: VolumeInfo,
+        layout: Layout,
+        *,
+        fetch: Callable[[tuple[slice, ...]], Array],
+        identity: Callable[[], dict[str, object]],
+        release: Callable[[], None],
+    ) -> None:
+        self._source = source
+        self._info = info
+        self._layout = layout
+        self._fetch = fetch
+        self._compute_identity = identity
+        self._identity: dict[str, object] | None = None
+        self._release = release
+        self._closed = False
+
+    @property
+    def info(self) -> VolumeInfo:
+        """Shape, dtype and physical frame."""
+        return self._info
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """Names, sizes and modification times of the files that make up the volume."""
+        if self._identity is None:
+            try:
+                self._identity = self._compute_identity()
+            except OSError as error:
+                raise VolumeError(f"cannot examine the files of {self._source.uri}: {reason(error)}.") from error
+        return dict(self._identity)
+
+    def read(self, box: Box) -> Array:
+        """Voxels of ``box`` as a new (c, z, y, x) array of ``info.dtype``.
+
+        Raises
+        ------
+        VolumeError
+            If the storage cannot be read, the volume is closed, or ``box`` is not inside it.
+        """
+        where = f"{self._source.uri}, voxels {box.start} to {box.stop}"
+        if self._closed:
+            raise VolumeError(f"cannot read {where}: the volume was closed.")
+        if not Box.of_shape(self._info.extent).contains(box):
+            raise VolumeError(f"cannot read {where}: outside the volume of (z, y, x) = {self._info.extent}.")
+        if box.voxels == 0:
+            return np.empty((self._info.channels, *box.shape), self._info.dtype)
+        try:
+            block = self._layout.arrange(self._fetch(self._layout.index(box)))
+        except READ_ERRORS as error:
+            raise VolumeError(f"cannot read {where}: {reason(error)}. Check that the file is complete.") from error
+        return np.asarray(block, dtype=self._info.dtype, order="C")
+
+    def close(self) -> None:
+        """Release the storage; closing twice is harmless."""
+        if not self._closed:
+            self._closed = True
+            self._release()

@@ -1,0 +1,251 @@
+"""TIFF volumes: multi-page, BigTIFF, tiled, ImageJ hyperstacks, OME-TIFF; for ``opening`` and ``images``.
+
+Only the pages, strips and tiles that touch a box are read: uncompressed pages by memory map.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import struct
+import threading
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import tifffile
+
+from connectomics.errors import VolumeError
+from connectomics.io.source import NM_PER_UNIT, READ_ERRORS, Source, file_identity, three_positive, unreadable
+from connectomics.io.stored import Layout, RecentArrays, StoredVolume, info_of, layout_of, row_chunk
+from connectomics.io.volume import Array, Nanometres
+
+LETTERS = {"S": "c", "C": "c", "Q": "z", "I": "z", "Z": "z", "Y": "y", "X": "x", "T": "t"}
+"""TIFF series axes: samples are channels, pages of unstated meaning are sections."""
+JPEG_COMPRESSIONS = (6, 7, 33007, 34892)
+
+
+def open_tiff(source: Source) -> StoredVolume:
+    """Open one image series (level 0 of a pyramid) of a TIFF file for lazy reading.
+
+    Raises
+    ------
+    VolumeError
+        If the file is damaged, cut short, one part of a set, or holds several images of differing shape.
+    """
+    try:
+        with contextlib.ExitStack() as opened:
+            identity = file_identity(source.path)
+            stream = opened.enter_context(source.path.open("rb"))
+            tif = opened.enter_context(tifffile.TiffFile(source.path))
+            series, number = _series(source, tif)
+            _require_whole(source, tif, series)
+            layout = layout_of(source, series.shape, "".join(LETTERS.get(letter, "?") for letter in series.axes))
+            pages = _Pages(source, series, layout, stream.fileno())
+            info = info_of(source, layout, series.dtype, pages.chunk(), voxel_size_nm=_voxel_size(tif, number))
+            opened.callback(pages.forget)
+            release = opened.pop_all().close
+    except (AssertionError, *READ_ERRORS) as error:  # tifffile asserts what a damaged file may break
+        raise unreadable(source, "TIFF", error) from error
+    if source.inner is not None:
+        identity["series"] = number
+    return StoredVolume(source, info, layout, fetch=pages.fetch, identity=lambda: identity, release=release)
+
+
+def _series(source: Source, tif: Any) -> tuple[Any, int]:
+    count = len(tif.series)
+    if source.inner is not None:
+        if not source.inner.isdecimal() or int(source.inner) >= count:
+            raise VolumeError(
+                f"{source.uri}: no image series {source.inner!r}; the file holds {count}, counted from 0."
+            )
+        return tif.series[int(source.inner)], int(source.inner)
+    if count == 0:
+        raise VolumeError(f"{source.uri}: the TIFF file holds no image.")
+    if count > 1:
+        shapes = ", ".join(f"{s.shape} {s.dtype}" for s in tif.series[:4])
+        raise VolumeError(
+            f"{source.uri}: the file holds {count} image series that differ ({shapes}); name one as "
+            f"{source.path.name}::0, or write sections of one shape and dtype."
+        )
+    return tif.series[0], 0
+
+
+def _require_whole(source: Source, tif: Any, series: Any) -> None:
+    """Refuse files whose chain of pages is cut, and sets of which this file is one part."""
+    if series.is_multifile:
+        raise VolumeError(f"{source.uri}: one part of an OME-TIFF set of several files; join them into one file first.")
+    if series.transform is not None:
+        raise VolumeError(
+            f"{source.uri}: {series.kind} images need a conversion that is not supported; export as TIFF."
+        )
+    format_ = tif.tiff
+    with source.path.open("rb") as stream:
+        stream.seek(tif.pages[-1].offset)
+        (tags,) = struct.unpack(format_.tagnoformat, stream.read(format_.tagnosize))
+        stream.seek(tags * format_.tagsize, os.SEEK_CUR)
+        (following,) = struct.unpack(format_.offsetformat, stream.read(format_.offsetsize))
+    whole = following == 0 or any(following == page.offset for page in tif.pages)
+    if series.is_truncated or not whole or any(page is None for page in series.pages):
+        raise VolumeError(f"{source.uri}: the TIFF file is truncated or lacks pages; copy or write it again.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """The strips or tiles of a page: their size in rows and columns, and how many there are."""
+
+    height: int
+    width: int
+    down: int
+    across: int
+    total: int
+
+    @classmethod
+    def of(cls, page: Any) -> _Pieces:
+        height = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
+        width = page.tilewidth if page.is_tiled else page.imagewidth
+        down, across = -(-page.imagelength // height), -(-page.imagewidth // width)
+        return cls(height, width, down, across, int(np.prod(page.chunked)))
+
+    def touching(self, rows: slice, columns: slice) -> list[int]:
+        """Numbers of the pieces that touch the rows and columns, in every plane of samples or depth."""
+        return [
+            (plane * self.down + i) * self.across + j
+            for plane in range(self.total // (self.down * self.across))
+            for i in range(rows.start // self.height, -(-rows.stop // self.height))
+            for j in range(columns.start // self.width, -(-columns.stop // self.width))
+        ]
+
+
+class _Pages:
+    """The pages of a series as one array; the last decoded strips and tiles are remembered."""
+
+    def __init__(self, source: Source, series: Any, layout: Layout, descriptor: int) -> None:
+        self._path = source.path
+        self._series = series
+        self._key = series.keyframe
+        self._shape = layout.stored
+        self._outer = len(self._shape) - len(self._key.shape)
+        if self._shape[self._outer :] != tuple(self._key.shape):
+            raise VolumeError(
+                f"{source.uri}: pages of shape {self._key.shape} in a series of {self._shape}; not supported."
+            )
+        self._y = self._key.axes.index("Y")
+        self._x = self._key.axes.index("X")
+        self._pieces = _Pieces.of(self._key)
+        self._decode = self._key.decode
+        self._recent = RecentArrays()
+        self._lock = threading.Lock()
+        self._descriptor = descriptor
+
+    def forget(self) -> None:
+        """Drop the remembered pieces."""
+        self._recent.clear()
+
+    def chunk(self) -> tuple[int, ...]:
+        """Stored shape of the piece that is cheapest to read at once."""
+        whole = list(self._key.shape)
+        if self._key.is_final:
+            height, width = row_chunk((self._key.imagelength, self._key.imagewidth), self._key.dtype.itemsize)
+        else:
+            height, width = self._pieces.height, self._pieces.width
+        whole[self._y], whole[self._x] = height, width
+        return (*(1,) * self._outer, *whole)
+
+    def fetch(self, index: tuple[slice, ...]) -> Array:
+        outer, inner = index[: self._outer], index[self._outer :]
+        rows, columns = inner[self._y], inner[self._x]
+        rest = tuple(slice(None) if i in (self._y, self._x) else span for i, span in enumerate(inner))
+        seen = list(self._key.shape)
+        seen[self._y], seen[self._x] = rows.stop - rows.start, columns.stop - columns.start
+        result = np.empty([span.stop - span.start for span in index], self._key.dtype)
+        for at in itertools.product(*(range(span.start, span.stop) for span in outer)):
+            number = int(np.ravel_multi_index(at, self._shape[: self._outer])) if at else 0
+            window = self._window(number, rows, columns).reshape(seen)
+            result[tuple(a - span.start for a, span in zip(at, outer, strict=True))] = window[rest]
+        return result
+
+    def _window(self, number: int, rows: slice, columns: slice) -> Array:
+        """Rows and columns of a page as (sample plane, depth, rows, columns, samples)."""
+        with self._lock:
+            page = self._series.pages[number]
+            offsets, counts = page.dataoffsets, page.databytecounts
+        follows = all(a + n == b for a, n, b in zip(offsets, counts, offsets[1:], strict=False))
+        if self._key.is_final and follows:
+            dtype = self._key.dtype.newbyteorder(self._key.parent.byteorder)
+            mapped = np.memmap(self._path, dtype, "r", offsets[0], self._key.shaped)
+            return np.array(mapped[:, :, rows, columns], dtype=self._key.dtype)
+        planes, depth, _, _, samples = self._key.shaped
+        shape = (planes, depth, rows.stop - rows.start, columns.stop - columns.start, samples)
+        window = np.full(shape, self._key.nodata, self._key.dtype)
+        for piece in self._pieces.touching(rows, columns):
+            if counts[piece] == 0:
+                continue
+            values = self._piece(number, piece, page)
+            plane, deep, top, left, _ = self._decode(None, piece)[1]
+            first, last = max(top, rows.start), min(top + values.shape[1], rows.stop)
+            begin, end = max(left, columns.start), min(left + values.shape[2], columns.stop)
+            window[
+                plane,
+                deep : deep + values.shape[0],
+                first - rows.start : last - rows.start,
+                begin - columns.start : end - columns.start,
+            ] = values[: depth - deep, first - top : last - top, begin - left : end - left]
+        return window
+
+    def _piece(self, number: int, piece: int, page: Any) -> Array:
+        """One strip or tile, decoded, as (depth, rows, columns, samples)."""
+
+        def decode() -> Array:
+            offset, count = page.dataoffsets[piece], page.databytecounts[piece]
+            data = os.pread(self._descriptor, count, offset)
+            if len(data) < count:
+                raise EOFError(f"page {number} is cut after {len(data)} of {count} bytes at offset {offset}")
+            tables: dict[str, Any] = {}
+            if self._key.compression in JPEG_COMPRESSIONS:
+                tables = {"jpegtables": page.jpegtables, "jpegheader": self._key.jpegheader}
+            values: Array = self._decode(data, piece, **tables)[0]
+            return values
+
+        return self._recent.get((number, piece), decode)
+
+
+def _voxel_size(tif: Any, number: int) -> Nanometres | None:
+    """Voxel size from OME, ImageJ or this program's own metadata; resolution tags alone say nothing."""
+    if tif.is_ome:
+        return _ome_voxel_size(tif.ome_metadata, number)
+    if tif.is_imagej:
+        return _imagej_voxel_size(tif)
+    if tif.is_shaped:
+        return three_positive(tif.shaped_metadata[0].get("voxel_size_nm"))
+    return None
+
+
+def _ome_voxel_size(xml: str, number: int) -> Nanometres | None:
+    try:
+        pixels = [e for e in ElementTree.fromstring(xml).iter() if e.tag.rpartition("}")[2] == "Pixels"]
+        stated = pixels[number].attrib
+        factors = [_nanometres(stated.get(f"PhysicalSize{axis}Unit", "µm")) for axis in "ZYX"]
+        sizes = [float(stated.get(f"PhysicalSize{axis}", "nan")) for axis in "ZYX"]
+    except (ElementTree.ParseError, IndexError, ValueError):
+        return None
+    return three_positive([size * factor for size, factor in zip(sizes, factors, strict=True)])
+
+
+def _imagej_voxel_size(tif: Any) -> Nanometres | None:
+    metadata = tif.imagej_metadata or {}
+    factor = _nanometres(str(metadata.get("unit", "")))
+    tags = tif.pages[0].tags
+    try:
+        in_plane = [tags[name].value[1] / tags[name].value[0] for name in ("YResolution", "XResolution")]
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None
+    return three_positive([metadata.get("spacing", np.nan), *in_plane], factor)
+
+
+def _nanometres(unit: str) -> float:
+    """Nanometres in one ``unit``; not a number where the unit is unknown."""
+    plain = unit.strip().lower().replace("\\u00b5", "u").replace("µ", "u").replace("μ", "u")
+    return NM_PER_UNIT.get(plain, NM_PER_UNIT.get(plain.removesuffix("s"), float("nan")))

@@ -1,0 +1,246 @@
+"""Zarr v2, v3 and OME-Zarr volumes through TensorStore; ``path.zarr::0`` picks a level; for ``opening``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from connectomics.errors import VolumeError
+from connectomics.io.source import (
+    NM_PER_UNIT,
+    READ_ERRORS,
+    Source,
+    folded_identity,
+    three_positive,
+    unreadable,
+)
+from connectomics.io.stored import StoredVolume, info_of, layout_of
+from connectomics.io.volume import Array, Nanometres
+
+METADATA_FILES = ("zarr.json", ".zarray", ".zgroup")
+DEEPEST = 8
+"""Levels of groups that are searched above an array for its multiscales and below a group for arrays."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """An array or group folder: its format (2 or 3), its metadata and its attributes."""
+
+    path: Path
+    version: int
+    is_array: bool
+    metadata: dict[str, Any]
+    attributes: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What OME metadata say of one array: axis letters, voxel size and position of the first voxel."""
+
+    letters: str
+    voxel_size_nm: Nanometres | None
+    origin_nm: Nanometres
+    group: Path
+
+
+def open_zarr(source: Source) -> StoredVolume:
+    """Open one array of a Zarr hierarchy for lazy reading.
+
+    Raises
+    ------
+    VolumeError
+        If there is no such array, its metadata are damaged, or its codecs or dtype are not supported.
+    """
+    try:
+        node = _choose(source)
+        frame = _frame(source, node)
+        layout = layout_of(source, _shape(source, node), frame.letters if frame else _dimension_names(node))
+        _require_plain(source, node)
+        array = open_array(node.path, node.version)
+        info = info_of(
+            source,
+            layout,
+            array.dtype.numpy_dtype,
+            array.chunk_layout.read_chunk.shape,
+            voxel_size_nm=frame.voxel_size_nm if frame else None,
+            origin_nm=frame.origin_nm if frame else (0.0, 0.0, 0.0),
+        )
+    except READ_ERRORS as error:
+        raise unreadable(source, "Zarr", error) from error
+
+    def fetch(index: tuple[slice, ...]) -> Array:
+        block: Array = array[index].read().result()
+        return block
+
+    def identity() -> dict[str, object]:
+        files = list(_files(node.path))
+        if frame is not None:
+            files += [(f"../{name}", path) for name, path in _metadata_files(frame.group)]
+        return {**folded_identity(source.path.name, files), "array": source.inner or ""}
+
+    return StoredVolume(source, info, layout, fetch=fetch, identity=identity, release=lambda: None)
+
+
+def open_array(path: Path, version: int, *, writable: bool = False) -> Any:
+    """TensorStore's handle of the array in a folder; written chunks are kept even where all zero."""
+    spec = {
+        "driver": "zarr3" if version == 3 else "zarr",
+        "kvstore": {"driver": "file", "path": f"{path.resolve()}/"},
+    }
+    options = {"store_data_equal_to_fill_value": True} if writable else {}
+    return ts.open({**spec, **options}, open=True, read=True, write=writable, context=ts.Context()).result()
+
+
+def _node(path: Path) -> _Node | None:
+    """The array or group in a folder, or None where there is neither."""
+    found = {name: json.loads((path / name).read_bytes()) for name in METADATA_FILES if (path / name).exists()}
+    if any(not isinstance(metadata, dict) for metadata in found.values()):
+        raise ValueError(f"the metadata in {path} are not a JSON object")
+    if "zarr.json" in found:
+        metadata = found["zarr.json"]
+        return _Node(path, 3, metadata.get("node_type") == "array", metadata, metadata.get("attributes") or {})
+    if found:
+        attributes = json.loads((path / ".zattrs").read_bytes()) if (path / ".zattrs").exists() else {}
+        return _Node(path, 2, ".zarray" in found, found.get(".zarray", {}), attributes)
+    return None
+
+
+def _choose(source: Source) -> _Node:
+    """The array that the request means."""
+    inner = PurePosixPath(source.inner or "")
+    if inner.is_absolute() or ".." in inner.parts:
+        raise VolumeError(f"{source.uri}: the array {source.inner!r} lies outside the Zarr folder; name one inside.")
+    root = source.path
+    node = _node(root / inner)
+    if node is not None and node.is_array:
+        return node
+    if node is not None:
+        for dataset in _datasets(node):
+            level = PurePosixPath(str(dataset.get("path")))
+            chosen = None if ".." in level.parts or level.is_absolute() else _node(node.path / level)
+            if chosen is not None and chosen.is_array:
+                return chosen
+            raise VolumeError(f"{source.uri}: the multiscales metadata name the array {level}, which is absent.")
+    names = sorted(str(path.relative_to(root)) for path in _arrays(root, DEEPEST))
+    within = [name for name in names if PurePosixPath(name).is_relative_to(inner)]
+    only = _node(root / within[0]) if len(within) == 1 and node is not None else None
+    if only is not None:
+        return only
+    if not names:
+        raise VolumeError(f"{source.uri}: no Zarr array in this folder; expected zarr.json or .zarray files.")
+    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    what = f"no array or level {source.inner!r}" if source.inner else "several arrays and no multiscales metadata"
+    raise VolumeError(f"{source.uri}: {what}; the folder holds {listed}. Name one as {root.name}::array.")
+
+
+def _arrays(folder: Path, depth: int) -> Iterator[Path]:
+    """Folders of arrays below a group, not looking inside arrays."""
+    node = _node(folder)
+    if node is not None and node.is_array:
+        yield folder
+    elif depth > 0:
+        for child in folder.iterdir():
+            if child.is_dir():
+                yield from _arrays(child, depth - 1)
+
+
+def _multiscale(node: _Node) -> dict[str, Any]:
+    """The first multiscales entry of a group, OME-Zarr 0.1 to 0.5; empty where there is none."""
+    ome = node.attributes.get("ome")
+    entries = (ome if isinstance(ome, dict) else node.attributes).get("multiscales")
+    first = entries[0] if isinstance(entries, list) and entries else {}
+    return first if isinstance(first, dict) else {}
+
+
+def _datasets(node: _Node) -> list[dict[str, Any]]:
+    return [dataset for dataset in _multiscale(node).get("datasets", []) if isinstance(dataset, dict)]
+
+
+def _shape(source: Source, node: _Node) -> list[int]:
+    shape = node.metadata.get("shape")
+    if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
+        raise VolumeError(f"{source.uri}: the Zarr metadata state no usable shape, but {shape!r}.")
+    return shape
+
+
+def _require_plain(source: Source, node: _Node) -> None:
+    """Refuse structured, text and object arrays by their metadata, before any codec sees them."""
+    if node.version == 3:
+        name = node.metadata.get("data_type")
+        plain = isinstance(name, str) and name.rstrip("0123456789") in ("bool", "int", "uint", "float")
+    else:
+        name = node.metadata.get("dtype")
+        plain = isinstance(name, str) and name[1:2] in set("biuf")
+    if not plain:
+        raise VolumeError(
+            f"{source.uri}: voxels of type {name!r} cannot be read as intensities or labels; expected "
+            "bool, integers or floats."
+        )
+
+
+def _dimension_names(node: _Node) -> str | None:
+    names = node.metadata.get("dimension_names")
+    if isinstance(names, list) and all(name in set("tczyx") for name in names) and {"y", "x"} <= set(names):
+        return "".join(names)
+    return None
+
+
+def _frame(source: Source, node: _Node) -> _Frame | None:
+    """OME metadata of the array, from the nearest group above it that names it."""
+    for parent in list(node.path.parents)[:DEEPEST]:
+        group = _node(parent)
+        if group is None:
+            if not parent.is_relative_to(source.path):
+                return None
+            continue
+        for dataset in _datasets(group):
+            if parent / str(dataset.get("path")) == node.path:
+                multiscale = _multiscale(group)
+                stated = "axes" in multiscale or len(_shape(source, node)) == 5
+                return _frame_of(multiscale, dataset, parent) if stated else None
+    return None
+
+
+def _frame_of(multiscale: dict[str, Any], dataset: dict[str, Any], group: Path) -> _Frame | None:
+    axes = [{"name": axis} if isinstance(axis, str) else axis for axis in multiscale.get("axes") or "tczyx"]
+    letters = "".join(
+        name if name in set("tczyx") else "?" for name in (str(axis.get("name")).lower() for axis in axes)
+    )
+    scale, origin = np.ones(len(axes)), np.zeros(len(axes))
+    for holder in (dataset, multiscale):
+        for step in holder.get("coordinateTransformations") or []:
+            values = step.get(step.get("type"))
+            if step.get("type") == "scale":
+                scale, origin = scale * np.asarray(values, float), origin * np.asarray(values, float)
+            elif step.get("type") == "translation":
+                origin = origin + np.asarray(values, float)
+    if not all(letter in letters for letter in "zyx"):
+        return _Frame(letters, None, (0.0, 0.0, 0.0), group)
+    order = [letters.index(letter) for letter in "zyx"]
+    factors = [NM_PER_UNIT.get(str(axes[i].get("unit")), np.nan) for i in order]
+    voxel_size_nm = three_positive(scale[order] * factors)
+    if voxel_size_nm is None:
+        return _Frame(letters, None, (0.0, 0.0, 0.0), group)
+    z, y, x = (float(value) for value in origin[order] * factors)
+    return _Frame(letters, voxel_size_nm, (z, y, x), group)
+
+
+def _metadata_files(folder: Path) -> list[tuple[str, Path]]:
+    return [(name, folder / name) for name in ("zarr.json", ".zattrs") if (folder / name).exists()]
+
+
+def _files(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
+    """All files below a folder with their relative names, in a fixed order."""
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir():
+                yield from _files(Path(entry.path), f"{prefix}{entry.name}/")
+            elif not entry.name.endswith("__lock"):
+                yield prefix + entry.name, Path(entry.path)

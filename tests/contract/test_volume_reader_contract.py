@@ -1,0 +1,453 @@
+"""One contract for every reader: boxes equal slices of the array that another library wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import tifffile
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from connectomics.errors import VolumeError
+from connectomics.geometry import Box
+from connectomics.io.opening import open_channels, open_volume
+from connectomics.io.store import create_store
+from connectomics.io.volume import VolumeInfo, VolumeReader
+
+RNG = np.random.default_rng(20)
+ZYX = (5, 37, 29)
+
+
+def voxels(shape: tuple[int, ...], dtype: str = "uint8") -> np.ndarray:
+    kind = np.dtype(dtype).kind
+    if kind == "f":
+        return RNG.normal(size=shape).astype(dtype)
+    if kind == "b":
+        return RNG.integers(0, 2, shape).astype(bool)
+    limits = np.iinfo(dtype)
+    return RNG.integers(limits.min, limits.max, shape, dtype=np.dtype(dtype).newbyteorder("="), endpoint=True).astype(
+        dtype
+    )
+
+
+@dataclass
+class Written:
+    """A volume on disk, the (c, z, y, x) it must read as, and what its metadata say."""
+
+    uri: str
+    expected: np.ndarray
+    options: dict[str, Any] = field(default_factory=dict)
+    voxel_size_nm: tuple[float, float, float] | None = None
+    origin_nm: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
+def hdf5(shape: tuple[int, ...], dtype: str, **options: Any) -> Callable[[Path], Written]:
+    def write(folder: Path) -> Written:
+        data = voxels(shape, dtype)
+        with h5py.File(folder / "a.h5", "w") as file:
+            file.create_dataset("main", data=data, **options)
+        return Written(str(folder / "a.h5"), data.reshape((1,) * (4 - data.ndim) + data.shape))
+
+    return write
+
+
+def hdf5_named(folder: Path) -> Written:
+    data = voxels((29, 37, 5, 2), "int16")
+    with h5py.File(folder / "a.hdf5", "w") as file:
+        file.create_dataset("deep/raw", data=data, chunks=(8, 8, 5, 1))
+        file["other"] = np.zeros(3)
+        file["deep/raw"].attrs["resolution"] = (30.0, 4.0, 4.5)
+    return Written(f"{folder / 'a.hdf5'}::deep/raw", data.transpose(3, 2, 1, 0), {"axes": "xyzc"}, (30.0, 4.0, 4.5))
+
+
+def hdf5_only_one(folder: Path) -> Written:
+    data = voxels(ZYX)
+    with h5py.File(folder / "a.he5", "w") as file:
+        file["volumes/raw"] = data
+        file.attrs["element_size_um"] = (0.03, 0.004, 0.005)
+    return Written(str(folder / "a.he5"), data[None], voxel_size_nm=(30.0, 4.0, 5.0))
+
+
+def tiff(shape: tuple[int, ...], dtype: str = "uint8", **options: Any) -> Callable[[Path], Written]:
+    def write(folder: Path) -> Written:
+        data = voxels(shape, dtype)
+        tifffile.imwrite(folder / "a.tif", data, photometric="minisblack", **options)
+        return Written(str(folder / "a.tif"), data.reshape((1,) * (4 - data.ndim) + data.shape))
+
+    return write
+
+
+def tiff_page_by_page(folder: Path) -> Written:
+    data = voxels(ZYX, "uint16")
+    with tifffile.TiffWriter(folder / "a.tiff", byteorder=">") as writer:
+        for page in data:
+            writer.write(page, metadata=None, rowsperstrip=7, contiguous=False)
+    return Written(str(folder / "a.tiff"), data[None])
+
+
+def tiff_strips_apart(folder: Path) -> Written:
+    data = voxels(ZYX, "uint16")
+    with tifffile.TiffWriter(folder / "a.tiff") as writer:
+        for page in data:
+            writer.write(page, metadata=None, rowsperstrip=10, compression="deflate", predictor=True)
+    return Written(str(folder / "a.tiff"), data[None])
+
+
+def tiff_imagej(folder: Path) -> Written:
+    data = voxels((5, 2, 37, 29), "uint16")
+    tifffile.imwrite(
+        folder / "a.tif",
+        data,
+        imagej=True,
+        resolution=(1 / 0.004, 1 / 0.005),
+        metadata={"axes": "ZCYX", "spacing": 0.03, "unit": "um"},
+    )
+    return Written(str(folder / "a.tif"), data.transpose(1, 0, 2, 3), voxel_size_nm=(30.0, 5.0, 4.0))
+
+
+def tiff_imagej_frames(folder: Path) -> Written:
+    data = voxels(ZYX)
+    tifffile.imwrite(folder / "a.tif", data, imagej=True, metadata={"axes": "TYX"})
+    return Written(str(folder / "a.tif"), data[None], {"axes": "zyx"})
+
+
+def tiff_ome_pyramid(folder: Path) -> Written:
+    data = voxels((3, 2, 64, 80), "uint16")
+    with tifffile.TiffWriter(folder / "a.ome.tif", bigtiff=True) as writer:
+        sizes = {
+            "PhysicalSizeX": 4,
+            "PhysicalSizeXUnit": "nm",
+            "PhysicalSizeY": 0.005,
+            "PhysicalSizeYUnit": "µm",
+        }
+        metadata = {"axes": "ZCYX", "PhysicalSizeZ": 3e-5, "PhysicalSizeZUnit": "mm", **sizes}
+        writer.write(data, subifds=1, metadata=metadata, tile=(16, 32), compression="zstd", photometric="minisblack")
+        writer.write(data[..., ::2, ::2], subfiletype=1, tile=(16, 16), compression="zstd", photometric="minisblack")
+    return Written(str(folder / "a.ome.tif"), data.transpose(1, 0, 2, 3), voxel_size_nm=(30.0, 5.0, 4.0))
+
+
+def tiff_rgb(planar: str) -> Callable[[Path], Written]:
+    def write(folder: Path) -> Written:
+        data = voxels((5, 3, 37, 29))
+        pages = data if planar == "separate" else data.transpose(0, 2, 3, 1)
+        options = {"photometric": "rgb", "planarconfig": planar, "compression": "lzw", "tile": (16, 16)}
+        tifffile.imwrite(folder / "a.tif", pages, **options)
+        return Written(str(folder / "a.tif"), data.transpose(1, 0, 2, 3))
+
+    return write
+
+
+def tiff_jpeg(folder: Path) -> Written:
+    data = voxels((2, 64, 48))
+    tifffile.imwrite(folder / "a.tif", data, compression="jpeg", tile=(16, 16), photometric="minisblack")
+    return Written(str(folder / "a.tif"), tifffile.imread(folder / "a.tif")[None])
+
+
+def tiff_series(folder: Path) -> Written:
+    first, second = voxels((4, 8, 9)), voxels(ZYX, "float32")
+    with tifffile.TiffWriter(folder / "a.tif") as writer:
+        writer.write(first, photometric="minisblack")
+        writer.write(second, photometric="minisblack")
+    return Written(f"{folder / 'a.tif'}::1", second[None])
+
+
+def tiff_volumetric_tiles(folder: Path) -> Written:
+    data = voxels((20, 37, 29), "uint16")
+    tifffile.imwrite(folder / "a.tif", data, volumetric=True, tile=(16, 16, 16), photometric="minisblack")
+    return Written(str(folder / "a.tif"), data[None])
+
+
+def tiff_sparse_tiles(folder: Path) -> Written:
+    data = voxels((1, 32, 48))
+    data[0, 16:, 16:32] = 0
+    tiles = [data[0, y : y + 16, x : x + 16] for y in (0, 16) for x in (0, 16, 32)]
+    stored = (tile if tile.any() else None for tile in tiles)
+    tifffile.imwrite(folder / "a.tif", stored, shape=(32, 48), dtype="u1", tile=(16, 16), photometric="minisblack")
+    return Written(str(folder / "a.tif"), data[None])
+
+
+def stack(suffix: str, dtype: str = "uint8", sections: int = 12) -> Callable[[Path], Written]:
+    def write(folder: Path) -> Written:
+        data = voxels((sections, 37, 29), dtype)
+        for z, section in enumerate(data):
+            if suffix in (".tif", ".tiff"):
+                tifffile.imwrite(folder / f"section {z}{suffix}", section, compression="zlib")
+            else:
+                Image.fromarray(section).save(folder / f"section {z}{suffix}")
+        (folder / "notes.txt").write_text("not an image")
+        (folder / ".hidden.png").write_text("not an image either")
+        read = [np.asarray(Image.open(folder / f"section {z}{suffix}")) for z in range(sections)]
+        return Written(str(folder), (np.stack(read) if suffix == ".jpg" else data)[None])
+
+    return write
+
+
+def stack_of_channels(folder: Path) -> Written:
+    data = voxels((2, 3, 37, 29))
+    for c, z in np.ndindex(2, 3):
+        Image.fromarray(data[c, z]).save(folder / f"s{z + 8}_{c:04}.png")
+    return Written(str(folder), data)
+
+
+def stack_of_colours(folder: Path) -> Written:
+    data = voxels((3, 4, 37, 29))
+    for z in range(4):
+        Image.fromarray(np.ascontiguousarray(data[:, z].transpose(1, 2, 0))).save(folder / f"{z}.png")
+    return Written(str(folder), data)
+
+
+def stack_stated_as_channels(folder: Path) -> Written:
+    data = voxels((6, 37, 29))
+    for c in range(6):
+        Image.fromarray(data[c]).save(folder / f"s_{c:04}.png")
+    return Written(str(folder), data[:, None].transpose(0, 1, 3, 2), {"axes": "cxy"})
+
+
+def stack_numbered_like_channels(folder: Path) -> Written:
+    data = voxels((6, 37, 29))
+    for z in range(6):
+        Image.fromarray(data[z]).save(folder / f"s_{z:04}.png")
+    return Written(str(folder), data[None])
+
+
+def image(folder: Path) -> Written:
+    data = voxels((37, 29), "uint16")
+    Image.fromarray(data).save(folder / "one_0000.png")
+    Image.fromarray(data + 1).save(folder / "one_0001.png")
+    options = {"axes": "xy", "voxel_size_nm": (30.0, 5.0, 4.0)}
+    return Written(str(folder / "one_0000.png"), data.T[None, None], options, (30.0, 5.0, 4.0))
+
+
+def zarr_array(version: int, dtype: str = "uint8", **options: Any) -> Callable[[Path], Written]:
+    def write(folder: Path) -> Written:
+        data = voxels(ZYX, dtype)
+        path = folder / "a.zarr"
+        array = zarr.create_array(path, shape=ZYX, dtype=data.dtype, chunks=(2, 16, 16), zarr_format=version, **options)
+        array[:] = data
+        return Written(str(path), data[None])
+
+    return write
+
+
+def zarr_missing_chunks(folder: Path) -> Written:
+    array = zarr.create_array(
+        folder / "a.zarr",
+        shape=ZYX,
+        dtype="int32",
+        chunks=(2, 16, 16),
+        fill_value=-7,
+        zarr_format=3,
+        dimension_names=[*"zyx"],
+    )
+    array[:2, :16, :16] = 3
+    return Written(str(folder / "a.zarr"), np.asarray(array[:])[None])
+
+
+def zarr_in_group(folder: Path) -> Written:
+    data = voxels((29, 37, 5))
+    group = zarr.open_group(folder / "plain", mode="w", zarr_format=2)
+    group.create_group("volumes").create_array("raw", data=data, chunks=(8, 8, 5))
+    return Written(str(folder / "plain"), data.transpose(2, 1, 0)[None], {"axes": "xyz"})
+
+
+def ome(version: str, inner: str = "") -> Callable[[Path], Written]:
+    def write(folder: Path) -> Written:
+        data = voxels((1, 2, *ZYX), "uint16")
+        levels = [data, data[..., ::2, ::2]]
+        axes = [{"name": "t", "type": "time"}, {"name": "c", "type": "channel"}]
+        axes += [{"name": a, "type": "space", "unit": "micrometer"} for a in "zyx"]
+        datasets = []
+        for i in range(len(levels)):
+            scale = [1, 1, 0.015, 0.004 * 2**i, 0.005 * 2**i]
+            shift = [0, 0, 0.5, 0.002 * i, 0.0025 * i]
+            steps = [{"type": "scale", "scale": scale}, {"type": "translation", "translation": shift}]
+            datasets.append({"path": f"s{i}", "coordinateTransformations": steps})
+        whole = [{"type": "scale", "scale": [1, 1, 2, 1, 1]}]
+        multiscales = [{"axes": axes, "datasets": datasets, "coordinateTransformations": whole}]
+        attributes = {"multiscales": [{"version": version, **multiscales[0]}]}
+        if version == "0.5":
+            attributes = {"ome": {"version": version, "multiscales": multiscales}}
+        zarr_format = 3 if version == "0.5" else 2
+        group = zarr.open_group(folder / "a.zarr", mode="w", zarr_format=zarr_format, attributes=attributes)
+        for i, level in enumerate(levels):
+            group.create_array(f"s{i}", data=level, chunks=(1, 1, 2, 16, 16))
+        level = 1 if inner else 0
+        size = (30.0, 4.0 * 2**level, 5.0 * 2**level)
+        return Written(f"{folder / 'a.zarr'}{inner}", levels[level][0], {}, size, (1000.0, 2.0 * level, 2.5 * level))
+
+    return write
+
+
+def our_store(folder: Path) -> Written:
+    data = voxels((2, *ZYX), "float32")
+    info = VolumeInfo((2, *ZYX), np.dtype("float32"), (2, 8, 8), (30.0, 4.0, 5.0), (0.0, 8.0, 0.0))
+    store = create_store(folder / "a.zarr", info, shard_shape=(6, 48, 32), attributes={})
+    store.write(Box.of_shape(ZYX), data)
+    store.close()
+    return Written(str(folder / "a.zarr"), data, {}, (30.0, 4.0, 5.0), (0.0, 8.0, 0.0))
+
+
+CASES: dict[str, Callable[[Path], Written]] = {
+    "hdf5 3d chunked": hdf5(ZYX, "uint8", chunks=(2, 16, 16), compression="gzip"),
+    "hdf5 2d": hdf5((37, 29), "uint8"),
+    "hdf5 4d big endian": hdf5((2, *ZYX), ">u2"),
+    "hdf5 bool": hdf5(ZYX, "bool"),
+    "hdf5 float16": hdf5(ZYX, "float16", chunks=True, compression="lzf", shuffle=True),
+    "hdf5 uint64": hdf5(ZYX, "uint64"),
+    "hdf5 named xyzc": hdf5_named,
+    "hdf5 only dataset": hdf5_only_one,
+    "tiff contiguous": tiff(ZYX),
+    "tiff big endian": tiff(ZYX, "uint16", byteorder=">"),
+    "tiff bigtiff float": tiff(ZYX, "float32", bigtiff=True),
+    "tiff tiled": tiff(ZYX, tile=(16, 16)),
+    "tiff tiled lzw predictor": tiff(ZYX, "uint16", tile=(16, 16), compression="lzw", predictor=True),
+    "tiff zlib strips": tiff(ZYX, "int16", rowsperstrip=8, compression="zlib"),
+    "tiff packbits one strip": tiff(ZYX, compression="packbits", rowsperstrip=37),
+    "tiff bilevel": tiff(ZYX, "bool"),
+    "tiff 2d": tiff((37, 29), "uint32"),
+    "tiff one section": tiff((1, 37, 29), "float64"),
+    "tiff one row": tiff((5, 1, 29)),
+    "tiff pages apart": tiff_page_by_page,
+    "tiff strips apart": tiff_strips_apart,
+    "tiff imagej": tiff_imagej,
+    "tiff imagej frames as z": tiff_imagej_frames,
+    "tiff ome pyramid": tiff_ome_pyramid,
+    "tiff rgb contig": tiff_rgb("contig"),
+    "tiff rgb separate": tiff_rgb("separate"),
+    "tiff jpeg": tiff_jpeg,
+    "tiff second series": tiff_series,
+    "tiff volumetric tiles": tiff_volumetric_tiles,
+    "tiff sparse tiles": tiff_sparse_tiles,
+    "stack png": stack(".png"),
+    "stack png 16 bit": stack(".png", "uint16"),
+    "stack tiff": stack(".tif", "float32"),
+    "stack jpeg": stack(".jpg"),
+    "stack bmp": stack(".bmp"),
+    "stack channels": stack_of_channels,
+    "stack colours": stack_of_colours,
+    "stack as channels": stack_stated_as_channels,
+    "stack numbered like channels": stack_numbered_like_channels,
+    "one image": image,
+    "zarr v2": zarr_array(2),
+    "zarr v2 big endian": zarr_array(2, ">i4"),
+    "zarr v2 bool slash": zarr_array(2, "bool", chunk_key_encoding={"name": "v2", "separator": "/"}),
+    "zarr v3": zarr_array(3, "float32"),
+    "zarr v3 sharded": zarr_array(3, "uint16", shards=(4, 32, 32)),
+    "zarr v3 fill value": zarr_missing_chunks,
+    "zarr only array": zarr_in_group,
+    "ome-zarr 0.4": ome("0.4"),
+    "ome-zarr 0.5": ome("0.5"),
+    "ome-zarr 0.5 level": ome("0.5", "::s1"),
+    "ome-zarr 0.4 level by path": ome("0.4", "/s1"),
+    "working store": our_store,
+}
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return CASES[request.param](tmp_path_factory.mktemp("volume"))
+
+
+@pytest.fixture
+def reader(written: Written) -> Iterator[VolumeReader]:
+    opened = open_volume(written.uri, **written.options)
+    yield opened
+    opened.close()
+
+
+def test_info_is_what_was_written(written: Written, reader: VolumeReader) -> None:
+    info = reader.info
+    assert info.shape == written.expected.shape
+    stored = written.expected.dtype
+    assert info.dtype == (np.uint8 if stored.kind == "b" else stored.newbyteorder("="))
+    assert info.dtype.isnative
+    if written.voxel_size_nm is None:
+        assert info.voxel_size_nm is None
+    else:
+        assert info.voxel_size_nm == pytest.approx(written.voxel_size_nm)
+    assert info.origin_nm == pytest.approx(written.origin_nm)
+    assert all(1 <= chunk <= size for chunk, size in zip(info.chunk_shape, info.extent, strict=True))
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_box_equals_the_slice(written: Written, reader: VolumeReader, data: st.DataObject) -> None:
+    ends = [sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2))) for n in reader.info.extent]
+    box = Box(*(tuple(end[i] for end in ends) for i in range(2)))  # type: ignore[arg-type]  # three of each
+    block = reader.read(box)
+    assert block.dtype == reader.info.dtype and block.flags.c_contiguous
+    np.testing.assert_array_equal(block, written.expected[(slice(None), *box.slices)])
+
+
+def test_blocks_belong_to_the_caller(written: Written, reader: VolumeReader) -> None:
+    whole = Box.of_shape(reader.info.extent)
+    reader.read(whole)[:] = 1
+    np.testing.assert_array_equal(reader.read(whole), written.expected)
+
+
+def test_four_threads_read_the_same(written: Written, reader: VolumeReader) -> None:
+    z, y, x = reader.info.extent
+    boxes = [Box((i % z, i % y, 0), (z, y, x)) for i in range(24)]
+    with ThreadPoolExecutor(4) as pool:
+        for box, block in zip(boxes, pool.map(reader.read, boxes), strict=True):
+            np.testing.assert_array_equal(block, written.expected[(slice(None), *box.slices)])
+
+
+def test_closing_twice_is_harmless_and_reading_after_is_an_error(written: Written) -> None:
+    reader = open_volume(written.uri, **written.options)
+    reader.close()
+    reader.close()
+    with pytest.raises(VolumeError, match="closed"):
+        reader.read(Box((0, 0, 0), (1, 1, 1)))
+
+
+def test_a_box_outside_is_an_error(written: Written, reader: VolumeReader) -> None:
+    z, y, x = reader.info.extent
+    with pytest.raises(VolumeError, match="outside"):
+        reader.read(Box((0, 0, 0), (z + 1, y, x)))
+
+
+def test_identity_is_stable_json_without_folders_and_follows_the_files(written: Written) -> None:
+    def identity() -> dict[str, object]:
+        reader = open_volume(written.uri, **written.options)
+        try:
+            return reader.identity
+        finally:
+            reader.close()
+
+    before = identity()
+    name, _, inner = written.uri.partition("::")
+    path = Path(name)
+    assert identity() == before
+    assert str(path.parent) not in json.dumps(before)
+    assert before["name"] == path.name
+    for file in [path] if path.is_file() else (path / inner).rglob("*"):
+        os.utime(file, ns=(0, file.stat().st_mtime_ns + 1_000_000_000))
+    assert identity() != before
+
+
+def test_volumes_stack_as_channels(tmp_path: Path) -> None:
+    data = voxels((2, 37, 29))
+    for c in range(2):
+        Image.fromarray(data[c]).save(tmp_path / f"case_{c:04}.png")
+    reader = open_channels([str(tmp_path / f"case_{c:04}.png") for c in (1, 0)], voxel_size_nm=(30.0, 4.0, 4.0))
+    assert reader.info.shape == (2, 1, 37, 29) and reader.info.voxel_size_nm == (30.0, 4.0, 4.0)
+    np.testing.assert_array_equal(reader.read(Box((0, 3, 4), (1, 20, 29))), data[::-1, None, 3:20, 4:])
+    names = [one["name"] for one in reader.identity["channels"]]  # type: ignore[attr-defined]  # a list of identities
+    assert names == ["case_0001.png", "case_0000.png"]
+    reader.close()
+    reader.close()
+    single = open_channels([str(tmp_path / "case_0000.png")])
+    assert single.info.shape == (1, 1, 37, 29)
+    single.close()

@@ -1,0 +1,454 @@
+"""Broken volumes: each is refused with one error that names it; none runs what a file brings."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import tifffile
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from connectomics.errors import VolumeError
+from connectomics.geometry import Box
+from connectomics.io.opening import open_volume
+
+RNG = np.random.default_rng(4)
+VOXELS = RNG.integers(0, 255, (6, 40, 50), dtype=np.uint8)
+Made = tuple[Path, dict[str, Any]]
+
+
+def cut(path: Path, share: float = 0.5) -> Path:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return path
+
+
+def h5(folder: Path, **datasets: Any) -> Path:
+    with h5py.File(folder / "a.h5", "w") as file:
+        for name, data in datasets.items():
+            file[name] = data
+    return folder / "a.h5"
+
+
+def tif(folder: Path, **options: Any) -> Path:
+    tifffile.imwrite(folder / "a.tif", VOXELS, photometric="minisblack", **options)
+    return folder / "a.tif"
+
+
+def tif_of(folder: Path, *arrays: np.ndarray, name: str = "a.tif") -> Path:
+    with tifffile.TiffWriter(folder / name) as writer:
+        for array in arrays:
+            writer.write(array, photometric="minisblack", metadata=None)
+    return folder / name
+
+
+def pngs(folder: Path, names: str, shape: tuple[int, ...] = (20, 30)) -> Path:
+    for name in names.split():
+        Image.fromarray(RNG.integers(0, 255, shape, dtype=np.uint8)).save(folder / f"{name}.png")
+    return folder
+
+
+def odd_png(folder: Path, name: str, array: np.ndarray) -> Path:
+    Image.fromarray(array).save(folder / f"{name}.png")
+    return folder
+
+
+def zarr_of(folder: Path, version: int = 3, **options: Any) -> Path:
+    array = zarr.create_array(
+        folder / "a.zarr", shape=VOXELS.shape, dtype="u1", chunks=(3, 20, 25), zarr_format=version, **options
+    )
+    array[:] = VOXELS
+    return folder / "a.zarr"
+
+
+def zarr_with(folder: Path, version: int = 3, **metadata: Any) -> Path:
+    path = zarr_of(folder, version)
+    file = path / ("zarr.json" if version == 3 else ".zarray")
+    file.write_text(json.dumps(json.loads(file.read_text()) | metadata))
+    return path
+
+
+def zarr_group(folder: Path, multiscales: Any = None, *arrays: str) -> Path:
+    attributes = {} if multiscales is None else {"ome": {"version": "0.5", "multiscales": multiscales}}
+    group = zarr.open_group(folder / "a.zarr", mode="w", zarr_format=3, attributes=attributes)
+    for name in arrays:
+        group.create_array(name, data=VOXELS)
+    return folder / "a.zarr"
+
+
+def cut_chunk(path: Path, name: str) -> Path:
+    cut(path / name)
+    return path
+
+
+def linked(folder: Path, target: str, name: str) -> Path:
+    (folder / name).symlink_to(folder / target)
+    return folder / name
+
+
+def file_of(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def broken_last_page(path: Path) -> Path:
+    """A chain of pages whose end is missing, as a copy that stopped leaves it."""
+    with tifffile.TiffFile(path) as opened:
+        end = opened.pages[3].offset  # type: ignore[union-attr]  # pages of a file
+    return cut(path, end / path.stat().st_size)
+
+
+def text_among_images(folder: Path) -> Path:
+    pngs(folder, "1 2")
+    return file_of(folder / "3.png", b"not an image").parent
+
+
+def animated_png(folder: Path) -> Path:
+    frames = [Image.fromarray(RNG.integers(0, 255, (20, 30), dtype=np.uint8)) for _ in range(2)]
+    frames[0].save(folder / "a.png", save_all=True, append_images=frames[1:])
+    return folder / "a.png"
+
+
+def pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "a.h5")
+    return folder / "a.h5"
+
+
+OME_XML = (
+    '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:0">'
+    '<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint8" '
+    'SizeX="50" SizeY="40" SizeZ="9" SizeC="1" SizeT="1"><Channel ID="Channel:0:0" SamplesPerPixel="1"/>'
+    "{}</Pixels></Image></OME>"
+)
+PARTS = "".join(
+    f'<TiffData FirstZ="{z}" IFD="{z % 6}" PlaneCount="1"><UUID FileName="{name}">urn:uuid:{name}</UUID></TiffData>'
+    for z, name in enumerate(["a.tif"] * 6 + ["b.tif"] * 3)
+)
+
+
+def ome_set(folder: Path) -> Path:
+    for name in ("a.tif", "b.tif"):
+        xml = OME_XML.format(PARTS).replace("urn:uuid:0", f"urn:uuid:{name}")
+        tifffile.imwrite(folder / name, VOXELS, photometric="minisblack", description=xml, metadata=None)
+    return folder / "a.tif"
+
+
+def ome_lacking_pages(folder: Path) -> Path:
+    return tif(folder, description=OME_XML.format("<TiffData/>"), metadata=None)
+
+
+def multiscale(path: str, axes: Any = None, **step: Any) -> list[dict[str, Any]]:
+    steps = [{"type": "scale", "scale": [1, 1, 1]} | step]
+    return [{"axes": axes or list("zyx"), "datasets": [{"path": path, "coordinateTransformations": steps}]}]
+
+
+TIME = [*"tyx"]
+ODD = [{"name": "angle"}, {"name": "y"}, {"name": "x"}]
+V3_BLOSC2 = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "magic", "configuration": {}}]
+STRUCTURED = [["a", "|u1"], ["b", "<f4"]]
+
+BROKEN: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]] = {
+    # name: (make it, what the message says, options of open_volume; "inner" goes behind the name)
+    "missing file": (lambda f: f / "absent.h5", "no such file", {}),
+    "missing folder": (lambda f: f / "absent.zarr", "no such file", {}),
+    "dangling link": (lambda f: linked(f, "gone.h5", "a.h5"), "gone.h5, which is absent", {}),
+    "endless link": (lambda f: linked(f, "a.h5", "a.h5"), "symbolic link", {}),
+    "named pipe": (pipe, "neither a file nor a folder", {}),
+    "empty file": (lambda f: file_of(f / "a.tif", b""), "0 bytes", {}),
+    "unknown format": (lambda f: file_of(f / "a.nii", b"123"), "unknown format '.nii'", {}),
+    "no suffix": (lambda f: file_of(f / "a", b"123"), "without suffix", {}),
+    "folder named as file": (lambda f: (f / "a.h5").mkdir() or f / "a.h5", "a folder, where .h5", {}),
+    "file named as folder": (lambda f: file_of(f / "a.zarr", b"123"), "a file, where .zarr", {}),
+    "hdf5: wrong magic": (lambda f: file_of(f / "a.h5", b"not hdf5" * 99), "as HDF5", {}),
+    "hdf5: truncated": (lambda f: cut(h5(f, main=VOXELS)), "as HDF5: .*truncated", {}),
+    "hdf5: no such dataset": (
+        lambda f: h5(f, raw=VOXELS, x=[1]),
+        "no dataset 'other'.*raw, x",
+        {"inner": "other"},
+    ),
+    "hdf5: two datasets": (lambda f: h5(f, raw=VOXELS, seg=VOXELS), "no dataset 'main'.*raw, seg", {}),
+    "hdf5: no dataset": (lambda f: h5(f), "no dataset", {}),
+    "hdf5: many datasets": (lambda f: h5(f, **{f"d{i:02}": [1] for i in range(14)}), "d09 and 4 more", {}),
+    "hdf5: group named": (
+        lambda f: h5(f, **{"g/a": VOXELS, "g/b": VOXELS}),
+        "no dataset 'g'",
+        {"inner": "g"},
+    ),
+    "hdf5: text": (lambda f: h5(f, main=[[b"a", b"b"]]), "cannot be read as", {}),
+    "hdf5: compound": (lambda f: h5(f, main=np.zeros((2, 3), "u1,f4")), "cannot be read as", {}),
+    "hdf5: complex": (lambda f: h5(f, main=np.zeros((2, 3), complex)), "complex128 cannot be read", {}),
+    "hdf5: long double": (lambda f: h5(f, main=np.zeros((2, 3), "longdouble")), "at most 64 bit", {}),
+    "hdf5: null": (lambda f: h5(f, main=h5py.Empty("u1")), "null dataset", {}),
+    "hdf5: scalar": (lambda f: h5(f, main=3), "has 0 axes", {}),
+    "hdf5: five axes": (lambda f: h5(f, main=np.zeros((1, 1, 2, 3, 4))), "has 5 axes", {}),
+    "hdf5: empty axis": (lambda f: h5(f, main=np.zeros((3, 0, 4))), "without voxels", {}),
+    "hdf5: axes too few": (lambda f: h5(f, main=VOXELS), "'yx' name 2 axes.*has 3", {"axes": "yx"}),
+    "hdf5: axes twice": (lambda f: h5(f, main=VOXELS), "cannot use the axes 'zyy'", {"axes": "zyy"}),
+    "hdf5: axes unknown": (lambda f: h5(f, main=VOXELS), "cannot use the axes 'abc'", {"axes": "abc"}),
+    "hdf5: no x": (lambda f: h5(f, main=VOXELS), "cannot use the axes 'czy'", {"axes": "czy"}),
+    "tiff: wrong magic": (lambda f: file_of(f / "a.tif", b"not tiff" * 9), "as TIFF", {}),
+    "tiff: header only": (lambda f: file_of(f / "a.tif", b"II*\0\x08\0\0\0"), "TIFF", {}),
+    "tiff: truncated": (lambda f: cut(tif(f)), "", {}),
+    "tiff: truncated imagej": (lambda f: cut(tif(f, imagej=True, metadata={"axes": "ZYX"})), "", {}),
+    "tiff: truncated zlib": (lambda f: cut(tif(f, compression="zlib"), 0.9), "", {}),
+    "tiff: later pages lost": (lambda f: broken_last_page(tif_of(f, *VOXELS)), "truncated or lacks", {}),
+    "tiff: pages of two sizes": (
+        lambda f: tif_of(f, VOXELS, VOXELS[:, :9]),
+        "2 image series that differ",
+        {},
+    ),
+    "tiff: no such series": (lambda f: tif_of(f, VOXELS), "no image series '3'", {"inner": "3"}),
+    "tiff: series not a number": (lambda f: tif_of(f, VOXELS), "no image series 'main'", {"inner": "main"}),
+    "tiff: time": (lambda f: tif(f, imagej=True, metadata={"axes": "TYX"}), "time axis of length 6", {}),
+    "tiff: complex": (lambda f: tif_of(f, VOXELS.astype("c8")), "complex64 cannot be read", {}),
+    "tiff: set of files": (ome_set, "one part of an OME-TIFF set", {}),
+    "tiff: ome lacks pages": (ome_lacking_pages, "", {}),
+    "image: truncated": (lambda f: cut(pngs(f, "a") / "a.png"), "truncated", {}),
+    "image: wrong magic": (
+        lambda f: file_of(f / "a.png", b"GIF89a--"),
+        "not as a PNG, JPEG, BMP or TIFF",
+        {},
+    ),
+    "image: broken header": (
+        lambda f: file_of(f / "a.png", b"\x89PNG\r\n\x1a\n" + b"0" * 30),
+        "as an image",
+        {},
+    ),
+    "image: animated": (animated_png, "animated PNG", {}),
+    "image: axes": (lambda f: pngs(f, "a") / "a.png", "'zyx' do not fit an image of 2 axes", {"axes": "zyx"}),
+    "stack: empty folder": (lambda f: f, "no image among the 0 files", {}),
+    "stack: text only": (lambda f: file_of(f / "a.txt", b"hello").parent, "no image among the 1 files", {}),
+    "stack: a text named png": (text_among_images, "3.png", {}),
+    "stack: sizes differ": (lambda f: pngs(pngs(f, "1 2 4"), "3", (20, 31)), "3.png is 20 × 31", {}),
+    "stack: dtypes differ": (
+        lambda f: odd_png(pngs(f, "1"), "2", np.zeros((20, 30), np.uint16)),
+        "2.png is .*16",
+        {},
+    ),
+    "stack: colours differ": (lambda f: pngs(pngs(f, "1"), "2", (20, 30, 3)), "2.png is .* 3 channel", {}),
+    "stack: missing channel": (lambda f: pngs(f, "a_0000 a_0001 b_0000"), "section b lacks channel 0001", {}),
+    "stack: two formats": (
+        lambda f: tif_of(pngs(f, "1"), VOXELS[0], name="2.tif").parent,
+        "different formats",
+        {},
+    ),
+    "stack: pages in a section": (
+        lambda f: tif_of(f, VOXELS, name="1.tif").parent,
+        "6 pages in one file",
+        {},
+    ),
+    "stack: dangling link": (lambda f: linked(pngs(f, "1"), "gone", "2.png").parent, "2.png", {}),
+    "stack: inner part": (lambda f: pngs(f, "1 2"), "has no inner part", {"inner": "main"}),
+    "stack: axes without files": (lambda f: pngs(f, "1 2"), "leave no axis for 2 files", {"axes": "yx"}),
+    "stack: axes unknown": (lambda f: pngs(f, "1 2"), "cannot use the axes 'tyx'", {"axes": "tyx"}),
+    "stack: colours not named": (lambda f: pngs(f, "1 2", (20, 30, 3)), "name no c axis", {"axes": "zyx"}),
+    "stack: truncated section": (lambda f: cut(pngs(f, "1 2") / "2.png").parent, "2.png", {}),
+    "zarr: no array": (lambda f: (f / "a.zarr").mkdir() or f / "a.zarr", "no Zarr array", {}),
+    "zarr: several arrays": (lambda f: zarr_group(f, None, "raw", "seg"), "several arrays .*raw, seg", {}),
+    "zarr: no such level": (
+        lambda f: zarr_group(f, multiscale("0"), "0"),
+        "no array or level '7'",
+        {"inner": "7"},
+    ),
+    "zarr: level not there": (
+        lambda f: zarr_group(f, multiscale("0"), "1"),
+        "name the array 0, which is absent",
+        {},
+    ),
+    "zarr: level elsewhere": (lambda f: zarr_group(f, multiscale("../b"), "0"), "../b, which is absent", {}),
+    "zarr: inner elsewhere": (
+        lambda f: zarr_group(f, None, "0"),
+        "outside the Zarr",
+        {"inner": "../a.zarr/0"},
+    ),
+    "zarr: time": (lambda f: zarr_group(f, multiscale("0", TIME), "0"), "time axis of length 6", {}),
+    "zarr: unknown axis": (
+        lambda f: zarr_group(f, multiscale("0", ODD), "0"),
+        "unknown kind of length 6",
+        {},
+    ),
+    "zarr: scale of two": (lambda f: zarr_group(f, multiscale("0", scale=[1, 2]), "0"), "as Zarr", {}),
+    "zarr: metadata cut": (lambda f: cut(zarr_of(f) / "zarr.json").parent, "as Zarr", {}),
+    "zarr: metadata a list": (
+        lambda f: file_of(zarr_of(f) / "zarr.json", b"[]").parent,
+        "not a JSON object",
+        {},
+    ),
+    "zarr v2: metadata cut": (lambda f: cut(zarr_of(f, 2) / ".zarray").parent, "as Zarr", {}),
+    "zarr: no shape": (lambda f: zarr_with(f, shape="large"), "no usable shape", {}),
+    "zarr: empty axis": (lambda f: zarr_with(f, shape=[6, 0, 50]), "without voxels", {}),
+    "zarr: unknown codec": (lambda f: zarr_with(f, codecs=V3_BLOSC2), "as Zarr", {}),
+    "zarr v2: unknown codec": (lambda f: zarr_with(f, 2, compressor={"id": "magic"}), "as Zarr", {}),
+    "zarr v2: object dtype": (lambda f: zarr_with(f, 2, dtype="|O", filters=[{"id": "pickle"}]), "'|O'", {}),
+    "zarr v2: structured": (lambda f: zarr_with(f, 2, dtype=STRUCTURED), "cannot be read as", {}),
+    "zarr v2: complex": (lambda f: zarr_with(f, 2, dtype="<c8"), "'<c8' cannot be read", {}),
+    "zarr: text": (lambda f: zarr_with(f, data_type="string"), "'string' cannot be read", {}),
+    "zarr: chunk cut": (lambda f: cut_chunk(zarr_of(f), "c/0/0/0"), "a.zarr", {}),
+    "zarr v2: chunk cut": (lambda f: cut_chunk(zarr_of(f, 2), "0.0.0"), "a.zarr", {}),
+    "zarr: shard cut": (lambda f: cut_chunk(zarr_of(f, 3, shards=(6, 40, 50)), "c/0/0/0"), "a.zarr", {}),
+}
+
+
+def read_all(uri: str, **options: Any) -> np.ndarray:
+    reader = open_volume(uri, **options)
+    try:
+        return reader.read(Box.of_shape(reader.info.extent))
+    finally:
+        reader.close()
+
+
+@pytest.mark.parametrize("name", list(BROKEN))
+def test_a_broken_volume_is_named_in_one_error(tmp_path: Path, name: str) -> None:
+    make, finding, options = BROKEN[name]
+    path = make(tmp_path)
+    inner = f"::{options['inner']}" if "inner" in options else ""
+    with pytest.raises(VolumeError, match=f"(?s).*{finding}") as caught:
+        read_all(f"{path}{inner}", **{k: v for k, v in options.items() if k != "inner"})
+    message = str(caught.value)
+    assert path.name in message and "\n" not in message
+    assert len(message) < 600
+
+
+def test_schemes_that_are_not_read_are_named() -> None:
+    with pytest.raises(VolumeError, match="not s3://"):
+        open_volume("s3://bucket/a.zarr")
+
+
+@pytest.mark.parametrize("change", ["gone", "smaller", "larger"])
+def test_a_stack_that_changes_while_open_is_noticed(tmp_path: Path, change: str) -> None:
+    reader = open_volume(str(pngs(tmp_path, "1 2")))
+    if change == "gone":
+        (tmp_path / "2.png").unlink()
+    else:
+        pngs(tmp_path, "2", (10, 30) if change == "smaller" else (40, 30))
+    with pytest.raises(VolumeError, match=r"2\.png"):
+        reader.read(Box((0, 0, 0), (2, 20, 30)))
+    if change == "gone":
+        with pytest.raises(VolumeError, match="cannot examine"):
+            _ = reader.identity
+    reader.close()
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (os.environ["BOMB"],))
+
+
+def test_nothing_a_file_brings_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOMB", str(tmp_path / "went off"))
+    load = pickle.dumps(Bomb())
+    zarr_v2 = zarr_with(tmp_path, 2, dtype="|O", filters=[{"id": "pickle"}], compressor=None)
+    for chunk in zarr_v2.glob("[0-9]*"):
+        chunk.write_bytes(load)
+    for path in (zarr_v2, file_of(tmp_path / "a.h5", load), file_of(tmp_path / "a.tif", load)):
+        with pytest.raises(VolumeError):
+            read_all(str(path))
+    assert not (tmp_path / "went off").exists()
+    pickle.loads(load)
+    assert (tmp_path / "went off").exists()
+
+
+AS_NOBODY = """
+import json, mmap, os, sys
+import h5py, tensorstore, tifffile
+import connectomics.io.hdf5, connectomics.io.images, connectomics.io.zarr_volume
+from connectomics.errors import VolumeError
+from connectomics.io.opening import open_volume
+if os.geteuid() == 0:
+    os.setuid(65534)
+for uri in sys.argv[1:]:
+    try:
+        reader = open_volume(uri)
+        reader.read(connectomics.io.images.Box((0, 0, 0), reader.info.extent))
+        print("opened")
+    except VolumeError as error:
+        print(error)
+"""
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that any user may enter, unlike pytest's."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    for path in folder.rglob("*"):
+        path.chmod(0o700)
+    shutil.rmtree(folder)
+
+
+def test_what_may_not_be_read_says_permission_denied(open_folder: Path) -> None:
+    made = {}
+    for state in ("fine", "closed"):
+        folder = open_folder / state
+        (folder / "stack").mkdir(parents=True)
+        h5(folder, main=VOXELS)
+        tif(folder)
+        pngs(folder / "stack", "1 2")
+        zarr_of(folder)
+        made[state] = [
+            folder / "a.h5",
+            folder / "a.tif",
+            folder / "stack",
+            folder / "a.zarr",
+            folder / "stack",
+        ]
+    for path in made["closed"]:
+        path.chmod(0)
+    inside = open_folder / "inside"
+    inside.mkdir()
+    partly = [pngs(inside, "1 2"), zarr_of(inside), zarr_of(open_folder)]
+    (inside / "2.png").chmod(0)
+    (inside / "a.zarr" / "zarr.json").chmod(0)
+    (open_folder / "a.zarr" / "c" / "0" / "0" / "0").chmod(0)
+    paths = [*made["fine"], *made["closed"], *partly]
+    result = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, *map(str, paths)], capture_output=True, text=True, check=False
+    )
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(paths), result.stderr
+    assert lines[: len(made["fine"])] == ["opened"] * len(made["fine"])
+    for path, line in zip(paths[len(made["fine"]) :], lines[len(made["fine"]) :], strict=True):
+        assert str(path) in line and "permission denied" in line.lower()
+
+
+VALID: dict[str, Callable[[Path], Path]] = {
+    "hdf5": lambda f: h5(f, main=VOXELS),
+    "tiff": tif,
+    "tiff tiles": lambda f: tif(f, tile=(16, 16), compression="lzw"),
+    "tiff imagej": lambda f: tif(f, imagej=True, metadata={"axes": "ZYX"}),
+    "png": lambda f: pngs(f, "a") / "a.png",
+    "zarr": lambda f: zarr_of(f, 3, shards=(6, 40, 50)),
+}
+
+
+@pytest.mark.parametrize("kind", list(VALID))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_is_a_volume_error_or_harmless(tmp_path: Path, kind: str, data: st.DataObject) -> None:
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    path = VALID[kind](tmp_path)
+    file = path / data.draw(st.sampled_from(["zarr.json", "c/0/0/0"])) if path.is_dir() else path
+    content = bytearray(file.read_bytes())
+    near = st.integers(0, min(400, len(content) - 1))
+    for place in data.draw(st.lists(near | st.integers(0, len(content) - 1), max_size=4)):
+        content[place] = data.draw(st.integers(0, 255))
+    file.write_bytes(content[: data.draw(st.just(len(content)) | st.integers(1, len(content)))])
+    try:
+        read_all(str(path))
+    except VolumeError as error:
+        assert path.name in str(error)
