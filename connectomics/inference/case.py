@@ -1,0 +1,70 @@
+"""A case: the unit nnU-Net preprocesses, with its nonzero box and the exact statistics of its channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from connectomics.geometry import Box
+from connectomics.inference.normalise import ChannelSummary, normalise
+from connectomics.io.volume import Array
+from connectomics.models.spec import ChannelNormalisation
+
+ReadBox = Callable[[Box], Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One case of a volume.
+
+    Parameters
+    ----------
+    region
+        The part of the volume that is the case: all of it, or one section.
+    box
+        Its nonzero box, which nnU-Net crops to; the whole region where everything is zero.
+    channels
+        Statistics of each channel inside ``box``.
+    """
+
+    region: Box
+    box: Box
+    channels: tuple[ChannelSummary, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CaseInput:
+    """Normalised access to one case: what the network sees at any box, inside the case or in its padding.
+
+    Parameters
+    ----------
+    case
+        The case.
+    schemes
+        How each channel is normalised.
+    read
+        Gives raw voxels (c, z, y, x) of a box inside the volume.
+    """
+
+    case: Case
+    schemes: tuple[ChannelNormalisation, ...]
+    read: ReadBox
+
+    def get(self, box: Box) -> Array:
+        """Normalised voxels of ``box`` as float32 (c, z, y, x); outside the nonzero box zeros (nnU-Net's padding)."""
+        inner = box.intersect(self.case.box)
+        if inner == box:
+            return self._normalised(inner)
+        result: Array = np.zeros((len(self.schemes), *box.shape), np.float32)
+        if inner.voxels:
+            result[(slice(None), *inner.relative_to(box).slices)] = self._normalised(inner)
+        return result
+
+    def _normalised(self, box: Box) -> Array:
+        raw = self.read(box)
+        result: Array = np.empty(raw.shape, np.float32)
+        for c, (scheme, summary) in enumerate(zip(self.schemes, self.case.channels, strict=True)):
+            result[c] = normalise(raw[c], scheme, summary)
+        return result

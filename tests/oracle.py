@@ -1,0 +1,124 @@
+"""The oracle: nnunetv2 itself, with float32 accumulators and Gaussian, and a case's exact statistics injected.
+
+Nothing of ours computes here, except that ``summaries`` (from our survey) may replace nnU-Net's float32 mean and std.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from connectomics.inference.normalise import ChannelSummary
+
+with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    warnings.simplefilter("ignore")
+    from nnunetv2.inference import predict_from_raw_data
+    from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+    from nnunetv2.preprocessing.normalization.default_normalization_schemes import ZScoreNormalization
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+
+def make_predictor(folder: Path, folds: Sequence[str], *, mirror: bool = True, step: float = 0.5) -> Any:
+    """A ``nnUNetPredictor`` on the CPU for a training folder, without nnunetv2's search through all trainers."""
+    import json
+
+    plans = PlansManager(json.loads((folder / "plans.json").read_text()))
+    dataset = json.loads((folder / "dataset.json").read_text())
+    states = [
+        torch.load(folder / f"fold_{f}" / "checkpoint_final.pth", map_location="cpu", weights_only=False) for f in folds
+    ]
+    configuration = plans.get_configuration(states[0]["init_args"]["configuration"])
+    network = get_network_from_plans(
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+        determine_num_input_channels(plans, configuration, dataset),
+        plans.get_label_manager(dataset).num_segmentation_heads,
+        allow_init=False,
+        deep_supervision=False,
+    )
+    network.load_state_dict(states[0]["network_weights"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        predictor = predict_from_raw_data.nnUNetPredictor(
+            tile_step_size=step, use_mirroring=mirror, device=torch.device("cpu"), allow_tqdm=False
+        )
+    predictor.manual_initialization(
+        network,
+        plans,
+        configuration,
+        [s["network_weights"] for s in states],
+        dataset,
+        states[0]["trainer_name"],
+        states[0]["inference_allowed_mirroring_axes"],
+    )
+    return predictor
+
+
+@contextlib.contextmanager
+def float32_accumulators() -> Iterator[None]:
+    """Let nnU-Net accumulate in float32 instead of half precision, with a float32 Gaussian."""
+    gaussian = functools.partial(compute_gaussian, dtype=torch.float32)
+    with (
+        mock.patch.object(torch, "half", torch.float32),
+        mock.patch.object(predict_from_raw_data, "compute_gaussian", gaussian),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def injected(summaries: Sequence[ChannelSummary]) -> Iterator[None]:
+    """Let nnU-Net's z-score use these statistics, one channel after the other."""
+    channels = iter(summaries)
+
+    def run(self: Any, image: np.ndarray, seg: np.ndarray | None = None) -> np.ndarray:
+        summary = next(channels)
+        image = image.astype(np.float32, copy=False)
+        image -= np.float32(summary.mean)
+        image /= max(np.float32(summary.std), np.float32(1e-8))
+        return image
+
+    with mock.patch.object(ZScoreNormalization, "run", run):
+        yield
+
+
+def predict(
+    predictor: Any,
+    image: np.ndarray,
+    *,
+    exact: bool = True,
+    summaries: Sequence[ChannelSummary] | None = None,
+    probabilities: bool = False,
+) -> Any:
+    """nnU-Net's segmentation (z, y, x) of one case, and its probabilities (k, z, y, x) on request.
+
+    Parameters
+    ----------
+    image
+        (c, z, y, x), raw.
+    exact
+        float32 accumulators; False is stock nnU-Net.
+    summaries
+        Statistics to use instead of nnU-Net's own.
+    """
+    spacing = [s for s in predictor.configuration_manager.spacing]
+    properties = {"spacing": [999.0] * (3 - len(spacing)) + spacing}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if exact:
+            stack.enter_context(float32_accumulators())
+        if summaries is not None:
+            stack.enter_context(injected(summaries))
+        return predictor.predict_single_npy_array(image, properties, None, None, probabilities)
