@@ -1,0 +1,160 @@
+"""Semantic metrics from a streaming confusion matrix: add up blocks, then compute Dice and its kin once.
+
+The pipeline makes one ``Confusion`` per block and adds them; integer counts, so the order does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from connectomics.errors import ConfigError, VolumeError
+
+Counts = npt.NDArray[np.int64]
+Array = npt.NDArray[Any]
+
+_MOST_LISTED = 10
+_PIECE = 2**20  # voxels counted at once: bounds the int64 copies
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Confusion:
+    """How many voxels of each true label were given each label.
+
+    Parameters
+    ----------
+    counts
+        int64 (k, k); row = true label, column = predicted label, labels 0 to k - 1.
+
+    Raises
+    ------
+    ValueError
+        If ``counts`` is not a square int64 matrix of counts.
+    """
+
+    counts: Counts
+
+    def __post_init__(self) -> None:
+        counts = self.counts
+        square = counts.ndim == 2 and counts.shape[0] == counts.shape[1]
+        if not square or counts.dtype != np.int64 or (counts < 0).any():
+            raise ValueError(f"a confusion matrix is (k, k) int64 counts, got {counts.dtype} of shape {counts.shape}")
+
+    @classmethod
+    def zero(cls, classes: int) -> Confusion:
+        """No voxels yet; labels 0 to ``classes`` - 1."""
+        return cls(np.zeros((classes, classes), np.int64))
+
+    @classmethod
+    def from_arrays(cls, prediction: Array, truth: Array, classes: int) -> Confusion:
+        """Count one block.
+
+        Parameters
+        ----------
+        prediction, truth
+            Labels, of one shape and any integer, boolean or whole-numbered float dtype.
+        classes
+            Number of labels k; allowed values are 0 to k - 1.
+
+        Raises
+        ------
+        VolumeError
+            If the shapes differ, or a value is not a known label.
+        """
+        if prediction.shape != truth.shape:
+            raise VolumeError(
+                f"prediction is {prediction.shape} and truth {truth.shape}; give a truth of the same shape"
+            )
+        counts = np.zeros(classes * classes, np.int64)
+        for start in range(0, truth.size, _PIECE):
+            piece = slice(start, start + _PIECE)
+            true = _as_labels(truth.reshape(-1)[piece], classes, "truth")
+            given = _as_labels(prediction.reshape(-1)[piece], classes, "prediction")
+            counts += np.bincount(true * classes + given, minlength=classes * classes)
+        return cls(counts.reshape(classes, classes))
+
+    def __add__(self, other: Confusion) -> Confusion:
+        if self.counts.shape != other.counts.shape:
+            raise ValueError(f"cannot add confusions of {len(self.counts)} and {len(other.counts)} labels")
+        return Confusion(self.counts + other.counts)
+
+
+def _as_labels(array: Array, classes: int, role: str) -> Counts:
+    known = (array >= 0) & (array < classes)
+    if array.dtype.kind == "f":
+        known &= np.floor(array) == array
+    if not known.all():
+        strange = np.unique(array[~known])
+        listed = ", ".join(str(value) for value in strange[:_MOST_LISTED])
+        more = f" and {len(strange) - _MOST_LISTED} more" if len(strange) > _MOST_LISTED else ""
+        raise VolumeError(
+            f"the {role} holds values that are no label: {listed}{more}; expected 0 to {classes - 1} "
+            "(a 0/255 mask must be saved as 0/1)"
+        )
+    return array.astype(np.int64)
+
+
+def _quotient(numerator: int, denominator: int) -> float | None:
+    return numerator / denominator if denominator else None
+
+
+_FORMULAS: Mapping[str, Callable[[int, int, int], float | None]] = {
+    "dice": lambda tp, fp, fn: _quotient(2 * tp, 2 * tp + fp + fn),
+    "iou": lambda tp, fp, fn: _quotient(tp, tp + fp + fn),
+    "precision": lambda tp, fp, fn: _quotient(tp, tp + fp),
+    "recall": lambda tp, fp, fn: _quotient(tp, tp + fn),
+}
+
+
+def scores(confusion: Confusion, labels: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+    """Metrics per label and their mean over the foreground, ready for JSON.
+
+    A metric whose denominator is 0 is undefined and None (null in JSON): precision of a label that is never
+    predicted, recall of one that is not in the truth, Dice and IoU of one that is in neither. Means leave
+    undefined values out, as nnU-Net's do.
+
+    Parameters
+    ----------
+    confusion
+        Counts of the whole volume.
+    labels
+        Name of each label, in the order of its value; the first is the background.
+    metrics
+        Any of dice, iou, precision, recall.
+
+    Returns
+    -------
+    dict
+        ``{"labels": {name: {metric: value, "tp": n, "fp": n, "fn": n}}, "mean_foreground": {metric: value},
+        "voxels": n}``.
+
+    Raises
+    ------
+    ConfigError
+        If a metric is unknown.
+    ValueError
+        If the labels do not fit the confusion.
+    """
+    for metric in metrics:
+        if metric not in _FORMULAS:
+            raise ConfigError(f"unknown metric {metric!r}; known are {', '.join(_FORMULAS)}")
+    if len(labels) != len(confusion.counts) or len(set(labels)) != len(labels):
+        raise ValueError(f"{len(confusion.counts)} labels need as many distinct names, got {list(labels)}")
+    table: dict[str, dict[str, Any]] = {}
+    for i, name in enumerate(labels):
+        tp = int(confusion.counts[i, i])
+        fp = int(confusion.counts[:, i].sum()) - tp
+        fn = int(confusion.counts[i].sum()) - tp
+        table[name] = {metric: _FORMULAS[metric](tp, fp, fn) for metric in metrics}
+        table[name] |= {"tp": tp, "fp": fp, "fn": fn}
+    means = {metric: _mean([table[name][metric] for name in labels[1:]]) for metric in metrics}
+    return {"labels": table, "mean_foreground": means, "voxels": int(confusion.counts.sum())}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
