@@ -1,0 +1,17 @@
+"""Runs blocks one after the other in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from connectomics.geometry import Block
+from connectomics.pipeline.contracts import BlockRecord, Task
+
+
+class SerialExecutor:
+    """The plainest executor: this process, in the order given."""
+
+    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord]:
+        """Process the blocks one by one."""
+        for block in blocks:
+            yield task.process(block)

@@ -1,0 +1,110 @@
+"""The predict task: one block from raw voxels to labels (and probabilities) on disk."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from connectomics.geometry import Block, BlockGrid, Box
+from connectomics.inference.case import Case, CaseInput, ReadBox
+from connectomics.inference.head import LabelRule, ProbabilityRule
+from connectomics.inference.predictor import Predictor
+from connectomics.io.store import Store
+from connectomics.io.volume import Array
+from connectomics.models.spec import ChannelNormalisation
+from connectomics.pipeline.contracts import BlockRecord
+
+LABELS = "labels"
+PROBABILITIES = "probabilities"
+
+
+@dataclass(frozen=True, slots=True)
+class Segmenter:
+    """A model ready to label boxes of a volume: predictor, normalisation and rules for what is kept."""
+
+    predictor: Predictor
+    schemes: tuple[ChannelNormalisation, ...]
+    labels: LabelRule
+    probabilities: ProbabilityRule | None
+
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what ``segment`` returns."""
+        return (LABELS,) if self.probabilities is None else (LABELS, PROBABILITIES)
+
+    def segment(self, read: ReadBox, cases: Sequence[Case], core: Box) -> dict[str, Array]:
+        """Label a box of a volume.
+
+        Parameters
+        ----------
+        read
+            Raw voxels (c, z, y, x) of any box of the volume.
+        cases
+            Cases that cover ``core``.
+        core
+            The box.
+
+        Returns
+        -------
+        arrays
+            Each (c, z, y, x) of the box's extent; ``labels`` has one channel.
+        """
+        result: dict[str, Array] = {LABELS: np.zeros((1, *core.shape), self.labels.dtype)}
+        if self.probabilities is not None:
+            outside = self.probabilities.background().reshape(-1, 1, 1, 1)
+            result[PROBABILITIES] = np.broadcast_to(outside, (len(outside), *core.shape)).copy()
+        for case in cases:
+            part = core.intersect(case.box)
+            if not part.voxels:
+                continue
+            for box, logits in self.predictor.predict(CaseInput(case, self.schemes, read), part):
+                index = (slice(None), *box.relative_to(core).slices)
+                result[LABELS][index] = self.labels.apply(logits)
+                if self.probabilities is not None:
+                    result[PROBABILITIES][index] = self.probabilities.apply(logits)
+        return result
+
+    def windows(self, read: ReadBox, cases: Sequence[Case], core: Box) -> int:
+        """Number of windows that ``segment`` computes."""
+        parts = [(CaseInput(case, self.schemes, read), core.intersect(case.box)) for case in cases]
+        return sum(self.predictor.windows(source, part) for source, part in parts if part.voxels)
+
+
+def cases_in(cases: Sequence[Case], box: Box) -> Sequence[Case]:
+    """The cases (in order of z) that share sections with ``box``."""
+    first = bisect_right(cases, box.start[0], key=lambda case: case.region.stop[0])
+    last = first
+    while last < len(cases) and cases[last].region.start[0] < box.stop[0]:
+        last += 1
+    return cases[first:last]
+
+
+@dataclass(frozen=True, slots=True)
+class PredictTask:
+    """Segments blocks into their shards of the working stores."""
+
+    grid: BlockGrid
+    segmenter: Segmenter
+    cases: Sequence[Case]
+    read: ReadBox
+    stores: Mapping[str, Store]
+
+    @property
+    def name(self) -> str:
+        """Name of the task in logs."""
+        return "predict"
+
+    def process(self, block: Block) -> BlockRecord:
+        """Compute a block, write its shards, return their checksums."""
+        began = time.perf_counter()
+        cases = cases_in(self.cases, block.core)
+        arrays = self.segmenter.segment(self.read, cases, block.core)
+        checksums = {}
+        for name, store in self.stores.items():
+            store.write(block.core, arrays[name])
+            checksums[name] = store.checksum(block.core)
+        windows = self.segmenter.windows(self.read, cases, block.core)
+        return BlockRecord(block.key, checksums, windows, round(time.perf_counter() - began, 3))

@@ -1,0 +1,176 @@
+"""The survey: one streaming pass that gives every case its nonzero box and exact statistics.
+
+Tiles depend on the input's own chunks only, never on blocks or workers, and merge in raster order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from connectomics.errors import VolumeError
+from connectomics.geometry import BlockGrid, Box, Vec3, vec3
+from connectomics.inference.case import Case
+from connectomics.inference.normalise import ChannelSummary, IntensityStats, check_intensities
+from connectomics.io.atomic import write_text
+from connectomics.io.volume import Array, VolumeInfo, VolumeReader
+from connectomics.models.spec import ChannelNormalisation
+
+TILE_VOXELS = 1 << 23
+
+
+def tile_shape(info: VolumeInfo) -> Vec3:
+    """Shape (z, y, x) of the pieces the survey reads: whole input chunks, about 8 million voxels.
+
+    Examples
+    --------
+    >>> tile_shape(VolumeInfo((1, 100, 4096, 4096), np.dtype(np.uint8), (1, 4096, 4096)))
+    (1, 2048, 4096)
+    """
+    shape = [min(c, n) for c, n in zip(info.chunk_shape, info.extent, strict=True)]
+    for axis in (2, 1, 0):
+        while shape[axis] < info.extent[axis] and math.prod(shape) * 2 <= TILE_VOXELS:
+            shape[axis] = min(info.extent[axis], shape[axis] * 2)
+    for axis in (0, 1, 2):
+        excess = math.prod(shape) / TILE_VOXELS
+        if excess > 1:
+            shape[axis] = max(1, int(shape[axis] / excess))
+    return vec3(shape)
+
+
+class _Tally:
+    """What is known of one case so far."""
+
+    def __init__(self, channels: int) -> None:
+        self.stats: list[IntensityStats | None] = [None] * channels
+        self.box: Box | None = None
+
+    def add(self, tile: Array, origin: Box) -> None:
+        for c, values in enumerate(tile):
+            stats, before = IntensityStats.of(values), self.stats[c]
+            self.stats[c] = stats if before is None else before + stats
+        box = nonzero_box(tile)
+        if box is not None:
+            box = box.shift(origin.start)
+            self.box = box if self.box is None else _hull(self.box, box)
+
+    def close(self, region: Box) -> Case:
+        box = self.box or region
+        return Case(region, box, tuple(s.summary(box.voxels) for s in self.stats if s is not None))
+
+
+def nonzero_box(array: Array) -> Box | None:
+    """The smallest box around the voxels of a (c, z, y, x) array that are not zero in every channel, or None."""
+    mask = (array != 0).any(axis=0)
+    planes = mask.any(axis=0)
+    lines = (mask.any(axis=(1, 2)), planes.any(axis=1), planes.any(axis=0))
+    if not lines[1].any():
+        return None
+    spans = [np.flatnonzero(line)[[0, -1]] for line in lines]
+    return Box(vec3([a for a, _ in spans]), vec3([b + 1 for _, b in spans]))
+
+
+def _hull(a: Box, b: Box) -> Box:
+    start = [min(p, q) for p, q in zip(a.start, b.start, strict=True)]
+    stop = [max(p, q) for p, q in zip(a.stop, b.stop, strict=True)]
+    return Box(vec3(start), vec3(stop))
+
+
+def survey(
+    reader: VolumeReader, name: str, schemes: Sequence[ChannelNormalisation], *, by_slice: bool, workers: int = 1
+) -> tuple[Case, ...]:
+    """Read the whole volume once and describe its cases.
+
+    Parameters
+    ----------
+    reader
+        The volume, channels as the model expects them.
+    name
+        Of the volume, for messages.
+    schemes
+        Normalisation of each channel, for checks.
+    by_slice
+        Whether each section is a case of its own, or the volume is one.
+    workers
+        Threads that read ahead; the result does not depend on them.
+
+    Raises
+    ------
+    VolumeError
+        If a voxel is not a finite number, or intensities do not fit the normalisation.
+    """
+    info = reader.info
+    whole = Box.of_shape(info.extent)
+    regions = _sections(whole) if by_slice else [whole]
+    tallies = [_Tally(info.channels) for _ in regions]
+    for box, tile in _tiles(reader, workers):
+        _check_finite(tile, box, name)
+        if not by_slice:
+            tallies[0].add(tile, box)
+            continue
+        for i, z in enumerate(range(box.start[0], box.stop[0])):
+            tallies[z].add(tile[:, i : i + 1], box.shift((i, 0, 0)))
+    cases = tuple(t.close(region) for t, region in zip(tallies, regions, strict=True))
+    for case in cases:
+        for c, (scheme, summary) in enumerate(zip(schemes, case.channels, strict=True)):
+            check_intensities(scheme, summary, f"{name}, channel {c}, voxels {case.box.start} to {case.box.stop}")
+    return cases
+
+
+def _sections(whole: Box) -> list[Box]:
+    _, y, x = whole.shape
+    return [Box((z, 0, 0), (z + 1, y, x)) for z in range(whole.shape[0])]
+
+
+def _tiles(reader: VolumeReader, workers: int) -> Iterator[tuple[Box, Array]]:
+    """Tiles in raster order, ``workers`` of them read ahead."""
+    boxes = [block.core for block in BlockGrid(reader.info.extent, tile_shape(reader.info))]
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        pending = [pool.submit(reader.read, box) for box in boxes[:workers]]
+        for i, box in enumerate(boxes):
+            tile = pending.pop(0).result()
+            if i + workers < len(boxes):
+                pending.append(pool.submit(reader.read, boxes[i + workers]))
+            yield box, tile
+
+
+def _check_finite(tile: Array, box: Box, name: str) -> None:
+    if tile.dtype.kind != "f":
+        return
+    finite = np.isfinite(tile)
+    if finite.all():
+        return
+    bad = nonzero_box(~finite)
+    assert bad is not None
+    bad = bad.shift(box.start)
+    raise VolumeError(
+        f"{name}: NaN or infinite values in voxels (z, y, x) {bad.start} to {bad.stop}; nnU-Net cannot normalise them, "
+        "replace them (for example by 0) and run again"
+    )
+
+
+def save_survey(cases: Sequence[Case], path: Path) -> None:
+    """Keep a survey beside the ledger, so that a rerun need not repeat it."""
+    write_text(path, json.dumps([asdict(case) for case in cases]))
+
+
+def load_survey(path: Path) -> tuple[Case, ...] | None:
+    """The survey kept at ``path``, or None where there is none that is whole."""
+    try:
+        entries = json.loads(path.read_text())
+        cases = tuple(
+            Case(_box(e["region"]), _box(e["box"]), tuple(ChannelSummary(**c) for c in e["channels"])) for e in entries
+        )
+        return cases or None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _box(entry: dict[str, list[int]]) -> Box:
+    return Box(vec3(entry["start"]), vec3(entry["stop"]))

@@ -1,0 +1,266 @@
+"""One volume from start to end with a predictor of two lines: order of blocks, records, filters, refusals."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from connectomics.errors import OutputError, ResourceError, VolumeError
+from connectomics.executors.serial import SerialExecutor
+from connectomics.geometry import Block, Box
+from connectomics.inference.case import CaseInput
+from connectomics.inference.head import LabelRule, ProbabilityRule
+from connectomics.io.volume import Array, VolumeInfo
+from connectomics.models.spec import ChannelNormalisation
+from connectomics.pipeline.contracts import BlockRecord, RunReport, Task
+from connectomics.pipeline.finish import Filters, Output
+from connectomics.pipeline.planning import BlockPlan
+from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter
+from connectomics.pipeline.run import RunSettings, VolumeJob, discard_leftovers, run_volume
+
+EXTENT = (4, 12, 20)
+PLAN = BlockPlan((1, 6, 10), (1, 6, 10))
+BLOCKS = 16
+IMAGE = np.random.default_rng(0).integers(1, 255, (1, *EXTENT), np.uint8)
+EXPECTED = (IMAGE[0] > 128).astype(np.uint8)
+
+
+class Reader:
+    """A volume in memory."""
+
+    info = VolumeInfo(IMAGE.shape, IMAGE.dtype, (1, 12, 20))
+    identity: ClassVar[dict[str, object]] = {"name": "memory"}
+
+    def read(self, box: Box) -> Array:
+        return IMAGE[(slice(None), *box.slices)]
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class Bright:
+    """Class 1 where the raw value exceeds 128; one "window" a section."""
+
+    def __init__(self) -> None:
+        self.cores: list[Box] = []
+
+    def predict(self, source: CaseInput, core: Box) -> Iterator[tuple[Box, torch.Tensor]]:
+        self.cores.append(core)
+        value = torch.from_numpy(source.get(core)[0])
+        yield core, torch.stack([torch.full_like(value, 128.5), value])
+
+    def windows(self, source: CaseInput, core: Box) -> int:
+        return core.shape[0]
+
+
+class Shuffled:
+    """An executor with an order of its own."""
+
+    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord]:
+        order = list(blocks)
+        random.Random(3).shuffle(order)
+        return SerialExecutor().run(task, order)
+
+
+class Failing:
+    """An executor whose disk breaks after so many blocks."""
+
+    def __init__(self, after: int) -> None:
+        self._after = after
+
+    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord]:
+        for i, record in enumerate(SerialExecutor().run(task, blocks)):
+            if i == self._after:
+                raise VolumeError("the disk is gone")
+            yield record
+
+
+def job_in(folder: Path, *, key: str = "k", probabilities: bool = False, **changes: Any) -> VolumeJob:
+    rule = ProbabilityRule((1,)) if probabilities else None
+    schemes = (ChannelNormalisation("NoNormalization"),)
+    segmenter = Segmenter(Bright(), schemes, LabelRule(np.dtype(np.uint8)), rule)
+    outputs = [Output(LABELS, "v_labels", key, ("h5",))]
+    if probabilities:
+        outputs.append(Output(PROBABILITIES, "v_labels_probabilities", f"{key}p", ("h5", "zarr")))
+    job = VolumeJob(
+        "v", folder / "v_labels.run", Reader(), False, segmenter, Filters(), tuple(outputs), PLAN, {"seed": 0}
+    )
+    return replace(job, **changes)
+
+
+def settings_in(folder: Path, **changes: Any) -> RunSettings:
+    return replace(RunSettings(folder, "program 1", 1 << 30, {"threads": 1}), **changes)
+
+
+def silent(finished: int, planned: int) -> None:
+    """Hear nothing."""
+
+
+def run(folder: Path, job: VolumeJob, executor: Any = None, **changes: Any) -> RunReport:
+    return run_volume(job, settings_in(folder, **changes), executor or SerialExecutor(), silent)
+
+
+def labels(folder: Path) -> Array:
+    with h5py.File(folder / "v_labels.h5") as file:
+        return file["main"][:]  # type: ignore[no-any-return]
+
+
+def cores(job: VolumeJob) -> list[Box]:
+    assert isinstance(job.segmenter.predictor, Bright)
+    return job.segmenter.predictor.cores
+
+
+def test_the_labels_are_those_of_the_predictor(tmp_path: Path) -> None:
+    job = job_in(tmp_path)
+    report = run(tmp_path, job)
+    assert (labels(tmp_path) == EXPECTED).all()
+    assert (report.planned, report.skipped, report.done, report.windows) == (BLOCKS, 0, BLOCKS, BLOCKS)
+    assert report.voxels == EXPECTED.size
+    assert json.loads((tmp_path / "v_labels.run" / "report.json").read_text())["windows"] == BLOCKS
+
+
+def test_the_order_of_the_blocks_does_not_matter(tmp_path: Path) -> None:
+    contents = []
+    for name, executor in (("serial", SerialExecutor()), ("shuffled", Shuffled())):
+        job = job_in(tmp_path / name, probabilities=True)
+        run(tmp_path / name, job, executor)
+        contents.append([p.read_bytes() for p in sorted((tmp_path / name).glob("v_*.h5"))])
+        assert len(contents[-1]) == 2
+    assert contents[0] == contents[1]
+
+
+def test_progress_is_told_at_the_start_and_after_each_block(tmp_path: Path) -> None:
+    heard = []
+
+    def hear(finished: int, planned: int) -> None:
+        heard.append((finished, planned))
+
+    run_volume(job_in(tmp_path), settings_in(tmp_path), SerialExecutor(), hear)
+    assert heard == [(i, BLOCKS) for i in range(BLOCKS + 1)]
+
+
+def test_what_was_done_before_a_failure_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(VolumeError, match="the disk is gone"):
+        run(tmp_path, job_in(tmp_path), Failing(after=5))
+    assert not (tmp_path / "v_labels.h5").exists()
+    job = job_in(tmp_path)
+    report = run(tmp_path, job)
+    assert (report.skipped, report.done, len(cores(job))) == (5, BLOCKS - 5, BLOCKS - 5)
+    assert (labels(tmp_path) == EXPECTED).all()
+
+
+def test_a_finished_output_is_not_made_again_with_a_missing_one(tmp_path: Path) -> None:
+    run(tmp_path, job_in(tmp_path, probabilities=True))
+    before = (tmp_path / "v_labels.h5").stat().st_mtime_ns
+    (tmp_path / "v_labels_probabilities.h5").unlink()
+    report = run(tmp_path, job_in(tmp_path, probabilities=True))
+    assert report.done == BLOCKS, "the working store was removed, so its blocks are computed again"
+    assert (tmp_path / "v_labels.h5").stat().st_mtime_ns == before
+    assert (tmp_path / "v_labels_probabilities.h5").exists()
+
+
+def test_every_missing_shard_is_found_whatever_the_sample(tmp_path: Path) -> None:
+    extent_blocks = [(z, y, x) for z in range(4) for y in range(2) for x in range(2)]
+    for lost in extent_blocks[::3]:
+        folder = tmp_path / "-".join(map(str, lost))
+        with pytest.raises(VolumeError):
+            run(folder, job_in(folder), Failing(after=BLOCKS - 1))
+        shards = next(folder.glob("v_labels.run/*/labels.zarr/0/c"))
+        shards.joinpath(*map(str, lost)).unlink()
+        job = job_in(folder)
+        run(folder, job)
+        assert {core.start for core in cores(job)} == {(lost[0], lost[1] * 6, lost[2] * 10), (3, 6, 10)}
+        assert (labels(folder) == EXPECTED).all()
+
+
+def test_a_sample_of_many_blocks_is_compared(tmp_path: Path) -> None:
+    """More blocks than are checked: some damage is found, and whatever is found is computed again."""
+    plan = BlockPlan((1, 2, 4), (1, 2, 4))
+    with pytest.raises(VolumeError):
+        run(tmp_path, job_in(tmp_path, plan=plan), Failing(after=119))
+    shards = sorted(p for p in tmp_path.glob("v_labels.run/*/labels.zarr/0/c/**/*") if p.is_file())
+    for shard in shards:
+        shard.write_bytes(b"")
+    job = job_in(tmp_path, plan=plan)
+    report = run_lenient(tmp_path, job)
+    assert 16 <= report <= 32
+
+
+def run_lenient(folder: Path, job: VolumeJob) -> int:
+    """How many blocks were computed of those that were recorded; the export meets the damaged rest."""
+    with pytest.raises(VolumeError, match="Check that the file is complete"):
+        run(folder, job)
+    return len(cores(job)) - 1
+
+
+def test_without_its_ledger_a_store_of_other_blocks_is_made_again(tmp_path: Path) -> None:
+    with pytest.raises(VolumeError):
+        run(tmp_path, job_in(tmp_path), Failing(after=5))
+    next(tmp_path.glob("v_labels.run/*/ledger.jsonl")).unlink()
+    job = job_in(tmp_path, plan=BlockPlan((2, 12, 20), (1, 6, 10)))
+    assert run(tmp_path, job).done == 2
+    assert (labels(tmp_path) == EXPECTED).all()
+
+
+def test_filters_see_the_whole_volume(tmp_path: Path) -> None:
+    run(tmp_path, job_in(tmp_path, filters=Filters(minimum_voxels=10**6)))
+    assert not labels(tmp_path).any()
+    assert not [path for path in tmp_path.glob("v_labels.run/*/*") if path.is_dir()]
+
+
+def test_filters_beyond_the_budget_are_refused_before_any_work(tmp_path: Path) -> None:
+    job = job_in(tmp_path, filters=Filters(fill_holes=True))
+    with pytest.raises(ResourceError, match=r"system\.memory_budget_gb"):
+        run(tmp_path, job, budget_bytes=1000)
+    assert not cores(job)
+
+
+def test_another_key_or_program_is_work_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(VolumeError):
+        run(tmp_path, job_in(tmp_path), Failing(after=5))
+    (begun,) = (tmp_path / "v_labels.run").iterdir()
+    for job, changes in ((job_in(tmp_path, key="other"), {}), (job_in(tmp_path), {"program": "program 2"})):
+        report = run(tmp_path, job, **changes)
+        assert report.done == BLOCKS
+        assert f"unfinished work of other settings ({begun.name})" in caplog.text
+        assert (begun / "labels.zarr").is_dir()
+        caplog.clear()
+        (tmp_path / "v_labels.h5").unlink()
+
+
+def test_the_stamp_says_how_it_was_made(tmp_path: Path) -> None:
+    run(tmp_path, job_in(tmp_path))
+    provenance = json.loads((tmp_path / "v_labels.run" / "provenance.json").read_text())
+    with h5py.File(tmp_path / "v_labels.h5") as file:
+        assert json.loads(file.attrs["connectomics"]) == provenance | {"result_key": "k"}
+    assert provenance["numeric_class"] == {"threads": 1}
+    assert (provenance["seed"], provenance["cases"]) == (0, 1)
+    (statistics,) = provenance["statistics"]
+    assert statistics["mean"] == pytest.approx(IMAGE.mean(), rel=1e-12)
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "v_labels.run").touch()
+    with pytest.raises(OutputError, match=r"cannot make the RUN folder \(Not a directory\)"):
+        run(tmp_path, job_in(tmp_path))
+
+
+def test_leftovers_of_finished_outputs_are_removed_and_others_stay(tmp_path: Path) -> None:
+    job, other = job_in(tmp_path), job_in(tmp_path, key="other")
+    for unfinished in (job, other):
+        with pytest.raises(VolumeError):
+            run(tmp_path, unfinished, Failing(after=1))
+    assert len(list(tmp_path.glob("v_labels.run/*/labels.zarr"))) == 2
+    discard_leftovers(job.run_folder, job.outputs, "program 1")
+    assert len(list(tmp_path.glob("v_labels.run/*/labels.zarr"))) == 1
+    assert len(list(tmp_path.glob("v_labels.run/*/ledger.jsonl"))) == 2
+    discard_leftovers(tmp_path / "absent.run", job.outputs, "program 1")
