@@ -1,1 +1,63 @@
-"""Run pre-trained nnU-Net v2 models on electron-microscopy volumes of any size."""
+"""Run pre-trained nnU-Net v2 models on electron-microscopy volumes of any size.
+
+These names are the public API, see docs/api.md. Each is imported when it is first used, so that
+``import connectomics`` itself loads neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from connectomics.build.engine import build_engine
+    from connectomics.build.volumes import list_sources
+    from connectomics.config.load import load_config
+    from connectomics.config.schema import Config
+    from connectomics.errors import ConnectomicsError
+    from connectomics.geometry import Box
+    from connectomics.io.opening import open_volume
+    from connectomics.lightning.inference import InferenceManager, Prediction, VolumeOutcome, VolumeProcessor
+    from connectomics.models.checkpoint import read_spec
+
+__all__ = [
+    "Box",
+    "Config",
+    "ConnectomicsError",
+    "InferenceManager",
+    "Prediction",
+    "VolumeOutcome",
+    "VolumeProcessor",
+    "build_engine",
+    "list_sources",
+    "load_config",
+    "open_volume",
+    "read_spec",
+]
+
+_HOMES = {
+    "Box": "geometry",
+    "Config": "config.schema",
+    "ConnectomicsError": "errors",
+    "InferenceManager": "lightning.inference",
+    "Prediction": "lightning.inference",
+    "VolumeOutcome": "lightning.inference",
+    "VolumeProcessor": "lightning.inference",
+    "build_engine": "build.engine",
+    "list_sources": "build.volumes",
+    "load_config": "config.load",
+    "open_volume": "io.opening",
+    "read_spec": "models.checkpoint",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'connectomics' has no attribute {name!r}; public are {', '.join(__all__)}")
+    value: object = vars(importlib.import_module(f"connectomics.{_HOMES[name]}"))[name]
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

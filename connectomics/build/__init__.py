@@ -1,0 +1,1 @@
+"""Composition root: configuration in, objects out. The only room below the command line that reads configuration."""

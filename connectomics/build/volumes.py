@@ -1,0 +1,166 @@
+"""The volumes: which there are, how each is opened, what its results are called and how it is cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from connectomics.build.engine import Engine
+from connectomics.config.schema import Config
+from connectomics.errors import ConfigError, VolumeError
+from connectomics.fingerprint import key_of
+from connectomics.geometry import Vec3, vec3
+from connectomics.io.export import export_path
+from connectomics.io.listing import VolumeSource, expand, group, refuse_collisions, without_results
+from connectomics.io.opening import open_channels, open_volume
+from connectomics.io.volume import Nanometres, VolumeReader
+from connectomics.pipeline.finish import Output
+from connectomics.pipeline.planning import BlockPlan, forced_plan, plan_blocks, whole_plan
+from connectomics.pipeline.predict import LABELS, PROBABILITIES
+from connectomics.pipeline.run import VolumeJob
+
+
+def list_sources(config: Config, channels: int) -> list[VolumeSource]:
+    """All volumes of ``inference.volume_mode``, before this process's share is taken.
+
+    Raises
+    ------
+    ConfigError
+        If none is stated, none matches, or two would write the same names.
+    """
+    mode = config.inference.volume_mode
+    if not mode.enabled:
+        raise ConfigError("inference.volume_mode.enabled is false; set it to true for --mode infer-volume")
+    if mode.file_list is not None and mode.file_pattern is not None:
+        raise ConfigError("inference.volume_mode has both file_list and file_pattern; state one of them")
+    if mode.file_list is None and mode.file_pattern is None:
+        raise ConfigError("no volumes are named; set inference.volume_mode.file_pattern='data/*.h5' or …file_list")
+    uris = mode.file_list if mode.file_list is not None else expand(mode.file_pattern or "")
+    return named_sources(without_results(uris, mode.output_suffix), channels)
+
+
+def named_sources(uris: list[str], channels: int) -> list[VolumeSource]:
+    """Volumes of stated paths, collisions refused."""
+    sources = group(uris, channels)
+    refuse_collisions(sources)
+    return sources
+
+
+def share_of(config: Config, sources: list[VolumeSource]) -> list[VolumeSource]:
+    """This process's share: every ``step``-th volume from ``start_index`` on."""
+    mode = config.inference.volume_mode
+    return sources[mode.start_index :: mode.step]
+
+
+def open_source(config: Config, engine: Engine, source: VolumeSource) -> VolumeReader:
+    """Open a volume and hold it against the model.
+
+    Raises
+    ------
+    VolumeError
+        If it cannot be read, lacks the file of a channel or has another number of channels.
+    """
+    stated = config.inference.voxel_size_nm
+    voxel_size: Nanometres | None = None if stated is None else (stated[0], stated[1], stated[2])
+    axes = config.inference.axes
+    if source.problem:
+        raise VolumeError(source.problem)
+    if len(source.uris) == 1:
+        reader = open_volume(source.uris[0], axes=axes, voxel_size_nm=voxel_size)
+    else:
+        reader = open_channels(source.uris, axes=axes, voxel_size_nm=voxel_size)
+    if reader.info.channels != engine.spec.channels:
+        reader.close()
+        raise VolumeError(
+            f"{source.name}: has {reader.info.channels} channels, the model expects {engine.spec.channels} "
+            f"({', '.join(engine.spec.channel_names)}); choose the right volume, or state inference.axes"
+        )
+    return reader
+
+
+def run_folder(config: Config, source: VolumeSource) -> Path:
+    """RUN: the folder of a volume's log, ledger and report."""
+    return Path(config.inference.data.output_path) / f"{_stem(config, source)}.run"
+
+
+def _stem(config: Config, source: VolumeSource) -> str:
+    return f"{source.stem}_{config.inference.volume_mode.output_suffix}"
+
+
+def final_names(config: Config, engine: Engine, source: VolumeSource) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """File name without suffix, and formats, of each of a volume's results."""
+    stem = _stem(config, source)
+    formats = tuple(config.inference.output.formats)
+    names = {LABELS: (stem, formats)}
+    rule = engine.segmenter.probabilities
+    if rule is not None:
+        names[PROBABILITIES] = (f"{stem}_probabilities", tuple(f for f in formats if f != "png" or rule.fits_png))
+    return names
+
+
+def final_paths(config: Config, engine: Engine, source: VolumeSource) -> list[Path]:
+    """Where a volume's results will stand, without opening it."""
+    names = final_names(config, engine, source).values()
+    return [export_path(engine.settings.folder, stem, f) for stem, formats in names for f in formats]
+
+
+def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> tuple[Output, ...]:
+    """The final results of a volume with their result keys."""
+    names = final_names(config, engine, source)
+    facts = dict(engine.facts) | {"input": reader.identity}
+    outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1])]
+    rule = engine.segmenter.probabilities
+    if rule is not None:
+        kept = {"channels": list(rule.channels), "softmax": rule.softmax, "scale": rule.scale, "dtype": rule.dtype.str}
+        key = key_of(facts | {"probabilities": kept})
+        stem, formats = names[PROBABILITIES]
+        outputs.append(Output(PROBABILITIES, stem, key, formats))
+    return tuple(outputs)
+
+
+def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> VolumeJob:
+    """All that running one volume needs.
+
+    Raises
+    ------
+    ResourceError
+        If the memory budget cannot hold one block's work.
+    """
+    outputs = outputs_of(config, engine, source, reader)
+    provenance: dict[str, object] = {
+        "program": engine.settings.program,
+        "experiment_name": config.experiment_name,
+        "description": config.description,
+        "input": reader.identity,
+        "nnunet": "as nnU-Net" if not engine.deviations else "not nnU-Net: " + "; ".join(engine.deviations),
+        "model_weights_sha256": engine.spec.weights_sha256,
+        "trainer": engine.spec.trainer_name,
+        "configuration": engine.spec.configuration,
+        "folds": list(engine.spec.folds),
+        "labels": dict(engine.spec.label_names),
+        "resample": "off",
+        "plan_spacing": list(engine.spec.spacing),
+        "seed": config.system.seed,
+    }
+    return VolumeJob(
+        source.name,
+        run_folder(config, source),
+        reader,
+        engine.by_slice,
+        engine.segmenter,
+        engine.filters,
+        outputs,
+        _plan(config, engine, reader.info.extent, reader.info.channels),
+        provenance | dict(engine.facts),
+    )
+
+
+def _plan(config: Config, engine: Engine, extent: Vec3, channels: int) -> BlockPlan:
+    patch = engine.window.patch
+    stated = config.inference.block_shape
+    budget = engine.settings.budget_bytes
+    if config.inference.sliding_window.engine == "monai":
+        return whole_plan(extent, patch, engine.spec.classes, channels, budget)
+    if stated is not None:
+        return forced_plan(extent, patch, vec3(stated))
+    accumulated = engine.spec.classes * len(engine.spec.folds) + 1
+    return plan_blocks(extent, patch, accumulated, channels, budget)

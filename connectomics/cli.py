@@ -1,0 +1,255 @@
+"""The command line: words in, objects from below, progress on stderr, results and paths on stdout, exit codes.
+
+0 all done; 2 wrong usage or configuration; 3 some volumes failed or nothing could be done; 130, 138, 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from connectomics.errors import ConfigError, ConnectomicsError
+
+if TYPE_CHECKING:
+    from connectomics.build.engine import Engine
+    from connectomics.config.schema import Config
+    from connectomics.io.listing import VolumeSource
+    from connectomics.lightning.inference import VolumeOutcome
+
+FAILED = 3
+INTERRUPTED = 128  # plus the signal's number
+EXAMPLES = """\
+examples:
+  connectomics infer-volume --checkpoint MODEL inference.volume_mode.file_pattern='data/*.h5' \\
+      inference.data.output_path=out/
+  connectomics test --config tutorials/nnunet_mito_inference.yaml --checkpoint MODEL
+  connectomics inspect MODEL
+  connectomics doctor --checkpoint MODEL
+  connectomics demo
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code."""
+    return _guarded(_parsed(_parser(), arguments))
+
+
+def script_main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point of ``scripts/main.py``: ``--mode`` names the command."""
+    parser = argparse.ArgumentParser(
+        prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mode", required=True, choices=["test", "infer-volume"], help="what to do")
+    _add_run_words(parser)
+    words = _parsed(parser, arguments)
+    words.command = words.mode
+    return _guarded(words)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="connectomics",
+        description="Run pre-trained nnU-Net v2 models on electron-microscopy volumes of any size.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("infer-volume", "label a list of volumes; finished ones are skipped, unfinished ones resumed"),
+        ("test", "label the volumes of test.data and, where labels are given, measure the result"),
+        ("doctor", "check versions, device, memory, disk, model and volumes"),
+    ):
+        _add_run_words(commands.add_parser(name, help=text, description=text))
+    inspect = commands.add_parser("inspect", help="say what a checkpoint is, without running anything it brings")
+    inspect.add_argument("model", type=Path, help="training folder, fold folder or .pth file")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. model.folds=[0]")
+    demo = commands.add_parser("demo", help="the whole job on an embedded example")
+    demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the results")
+    return parser
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, with options and ``key=value`` words in any order, which argparse alone does not do."""
+    words, rest = parser.parse_known_args(arguments)
+    if rest and ("overrides" not in words or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        words.overrides = [*words.overrides, *rest]
+    return words
+
+
+def _add_run_words(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="YAML file; see tutorials/nnunet_mito_inference.yaml")
+    parser.add_argument("--checkpoint", type=Path, help="nnU-Net training folder or .pth file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. system.device=cuda:0")
+
+
+class _Stopped(BaseException):
+    """A signal asked for an end; whatever was finished is on disk already."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {signal.Signals(number).name}")
+        self.number = number
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    for repeated in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(repeated, signal.SIG_IGN)  # schedulers send them twice; once is enough
+    raise _Stopped(number)
+
+
+def _guarded(words: argparse.Namespace) -> int:
+    """Run a command with errors turned into one sentence and an exit code."""
+    before = {n: signal.signal(n, _stop) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with _warnings_on_stderr():
+            return _COMMANDS[words.command](words)
+    except (ConnectomicsError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code if isinstance(error, ConnectomicsError) else FAILED
+    except _Stopped as stop:
+        print("stopped by a signal; finished blocks are kept, the same command continues", file=sys.stderr)
+        return INTERRUPTED + stop.number
+    except KeyboardInterrupt:
+        print("interrupted; finished blocks are kept, the same command continues", file=sys.stderr)
+        return INTERRUPTED + signal.SIGINT
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@contextlib.contextmanager
+def _warnings_on_stderr() -> Iterator[None]:
+    """While open, warnings that the package logs are printed."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger = logging.getLogger("connectomics")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _configured(words: argparse.Namespace) -> Config:
+    from connectomics.config.load import load_config
+
+    return load_config(words.config, words.overrides)
+
+
+def _infer_volume(words: argparse.Namespace) -> int:
+    config = _configured(words)
+    from connectomics.build.engine import build_engine
+    from connectomics.build.volumes import list_sources, share_of
+
+    engine = build_engine(config, words.checkpoint)
+    sources = share_of(config, list_sources(config, engine.spec.channels))
+    return _ended(_run(config, engine, sources))
+
+
+def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> list[VolumeOutcome]:
+    from connectomics.lightning.inference import VolumeProcessor, check_output_folder
+    from connectomics.progress import ProgressBar
+
+    for deviation in engine.deviations:
+        print(f"not nnU-Net: {deviation}", file=sys.stderr)
+    check_output_folder(engine.settings.folder)
+    with ProgressBar() as bar:
+        return VolumeProcessor(config, engine, bar).run(sources)
+
+
+def _ended(outcomes: Sequence[VolumeOutcome]) -> int:
+    """Print paths and the closing table; the exit code."""
+    for outcome in outcomes:
+        for path in outcome.paths:
+            print(path)
+    states = ("done", "skipped", "failed")
+    counts = {state: sum(o.state == state for o in outcomes) for state in states}
+    print("\n" + "\n".join(f"{state:8} {counts[state]:>6}" for state in states))
+    for outcome in outcomes:
+        if outcome.state == "failed":
+            print(f"  failed: {outcome.name}: {outcome.reason}")
+    return FAILED if counts["failed"] else 0
+
+
+def _test(words: argparse.Namespace) -> int:
+    config = _configured(words)
+    from connectomics.build.engine import build_engine
+    from connectomics.build.volumes import named_sources
+    from connectomics.lightning.evaluation import check_truths, evaluate_outcomes, score_table
+
+    images = config.test.data.test_image
+    if not images:
+        raise ConfigError("test.data.test_image names no volume; set it to a path or a list of paths")
+    engine = build_engine(config, words.checkpoint)
+    sources = named_sources(images, engine.spec.channels)
+    labels = config.test.data.test_label if config.test.evaluation.enabled else None
+    if labels:
+        check_truths(sources, labels)
+    outcomes = _run(config, engine, sources)
+    code = _ended(outcomes)
+    if labels:
+        scores = evaluate_outcomes(config, engine, outcomes, labels)
+        print(score_table(scores))
+        print(scores.path)
+        code = code or (FAILED if scores.failures else 0)
+    return code
+
+
+def _inspect(words: argparse.Namespace) -> int:
+    from connectomics.config.load import load_config
+
+    config = load_config(None, words.overrides)
+    from connectomics.build.engine import describe
+
+    facts = describe(config, words.model)
+    if words.json:
+        print(json.dumps(facts, indent=1))
+        return 0
+    for key, value in facts.items():
+        print(f"{key:18} {value}")
+    return 0
+
+
+def _doctor(words: argparse.Namespace) -> int:
+    config = _configured(words)
+    from connectomics.doctor import examine
+
+    findings = examine(config, words.checkpoint)
+    for finding in findings:
+        print(f"{'ok  ' if finding.ok else 'MEND'} {finding.subject:12} {finding.text}")
+        if finding.mend:
+            print(f"     {'':12} → {finding.mend}")
+    return 0 if all(f.ok for f in findings) else FAILED
+
+
+def _demo(words: argparse.Namespace) -> int:
+    from connectomics.lightning.demo import run_demo
+    from connectomics.progress import ProgressBar
+
+    with ProgressBar() as bar:
+        lines = run_demo(words.output, bar)
+    print("\n".join(lines))
+    return 0
+
+
+_COMMANDS = {
+    "infer-volume": _infer_volume,
+    "test": _test,
+    "inspect": _inspect,
+    "doctor": _doctor,
+    "demo": _demo,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Is this machine ready? Versions, torchvision, device, memory, disk, model and volumes, each with its mend."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from connectomics.build.engine import build_engine, device_name, memory_budget_bytes
+from connectomics.build.volumes import list_sources, open_source, share_of
+from connectomics.config.schema import Config
+from connectomics.errors import ConnectomicsError
+from connectomics.models.backends.torch_eager import select_device
+
+TESTED_NNUNET = ("2.8.0", "2.9")
+LOW_MEMORY_BYTES = 4 << 30
+LOW_DISK_BYTES = 10 << 30
+VOLUMES_OPENED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at; ``mend`` says what to do when it is not ok."""
+
+    subject: str
+    ok: bool
+    text: str
+    mend: str = ""
+
+
+def examine(config: Config, checkpoint: Path | None) -> list[Finding]:
+    """Look at everything a run would need.
+
+    Parameters
+    ----------
+    config
+        The configuration a run would use.
+    checkpoint
+        From the command line; without one, and without one in the configuration, model and volumes are left out.
+    """
+    findings = [_python(), _nnunet(), _torchvision(), _device(config), _memory(config), _disk(config)]
+    if checkpoint is not None or config.model.nnunet_checkpoint is not None:
+        findings += _model_and_volumes(config, checkpoint)
+    return findings
+
+
+def _python() -> Finding:
+    return Finding("python", True, f"{platform.python_version()}, torch {torch.__version__}")
+
+
+def _nnunet() -> Finding:
+    version = importlib.metadata.version("nnunetv2")
+    ok = TESTED_NNUNET[0] <= version < TESTED_NNUNET[1]
+    mend = "" if ok else f"pip install 'nnunetv2>={TESTED_NNUNET[0]},<{TESTED_NNUNET[1]}'"
+    return Finding("nnunetv2", ok, f"{version} (tested: {TESTED_NNUNET[0]} up to, not with, {TESTED_NNUNET[1]})", mend)
+
+
+def _torchvision() -> Finding:
+    """A torchvision built for another torch breaks timm, hence parts of nnunetv2, and lightning."""
+    try:
+        version = importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("torchvision", True, "absent; nothing here needs it")
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        return Finding(
+            "torchvision",
+            False,
+            f"{version} does not load with torch {torch.__version__} ({' '.join(str(error).split())[:80]})",
+            "install the torchvision that matches this torch, or pip uninstall torchvision",
+        )
+    return Finding("torchvision", True, f"{version} matches torch {torch.__version__}")
+
+
+def _device(config: Config) -> Finding:
+    try:
+        device = select_device(device_name(config))
+    except ConnectomicsError as error:
+        return Finding("device", False, str(error), "set system.device to cpu, or mend the driver")
+    return Finding("device", True, str(device))
+
+
+def _memory(config: Config) -> Finding:
+    memory = psutil.virtual_memory()
+    budget = memory_budget_bytes(config)
+    text = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free, budget {budget / 2**30:.1f} GiB"
+    if budget > memory.total or memory.available < LOW_MEMORY_BYTES:
+        return Finding("memory", False, text, "lower system.memory_budget_gb, or free memory")
+    return Finding("memory", True, text)
+
+
+def _disk(config: Config) -> Finding:
+    folder = Path(config.inference.data.output_path).absolute()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    text = f"{free / 2**30:.1f} GiB free at {folder}"
+    if free < LOW_DISK_BYTES:
+        return Finding("disk", False, text, "free the disk, or set inference.data.output_path to another one")
+    return Finding("disk", True, text)
+
+
+def _model_and_volumes(config: Config, checkpoint: Path | None) -> list[Finding]:
+    try:
+        engine = build_engine(config, checkpoint)
+    except ConnectomicsError as error:
+        return [Finding("model", False, str(error), "see connectomics inspect MODEL")]
+    spec = engine.spec
+    size = f"{len(spec.folds)} folds of {spec.parameters / 1e6:.2f} M parameters"
+    text = f"{spec.configuration}, patch {spec.patch_shape}, {size}"
+    findings = [Finding("model", True, text)]
+    mode = config.inference.volume_mode
+    if mode.file_list is None and mode.file_pattern is None:
+        return findings
+    try:
+        sources = share_of(config, list_sources(config, spec.channels))
+    except ConnectomicsError as error:
+        return [*findings, Finding("volumes", False, str(error), "mend inference.volume_mode")]
+    for source in sources[:VOLUMES_OPENED]:
+        try:
+            open_source(config, engine, source).close()
+        except ConnectomicsError as error:
+            findings.append(Finding("volume", False, str(error), "mend or leave out this volume"))
+    count = f"{len(sources)} volumes, the first {min(len(sources), VOLUMES_OPENED)} opened"
+    return [*findings, Finding("volumes", True, count)]

@@ -1,0 +1,70 @@
+"""``connectomics demo``: the main job on an embedded phantom with an embedded model; prints what it found and where."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from connectomics.build.engine import build_engine
+from connectomics.build.volumes import named_sources
+from connectomics.config.load import load_config
+from connectomics.errors import ConnectomicsError
+from connectomics.evaluate.montage import montage
+from connectomics.geometry import Box
+from connectomics.io.opening import open_volume
+from connectomics.io.volume import Array
+from connectomics.lightning.evaluation import evaluate_outcomes, score_table
+from connectomics.lightning.inference import Observer, VolumeProcessor
+
+VOLUME = "phantom:6x512x512?seed=7"
+TRUTH = f"{VOLUME}&what=label"
+SHOWN_SECTION = 3
+
+
+def run_demo(folder: Path, observer: Observer) -> list[str]:
+    """Label the phantom, measure it against its ground truth, draw a montage.
+
+    Parameters
+    ----------
+    folder
+        Where everything goes; a second run finds its work done.
+    observer
+        Hears of progress.
+
+    Returns
+    -------
+    lines
+        What to print.
+
+    Raises
+    ------
+    ConnectomicsError
+        If the volume could not be finished.
+    """
+    config = load_config(
+        None, [f"inference.data.output_path={folder}", "experiment_name=demo", "inference.output.formats=[h5,png]"]
+    )
+    with as_file(files("connectomics") / "example" / "phantom_mito_2d") as model:
+        engine = build_engine(config, model)
+    outcomes = VolumeProcessor(config, engine, observer).run(named_sources([VOLUME], engine.spec.channels))
+    if outcomes[0].state == "failed":
+        raise ConnectomicsError(outcomes[0].reason)
+    scores = evaluate_outcomes(config, engine, outcomes, [TRUTH])
+    labels = outcomes[0].paths[0]
+    picture = folder / "montage.png"
+    montage(_section(VOLUME), _section(str(labels)), _section(TRUTH), picture)
+    return [
+        f"{outcomes[0].state}: {VOLUME} with the embedded model ({engine.spec.parameters / 1e6:.2f} M parameters)",
+        score_table(scores),
+        f"labels   {labels} (HDF5, dataset main) and {outcomes[0].paths[1]}",
+        f"picture  {picture} (section {SHOWN_SECTION}: raw, prediction, truth)",
+        f"scores   {scores.path}",
+    ]
+
+
+def _section(uri: str) -> Array:
+    reader = open_volume(uri)
+    _, height, width = reader.info.extent
+    section: Array = reader.read(Box((SHOWN_SECTION, 0, 0), (SHOWN_SECTION + 1, height, width)))[0, 0]
+    reader.close()
+    return section

@@ -1,0 +1,309 @@
+"""The two front doors: InferenceManager for one array in memory, VolumeProcessor for many volumes on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from connectomics.build.engine import Engine, build_engine
+from connectomics.build.volumes import final_paths, job_of, open_source, outputs_of, run_folder
+from connectomics.config.load import load_config
+from connectomics.config.schema import Config
+from connectomics.errors import ConfigError, ConnectomicsError, OutputError, VolumeError
+from connectomics.executors.serial import SerialExecutor
+from connectomics.geometry import Box
+from connectomics.io.listing import VolumeSource
+from connectomics.io.volume import Array, VolumeInfo
+from connectomics.pipeline.contracts import RunReport
+from connectomics.pipeline.finish import check_names
+from connectomics.pipeline.predict import LABELS, PROBABILITIES
+from connectomics.pipeline.run import discard_leftovers, run_volume
+from connectomics.pipeline.survey import survey
+
+EXPECTED = (ConnectomicsError, OSError, MemoryError)  # what may go wrong without a mistake of ours
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Result for one array.
+
+    Parameters
+    ----------
+    labels
+        (z, y, x) or, for a 2D image, (y, x); uint8, or uint16 from 255 foreground labels on.
+    probabilities
+        float32 (k, z, y, x) or (k, y, x) when they were asked for, else None.
+    """
+
+    labels: Array
+    probabilities: Array | None
+
+
+class InferenceManager:
+    """Labels arrays in memory exactly as nnU-Net would.
+
+    Parameters
+    ----------
+    config
+        The configuration; ``inference.output.save_probabilities`` asks for probabilities.
+    checkpoint
+        A nnU-Net training folder or ``.pth`` file; replaces ``model.nnunet_checkpoint``.
+
+    Raises
+    ------
+    ConfigError, ModelError, DeviceError
+        If the configuration, the model or the device does not fit.
+    """
+
+    def __init__(self, config: Config, checkpoint: Path | None = None) -> None:
+        torch.manual_seed(config.system.seed)
+        self.engine = build_engine(config, checkpoint)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Path | str, overrides: Sequence[str] = ()) -> InferenceManager:
+        """Load a model with nnU-Net's own settings, changed by ``key=value`` words of the configuration."""
+        return cls(load_config(None, overrides), Path(checkpoint))
+
+    def predict(self, image: Array) -> Prediction:
+        """Label one image.
+
+        Parameters
+        ----------
+        image
+            Raw intensities, any real dtype: (c, z, y, x), (z, y, x) for one channel, or (y, x).
+
+        Raises
+        ------
+        VolumeError
+            If the shape, dtype or number of channels does not fit the model, or a value is not finite.
+        """
+        if image.ndim not in (2, 3, 4) or image.size == 0 or image.dtype.kind not in "uifb":
+            raise VolumeError(
+                f"the image has shape {image.shape} and dtype {image.dtype}; expected numbers with axes (c, z, y, x), "
+                "(z, y, x) or (y, x)"
+            )
+        reader = _ArrayReader(image.reshape((1,) * (4 - image.ndim) + image.shape))
+        if reader.info.channels != self.engine.spec.channels:
+            raise VolumeError(
+                f"the image has {reader.info.channels} channels, the model expects {self.engine.spec.channels} "
+                f"({', '.join(self.engine.spec.channel_names)})"
+            )
+        segmenter = self.engine.segmenter
+        cases = survey(reader, "the image", segmenter.schemes, by_slice=self.engine.by_slice)
+        arrays = segmenter.segment(reader.read, cases, Box.of_shape(reader.info.extent))
+        labels = self.engine.filters.apply(arrays[LABELS][0])
+        probabilities = arrays.get(PROBABILITIES)
+        if image.ndim == 2:
+            return Prediction(labels[0], None if probabilities is None else probabilities[:, 0])
+        return Prediction(labels, probabilities)
+
+
+class _ArrayReader:
+    """A VolumeReader over an array in memory."""
+
+    def __init__(self, array: Array) -> None:
+        self._array = array.astype(np.uint8) if array.dtype.kind == "b" else array
+        shape = (array.shape[0], array.shape[1], array.shape[2], array.shape[3])
+        self.info = VolumeInfo(shape, self._array.dtype, (1, shape[2], shape[3]))
+        self.identity: dict[str, object] = {}
+
+    def read(self, box: Box) -> Array:
+        view: Array = self._array[(slice(None), *box.slices)]
+        return view
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeOutcome:
+    """What became of one volume: ``state`` is done, skipped or failed; ``reason`` says why it failed."""
+
+    name: str
+    state: str
+    reason: str = ""
+    paths: tuple[Path, ...] = ()
+    report: RunReport | None = None
+    seconds: float = 0.0
+
+
+class Observer(Protocol):
+    """Hears how many volumes come along; the command line draws its progress from it."""
+
+    def listed(self, total: int, finished: int) -> None:
+        """Before the first volume: how many there are and how many of them are finished already."""
+        ...
+
+    def began(self, name: str) -> None: ...
+
+    def block(self, finished: int, planned: int) -> None: ...
+
+    def ended(self, outcome: VolumeOutcome) -> None: ...
+
+
+class Silence:
+    """An observer that does nothing."""
+
+    def listed(self, total: int, finished: int) -> None:
+        """Nothing."""
+
+    def began(self, name: str) -> None:
+        """Nothing."""
+
+    def block(self, finished: int, planned: int) -> None:
+        """Nothing."""
+
+    def ended(self, outcome: VolumeOutcome) -> None:
+        """Nothing."""
+
+
+class VolumeProcessor:
+    """Labels many volumes: skips finished ones, goes on after a failed one, resumes unfinished ones.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    engine
+        The model and all that serves every volume.
+    observer
+        Hears of progress.
+    """
+
+    def __init__(self, config: Config, engine: Engine, observer: Observer | None = None) -> None:
+        torch.manual_seed(config.system.seed)
+        self._config = config
+        self._engine = engine
+        self._observer = observer or Silence()
+
+    def run(self, sources: Sequence[VolumeSource]) -> list[VolumeOutcome]:
+        """Bring volumes to their final outputs.
+
+        Returns
+        -------
+        outcomes
+            One per volume in the given order; with ``stop_on_error`` the list ends at the first failure.
+        """
+        finished = {s.name: paths for s in sources if (paths := self._finished(s)) is not None}
+        self._observer.listed(len(sources), len(finished))
+        outcomes = []
+        for source in sources:
+            if source.name in finished:
+                outcome = VolumeOutcome(source.name, "skipped", paths=finished[source.name])
+            else:
+                self._observer.began(source.name)
+                outcome = self._attempt(source)
+            self._observer.ended(outcome)
+            outcomes.append(outcome)
+            if outcome.state == "failed" and self._config.inference.volume_mode.stop_on_error:
+                break
+        return outcomes
+
+    def _finished(self, source: VolumeSource) -> tuple[Path, ...] | None:
+        """Final paths of a volume that is done, or None; a volume that cannot be opened is not done."""
+        settings = self._engine.settings
+        try:
+            if not all(path.exists() for path in final_paths(self._config, self._engine, source)):
+                return None
+            reader = open_source(self._config, self._engine, source)
+            try:
+                outputs = outputs_of(self._config, self._engine, source, reader)
+            finally:
+                reader.close()
+        except (ConnectomicsError, OSError):
+            return None
+        if any(o.missing(settings.folder) for o in outputs):
+            return None
+        discard_leftovers(run_folder(self._config, source), outputs, settings.program)
+        return tuple(p for o in outputs for p in o.paths(settings.folder).values())
+
+    def _attempt(self, source: VolumeSource) -> VolumeOutcome:
+        """Run one volume; whatever goes wrong is its outcome, never another volume's."""
+        began = time.perf_counter()
+        try:
+            with _RunLog(run_folder(self._config, source)):
+                paths, report = self._process(source)
+        except Exception as error:  # noqa: BLE001 - the runner's one broad catch: a failure stays with its volume
+            reason = " ".join((str(error) or "out of memory").split())
+            if isinstance(error, OSError):
+                reason += "; free the disk or mend the permission, then run again"
+            if not isinstance(error, EXPECTED):
+                reason = f"{type(error).__name__}: {reason} (unexpected; the traceback is in run.log)"
+            return VolumeOutcome(source.name, "failed", reason, seconds=time.perf_counter() - began)
+        return VolumeOutcome(source.name, "done", "", paths, report, time.perf_counter() - began)
+
+    def _process(self, source: VolumeSource) -> tuple[tuple[Path, ...], RunReport]:
+        settings = self._engine.settings
+        reader = open_source(self._config, self._engine, source)
+        try:
+            job = job_of(self._config, self._engine, source, reader)
+            check_names(job.outputs, settings.folder, overwrite=self._config.inference.output.overwrite)
+            report = run_volume(job, settings, SerialExecutor(), self._observer.block)
+        finally:
+            reader.close()
+        return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report
+
+
+class _LogFile(logging.FileHandler):
+    """A log that stays silent when its line cannot be written: the disk is full, and the run will say so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Let the line go."""
+
+
+class _RunLog:
+    """While open, everything the package logs also goes to ``run.log`` in a RUN folder."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._handler = _LogFile(folder / "run.log")
+        except OSError as error:
+            raise OutputError(
+                f"{folder}: cannot make the RUN folder ({error.strerror}); choose another inference.data.output_path"
+            ) from error
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._logger = logging.getLogger("connectomics")
+        self._level = self._logger.level
+
+    def __enter__(self) -> None:
+        self._logger.setLevel(logging.INFO)
+        self._logger.addHandler(self._handler)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            unexpected = isinstance(error, Exception) and not isinstance(error, EXPECTED)
+            self._logger.info("stopped: %s", error, exc_info=unexpected)
+        self._logger.removeHandler(self._handler)
+        self._logger.setLevel(self._level)
+        with contextlib.suppress(OSError):  # a full disk; the run says so
+            self._handler.close()
+
+
+def check_output_folder(folder: Path) -> None:
+    """Make the output folder, or say why it cannot be.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"inference.data.output_path={folder}: cannot be made ({error.strerror}); choose another folder"
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"inference.data.output_path={folder}: may not be written to; mend the permission or choose another folder"
+        )

@@ -1,0 +1,106 @@
+"""--mode test: scores of files on disk against independent numbers; the demo's own account."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
+
+from connectomics.build.engine import build_engine
+from connectomics.build.volumes import named_sources
+from connectomics.config.load import load_config
+from connectomics.errors import ConfigError, ConnectomicsError, VolumeError
+from connectomics.lightning import demo
+from connectomics.lightning.evaluation import check_truths, compare, evaluate_outcomes, score_table
+from connectomics.lightning.inference import Silence, VolumeOutcome, VolumeProcessor
+
+from nnunet_models import make_model
+from parity_table import scene
+
+
+def h5(path: Path, array: np.ndarray) -> str:
+    with h5py.File(path, "w") as file:
+        file["main"] = array
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), dimensions=2, patch=(16, 24), classes=3, seed=2)
+
+
+def test_scores_are_scikit_learns(model: Path, tmp_path: Path) -> None:
+    uris, truths = [], []
+    for i in range(2):
+        image, classes = scene(1, (2, 40, 51), i)
+        uris.append(h5(tmp_path / f"image{i}.h5", (image[0] * 255).astype(np.uint8)))
+        truths.append(h5(tmp_path / f"truth{i}.h5", classes.astype(np.uint8)))
+    config = load_config(None, ["system.device=cpu", "system.num_cpus=1", f"inference.data.output_path={tmp_path}/out"])
+    engine = build_engine(config, model)
+    outcomes = VolumeProcessor(config, engine).run(named_sources(uris, 1))
+    result = evaluate_outcomes(config, engine, outcomes, truths)
+    given, true = [], []
+    for outcome, truth in zip(outcomes, truths, strict=True):
+        with h5py.File(outcome.paths[0]) as a, h5py.File(truth) as b:
+            given.append(a["main"][:].ravel())
+            true.append(b["main"][:].ravel())
+    y, p = np.concatenate(true), np.concatenate(given)
+    pooled = result.pooled["labels"]
+    known = {"dice": f1_score, "iou": jaccard_score, "precision": precision_score, "recall": recall_score}
+    for metric, function in known.items():
+        expected = function(y, p, labels=[1, 2], average=None, zero_division=0)
+        for label, value in zip(("label_1", "label_2"), expected, strict=True):
+            assert (pooled[label][metric] or 0) == pytest.approx(value)
+    saved = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert saved["pooled"] == json.loads(json.dumps(result.pooled))
+    assert list(saved["volumes"]) == uris
+    table = score_table(result)
+    assert "label_2" in table
+    assert f"{pooled['label_1']['dice']:.4f}" in table
+
+
+def test_what_cannot_be_measured_is_named_and_the_rest_is(model: Path, tmp_path: Path) -> None:
+    config = load_config(None, ["system.device=cpu", f"inference.data.output_path={tmp_path}"])
+    engine = build_engine(config, model)
+    labels = h5(tmp_path / "labels.h5", np.ones((2, 8, 9), np.uint8))
+    outcomes = [
+        VolumeOutcome("a", "done", paths=(Path(labels),)),
+        VolumeOutcome("b", "failed", "broken"),
+        VolumeOutcome("c", "skipped", paths=(Path(labels),)),
+    ]
+    other = h5(tmp_path / "other.h5", np.ones((2, 8, 8), np.uint8))
+    result = evaluate_outcomes(config, engine, outcomes, [labels, labels, other])
+    assert list(result.volumes) == ["a"]
+    assert "has shape" in result.failures["c"]
+    assert "not measured: c" in score_table(result)
+    assert result.volumes["a"]["labels"]["label_1"]["dice"] == 1.0
+    with pytest.raises(ConfigError, match="one label volume for each image"):
+        check_truths(named_sources([labels], 1), [labels, labels])
+
+
+def test_a_mask_of_two_classes_may_be_0_255_but_more_classes_must_be_labels(tmp_path: Path) -> None:
+    mask = np.zeros((3, 20, 30), np.uint8)
+    mask[:, 5:9] = 255
+    prediction = h5(tmp_path / "p.h5", (mask > 0).astype(np.uint8))
+    truth = h5(tmp_path / "t.h5", mask)
+    assert compare(Path(prediction), truth, 2).counts.tolist() == [[mask.size - 3 * 4 * 30, 0], [0, 3 * 4 * 30]]
+    with pytest.raises(VolumeError, match="255"):
+        compare(Path(prediction), truth, 3)
+
+
+def test_the_demo_labels_its_phantom_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "VOLUME", "phantom:5x256x320?seed=7")
+    monkeypatch.setattr(demo, "TRUTH", "phantom:5x256x320?seed=7&what=label")
+    lines = demo.run_demo(tmp_path, Silence())
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["pooled"]["labels"]["mitochondrion"]["dice"] > 0.9
+    assert (tmp_path / "montage.png").exists()
+    assert any("montage.png" in line for line in lines)
+    assert demo.run_demo(tmp_path, Silence())[0].startswith("skipped")
+    (tmp_path / "phantom_5x256x320_seed_7_labels.h5").write_text("something else")
+    with pytest.raises(ConnectomicsError, match="overwrite"):
+        demo.run_demo(tmp_path, Silence())
