@@ -1,0 +1,158 @@
+"""Case statistics are exact, do not depend on how the volume is cut, and agree with numpy's float64."""
+
+from __future__ import annotations
+
+import functools
+import operator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+from nnunetv2.preprocessing.normalization import default_normalization_schemes as theirs
+
+from connectomics.errors import VolumeError
+from connectomics.geometry import Box
+from connectomics.inference.normalise import IntensityStats, check_intensities, normalise
+from connectomics.io.volume import VolumeInfo
+from connectomics.models.spec import ChannelNormalisation
+from connectomics.pipeline import survey as survey_module
+from connectomics.pipeline.survey import load_survey, nonzero_box, save_survey, survey, tile_shape
+
+from parity_table import ArrayVolume
+
+DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "float32", "float64")
+
+
+def array_of(dtype: str, seed: int, shape: tuple[int, ...] = (5, 20, 31)) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    kind = np.dtype(dtype)
+    if kind.kind == "f":
+        values = random.normal(3, 20, shape).astype(kind)
+    else:
+        limits = np.iinfo(kind)
+        values = random.integers(max(limits.min, -(2**20)), min(limits.max, 2**20), shape, endpoint=True).astype(kind)
+    values[random.random(shape) < 0.2] = 0
+    return values
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_summary_agrees_with_numpy(dtype: str) -> None:
+    values = array_of(dtype, 1)
+    summary = IntensityStats.of(values).summary(values.size)
+    wide = values.astype(np.float64)
+    assert summary.mean == pytest.approx(wide.mean(), rel=1e-6)
+    assert summary.std == pytest.approx(wide.std(), rel=1e-6)
+    assert (summary.minimum, summary.maximum) == (wide.min(), wide.max())
+
+
+@given(values=hnp.arrays(st.sampled_from([np.uint8, np.int16]), st.integers(1, 60)), cut=st.lists(st.integers(0, 60)))
+def test_integers_merge_exactly_in_any_order(values: np.ndarray, cut: list[int]) -> None:
+    pieces = np.split(values, sorted(min(c, values.size) for c in cut))
+    whole = IntensityStats.of(values)
+    for order in (pieces, pieces[::-1]):
+        assert functools.reduce(operator.add, map(IntensityStats.of, order)) == whole
+
+
+FLOATS = hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(-1e3, 1e3, width=32))
+
+
+@given(values=FLOATS, cut=st.integers(0, 60))
+def test_floats_merge_to_the_same_moments(values: np.ndarray, cut: int) -> None:
+    parts = IntensityStats.of(values[:cut]) + IntensityStats.of(values[cut:])
+    merged, wide = parts.summary(values.size), values.astype(np.float64)
+    assert merged.mean == pytest.approx(wide.mean(), rel=1e-9, abs=1e-9)
+    assert merged.std == pytest.approx(wide.std(), rel=1e-9, abs=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("by_slice", [True, False])
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_the_survey_crops_as_nnunet_and_sums_what_is_left(dtype: str, by_slice: bool, channels: int) -> None:
+    image = np.stack([array_of(dtype, c, (4, 30, 41)) for c in range(channels)])
+    image[:, :, :3] = image[:, :, :, 37:] = image[:, 0] = 0
+    schemes = [ChannelNormalisation("ZScoreNormalization")] * channels
+    cases = survey(ArrayVolume(image), "image", schemes, by_slice=by_slice, workers=2)
+    for case in cases:
+        part = image[(slice(None), *case.region.slices)]
+        cropped, _, box = crop_to_nonzero(part)
+        assert case.box.relative_to(case.region) == Box(*(tuple(int(b[i]) for b in box) for i in (0, 1)))  # type: ignore[arg-type]
+        for summary, channel in zip(case.channels, cropped, strict=True):
+            assert summary.mean == pytest.approx(channel.astype(np.float64).mean(), rel=1e-6, abs=1e-12)
+            assert summary.std == pytest.approx(channel.astype(np.float64).std(), rel=1e-6, abs=1e-12)
+
+
+@settings(max_examples=30)
+@given(workers=st.integers(1, 4), chunk=st.tuples(st.integers(1, 6), st.integers(1, 40), st.integers(1, 50)))
+def test_integer_surveys_do_not_depend_on_the_cut(workers: int, chunk: tuple[int, int, int]) -> None:
+    image = array_of("uint8", 3, (1, 6, 40, 50))
+    volume = ArrayVolume(image)
+    schemes = [ChannelNormalisation("ZScoreNormalization")]
+    whole = survey(volume, "image", schemes, by_slice=True)
+    volume.info = VolumeInfo((1, 6, 40, 50), image.dtype, chunk)
+    assert survey(volume, "image", schemes, by_slice=True, workers=workers) == whole
+
+
+def test_tiles_are_whole_chunks_of_bounded_size() -> None:
+    info = VolumeInfo((1, 5000, 30000, 30000), np.dtype(np.uint8), (1, 30000, 30000))
+    shape = tile_shape(info)
+    assert shape[2] == 30000
+    assert np.prod(shape) <= survey_module.TILE_VOXELS
+    assert tile_shape(VolumeInfo((1, 9, 64, 64), np.dtype(np.uint8), (4, 16, 16))) == (9, 64, 64)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers_are_refused_where_they_stand(bad: float) -> None:
+    image = array_of("float32", 5)[None]
+    image[0, 2, 7, 9] = bad
+    with pytest.raises(VolumeError, match=r"image.* \(2, 7, 9\) to \(3, 8, 10\)"):
+        survey(ArrayVolume(image), "image", [ChannelNormalisation("NoNormalization")], by_slice=True)
+
+
+def test_nothing_but_zeros_keeps_the_full_box() -> None:
+    image = np.zeros((1, 2, 8, 9), np.uint8)
+    assert nonzero_box(image) is None
+    (case,) = survey(ArrayVolume(image), "image", [ChannelNormalisation("ZScoreNormalization")], by_slice=False)
+    assert case.box == case.region
+    assert (normalise(image[0], ChannelNormalisation("ZScoreNormalization"), case.channels[0]) == 0).all()
+
+
+def test_a_survey_is_kept_and_read_back_exactly(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    image = array_of("float64", 8)[None]
+    cases = survey(ArrayVolume(image), "image", [ChannelNormalisation("ZScoreNormalization")], by_slice=True)
+    path = tmp_path / "survey.json"
+    assert load_survey(path) is None
+    save_survey(cases, path)
+    assert load_survey(path) == cases
+    path.write_text(path.read_text()[:-20])
+    assert load_survey(path) is None
+
+
+SCHEMES = [f"{name}Normalization" for name in ("ZScore", "CT", "No", "RescaleTo01", "RGBTo01")]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_each_scheme_is_nnunets(name: str, dtype: str) -> None:
+    values = np.abs(array_of(dtype, 11))
+    if name == "RGBTo01Normalization":
+        values = values.clip(0, 255)
+    constants = {"mean": 40.0, "std": 13.0, "percentile_00_5": 5.0, "percentile_99_5": 120.0}
+    scheme = ChannelNormalisation(name, 40.0, 13.0, 5.0, 120.0)
+    summary = IntensityStats.of(values).summary(values.size)
+    check_intensities(scheme, summary, "image")
+    ours = normalise(values, scheme, summary)
+    expected = getattr(theirs, name)(False, constants).run(values.astype(np.float32), None)
+    assert ours.dtype == np.float32
+    if name == "ZScoreNormalization":  # nnU-Net's statistics are float32 sums, ours are exact
+        np.testing.assert_allclose(ours, expected, atol=2e-6)
+    else:
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_rgb_outside_a_byte_is_refused() -> None:
+    summary = IntensityStats.of(np.array([0, 300], np.uint16)).summary(2)
+    with pytest.raises(VolumeError, match="RGB intensities from 0 to 255, found 0 to 300"):
+        check_intensities(ChannelNormalisation("RGBTo01Normalization"), summary, "image")
