@@ -1,0 +1,51 @@
+# make demo and make test are all a newcomer needs; each sets up .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+JOBS ?= 2
+
+.PHONY: setup demo test test-long coverage lint parity bench clean
+.DEFAULT_GOAL := setup
+
+setup: $(READY)
+
+# torch and torchvision come as a pair (constraints.txt). Where the package index has only a CPU torch and a CUDA
+# torchvision, that torchvision does not load and would break packages that try to import it; nothing here needs it.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed; say which with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -c 'import torchvision' 2>/dev/null || \
+	    { echo "torchvision does not load with this torch: removed, it is not needed"; \
+	      $(PY) -m pip uninstall --quiet --yes torchvision; }
+	@touch $(READY)
+
+demo: $(READY)  ## the whole job on an embedded example
+	$(PY) -m connectomics.cli demo --output demo_output
+
+test: $(READY)  ## the test suite, with coverage data
+	rm -f .coverage .coverage.*
+	$(PY) -m pytest -n $(JOBS) --dist loadgroup -m "not long" --cov --cov-report=
+
+test-long: $(READY)  ## every combination, long storms
+	$(PY) -m pytest -n $(JOBS) --dist loadgroup -m long
+
+coverage: $(READY)
+	$(PY) -m coverage report --skip-covered --fail-under=95
+
+lint: $(READY)  ## the gates that read the code
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+parity: $(READY)  ## print the table of docs/fidelity.md
+	$(PY) benchmarks/parity.py
+
+bench: $(READY)  ## the network loop against nnUNetPredictor
+	$(PY) benchmarks/vs_nnunet.py
+
+clean:
+	rm -rf $(VENV) demo_output .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
