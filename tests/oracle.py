@@ -99,6 +99,7 @@ def predict(
     exact: bool = True,
     summaries: Sequence[ChannelSummary] | None = None,
     probabilities: bool = False,
+    spacing: Sequence[float] | None = None,
 ) -> Any:
     """nnU-Net's segmentation (z, y, x) of one case, and its probabilities (k, z, y, x) on request.
 
@@ -110,9 +111,13 @@ def predict(
         float32 accumulators; False is stock nnU-Net.
     summaries
         Statistics to use instead of nnU-Net's own.
+    spacing
+        Of the image (z, y, x); that of the plan, so that nothing is resampled, where it is not given.
     """
-    spacing = [s for s in predictor.configuration_manager.spacing]
-    properties = {"spacing": [999.0] * (3 - len(spacing)) + spacing}
+    if spacing is None:
+        planned = list(predictor.configuration_manager.spacing)
+        spacing = [999.0] * (3 - len(planned)) + planned
+    properties = {"spacing": list(spacing)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 
-from connectomics.build.engine import Engine
+from connectomics.build.engine import Engine, resampling_of
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, VolumeError
 from connectomics.fingerprint import key_of
@@ -14,7 +16,7 @@ from connectomics.io.listing import VolumeSource, expand, group, refuse_collisio
 from connectomics.io.opening import open_channels, open_volume
 from connectomics.io.volume import Nanometres, VolumeReader
 from connectomics.pipeline.finish import Output
-from connectomics.pipeline.planning import BlockPlan, forced_plan, plan_blocks, whole_plan
+from connectomics.pipeline.planning import BlockPlan, forced_plan, plan_blocks, whole_plan, with_logits_in_memory
 from connectomics.pipeline.predict import LABELS, PROBABILITIES
 from connectomics.pipeline.run import VolumeJob
 
@@ -106,7 +108,7 @@ def final_paths(config: Config, engine: Engine, source: VolumeSource) -> list[Pa
 def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> tuple[Output, ...]:
     """The final results of a volume with their result keys."""
     names = final_names(config, engine, source)
-    facts = dict(engine.facts) | {"input": reader.identity}
+    facts = dict(engine.facts) | {"input": reader.identity, "resample": _resampling_facts(config, engine)}
     outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1])]
     rule = engine.segmenter.probabilities
     if rule is not None:
@@ -115,6 +117,11 @@ def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: Vol
         stem, formats = names[PROBABILITIES]
         outputs.append(Output(PROBABILITIES, stem, key, formats))
     return tuple(outputs)
+
+
+def _resampling_facts(config: Config, engine: Engine) -> object:
+    resampling = resampling_of(config, engine.spec, by_slice=engine.by_slice)
+    return "off" if resampling is None else [list(resampling.spacing), list(resampling.target)]
 
 
 def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> VolumeJob:
@@ -137,7 +144,7 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
         "configuration": engine.spec.configuration,
         "folds": list(engine.spec.folds),
         "labels": dict(engine.spec.label_names),
-        "resample": "off",
+        "resample": _resampling_facts(config, engine),
         "plan_spacing": list(engine.spec.spacing),
         "seed": config.system.seed,
     }
@@ -146,7 +153,7 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
         run_folder(config, source),
         reader,
         engine.by_slice,
-        engine.segmenter,
+        dataclasses.replace(engine.segmenter, resampling=resampling_of(config, engine.spec, by_slice=engine.by_slice)),
         engine.filters,
         outputs,
         _plan(config, engine, reader.info.extent, reader.info.channels),
@@ -163,4 +170,9 @@ def _plan(config: Config, engine: Engine, extent: Vec3, channels: int) -> BlockP
     if stated is not None:
         return forced_plan(extent, patch, vec3(stated))
     accumulated = engine.spec.classes * len(engine.spec.folds) + 1
-    return plan_blocks(extent, patch, accumulated, channels, budget)
+    plan = plan_blocks(extent, patch, accumulated, channels, budget)
+    resampling = resampling_of(config, engine.spec, by_slice=engine.by_slice)
+    if resampling is None:
+        return plan
+    finer = math.prod(n / m for n, m in zip(resampling.spacing, resampling.target, strict=True))
+    return with_logits_in_memory(plan, engine.spec.classes, finer, budget)

@@ -143,6 +143,9 @@ class Inference:
     voxel_size_nm: list[float] | None = None
     axes: str | None = None
     block_shape: list[int] | None = None
+    resample: str = "off"
+    spacing: list[float] | None = None
+    allow_large_resampling: bool = False
     data: InferenceData = field(default_factory=InferenceData)
     volume_mode: VolumeMode = field(default_factory=VolumeMode)
     sliding_window: SlidingWindow = field(default_factory=SlidingWindow)

@@ -18,6 +18,7 @@ BLENDINGS = ("gaussian", "constant")
 ENGINES = ("nnunet", "monai")
 PADDINGS = ("constant", "reflect", "replicate", "circular")
 CASES = ("auto", "slice", "volume")
+RESAMPLINGS = ("off", "plan")
 ACTIVATIONS = ("softmax", "none")
 INTENSITY_DTYPES = ("uint8", "uint16", "float16", "float32")
 
@@ -175,6 +176,12 @@ def _frame(inference: Inference) -> None:
     possible = size is None or (len(size) == 3 and all(0 < v < math.inf for v in size))
     rule = "must be 3 positive numbers (z, y, x), in nanometres"
     _require(possible, "inference.voxel_size_nm", size, rule)
+    spacing = inference.spacing
+    possible = spacing is None or (len(spacing) == 3 and all(0 < v < math.inf for v in spacing))
+    _require(possible, "inference.spacing", spacing, "must be 3 positive numbers (z, y, x), in the unit of the plans")
+    _one_of(RESAMPLINGS, "inference.resample", inference.resample)
+    rule = "takes effect only with inference.resample=plan"
+    _require(spacing is None or inference.resample == "plan", "inference.spacing", spacing, rule)
     axes = inference.axes
     possible = axes is None or (len(set(axes)) == len(axes) and {"y", "x"} <= set(axes) <= set("czyx"))
     rule = "must name the axes in the file's order by c, z, y, x, each at most once and y, x always"

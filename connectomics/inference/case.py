@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from connectomics.io.volume import Array
 from connectomics.models.spec import ChannelNormalisation
 
 ReadBox = Callable[[Box], Array]
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +29,32 @@ class Case:
         Its nonzero box, which nnU-Net crops to; the whole region where everything is zero.
     channels
         Statistics of each channel inside ``box``.
+    plane_ranges
+        Minimum and maximum of each section and channel inside ``box``, where the case is a volume.
     """
 
     region: Box
     box: Box
     channels: tuple[ChannelSummary, ...]
+    plane_ranges: tuple[tuple[Range, ...], ...] = ()
+
+
+class WindowSource(Protocol):
+    """What windows are laid over and read from."""
+
+    @property
+    def box(self) -> Box:
+        """The extent of the window grid."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Number of input channels."""
+        ...
+
+    def get(self, box: Box) -> Array:
+        """float32 (c, z, y, x) of any box, zeros outside ``self.box``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +74,16 @@ class CaseInput:
     case: Case
     schemes: tuple[ChannelNormalisation, ...]
     read: ReadBox
+
+    @property
+    def box(self) -> Box:
+        """The grid windows are laid over: the case's nonzero box."""
+        return self.case.box
+
+    @property
+    def channels(self) -> int:
+        """Number of input channels."""
+        return len(self.schemes)
 
     def get(self, box: Box) -> Array:
         """Normalised voxels of ``box`` as float32 (c, z, y, x); outside the nonzero box zeros (nnU-Net's padding)."""

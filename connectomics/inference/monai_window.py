@@ -9,7 +9,7 @@ import torch
 
 from connectomics.errors import ConfigError
 from connectomics.geometry import Box, vec3
-from connectomics.inference.case import CaseInput
+from connectomics.inference.case import WindowSource
 from connectomics.inference.predictor import Logits, SlidingWindow
 from connectomics.inference.tta import forward_mirrored
 from connectomics.models.backends.contract import Backend
@@ -50,10 +50,10 @@ class MonaiPredictor:
             padding_mode=padding_mode,
         )
 
-    def windows(self, source: CaseInput, core: Box) -> int:
+    def windows(self, source: WindowSource, core: Box) -> int:
         """Number of windows MONAI lays over the sections or the case that ``core`` touches."""
         counts = []
-        for extent, patch in zip(source.case.box.shape, self._setting.patch, strict=True):
+        for extent, patch in zip(source.box.shape, self._setting.patch, strict=True):
             step = max(1, int(patch * self._setting.step))
             counts.append(1 + max(0, math.ceil((extent - patch) / step)))
         if self._setting.patch[0] == 1:
@@ -61,9 +61,9 @@ class MonaiPredictor:
         return math.prod(counts)
 
     @torch.inference_mode()
-    def predict(self, source: CaseInput, core: Box) -> Iterator[tuple[Box, Logits]]:
+    def predict(self, source: WindowSource, core: Box) -> Iterator[tuple[Box, Logits]]:
         """Logits of ``core``, cut out of those of the whole section or case."""
-        whole = source.case.box
+        whole = source.box
         if self._setting.patch[0] > 1:
             yield core, self._cut(source, whole, core)
             return
@@ -72,7 +72,7 @@ class MonaiPredictor:
             part = core.intersect(plane)
             yield part, self._cut(source, plane, part)
 
-    def _cut(self, source: CaseInput, whole: Box, part: Box) -> Logits:
+    def _cut(self, source: WindowSource, whole: Box, part: Box) -> Logits:
         image = torch.from_numpy(source.get(whole))[None].to(self._folds[0].device)
         total: torch.Tensor | None = None
         for backend in self._folds:

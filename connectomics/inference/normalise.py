@@ -96,12 +96,13 @@ class IntensityStats:
         if self.exact:
             mean = Fraction(int(self.first), voxels)
             variance = Fraction(int(self.second), voxels) - mean * mean
-            return ChannelSummary(float(mean), math.sqrt(variance), *self._range(zeros))
+            return ChannelSummary(float(mean), math.sqrt(variance), *self.limits(voxels))
         both = self + IntensityStats(zeros, False, 0.0, 0.0)
-        return ChannelSummary(both.first, math.sqrt(both.second / voxels), *self._range(zeros))
+        return ChannelSummary(both.first, math.sqrt(both.second / voxels), *self.limits(voxels))
 
-    def _range(self, zeros: int) -> tuple[float, float]:
-        if zeros == 0:
+    def limits(self, voxels: int) -> tuple[float, float]:
+        """Minimum and maximum over ``voxels`` voxels, of which all others are zero."""
+        if voxels == self.nonzero:
             return self.minimum, self.maximum
         return min(self.minimum, 0.0), max(self.maximum, 0.0)
 

@@ -15,7 +15,7 @@ import torch
 
 from connectomics.errors import ModelError
 from connectomics.geometry import Box, Vec3, vec3
-from connectomics.inference.case import CaseInput
+from connectomics.inference.case import WindowSource
 from connectomics.inference.tta import forward_mirrored, mirror_combinations
 from connectomics.inference.windows import WindowGrid, constant_weight, gaussian_weight
 from connectomics.io.volume import Array
@@ -57,7 +57,7 @@ class SlidingWindow:
 class Predictor(Protocol):
     """Something that gives the logits of boxes of a case."""
 
-    def predict(self, source: CaseInput, core: Box) -> Iterator[tuple[Box, Logits]]:
+    def predict(self, source: WindowSource, core: Box) -> Iterator[tuple[Box, Logits]]:
         """Finished logits of ``core`` (inside the case's nonzero box), in disjoint boxes that cover it.
 
         Yields
@@ -67,7 +67,7 @@ class Predictor(Protocol):
         """
         ...
 
-    def windows(self, source: CaseInput, core: Box) -> int:
+    def windows(self, source: WindowSource, core: Box) -> int:
         """Number of windows that ``predict`` computes."""
         ...
 
@@ -99,14 +99,14 @@ class RollingPredictor:
         self._device = folds[0].device
         self._weight = torch.from_numpy(weight(setting.patch)).to(self._device)
 
-    def windows(self, source: CaseInput, core: Box) -> int:
+    def windows(self, source: WindowSource, core: Box) -> int:
         return self._grid(source).count(core)
 
-    def _grid(self, source: CaseInput) -> WindowGrid:
-        return WindowGrid(source.case.box, self._setting.patch, self._setting.step)
+    def _grid(self, source: WindowSource) -> WindowGrid:
+        return WindowGrid(source.box, self._setting.patch, self._setting.step)
 
     @torch.inference_mode()
-    def predict(self, source: CaseInput, core: Box) -> Iterator[tuple[Box, Logits]]:
+    def predict(self, source: WindowSource, core: Box) -> Iterator[tuple[Box, Logits]]:
         if self._setting.patch[0] > 1:
             yield from self._roll(source, core, axis=0)
             return
@@ -114,7 +114,7 @@ class RollingPredictor:
             section = Box((z, *core.start[1:]), (z + 1, *core.stop[1:]))
             yield from self._roll(source, section, axis=1)
 
-    def _roll(self, source: CaseInput, core: Box, axis: int) -> Iterator[tuple[Box, Logits]]:
+    def _roll(self, source: WindowSource, core: Box, axis: int) -> Iterator[tuple[Box, Logits]]:
         starts = self._grid(source).touching(core)
         ledge = _Accumulator(len(self._folds), self._classes, core, axis, self._setting.patch[axis], self._device)
         lane = _Lane(source, axis, self._setting.patch, starts)
@@ -213,13 +213,13 @@ class _Accumulator:
 class _Lane:
     """The normalised input along the rolling axis: each row is read and normalised once, kept while windows need it."""
 
-    def __init__(self, source: CaseInput, axis: int, patch: Vec3, starts: tuple[tuple[int, ...], ...]) -> None:
+    def __init__(self, source: WindowSource, axis: int, patch: Vec3, starts: tuple[tuple[int, ...], ...]) -> None:
         self._source, self._axis, self._depth = source, axis, patch[axis]
         low = [s[0] for s in starts]
         high = [s[-1] + p for s, p in zip(starts, patch, strict=True)]
         high[axis] = low[axis]
         self._box = Box(vec3(low), vec3(high))
-        self._data: Array = np.zeros((len(source.schemes), *self._box.shape), np.float32)
+        self._data: Array = np.zeros((source.channels, *self._box.shape), np.float32)
 
     def advance(self, position: int) -> None:
         """Hold the rows ``position`` to ``position`` + patch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import time
@@ -14,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from connectomics.build.engine import Engine, build_engine
+from connectomics.build.engine import Engine, build_engine, resampling_of
 from connectomics.build.volumes import final_paths, job_of, open_source, outputs_of, run_folder
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
@@ -67,6 +68,8 @@ class InferenceManager:
     def __init__(self, config: Config, checkpoint: Path | None = None) -> None:
         torch.manual_seed(config.system.seed)
         self.engine = build_engine(config, checkpoint)
+        resampling = resampling_of(config, self.engine.spec, by_slice=self.engine.by_slice)
+        self.segmenter = dataclasses.replace(self.engine.segmenter, resampling=resampling)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path | str, overrides: Sequence[str] = ()) -> InferenceManager:
@@ -97,9 +100,8 @@ class InferenceManager:
                 f"the image has {reader.info.channels} channels, the model expects {self.engine.spec.channels} "
                 f"({', '.join(self.engine.spec.channel_names)})"
             )
-        segmenter = self.engine.segmenter
-        cases = survey(reader, "the image", segmenter.schemes, by_slice=self.engine.by_slice)
-        arrays = segmenter.segment(reader.read, cases, Box.of_shape(reader.info.extent))
+        cases = survey(reader, "the image", self.segmenter.schemes, by_slice=self.engine.by_slice)
+        arrays = self.segmenter.segment(reader.read, cases, Box.of_shape(reader.info.extent))
         labels = self.engine.filters.apply(arrays[LABELS][0])
         probabilities = arrays.get(PROBABILITIES)
         if image.ndim == 2:

@@ -28,6 +28,7 @@ from connectomics.models.plans import (
     normalisations,
     patch_and_spacing,
     read_json,
+    resampling_rule,
     resolve_configuration,
 )
 from connectomics.models.spec import ModelSpec
@@ -277,6 +278,8 @@ def _describe(member: _Fold, plans: PlanText, dataset: PlanText, trust_code: boo
         normalisations=normalisations(plans, configuration, len(channels)),
         mirror_axes=tuple(axis + 3 - dimensions for axis in member.mirror_axes),
         spacing=spacing,
+        resampling_data=resampling_rule(configuration, "resampling_fn_data"),
+        resampling_probabilities=resampling_rule(configuration, "resampling_fn_probabilities"),
         image_reader=reader,
         slice_case=dimensions == 2 and reader == "NaturalImage2DIO",
         folds=(),

@@ -16,7 +16,7 @@ from typing import Any
 
 from connectomics.errors import ModelError
 from connectomics.geometry import Vec3
-from connectomics.models.spec import ChannelNormalisation, Spacing
+from connectomics.models.spec import ChannelNormalisation, ResamplingRule, Spacing
 
 NORMALISATIONS = (
     "ZScoreNormalization",
@@ -295,3 +295,23 @@ def patch_and_spacing(configuration: PlanText) -> tuple[int, Vec3, Spacing]:
     spacing = configuration.numbers("spacing", dimensions)
     depth, spacing_z = (1, None) if dimensions == 2 else (sizes[0], float(spacing[0]))
     return dimensions, (depth, sizes[-2], sizes[-1]), (spacing_z, float(spacing[-2]), float(spacing[-1]))
+
+
+def resampling_rule(configuration: PlanText, key: str) -> ResamplingRule:
+    """The resampling function that the plans name under ``key``, with nnU-Net's defaults for what they do not state.
+
+    Raises
+    ------
+    ModelError
+        If its arguments are of the wrong type.
+    """
+    function = configuration.values.get(key, "resample_data_or_seg_to_shape")
+    stated = configuration.values.get(f"{key}_kwargs", {})
+    if not isinstance(function, str) or not isinstance(stated, dict):
+        raise ModelError(f"{configuration.where}: '{key}' is {function!r:.60}, expected a function's name; {_RESTORE}")
+    order, order_z, force = stated.get("order", 3), stated.get("order_z", 0), stated.get("force_separate_z")
+    if not all(isinstance(n, int) and 0 <= n <= 5 for n in (order, order_z)) or not (force is None or force in (0, 1)):
+        raise ModelError(
+            f"{configuration.where}: '{key}_kwargs' is {stated!r:.80}, expected spline orders 0 to 5; {_RESTORE}"
+        )
+    return ResamplingRule(function, int(order), int(order_z), None if force is None else bool(force))

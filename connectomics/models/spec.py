@@ -38,6 +38,26 @@ class ChannelNormalisation:
 
 
 @dataclass(frozen=True, slots=True)
+class ResamplingRule:
+    """One of the plan's resampling functions with its arguments.
+
+    Parameters
+    ----------
+    function
+        nnU-Net's name of the function.
+    order, order_z
+        Spline order within sections (or in 3D), and along z where sections are resampled each by itself.
+    force_separate_z
+        True or False where the plans decide whether sections are separate, None where the spacings do.
+    """
+
+    function: str
+    order: int
+    order_z: int
+    force_separate_z: bool | None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Everything about a model but its weights; spatial axes are (z, y, x), a 2D model has patch depth 1.
 
@@ -57,6 +77,8 @@ class ModelSpec:
         Axes (0 = z, 1 = y, 2 = x) for test time mirroring in the checkpoint's order; empty: no mirroring.
     spacing
         Voxel spacing (z, y, x) the model was trained at, in the unit of its plans; z is None for 2D models.
+    resampling_data, resampling_probabilities
+        How nnU-Net brings images to that spacing and logits back.
     slice_case
         Whether nnU-Net preprocesses each z slice alone, because the model was trained on single 2D images.
     folds
@@ -84,6 +106,8 @@ class ModelSpec:
     normalisations: tuple[ChannelNormalisation, ...]
     mirror_axes: tuple[int, ...]
     spacing: Spacing
+    resampling_data: ResamplingRule
+    resampling_probabilities: ResamplingRule
     image_reader: str
     slice_case: bool
     folds: tuple[str, ...]

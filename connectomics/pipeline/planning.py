@@ -66,6 +66,22 @@ def forced_plan(extent: Vec3, patch: Vec3, block: Vec3) -> BlockPlan:
     return BlockPlan(vec3([_up(min(b, n), c) for b, n, c in zip(block, extent, chunk, strict=True)]), chunk)
 
 
+def with_logits_in_memory(plan: BlockPlan, classes: int, finer: float, budget_bytes: int) -> BlockPlan:
+    """A plan whose blocks' logits fit half the budget, halved along z until they do: resampling keeps them.
+
+    Parameters
+    ----------
+    classes
+        Output channels of the network.
+    finer
+        Network voxels a voxel of the volume.
+    """
+    depth, rows, columns = plan.block_shape
+    while depth > plan.chunk_shape[0] and depth * rows * columns * finer * classes * FLOAT_BYTES * 2 > budget_bytes:
+        depth = _up(depth // 2, plan.chunk_shape[0])
+    return BlockPlan((depth, rows, columns), plan.chunk_shape)
+
+
 def whole_plan(extent: Vec3, patch: Vec3, classes: int, channels: int, budget_bytes: int) -> BlockPlan:
     """One block for a volume, or one a section where the patch is flat: for engines that do not cut.
 

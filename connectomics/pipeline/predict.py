@@ -13,6 +13,7 @@ from connectomics.geometry import Block, BlockGrid, Box
 from connectomics.inference.case import Case, CaseInput, ReadBox
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.inference.predictor import Predictor
+from connectomics.inference.resample import ResampledPredictor, Resampling
 from connectomics.io.store import Store
 from connectomics.io.volume import Array
 from connectomics.models.spec import ChannelNormalisation
@@ -30,6 +31,7 @@ class Segmenter:
     schemes: tuple[ChannelNormalisation, ...]
     labels: LabelRule
     probabilities: ProbabilityRule | None
+    resampling: Resampling | None = None
 
     def outputs(self) -> tuple[str, ...]:
         """Names of what ``segment`` returns."""
@@ -60,7 +62,7 @@ class Segmenter:
             part = core.intersect(case.box)
             if not part.voxels:
                 continue
-            for box, logits in self.predictor.predict(CaseInput(case, self.schemes, read), part):
+            for box, logits in self._engine().predict(CaseInput(case, self.schemes, read), part):
                 index = (slice(None), *box.relative_to(core).slices)
                 result[LABELS][index] = self.labels.apply(logits)
                 if self.probabilities is not None:
@@ -70,7 +72,10 @@ class Segmenter:
     def windows(self, read: ReadBox, cases: Sequence[Case], core: Box) -> int:
         """Number of windows that ``segment`` computes."""
         parts = [(CaseInput(case, self.schemes, read), core.intersect(case.box)) for case in cases]
-        return sum(self.predictor.windows(source, part) for source, part in parts if part.voxels)
+        return sum(self._engine().windows(source, part) for source, part in parts if part.voxels)
+
+    def _engine(self) -> Predictor | ResampledPredictor:
+        return self.predictor if self.resampling is None else ResampledPredictor(self.predictor, self.resampling)
 
 
 def cases_in(cases: Sequence[Case], box: Box) -> Sequence[Case]:

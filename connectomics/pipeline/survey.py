@@ -5,8 +5,10 @@ Tiles depend on the input's own chunks only, never on blocks or workers, and mer
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -16,7 +18,7 @@ import numpy as np
 
 from connectomics.errors import VolumeError
 from connectomics.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.inference.case import Case
+from connectomics.inference.case import Case, Range
 from connectomics.inference.normalise import ChannelSummary, IntensityStats, check_intensities
 from connectomics.io.atomic import write_text
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader
@@ -45,7 +47,7 @@ def tile_shape(info: VolumeInfo) -> Vec3:
 
 
 class _Tally:
-    """What is known of one case so far."""
+    """What is known of one section so far."""
 
     def __init__(self, channels: int) -> None:
         self.stats: list[IntensityStats | None] = [None] * channels
@@ -60,9 +62,21 @@ class _Tally:
             box = box.shift(origin.start)
             self.box = box if self.box is None else _hull(self.box, box)
 
-    def close(self, region: Box) -> Case:
-        box = self.box or region
-        return Case(region, box, tuple(s.summary(box.voxels) for s in self.stats if s is not None))
+    def known(self) -> list[IntensityStats]:
+        """Statistics of each channel, every tile having been added."""
+        return [s for s in self.stats if s is not None]
+
+
+def _case_of(sections: Sequence[_Tally], region: Box) -> Case:
+    """The case made of some sections: their statistics merged in order, their boxes joined."""
+    boxes = [t.box for t in sections if t.box is not None]
+    box = functools.reduce(_hull, boxes) if boxes else region
+    channels = zip(*(t.known() for t in sections), strict=True)
+    summaries = tuple(functools.reduce(operator.add, stats).summary(box.voxels) for stats in channels)
+    plane = box.shape[1] * box.shape[2]
+    inside = sections[box.start[0] - region.start[0] : box.stop[0] - region.start[0]]
+    ranges = tuple(tuple(s.limits(plane) for s in t.known()) for t in inside)
+    return Case(region, box, summaries, ranges)
 
 
 def nonzero_box(array: Array) -> Box | None:
@@ -107,16 +121,15 @@ def survey(
     """
     info = reader.info
     whole = Box.of_shape(info.extent)
-    regions = _sections(whole) if by_slice else [whole]
-    tallies = [_Tally(info.channels) for _ in regions]
+    sections = [_Tally(info.channels) for _ in range(info.extent[0])]
     for box, tile in _tiles(reader, workers):
         _check_finite(tile, box, name)
-        if not by_slice:
-            tallies[0].add(tile, box)
-            continue
         for i, z in enumerate(range(box.start[0], box.stop[0])):
-            tallies[z].add(tile[:, i : i + 1], box.shift((i, 0, 0)))
-    cases = tuple(t.close(region) for t, region in zip(tallies, regions, strict=True))
+            sections[z].add(tile[:, i : i + 1], box.shift((i, 0, 0)))
+    if by_slice:
+        cases = tuple(_case_of([t], region) for t, region in zip(sections, _sections(whole), strict=True))
+    else:
+        cases = (_case_of(sections, whole),)
     for case in cases:
         for c, (scheme, summary) in enumerate(zip(schemes, case.channels, strict=True)):
             check_intensities(scheme, summary, f"{name}, channel {c}, voxels {case.box.start} to {case.box.stop}")
@@ -165,11 +178,16 @@ def load_survey(path: Path) -> tuple[Case, ...] | None:
     try:
         entries = json.loads(path.read_text())
         cases = tuple(
-            Case(_box(e["region"]), _box(e["box"]), tuple(ChannelSummary(**c) for c in e["channels"])) for e in entries
+            Case(_box(e["region"]), _box(e["box"]), tuple(ChannelSummary(**c) for c in e["channels"]), _ranges(e))
+            for e in entries
         )
         return cases or None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _ranges(entry: dict[str, list[list[list[float]]]]) -> tuple[tuple[Range, ...], ...]:
+    return tuple(tuple((low, high) for low, high in plane) for plane in entry["plane_ranges"])
 
 
 def _box(entry: dict[str, list[int]]) -> Box:

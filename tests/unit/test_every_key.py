@@ -318,6 +318,20 @@ def axes(world: World) -> bool:
     return np.array_equal(result.read().shape, (2, 32, 24))
 
 
+SPACED = "inference.spacing=[5,1.5,1.5]"
+AS_VOLUME = "inference.case=volume"
+
+
+def large_resampling(world: World) -> bool:
+    words = [AS_VOLUME, "inference.resample=plan", "inference.spacing=[5,5,1]"]
+    refused = world.run(*words)
+    return (
+        refused.code == 3
+        and "same unit" in refused.out + refused.err
+        and world.run(*words, "inference.allow_large_resampling=true").code == 0
+    )
+
+
 def output_path(world: World) -> bool:
     return world.run().output.joinpath("v_labels.h5").exists()
 
@@ -467,6 +481,11 @@ TABLE: Mapping[str, Check] = {
     "inference.voxel_size_nm": changes(voxel_size, "inference.voxel_size_nm=[30,8,8]"),
     "inference.axes": axes,
     "inference.block_shape": changes(lambda r: r.report["planned"], "inference.block_shape=[1,24,16]"),
+    "inference.resample": changes(probabilities, "inference.resample=plan", SPACED, given=[SAVE, AS_VOLUME]),
+    "inference.spacing": changes(
+        probabilities, "inference.spacing=[5,1.2,1.5]", given=[SAVE, AS_VOLUME, "inference.resample=plan", SPACED]
+    ),
+    "inference.allow_large_resampling": large_resampling,
     "inference.data.output_path": output_path,
     f"{MODE}.enabled": mode_enabled,
     f"{MODE}.start_index": start_index,

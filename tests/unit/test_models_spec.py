@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from connectomics.models.spec import ChannelNormalisation, ModelSpec
+from connectomics.models.spec import ChannelNormalisation, ModelSpec, ResamplingRule
 
 SPEC = ModelSpec(
     configuration="2d",
@@ -23,6 +23,8 @@ SPEC = ModelSpec(
     normalisations=(ChannelNormalisation("ZScoreNormalization"), ChannelNormalisation("NoNormalization")),
     mirror_axes=(1, 2),
     spacing=(None, 1.0, 1.0),
+    resampling_data=ResamplingRule("resample_data_or_seg_to_shape", 3, 0, None),
+    resampling_probabilities=ResamplingRule("resample_data_or_seg_to_shape", 1, 0, None),
     image_reader="NaturalImage2DIO",
     slice_case=True,
     folds=("0",),

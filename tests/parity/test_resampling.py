@@ -1,0 +1,185 @@
+"""Resampling to the plan's spacing and back is nnU-Net's, for whole volumes and for any cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from connectomics.build.engine import resampling_of
+from connectomics.config.load import load_config
+from connectomics.errors import ConfigError, ConnectomicsError, ModelError, VolumeError
+from connectomics.geometry import BlockGrid
+from connectomics.inference.resample import Resampling, require_default
+from connectomics.lightning.inference import InferenceManager
+from connectomics.models.spec import ResamplingRule
+from connectomics.pipeline.planning import BlockPlan, with_logits_in_memory
+from connectomics.pipeline.predict import cases_in
+from connectomics.pipeline.survey import survey
+
+import oracle
+from nnunet_models import make_model
+from parity_table import ArrayVolume, scene
+
+SHARE = 1e-5  # labels that may differ after resampling; every case below gives 0
+WORDS = ["system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A plan's spacing, an image's spacing and extent, and how it is bordered by zeros."""
+
+    dimensions: int
+    plan: tuple[float, ...]
+    image: tuple[float, float, float]
+    extent: tuple[int, int, int]
+    border: int = 0
+    channels: int = 1
+
+
+TRIALS = {
+    "3D finer and coarser": Trial(3, (1.0, 1.0, 1.0), (0.7, 1.3, 0.9), (24, 22, 31)),
+    "3D border, two channels": Trial(3, (2.0, 1.0, 1.0), (1.6, 1.2, 0.8), (21, 26, 29), border=3, channels=2),
+    "3D thick sections, z kept": Trial(3, (5.0, 1.0, 1.0), (5.0, 1.7, 0.6), (11, 21, 33), border=2),
+    "3D thick sections, z changed": Trial(3, (4.0, 1.0, 1.0), (5.3, 1.4, 1.4), (9, 23, 19)),
+    "3D larger than a tile": Trial(3, (1.0, 1.0, 1.0), (1.1, 1.0, 1.0), (14, 20, 150)),
+    "2D of a volume": Trial(2, (1.0, 1.0), (2.0, 1.3, 0.8), (4, 37, 41), border=2),
+    "2D of thick sections": Trial(2, (1.0, 1.0), (9.0, 0.8, 1.3), (3, 37, 41)),
+    "smaller than the patch": Trial(3, (1.0, 1.0, 1.0), (1.4, 0.8, 0.9), (5, 9, 7)),
+}
+
+
+def model_of(trial: Trial, folder: Path) -> Path:
+    return make_model(
+        folder,
+        dimensions=trial.dimensions,
+        channels=trial.channels,
+        classes=3,
+        patch=(16, 24) if trial.dimensions == 2 else (8, 16, 16),
+        reader="SimpleITKIO",
+        spacing=trial.plan,
+        mirror_axes=(0,),
+        seed=4 + trial.channels,
+    )
+
+
+def image_of(trial: Trial) -> np.ndarray:
+    image = (scene(trial.channels, trial.extent, 8)[0] * 250).astype(np.uint8)
+    if trial.border:
+        image[:, :, : trial.border] = 0
+        image[..., -trial.border :] = 0
+        image[:, 0] = 0
+    return image
+
+
+def manager_of(trial: Trial, folder: Path) -> InferenceManager:
+    spacing = ",".join(map(str, trial.image))
+    words = [*WORDS, "inference.resample=plan", f"inference.spacing=[{spacing}]"]
+    return InferenceManager.from_checkpoint(model_of(trial, folder), words)
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_resampled_labels_equal_the_oracle(name: str, tmp_path: Path) -> None:
+    trial = TRIALS[name]
+    torch.set_num_threads(1)
+    manager, image = manager_of(trial, tmp_path), image_of(trial)
+    ours = manager.predict(image)
+    (case,) = survey(ArrayVolume(image), "image", manager.engine.segmenter.schemes, by_slice=False)
+    predictor = oracle.make_predictor(next(tmp_path.iterdir()), ["0"])
+    theirs, probabilities = oracle.predict(
+        predictor, image, summaries=case.channels, probabilities=True, spacing=trial.image
+    )
+    assert len(np.unique(theirs)) > 1
+    assert (ours.labels != theirs).sum() <= SHARE * theirs.size
+    assert ours.probabilities is not None
+    np.testing.assert_allclose(ours.probabilities, probabilities, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["3D border, two channels", "3D thick sections, z changed", "2D of a volume"])
+def test_any_cut_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
+    trial = TRIALS[name]
+    manager, image = manager_of(trial, tmp_path), image_of(trial)
+    reader = ArrayVolume(image)
+    whole = manager.predict(image)
+    segmenter = manager.segmenter
+    cases = survey(reader, "image", segmenter.schemes, by_slice=False)
+    for shape in ((1, 26, 41), (5, 7, 41), (4, 16, 16), (9, 5, 9)):
+        for block in BlockGrid(trial.extent, shape):
+            part = segmenter.segment(reader.read, cases_in(cases, block.core), block.core)
+            assert part["labels"][0].tobytes() == whole.labels[block.core.slices].tobytes()
+            assert whole.probabilities is not None
+            expected = whole.probabilities[(slice(None), *block.core.slices)]
+            assert part["probabilities"].tobytes() == expected.tobytes()
+
+
+def test_the_shared_3d_model_reproduces_nnunets_files(shared_data: Path) -> None:
+    folder = shared_data / "reference" / "vnc_mito_3d" / "crop_z00-15_y512-1023_x768-1023"
+    stack = [np.asarray(Image.open(shared_data / "em" / "vnc" / "raw" / f"{z:02d}.png")) for z in range(16)]
+    image = np.stack(stack)[:, 512:1024, 768:1024]
+    words = [
+        "inference.test_time_augmentation.enabled=false",
+        "inference.resample=plan",
+        "inference.spacing=[45,4.6,4.6]",
+    ]
+    manager = InferenceManager.from_checkpoint(shared_data / "models" / "vnc_mito_3d", [*WORDS, *words])
+    ours = manager.predict(image)
+    (case,) = survey(ArrayVolume(image[None]), "image", manager.segmenter.schemes, by_slice=False)
+    predictor = oracle.make_predictor(shared_data / "models" / "vnc_mito_3d", ["0"], mirror=False)
+    exact = oracle.predict(predictor, image[None], summaries=case.channels, spacing=(45, 4.6, 4.6))
+    assert (ours.labels != exact).sum() == 0
+    theirs = tifffile.imread(folder / "seg_nomirror.tif")
+    assert (ours.labels != theirs).sum() <= SHARE * theirs.size
+    with np.load(folder / "prob_mito_nomirror_z06-09.npz") as stored:
+        (probability,) = stored.values()
+    assert ours.probabilities is not None
+    assert np.abs(ours.probabilities[1, 6:10] - probability.astype(np.float32)).max() < 5e-3  # they stored float16 sums
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "text"),
+    [
+        (["inference.resample=plan"], ConfigError, "needs the spacing"),
+        (["inference.resample=plan", "inference.spacing=[9,1,1]"], VolumeError, "same unit"),
+        (["inference.resample=plan", "inference.spacing=[1,1,1]", "inference.case=slice"], ConfigError, "2D images"),
+        (["inference.resample=plan", "inference.spacing=[1,1,3.5]"], ModelError, "longest along axis 2"),
+    ],
+)
+def test_what_cannot_be_resampled_is_refused(
+    words: list[str], error: type[ConnectomicsError], text: str, tmp_path: Path
+) -> None:
+    folder = make_model(
+        tmp_path, dimensions=3, patch=(8, 16, 16), reader="SimpleITKIO", spacing=(1.0, 1.0, 1.0), seed=5
+    )
+    with pytest.raises(error, match=text):
+        InferenceManager.from_checkpoint(folder, [*WORDS, *words]).predict(np.ones((9, 20, 20), np.uint8))
+
+
+def test_a_large_ratio_can_be_confirmed() -> None:
+    spec = type("Spec", (), {"spacing": (1.0, 1.0, 1.0), "resampling_data": RULE, "resampling_probabilities": LINEAR})
+    config = load_config(
+        None, ["inference.resample=plan", "inference.spacing=[9,1,1]", "inference.allow_large_resampling=true"]
+    )
+    assert resampling_of(config, spec, by_slice=False) == Resampling((9.0, 1.0, 1.0), (1.0, 1.0, 1.0), RULE, LINEAR)  # type: ignore[arg-type]
+
+
+RULE = ResamplingRule("resample_data_or_seg_to_shape", 3, 0, None)
+LINEAR = ResamplingRule("resample_data_or_seg_to_shape", 1, 0, None)
+
+
+def test_other_resampling_functions_are_refused() -> None:
+    require_default(RULE, 3)
+    for other in (ResamplingRule("resample_torch_fornnunet", 3, 0, None), LINEAR):
+        with pytest.raises(ModelError, match="not supported yet"):
+            require_default(other, 3)
+
+
+def test_blocks_shrink_until_their_logits_fit() -> None:
+    plan = BlockPlan((256, 512, 512), (64, 64, 64))
+    assert with_logits_in_memory(plan, 2, 1.0, 1 << 40) == plan
+    assert with_logits_in_memory(plan, 2, 1.0, 1 << 29).block_shape == (128, 512, 512)
+    assert with_logits_in_memory(plan, 2, 1.0, 1).block_shape == (64, 512, 512)
