@@ -33,6 +33,8 @@ examples:
   connectomics test --config tutorials/nnunet_mito_inference.yaml --checkpoint MODEL
   connectomics inspect MODEL
   connectomics doctor --checkpoint MODEL
+  connectomics verify MODEL VOLUME
+  connectomics reproduce out/NAME_labels.h5
   connectomics demo
 """
 
@@ -72,6 +74,19 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", type=Path, help="training folder, fold folder or .pth file")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. model.folds=[0]")
+    text = "let nnunetv2 label samples of a volume, hold ours or an existing output against them, write a certificate"
+    verify = commands.add_parser("verify", help=text, description=text)
+    verify.add_argument("model", type=Path, help="training folder, fold folder or .pth file")
+    verify.add_argument("volume", help="the volume")
+    verify.add_argument("--samples", type=int, default=3, help="sections to compare, where each is a case")
+    verify.add_argument("--max-voxels", type=int, default=1 << 24, help="of a volume that nnU-Net is given at once")
+    verify.add_argument("--threshold", type=float, default=1e-4, help="largest share of differing labels that passes")
+    verify.add_argument("--certificate", type=Path, default=Path("certificate.json"), help="JSON file to write")
+    text = "labels of the whole volume that a run wrote (else ours are computed), and configuration of ours"
+    verify.add_argument("overrides", nargs="*", metavar="OUTPUT, key=value", help=text)
+    text = "print the command that made an output"
+    again = commands.add_parser("reproduce", help=text, description=text)
+    again.add_argument("output", type=Path, help="a final output; its RUN folder lies beside it")
     demo = commands.add_parser("demo", help="the whole job on an embedded example")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the results")
     return parser
@@ -221,6 +236,36 @@ def _inspect(words: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(words: argparse.Namespace) -> int:
+    from connectomics.config.load import load_config
+
+    outputs = [word for word in words.overrides if "=" not in word]
+    config = load_config(None, [word for word in words.overrides if "=" in word])
+    if len(outputs) > 1:
+        raise ConfigError(f"verify compares one output, found {', '.join(outputs)}; give one, or none")
+    from connectomics.lightning.verify import report, verify
+
+    result = verify(
+        config,
+        words.model,
+        words.volume,
+        output=Path(outputs[0]) if outputs else None,
+        samples=words.samples,
+        largest=words.max_voxels,
+        threshold=words.threshold,
+        certificate=words.certificate,
+    )
+    print("\n".join(report(result)))
+    return 0 if result.passed else FAILED
+
+
+def _reproduce(words: argparse.Namespace) -> int:
+    from connectomics.lightning.reproduce import reproduce
+
+    print(reproduce(words.output))
+    return 0
+
+
 def _doctor(words: argparse.Namespace) -> int:
     config = _configured(words)
     from connectomics.doctor import examine
@@ -247,6 +292,8 @@ _COMMANDS = {
     "infer-volume": _infer_volume,
     "test": _test,
     "inspect": _inspect,
+    "verify": _verify,
+    "reproduce": _reproduce,
     "doctor": _doctor,
     "demo": _demo,
 }

@@ -37,6 +37,8 @@ class Engine:
 
     Parameters
     ----------
+    checkpoint
+        Where the model was loaded from.
     spec
         The model.
     window
@@ -55,6 +57,7 @@ class Engine:
         In which ways this is not nnU-Net's own inference; empty when it is.
     """
 
+    checkpoint: Path
     spec: ModelSpec
     window: SlidingWindow
     segmenter: Segmenter
@@ -103,6 +106,21 @@ def device_name(config: Config) -> str:
     return "cuda" if gpus == 1 and device == "auto" else device
 
 
+def checkpoint_path(config: Config, checkpoint: Path | None) -> Path:
+    """The model that the command line, or else the configuration, names.
+
+    Raises
+    ------
+    ConfigError
+        If none is named.
+    """
+    if checkpoint is not None:
+        return checkpoint
+    if config.model.nnunet_checkpoint is None:
+        raise ConfigError("no model is named; give --checkpoint PATH or set model.nnunet_checkpoint")
+    return Path(config.model.nnunet_checkpoint)
+
+
 def load(config: Config, checkpoint: Path | None) -> LoadedModel:
     """Load the model the configuration or the command line names and hold it against what is expected of it.
 
@@ -113,10 +131,7 @@ def load(config: Config, checkpoint: Path | None) -> LoadedModel:
     ModelError
         If it cannot be loaded or is not what the configuration says.
     """
-    model = config.model
-    stated = checkpoint or (Path(model.nnunet_checkpoint) if model.nnunet_checkpoint else None)
-    if stated is None:
-        raise ConfigError("no model is named; give --checkpoint PATH or set model.nnunet_checkpoint")
+    model, stated = config.model, checkpoint_path(config, checkpoint)
     loaded = load_model(
         stated,
         folds=model.folds,
@@ -210,7 +225,15 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     )
     facts = _facts(config, spec, window, segmenter, filters, by_slice)
     return Engine(
-        spec, window, segmenter, filters, by_slice, settings, facts, _deviations(config, spec, window, by_slice)
+        checkpoint_path(config, checkpoint),
+        spec,
+        window,
+        segmenter,
+        filters,
+        by_slice,
+        settings,
+        facts,
+        _deviations(config, spec, window, by_slice),
     )
 
 

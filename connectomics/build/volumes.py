@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from connectomics.build.engine import Engine, resampling_of
 from connectomics.config.schema import Config
@@ -19,6 +22,16 @@ from connectomics.pipeline.finish import Output
 from connectomics.pipeline.planning import BlockPlan, forced_plan, plan_blocks, whole_plan, with_logits_in_memory
 from connectomics.pipeline.predict import LABELS, PROBABILITIES
 from connectomics.pipeline.run import VolumeJob
+
+# keys that a reproducing command states in another way, or that only say where and which
+ELSEWHERE = (
+    "model.nnunet_checkpoint",
+    "inference.data.output_path",
+    "inference.volume_mode.file_",
+    "inference.volume_mode.st",
+    "inference.output.overwrite",
+    "test.",
+)
 
 
 def list_sources(config: Config, channels: int) -> list[VolumeSource]:
@@ -158,7 +171,24 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
         outputs,
         _plan(config, engine, reader.info.extent, reader.info.channels),
         provenance | dict(engine.facts),
+        _command(config, engine, source),
     )
+
+
+def _command(config: Config, engine: Engine, source: VolumeSource) -> tuple[str, ...]:
+    """Words of the command that makes this volume's results again, but for where they go."""
+    stated, default = _leaves(dataclasses.asdict(config)), _leaves(dataclasses.asdict(Config()))
+    changed = {k: v for k, v in stated.items() if v != default[k] and not k.startswith(ELSEWHERE)}
+    changed["inference.volume_mode.file_list"] = list(source.uris)
+    words = (f"{key}={json.dumps(value)}" for key, value in sorted(changed.items()))
+    return ("infer-volume", "--checkpoint", str(engine.checkpoint), *words)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def _plan(config: Config, engine: Engine, extent: Vec3, channels: int) -> BlockPlan:

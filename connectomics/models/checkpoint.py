@@ -44,11 +44,14 @@ class LoadedModel:
     """A model ready for a backend: what it is, and one network a fold.
 
     The networks are on the CPU in eval mode; they take float32 [n, c, z, y, x] (z = 1 for 2D models) and give
-    logits float32 [n, k, z, y, x]. An ensemble's logits are averaged by the caller.
+    logits float32 [n, k, z, y, x]. An ensemble's logits are averaged by the caller. ``plans`` and ``dataset`` are the
+    JSON values it was built from.
     """
 
     spec: ModelSpec
     networks: tuple[nn.Module, ...]
+    plans: Mapping[str, Any]
+    dataset: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +105,11 @@ def load_model(
     UnsafeModelError
         If its files bring code and ``trust_code`` is not set.
     """
-    spec, skeleton, members = _read(path, folds, checkpoint_name, (plans, dataset), sha256, trust_code, architecture)
-    return LoadedModel(spec, tuple(_with_weights(skeleton, member) for member in members))
+    spec, skeleton, members, texts = _read(
+        path, folds, checkpoint_name, (plans, dataset), sha256, trust_code, architecture
+    )
+    networks = tuple(_with_weights(skeleton, member) for member in members)
+    return LoadedModel(spec, networks, texts[0].values, texts[1].values)
 
 
 def read_spec(
@@ -129,7 +135,7 @@ def _read(
     sha256: str | None,
     trust_code: bool,
     architecture: str,
-) -> tuple[ModelSpec, NNUNetModel, list[_Fold]]:
+) -> tuple[ModelSpec, NNUNetModel, list[_Fold], tuple[PlanText, PlanText]]:
     files = locate_model(path, folds=folds, checkpoint_name=checkpoint_name, plans=stated[0], dataset=stated[1])
     digests = _digests(files)
     weights_sha256 = _weights_sha256(path, digests, sha256)
@@ -158,7 +164,7 @@ def _read(
         "dataset": dataset_text.text,
         "architecture": architecture,
     }
-    return replace(spec, sha256=key_of(facts)), skeleton, members
+    return replace(spec, sha256=key_of(facts)), skeleton, members, (plan_text, dataset_text)
 
 
 def _digests(files: ModelFiles) -> tuple[tuple[str, str], ...]:

@@ -75,6 +75,7 @@ class VolumeJob:
     outputs: tuple[Output, ...]
     plan: BlockPlan
     provenance: Mapping[str, object]
+    command: tuple[str, ...]
 
 
 def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_block: OnBlock) -> RunReport:
@@ -124,7 +125,8 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
         "cases": len(cases),
         "statistics": [asdict(c) for c in cases[0].channels],
     }
-    write_text(job.run_folder / "provenance.json", json.dumps(stamp, indent=1) + "\n")
+    record = stamp | {"result_keys": facts, "command": list(job.command)}
+    write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
     for output in pending:
         _finish(work, job, output, stores[output.name], grid, settings, stamp)
     seconds = round(time.perf_counter() - began, 3)

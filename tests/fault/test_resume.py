@@ -118,6 +118,8 @@ def test_what_a_run_leaves(job: Job) -> None:
     provenance = json.loads((job.run_folder / "provenance.json").read_text())
     with h5py.File(job.output / "v_labels.h5") as file:
         stamp = json.loads(file.attrs["connectomics"])
+    assert provenance.pop("command")[:2] == ["infer-volume", "--checkpoint"]
+    assert provenance.pop("result_keys") == {"labels": stamp["result_key"]}
     assert stamp == provenance | {"result_key": stamp["result_key"]}
     assert job.report()["windows"] == sum(line["windows"] for line in ledger_lines(job.run_folder))
 

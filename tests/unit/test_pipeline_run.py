@@ -92,7 +92,16 @@ def job_in(folder: Path, *, key: str = "k", probabilities: bool = False, **chang
     if probabilities:
         outputs.append(Output(PROBABILITIES, "v_labels_probabilities", f"{key}p", ("h5", "zarr")))
     job = VolumeJob(
-        "v", folder / "v_labels.run", Reader(), False, segmenter, Filters(), tuple(outputs), PLAN, {"seed": 0}
+        "v",
+        folder / "v_labels.run",
+        Reader(),
+        False,
+        segmenter,
+        Filters(),
+        tuple(outputs),
+        PLAN,
+        {"seed": 0},
+        ("again",),
     )
     return replace(job, **changes)
 
@@ -241,7 +250,10 @@ def test_the_stamp_says_how_it_was_made(tmp_path: Path) -> None:
     run(tmp_path, job_in(tmp_path))
     provenance = json.loads((tmp_path / "v_labels.run" / "provenance.json").read_text())
     with h5py.File(tmp_path / "v_labels.h5") as file:
-        assert json.loads(file.attrs["connectomics"]) == provenance | {"result_key": "k"}
+        stamp = json.loads(file.attrs["connectomics"])
+    assert provenance.pop("command") == ["again"]
+    assert provenance.pop("result_keys") == {"labels": "k"}
+    assert stamp == provenance | {"result_key": "k"}
     assert provenance["numeric_class"] == {"threads": 1}
     assert (provenance["seed"], provenance["cases"]) == (0, 1)
     (statistics,) = provenance["statistics"]

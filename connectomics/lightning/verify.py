@@ -1,0 +1,286 @@
+"""``connectomics verify``: nnunetv2 itself beside this program on the user's own data, and a certificate of it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from connectomics.build.engine import Engine, load, resampling_of
+from connectomics.build.volumes import named_sources, open_source
+from connectomics.config.schema import Config
+from connectomics.errors import ModelError, VolumeError
+from connectomics.geometry import Box, Vec3, vec3
+from connectomics.io.atomic import write_text
+from connectomics.io.opening import open_volume
+from connectomics.io.volume import Array, VolumeReader
+from connectomics.lightning.inference import InferenceManager
+from connectomics.models.checkpoint import LoadedModel
+from connectomics.pipeline.survey import nonzero_box
+
+PACKAGES = ("connectomics", "nnunetv2", "torch", "numpy", "scipy", "scikit-image")
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Labels of one sample held against nnU-Net's.
+
+    Parameters
+    ----------
+    scope
+        ``case``: a whole case of the volume; ``crop``: a part taken as a case of its own, with its own
+        statistics and grid.
+    box
+        Where it lies in the volume.
+    voxels, differ
+        All voxels, and those whose labels differ.
+    edge_voxels, edge_differ
+        The same for voxels at an edge of nnU-Net's labels (a neighbour along an axis has another label).
+    where
+        The smallest box around the differences, in the volume, or None.
+    """
+
+    scope: str
+    box: Box
+    voxels: int
+    differ: int
+    edge_voxels: int
+    edge_differ: int
+    where: Box | None
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What was found, and whether the share of differing labels stays within the threshold in every sample."""
+
+    path: Path
+    agreements: tuple[Agreement, ...]
+    threshold: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every sample agrees."""
+        return all(a.differ <= self.threshold * a.voxels for a in self.agreements)
+
+
+class Reference:
+    """nnU-Net's own predictor on the CPU, as it ships, given the same model.
+
+    The weights come from our restricted reading of the checkpoint; the network, the preprocessing, the windows and the
+    export are nnunetv2's.
+
+    Parameters
+    ----------
+    model
+        The loaded model.
+    mirror
+        Whether nnU-Net mirrors.
+
+    Raises
+    ------
+    ModelError
+        If nnunetv2 cannot build the network the plans describe.
+    """
+
+    def __init__(self, model: LoadedModel, *, mirror: bool) -> None:
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+        from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        plans = PlansManager(dict(model.plans))
+        configuration = plans.get_configuration(model.spec.configuration)
+        labels = plans.get_label_manager(dict(model.dataset))
+        network = get_network_from_plans(
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+            model.spec.channels,
+            labels.num_segmentation_heads,
+            allow_init=False,
+            deep_supervision=False,
+        )
+        states = [n.get_submodule("network").state_dict() for n in model.networks]
+        try:
+            network.load_state_dict(states[0])
+        except RuntimeError as error:
+            raise ModelError(
+                f"nnunetv2 builds another network from the plans of {model.spec.plans_name} than trainer "
+                f"{model.spec.trainer_name} did, so it cannot check this model; compare with nnUNetv2_predict yourself"
+            ) from error
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._predictor = nnUNetPredictor(use_mirroring=mirror, device=torch.device("cpu"), allow_tqdm=False)
+        axes = tuple(a - 3 + model.spec.dimensions for a in model.spec.mirror_axes) or None
+        self._predictor.manual_initialization(
+            network, plans, configuration, states, dict(model.dataset), model.spec.trainer_name, axes
+        )
+
+    def predict(self, image: Array, spacing: Sequence[float]) -> Array:
+        """nnU-Net's labels (z, y, x) of one case (c, z, y, x) of raw intensities."""
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            labels: Array = self._predictor.predict_single_npy_array(
+                image, {"spacing": list(spacing)}, None, None, False
+            )
+        return labels
+
+
+def verify(
+    config: Config,
+    checkpoint: Path,
+    volume: str,
+    *,
+    output: Path | None = None,
+    samples: int = 3,
+    largest: int = 1 << 24,
+    threshold: float = 1e-4,
+    certificate: Path,
+) -> Certificate:
+    """Let nnunetv2 label samples of a volume and hold ours, or an existing output, against them.
+
+    Parameters
+    ----------
+    config
+        The settings that ours uses; nnU-Net uses its own, and mirrors where mirroring is on.
+    checkpoint, volume
+        The model and the volume.
+    output
+        Labels of the whole volume that some run wrote; without it ours are computed for the samples.
+    samples
+        Sections to compare, where each section is a case.
+    largest
+        Voxels of a volume that nnU-Net is given at once; of a larger one the middle is taken, as a case of its own.
+    threshold
+        Largest share of differing labels that passes.
+    certificate
+        Where the JSON certificate is written.
+
+    Raises
+    ------
+    VolumeError
+        If the volume or the output cannot be read or compared.
+    """
+    manager = InferenceManager(config, checkpoint)
+    engine = manager.engine
+    model = load(config, checkpoint)
+    reference = Reference(model, mirror=config.inference.test_time_augmentation.enabled)
+    (source,) = named_sources([volume], engine.spec.channels)
+    reader = open_source(config, engine, source)
+    existing = None if output is None else _opened(output, reader)
+    found = []
+    for scope, box in _samples(reader, engine, samples, largest):
+        image = reader.read(box)
+        theirs = reference.predict(image, _spacing(config, engine, reader))
+        if existing is None:
+            ours = manager.predict(image).labels
+        elif scope == "crop":
+            raise VolumeError(
+                f"{volume}: is larger than {largest} voxels, so only a crop could be compared, whose "
+                f"statistics are not those of {output}; raise --max-voxels, or verify without an output"
+            )
+        else:
+            ours = existing.read(box)[0]
+        found.append(_agreement(scope, box, ours, theirs))
+    result = Certificate(certificate, tuple(found), threshold)
+    write_text(certificate, json.dumps(_content(engine, result, volume, output, reader), indent=1) + "\n")
+    reader.close()
+    return result
+
+
+def _opened(output: Path, reader: VolumeReader) -> VolumeReader:
+    existing = open_volume(str(output))
+    if existing.info.extent != reader.info.extent or existing.info.channels != 1:
+        raise VolumeError(
+            f"{output}: has shape (c, z, y, x) {existing.info.shape}, expected labels of extent {reader.info.extent}; "
+            "give the labels of this volume"
+        )
+    return existing
+
+
+def _spacing(config: Config, engine: Engine, reader: VolumeReader) -> list[float]:
+    """What nnU-Net is told: the stated spacing, or the plan's, so that nothing is resampled."""
+    resampling = resampling_of(config, engine.spec, by_slice=engine.by_slice)
+    if resampling is not None:
+        return list(resampling.spacing)
+    z, y, x = engine.spec.spacing
+    return [999.0 if z is None else z, y, x]
+
+
+def _samples(reader: VolumeReader, engine: Engine, count: int, largest: int) -> list[tuple[str, Box]]:
+    depth, height, width = reader.info.extent
+    if engine.by_slice:
+        sections = sorted({round(i * (depth - 1) / max(1, count - 1)) for i in range(count)})
+        return [("case", Box((z, 0, 0), (z + 1, height, width))) for z in sections]
+    shape = [depth, height, width]
+    while shape[0] * shape[1] * shape[2] > largest:
+        axis = int(np.argmax(shape))
+        shape[axis] = max(1, shape[axis] // 2)
+    whole = tuple(shape) == reader.info.extent
+    start = vec3([(n - m) // 2 for n, m in zip(reader.info.extent, shape, strict=True)])
+    return [("case" if whole else "crop", Box.of_shape(vec3(shape)).shift(start))]
+
+
+def _agreement(scope: str, box: Box, ours: Array, theirs: Array) -> Agreement:
+    differ = ours != theirs
+    edge = np.zeros(theirs.shape, bool)
+    for axis in range(3):
+        step = np.diff(theirs.astype(np.int32), axis=axis) != 0
+        edge[tuple(slice(1, None) if a == axis else slice(None) for a in range(3))] |= step
+        edge[tuple(slice(None, -1) if a == axis else slice(None) for a in range(3))] |= step
+    where = nonzero_box(differ[None])
+    return Agreement(
+        scope,
+        box,
+        differ.size,
+        int(differ.sum()),
+        int(edge.sum()),
+        int((differ & edge).sum()),
+        None if where is None else where.shift(box.start),
+    )
+
+
+def _content(
+    engine: Engine, result: Certificate, volume: str, output: Path | None, reader: VolumeReader
+) -> dict[str, Any]:
+    return {
+        "passed": result.passed,
+        "threshold": result.threshold,
+        "compared": "labels computed here" if output is None else str(output),
+        "with": "nnUNetPredictor as nnunetv2 ships it (half precision accumulators), CPU",
+        "volume": volume,
+        "input": reader.identity,
+        "model": {"weights_sha256": engine.spec.weights_sha256, "sha256": engine.spec.sha256},
+        "settings": dict(engine.facts),
+        "deviations": list(engine.deviations),
+        "numeric_class": dict(engine.settings.numeric_class),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "samples": [asdict(a) for a in result.agreements],
+    }
+
+
+def report(result: Certificate) -> list[str]:
+    """The certificate in words, a line a sample, the verdict last."""
+    lines = []
+    for a in result.agreements:
+        edge = f"{a.edge_differ}/{a.edge_voxels} at edges"
+        lines.append(
+            f"{a.scope} {_span(a.box)}: {a.differ} of {a.voxels} labels differ ({a.differ / a.voxels:.1e}), {edge}"
+        )
+        if a.where is not None:
+            lines.append(f"  differences lie in {_span(a.where)}")
+    verdict = "agrees with nnU-Net" if result.passed else "DOES NOT AGREE with nnU-Net"
+    return [*lines, f"{verdict} (threshold {result.threshold:g}); certificate: {result.path}"]
+
+
+def _span(box: Box) -> str:
+    names: tuple[str, str, str] = ("z", "y", "x")
+    start: Vec3 = box.start
+    return " ".join(f"{n} {a}-{b - 1}" for n, a, b in zip(names, start, box.stop, strict=True))

@@ -1,0 +1,158 @@
+"""``connectomics verify`` passes where nnU-Net agrees and fails, saying where, when anything was tampered with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from connectomics.cli import main
+
+from nnunet_models import make_model
+from parity_table import scene
+
+CPU = ["system.device=cpu", "system.num_cpus=1"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A model, a volume of three sections, and the labels that a run wrote."""
+    folder = tmp_path_factory.mktemp("world")
+    model = make_model(folder / "model", dimensions=2, patch=(32, 32), classes=3, folds=("0", "1"), seed=2)
+    volume = folder / "v.h5"
+    with h5py.File(volume, "w") as file:
+        file["main"] = (scene(1, (3, 90, 110), 4)[0][0] * 255).astype(np.uint8)
+    words = [f"inference.volume_mode.file_list=['{volume}']", f"inference.data.output_path={folder}", "model.folds=[0]"]
+    assert main(["infer-volume", "--checkpoint", str(model), *CPU, *words]) == 0
+    return model, volume, folder / "v_labels.h5"
+
+
+def verified(tmp_path: Path, *words: str) -> tuple[int, dict[str, object]]:
+    path = tmp_path / "certificate.json"
+    code = main(["verify", *words, "--certificate", str(path), *CPU])
+    return code, json.loads(path.read_text()) if path.exists() else {}
+
+
+def test_an_untouched_model_passes(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    model, volume, output = world
+    words = [str(model), str(volume), "model.folds=[0]", "--threshold", "1e-3"]
+    for given in ([], [str(output)]):
+        code, certificate = verified(tmp_path, *words, *given)
+        assert code == 0
+        assert certificate["passed"] is True
+        samples = certificate["samples"]
+        assert [s["scope"] for s in samples] == ["case"] * 3  # type: ignore[attr-defined]
+        assert {"connectomics", "nnunetv2", "torch"} <= set(certificate["versions"])  # type: ignore[call-overload]
+
+
+def test_another_model_fails(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    model, volume, output = world
+    code, certificate = verified(tmp_path, str(model), str(volume), str(output), "model.folds=[1]")
+    assert (code, certificate["passed"]) == (3, False)
+
+
+@pytest.mark.parametrize(
+    "word", ["inference.sliding_window.overlap=0.1", "inference.test_time_augmentation.flip_axes=[1]"]
+)
+def test_another_setting_fails(world: tuple[Path, Path, Path], tmp_path: Path, word: str) -> None:
+    model, volume, _ = world
+    code, certificate = verified(tmp_path, str(model), str(volume), "model.folds=[0]", word)
+    assert (code, certificate["passed"]) == (3, False)
+    assert certificate["deviations"]
+
+
+def test_one_tampered_window_fails_and_is_located(
+    world: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, volume, output = world
+    tampered = tmp_path / "tampered.h5"
+    with h5py.File(output) as before, h5py.File(tampered, "w") as after:
+        labels = before["main"][:]
+        labels[1, 40:72, 16:48] = (labels[1, 40:72, 16:48] + 1) % 3
+        after["main"] = labels
+    words = [str(model), str(volume), str(tampered), "model.folds=[0]", "--threshold", "1e-3"]
+    code, certificate = verified(tmp_path, *words)
+    assert code == 3
+    before_it, hit, after_it = certificate["samples"]  # type: ignore[misc]
+    assert max(before_it["differ"], after_it["differ"]) < 10
+    assert abs(hit["differ"] - 32 * 32) < 10
+    assert hit["where"]["start"][0] == 1
+    assert hit["where"]["start"][1:] <= [40, 16]
+    assert hit["where"]["stop"][1:] >= [72, 48]
+    assert "differences lie in z 1-1" in capsys.readouterr().out
+
+
+def test_a_large_volume_is_compared_on_its_middle(tmp_path: Path) -> None:
+    model = make_model(tmp_path, dimensions=3, patch=(8, 16, 16), classes=3, reader="SimpleITKIO", seed=2)
+    volume = tmp_path / "v.h5"
+    with h5py.File(volume, "w") as file:
+        file["main"] = (scene(1, (20, 40, 30), 4)[0][0] * 255).astype(np.uint8)
+    words = [str(model), str(volume), "--max-voxels", "8000", "--threshold", "1e-2"]
+    code, certificate = verified(tmp_path, *words)
+    assert code == 0
+    (sample,) = certificate["samples"]  # type: ignore[misc]
+    assert sample["scope"] == "crop"
+    assert sample["box"] == {"start": [5, 10, 7], "stop": [15, 30, 22]} or sample["voxels"] <= 8000
+    with h5py.File(tmp_path / "labels.h5", "w") as file:
+        file["main"] = np.zeros((20, 40, 30), np.uint8)
+    assert verified(tmp_path, *words, str(tmp_path / "labels.h5"))[0] == 3
+
+
+def test_an_output_of_another_shape_is_refused(
+    world: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, volume, _ = world
+    with h5py.File(tmp_path / "small.h5", "w") as file:
+        file["main"] = np.zeros((3, 9, 9), np.uint8)
+    assert verified(tmp_path, str(model), str(volume), str(tmp_path / "small.h5"))[0] == 3
+    assert "give the labels of this volume" in capsys.readouterr().err
+    assert verified(tmp_path, str(model), str(volume), "a.h5", "b.h5")[0] == 2
+
+
+@pytest.mark.parametrize(("model", "fold"), [("vnc_mito_2d", "0"), ("vnc_multi_2d", "all"), ("vnc_mito_3d", "0")])
+def test_the_shared_models_pass(shared_data: Path, tmp_path: Path, model: str, fold: str) -> None:
+    sections = [np.asarray(Image.open(shared_data / "em" / "vnc" / "raw" / f"{z:02d}.png")) for z in range(12, 16)]
+    image = np.stack(sections)[:1, :700, :800] if model.endswith("2d") else np.stack(sections)[:, 300:700, 300:600]
+    with h5py.File(tmp_path / "em.h5", "w") as file:
+        file["main"] = image
+    words = [str(shared_data / "models" / model), str(tmp_path / "em.h5"), f"model.folds=[{fold}]"]
+    words.append("inference.test_time_augmentation.enabled=false")
+    if model.endswith("3d"):
+        words += ["inference.resample=plan", "inference.spacing=[45,4.6,4.6]"]
+    code, certificate = verified(tmp_path, *words)
+    assert (code, certificate["passed"]) == (0, True)
+
+
+def test_reproduce_prints_a_command_that_makes_the_same_bytes(
+    world: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shlex
+
+    _, _, output = world
+    assert main(["reproduce", str(output)]) == 0
+    program, *words = shlex.split(capsys.readouterr().out)
+    assert program == "connectomics"
+    assert main([*words, f"inference.data.output_path={tmp_path}"]) == 0
+    assert (tmp_path / output.name).read_bytes() == output.read_bytes()
+    (tmp_path / "v_labels.run" / "provenance.json").unlink()
+    assert main(["reproduce", str(tmp_path / output.name)]) == 3
+    assert "restore the RUN folder" in capsys.readouterr().err
+    (tmp_path / "other_labels.h5").write_bytes(b"")
+    assert main(["reproduce", str(tmp_path / "other_labels.h5")]) == 3
+
+
+def test_reproduce_refuses_the_record_of_another_result(
+    world: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, output = world
+    (tmp_path / output.name).write_bytes(output.read_bytes())
+    record = output.parent / "v_labels.run" / "provenance.json"
+    changed = json.loads(record.read_text()) | {"result_keys": {"labels": "0"}}
+    (tmp_path / "v_labels.run").mkdir()
+    (tmp_path / "v_labels.run" / "provenance.json").write_text(json.dumps(changed))
+    assert main(["reproduce", str(tmp_path / output.name)]) == 3
+    assert "another result" in capsys.readouterr().err
