@@ -67,7 +67,7 @@ def open_channels(
     Raises
     ------
     VolumeError
-        If one cannot be opened, or its extent, dtype or voxel size differs from the first's.
+        If one cannot be opened, or its extent, dtype, voxel size or spacing differs from the first's.
     """
     if not uris:
         raise VolumeError("no volume was named; give at least one for the first channel.")
@@ -91,7 +91,12 @@ class _Channels:
         first = readers[0].info
         channels = sum(reader.info.channels for reader in readers)
         self._info = VolumeInfo(
-            (channels, *first.extent), first.dtype, first.chunk_shape, first.voxel_size_nm, first.origin_nm
+            (channels, *first.extent),
+            first.dtype,
+            first.chunk_shape,
+            first.voxel_size_nm,
+            first.origin_nm,
+            first.spacing,
         )
 
     @property
@@ -112,11 +117,11 @@ class _Channels:
 
 
 def _require_alike(first_uri: str, first: VolumeInfo, uri: str, info: VolumeInfo) -> None:
-    expected = (first.extent, str(first.dtype), first.voxel_size_nm)
-    found = (info.extent, str(info.dtype), info.voxel_size_nm)
+    expected = (first.extent, str(first.dtype), first.voxel_size_nm, first.spacing)
+    found = (info.extent, str(info.dtype), info.voxel_size_nm, info.spacing)
     if found != expected:
         raise VolumeError(
-            f"{uri} cannot be a channel beside {first_uri}: (z, y, x), dtype and voxel size are {found}, "
+            f"{uri} cannot be a channel beside {first_uri}: (z, y, x), dtype, voxel size and spacing are {found}, "
             f"expected {expected}; all channels must agree."
         )
 
@@ -159,9 +164,10 @@ def _hdf5(source: Source) -> VolumeReader:
 
 
 def _tiff(source: Source) -> VolumeReader:
+    from connectomics.io.spacing import stated_spacing
     from connectomics.io.tiff import open_tiff
 
-    return open_tiff(source)
+    return open_tiff(source, spacing=stated_spacing(source))
 
 
 def _image(source: Source) -> VolumeReader:

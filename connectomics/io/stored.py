@@ -16,7 +16,7 @@ import numpy as np
 from connectomics.errors import VolumeError
 from connectomics.geometry import Box, Vec3, vec3
 from connectomics.io.source import READ_ERRORS, Source, reason
-from connectomics.io.volume import Array, Nanometres, VolumeInfo
+from connectomics.io.volume import Array, Nanometres, Spacing, VolumeInfo
 
 AXES = "czyx"
 CACHE_BYTES = 128 << 20
@@ -143,6 +143,7 @@ def info_of(
     *,
     voxel_size_nm: Nanometres | None = None,
     origin_nm: Nanometres = (0.0, 0.0, 0.0),
+    spacing: Spacing | None = None,
 ) -> VolumeInfo:
     """The volume's description; the request's voxel size wins over ``voxel_size_nm`` found in the file.
 
@@ -154,7 +155,8 @@ def info_of(
     native = native_dtype(source, dtype)
     stated = source.voxel_size_nm
     try:
-        return VolumeInfo(layout.shape, native, layout.chunk(stored_chunk), stated or voxel_size_nm, origin_nm)
+        chunk = layout.chunk(stored_chunk)
+        return VolumeInfo(layout.shape, native, chunk, stated or voxel_size_nm, origin_nm, spacing)
     except ValueError as error:
         raise VolumeError(f"{source.uri}: {error}") from error
 

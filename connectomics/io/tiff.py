@@ -20,15 +20,22 @@ import tifffile
 from connectomics.errors import VolumeError
 from connectomics.io.source import NM_PER_UNIT, READ_ERRORS, Source, file_identity, three_positive, unreadable
 from connectomics.io.stored import Layout, RecentArrays, StoredVolume, info_of, layout_of, row_chunk
-from connectomics.io.volume import Array, Nanometres
+from connectomics.io.volume import Array, Nanometres, Spacing
 
 LETTERS = {"S": "c", "C": "c", "Q": "z", "I": "z", "Z": "z", "Y": "y", "X": "x", "T": "t"}
 """TIFF series axes: samples are channels, pages of unstated meaning are sections."""
 JPEG_COMPRESSIONS = (6, 7, 33007, 34892)
 
 
-def open_tiff(source: Source) -> StoredVolume:
+def open_tiff(source: Source, *, spacing: Spacing | None = None) -> StoredVolume:
     """Open one image series (level 0 of a pyramid) of a TIFF file for lazy reading.
+
+    Parameters
+    ----------
+    source
+        The request.
+    spacing
+        What a file beside it states; part of the volume's identity.
 
     Raises
     ------
@@ -44,13 +51,16 @@ def open_tiff(source: Source) -> StoredVolume:
             _require_whole(source, tif, series)
             layout = layout_of(source, series.shape, "".join(LETTERS.get(letter, "?") for letter in series.axes))
             pages = _Pages(source, series, layout, stream.fileno())
-            info = info_of(source, layout, series.dtype, pages.chunk(), voxel_size_nm=_voxel_size(tif, number))
+            size = _voxel_size(tif, number)
+            info = info_of(source, layout, series.dtype, pages.chunk(), voxel_size_nm=size, spacing=spacing)
             opened.callback(pages.forget)
             release = opened.pop_all().close
     except (AssertionError, *READ_ERRORS) as error:  # tifffile asserts what a damaged file may break
         raise unreadable(source, "TIFF", error) from error
     if source.inner is not None:
         identity["series"] = number
+    if spacing is not None:
+        identity["spacing"] = list(spacing)
     return StoredVolume(source, info, layout, fetch=pages.fetch, identity=lambda: identity, release=release)
 
 

@@ -15,6 +15,7 @@ from connectomics.geometry import Box, Vec3
 
 Array = npt.NDArray[Any]
 Nanometres = tuple[float, float, float]
+Spacing = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,9 @@ class VolumeInfo:
         (z, y, x) in nanometres, or None when nothing states it.
     origin_nm
         Position of the first voxel's centre (z, y, x) in nanometres.
+    spacing
+        (z, y, x) as nnU-Net's readers would state it, without a unit: that of the plan the volume was prepared for.
+        None where the file states none. Never derived from ``voxel_size_nm``, nor the other way round.
     """
 
     shape: tuple[int, int, int, int]
@@ -40,6 +44,7 @@ class VolumeInfo:
     chunk_shape: Vec3
     voxel_size_nm: Nanometres | None = None
     origin_nm: Nanometres = (0.0, 0.0, 0.0)
+    spacing: Spacing | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) != 4 or min(self.shape) < 1:
@@ -48,6 +53,8 @@ class VolumeInfo:
             raise ValueError(f"a chunk has three axes (z, y, x) of at least one voxel, got {self.chunk_shape}")
         if self.voxel_size_nm is not None and not all(np.isfinite(v) and v > 0 for v in self.voxel_size_nm):
             raise ValueError(f"voxel size must be positive nanometres (z, y, x), got {self.voxel_size_nm}")
+        if self.spacing is not None and not all(np.isfinite(v) and v > 0 for v in self.spacing):
+            raise ValueError(f"spacing must be three positive numbers (z, y, x), got {self.spacing}")
 
     @property
     def extent(self) -> Vec3:
