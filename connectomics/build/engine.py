@@ -16,7 +16,7 @@ from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ModelError
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.inference.predictor import Predictor, RollingPredictor, SlidingWindow
-from connectomics.inference.resample import Resampling, check_ratio, require_default
+from connectomics.inference.resample import require_default
 from connectomics.inference.windows import as_patch
 from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.torch_eager import TorchBackend
@@ -207,6 +207,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         for n in loaded.networks
     )
     by_slice = spec.slice_case if config.inference.case == "auto" else config.inference.case == "slice"
+    _check_resampling(config, spec, by_slice=by_slice)
     segmenter = Segmenter(
         _predictor(config, backends, window, spec),
         spec.normalisations,
@@ -237,37 +238,17 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     )
 
 
-def resampling_of(config: Config, spec: ModelSpec, *, by_slice: bool) -> Resampling | None:
-    """How volumes are resampled, or None when they are taken as they are.
-
-    Raises
-    ------
-    ConfigError
-        If no spacing is stated, or the model was trained on single images, which nnU-Net never resamples.
-    ModelError
-        If the plans ask for a resampling function this program does not have.
-    VolumeError
-        If the spacing is so far from the plan's that a mistaken unit is likely.
-    """
-    stated = config.inference
-    if stated.resample == "off":
-        return None
+def _check_resampling(config: Config, spec: ModelSpec, *, by_slice: bool) -> None:
+    """Refuse ``inference.resample=plan`` where nnU-Net resamples nothing, or otherwise than this program can."""
+    if config.inference.resample == "off":
+        return
     if by_slice:
         raise ConfigError(
             "inference.resample=plan: each section is a case of its own here, and nnU-Net gives 2D images no "
             "spacing to resample by; set inference.resample=off"
         )
-    if stated.spacing is None:
-        raise ConfigError(
-            "inference.resample=plan needs the spacing of the volumes: set inference.spacing=[z,y,x] in the unit of "
-            f"the plan's spacing, which is {list(spec.spacing)}"
-        )
-    z, y, x = stated.spacing
-    target = (z if spec.spacing[0] is None else spec.spacing[0], spec.spacing[1], spec.spacing[2])
-    check_ratio((z, y, x), target, allowed=stated.allow_large_resampling)
     require_default(spec.resampling_data, 3)
     require_default(spec.resampling_probabilities, 1)
-    return Resampling((z, y, x), target, spec.resampling_data, spec.resampling_probabilities)
 
 
 def _window(config: Config, spec: ModelSpec) -> SlidingWindow:

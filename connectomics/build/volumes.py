@@ -9,15 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from connectomics.build.engine import Engine, resampling_of
+from connectomics.build.engine import Engine
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, VolumeError
 from connectomics.fingerprint import key_of
-from connectomics.geometry import Vec3, vec3
+from connectomics.geometry import vec3
+from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.io.export import export_path
 from connectomics.io.listing import VolumeSource, expand, group, refuse_collisions, without_results
 from connectomics.io.opening import open_channels, open_volume
-from connectomics.io.volume import Nanometres, VolumeReader
+from connectomics.io.volume import Nanometres, Spacing, VolumeReader
 from connectomics.pipeline.finish import Output
 from connectomics.pipeline.planning import BlockPlan, forced_plan, plan_blocks, whole_plan, with_logits_in_memory
 from connectomics.pipeline.predict import LABELS, PROBABILITIES
@@ -121,7 +122,8 @@ def final_paths(config: Config, engine: Engine, source: VolumeSource) -> list[Pa
 def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> tuple[Output, ...]:
     """The final results of a volume with their result keys."""
     names = final_names(config, engine, source)
-    facts = dict(engine.facts) | {"input": reader.identity, "resample": _resampling_facts(config, engine)}
+    resampling = resampling_of(config, engine, reader.info.spacing)
+    facts = dict(engine.facts) | {"input": reader.identity, "resample": _resampling_facts(resampling)}
     outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1])]
     rule = engine.segmenter.probabilities
     if rule is not None:
@@ -132,8 +134,37 @@ def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: Vol
     return tuple(outputs)
 
 
-def _resampling_facts(config: Config, engine: Engine) -> object:
-    resampling = resampling_of(config, engine.spec, by_slice=engine.by_slice)
+def resampling_of(config: Config, engine: Engine, own: Spacing | None) -> Resampling | None:
+    """How a volume is resampled, or None when it is taken as it is.
+
+    Parameters
+    ----------
+    own
+        Spacing (z, y, x) that the volume itself states, in the plan's unit; ``inference.spacing`` goes first.
+
+    Raises
+    ------
+    VolumeError
+        If no spacing is known, or it is so far from the plan's that a mistaken unit is likely.
+    ModelError
+        If the longest axis of the voxels is not z.
+    """
+    stated, spec = config.inference, engine.spec
+    if stated.resample == "off":
+        return None
+    spacing = own if stated.spacing is None else (stated.spacing[0], stated.spacing[1], stated.spacing[2])
+    if spacing is None:
+        raise VolumeError(
+            "inference.resample=plan needs the spacing of the volume, which states none: set inference.spacing, "
+            'or put NAME.json with {"spacing": [z, y, x]} beside it, in the unit of the plan\'s spacing, which is '
+            f"{list(spec.spacing)}"
+        )
+    target = (spacing[0] if spec.spacing[0] is None else spec.spacing[0], spec.spacing[1], spec.spacing[2])
+    check_ratio(spacing, target, allowed=stated.allow_large_resampling)
+    return Resampling(spacing, target, spec.resampling_data, spec.resampling_probabilities)
+
+
+def _resampling_facts(resampling: Resampling | None) -> object:
     return "off" if resampling is None else [list(resampling.spacing), list(resampling.target)]
 
 
@@ -146,6 +177,7 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
         If the memory budget cannot hold one block's work.
     """
     outputs = outputs_of(config, engine, source, reader)
+    resampling = resampling_of(config, engine, reader.info.spacing)
     provenance: dict[str, object] = {
         "program": engine.settings.program,
         "experiment_name": config.experiment_name,
@@ -157,7 +189,7 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
         "configuration": engine.spec.configuration,
         "folds": list(engine.spec.folds),
         "labels": dict(engine.spec.label_names),
-        "resample": _resampling_facts(config, engine),
+        "resample": _resampling_facts(resampling),
         "plan_spacing": list(engine.spec.spacing),
         "seed": config.system.seed,
     }
@@ -166,10 +198,10 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
         run_folder(config, source),
         reader,
         engine.by_slice,
-        dataclasses.replace(engine.segmenter, resampling=resampling_of(config, engine.spec, by_slice=engine.by_slice)),
+        dataclasses.replace(engine.segmenter, resampling=resampling),
         engine.filters,
         outputs,
-        _plan(config, engine, reader.info.extent, reader.info.channels),
+        _plan(config, engine, reader, resampling),
         provenance | dict(engine.facts),
         _command(config, engine, source),
     )
@@ -191,7 +223,8 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _plan(config: Config, engine: Engine, extent: Vec3, channels: int) -> BlockPlan:
+def _plan(config: Config, engine: Engine, reader: VolumeReader, resampling: Resampling | None) -> BlockPlan:
+    extent, channels = reader.info.extent, reader.info.channels
     patch = engine.window.patch
     stated = config.inference.block_shape
     budget = engine.settings.budget_bytes
@@ -201,7 +234,6 @@ def _plan(config: Config, engine: Engine, extent: Vec3, channels: int) -> BlockP
         return forced_plan(extent, patch, vec3(stated))
     accumulated = engine.spec.classes * len(engine.spec.folds) + 1
     plan = plan_blocks(extent, patch, accumulated, channels, budget)
-    resampling = resampling_of(config, engine.spec, by_slice=engine.by_slice)
     if resampling is None:
         return plan
     finer = math.prod(n / m for n, m in zip(resampling.spacing, resampling.target, strict=True))

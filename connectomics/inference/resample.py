@@ -17,14 +17,12 @@ from connectomics.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.inference.case import CaseInput
 from connectomics.inference.normalise import normalise
 from connectomics.inference.predictor import Logits, Predictor
-from connectomics.io.volume import Array
+from connectomics.io.volume import Array, Spacing
 from connectomics.models.spec import ResamplingRule
 
 TILE: Vec3 = (32, 128, 128)  # network voxels computed at once
 HALO = 24  # input voxels around a tile: a cubic spline's reach, the pole 0.268 to the power of 24 is 2e-14
 CUBIC = 3
-
-Spacing3 = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +39,8 @@ class Resampling:
         The plan's rules for intensities and for logits.
     """
 
-    spacing: Spacing3
-    target: Spacing3
+    spacing: Spacing
+    target: Spacing
     data: ResamplingRule
     probabilities: ResamplingRule
 
@@ -267,7 +265,7 @@ def require_default(rule: ResamplingRule, order: int) -> None:
         )
 
 
-def check_ratio(spacing: Spacing3, target: Spacing3, *, allowed: bool, limit: float = 4.0) -> None:
+def check_ratio(spacing: Spacing, target: Spacing, *, allowed: bool, limit: float = 4.0) -> None:
     """Refuse a resampling that is more likely a mistaken unit than a wish.
 
     Raises

@@ -15,18 +15,18 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from connectomics.build.engine import Engine, build_engine, resampling_of
-from connectomics.build.volumes import final_paths, job_of, open_source, outputs_of, run_folder
+from connectomics.build.engine import Engine, build_engine
+from connectomics.build.volumes import final_paths, job_of, open_source, outputs_of, resampling_of, run_folder
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ConnectomicsError, OutputError, VolumeError
 from connectomics.executors.serial import SerialExecutor
 from connectomics.geometry import Box
 from connectomics.io.listing import VolumeSource
-from connectomics.io.volume import Array, VolumeInfo
+from connectomics.io.volume import Array, Spacing, VolumeInfo
 from connectomics.pipeline.contracts import RunReport
 from connectomics.pipeline.finish import check_names
-from connectomics.pipeline.predict import LABELS, PROBABILITIES
+from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter
 from connectomics.pipeline.run import discard_leftovers, run_volume
 from connectomics.pipeline.survey import survey
 
@@ -68,21 +68,26 @@ class InferenceManager:
     def __init__(self, config: Config, checkpoint: Path | None = None) -> None:
         torch.manual_seed(config.system.seed)
         self.engine = build_engine(config, checkpoint)
-        resampling = resampling_of(config, self.engine.spec, by_slice=self.engine.by_slice)
-        self.segmenter = dataclasses.replace(self.engine.segmenter, resampling=resampling)
+        self._config = config
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path | str, overrides: Sequence[str] = ()) -> InferenceManager:
         """Load a model with nnU-Net's own settings, changed by ``key=value`` words of the configuration."""
         return cls(load_config(None, overrides), Path(checkpoint))
 
-    def predict(self, image: Array) -> Prediction:
+    def segmenter(self, spacing: Spacing | None = None) -> Segmenter:
+        """The engine's segmenter for an image of this spacing."""
+        return dataclasses.replace(self.engine.segmenter, resampling=resampling_of(self._config, self.engine, spacing))
+
+    def predict(self, image: Array, spacing: Spacing | None = None) -> Prediction:
         """Label one image.
 
         Parameters
         ----------
         image
             Raw intensities, any real dtype: (c, z, y, x), (z, y, x) for one channel, or (y, x).
+        spacing
+            Of the image (z, y, x) in the plan's unit, for ``inference.resample=plan`` without ``inference.spacing``.
 
         Raises
         ------
@@ -100,8 +105,9 @@ class InferenceManager:
                 f"the image has {reader.info.channels} channels, the model expects {self.engine.spec.channels} "
                 f"({', '.join(self.engine.spec.channel_names)})"
             )
-        cases = survey(reader, "the image", self.segmenter.schemes, by_slice=self.engine.by_slice)
-        arrays = self.segmenter.segment(reader.read, cases, Box.of_shape(reader.info.extent))
+        segmenter = self.segmenter(spacing)
+        cases = survey(reader, "the image", segmenter.schemes, by_slice=self.engine.by_slice)
+        arrays = segmenter.segment(reader.read, cases, Box.of_shape(reader.info.extent))
         labels = self.engine.filters.apply(arrays[LABELS][0])
         probabilities = arrays.get(PROBABILITIES)
         if image.ndim == 2:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from connectomics.build.engine import Engine, load, resampling_of
-from connectomics.build.volumes import named_sources, open_source
+from connectomics.build.engine import Engine, load
+from connectomics.build.volumes import named_sources, open_source, resampling_of
 from connectomics.config.schema import Config
 from connectomics.errors import ModelError, VolumeError
 from connectomics.geometry import Box, Vec3, vec3
@@ -180,7 +180,7 @@ def verify(
         image = reader.read(box)
         theirs = reference.predict(image, _spacing(config, engine, reader))
         if existing is None:
-            ours = manager.predict(image).labels
+            ours = manager.predict(image, reader.info.spacing).labels
         elif scope == "crop":
             raise VolumeError(
                 f"{volume}: is larger than {largest} voxels, so only a crop could be compared, whose "
@@ -207,7 +207,7 @@ def _opened(output: Path, reader: VolumeReader) -> VolumeReader:
 
 def _spacing(config: Config, engine: Engine, reader: VolumeReader) -> list[float]:
     """What nnU-Net is told: the stated spacing, or the plan's, so that nothing is resampled."""
-    resampling = resampling_of(config, engine.spec, by_slice=engine.by_slice)
+    resampling = resampling_of(config, engine, reader.info.spacing)
     if resampling is not None:
         return list(resampling.spacing)
     z, y, x = engine.spec.spacing

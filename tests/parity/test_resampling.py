@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import tifffile
 import torch
 from PIL import Image
 
-from connectomics.build.engine import resampling_of
-from connectomics.config.load import load_config
+from connectomics.cli import main
 from connectomics.errors import ConfigError, ConnectomicsError, ModelError, VolumeError
 from connectomics.geometry import BlockGrid
 from connectomics.inference.resample import Resampling, require_default
@@ -106,7 +107,7 @@ def test_any_cut_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
     manager, image = manager_of(trial, tmp_path), image_of(trial)
     reader = ArrayVolume(image)
     whole = manager.predict(image)
-    segmenter = manager.segmenter
+    segmenter = manager.segmenter()
     cases = survey(reader, "image", segmenter.schemes, by_slice=False)
     for shape in ((1, 26, 41), (5, 7, 41), (4, 16, 16), (9, 5, 9)):
         for block in BlockGrid(trial.extent, shape):
@@ -128,7 +129,7 @@ def test_the_shared_3d_model_reproduces_nnunets_files(shared_data: Path) -> None
     ]
     manager = InferenceManager.from_checkpoint(shared_data / "models" / "vnc_mito_3d", [*WORDS, *words])
     ours = manager.predict(image)
-    (case,) = survey(ArrayVolume(image[None]), "image", manager.segmenter.schemes, by_slice=False)
+    (case,) = survey(ArrayVolume(image[None]), "image", manager.segmenter().schemes, by_slice=False)
     predictor = oracle.make_predictor(shared_data / "models" / "vnc_mito_3d", ["0"], mirror=False)
     exact = oracle.predict(predictor, image[None], summaries=case.channels, spacing=(45, 4.6, 4.6))
     assert (ours.labels != exact).sum() == 0
@@ -143,7 +144,7 @@ def test_the_shared_3d_model_reproduces_nnunets_files(shared_data: Path) -> None
 @pytest.mark.parametrize(
     ("words", "error", "text"),
     [
-        (["inference.resample=plan"], ConfigError, "needs the spacing"),
+        (["inference.resample=plan"], VolumeError, "needs the spacing"),
         (["inference.resample=plan", "inference.spacing=[9,1,1]"], VolumeError, "same unit"),
         (["inference.resample=plan", "inference.spacing=[1,1,1]", "inference.case=slice"], ConfigError, "2D images"),
         (["inference.resample=plan", "inference.spacing=[1,1,3.5]"], ModelError, "longest along axis 2"),
@@ -159,12 +160,30 @@ def test_what_cannot_be_resampled_is_refused(
         InferenceManager.from_checkpoint(folder, [*WORDS, *words]).predict(np.ones((9, 20, 20), np.uint8))
 
 
-def test_a_large_ratio_can_be_confirmed() -> None:
-    spec = type("Spec", (), {"spacing": (1.0, 1.0, 1.0), "resampling_data": RULE, "resampling_probabilities": LINEAR})
-    config = load_config(
-        None, ["inference.resample=plan", "inference.spacing=[9,1,1]", "inference.allow_large_resampling=true"]
+def test_a_large_ratio_can_be_confirmed_and_images_may_state_their_own_spacing(tmp_path: Path) -> None:
+    folder = make_model(
+        tmp_path, dimensions=3, patch=(8, 16, 16), reader="SimpleITKIO", spacing=(1.0, 1.0, 1.0), seed=5
     )
-    assert resampling_of(config, spec, by_slice=False) == Resampling((9.0, 1.0, 1.0), (1.0, 1.0, 1.0), RULE, LINEAR)  # type: ignore[arg-type]
+    words = [*WORDS, "inference.resample=plan", "inference.allow_large_resampling=true"]
+    manager = InferenceManager.from_checkpoint(folder, words)
+    image = (scene(1, (4, 20, 20), 8)[0][0] * 250).astype(np.uint8)
+    resampling = manager.segmenter((9.0, 1.0, 1.0)).resampling
+    assert resampling == Resampling((9.0, 1.0, 1.0), (1.0, 1.0, 1.0), RULE, LINEAR)
+    stated = InferenceManager.from_checkpoint(folder, [*words, "inference.spacing=[9,1,1]"])
+    own = manager.predict(image, (9.0, 1.0, 1.0)).probabilities
+    np.testing.assert_array_equal(own, stated.predict(image).probabilities)
+
+
+def test_a_volume_is_resampled_by_the_spacing_beside_it(tmp_path: Path) -> None:
+    trial = TRIALS["3D thick sections, z changed"]
+    model, image = model_of(trial, tmp_path / "model"), image_of(trial)
+    tifffile.imwrite(tmp_path / "v.tif", image[0])
+    (tmp_path / "v.json").write_text(json.dumps({"spacing": list(trial.image)}))
+    words = [f"inference.volume_mode.file_list=['{tmp_path}/v.tif']", f"inference.data.output_path={tmp_path}"]
+    assert main(["infer-volume", "--checkpoint", str(model), "inference.resample=plan", *WORDS[:2], *words]) == 0
+    with h5py.File(tmp_path / "v_labels.h5") as file:
+        labels = file["main"][:]
+    np.testing.assert_array_equal(labels, manager_of(trial, tmp_path / "again").predict(image).labels)
 
 
 RULE = ResamplingRule("resample_data_or_seg_to_shape", 3, 0, None)
