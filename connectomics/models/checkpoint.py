@@ -18,6 +18,7 @@ from torch import nn
 from connectomics.errors import ModelError
 from connectomics.fingerprint import key_of, sha256_of_bytes, sha256_of_file
 from connectomics.models.arch.nnunet_models import NetworkPlan, NNUNetModel, build_architecture
+from connectomics.models.archive import unpacked
 from connectomics.models.locate import ModelFiles, locate_model
 from connectomics.models.plans import (
     PlanText,
@@ -79,7 +80,8 @@ def load_model(
     ----------
     path
         A checkpoint file with plans.json and dataset.json beside it or above it (else its own copies are
-        used), a fold's folder, or a nnU-Net training folder ``Trainer__Plans__configuration``.
+        used), a fold's folder, a nnU-Net training folder ``Trainer__Plans__configuration``, or an exported ``.zip``
+        (``MODEL.zip/Trainer__Plans__configuration`` where it holds several).
     folds
         Folds of a training folder in the order of their mean, for example ``("0", "1")`` or ``("all",)``;
         None: all numbered folds that hold the checkpoint, else ``fold_all``.
@@ -101,8 +103,11 @@ def load_model(
     UnsafeModelError
         If its files bring code and ``trust_code`` is not set.
     """
-    spec, skeleton, members = _read(path, folds, checkpoint_name, (plans, dataset), sha256, trust_code, architecture)
-    return LoadedModel(spec, tuple(_with_weights(skeleton, member) for member in members))
+    with unpacked(path, folds=folds, checkpoint_name=checkpoint_name) as place:
+        spec, skeleton, members = _read(
+            place, folds, checkpoint_name, (plans, dataset), sha256, trust_code, architecture
+        )
+        return LoadedModel(spec, tuple(_with_weights(skeleton, member) for member in members))
 
 
 def read_spec(
@@ -117,7 +122,8 @@ def read_spec(
     architecture: str = "nnunet",
 ) -> ModelSpec:
     """What ``load_model`` would load, all but the weights' values checked; arguments and errors as there."""
-    return _read(path, folds, checkpoint_name, (plans, dataset), sha256, trust_code, architecture)[0]
+    with unpacked(path, folds=folds, checkpoint_name=checkpoint_name) as place:
+        return _read(place, folds, checkpoint_name, (plans, dataset), sha256, trust_code, architecture)[0]
 
 
 def _read(
