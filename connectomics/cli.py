@@ -32,6 +32,7 @@ examples:
       inference.data.output_path=out/
   connectomics test --config tutorials/nnunet_mito_inference.yaml --checkpoint MODEL
   connectomics inspect MODEL
+  connectomics convert MODEL OUTPUT
   connectomics doctor --checkpoint MODEL
   connectomics verify MODEL VOLUME
   connectomics reproduce out/NAME_labels.h5
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         _add_run_words(commands.add_parser(name, help=text, description=text))
     inspect = commands.add_parser("inspect", help="say what a checkpoint is, without running anything it brings")
-    inspect.add_argument("model", type=Path, help="training folder, fold folder or .pth file")
+    inspect.add_argument("model", type=Path, help="training folder, fold folder, exported .zip or .pth file")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. model.folds=[0]")
     text = "let nnunetv2 label samples of a volume, hold ours or an existing output against them, write a certificate"
@@ -87,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     text = "print the command that made an output"
     again = commands.add_parser("reproduce", help=text, description=text)
     again.add_argument("output", type=Path, help="a final output; its RUN folder lies beside it")
+    text = "write an inference-only copy of a model: safetensors and JSON with a manifest of digests, no pickle"
+    convert = commands.add_parser("convert", help=text, description=text)
+    convert.add_argument("model", type=Path, help="training folder, fold folder, exported .zip or .pth file")
+    convert.add_argument("output", type=Path, help="folder to write, which must not exist yet")
+    convert.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. model.folds=[0]")
     demo = commands.add_parser("demo", help="the whole job on an embedded example")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the results")
     return parser
@@ -266,6 +272,17 @@ def _reproduce(words: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(words: argparse.Namespace) -> int:
+    from connectomics.config.load import load_config
+
+    config = load_config(None, words.overrides)
+    from connectomics.build.convert import convert
+
+    for key, value in convert(config, words.model, words.output).items():
+        print(f"{key:18} {value}")
+    return 0
+
+
 def _doctor(words: argparse.Namespace) -> int:
     config = _configured(words)
     from connectomics.doctor import examine
@@ -294,6 +311,7 @@ _COMMANDS = {
     "inspect": _inspect,
     "verify": _verify,
     "reproduce": _reproduce,
+    "convert": _convert,
     "doctor": _doctor,
     "demo": _demo,
 }

@@ -18,6 +18,17 @@ from torch import nn
 from connectomics.errors import ModelError
 from connectomics.fingerprint import key_of, sha256_of_bytes, sha256_of_file
 from connectomics.models.arch.nnunet_models import NetworkPlan, NNUNetModel, build_architecture
+from connectomics.models.archive import unpacked
+from connectomics.models.converted import (
+    DATASET,
+    MANIFEST,
+    PLANS,
+    check_file,
+    is_converted,
+    read_manifest,
+    read_weights,
+    weights_name,
+)
 from connectomics.models.locate import ModelFiles, locate_model
 from connectomics.models.plans import (
     PlanText,
@@ -36,6 +47,7 @@ from connectomics.models.unpickle import read_checkpoint
 
 _log = logging.getLogger(__name__)
 _TELLING = {"plans": ("dataset_name", "plans_name"), "dataset_json": ("labels", "channel_names")}
+CHECKPOINT_NAME = "checkpoint_final.pth"
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -66,11 +78,42 @@ class _Fold:
     weights: Mapping[str, torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What a model's files say, however they are kept.
+
+    ``originals`` are the checkpoints nnU-Net wrote, ``stated_identity`` the architecture and ``ModelSpec.sha256`` that
+    a copy of all of them claims.
+    """
+
+    members: list[_Fold]
+    plans: PlanText
+    dataset: PlanText
+    originals: tuple[tuple[str, str], ...]
+    folds: tuple[str, ...]
+    checkpoint_name: str
+    files: tuple[tuple[str, str], ...]
+    weights_sha256: str
+    stated_identity: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReading:
+    """A model whose weights fit the network but are not in it yet."""
+
+    spec: ModelSpec
+    skeleton: NNUNetModel
+    members: list[_Fold]
+    plans: PlanText
+    dataset: PlanText
+    originals: tuple[tuple[str, str], ...]
+
+
 def load_model(
     path: Path,
     *,
     folds: Sequence[str] | None = None,
-    checkpoint_name: str = "checkpoint_final.pth",
+    checkpoint_name: str = CHECKPOINT_NAME,
     plans: Path | None = None,
     dataset: Path | None = None,
     sha256: str | None = None,
@@ -83,7 +126,9 @@ def load_model(
     ----------
     path
         A checkpoint file with plans.json and dataset.json beside it or above it (else its own copies are
-        used), a fold's folder, or a nnU-Net training folder ``Trainer__Plans__configuration``.
+        used), a fold's folder, a nnU-Net training folder ``Trainer__Plans__configuration``, or an exported ``.zip``
+        (``MODEL.zip/Trainer__Plans__configuration`` where it holds several), or a folder that ``connectomics
+        convert`` wrote.
     folds
         Folds of a training folder in the order of their mean, for example ``("0", "1")`` or ``("all",)``;
         None: all numbered folds that hold the checkpoint, else ``fold_all``.
@@ -105,18 +150,17 @@ def load_model(
     UnsafeModelError
         If its files bring code and ``trust_code`` is not set.
     """
-    spec, skeleton, members, texts = _read(
-        path, folds, checkpoint_name, (plans, dataset), sha256, trust_code, architecture
-    )
-    networks = tuple(_with_weights(skeleton, member) for member in members)
-    return LoadedModel(spec, networks, texts[0].values, texts[1].values)
+    with unpacked(path, folds=folds, checkpoint_name=checkpoint_name) as place:
+        model = read_model(place, folds, checkpoint_name, (plans, dataset), sha256, trust_code, architecture)
+        networks = tuple(_with_weights(model.skeleton, member) for member in model.members)
+        return LoadedModel(model.spec, networks, model.plans.values, model.dataset.values)
 
 
 def read_spec(
     path: Path,
     *,
     folds: Sequence[str] | None = None,
-    checkpoint_name: str = "checkpoint_final.pth",
+    checkpoint_name: str = CHECKPOINT_NAME,
     plans: Path | None = None,
     dataset: Path | None = None,
     sha256: str | None = None,
@@ -124,10 +168,11 @@ def read_spec(
     architecture: str = "nnunet",
 ) -> ModelSpec:
     """What ``load_model`` would load, all but the weights' values checked; arguments and errors as there."""
-    return _read(path, folds, checkpoint_name, (plans, dataset), sha256, trust_code, architecture)[0]
+    with unpacked(path, folds=folds, checkpoint_name=checkpoint_name) as place:
+        return read_model(place, folds, checkpoint_name, (plans, dataset), sha256, trust_code, architecture).spec
 
 
-def _read(
+def read_model(
     path: Path,
     folds: Sequence[str] | None,
     checkpoint_name: str,
@@ -135,36 +180,115 @@ def _read(
     sha256: str | None,
     trust_code: bool,
     architecture: str,
-) -> tuple[ModelSpec, NNUNetModel, list[_Fold], tuple[PlanText, PlanText]]:
+) -> ModelReading:
+    """Read a model that is not packed, weights checked but for their values; see ``load_model``."""
+    read = _from_copy if is_converted(path) else _from_training
+    source = read(path, folds, checkpoint_name, stated, sha256, trust_code)
+    spec, plan = _describe(source.members[0], source.plans, source.dataset, trust_code)
+    skeleton = build_architecture(architecture, plan)
+    for member in source.members:
+        _check_fit(skeleton.network, member, plan.where)
+    facts = {
+        "weights": [digest for _, digest in source.originals],
+        "plans": source.plans.text,
+        "dataset": source.dataset.text,
+        "architecture": architecture,
+    }
+    spec = replace(
+        spec,
+        folds=source.folds,
+        checkpoint_name=source.checkpoint_name,
+        files=source.files,
+        weights_sha256=source.weights_sha256,
+        sha256=key_of(facts),
+        parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
+    )
+    if source.stated_identity not in (None, (architecture, spec.sha256)):
+        raise ModelError(
+            f"{path / MANIFEST}: states {source.stated_identity} as architecture and identity of the original, but its "
+            f"files give {(architecture, spec.sha256)}; convert the model again with this version and architecture"
+        )
+    return ModelReading(spec, skeleton, source.members, source.plans, source.dataset, source.originals)
+
+
+def _from_training(
+    path: Path,
+    folds: Sequence[str] | None,
+    checkpoint_name: str,
+    stated: tuple[Path | None, Path | None],
+    sha256: str | None,
+    trust_code: bool,
+) -> _Source:
+    """The files that nnU-Net wrote."""
     files = locate_model(path, folds=folds, checkpoint_name=checkpoint_name, plans=stated[0], dataset=stated[1])
     digests = _digests(files)
     weights_sha256 = _weights_sha256(path, digests, sha256)
     members = [_read_fold(checkpoint, trust_code) for checkpoint in files.checkpoints]
     _check_agreement(members)
-    plan_text = _json_of(files.plans, members[0], "plans", guessed=files.folds is None and stated[0] is None)
-    dataset_text = _json_of(
-        files.dataset, members[0], "dataset_json", guessed=files.folds is None and stated[1] is None
-    )
-    spec, plan = _describe(members[0], plan_text, dataset_text, trust_code)
-    skeleton = build_architecture(architecture, plan)
-    for member in members:
-        _check_fit(skeleton.network, member, plan.where)
     json_files = [f for f in (files.plans, files.dataset) if f is not None]
-    spec = replace(
-        spec,
+    guessed = files.folds is None
+    return _Source(
+        members=members,
+        plans=_json_of(files.plans, members[0], "plans", guessed=guessed and stated[0] is None),
+        dataset=_json_of(files.dataset, members[0], "dataset_json", guessed=guessed and stated[1] is None),
+        originals=digests,
         folds=files.folds or (str(members[0].init_args.get("fold", "unknown")),),
         checkpoint_name=files.checkpoints[0].name,
         files=(*digests, *((files.name_of(f), sha256_of_file(f)) for f in json_files)),
         weights_sha256=weights_sha256,
-        parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
     )
-    facts = {
-        "weights": [digest for _, digest in digests],
-        "plans": plan_text.text,
-        "dataset": dataset_text.text,
-        "architecture": architecture,
-    }
-    return replace(spec, sha256=key_of(facts)), skeleton, members, (plan_text, dataset_text)
+
+
+def _from_copy(
+    path: Path,
+    folds: Sequence[str] | None,
+    checkpoint_name: str,
+    stated: tuple[Path | None, Path | None],
+    sha256: str | None,
+    trust_code: bool,
+) -> _Source:
+    """A folder that ``connectomics convert`` wrote; there is no code in it that could be trusted."""
+    manifest, manifest_sha256 = read_manifest(path)
+    _check_expected(path, manifest_sha256, sha256)
+    if stated != (None, None):
+        raise ModelError(
+            f"{path}: a converted model has its plans and dataset description within; leave model.nnunet_plans and "
+            "model.nnunet_dataset unset, or state them when converting"
+        )
+    if checkpoint_name not in (CHECKPOINT_NAME, manifest.checkpoint_name):
+        raise ModelError(
+            f"{path}: was converted from {manifest.checkpoint_name}, but model.checkpoint_name asks for "
+            f"{checkpoint_name}; convert that one, or leave the key unset"
+        )
+    chosen = manifest.folds if folds is None else tuple(folds)
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(manifest.folds):
+        raise ModelError(
+            f"{path}: model.folds names {list(chosen)}, expected each once out of {', '.join(manifest.folds)}"
+        )
+    names = [weights_name(fold) for fold in chosen]
+    for name in (PLANS, DATASET, *names):
+        check_file(path, name, manifest)
+    return _Source(
+        members=[
+            _Fold(
+                path=path / name,
+                trainer_name=manifest.trainer_name,
+                configuration=manifest.configuration,
+                mirror_axes=manifest.mirror_axes,
+                init_args={"fold": fold},
+                weights=read_weights(path / name),
+            )
+            for fold, name in zip(chosen, names, strict=True)
+        ],
+        plans=read_json(path / PLANS),
+        dataset=read_json(path / DATASET),
+        originals=tuple(manifest.original[manifest.folds.index(fold)] for fold in chosen),
+        folds=chosen,
+        checkpoint_name=manifest.checkpoint_name,
+        files=((MANIFEST, manifest_sha256), *((name, manifest.files[name]) for name in (*names, PLANS, DATASET))),
+        weights_sha256=manifest_sha256,
+        stated_identity=(manifest.architecture, manifest.original_sha256) if chosen == manifest.folds else None,
+    )
 
 
 def _digests(files: ModelFiles) -> tuple[tuple[str, str], ...]:
@@ -181,12 +305,16 @@ def _weights_sha256(path: Path, digests: tuple[tuple[str, str], ...], expected: 
         found = digests[0][1]
     else:
         found = sha256_of_bytes("\n".join(f"{name} {digest}" for name, digest in sorted(digests)).encode())
+    _check_expected(path, found, expected)
+    return found
+
+
+def _check_expected(path: Path, found: str, expected: str | None) -> None:
     if expected is not None and expected.strip().lower() != found:
         raise ModelError(
             f"{path}: its sha256 is {found}, but model.sha256 expects {expected}; this is another model or a "
             "damaged copy, so fetch it again or correct model.sha256"
         )
-    return found
 
 
 def _read_fold(path: Path, trust_code: bool) -> _Fold:
@@ -313,7 +441,7 @@ def _describe(member: _Fold, plans: PlanText, dataset: PlanText, trust_code: boo
     return spec, plan
 
 
-def _state_of(member: _Fold, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def state_of(member: _Fold, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights under the network's own names: wrappers put a prefix before them."""
     state = {}
     for name, tensor in member.weights.items():
@@ -327,7 +455,7 @@ def _state_of(member: _Fold, expected: Mapping[str, torch.Tensor]) -> dict[str, 
 def _check_fit(network: nn.Module, member: _Fold, where: str) -> None:
     """Raise unless each weight has its place, shape and kind in the network, and each place its weight."""
     expected = network.state_dict()
-    state = _state_of(member, expected)
+    state = state_of(member, expected)
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     misshaped = [
@@ -349,17 +477,28 @@ def _check_fit(network: nn.Module, member: _Fold, where: str) -> None:
             )
 
 
-def _with_weights(skeleton: NNUNetModel, member: _Fold) -> NNUNetModel:
-    """A copy of the network on the CPU with one fold's weights as float32, in eval mode."""
-    model = copy.deepcopy(skeleton)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        model = model.to_empty(device="cpu")
-    state = _state_of(member, model.network.state_dict())
-    for key, tensor in state.items():
+def check_finite(member: _Fold) -> None:
+    """Raise unless every weight is a number.
+
+    Raises
+    ------
+    ModelError
+        If one is infinite or not a number.
+    """
+    for key, tensor in member.weights.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(
                 f"{member.path}: the weight '{key}' holds values that are not finite; the training went "
                 "wrong or the file is damaged, so use another checkpoint"
             )
+
+
+def _with_weights(skeleton: NNUNetModel, member: _Fold) -> NNUNetModel:
+    """A copy of the network on the CPU with one fold's weights as float32, in eval mode."""
+    check_finite(member)
+    model = copy.deepcopy(skeleton)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model = model.to_empty(device="cpu")
+    state = state_of(member, model.network.state_dict())
     model.network.load_state_dict(state)
     return model.float().eval().requires_grad_(False)

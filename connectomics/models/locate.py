@@ -62,8 +62,6 @@ def _locate(
     for stated in (plans, dataset):
         if stated is not None and not stated.is_file():
             raise ModelError(f"{stated}: there is no such file; check model.nnunet_plans and model.nnunet_dataset")
-    if path.suffix == ".zip":
-        raise ModelError(f"{path}: exported models (.zip) are not read directly; unzip it and give the folder inside")
     if path.is_dir():
         return _in_folder(path, folds, checkpoint_name, plans, dataset)
     if not path.is_file():

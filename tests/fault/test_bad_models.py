@@ -472,7 +472,6 @@ UNSUPPORTED = [
         (CHECKPOINT, "unknown trainer 'MyTrainer'", "model.trust_code"),
         path=CHECKPOINT,
     ),
-    Case("exported zip", lambda r: (r / "model.zip").touch(), ("model.zip", "unzip"), path="model.zip"),
 ]
 
 MISPLACED = [

@@ -1,0 +1,56 @@
+"""``connectomics convert``: an inference-only copy of the configured model under a name of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from connectomics.config.schema import Config
+from connectomics.errors import OutputError
+from connectomics.io.atomic import replacing
+from connectomics.models.conversion import convert_model
+
+
+def convert(config: Config, checkpoint: Path, output: Path) -> dict[str, object]:
+    """Convert a model; the folder appears when it is complete and was read back.
+
+    Returns
+    -------
+    dict
+        What ``connectomics convert`` prints, as JSON values.
+
+    Raises
+    ------
+    OutputError
+        If ``output`` exists or cannot be written.
+    ModelError
+        If the model cannot be used.
+    """
+    if output.exists() or output.is_symlink():
+        raise OutputError(f"{output}: is there already; give another name or remove it")
+    model = config.model
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(output) as folder:
+            folder.mkdir()
+            spec = convert_model(
+                checkpoint,
+                folder,
+                folds=model.folds,
+                checkpoint_name=model.checkpoint_name,
+                plans=Path(model.nnunet_plans) if model.nnunet_plans else None,
+                dataset=Path(model.nnunet_dataset) if model.nnunet_dataset else None,
+                sha256=model.sha256,
+                trust_code=model.trust_code,
+                architecture=model.architecture,
+            )
+            written_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    except OSError as error:
+        raise OutputError(
+            f"{output}: cannot be written ({error.strerror or error}); check the folder and its disk"
+        ) from error
+    return {
+        "copy": str(output),
+        "folds": ", ".join(spec.folds),
+        "bytes": written_bytes,
+        "sha256": spec.weights_sha256,
+    }
