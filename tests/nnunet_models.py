@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +104,20 @@ def make_plans(
     }
 
 
-def make_dataset(*, channels: int = 1, classes: int = 2, reader: str = "NaturalImage2DIO") -> dict[str, Any]:
-    """dataset.json with labels background, label_1, label_2, ..."""
+def make_dataset(
+    *,
+    channels: int = 1,
+    classes: int = 2,
+    reader: str = "NaturalImage2DIO",
+    labels: Mapping[str, int | list[int]] | None = None,
+    regions_class_order: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """dataset.json with the labels given, else background, label_1, label_2, ..."""
     endings = {"NaturalImage2DIO": ".png", "Tiff3DIO": ".tif", "SimpleITKIO": ".nii.gz"}
     return {
         "channel_names": {str(c): f"EM{c}" for c in range(channels)},
-        "labels": {"background": 0, **{f"label_{k}": k for k in range(1, classes)}},
+        "labels": dict(labels or {"background": 0, **{f"label_{k}": k for k in range(1, classes)}}),
+        **({} if regions_class_order is None else {"regions_class_order": list(regions_class_order)}),
         "numTraining": 4,
         "file_ending": endings[reader],
     }
@@ -132,6 +140,8 @@ def make_model(
     seed: int = 0,
     trainer: str = "nnUNetTrainer",
     give_weights: Callable[[torch.nn.Module], None] | None = None,
+    labels: Mapping[str, int | list[int]] | None = None,
+    regions_class_order: Sequence[int] | None = None,
 ) -> Path:
     """Write a nnU-Net training folder and return it; weights are random unless ``give_weights`` sets others.
 
@@ -155,6 +165,8 @@ def make_model(
         Decides the weights, together with the fold's position.
     give_weights
         Changes the network in place before it is saved, for example trains it.
+    labels, regions_class_order
+        As in dataset.json; None: ``classes`` plain labels.
     """
     plans = make_plans(
         dimensions=dimensions,
@@ -166,7 +178,9 @@ def make_model(
         spacing=spacing,
         features=features,
     )
-    dataset = make_dataset(channels=channels, classes=classes, reader=reader)
+    dataset = make_dataset(
+        channels=channels, classes=classes, reader=reader, labels=labels, regions_class_order=regions_class_order
+    )
     configuration = next(iter(plans["configurations"]))
     root = folder / f"{trainer}__{PLANS_NAME}__{configuration}"
     axes = tuple(range(dimensions)) if mirror_axes is None else tuple(mirror_axes)

@@ -175,6 +175,7 @@ def describe(config: Config, checkpoint: Path) -> dict[str, object]:
         "channels": ", ".join(spec.channel_names),
         "normalisation": ", ".join(n.scheme for n in spec.normalisations),
         "labels": ", ".join(f"{value}={name}" for name, value in spec.label_names),
+        "regions": ", ".join(f"{name}={'+'.join(map(str, values))}" for name, values in spec.regions) or "none",
         "case": "each section" if spec.slice_case else "the whole volume",
         "mirror axes": "".join(axes[a] for a in spec.mirror_axes) or "none",
         "image reader": spec.image_reader,
@@ -201,6 +202,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     """
     loaded = load(config, checkpoint)
     spec = loaded.spec
+    activation = _activation(config, spec)
     window = _window(config, spec)
     backends = tuple(
         TorchBackend(n, device=device_name(config), batch=window.batch, threads=threads(config))
@@ -212,7 +214,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         _predictor(config, backends, window, spec),
         spec.normalisations,
         _label_rule(config, spec),
-        _probability_rule(config, spec) if config.inference.output.save_probabilities else None,
+        _probability_rule(config, spec, activation) if config.inference.output.save_probabilities else None,
     )
     binary = config.inference.postprocessing.binary
     filters = Filters(binary.remove_small_objects, binary.fill_holes) if binary.enabled else Filters()
@@ -304,18 +306,40 @@ def _selected(config: Config, spec: ModelSpec) -> tuple[int, ...] | None:
 
 def _label_rule(config: Config, spec: ModelSpec) -> LabelRule:
     binary = config.inference.postprocessing.binary
+    painted = spec.class_values if spec.regions else ()
     if not binary.enabled:
-        return LabelRule(spec.label_dtype)
-    foreground = _selected(config, spec) or tuple(range(1, spec.classes))
-    return LabelRule(np.dtype(np.uint8), binary.threshold, foreground)
+        return LabelRule(spec.label_dtype, painted=painted)
+    first = 0 if spec.regions else 1  # among labels, the first is the background
+    foreground = _selected(config, spec) or tuple(range(first, spec.classes))
+    return LabelRule(np.dtype(np.uint8), binary.threshold, foreground, painted)
 
 
-def _probability_rule(config: Config, spec: ModelSpec) -> ProbabilityRule:
+def _activation(config: Config, spec: ModelSpec) -> str:
+    """What makes probabilities of the model's logits, or none.
+
+    Raises
+    ------
+    ConfigError
+        If the configuration states the other family's.
+    """
+    stated = config.inference.test_time_augmentation.act
+    own, outputs = (
+        ("sigmoid", "regions, which overlap") if spec.regions else ("softmax", "labels, which exclude others")
+    )
+    if stated not in (None, "none", own):
+        raise ConfigError(
+            f"inference.test_time_augmentation.act is '{stated}', but the model gives {outputs}, so its probabilities "
+            f"are a {own}; state null or {own}"
+        )
+    return stated or own
+
+
+def _probability_rule(config: Config, spec: ModelSpec, activation: str) -> ProbabilityRule:
     post = config.inference.postprocessing
     channels = _selected(config, spec) or tuple(range(spec.classes))
     rule = ProbabilityRule(
         channels,
-        config.inference.test_time_augmentation.act == "softmax",
+        activation,
         1.0 if post.intensity_scale is None else post.intensity_scale,
         np.dtype(post.intensity_dtype or np.float32),
     )
@@ -343,6 +367,7 @@ def _facts(
         "case": "slice" if by_slice else "volume",
         "threshold": segmenter.labels.threshold,
         "foreground": list(segmenter.labels.foreground),
+        "painted": list(segmenter.labels.painted),
         "remove_small_objects": filters.minimum_voxels,
         "fill_holes": filters.fill_holes,
         "axes": stated.axes,
@@ -362,6 +387,6 @@ def _deviations(config: Config, spec: ModelSpec, window: SlidingWindow, by_slice
         ),
         (config.inference.sliding_window.engine != "nnunet", "MONAI's window grid"),
         (by_slice != spec.slice_case, f"case {'slice' if by_slice else 'volume'}"),
-        (config.inference.postprocessing.binary.enabled, "labels by a threshold, not argmax"),
+        (config.inference.postprocessing.binary.enabled, "labels by a threshold"),
     )
     return tuple(text for holds, text in tests if holds)

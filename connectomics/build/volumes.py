@@ -127,8 +127,8 @@ def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: Vol
     outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1])]
     rule = engine.segmenter.probabilities
     if rule is not None:
-        kept = {"channels": list(rule.channels), "softmax": rule.softmax, "scale": rule.scale, "dtype": rule.dtype.str}
-        key = key_of(facts | {"probabilities": kept})
+        kept = {"channels": list(rule.channels), "activation": rule.activation, "scale": rule.scale}
+        key = key_of(facts | {"probabilities": kept | {"dtype": rule.dtype.str}})
         stem, formats = names[PROBABILITIES]
         outputs.append(Output(PROBABILITIES, stem, key, formats))
     return tuple(outputs)
@@ -189,6 +189,7 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
         "configuration": engine.spec.configuration,
         "folds": list(engine.spec.folds),
         "labels": dict(engine.spec.label_names),
+        "regions": {name: list(values) for name, values in engine.spec.regions},
         "resample": _resampling_facts(resampling),
         "plan_spacing": list(engine.spec.spacing),
         "seed": config.system.seed,

@@ -103,7 +103,7 @@ class Augmentation:
     enabled: bool = True
     flip_axes: list[int] | None = None
     ensemble_mode: str = "mean"
-    act: str = "softmax"
+    act: str | None = None
     select_channel: list[int] | None = None
 
 

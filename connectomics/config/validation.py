@@ -19,7 +19,7 @@ ENGINES = ("nnunet", "monai")
 PADDINGS = ("constant", "reflect", "replicate", "circular")
 CASES = ("auto", "slice", "volume")
 RESAMPLINGS = ("off", "plan")
-ACTIVATIONS = ("softmax", "none")
+ACTIVATIONS = ("softmax", "sigmoid", "none")
 INTENSITY_DTYPES = ("uint8", "uint16", "float16", "float32")
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -145,7 +145,7 @@ def _expectations(config: Config) -> None:
     data, model = config.data, config.model
     for name, minimum, in_data, in_model in (
         ("in_channels", 1, data.in_channels, model.in_channels),
-        ("out_channels", 2, data.out_channels, model.out_channels),
+        ("out_channels", 1, data.out_channels, model.out_channels),
     ):
         _at_least(minimum, f"data.{name}", in_data)
         _at_least(minimum, f"model.{name}", in_model)
@@ -217,14 +217,13 @@ def _mirroring(inference: Inference) -> None:
 def _activation(inference: Inference) -> None:
     tta, key = inference.test_time_augmentation, "inference.test_time_augmentation"
     binary, saved = inference.postprocessing.binary, inference.output.save_probabilities
-    rule = "must be softmax or none: this model family is a softmax, and regions (sigmoid) are not supported"
-    _require(tta.act != "sigmoid", f"{key}.act", tta.act, rule)
-    _one_of(ACTIVATIONS, f"{key}.act", tta.act)
-    softmax = tta.act == "softmax"
-    rule = "must be softmax, for inference.postprocessing.binary compares probabilities with its threshold"
-    _require(softmax or not binary.enabled, f"{key}.act", tta.act, rule)
+    rule = f"must be one of {', '.join(ACTIVATIONS)}, or null for the model's own"
+    _require(tta.act is None or tta.act in ACTIVATIONS, f"{key}.act", tta.act, rule)
+    logits = tta.act == "none"
+    rule = "must be null, for inference.postprocessing.binary compares probabilities with its threshold"
+    _require(not (logits and binary.enabled), f"{key}.act", tta.act, rule)
     rule = "labels do not depend on it; set inference.output.save_probabilities=true to save logits"
-    _require(softmax or saved, f"{key}.act", tta.act, rule)
+    _require(saved or not logits, f"{key}.act", tta.act, rule)
     channels = tta.select_channel
     possible = channels is None or (len(channels) > 0 and min(channels) >= 0)
     _require(possible, f"{key}.select_channel", channels, "must name channels from 0 on, or be null for all")

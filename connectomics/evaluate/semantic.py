@@ -110,8 +110,8 @@ _FORMULAS: Mapping[str, Callable[[int, int, int], float | None]] = {
 }
 
 
-def scores(confusion: Confusion, labels: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
-    """Metrics per label and their mean over the foreground, ready for JSON.
+def scores(confusion: Confusion, classes: Mapping[str, Sequence[int]], metrics: Sequence[str]) -> dict[str, Any]:
+    """Metrics per class and their mean over the foreground, ready for JSON.
 
     A metric whose denominator is 0 is undefined and None (null in JSON): precision of a label that is never
     predicted, recall of one that is not in the truth, Dice and IoU of one that is in neither. Means leave
@@ -121,8 +121,9 @@ def scores(confusion: Confusion, labels: Sequence[str], metrics: Sequence[str]) 
     ----------
     confusion
         Counts of the whole volume.
-    labels
-        Name of each label, in the order of its value; the first is the background.
+    classes
+        Name and labels of each class, the background first. A class of several labels (a region) is where any of
+        them is, in truth and prediction alike, as nnU-Net measures regions; classes may overlap.
     metrics
         Any of dice, iou, precision, recall.
 
@@ -137,21 +138,22 @@ def scores(confusion: Confusion, labels: Sequence[str], metrics: Sequence[str]) 
     ConfigError
         If a metric is unknown.
     ValueError
-        If the labels do not fit the confusion.
+        If the confusion lacks a label of a class.
     """
     for metric in metrics:
         if metric not in _FORMULAS:
             raise ConfigError(f"unknown metric {metric!r}; known are {', '.join(_FORMULAS)}")
-    if len(labels) != len(confusion.counts) or len(set(labels)) != len(labels):
-        raise ValueError(f"{len(confusion.counts)} labels need as many distinct names, got {list(labels)}")
+    if any(not 0 <= label < len(confusion.counts) for labels in classes.values() for label in labels):
+        raise ValueError(f"{len(confusion.counts)} labels were counted, fewer than the classes {dict(classes)} have")
     table: dict[str, dict[str, Any]] = {}
-    for i, name in enumerate(labels):
-        tp = int(confusion.counts[i, i])
-        fp = int(confusion.counts[:, i].sum()) - tp
-        fn = int(confusion.counts[i].sum()) - tp
+    for name, several in classes.items():
+        labels = sorted(set(several))
+        tp = int(confusion.counts[np.ix_(labels, labels)].sum())
+        fp = int(confusion.counts[:, labels].sum()) - tp
+        fn = int(confusion.counts[labels].sum()) - tp
         table[name] = {metric: _FORMULAS[metric](tp, fp, fn) for metric in metrics}
         table[name] |= {"tp": tp, "fp": fp, "fn": fn}
-    means = {metric: _mean([table[name][metric] for name in labels[1:]]) for metric in metrics}
+    means = {metric: _mean([table[name][metric] for name in list(classes)[1:]]) for metric in metrics}
     return {"labels": table, "mean_foreground": means, "voxels": int(confusion.counts.sum())}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from connectomics.io.volume import Array
 
 FLOAT32: np.dtype[Any] = np.dtype(np.float32)
+REGION_THRESHOLD = 0.5  # nnU-Net's
 
 
 def softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -27,6 +29,17 @@ def softmax(logits: torch.Tensor) -> torch.Tensor:
     return powers / total
 
 
+def sigmoid(logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities of regions from logits f32, the same bits for a voxel wherever it stands in the tensor.
+
+    ``torch.sigmoid`` rounds the end of a tensor differently, as ``torch.softmax`` does. It agrees with it to 1e-7.
+    """
+    return torch.exp(-logits).add_(1.0).reciprocal_()
+
+
+_ACTIVATION_OF: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"softmax": softmax, "sigmoid": sigmoid}
+
+
 @dataclass(frozen=True, slots=True)
 class ProbabilityRule:
     """How probabilities are stored.
@@ -35,8 +48,8 @@ class ProbabilityRule:
     ----------
     channels
         Classes to keep, in this order.
-    softmax
-        True for probabilities; False for the logits as they are (0 outside the nonzero box).
+    activation
+        ``softmax`` for labels, ``sigmoid`` for regions, ``none`` for the logits as they are.
     scale
         Factor before the values are stored, 1 for none.
     dtype
@@ -44,7 +57,7 @@ class ProbabilityRule:
     """
 
     channels: tuple[int, ...]
-    softmax: bool = True
+    activation: str = "softmax"
     scale: float = 1.0
     dtype: np.dtype[Any] = FLOAT32
 
@@ -54,13 +67,13 @@ class ProbabilityRule:
         return len(self.channels) == 1 and self.dtype in (np.uint8, np.uint16)
 
     def background(self) -> Array:
-        """Values (c,) outside the nonzero box: nnU-Net's background 1, all others 0."""
-        certain = torch.tensor([float(c == 0 and self.softmax) for c in self.channels])
+        """Values (c,) outside the nonzero box: 1 for the background of labels as in nnU-Net, all others 0."""
+        certain = torch.tensor([float(c == 0 and self.activation == "softmax") for c in self.channels])
         return self._stored(certain)
 
     def apply(self, logits: torch.Tensor) -> Array:
         """Stored values (c, z, y, x) of logits f32 [k, z, y, x]."""
-        values = softmax(logits) if self.softmax else logits
+        values = _ACTIVATION_OF[self.activation](logits) if self.activation != "none" else logits
         return self._stored(values[list(self.channels)])
 
     def _stored(self, values: torch.Tensor) -> Array:
@@ -73,30 +86,44 @@ class ProbabilityRule:
 
 @dataclass(frozen=True, slots=True)
 class LabelRule:
-    """How logits become labels: nnU-Net's argmax, or a threshold on the foreground.
+    """How logits become labels: nnU-Net's argmax, its painting of regions, or a threshold on the foreground.
 
     Parameters
     ----------
     dtype
         Of the labels.
     threshold
-        None for argmax; else label 1 where the summed probability of ``foreground`` exceeds it.
+        None for nnU-Net's rule; else label 1 where the probability of ``foreground`` exceeds it.
     foreground
-        Classes whose probabilities are summed for the threshold.
+        Classes whose probabilities are summed for the threshold; of regions, which overlap, the largest counts.
+    painted
+        The label of each region, painted in this order where its probability exceeds 0.5; empty for plain labels.
     """
 
     dtype: np.dtype[Any]
     threshold: float | None = None
     foreground: tuple[int, ...] = ()
+    painted: tuple[int, ...] = ()
 
     def apply(self, logits: torch.Tensor) -> Array:
         """Labels (z, y, x) of logits f32 [k, z, y, x]."""
+        labels: Array = self._labels(logits).cpu().numpy()
+        return labels.astype(self.dtype)
+
+    def _labels(self, logits: torch.Tensor) -> torch.Tensor:
         if self.threshold is None:
-            winner: Array = _argmax(logits).cpu().numpy()
-            return winner.astype(self.dtype)
-        share = softmax(logits)[list(self.foreground)].sum(0)
-        above: Array = (share > self.threshold).cpu().numpy()
-        return above.astype(self.dtype)
+            return _paint(logits, self.painted) if self.painted else _argmax(logits)
+        if self.painted:
+            return sigmoid(logits[list(self.foreground)]).amax(0) > self.threshold
+        return softmax(logits)[list(self.foreground)].sum(0) > self.threshold
+
+
+def _paint(logits: torch.Tensor, values: tuple[int, ...]) -> torch.Tensor:
+    """Labels (int16) of regions: each paints its value over those before it, as in nnU-Net's LabelManager."""
+    labels = torch.zeros(logits.shape[1:], dtype=torch.int16, device=logits.device)
+    for channel, value in zip(logits, values, strict=True):
+        labels.masked_fill_(sigmoid(channel) > REGION_THRESHOLD, value)
+    return labels
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:

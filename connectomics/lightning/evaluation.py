@@ -58,34 +58,31 @@ def evaluate_outcomes(
     outcomes
         Of the volumes, in the order of ``test.data.test_image``; those after a stop are not there.
     truths
-        A volume of labels for each, same extent; with two classes everything above 0 is foreground.
+        A volume of labels for each, same extent; with two classes everything above 0 is foreground. Voxels with the
+        model's ignore label are not counted.
     """
-    names = tuple(_class_names(engine))
+    classes, spec = engine.spec.class_labels, engine.spec
+    count = 1 + max(*(v for values in classes.values() for v in values), *spec.class_values)
     metrics = config.test.evaluation.metrics
-    pooled, volumes, failures = Confusion.zero(len(names)), {}, {}
+    pooled, volumes, failures = Confusion.zero(count), {}, {}
     for outcome, truth in zip(outcomes, truths, strict=False):
         if outcome.state == "failed":
             continue
         try:
-            confusion = compare(outcome.paths[0], truth, len(names))
+            confusion = compare(outcome.paths[0], truth, count, spec.ignored_label)
         except ConnectomicsError as error:
             failures[outcome.name] = str(error)
             continue
-        volumes[outcome.name] = scores(confusion, names, metrics)
+        volumes[outcome.name] = scores(confusion, classes, metrics)
         pooled += confusion
-    result = Scores(engine.settings.folder / "scores.json", volumes, scores(pooled, names, metrics), failures)
+    result = Scores(engine.settings.folder / "scores.json", volumes, scores(pooled, classes, metrics), failures)
     content = {"pooled": result.pooled, "volumes": volumes, "failed": failures}
     write_text(result.path, json.dumps(content, indent=1) + "\n")
     return result
 
 
-def _class_names(engine: Engine) -> list[str]:
-    by_value = {value: name for name, value in engine.spec.label_names}
-    return [by_value.get(value, str(value)) for value in engine.spec.class_values]
-
-
-def compare(prediction: Path, truth: str, classes: int) -> Confusion:
-    """Confusion of two volumes of labels, read piece by piece.
+def compare(prediction: Path, truth: str, labels: int, ignored: int | None = None) -> Confusion:
+    """Confusion of two volumes of labels 0 to ``labels`` - 1, read piece by piece, without ``ignored`` voxels.
 
     Raises
     ------
@@ -94,24 +91,26 @@ def compare(prediction: Path, truth: str, classes: int) -> Confusion:
     """
     given, true = open_volume(str(prediction)), open_volume(truth)
     try:
-        return _streamed(given, true, truth, classes)
+        return _streamed(given, true, truth, labels, ignored)
     finally:
         given.close()
         true.close()
 
 
-def _streamed(given: VolumeReader, true: VolumeReader, name: str, classes: int) -> Confusion:
+def _streamed(given: VolumeReader, true: VolumeReader, name: str, labels: int, ignored: int | None) -> Confusion:
     if true.info.shape != given.info.shape:
         raise VolumeError(
             f"{name}: has shape (c, z, y, x) {true.info.shape}, the prediction {given.info.shape}; state the label "
             "volume of this image"
         )
-    total = Confusion.zero(classes)
+    total = Confusion.zero(labels)
     for block in BlockGrid(true.info.extent, _piece(true.info)):
-        labels = true.read(block.core)
-        if classes == BINARY:
-            labels = (labels != 0).astype("u1")
-        total += Confusion.from_arrays(given.read(block.core), labels, classes)
+        found, expected = given.read(block.core), true.read(block.core)
+        if ignored is not None:
+            found, expected = found[expected != ignored], expected[expected != ignored]
+        if labels == BINARY:
+            expected = (expected != 0).astype("u1")
+        total += Confusion.from_arrays(found, expected, labels)
     return total
 
 

@@ -46,7 +46,7 @@ from connectomics.models.spec import ModelSpec
 from connectomics.models.unpickle import read_checkpoint
 
 _log = logging.getLogger(__name__)
-_TELLING = {"plans": ("dataset_name", "plans_name"), "dataset_json": ("labels", "channel_names")}
+_TELLING = {"plans": ("dataset_name", "plans_name"), "dataset_json": ("labels", "regions_class_order", "channel_names")}
 CHECKPOINT_NAME = "checkpoint_final.pth"
 _WRAPPERS = ("module.", "_orig_mod.")
 
@@ -357,7 +357,7 @@ def _check_agreement(members: Sequence[_Fold]) -> None:
 
 def _labels_within(member: _Fold) -> object:
     dataset = member.init_args.get("dataset_json")
-    return dataset.get("labels") if isinstance(dataset, dict) else None
+    return [dataset.get(key) for key in ("labels", "regions_class_order")] if isinstance(dataset, dict) else None
 
 
 def _json_of(path: Path | None, member: _Fold, key: str, *, guessed: bool) -> PlanText:
@@ -389,7 +389,7 @@ def _describe(member: _Fold, plans: PlanText, dataset: PlanText, trust_code: boo
     configuration = resolve_configuration(plans, member.configuration)
     check_supported(plans, configuration)
     channels = channel_names(dataset)
-    names, values = labels(dataset)
+    table = labels(dataset)
     dimensions, patch, spacing = patch_and_spacing(configuration)
     if any(not 0 <= axis < dimensions for axis in member.mirror_axes):
         raise ModelError(
@@ -407,8 +407,8 @@ def _describe(member: _Fold, plans: PlanText, dataset: PlanText, trust_code: boo
         dataset_name=plans.get("dataset_name", str, "a name"),
         patch_shape=patch,
         channel_names=channels,
-        label_names=names,
-        class_values=values,
+        label_names=table.label_names,
+        class_values=table.class_values,
         normalisations=normalisations(plans, configuration, len(channels)),
         mirror_axes=tuple(axis + 3 - dimensions for axis in member.mirror_axes),
         spacing=spacing,
@@ -422,12 +422,13 @@ def _describe(member: _Fold, plans: PlanText, dataset: PlanText, trust_code: boo
         weights_sha256="",
         sha256="",
         parameters=0,
+        regions=table.regions,
     )
     plan = NetworkPlan(
         trainer_name=member.trainer_name,
         dimensions=dimensions,
         channels=len(channels),
-        classes=len(values),
+        classes=len(table.class_values),
         network_class=network.get("network_class_name", str, "the dotted name of a class"),
         arguments=network.get("arch_kwargs", dict, "the network's arguments"),
         imports=tuple(network.get("_kw_requires_import", list, "names of arguments")),

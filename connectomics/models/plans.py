@@ -26,6 +26,7 @@ NORMALISATIONS = (
     "RGBTo01Normalization",
 )
 _LARGEST_PATCH = 4096
+_LARGEST_PAINTED = 32767  # nnU-Net paints regions in int16
 _RESTORE = "restore the file that nnU-Net wrote for this model"
 
 
@@ -202,37 +203,64 @@ def channel_names(dataset: PlanText) -> tuple[str, ...]:
     return tuple(str(names[str(i)]) for i in range(len(names)))
 
 
-def labels(dataset: PlanText) -> tuple[tuple[tuple[str, int], ...], tuple[int, ...]]:
-    """Label names with their values, and the value of each output channel.
+@dataclass(frozen=True, slots=True)
+class LabelTable:
+    """What the output channels mean; the fields are those of ``ModelSpec``."""
 
-    As in nnU-Net, an output channel belongs to each distinct value but ``ignore``, and what is written where
-    a channel wins is the channel's index.
+    label_names: tuple[tuple[str, int], ...]
+    class_values: tuple[int, ...]
+    regions: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def labels(dataset: PlanText) -> LabelTable:
+    """What dataset.json says of labels or regions.
+
+    As in nnU-Net, an output channel belongs to each distinct value but ``ignore``, and what is written where a channel
+    wins is the channel's index. If a label has several values, all are regions: a channel belongs to each but the
+    background, in the order of the file, and ``regions_class_order`` says what is painted for it.
 
     Raises
     ------
     ModelError
-        If there are regions, no background 0, or values that are not whole numbers.
+        If there is no background 0, a value is not a whole number, or the order does not fit the regions.
     """
-    names: list[tuple[str, int]] = []
-    for name, stated in dataset.get("labels", dict, "label values by name").items():
-        if isinstance(stated, list) and len(stated) > 1:
-            raise ModelError(
-                f"{dataset.where}: label '{name}' is a region of {len(stated)} values; region-based models "
-                "are not supported yet, use nnU-Net itself for them"
-            )
-        value = stated[0] if isinstance(stated, list) and stated and name not in ("background", "ignore") else stated
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ModelError(f"{dataset.where}: label '{name}' is {stated!r:.40}, expected a whole number; {_RESTORE}")
-        names.append((name, value))
-    if ("background", 0) not in names:
+    stated = {n: _values_of(dataset, n, v) for n, v in dataset.get("labels", dict, "label values by name").items()}
+    if stated.get("background") != (0,):
         raise ModelError(f"{dataset.where}: the labels lack 'background' with value 0; {_RESTORE}")
-    values = sorted({value for name, value in names if name != "ignore"})
-    ignored = dict(names).get("ignore")
-    if ignored is not None and ignored != values[-1] + 1:
+    values = sorted({value for name, several in stated.items() if name != "ignore" for value in several})
+    ignored = stated.get("ignore", ())
+    if ignored and ignored != (values[-1] + 1,):
         raise ModelError(
-            f"{dataset.where}: label 'ignore' is {ignored}, expected the highest value, {values[-1] + 1}; {_RESTORE}"
+            f"{dataset.where}: label 'ignore' is {ignored[0]}, expected the highest value, {values[-1] + 1}; {_RESTORE}"
         )
-    return tuple(names), tuple(range(len(values)))
+    if all(len(several) == 1 for several in stated.values()):
+        return LabelTable(tuple((n, several[0]) for n, several in stated.items()), tuple(range(len(values))), ())
+    regions = tuple((n, several) for n, several in stated.items() if n != "ignore" and set(several) != {0})
+    order = _painting_order(dataset, len(regions), len(set(values) - {0}))
+    names = [("background", 0), *((n, value) for (n, _), value in zip(regions, order, strict=True))]
+    return LabelTable((*names, *(("ignore", value) for value in ignored)), order, regions)
+
+
+def _values_of(dataset: PlanText, name: str, stated: object) -> tuple[int, ...]:
+    """The values of a label or region; background and ignore have one, and it is not in a list."""
+    values = stated if isinstance(stated, list) and stated and name not in ("background", "ignore") else [stated]
+    if any(not isinstance(value, int) or isinstance(value, bool) or value < 0 for value in values):
+        raise ModelError(
+            f"{dataset.where}: label '{name}' is {stated!r:.40}, expected a whole number, or a list of them for a "
+            f"region; {_RESTORE}"
+        )
+    return tuple(values)
+
+
+def _painting_order(dataset: PlanText, regions: int, labels_: int) -> tuple[int, ...]:
+    """``regions_class_order``: the label painted for each region, which nnU-Net keeps in the type of its labels."""
+    largest = 255 if labels_ < 255 else _LARGEST_PAINTED
+    expected = f"{regions} whole numbers from 0 to {largest}, one for each region"
+    order = dataset.get("regions_class_order", list, expected)
+    whole = all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= largest for v in order)
+    if len(order) != regions or not whole:
+        raise ModelError(f"{dataset.where}: 'regions_class_order' is {order!r:.60}, expected {expected}; {_RESTORE}")
+    return tuple(order)
 
 
 def normalisations(plans: PlanText, configuration: PlanText, channels: int) -> tuple[ChannelNormalisation, ...]:

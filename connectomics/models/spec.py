@@ -70,9 +70,10 @@ class ModelSpec:
     patch_shape
         Network input (z, y, x) in voxels.
     label_names
-        (name, value) as dataset.json states them, ``ignore`` included.
+        (name, value) as dataset.json states them, ``ignore`` included; of a region the label painted for it.
     class_values
-        The label written where an output channel wins; for plain labels nnU-Net writes the channel's index.
+        The label written for each output channel: for plain labels, where nnU-Net writes the index of the channel
+        that wins, 0, 1, …; for regions ``regions_class_order``, painted in this order.
     mirror_axes
         Axes (0 = z, 1 = y, 2 = x) for test time mirroring in the checkpoint's order; empty: no mirroring.
     spacing
@@ -92,6 +93,8 @@ class ModelSpec:
         Identity of the model in result keys: ``weights_sha256``, plans, dataset description and architecture.
     parameters
         Number of trainable values of one network, shared ones counted once.
+    regions
+        (name, label values) of the region that each output channel stands for; empty for plain labels.
     """
 
     configuration: str
@@ -116,6 +119,7 @@ class ModelSpec:
     weights_sha256: str
     sha256: str
     parameters: int
+    regions: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def channels(self) -> int:
@@ -130,7 +134,24 @@ class ModelSpec:
     @property
     def label_dtype(self) -> np.dtype[Any]:
         """uint8, or uint16 from 255 foreground labels on, as nnU-Net writes."""
-        return np.dtype(np.uint8 if self.classes - 1 < 255 else np.uint16)
+        foreground = {v for _, values in self.regions for v in values if v != 0} or range(1, self.classes)
+        return np.dtype(np.uint8 if len(foreground) < 255 else np.uint16)
+
+    @property
+    def ignored_label(self) -> int | None:
+        """The value that marks unlabelled voxels in a truth, or None; it is never predicted."""
+        return dict(self.label_names).get("ignore")
+
+    @property
+    def class_labels(self) -> dict[str, tuple[int, ...]]:
+        """Name and label values of each class, the background first: what scores are measured for."""
+        if self.regions:
+            return {"background": (0,)} | dict(self.regions)
+        by_value: dict[int, str] = {}
+        for name, value in self.label_names:
+            if name != "ignore":
+                by_value.setdefault(value, name)
+        return {by_value[value]: (index,) for index, value in enumerate(sorted(by_value))}
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""

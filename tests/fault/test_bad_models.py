@@ -72,6 +72,11 @@ def edit_labels(root: Path, labels: dict[str, Any]) -> None:
     edit_json(root, lambda dataset: dataset.update(labels=labels), "dataset.json")
 
 
+def edit_regions(root: Path, order: list[Any]) -> None:
+    labels = {"background": 0, "whole": [1, 2], "core": 2}
+    edit_json(root, lambda dataset: dataset.update(labels=labels, regions_class_order=order), "dataset.json")
+
+
 def edit_checkpoint(root: Path, change: Callable[[dict[str, Any]], Any], name: str = CHECKPOINT) -> None:
     content = torch.load(root / name, weights_only=False)
     change(content)
@@ -370,6 +375,36 @@ BROKEN = [
         ("dataset.json", "lack 'background'"),
     ),
     Case(
+        "regions without an order",
+        lambda r: edit_labels(r, {"background": 0, "whole": [1, 2], "core": 2}),
+        ("dataset.json", "'regions_class_order' is missing", "2 whole numbers from 0 to 255"),
+    ),
+    Case(
+        "regions with an order of another length",
+        lambda r: edit_regions(r, [1, 2, 3]),
+        ("dataset.json", "'regions_class_order' is [1, 2, 3]", "2 whole numbers"),
+    ),
+    Case(
+        "regions painted beyond the type of labels",
+        lambda r: edit_regions(r, [1, 256]),
+        ("dataset.json", "'regions_class_order' is [1, 256]", "from 0 to 255"),
+    ),
+    Case(
+        "regions painted with words",
+        lambda r: edit_regions(r, ["1", True]),
+        ("dataset.json", "'regions_class_order' is ['1', True]"),
+    ),
+    Case(
+        "a region of words",
+        lambda r: edit_labels(r, {"background": 0, "whole": [1, "two"]}),
+        ("dataset.json", "label 'whole' is [1, 'two']", "whole number"),
+    ),
+    Case(
+        "an ignore label that is a region",
+        lambda r: edit_labels(r, {"background": 0, "a": 1, "ignore": [2, 3]}),
+        ("dataset.json", "label 'ignore' is [2, 3]", "whole number"),
+    ),
+    Case(
         "labels in nnU-Net v1's form",
         lambda r: edit_labels(r, {"0": "background"}),
         ("dataset.json", "label '0'"),
@@ -435,11 +470,6 @@ UNSUPPORTED = [
         "cascade",
         lambda r: edit_configuration(r, lambda c: c.update(previous_stage="3d_lowres")),
         ("plans.json", "not supported yet", "cascade", "3d_lowres"),
-    ),
-    Case(
-        "regions",
-        lambda r: edit_labels(r, {"background": 0, "whole": [1, 2], "core": 2}),
-        ("dataset.json", "'whole' is a region", "not supported yet"),
     ),
     Case(
         "transposed axes",

@@ -26,9 +26,16 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[(2, True), (2, False), (3, False)], ids=["2D slices", "2D volume", "3D"])
+REGIONS: dict[str, int | list[int]] = {"background": 0, "whole": [1, 2], "core": 2}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(2, True, None), (2, False, None), (3, False, None), (2, False, REGIONS)],
+    ids=["2D slices", "2D volume", "3D", "2D regions"],
+)
 def volume(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
-    dimensions, by_slice = request.param
+    dimensions, by_slice, regions = request.param
     folder = make_model(
         tmp_path_factory.mktemp("model"),
         dimensions=dimensions,
@@ -37,7 +44,9 @@ def volume(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         folds=("0", "1"),
         mirror_axes=(0,),
         reader="NaturalImage2DIO" if by_slice else "SimpleITKIO",
-        seed=4,
+        seed=4 if regions is None else 5,
+        labels=regions,
+        regions_class_order=None if regions is None else [1, 2],
     )
     torch.set_num_threads(1)
     words = ["system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -18,6 +19,11 @@ from connectomics.evaluate.semantic import Confusion, scores
 NAMES = ["background", "membrane", "mito"]
 
 
+def plain(names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Classes of one label each."""
+    return {name: (label,) for label, name in enumerate(names)}
+
+
 def random_labels(seed: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     truth = rng.integers(0, classes, (4, 9, 11), dtype=np.uint8)
@@ -31,7 +37,7 @@ def test_counts_and_metrics_equal_scikit_learns() -> None:
     flat = (truth.ravel(), prediction.ravel())
     np.testing.assert_array_equal(confusion.counts, confusion_matrix(*flat))
     assert confusion.counts.dtype == np.int64
-    result = scores(confusion, NAMES, METRICS)
+    result = scores(confusion, plain(NAMES), METRICS)
     theirs = {
         "dice": f1_score(*flat, average=None),
         "iou": jaccard_score(*flat, average=None),
@@ -63,15 +69,30 @@ def test_scores_of_nnunets_predictions_are_nnunets_own(shared_data: Path) -> Non
         prediction = iio.imread(shared_data / f"reference/vnc_multi_2d/foldall_mirror/vnc_{section}.png")
         truth = iio.imread(shared_data / f"em/vnc/multi/{section}.png")
         total = total + Confusion.from_arrays(prediction, truth, 5)
-    result = scores(total, list(stated), ["dice", "iou"])
+    result = scores(total, plain(stated), ["dice", "iou"])
     for name, row in stated.items():
         assert result["labels"][name] == pytest.approx(row, abs=1e-6), name
+
+
+def test_regions_are_measured_as_nnunet_measures_them() -> None:
+    from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, region_or_label_to_mask
+
+    prediction, truth = random_labels(3, 4)
+    regions = {"whole": (1, 2, 3), "core": (3, 2), "twice": (1, 1)}
+    result = scores(Confusion.from_arrays(prediction, truth, 4), {"background": (0,)} | regions, ["dice"])
+    for name, region in regions.items():
+        masks = (region_or_label_to_mask(labels, region) for labels in (truth, prediction))
+        tp, fp, fn, _ = compute_tp_fp_fn_tn(*masks)
+        row = result["labels"][name]
+        assert (row["tp"], row["fp"], row["fn"]) == (tp, fp, fn)
+    means = [result["labels"][name]["dice"] for name in regions]
+    assert result["mean_foreground"]["dice"] == pytest.approx(np.mean(means))
 
 
 def test_undefined_values_are_null_and_left_out_of_means() -> None:
     truth = np.array([0, 0, 1, 1], np.uint8)
     prediction = np.array([0, 3, 1, 0], np.uint8)
-    result = scores(Confusion.from_arrays(prediction, truth, 4), ["bg", "a", "absent", "invented"], METRICS)
+    result = scores(Confusion.from_arrays(prediction, truth, 4), plain(["bg", "a", "absent", "invented"]), METRICS)
     absent, invented = result["labels"]["absent"], result["labels"]["invented"]
     assert [absent[metric] for metric in METRICS] == [None] * 4
     assert [invented[metric] for metric in METRICS] == [0.0, 0.0, 0.0, None]
@@ -81,7 +102,7 @@ def test_undefined_values_are_null_and_left_out_of_means() -> None:
 
 
 def test_no_voxels_have_no_scores() -> None:
-    result = scores(Confusion.zero(2), ["bg", "a"], ["dice"])
+    result = scores(Confusion.zero(2), plain(["bg", "a"]), ["dice"])
     assert result["mean_foreground"] == {"dice": None}
     assert result["voxels"] == 0
 
@@ -130,10 +151,8 @@ def test_a_confusion_is_a_square_of_counts(counts: np.ndarray) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="'auc'"):
-        scores(Confusion.zero(2), ["bg", "a"], ["dice", "auc"])
-    with pytest.raises(ValueError, match="distinct names"):
-        scores(Confusion.zero(2), ["bg"], ["dice"])
-    with pytest.raises(ValueError, match="distinct names"):
-        scores(Confusion.zero(2), ["a", "a"], ["dice"])
+        scores(Confusion.zero(2), plain(["bg", "a"]), ["dice", "auc"])
+    with pytest.raises(ValueError, match="2 labels were counted"):
+        scores(Confusion.zero(2), {"bg": (0,), "a": (1, 2)}, ["dice"])
     with pytest.raises(ValueError, match="2 and 3 labels"):
         Confusion.zero(2) + Confusion.zero(3)

@@ -92,6 +92,28 @@ def test_a_mask_of_two_classes_may_be_0_255_but_more_classes_must_be_labels(tmp_
         compare(Path(prediction), truth, 3)
 
 
+def test_regions_are_scored_and_ignored_voxels_are_left_out(tmp_path: Path) -> None:
+    labels: dict[str, int | list[int]] = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
+    folder = make_model(tmp_path, dimensions=2, patch=(16, 24), labels=labels, regions_class_order=[1, 2])
+    config = load_config(None, ["system.device=cpu", f"inference.data.output_path={tmp_path}"])
+    engine = build_engine(config, folder)
+    truth = np.array([[[0, 1, 2, 2, 3, 3, 0, 1]]], np.uint8)
+    given = np.array([[[0, 2, 1, 2, 1, 0, 1, 1]]], np.uint8)
+    outcome = VolumeOutcome("a", "done", paths=(Path(h5(tmp_path / "given.h5", given)),))
+    result = evaluate_outcomes(config, engine, [outcome], [h5(tmp_path / "truth.h5", truth)])
+    assert result.pooled["voxels"] == 6
+    rows = result.pooled["labels"]
+    assert list(rows) == ["background", "whole", "core"]
+    assert [rows["whole"][n] for n in ("tp", "fp", "fn")] == [4, 1, 0]
+    assert [rows["core"][n] for n in ("tp", "fp", "fn")] == [1, 1, 1]
+
+
+def test_ignored_voxels_of_a_binary_truth_are_no_foreground(tmp_path: Path) -> None:
+    given = h5(tmp_path / "given.h5", np.array([[[0, 1, 1, 0]]], np.uint8))
+    truth = h5(tmp_path / "truth.h5", np.array([[[0, 1, 2, 2]]], np.uint8))
+    assert compare(Path(given), truth, 2, 2).counts.tolist() == [[1, 0], [0, 1]]
+
+
 def test_the_demo_labels_its_phantom_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "VOLUME", "phantom:5x256x320?seed=7")
     monkeypatch.setattr(demo, "TRUTH", "phantom:5x256x320?seed=7&what=label")

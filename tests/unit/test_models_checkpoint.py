@@ -147,6 +147,15 @@ def test_a_model_trained_on_all_data_is_found_where_there_are_no_numbered_folds(
     assert spec.classes == 5
 
 
+def test_spec_of_a_model_of_regions(tmp_path: Path) -> None:
+    labels: dict[str, int | list[int]] = {"background": 0, "whole": [1, 2, 3], "core": [3, 2], "rim": [3], "ignore": 4}
+    root = make_model(tmp_path, dimensions=2, patch=(16, 16), labels=labels, regions_class_order=[1, 2, 3])
+    spec = load_model(root).spec
+    assert spec.regions == (("whole", (1, 2, 3)), ("core", (3, 2)), ("rim", (3,)))
+    assert (spec.class_values, spec.classes, spec.ignored_label) == ((1, 2, 3), 3, 4)
+    assert spec.label_names == (("background", 0), ("whole", 1), ("core", 2), ("rim", 3), ("ignore", 4))
+
+
 def test_read_spec_says_what_load_model_says(ensemble: Path) -> None:
     assert read_spec(ensemble) == load_model(ensemble).spec
 
@@ -379,6 +388,8 @@ def test_a_trusted_class_outside_of_the_list_is_imported(ensemble: Path, copied:
         {"background": 0, "a": [1], "b": 2},
         {"background": 0, "a": 1, "twin": 1, "b": 2},
         {"background": 0, **{f"l{k}": k for k in range(1, 300)}},
+        {"background": 0, "a": [1, 2], "b": 2, "ignore": 3},
+        {"background": 0, "a": [1, 1], "zero": [0, 0], "b": [0, 2]},
     ],
 )
 def test_classes_and_label_type_are_those_of_nnunet(labels: dict[str, Any]) -> None:
@@ -387,11 +398,16 @@ def test_classes_and_label_type_are_those_of_nnunet(labels: dict[str, Any]) -> N
     from connectomics.models.plans import PlanText
     from connectomics.models.plans import labels as read_labels
 
-    theirs = LabelManager(labels, None)
-    names, values = read_labels(PlanText({"labels": labels}, "dataset.json"))
-    assert len(values) == theirs.num_segmentation_heads
-    assert dict(names).keys() == labels.keys()
-    assert values == tuple(range(len(values)))
+    order = [2, 1]
+    theirs = LabelManager(labels, order)
+    table = read_labels(PlanText({"labels": labels, "regions_class_order": order}, "dataset.json"))
+    assert len(table.class_values) == theirs.num_segmentation_heads
+    if theirs.has_regions:
+        assert [values if len(values) > 1 else values[0] for _, values in table.regions] == theirs.foreground_regions
+        assert table.class_values == tuple(order)
+    else:
+        assert dict(table.label_names).keys() == labels.keys()
+        assert (table.class_values, table.regions) == (tuple(range(len(table.class_values))), ())
 
 
 def test_modality_is_the_older_key_for_channels(copied: Path) -> None:

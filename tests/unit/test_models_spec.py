@@ -45,6 +45,24 @@ def test_labels_need_sixteen_bits_from_255_foreground_labels(foreground: int, ex
     assert replace(SPEC, class_values=tuple(range(foreground + 1))).label_dtype == expected
 
 
+def test_regions_count_the_labels_they_are_made_of() -> None:
+    regions = (("whole", tuple(range(1, 255))), ("core", (0, 3, 4)))
+    spec = replace(SPEC, class_values=(1, 2), regions=regions)
+    assert (spec.classes, spec.label_dtype) == (2, np.uint8)
+    more = (("whole", tuple(range(1, 256))), ("core", (3, 4)))
+    assert replace(spec, regions=more).label_dtype == np.uint16
+
+
+def test_classes_are_named_by_what_is_written_for_them() -> None:
+    assert SPEC.class_labels == {"background": (0,), "mito": (1,)}
+    assert SPEC.ignored_label == 2
+    gaps = replace(SPEC, label_names=(("c", 7), ("background", 0), ("b", 3), ("also b", 3)), class_values=(0, 1, 2))
+    assert gaps.class_labels == {"background": (0,), "b": (1,), "c": (2,)}
+    assert gaps.ignored_label is None
+    spec = replace(SPEC, class_values=(1, 2), regions=(("whole", (1, 2)), ("core", (2,))))
+    assert spec.class_labels == {"background": (0,), "whole": (1, 2), "core": (2,)}
+
+
 def test_a_spec_is_plain_json() -> None:
     values = json.loads(json.dumps(SPEC.as_dict()))
     assert values["patch_shape"] == [1, 16, 16]
