@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import nibabel
 import numpy as np
 import pytest
 import tifffile
@@ -298,6 +299,42 @@ def our_store(folder: Path) -> Written:
     return Written(str(folder / "a.zarr"), data, {}, (30.0, 4.0, 5.0), (0.0, 8.0, 0.0))
 
 
+def nifti(
+    shape: tuple[int, ...],
+    dtype: str = "uint8",
+    *,
+    name: str = "a.nii",
+    kind: Any = nibabel.Nifti1Image,
+    scale: tuple[float, float] | None = None,
+) -> Callable[[Path], Written]:
+    def write(folder: Path) -> Written:
+        data = voxels(shape, dtype)
+        image = kind(data, np.diag([4.0, 5.0, 30.0, 1.0]), dtype=data.dtype)
+        image.header.set_xyzt_units("micron")
+        expected = data
+        if scale is not None:
+            image.header.set_data_dtype(dtype)
+            image.header.set_slope_inter(*scale)
+            nibabel.save(image, folder / name)
+            expected = np.asarray(nibabel.load(folder / name).get_fdata(), np.float32)
+        else:
+            nibabel.save(image, folder / name)
+        arranged = expected.T.reshape((1,) * (4 - data.ndim) + data.shape[::-1])
+        return Written(str(folder / name), arranged, voxel_size_nm=(30e3, 5e3, 4e3) if data.ndim > 2 else None)
+
+    return write
+
+
+def npy(shape: tuple[int, ...], dtype: str = "uint8", order: Any = "C", **options: Any) -> Callable[[Path], Written]:
+    def write(folder: Path) -> Written:
+        data = voxels(shape, dtype)
+        np.save(folder / "a.npy", np.asarray(data, order=order))
+        expected = data.transpose(2, 1, 0) if "axes" in options else data
+        return Written(str(folder / "a.npy"), expected.reshape((1,) * (4 - data.ndim) + expected.shape), options)
+
+    return write
+
+
 CASES: dict[str, Callable[[Path], Written]] = {
     "hdf5 3d chunked": hdf5(ZYX, "uint8", chunks=(2, 16, 16), compression="gzip"),
     "hdf5 2d": hdf5((37, 29), "uint8"),
@@ -351,6 +388,19 @@ CASES: dict[str, Callable[[Path], Written]] = {
     "ome-zarr 0.5 level": ome("0.5", "::s1"),
     "ome-zarr 0.4 level by path": ome("0.4", "/s1"),
     "working store": our_store,
+    "nifti": nifti(ZYX[::-1]),
+    "nifti big endian": nifti(ZYX[::-1], ">i2"),
+    "nifti packed": nifti(ZYX[::-1], "uint16", name="a.nii.gz"),
+    "nifti scaled": nifti(ZYX[::-1], "int16", scale=(0.37, -11.3)),
+    "nifti packed and scaled": nifti(ZYX[::-1], "uint8", name="a.nii.gz", scale=(2.0, 1.0)),
+    "nifti-2 float": nifti(ZYX[::-1], "float32", kind=nibabel.Nifti2Image),
+    "nifti channels": nifti((*ZYX[::-1], 2), "uint8", name="A.NII.GZ"),
+    "nifti section": nifti((29, 37), "float64"),
+    "npy": npy(ZYX, "uint16"),
+    "npy big endian channels": npy((2, *ZYX), ">f4"),
+    "npy bool section": npy((37, 29), "bool"),
+    "npy fortran": npy(ZYX, "int64", "F"),
+    "npy fortran xyz": npy(ZYX[::-1], "uint8", "F", axes="xyz"),
 }
 
 
