@@ -19,8 +19,9 @@ HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
+MRC_SUFFIXES = (".mrc", ".rec", ".map")
 NPY_SUFFIXES = (".npy",)
-FILE_SUFFIXES = HDF5_SUFFIXES + TIFF_SUFFIXES + IMAGE_SUFFIXES + NIFTI_SUFFIXES + NPY_SUFFIXES
+FILE_SUFFIXES = HDF5_SUFFIXES + TIFF_SUFFIXES + IMAGE_SUFFIXES + NIFTI_SUFFIXES + MRC_SUFFIXES + NPY_SUFFIXES
 KNOWN = f"{', '.join(FILE_SUFFIXES)}, .zarr, a folder of images, or phantom:"
 
 
@@ -136,6 +137,7 @@ def _opener(source: Source) -> Callable[[Source], VolumeReader]:
         **dict.fromkeys(TIFF_SUFFIXES, _tiff),
         **dict.fromkeys(IMAGE_SUFFIXES, _image),
         **dict.fromkeys(NIFTI_SUFFIXES, _nifti),
+        **dict.fromkeys(MRC_SUFFIXES, _mrc),
         **dict.fromkeys(NPY_SUFFIXES, _npy),
     }
     if is_folder(source):
@@ -189,6 +191,12 @@ def _nifti(source: Source) -> VolumeReader:
     from connectomics.io.nifti import open_nifti
 
     return open_nifti(source)
+
+
+def _mrc(source: Source) -> VolumeReader:
+    from connectomics.io.mrc import open_mrc
+
+    return open_mrc(source)
 
 
 def _npy(source: Source) -> VolumeReader:

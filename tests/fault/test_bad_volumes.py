@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import mrcfile
 import nibabel
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from connectomics.io.opening import open_volume
 
 RNG = np.random.default_rng(4)
 VOXELS = RNG.integers(0, 255, (6, 40, 50), dtype=np.uint8)
+WIDE = VOXELS.astype(np.int16)
 Made = tuple[Path, dict[str, Any]]
 
 
@@ -173,6 +175,16 @@ def npy(folder: Path, data: Any, **header: Any) -> Path:
         body = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + np.asarray(data).tobytes()
         (folder / "a.npy").write_bytes(body)
     return folder / "a.npy"
+
+
+def mrc(folder: Path, data: np.ndarray = WIDE, flags: int | None = None, **fields: Any) -> Path:
+    """An MRC file with fields of its header changed."""
+    with mrcfile.new(folder / "a.mrc", data) as file:
+        for field, value in fields.items():
+            file.header[field] = value
+        if flags is not None:
+            file.header.extra2 = bytes(40) + struct.pack("<ii", 1146047817, flags) + bytes(36)
+    return folder / "a.mrc"
 
 
 RGB = np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")])
@@ -348,6 +360,19 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]] = {
     "nifti: complex": (lambda f: nii(f, data=np.zeros((4, 5, 6), "c8")), "complex64 cannot be read", {}),
     "nifti: intercept": (lambda f: nii(f, scl_slope=2, scl_inter=np.nan), "as NIfTI: .*intercept", {}),
     "nifti: inner part": (lambda f: nii(f), "no inner part 'main'", {"inner": "main"}),
+    "mrc: wrong magic": (lambda f: file_of(f / "a.mrc", b"not mrc!" * 200), "as MRC: Map ID string not found", {}),
+    "mrc: cut in the header": (lambda f: cut(mrc(f), 0.02), "as MRC: Couldn't read enough", {}),
+    "mrc: cut in the extended header": (lambda f: mrc(f, nsymbt=2**30), "in extended header but could only", {}),
+    "mrc: truncated": (lambda f: cut(mrc(f)), "its header promises 25024; it was cut short", {}),
+    "mrc: byte order": (lambda f: mrc(f, machst=[1, 2, 3, 4]), "as MRC: .*achine stamp", {}),
+    "mrc: unknown mode": (lambda f: mrc(f, mode=101), "as MRC: .*mode", {}),
+    "mrc: complex": (lambda f: mrc(f, data=np.zeros((4, 5, 6), "c8")), "complex64 cannot be read", {}),
+    "mrc: half bytes": (lambda f: mrc(f, data=VOXELS.astype("i1"), flags=16), "two voxels of 4 bit", {}),
+    "mrc: empty axis": (lambda f: mrc(f, ny=0), "without voxels", {}),
+    "mrc: stack of volumes": (lambda f: mrc(f, ispg=401, mz=2), "unknown kind of length 3", {}),
+    "mrc: stack of nothing": (lambda f: mrc(f, ispg=401, mz=0), "as MRC: .*zero", {}),
+    "mrc: huge": (lambda f: mrc(f, nx=2**31 - 1, ny=2**31 - 1, nz=2**31 - 1), "it was cut short", {}),
+    "mrc: inner part": (lambda f: mrc(f), "no inner part 'main'", {"inner": "main"}),
     "npy: wrong magic": (lambda f: file_of(f / "a.npy", b"not numpy" * 9), "as npy", {}),
     "npy: a zip": (lambda f: file_of(f / "a.npy", b"PK\x03\x04" * 9), "as npy", {}),
     "npy: header cut": (lambda f: cut(npy(f, VOXELS), 0.005), "as npy", {}),
@@ -509,6 +534,7 @@ VALID: dict[str, Callable[[Path], Path]] = {
     "zarr": lambda f: zarr_of(f, 3, shards=(6, 40, 50)),
     "nifti": nii,
     "nifti packed": lambda f: nii(f, "a.nii.gz", scl_slope=0.5),
+    "mrc": mrc,
     "npy": lambda f: npy(f, VOXELS),
 }
 
