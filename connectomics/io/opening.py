@@ -18,7 +18,11 @@ from connectomics.io.volume import Array, Nanometres, VolumeInfo, VolumeReader
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
-KNOWN = f"{', '.join(HDF5_SUFFIXES + TIFF_SUFFIXES + IMAGE_SUFFIXES)}, .zarr, a folder of images, or phantom:"
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+MRC_SUFFIXES = (".mrc", ".rec", ".map")
+NPY_SUFFIXES = (".npy",)
+FILE_SUFFIXES = HDF5_SUFFIXES + TIFF_SUFFIXES + IMAGE_SUFFIXES + NIFTI_SUFFIXES + MRC_SUFFIXES + NPY_SUFFIXES
+KNOWN = f"{', '.join(FILE_SUFFIXES)}, .zarr, a folder of images, or phantom:"
 
 
 def open_volume(uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres | None = None) -> VolumeReader:
@@ -127,11 +131,14 @@ def _require_alike(first_uri: str, first: VolumeInfo, uri: str, info: VolumeInfo
 
 
 def _opener(source: Source) -> Callable[[Source], VolumeReader]:
-    suffix = source.path.suffix.lower()
+    suffix = _suffix(source.path)
     by_suffix = {
         **dict.fromkeys(HDF5_SUFFIXES, _hdf5),
         **dict.fromkeys(TIFF_SUFFIXES, _tiff),
         **dict.fromkeys(IMAGE_SUFFIXES, _image),
+        **dict.fromkeys(NIFTI_SUFFIXES, _nifti),
+        **dict.fromkeys(MRC_SUFFIXES, _mrc),
+        **dict.fromkeys(NPY_SUFFIXES, _npy),
     }
     if is_folder(source):
         if suffix == ".zarr" or _holds_zarr(source):
@@ -148,6 +155,10 @@ def _opener(source: Source) -> Callable[[Source], VolumeReader]:
             f"cannot open {source.uri}: unknown format {suffix or 'without suffix'!r}; known are {KNOWN}."
         )
     return by_suffix[suffix]
+
+
+def _suffix(path: Path) -> str:
+    return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
 
 
 def _holds_zarr(source: Source) -> bool:
@@ -174,6 +185,24 @@ def _image(source: Source) -> VolumeReader:
     from connectomics.io.images import open_image
 
     return open_image(source)
+
+
+def _nifti(source: Source) -> VolumeReader:
+    from connectomics.io.nifti import open_nifti
+
+    return open_nifti(source)
+
+
+def _mrc(source: Source) -> VolumeReader:
+    from connectomics.io.mrc import open_mrc
+
+    return open_mrc(source)
+
+
+def _npy(source: Source) -> VolumeReader:
+    from connectomics.io.npy import open_npy
+
+    return open_npy(source)
 
 
 def _stack(source: Source) -> VolumeReader:

@@ -109,6 +109,20 @@ def unreadable(source: Source, kind: str, error: BaseException) -> VolumeError:
     )
 
 
+def refuse_inner(source: Source) -> None:
+    """Refuse ``path::inner`` for a format whose files hold one array.
+
+    Raises
+    ------
+    VolumeError
+        If the request has an inner part.
+    """
+    if source.inner is not None:
+        raise VolumeError(
+            f"{source.uri}: the file holds one array and has no inner part {source.inner!r}; name the file alone."
+        )
+
+
 def is_folder(source: Source) -> bool:
     """Whether the path is a folder, having made sure that it is there and not an empty file.
 

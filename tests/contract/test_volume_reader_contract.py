@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import mrcfile
+import nibabel
 import numpy as np
 import pytest
 import tifffile
@@ -298,6 +300,78 @@ def our_store(folder: Path) -> Written:
     return Written(str(folder / "a.zarr"), data, {}, (30.0, 4.0, 5.0), (0.0, 8.0, 0.0))
 
 
+def nifti(
+    shape: tuple[int, ...],
+    dtype: str = "uint8",
+    *,
+    name: str = "a.nii",
+    kind: Any = nibabel.Nifti1Image,
+    scale: tuple[float, float] | None = None,
+) -> Callable[[Path], Written]:
+    def write(folder: Path) -> Written:
+        data = voxels(shape, dtype)
+        image = kind(data, np.diag([4.0, 5.0, 30.0, 1.0]), dtype=data.dtype)
+        image.header.set_xyzt_units("micron")
+        expected = data
+        if scale is not None:
+            image.header.set_data_dtype(dtype)
+            image.header.set_slope_inter(*scale)
+            nibabel.save(image, folder / name)
+            expected = np.asarray(nibabel.load(folder / name).get_fdata(), np.float32)
+        else:
+            nibabel.save(image, folder / name)
+        arranged = expected.T.reshape((1,) * (4 - data.ndim) + data.shape[::-1])
+        return Written(str(folder / name), arranged, voxel_size_nm=(30e3, 5e3, 4e3) if data.ndim > 2 else None)
+
+    return write
+
+
+def npy(shape: tuple[int, ...], dtype: str = "uint8", order: Any = "C", **options: Any) -> Callable[[Path], Written]:
+    def write(folder: Path) -> Written:
+        data = voxels(shape, dtype)
+        np.save(folder / "a.npy", np.asarray(data, order=order))
+        expected = data.transpose(2, 1, 0) if "axes" in options else data
+        return Written(str(folder / "a.npy"), expected.reshape((1,) * (4 - data.ndim) + expected.shape), options)
+
+    return write
+
+
+def mrc(dtype: str, name: str = "a.mrc", shape: tuple[int, ...] = ZYX, **fields: int) -> Callable[[Path], Written]:
+    def write(folder: Path) -> Written:
+        data = voxels(shape, dtype)
+        with mrcfile.new(folder / name, data) as file:
+            file.voxel_size = (40, 50, 300)
+            for field, value in fields.items():
+                file.header[field] = value
+            file.set_extended_header(np.zeros(96, "V1"))
+        arranged = data.reshape((1,) * (4 - data.ndim) + data.shape)
+        return Written(str(folder / name), arranged, voxel_size_nm=(30.0, 5.0, 4.0))
+
+    return write
+
+
+def mrc_turned(folder: Path) -> Written:
+    data = voxels((29, 5, 37), "float32")
+    with mrcfile.new(folder / "a.map", data) as file:
+        file.header.maps, file.header.mapr, file.header.mapc = 1, 3, 2
+        file.header.mx, file.header.my, file.header.mz = 29, 37, 5
+        file.header.cella = (29 * 40, 37 * 50, 5 * 300)
+    return Written(str(folder / "a.map"), data.transpose(1, 2, 0)[None], voxel_size_nm=(30.0, 5.0, 4.0))
+
+
+def mrc_of_imod(flags: int) -> Callable[[Path], Written]:
+    def write(folder: Path) -> Written:
+        data = voxels(ZYX, "int8")
+        with mrcfile.new(folder / "a.rec", data) as file:
+            extra = bytearray(84)
+            extra[40:48] = np.array([1146047817, flags], "<i4").tobytes()
+            file.header.extra2 = bytes(extra)
+        expected = data if flags & 1 else data.view("uint8")
+        return Written(str(folder / "a.rec"), expected[None])
+
+    return write
+
+
 CASES: dict[str, Callable[[Path], Written]] = {
     "hdf5 3d chunked": hdf5(ZYX, "uint8", chunks=(2, 16, 16), compression="gzip"),
     "hdf5 2d": hdf5((37, 29), "uint8"),
@@ -351,6 +425,27 @@ CASES: dict[str, Callable[[Path], Written]] = {
     "ome-zarr 0.5 level": ome("0.5", "::s1"),
     "ome-zarr 0.4 level by path": ome("0.4", "/s1"),
     "working store": our_store,
+    "nifti": nifti(ZYX[::-1]),
+    "nifti big endian": nifti(ZYX[::-1], ">i2"),
+    "nifti packed": nifti(ZYX[::-1], "uint16", name="a.nii.gz"),
+    "nifti scaled": nifti(ZYX[::-1], "int16", scale=(0.37, -11.3)),
+    "nifti packed and scaled": nifti(ZYX[::-1], "uint8", name="a.nii.gz", scale=(2.0, 1.0)),
+    "nifti-2 float": nifti(ZYX[::-1], "float32", kind=nibabel.Nifti2Image),
+    "nifti channels": nifti((*ZYX[::-1], 2), "uint8", name="A.NII.GZ"),
+    "nifti section": nifti((29, 37), "float64"),
+    "mrc": mrc("int16"),
+    "mrc big endian": mrc(">f4", "a.rec"),
+    "mrc half float": mrc("float16"),
+    "mrc axes unstated": mrc("uint16", mapc=0, mapr=0, maps=0),
+    "mrc one image": mrc("int16", shape=(37, 29)),
+    "mrc turned": mrc_turned,
+    "mrc of imod, unsigned": mrc_of_imod(0),
+    "mrc of imod, signed": mrc_of_imod(1),
+    "npy": npy(ZYX, "uint16"),
+    "npy big endian channels": npy((2, *ZYX), ">f4"),
+    "npy bool section": npy((37, 29), "bool"),
+    "npy fortran": npy(ZYX, "int64", "F"),
+    "npy fortran xyz": npy(ZYX[::-1], "uint8", "F", axes="xyz"),
 }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import mrcfile
+import nibabel
 import numpy as np
 import pytest
 import tifffile
@@ -28,6 +32,7 @@ from connectomics.io.opening import open_volume
 
 RNG = np.random.default_rng(4)
 VOXELS = RNG.integers(0, 255, (6, 40, 50), dtype=np.uint8)
+WIDE = VOXELS.astype(np.int16)
 Made = tuple[Path, dict[str, Any]]
 
 
@@ -150,6 +155,41 @@ def ome_lacking_pages(folder: Path) -> Path:
     return tif(folder, description=OME_XML.format("<TiffData/>"), metadata=None)
 
 
+def nii(folder: Path, name: str = "a.nii", data: np.ndarray = VOXELS, **fields: Any) -> Path:
+    """A NIfTI file with fields of its header changed afterwards."""
+    nibabel.save(nibabel.Nifti1Image(data, np.eye(4)), folder / "whole.nii")
+    content = bytearray((folder / "whole.nii").read_bytes())
+    header = np.frombuffer(content, nibabel.Nifti1Header.template_dtype, 1)
+    for field, value in fields.items():
+        header[field] = value
+    (folder / "whole.nii").unlink()
+    return file_of(folder / name, gzip.compress(bytes(content)) if name.endswith(".gz") else bytes(content))
+
+
+def npy(folder: Path, data: Any, **header: Any) -> Path:
+    """An npy file, with entries of its header replaced."""
+    np.save(folder / "a.npy", data, allow_pickle=True)
+    if header:
+        found = {"descr": "|u1", "fortran_order": False, "shape": np.shape(data)} | header
+        text = repr(found).encode() + b" \n"
+        body = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + np.asarray(data).tobytes()
+        (folder / "a.npy").write_bytes(body)
+    return folder / "a.npy"
+
+
+def mrc(folder: Path, data: np.ndarray = WIDE, flags: int | None = None, **fields: Any) -> Path:
+    """An MRC file with fields of its header changed."""
+    with mrcfile.new(folder / "a.mrc", data) as file:
+        for field, value in fields.items():
+            file.header[field] = value
+        if flags is not None:
+            file.header.extra2 = bytes(40) + struct.pack("<ii", 1146047817, flags) + bytes(36)
+    return folder / "a.mrc"
+
+
+RGB = np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+
+
 def multiscale(path: str, axes: Any = None, **step: Any) -> list[dict[str, Any]]:
     steps = [{"type": "scale", "scale": [1, 1, 1]} | step]
     return [{"axes": axes or list("zyx"), "datasets": [{"path": path, "coordinateTransformations": steps}]}]
@@ -168,7 +208,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]] = {
     "endless link": (lambda f: linked(f, "a.h5", "a.h5"), "symbolic link", {}),
     "named pipe": (pipe, "neither a file nor a folder", {}),
     "empty file": (lambda f: file_of(f / "a.tif", b""), "0 bytes", {}),
-    "unknown format": (lambda f: file_of(f / "a.nii", b"123"), "unknown format '.nii'", {}),
+    "unknown format": (lambda f: file_of(f / "a.xyz", b"123"), "unknown format '.xyz'", {}),
     "no suffix": (lambda f: file_of(f / "a", b"123"), "without suffix", {}),
     "folder named as file": (lambda f: (f / "a.h5").mkdir() or f / "a.h5", "a folder, where .h5", {}),
     "file named as folder": (lambda f: file_of(f / "a.zarr", b"123"), "a file, where .zarr", {}),
@@ -298,6 +338,64 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]] = {
     "zarr: text": (lambda f: zarr_with(f, data_type="string"), "'string' cannot be read", {}),
     "zarr: chunk cut": (lambda f: cut_chunk(zarr_of(f), "c/0/0/0"), "a.zarr", {}),
     "zarr v2: chunk cut": (lambda f: cut_chunk(zarr_of(f, 2), "0.0.0"), "a.zarr", {}),
+    "nifti: wrong magic": (lambda f: file_of(f / "a.nii", b"nifti?" * 99), "not start with a NIfTI header", {}),
+    "nifti: cut in the header": (lambda f: file_of(f / "a.nii", b"\x5c\x01\0\0"), "NIfTI header", {}),
+    "nifti: truncated": (lambda f: cut(nii(f)), "its header promises 12352; it was cut short", {}),
+    "nifti: packed, truncated": (lambda f: cut(nii(f, "a.nii.gz")), "end-of-stream", {}),
+    "nifti: packed, cut at the end": (lambda f: cut(nii(f, "a.nii.gz"), 0.9995), "end-of-stream", {}),
+    "nifti: packed array cut": (lambda f: nii(f, "a.nii.gz", dim=[3, 6, 40, 51, 1, 1, 1, 1]), "it was cut", {}),
+    "nifti: not packed": (lambda f: nii(f).rename(f / "a.nii.gz"), "as NIfTI: Not a gzipped", {}),
+    "nifti: packed as plain": (lambda f: nii(f, "a.nii.gz").rename(f / "a.nii"), "NIfTI header", {}),
+    "nifti: larger than the disk": (
+        lambda f: nii(f, "a.nii.gz", dim=[4, 32767, 32767, 32767, 32767, 1, 1, 1]),
+        "set TMPDIR",
+        {},
+    ),
+    "nifti: pair": (lambda f: nii(f, magic=b"ni1"), "in another file", {}),
+    "nifti: five axes": (lambda f: nii(f, data=np.zeros((2, 3, 4, 5, 6), "u1")), "has 5 axes", {}),
+    "nifti: one axis": (lambda f: nii(f, dim=[1, 9, 1, 1, 1, 1, 1, 1]), "has 1 axes", {}),
+    "nifti: empty axis": (lambda f: nii(f, dim=[3, 6, 0, 50, 1, 1, 1, 1]), "without voxels", {}),
+    "nifti: unknown type": (lambda f: nii(f, datatype=77), "as NIfTI: data code 77", {}),
+    "nifti: colours": (lambda f: nii(f, data=RGB), "cannot be read as", {}),
+    "nifti: complex": (lambda f: nii(f, data=np.zeros((4, 5, 6), "c8")), "complex64 cannot be read", {}),
+    "nifti: intercept": (lambda f: nii(f, scl_slope=2, scl_inter=np.nan), "as NIfTI: .*intercept", {}),
+    "nifti: inner part": (lambda f: nii(f), "no inner part 'main'", {"inner": "main"}),
+    "mrc: wrong magic": (lambda f: file_of(f / "a.mrc", b"not mrc!" * 200), "as MRC: Map ID string not found", {}),
+    "mrc: cut in the header": (lambda f: cut(mrc(f), 0.02), "as MRC: Couldn't read enough", {}),
+    "mrc: cut in the extended header": (lambda f: mrc(f, nsymbt=2**30), "in extended header but could only", {}),
+    "mrc: truncated": (lambda f: cut(mrc(f)), "its header promises 25024; it was cut short", {}),
+    "mrc: byte order": (lambda f: mrc(f, machst=[1, 2, 3, 4]), "as MRC: .*achine stamp", {}),
+    "mrc: unknown mode": (lambda f: mrc(f, mode=101), "as MRC: .*mode", {}),
+    "mrc: complex": (lambda f: mrc(f, data=np.zeros((4, 5, 6), "c8")), "complex64 cannot be read", {}),
+    "mrc: half bytes": (lambda f: mrc(f, data=VOXELS.astype("i1"), flags=16), "two voxels of 4 bit", {}),
+    "mrc: empty axis": (lambda f: mrc(f, ny=0), "without voxels", {}),
+    "mrc: stack of volumes": (lambda f: mrc(f, ispg=401, mz=2), "unknown kind of length 3", {}),
+    "mrc: stack of nothing": (lambda f: mrc(f, ispg=401, mz=0), "as MRC: .*zero", {}),
+    "mrc: huge": (lambda f: mrc(f, nx=2**31 - 1, ny=2**31 - 1, nz=2**31 - 1), "it was cut short", {}),
+    "mrc: inner part": (lambda f: mrc(f), "no inner part 'main'", {"inner": "main"}),
+    "npy: wrong magic": (lambda f: file_of(f / "a.npy", b"not numpy" * 9), "as npy", {}),
+    "npy: a zip": (lambda f: file_of(f / "a.npy", b"PK\x03\x04" * 9), "as npy", {}),
+    "npy: header cut": (lambda f: cut(npy(f, VOXELS), 0.005), "as npy", {}),
+    "npy: truncated": (lambda f: cut(npy(f, VOXELS)), "its header promises 12128; it was cut short", {}),
+    "npy: objects": (lambda f: npy(f, np.array([[{}, []]], object)), "type object cannot be read", {}),
+    "npy: text": (lambda f: npy(f, np.array([["a", "b"]])), "<U1 cannot be read", {}),
+    "npy: structured": (lambda f: npy(f, RGB), "cannot be read as", {}),
+    "npy: complex": (lambda f: npy(f, np.zeros((2, 3), complex)), "complex128 cannot be read", {}),
+    "npy: five axes": (lambda f: npy(f, np.zeros((1, 1, 2, 3, 4))), "has 5 axes", {}),
+    "npy: empty axis": (lambda f: npy(f, np.zeros((3, 0, 4))), "without voxels", {}),
+    "npy: negative axis": (lambda f: npy(f, VOXELS, shape=(6, -40, -50)), "without voxels", {}),
+    "npy: huge": (lambda f: npy(f, VOXELS, shape=(2**62, 2**62, 16)), "it was cut short", {}),
+    "npy: a program as header": (
+        lambda f: npy(f, VOXELS, shape=(), descr=type("Call", (), {"__repr__": lambda s: "exit()"})()),
+        "as npy",
+        {},
+    ),
+    "npy: later version": (
+        lambda f: file_of(f / "a.npy", b"\x93NUMPY\x03\x00" + b" " * 200),
+        "format 3.0, expected 1.0 or 2.0",
+        {},
+    ),
+    "npy: inner part": (lambda f: npy(f, VOXELS), "no inner part 'main'", {"inner": "main"}),
     "zarr: shard cut": (lambda f: cut_chunk(zarr_of(f, 3, shards=(6, 40, 50)), "c/0/0/0"), "a.zarr", {}),
 }
 
@@ -353,7 +451,9 @@ def test_nothing_a_file_brings_is_run(tmp_path: Path, monkeypatch: pytest.Monkey
     zarr_v2 = zarr_with(tmp_path, 2, dtype="|O", filters=[{"id": "pickle"}], compressor=None)
     for chunk in zarr_v2.glob("[0-9]*"):
         chunk.write_bytes(load)
-    for path in (zarr_v2, file_of(tmp_path / "a.h5", load), file_of(tmp_path / "a.tif", load)):
+    pickled = npy(tmp_path, np.array([[Bomb()]], object)).rename(tmp_path / "b.npy")
+    names = ("a.h5", "a.tif", "a.npy", "a.nii")
+    for path in (zarr_v2, pickled, *(file_of(tmp_path / name, load) for name in names)):
         with pytest.raises(VolumeError):
             read_all(str(path))
     assert not (tmp_path / "went off").exists()
@@ -432,6 +532,10 @@ VALID: dict[str, Callable[[Path], Path]] = {
     "tiff imagej": lambda f: tif(f, imagej=True, metadata={"axes": "ZYX"}),
     "png": lambda f: pngs(f, "a") / "a.png",
     "zarr": lambda f: zarr_of(f, 3, shards=(6, 40, 50)),
+    "nifti": nii,
+    "nifti packed": lambda f: nii(f, "a.nii.gz", scl_slope=0.5),
+    "mrc": mrc,
+    "npy": lambda f: npy(f, VOXELS),
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import mrcfile
 import numpy as np
 import pytest
 import tifffile
@@ -295,3 +296,18 @@ def test_a_format_loads_only_its_own_libraries(tmp_path: Path, name: str) -> Non
         env=dict(os.environ),
     )
     assert json.loads(result.stdout) == {"a.h5": ["h5py"], "a.zarr": ["tensorstore"], "a.png": ["tifffile"]}[name]
+
+
+def test_without_mrcfile_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.mrc").write_bytes(b"MAP ")
+    monkeypatch.setitem(sys.modules, "mrcfile", None)
+    with pytest.raises(VolumeError, match=r"pip install 'connectomics\[mrc\]'"):
+        open_volume(str(tmp_path / "a.mrc"))
+
+
+def test_mrc_without_sampling_has_no_voxel_size(tmp_path: Path) -> None:
+    with mrcfile.new(tmp_path / "a.mrc", np.zeros((2, 3, 4), np.int16)) as file:
+        file.header.mz = 0
+    reader = open_volume(str(tmp_path / "a.mrc"))
+    assert reader.info.voxel_size_nm is None and reader.info.spacing is None
+    reader.close()

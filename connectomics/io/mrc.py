@@ -1,0 +1,93 @@
+"""MRC volumes (``.mrc``, ``.rec``, ``.map``), memory-mapped; needs the extra ``mrc``; for ``opening``."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any
+
+import numpy as np
+
+from connectomics.errors import VolumeError
+from connectomics.io.mapped import MappedArray
+from connectomics.io.source import (
+    NM_PER_UNIT,
+    READ_ERRORS,
+    Source,
+    file_identity,
+    refuse_inner,
+    three_positive,
+    unreadable,
+)
+from connectomics.io.stored import StoredVolume, info_of, layout_of
+from connectomics.io.volume import Nanometres
+
+IMOD_STAMP = 1146047817
+IMOD_SIGNED_BYTES = 1
+IMOD_HALF_BYTES = 16
+IMOD_FIELDS = slice(10, 12)
+"""Where IMOD's stamp and flags stand among the integers of the header field ``extra2``."""
+
+
+def open_mrc(source: Source) -> StoredVolume:
+    """Open an MRC file for lazy reading; its axes follow ``mapc``, ``mapr`` and ``maps``.
+
+    Bytes are signed as MRC2014 says, unless IMOD wrote the file and says that they are not.
+
+    Raises
+    ------
+    VolumeError
+        If the file is damaged or cut short, is of a mode that holds no plain numbers, is a stack of volumes, or the
+        package mrcfile is missing.
+    """
+    refuse_inner(source)
+    try:
+        import mrcfile
+    except ImportError as error:
+        raise VolumeError(
+            f"cannot open {source.uri}: reading MRC needs the package mrcfile; install it with "
+            "pip install 'connectomics[mrc]'."
+        ) from error
+    try:
+        with contextlib.ExitStack() as opened:
+            identity = file_identity(source.path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about the extended header, which is not used
+                header = opened.enter_context(mrcfile.open(source.path, header_only=True)).header
+            shape = mrcfile.utils.data_shape_from_header(header)
+            dtype = _dtype(source, header, mrcfile.utils.data_dtype_from_header(header))
+            layout = layout_of(source, shape, _letters(header, len(shape)))
+            stream = opened.enter_context(source.path.open("rb"))
+            array = MappedArray(stream, dtype, shape, header.nbytes + max(0, int(header.nsymbt)))
+            info = info_of(source, layout, dtype, array.chunk, voxel_size_nm=_voxel_size(header))
+            release = opened.pop_all().close
+    except READ_ERRORS as error:
+        raise unreadable(source, "MRC", error) from error
+    return StoredVolume(source, info, layout, fetch=array.fetch, identity=lambda: identity, release=release)
+
+
+def _letters(header: Any, dimensions: int) -> str:
+    """Stored axes: sections, rows and columns; before them the number in a stack of volumes."""
+    order = [int(header.maps), int(header.mapr), int(header.mapc)]
+    letters = "".join("xyz"[i - 1] for i in order) if sorted(order) == [1, 2, 3] else "zyx"
+    return {2: "yx", 3: letters}.get(dimensions, f"?{letters}")
+
+
+def _dtype(source: Source, header: Any, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    stamp, flags = (int(n) for n in np.frombuffer(header.extra2.tobytes(), header.mode.dtype)[IMOD_FIELDS])
+    if stamp != IMOD_STAMP or int(header.mode) != 0:
+        return dtype
+    if flags & IMOD_HALF_BYTES:
+        raise VolumeError(
+            f"{source.uri}: two voxels of 4 bit in a byte cannot be read; convert them with IMOD's newstack -mode 0."
+        )
+    return dtype if flags & IMOD_SIGNED_BYTES else np.dtype(np.uint8)
+
+
+def _voxel_size(header: Any) -> Nanometres | None:
+    """Cell size over sampling in ångström, as (z, y, x) in nanometres."""
+    cell = [float(header.cella[letter]) for letter in "zyx"]
+    sampling = [int(header[f"m{letter}"]) for letter in "zyx"]
+    if min(sampling) < 1:
+        return None
+    return three_positive(np.divide(cell, sampling), NM_PER_UNIT["angstrom"])

@@ -1,0 +1,185 @@
+"""NIfTI volumes (``.nii``, ``.nii.gz``) as nnU-Net's SimpleITKIO and NibabelIO read them; for ``opening``.
+
+A ``.nii`` file is memory-mapped. A ``.nii.gz`` file is unpacked once, at the first read, into an anonymous temporary
+file (in TMPDIR) that vanishes when the volume is closed or the process ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import math
+import shutil
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+from connectomics.errors import VolumeError
+from connectomics.io.mapped import MappedArray, contiguous_chunk
+from connectomics.io.source import READ_ERRORS, Source, file_identity, refuse_inner, three_positive, unreadable
+from connectomics.io.stored import Layout, StoredVolume, info_of, layout_of, native_dtype
+from connectomics.io.volume import Array, Spacing
+
+LETTERS = {2: "xy", 3: "xyz", 4: "xyzc"}
+"""Stored axes by their number; the fourth holds channels, as nnU-Net's SimpleITKIO takes it."""
+MILLIMETRES_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
+HEADER_BYTES = 540
+PIECE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """What a NIfTI header says of the array behind it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+    slope: float | None
+    intercept: float
+    zooms: tuple[float, ...]
+    unit: str
+    first_version: bool
+
+    @property
+    def total_bytes(self) -> int:
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+
+def open_nifti(source: Source) -> StoredVolume:
+    """Open a NIfTI-1 or NIfTI-2 file for lazy reading.
+
+    Scaled voxels (``scl_slope``, ``scl_inter``) are float32. The spacing is the one nnU-Net's reader of the suffix
+    states: in millimetres for ``.nii.gz`` (SimpleITKIO), as stored for ``.nii`` and NIfTI-2 (NibabelIO).
+
+    Raises
+    ------
+    VolumeError
+        If the file is damaged or cut short, has voxels that are no numbers, or more than four axes.
+    """
+    refuse_inner(source)
+    packed = source.path.name.lower().endswith(".gz")
+    try:
+        with contextlib.ExitStack() as opened:
+            identity = file_identity(source.path)
+            header = _header(source.path, packed)
+            native_dtype(source, header.dtype)
+            layout = layout_of(source, header.shape, LETTERS.get(len(header.shape)))
+            array: _Unpacked | MappedArray
+            if packed:
+                array = _Unpacked(source, header)
+                opened.callback(array.close)
+            else:
+                stream = opened.enter_context(source.path.open("rb"))
+                array = MappedArray(stream, header.dtype, header.shape, header.offset, "F")
+            info = info_of(
+                source,
+                layout,
+                header.dtype if header.slope is None else np.dtype(np.float32),
+                contiguous_chunk(header.shape, header.dtype.itemsize, "F"),
+                voxel_size_nm=_spatial(layout, header, MILLIMETRES_PER_UNIT.get(header.unit, math.nan) * 1e6),
+                spacing=_spacing(layout, header, packed),
+            )
+            release = opened.pop_all().close
+    except (HeaderDataError, WrapStructError, *READ_ERRORS) as error:
+        raise unreadable(source, "NIfTI", error) from error
+
+    def fetch(index: tuple[slice, ...]) -> Array:
+        voxels = array.fetch(index)
+        if header.slope is None:
+            return voxels
+        with np.errstate(over="ignore", invalid="ignore"):
+            return (voxels.astype(np.float64) * header.slope + header.intercept).astype(np.float32)
+
+    return StoredVolume(source, info, layout, fetch=fetch, identity=lambda: identity, release=release)
+
+
+def _header(path: Path, packed: bool) -> _Header:
+    with gzip.open(path) if packed else path.open("rb") as stream:
+        block = stream.read(HEADER_BYTES)
+    kinds: tuple[Any, ...] = (Nifti1Header, Nifti2Header)
+    kind = next((kind for kind in kinds if kind.may_contain_header(block)), None)
+    if kind is None:
+        raise ValueError("it does not start with a NIfTI header")
+    header = kind(block[: kind.template_dtype.itemsize], check=True)
+    if not bytes(header["magic"].item()).startswith(b"n+"):
+        raise ValueError("its voxels are in another file (.hdr and .img); join them into one .nii file")
+    slope, intercept = header.get_slope_inter()
+    if (slope, intercept) == (1.0, 0.0):
+        slope = None
+    return _Header(
+        tuple(int(n) for n in header.get_data_shape()),
+        header.get_data_dtype(),
+        int(header.get_data_offset()),
+        slope,
+        intercept or 0.0,
+        tuple(float(zoom) for zoom in header.get_zooms()),
+        str(header.get_xyzt_units()[0]),
+        kind is Nifti1Header,
+    )
+
+
+def _spatial(layout: Layout, header: _Header, factor: float) -> Spacing | None:
+    """Distances (z, y, x) times ``factor``, or None where an axis is absent or a distance is not positive."""
+    found = dict(zip(layout.letters, header.zooms, strict=True))
+    return three_positive([found.get(letter, math.nan) for letter in "zyx"], factor)
+
+
+def _spacing(layout: Layout, header: _Header, packed: bool) -> Spacing | None:
+    by_itk = packed and header.first_version
+    factor = MILLIMETRES_PER_UNIT.get(header.unit, 1.0) if by_itk else 1.0
+    if len(header.shape) > 2:
+        return _spatial(layout, header, factor)
+    y, x = (header.zooms[layout.letters.index(letter)] * factor for letter in "yx")
+    return three_positive([999 * max(y, x), y, x])  # one section, as SimpleITKIO states it
+
+
+class _Unpacked:
+    """The voxels of a ``.nii.gz`` file, unpacked when first asked for."""
+
+    def __init__(self, source: Source, header: _Header) -> None:
+        self._source = source
+        self._header = header
+        self._lock = threading.Lock()
+        self._stream: IO[bytes] | None = None
+        self._array: MappedArray | None = None
+
+    def fetch(self, index: tuple[slice, ...]) -> Array:
+        with self._lock:
+            if self._array is None:
+                self._array = self._unpack()
+        return self._array.fetch(index)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._stream is not None:
+                self._stream.close()
+            self._array = self._stream = None
+
+    def _unpack(self) -> MappedArray:
+        header, folder = self._header, tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+        if header.total_bytes > free:
+            raise VolumeError(
+                f"{self._source.uri}: unpacked it takes {header.total_bytes} bytes, but {folder} has {free} free; "
+                "set TMPDIR to a folder with more room, or unpack it to .nii."
+            )
+        with contextlib.ExitStack() as opened:
+            stream: IO[bytes] = opened.enter_context(tempfile.TemporaryFile())
+            left = header.total_bytes
+            with gzip.open(self._source.path) as packed:
+                while piece := packed.read(PIECE_BYTES):  # to the end, where gzip's checksum is
+                    stream.write(piece[:left])
+                    left -= min(left, len(piece))
+            stream.flush()
+            array = MappedArray(stream, header.dtype, header.shape, header.offset, "F")
+            self._stream = stream
+            opened.pop_all()
+        return array

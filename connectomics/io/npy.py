@@ -1,0 +1,50 @@
+"""numpy's ``.npy`` volumes in C or Fortran order, memory-mapped; pickled objects are refused; for ``opening``."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import IO
+
+import numpy as np
+from numpy.lib import format as npy_format
+
+from connectomics.io.mapped import MappedArray
+from connectomics.io.source import READ_ERRORS, Source, file_identity, refuse_inner, unreadable
+from connectomics.io.stored import StoredVolume, info_of, layout_of, native_dtype
+
+
+def open_npy(source: Source) -> StoredVolume:
+    """Open an array that ``numpy.save`` wrote for lazy reading.
+
+    Raises
+    ------
+    VolumeError
+        If the file is damaged, cut short, holds objects or has a shape that is no volume's.
+    """
+    refuse_inner(source)
+    try:
+        with contextlib.ExitStack() as opened:
+            identity = file_identity(source.path)
+            stream = opened.enter_context(source.path.open("rb"))
+            shape, fortran, dtype = _header(stream)
+            native_dtype(source, dtype)  # refuses objects before anything is mapped
+            layout = layout_of(source, shape, None)
+            array = MappedArray(stream, dtype, shape, stream.tell(), "F" if fortran else "C")
+            info = info_of(source, layout, dtype, array.chunk)
+            release = opened.pop_all().close
+    except READ_ERRORS as error:
+        raise unreadable(source, "npy", error) from error
+    return StoredVolume(source, info, layout, fetch=array.fetch, identity=lambda: identity, release=release)
+
+
+def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+    """Shape, whether in Fortran order, and dtype; the stream then stands at the first voxel."""
+    version = npy_format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"npy format {version[0]}.{version[1]}, expected 1.0 or 2.0")
+    read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about headers that Python 2 wrote
+        shape, fortran, dtype = read(stream)
+    return shape, fortran, dtype
