@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import io
+import json
+import os
 import sys
+import types
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-from connectomics.errors import ModelError
+from connectomics.errors import ModelError, UnsafeModelError
 from connectomics.models.arch.nnunet_models import (
     NetworkPlan,
     NNUNetModel,
@@ -21,6 +27,7 @@ from connectomics.models.arch.nnunet_models import (
 )
 from connectomics.models.arch.trainers import own_network_trainer, stock_trainers
 from connectomics.models.checkpoint import load_model
+from connectomics.models.conversion import convert_model
 
 from nnunet_models import make_model
 
@@ -78,22 +85,196 @@ class CustomTrainer(nnUNetTrainer):
 """
 
 
-def test_a_custom_trainer_comes_with_trust_and_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+NEW_SIGNATURE = """
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from side_module import SLOPE
+
+
+class CustomTrainer(nnUNetTrainer):
+    @staticmethod
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ):
+        assert plans_manager.plans_name == "nnUNetPlans"
+        network = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        for module in network.modules():
+            if "negative_slope" in vars(module):
+                module.negative_slope = SLOPE
+        return network
+"""
+STOCK_NETWORK = """
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+
+class CustomTrainer(nnUNetTrainer):
+    pass
+"""
+WINDOW = torch.ones(1, 1, 1, 16, 16).cumsum(3)
+
+
+@pytest.fixture
+def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model of CustomTrainer; two folders for trainers, ``first`` and ``second``, beside it."""
     root = make_model(tmp_path, dimensions=2, patch=(16, 16), features=(4, 8))
     file = root / "fold_0" / "checkpoint_final.pth"
-    expected = load_model(root).networks[0](torch.ones(1, 1, 1, 16, 16).cumsum(3))
-    content = torch.load(file, weights_only=False)
-    torch.save(content | {"trainer_name": "CustomTrainer"}, file)
-    (tmp_path / "trainers").mkdir()
-    (tmp_path / "trainers" / "custom_trainer_for_tests.py").write_text(CUSTOM_TRAINER)
-    with pytest.raises(ModelError, match="unknown trainer 'CustomTrainer'"):
-        load_model(root, trust_code=True)
-    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "trainers"))
+    torch.save(torch.load(file, weights_only=False) | {"trainer_name": "CustomTrainer"}, file)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    folders = [str(tmp_path / name) for name in ("absent", "first", "second")]
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(["", *folders]))
+    return root
+
+
+def logits_of_nnunet(root: Path) -> torch.Tensor:
+    """What nnUNetPredictor's network says, its trainer found by nnunetv2's own search."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+        from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+        from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+        def find(name: str) -> type:  # without nnunetv2's own trainers, some of which cannot be imported
+            for folder in filter(os.path.isdir, os.environ["nnUNet_extTrainer"].split(os.pathsep)):  # noqa: SIM112
+                found = recursive_find_python_class(
+                    folder, name, None, base_folder=folder, cleanup_imports_from_base_folder=True
+                )
+                if found is not None:
+                    assert issubclass(found, nnUNetTrainer)
+                    return found
+            raise LookupError(name)
+
+        with mock.patch("nnunetv2.inference.predict_from_raw_data.recursive_find_trainer_class_by_name", find):
+            predictor = nnUNetPredictor(device=torch.device("cpu"))
+            predictor.initialize_from_trained_model_folder(str(root), None)
+    with torch.no_grad():
+        return predictor.network.eval()(WINDOW[:, :, 0])[:, :, None]
+
+
+@pytest.mark.parametrize("trainer", [CUSTOM_TRAINER, NEW_SIGNATURE, STOCK_NETWORK], ids=["old", "new", "stock network"])
+def test_a_custom_trainer_builds_the_network_it_builds_for_nnunet(custom: Path, trainer: str) -> None:
+    second = custom.parent / "second"
+    (second / "custom_trainer.py").write_text(trainer)
+    (second / "side_module.py").write_text("SLOPE = 0.5")
+    (network,) = load_model(custom, trust_code=True).networks
+    assert torch.equal(network(WINDOW), logits_of_nnunet(custom))
+    assert not {"custom_trainer", "side_module"} & set(sys.modules)
+    assert str(second) not in sys.path
+
+
+def test_a_custom_trainer_needs_trust_and_is_not_imported_without(custom: Path) -> None:
+    (custom.parent / "second" / "custom_trainer.py").write_text(f"{STOCK_NETWORK}\nraise SystemExit('it ran')")
+    with pytest.raises(UnsafeModelError, match=r"outside of nnunetv2 \(.*second/custom_trainer\.py\); nothing of it"):
+        load_model(custom)
+
+
+def test_a_custom_trainer_that_is_nowhere_is_unknown(custom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match=r"unknown trainer 'CustomTrainer'.*model\.trust_code"):
+        load_model(custom, trust_code=True)
+    monkeypatch.delenv("nnUNet_extTrainer")
+    with pytest.raises(ModelError, match="unknown trainer 'CustomTrainer'"):
+        load_model(custom, trust_code=True)
+
+
+def test_only_the_module_with_the_trainer_is_imported(custom: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = custom.parent / "first", custom.parent / "second"
+    (first / "a_bomb.py").write_text("raise SystemExit('it ran')")
+    (first / "b_broken.py").write_text("class (:")
+    (first / "package").mkdir()
+    (first / "package" / "__init__.py").touch()
+    (first / "package" / "trainers.py").write_text(NEW_SIGNATURE.replace("from side", "from .side"))
+    (first / "package" / "side_module.py").write_text("SLOPE = 0.25")
+    (second / "custom_trainer.py").write_text("raise SystemExit('the second folder was searched first')")
+    (network,) = load_model(custom, trust_code=True).networks
+    assert {module.negative_slope for module in network.modules() if isinstance(module, nn.LeakyReLU)} == {0.25}
+    assert "b_broken.py: passed over" in caplog.text
+
+
+def test_a_trainer_that_a_module_imports_counts_as_its_own(custom: Path) -> None:
+    second = custom.parent / "second"
+    (second / "a_list.py").write_text("from z_trainer import Original as CustomTrainer")
+    (second / "z_trainer.py").write_text(CUSTOM_TRAINER.replace("class CustomTrainer", "class Original"))
+    (network,) = load_model(custom, trust_code=True).networks
+    assert torch.equal(network(WINDOW), logits_of_nnunet(custom))
+
+
+def test_a_known_module_of_the_same_name_is_left_alone(custom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (custom.parent / "second" / "custom_trainer.py").write_text(CUSTOM_TRAINER)
+    other = types.ModuleType("custom_trainer")
+    monkeypatch.setitem(sys.modules, "custom_trainer", other)
+    assert load_model(custom, trust_code=True).spec.trainer_name == "CustomTrainer"
+    assert sys.modules["custom_trainer"] is other
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import package_nobody_has\nclass CustomTrainer: pass", r"ModuleNotFoundError: .*package_nobody_has"),
+        ("class CustomTrainer(Undefined): pass", "NameError"),
+        ("class CustomTrainer: pass", "not a subclass of nnUNetTrainer"),
+        ("CustomTrainer = 3", "not a subclass of nnUNetTrainer"),
+        ("if False:\n    class CustomTrainer: pass", "KeyError"),
+    ],
+)
+def test_a_custom_trainer_that_is_none_is_named(custom: Path, text: str, words: str) -> None:
+    (custom.parent / "second" / "custom_trainer.py").write_text(text)
+    with pytest.raises(ModelError, match=rf"'CustomTrainer'.*second/custom_trainer\.py.*{words}"):
+        load_model(custom, trust_code=True)
+
+
+OWN_NETWORK = """
+import torch
+from torch import nn
+
+
+class Own:
+    class Network(nn.Module):
+        def __init__(self, input_channels, num_classes, width, activation, deep_supervision):
+            super().__init__()
+            assert not deep_supervision
+            self.register_buffer("scale", torch.tensor([float(torch.arange(3).sum().item())]), persistent=False)
+            self.layers = nn.Sequential(nn.Conv2d(input_channels, width, 3, padding=1), activation(),
+                                        nn.Conv2d(width, num_classes, 1))
+
+        def forward(self, x):
+            return self.layers(x * self.scale)
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+"""
+
+
+def test_an_architecture_of_ones_own_comes_with_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans may name any class: a class within a class, a layer, and buffers that are computed while it is built."""
+    root = make_model(tmp_path, dimensions=2, patch=(16, 16), features=(4, 8))
+    (tmp_path / "own_networks_of_a_test.py").write_text(OWN_NETWORK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plans = json.loads((root / "plans.json").read_text())
+    plans["configurations"]["2d"]["architecture"] = {
+        "network_class_name": "own_networks_of_a_test.Own.Network",
+        "arch_kwargs": {"width": 5, "activation": "own_networks_of_a_test.Doubled"},
+        "_kw_requires_import": ["activation"],
+    }
+    (root / "plans.json").write_text(json.dumps(plans))
+    layers = nn.Sequential(nn.Conv2d(1, 5, 3, padding=1), nn.Identity(), nn.Conv2d(5, 2, 1))
+    file = root / "fold_0" / "checkpoint_final.pth"
+    weights = {f"layers.{name}": tensor for name, tensor in layers.state_dict().items()}
+    torch.save(torch.load(file, weights_only=False) | {"network_weights": weights}, file)
+    with pytest.raises(UnsafeModelError, match=r"names 'own_networks_of_a_test\.Own\.Network'"):
         load_model(root)
-    assert "custom_trainer_for_tests" not in sys.modules
+    assert "own_networks_of_a_test" not in sys.modules
     (network,) = load_model(root, trust_code=True).networks
-    assert torch.equal(network(torch.ones(1, 1, 1, 16, 16).cumsum(3)), expected)
+    with torch.no_grad():
+        assert torch.equal(network(WINDOW)[:, :, 0], layers[2](2 * layers[0](3 * WINDOW[:, :, 0])))
+    (tmp_path / "copy").mkdir()
+    convert_model(root, tmp_path / "copy", trust_code=True)
+    with pytest.raises(UnsafeModelError, match=r"model\.trust_code"):
+        load_model(tmp_path / "copy")
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "copy", trust_code=True).networks[0](WINDOW), network(WINDOW))
 
 
 def plan(**changes: object) -> NetworkPlan:

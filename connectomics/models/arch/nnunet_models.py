@@ -9,6 +9,7 @@ import copy
 import importlib
 import inspect
 import math
+import operator
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -159,7 +160,8 @@ def build_nnunet(plan: NetworkPlan) -> NNUNetModel:
     try:
         if trainer is not None:
             return NNUNetModel(_built_by(trainer, plan), plan.dimensions)
-        with torch.device("meta"):
+        # a stock network computes nothing while it is built; another may, which needs real memory
+        with torch.device("meta" if network_class in _NETWORKS.values() else "cpu"):
             network = network_class(
                 input_channels=plan.channels,
                 num_classes=plan.classes,
@@ -232,11 +234,22 @@ def _trusted(name: str, key: str, plan: NetworkPlan) -> Any:
         )
     module, _, attribute = name.rpartition(".")
     try:
-        return vars(importlib.import_module(module))[attribute]
-    except (ImportError, KeyError, ValueError) as error:
+        return operator.attrgetter(attribute)(_module_or_class(module))
+    except (ImportError, AttributeError, ValueError) as error:
         raise ModelError(
             f"{plan.where}: '{key}' names '{name}', which cannot be imported ({error}); install the package it is in"
         ) from error
+
+
+def _module_or_class(name: str) -> Any:
+    """What a dotted name stands for: a module, or a class within one."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        outer, _, inner = name.rpartition(".")
+        if not outer:
+            raise
+        return operator.attrgetter(inner)(_module_or_class(outer))
 
 
 def _check_arguments(plan: NetworkPlan, network_class: Any, arguments: Mapping[str, Any]) -> None:
