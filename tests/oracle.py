@@ -112,7 +112,8 @@ def predict(
         Statistics to use instead of nnU-Net's own.
     """
     spacing = [s for s in predictor.configuration_manager.spacing]
-    properties = {"spacing": [999.0] * (3 - len(spacing)) + spacing}
+    spacing = [999.0] * (3 - len(spacing)) + spacing
+    properties = {"spacing": [spacing[axis] for axis in predictor.plans_manager.transpose_backward]}
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")

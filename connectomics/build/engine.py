@@ -14,6 +14,7 @@ import psutil
 
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ModelError
+from connectomics.geometry import AxisOrder
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.inference.predictor import Predictor, RollingPredictor, SlidingWindow
 from connectomics.inference.windows import as_patch
@@ -146,7 +147,7 @@ def _check_expectations(config: Config, spec: ModelSpec, path: Path) -> None:
 def describe(config: Config, checkpoint: Path) -> dict[str, object]:
     """What ``connectomics inspect`` prints of a model, as JSON values."""
     spec = load(config, checkpoint).spec
-    axes = "zyx"
+    axes = "zyx"  # of the volume; patch, spacing and mirror axes are those of the transposed axes
     return {
         "model": str(checkpoint),
         "configuration": f"{spec.configuration} ({spec.dimensions}D)",
@@ -154,6 +155,7 @@ def describe(config: Config, checkpoint: Path) -> dict[str, object]:
         "plans": spec.plans_name,
         "dataset": spec.dataset_name,
         "folds": ", ".join(spec.folds),
+        "axes": "".join(axes[a] for a in spec.axis_order),
         "patch (z, y, x)": list(spec.patch_shape),
         "spacing (z, y, x)": list(spec.spacing),
         "channels": ", ".join(spec.channel_names),
@@ -198,6 +200,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         spec.normalisations,
         _label_rule(config, spec),
         _probability_rule(config, spec, activation) if config.inference.output.save_probabilities else None,
+        AxisOrder(spec.axis_order),
     )
     binary = config.inference.postprocessing.binary
     filters = Filters(binary.remove_small_objects, binary.fill_holes) if binary.enabled else Filters()

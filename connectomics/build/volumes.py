@@ -140,6 +140,7 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
         "regions": {name: list(values) for name, values in engine.spec.regions},
         "resample": "off",
         "plan_spacing": list(engine.spec.spacing),
+        "axis_order": list(engine.spec.axis_order),
         "seed": config.system.seed,
     }
     return VolumeJob(
@@ -156,12 +157,19 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
 
 
 def _plan(config: Config, engine: Engine, extent: Vec3, channels: int) -> BlockPlan:
+    """Blocks in the volume's axes; they are planned in the model's, where windows lie."""
+    order = engine.segmenter.order
+    plan = _model_plan(config, engine, order.turn(extent), channels)
+    return BlockPlan(order.inverse.turn(plan.block_shape), order.inverse.turn(plan.chunk_shape))
+
+
+def _model_plan(config: Config, engine: Engine, extent: Vec3, channels: int) -> BlockPlan:
     patch = engine.window.patch
     stated = config.inference.block_shape
     budget = engine.settings.budget_bytes
     if config.inference.sliding_window.engine == "monai":
         return whole_plan(extent, patch, engine.spec.classes, channels, budget)
     if stated is not None:
-        return forced_plan(extent, patch, vec3(stated))
+        return forced_plan(extent, patch, engine.segmenter.order.turn(vec3(stated)))
     accumulated = engine.spec.classes * len(engine.spec.folds) + 1
     return plan_blocks(extent, patch, accumulated, channels, budget)
