@@ -103,6 +103,53 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True)
+class AxisOrder:
+    """A permutation of the axes: axis ``i`` of a model is axis ``axes[i]`` of the volume (0 = z, 1 = y, 2 = x).
+
+    Raises
+    ------
+    ValueError
+        If ``axes`` is not a permutation of 0, 1, 2.
+
+    Examples
+    --------
+    >>> order = AxisOrder((2, 0, 1))
+    >>> order.turn((10, 20, 30)), order.inverse.turn(order.turn((10, 20, 30)))
+    ((30, 10, 20), (10, 20, 30))
+    """
+
+    axes: Vec3 = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        if sorted(self.axes) != [0, 1, 2]:
+            raise ValueError(f"expected a permutation of 0, 1, 2, got {self.axes}")
+
+    @property
+    def identity(self) -> bool:
+        """Whether nothing is permuted."""
+        return self.axes == (0, 1, 2)
+
+    @property
+    def inverse(self) -> AxisOrder:
+        """The order that undoes this one."""
+        return AxisOrder(vec3([self.axes.index(axis) for axis in range(3)]))
+
+    @property
+    def of_array(self) -> tuple[int, int, int, int]:
+        """Axes to transpose a (c, z, y, x) array by."""
+        a, b, c = self.axes
+        return (0, a + 1, b + 1, c + 1)
+
+    def turn(self, values: Vec3) -> Vec3:
+        """Values along the volume's (z, y, x), in the model's order."""
+        return vec3([values[axis] for axis in self.axes])
+
+    def turn_box(self, box: Box) -> Box:
+        """A box of the volume in the model's order."""
+        return Box(self.turn(box.start), self.turn(box.stop))
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """A unit of work and of recovery: ``core`` is what it writes, ``read`` is core plus context."""
 

@@ -63,6 +63,7 @@ def make_plans(
     scheme: str | Sequence[str] = "ZScoreNormalization",
     spacing: Sequence[float] | None = None,
     features: Sequence[int] = (4, 8, 12),
+    axis_order: Sequence[int] = (0, 1, 2),
 ) -> dict[str, Any]:
     """Plans as nnunetv2 2.8's planner writes them, with one configuration (``2d`` or ``3d_fullres``)."""
     name = "2d" if dimensions == 2 else "3d_fullres"
@@ -95,8 +96,8 @@ def make_plans(
         "original_median_spacing_after_transp": [999.0, 1.0, 1.0] if dimensions == 2 else [1.0, 1.0, 1.0],
         "original_median_shape_after_transp": [1, 64, 64],
         "image_reader_writer": reader,
-        "transpose_forward": [0, 1, 2],
-        "transpose_backward": [0, 1, 2],
+        "transpose_forward": list(axis_order),
+        "transpose_backward": [list(axis_order).index(axis) for axis in range(3)],
         "configurations": {name: configuration},
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
@@ -142,6 +143,7 @@ def make_model(
     give_weights: Callable[[torch.nn.Module], None] | None = None,
     labels: Mapping[str, int | list[int]] | None = None,
     regions_class_order: Sequence[int] | None = None,
+    axis_order: Sequence[int] = (0, 1, 2),
 ) -> Path:
     """Write a nnU-Net training folder and return it; weights are random unless ``give_weights`` sets others.
 
@@ -167,6 +169,8 @@ def make_model(
         Changes the network in place before it is saved, for example trains it.
     labels, regions_class_order
         As in dataset.json; None: ``classes`` plain labels.
+    axis_order
+        ``transpose_forward``; the patch and the mirror axes are those of the transposed axes.
     """
     plans = make_plans(
         dimensions=dimensions,
@@ -177,6 +181,7 @@ def make_model(
         scheme=scheme,
         spacing=spacing,
         features=features,
+        axis_order=axis_order,
     )
     dataset = make_dataset(
         channels=channels, classes=classes, reader=reader, labels=labels, regions_class_order=regions_class_order

@@ -116,7 +116,8 @@ def predict(
     """
     if spacing is None:
         planned = list(predictor.configuration_manager.spacing)
-        spacing = [999.0] * (3 - len(planned)) + planned
+        planned = [999.0] * (3 - len(planned)) + planned
+        spacing = [planned[axis] for axis in predictor.plans_manager.transpose_backward]
     properties = {"spacing": list(spacing)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

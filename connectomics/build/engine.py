@@ -14,6 +14,7 @@ import psutil
 
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ModelError
+from connectomics.geometry import AxisOrder
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.inference.predictor import Predictor, RollingPredictor, SlidingWindow
 from connectomics.inference.resample import require_default
@@ -162,7 +163,7 @@ def _check_expectations(config: Config, spec: ModelSpec, path: Path) -> None:
 def describe(config: Config, checkpoint: Path) -> dict[str, object]:
     """What ``connectomics inspect`` prints of a model, as JSON values."""
     spec = load(config, checkpoint).spec
-    axes = "zyx"
+    axes = "zyx"  # of the volume; patch, spacing and mirror axes are those of the transposed axes
     return {
         "model": str(checkpoint),
         "configuration": f"{spec.configuration} ({spec.dimensions}D)",
@@ -170,6 +171,7 @@ def describe(config: Config, checkpoint: Path) -> dict[str, object]:
         "plans": spec.plans_name,
         "dataset": spec.dataset_name,
         "folds": ", ".join(spec.folds),
+        "axes": "".join(axes[a] for a in spec.axis_order),
         "patch (z, y, x)": list(spec.patch_shape),
         "spacing (z, y, x)": list(spec.spacing),
         "channels": ", ".join(spec.channel_names),
@@ -215,6 +217,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         spec.normalisations,
         _label_rule(config, spec),
         _probability_rule(config, spec, activation) if config.inference.output.save_probabilities else None,
+        order=AxisOrder(spec.axis_order),
     )
     binary = config.inference.postprocessing.binary
     filters = Filters(binary.remove_small_objects, binary.fill_holes) if binary.enabled else Filters()
@@ -248,6 +251,11 @@ def _check_resampling(config: Config, spec: ModelSpec, *, by_slice: bool) -> Non
         raise ConfigError(
             "inference.resample=plan: each section is a case of its own here, and nnU-Net gives 2D images no "
             "spacing to resample by; set inference.resample=off"
+        )
+    if not AxisOrder(spec.axis_order).identity:
+        raise ModelError(
+            "inference.resample=plan: this model's plans transpose the axes, and both together are not supported yet; "
+            "bring the volume to the plan's spacing yourself and set inference.resample=off"
         )
     require_default(spec.resampling_data, 3)
     require_default(spec.resampling_probabilities, 1)

@@ -13,7 +13,7 @@ from connectomics.build.engine import Engine
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, VolumeError
 from connectomics.fingerprint import key_of
-from connectomics.geometry import vec3
+from connectomics.geometry import Vec3, vec3
 from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.io.export import export_path
 from connectomics.io.listing import VolumeSource, expand, group, refuse_collisions, without_results
@@ -192,6 +192,7 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
         "regions": {name: list(values) for name, values in engine.spec.regions},
         "resample": _resampling_facts(resampling),
         "plan_spacing": list(engine.spec.spacing),
+        "axis_order": list(engine.spec.axis_order),
         "seed": config.system.seed,
     }
     return VolumeJob(
@@ -225,14 +226,22 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plan(config: Config, engine: Engine, reader: VolumeReader, resampling: Resampling | None) -> BlockPlan:
-    extent, channels = reader.info.extent, reader.info.channels
+    """Blocks in the volume's axes; they are planned in the model's, where windows lie."""
+    order = engine.segmenter.order
+    plan = _model_plan(config, engine, order.turn(reader.info.extent), reader.info.channels, resampling)
+    return BlockPlan(order.inverse.turn(plan.block_shape), order.inverse.turn(plan.chunk_shape))
+
+
+def _model_plan(
+    config: Config, engine: Engine, extent: Vec3, channels: int, resampling: Resampling | None
+) -> BlockPlan:
     patch = engine.window.patch
     stated = config.inference.block_shape
     budget = engine.settings.budget_bytes
     if config.inference.sliding_window.engine == "monai":
         return whole_plan(extent, patch, engine.spec.classes, channels, budget)
     if stated is not None:
-        return forced_plan(extent, patch, vec3(stated))
+        return forced_plan(extent, patch, engine.segmenter.order.turn(vec3(stated)))
     accumulated = engine.spec.classes * len(engine.spec.folds) + 1
     plan = plan_blocks(extent, patch, accumulated, channels, budget)
     if resampling is None:

@@ -32,6 +32,7 @@ from connectomics.models.converted import (
 from connectomics.models.locate import ModelFiles, locate_model
 from connectomics.models.plans import (
     PlanText,
+    axis_order,
     channel_names,
     check_supported,
     embedded_json,
@@ -423,6 +424,7 @@ def _describe(member: _Fold, plans: PlanText, dataset: PlanText, trust_code: boo
         sha256="",
         parameters=0,
         regions=table.regions,
+        axis_order=axis_order(plans),
     )
     plan = NetworkPlan(
         trainer_name=member.trainer_name,

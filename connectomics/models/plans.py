@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from connectomics.errors import ModelError
-from connectomics.geometry import Vec3
+from connectomics.geometry import Vec3, vec3
 from connectomics.models.spec import ChannelNormalisation, ResamplingRule, Spacing
 
 NORMALISATIONS = (
@@ -166,16 +166,13 @@ def check_supported(plans: PlanText, configuration: PlanText) -> None:
     Raises
     ------
     ModelError
-        For cascades, transposed axes, masked normalisation, custom preprocessors and label managers.
+        For cascades, masked normalisation, custom preprocessors and label managers.
     """
     reason: str | None = None
-    transpose = plans.values.get("transpose_forward", [0, 1, 2])
     preprocessor = configuration.values.get("preprocessor_name", "DefaultPreprocessor")
     manager = plans.values.get("label_manager", "LabelManager")
     if configuration.values.get("previous_stage") is not None:
         reason = f"it is the second stage of a cascade (previous_stage {configuration.values['previous_stage']!r})"
-    elif transpose != [0, 1, 2]:
-        reason = f"it transposes the axes (transpose_forward {transpose!r:.40}, expected [0, 1, 2])"
     elif preprocessor != "DefaultPreprocessor":
         reason = f"it uses the preprocessor {preprocessor!r:.60}, expected DefaultPreprocessor"
     elif manager != "LabelManager":
@@ -186,6 +183,29 @@ def check_supported(plans: PlanText, configuration: PlanText) -> None:
         reason = "it normalises within the mask of nonzero voxels (use_mask_for_norm)"
     if reason is not None:
         raise ModelError(f"{configuration.where}: this model is not supported yet: {reason}; use nnU-Net itself for it")
+
+
+def axis_order(plans: PlanText) -> Vec3:
+    """``transpose_forward``: which axis of the volume each axis of the model is.
+
+    Raises
+    ------
+    ModelError
+        If it is no permutation of the axes, or ``transpose_backward`` does not undo it.
+    """
+    forward = plans.values.get("transpose_forward", [0, 1, 2])
+    if not isinstance(forward, list) or any(type(a) is not int for a in forward) or sorted(forward) != [0, 1, 2]:
+        raise ModelError(
+            f"{plans.where}: 'transpose_forward' is {forward!r:.40}, expected 0, 1 and 2 in some order; {_RESTORE}"
+        )
+    undone = [forward.index(axis) for axis in range(3)]
+    backward = plans.values.get("transpose_backward", [0, 1, 2])
+    if backward != undone:
+        raise ModelError(
+            f"{plans.where}: 'transpose_backward' is {backward!r:.40}, expected {undone}, which undoes "
+            f"transpose_forward {forward}; {_RESTORE}"
+        )
+    return vec3(forward)
 
 
 def channel_names(dataset: PlanText) -> tuple[str, ...]:

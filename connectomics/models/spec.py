@@ -61,6 +61,8 @@ class ResamplingRule:
 class ModelSpec:
     """Everything about a model but its weights; spatial axes are (z, y, x), a 2D model has patch depth 1.
 
+    Where ``axis_order`` transposes, patch, mirror axes and spacing are those of the transposed axes.
+
     Parameters
     ----------
     configuration
@@ -95,6 +97,8 @@ class ModelSpec:
         Number of trainable values of one network, shared ones counted once.
     regions
         (name, label values) of the region that each output channel stands for; empty for plain labels.
+    axis_order
+        nnU-Net's ``transpose_forward``: which axis of the volume (0 = z, 1 = y, 2 = x) each axis of the model is.
     """
 
     configuration: str
@@ -120,6 +124,7 @@ class ModelSpec:
     sha256: str
     parameters: int
     regions: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    axis_order: Vec3 = (0, 1, 2)
 
     @property
     def channels(self) -> int:

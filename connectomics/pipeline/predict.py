@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from connectomics.geometry import Block, BlockGrid, Box
+from connectomics.geometry import AxisOrder, Block, BlockGrid, Box
 from connectomics.inference.case import Case, CaseInput, ReadBox
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.inference.predictor import Predictor
@@ -25,13 +25,18 @@ PROBABILITIES = "probabilities"
 
 @dataclass(frozen=True, slots=True)
 class Segmenter:
-    """A model ready to label boxes of a volume: predictor, normalisation and rules for what is kept."""
+    """A model ready to label boxes of a volume: predictor, normalisation and rules for what is kept.
+
+    ``order`` is the model's order of axes. Volumes, cases and boxes come in the volume's; only the predictor and what
+    it reads work in the model's.
+    """
 
     predictor: Predictor
     schemes: tuple[ChannelNormalisation, ...]
     labels: LabelRule
     probabilities: ProbabilityRule | None
     resampling: Resampling | None = None
+    order: AxisOrder = field(default_factory=AxisOrder)
 
     def outputs(self) -> tuple[str, ...]:
         """Names of what ``segment`` returns."""
@@ -54,28 +59,40 @@ class Segmenter:
         arrays
             Each (c, z, y, x) of the box's extent; ``labels`` has one channel.
         """
+        core = self.order.turn_box(core)
         result: dict[str, Array] = {LABELS: np.zeros((1, *core.shape), self.labels.dtype)}
         if self.probabilities is not None:
             outside = self.probabilities.background().reshape(-1, 1, 1, 1)
             result[PROBABILITIES] = np.broadcast_to(outside, (len(outside), *core.shape)).copy()
-        for case in cases:
-            part = core.intersect(case.box)
-            if not part.voxels:
-                continue
-            for box, logits in self._engine().predict(CaseInput(case, self.schemes, read), part):
+        for source, part in self._parts(read, cases, core):
+            for box, logits in self._engine().predict(source, part):
                 index = (slice(None), *box.relative_to(core).slices)
                 result[LABELS][index] = self.labels.apply(logits)
                 if self.probabilities is not None:
                     result[PROBABILITIES][index] = self.probabilities.apply(logits)
-        return result
+        back = self.order.inverse.of_array
+        return {name: np.ascontiguousarray(array.transpose(back)) for name, array in result.items()}
 
     def windows(self, read: ReadBox, cases: Sequence[Case], core: Box) -> int:
         """Number of windows that ``segment`` computes."""
-        parts = [(CaseInput(case, self.schemes, read), core.intersect(case.box)) for case in cases]
-        return sum(self._engine().windows(source, part) for source, part in parts if part.voxels)
+        parts = self._parts(read, cases, self.order.turn_box(core))
+        return sum(self._engine().windows(source, part) for source, part in parts)
 
     def _engine(self) -> Predictor | ResampledPredictor:
         return self.predictor if self.resampling is None else ResampledPredictor(self.predictor, self.resampling)
+
+    def _parts(self, read: ReadBox, cases: Sequence[Case], core: Box) -> Iterator[tuple[CaseInput, Box]]:
+        """Each case that touches ``core``, and the part that it shares; in the model's axes, as ``core`` is."""
+        turned = read if self.order.identity else self._turned(read)
+        for case in cases:
+            region, box = self.order.turn_box(case.region), self.order.turn_box(case.box)
+            part = core.intersect(box)
+            if part.voxels:
+                yield CaseInput(Case(region, box, case.channels, case.plane_ranges), self.schemes, turned), part
+
+    def _turned(self, read: ReadBox) -> ReadBox:
+        back = self.order.inverse
+        return lambda box: np.ascontiguousarray(read(back.turn_box(box)).transpose(self.order.of_array))
 
 
 def cases_in(cases: Sequence[Case], box: Box) -> Sequence[Case]:

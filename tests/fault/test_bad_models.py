@@ -375,6 +375,21 @@ BROKEN = [
         ("dataset.json", "lack 'background'"),
     ),
     Case(
+        "axes that are no permutation",
+        lambda r: edit_json(r, lambda p: p.update(transpose_forward=[2, 0, 0])),
+        ("plans.json", "'transpose_forward' is [2, 0, 0]", "0, 1 and 2 in some order"),
+    ),
+    Case(
+        "axes of another type",
+        lambda r: edit_json(r, lambda p: p.update(transpose_forward="zyx")),
+        ("plans.json", "'transpose_forward' is 'zyx'"),
+    ),
+    Case(
+        "axes that are not transposed back",
+        lambda r: edit_json(r, lambda p: p.update(transpose_forward=[2, 0, 1])),
+        ("plans.json", "'transpose_backward' is [0, 1, 2], expected [1, 2, 0]"),
+    ),
+    Case(
         "regions without an order",
         lambda r: edit_labels(r, {"background": 0, "whole": [1, 2], "core": 2}),
         ("dataset.json", "'regions_class_order' is missing", "2 whole numbers from 0 to 255"),
@@ -470,11 +485,6 @@ UNSUPPORTED = [
         "cascade",
         lambda r: edit_configuration(r, lambda c: c.update(previous_stage="3d_lowres")),
         ("plans.json", "not supported yet", "cascade", "3d_lowres"),
-    ),
-    Case(
-        "transposed axes",
-        lambda r: edit_json(r, lambda p: p.update(transpose_forward=[2, 0, 1])),
-        ("plans.json", "not supported yet", "transpose_forward [2, 0, 1]"),
     ),
     Case(
         "masked normalisation",

@@ -202,3 +202,9 @@ def test_blocks_shrink_until_their_logits_fit() -> None:
     assert with_logits_in_memory(plan, 2, 1.0, 1 << 40) == plan
     assert with_logits_in_memory(plan, 2, 1.0, 1 << 29).block_shape == (128, 512, 512)
     assert with_logits_in_memory(plan, 2, 1.0, 1).block_shape == (64, 512, 512)
+
+
+def test_transposed_plans_are_not_resampled_yet(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, dimensions=3, patch=(8, 16, 16), reader="SimpleITKIO", axis_order=(1, 0, 2), seed=5)
+    with pytest.raises(ModelError, match="transpose the axes"):
+        InferenceManager.from_checkpoint(folder, [*WORDS, "inference.resample=plan"])

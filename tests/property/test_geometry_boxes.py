@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from connectomics.geometry import Block, BlockGrid, Box, vec3
+from connectomics.geometry import AxisOrder, Block, BlockGrid, Box, Vec3, vec3
 
 COORDINATE = st.integers(-6, 12)
 
@@ -83,3 +85,21 @@ def test_nonsense_is_refused() -> None:
     with pytest.raises(ValueError, match="expected 3"):
         vec3([1, 2])
     assert Block((0, 12, 3), Box.of_shape((1, 1, 1)), Box.of_shape((1, 1, 1))).key == "0-12-3"
+
+
+@pytest.mark.parametrize("axes", list(itertools.permutations(range(3))))
+def test_an_order_of_axes_turns_boxes_as_numpy_turns_arrays(axes: Vec3) -> None:
+    array = np.arange(2 * 4 * 5 * 6).reshape(2, 4, 5, 6)
+    order, box = AxisOrder(axes), Box((1, 2, 0), (3, 5, 4))
+    turned = array.transpose(order.of_array)
+    assert order.turn((4, 5, 6)) == turned.shape[1:]
+    part = turned[(slice(None), *order.turn_box(box).slices)]
+    np.testing.assert_array_equal(part.transpose(order.inverse.of_array), array[(slice(None), *box.slices)])
+    assert order.inverse.inverse == order
+    assert order.identity == (axes == (0, 1, 2))
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 1), (1, 2, 3)])
+def test_an_order_of_axes_is_a_permutation(axes: Vec3) -> None:
+    with pytest.raises(ValueError, match="a permutation of 0, 1, 2"):
+        AxisOrder(axes)
