@@ -11,8 +11,10 @@ from pathlib import Path
 from natsort import natsorted
 
 from connectomics.errors import ConfigError
+from connectomics.io.source import without_prefix
 
 CHANNEL = re.compile(r"^(?P<stem>.+)_(?P<channel>\d{4})$")
+FOLDER_SUFFIXES = (".zarr", ".n5", ".precomputed")
 LONG_SUFFIXES = (".ome.tiff", ".ome.tif", ".ome.zarr", ".nii.gz")
 
 
@@ -48,7 +50,8 @@ def expand(pattern: str) -> list[str]:
     """
     if pattern.startswith("phantom:"):
         return [pattern]
-    path, mark, inner = pattern.partition("::")
+    prefix, local = without_prefix(pattern)
+    path, mark, inner = local.partition("::")
     try:
         if Path(path).exists():
             return [pattern]
@@ -62,7 +65,7 @@ def expand(pattern: str) -> list[str]:
             f"inference.volume_mode.file_pattern='{pattern}' matches no file or folder under {Path.cwd()}; "
             "check the path and quote the pattern so that the shell does not expand it"
         )
-    return [p + mark + inner for p in natsorted(found)]
+    return [prefix + p + mark + inner for p in natsorted(found)]
 
 
 def stem_of(uri: str) -> str:
@@ -75,11 +78,16 @@ def stem_of(uri: str) -> str:
     """
     if uri.startswith("phantom:"):
         return re.sub(r"[^A-Za-z0-9]+", "_", uri).strip("_")
-    path = Path(uri.partition("::")[0])
+    path = _local(uri)
     for suffix in LONG_SUFFIXES:
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
-    return path.name if path.suffix != ".zarr" and _is_folder(path) else path.stem
+    return path.name if path.suffix not in FOLDER_SUFFIXES and _is_folder(path) else path.stem
+
+
+def _local(uri: str) -> Path:
+    """The path in a URI."""
+    return Path(without_prefix(uri)[1].partition("::")[0])
 
 
 def _is_folder(path: Path) -> bool:
@@ -91,7 +99,7 @@ def _is_folder(path: Path) -> bool:
 
 def _place(uri: str) -> tuple[str, str]:
     """Folder and stem of a volume."""
-    return str(Path(uri.partition("::")[0]).parent), stem_of(uri)
+    return str(_local(uri).parent), stem_of(uri)
 
 
 def _channel(uri: str, stem: str) -> re.Match[str] | None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from connectomics.errors import VolumeError
 from connectomics.geometry import Box
-from connectomics.io.source import Source, is_folder, reason
+from connectomics.io.source import Source, is_folder, reason, without_prefix
 from connectomics.io.volume import Array, Nanometres, VolumeInfo, VolumeReader
 
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
@@ -22,7 +22,9 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 MRC_SUFFIXES = (".mrc", ".rec", ".map")
 NPY_SUFFIXES = (".npy",)
 FILE_SUFFIXES = HDF5_SUFFIXES + TIFF_SUFFIXES + IMAGE_SUFFIXES + NIFTI_SUFFIXES + MRC_SUFFIXES + NPY_SUFFIXES
-KNOWN = f"{', '.join(FILE_SUFFIXES)}, .zarr, a folder of images, or phantom:"
+FOLDER_SUFFIXES = (".zarr", ".n5", ".precomputed")
+ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
+KNOWN = f"{', '.join(FILE_SUFFIXES)}, .zarr, .n5, a precomputed folder, a folder of images, or phantom:"
 
 
 def open_volume(uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres | None = None) -> VolumeReader:
@@ -31,7 +33,8 @@ def open_volume(uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres 
     Parameters
     ----------
     uri
-        A path, ``path::inner`` (an HDF5 dataset, a Zarr level or array, a TIFF series) or a ``phantom:`` URI.
+        A path, ``path::inner`` (an HDF5 dataset, a Zarr or N5 level or array, a precomputed scale, a TIFF series),
+        either behind ``precomputed://``, or a ``phantom:`` URI.
     axes
         One letter out of c, z, y, x for each axis of the stored array, overriding what the file says. For a
         folder of images: "zyx" makes each file a section, "cyx" each file a channel.
@@ -47,12 +50,13 @@ def open_volume(uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres 
         from connectomics.io.phantom import open_phantom
 
         return open_phantom(uri)
-    scheme, separator, _ = uri.partition("://")
+    prefix, local = without_prefix(uri)
+    scheme, separator, _ = local.partition("://")
     if separator and "/" not in scheme:
         raise VolumeError(f"cannot open {uri}: only local paths and phantom: are read, not {scheme}://; copy it first.")
-    name, _, inner = uri.partition("::")
+    name, _, inner = local.partition("::")
     source = Source(uri, Path(name), inner or None, axes, voxel_size_nm)
-    opener = _opener(source)
+    opener = _stated_precomputed(source) if prefix else _opener(source)
     return opener(source)
 
 
@@ -141,14 +145,18 @@ def _opener(source: Source) -> Callable[[Source], VolumeReader]:
         **dict.fromkeys(NPY_SUFFIXES, _npy),
     }
     if is_folder(source):
-        if suffix == ".zarr" or _holds_zarr(source):
+        if suffix == ".zarr" or _holds(source, ZARR_FILES):
             return _zarr
+        if suffix == ".n5" or _holds(source, ("attributes.json",)):
+            return _n5
+        if suffix == ".precomputed" or _holds(source, ("info",)):
+            return _precomputed
         if suffix in by_suffix:
             raise VolumeError(
                 f"cannot open {source.uri}: a folder, where {suffix} promises a file; rename or correct it."
             )
         return _stack
-    if suffix == ".zarr":
+    if suffix in FOLDER_SUFFIXES:
         raise VolumeError(f"cannot open {source.uri}: a file, where {suffix} promises a folder; unpack or correct it.")
     if suffix not in by_suffix:
         raise VolumeError(
@@ -161,9 +169,15 @@ def _suffix(path: Path) -> str:
     return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
 
 
-def _holds_zarr(source: Source) -> bool:
+def _stated_precomputed(source: Source) -> Callable[[Source], VolumeReader]:
+    if not is_folder(source):
+        raise VolumeError(f"cannot open {source.uri}: a file, where precomputed:// promises a folder; correct it.")
+    return _precomputed
+
+
+def _holds(source: Source, names: Sequence[str]) -> bool:
     try:
-        return any((source.path / name).exists() for name in ("zarr.json", ".zarray", ".zgroup"))
+        return any((source.path / name).exists() for name in names)
     except OSError as error:
         raise VolumeError(f"cannot open {source.uri}: {reason(error)}.") from error
 
@@ -215,3 +229,15 @@ def _zarr(source: Source) -> VolumeReader:
     from connectomics.io.zarr_volume import open_zarr
 
     return open_zarr(source)
+
+
+def _n5(source: Source) -> VolumeReader:
+    from connectomics.io.n5 import open_n5
+
+    return open_n5(source)
+
+
+def _precomputed(source: Source) -> VolumeReader:
+    from connectomics.io.precomputed import open_precomputed
+
+    return open_precomputed(source)

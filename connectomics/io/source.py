@@ -5,10 +5,11 @@ Every file of a format imports this; it knows nothing about arrays.
 
 from __future__ import annotations
 
+import os
 import stat
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,9 @@ READ_ERRORS = (
 )
 """What the storage libraries raise on a file that is damaged, missing or not theirs."""
 
+PRECOMPUTED_PREFIXES = ("precomputed://file://", "precomputed://")
+"""What may stand before the path of a precomputed volume, longest first."""
+
 NM_PER_UNIT = {
     "pm": 1e-3,
     "picometer": 1e-3,
@@ -57,6 +61,18 @@ NM_PER_UNIT = {
     "meter": 1e9,
     "metre": 1e9,
 }
+
+
+def without_prefix(uri: str) -> tuple[str, str]:
+    """``precomputed://`` or nothing, and the rest of a URI.
+
+    Examples
+    --------
+    >>> without_prefix("precomputed:///data/em::1"), without_prefix("cell.h5")
+    (('precomputed://', '/data/em::1'), ('', 'cell.h5'))
+    """
+    prefix = next((prefix for prefix in PRECOMPUTED_PREFIXES if uri.startswith(prefix)), "")
+    return prefix, uri.removeprefix(prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,3 +175,13 @@ def folded_identity(name: str, files: Sequence[tuple[str, Path]]) -> dict[str, o
     """One identity for many files: their count and a sha256 over the identity of each, in the order given."""
     parts = [file_identity(path, relative) for relative, path in files]
     return {"name": name, "files": len(parts), "sha256": key_of({"files": parts})}
+
+
+def files_below(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
+    """All files below a folder with their relative names, in a fixed order; TensorStore's locks are left out."""
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir():
+                yield from files_below(Path(entry.path), f"{prefix}{entry.name}/")
+            elif not entry.name.endswith("__lock"):
+                yield prefix + entry.name, Path(entry.path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ from connectomics.io.source import (
     NM_PER_UNIT,
     READ_ERRORS,
     Source,
+    files_below,
     folded_identity,
     three_positive,
     unreadable,
@@ -80,7 +80,7 @@ def open_zarr(source: Source) -> StoredVolume:
         return block
 
     def identity() -> dict[str, object]:
-        files = list(_files(node.path))
+        files = list(files_below(node.path))
         if frame is not None:
             files += [(f"../{name}", path) for name, path in _metadata_files(frame.group)]
         return {**folded_identity(source.path.name, files), "array": source.inner or ""}
@@ -234,13 +234,3 @@ def _frame_of(multiscale: dict[str, Any], dataset: dict[str, Any], group: Path) 
 
 def _metadata_files(folder: Path) -> list[tuple[str, Path]]:
     return [(name, folder / name) for name in ("zarr.json", ".zattrs") if (folder / name).exists()]
-
-
-def _files(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
-    """All files below a folder with their relative names, in a fixed order."""
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir():
-                yield from _files(Path(entry.path), f"{prefix}{entry.name}/")
-            elif not entry.name.endswith("__lock"):
-                yield prefix + entry.name, Path(entry.path)

@@ -27,6 +27,8 @@ from connectomics.io.opening import open_channels, open_volume
 from connectomics.io.store import create_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
 
+from chunk_writers import write_n5, write_precomputed
+
 RNG = np.random.default_rng(20)
 ZYX = (5, 37, 29)
 
@@ -372,6 +374,64 @@ def mrc_of_imod(flags: int) -> Callable[[Path], Written]:
     return write
 
 
+def precomputed(dtype: str, channels: int = 1, inner: str = "", name: str = "em") -> Callable[[Path], Written]:
+    def write(folder: Path) -> Written:
+        data = voxels((29, 37, 5, channels), dtype)
+        levels = {"4_5_30": data, "8_10_30": data[::2, ::2]}
+        write_precomputed(folder / name, levels)
+        size, origin = ((30.0, 10.0, 8.0), (90.0, 200.0, 80.0)) if inner else ((30.0, 5.0, 4.0), (90.0, 100.0, 40.0))
+        expected = levels["8_10_30" if inner else "4_5_30"].T
+        return Written(f"{folder / name}{inner}", expected, {}, size, origin)
+
+    return write
+
+
+def precomputed_labels(folder: Path) -> Written:
+    labels = RNG.integers(0, 2**63, (4, 5, 5, 1), dtype=np.uint64)
+    data = labels.repeat(8, 0).repeat(8, 1)[:29, :37]
+    path = write_precomputed(folder / "seg", {"4_5_30": data}, encoding="compressed_segmentation", chunk=(16, 16, 1))
+    return Written(str(path), data.T, {}, (30.0, 5.0, 4.0), (90.0, 100.0, 40.0))
+
+
+def precomputed_jpeg(folder: Path) -> Written:
+    data = voxels((16, 32, 4, 1))
+    path = write_precomputed(
+        folder / "em", {"4_5_30": data}, encoding="jpeg", chunk=(16, 16, 4), voxel_offset=(0, 0, 0)
+    )
+    pages = [np.asarray(Image.open(path / "4_5_30" / f"0-16_{y}-{y + 16}_0-4")) for y in (0, 16)]
+    expected = np.concatenate([page.reshape(4, 16, 16) for page in pages], axis=1)
+    return Written(str(path), expected[None], {}, (30.0, 5.0, 4.0))
+
+
+def n5(dtype: str, compression: str = "gzip", inner: str = "", channels: int = 0, **more: Any) -> Any:
+    def write(folder: Path) -> Written:
+        data = voxels((29, 37, 5, channels)[: 4 if channels else 3], dtype)
+        block = (16, 16, 2, 1)[: data.ndim]
+        write_n5(folder / "a.n5" / inner.removeprefix("::"), data, block=block, packing=compression, **more)
+        size = (30.0, 5.0, 4.0) if more else None
+        return Written(f"{folder / 'a.n5'}{inner}", data.T.reshape((1,) * (4 - data.ndim) + data.T.shape), {}, size)
+
+    return write
+
+
+def n5_levels(folder: Path) -> Written:
+    data = voxels((29, 37, 5), "uint8")
+    for level in range(3):
+        write_n5(folder / f"em/c0/s{level}", data[:: 2**level], block=(16, 16, 2))
+    (folder / "em/attributes.json").write_text('{"n5": "2.5.1"}')
+    unit = {"dimensions": [0.004, 0.005, 0.03], "unit": "µm"}
+    (folder / "em/c0/attributes.json").write_text(json.dumps({"pixelResolution": unit}))
+    return Written(f"{folder / 'em'}", data.T[None], {}, (30.0, 5.0, 4.0))
+
+
+def n5_section(folder: Path) -> Written:
+    data = voxels((29, 37), "uint16")
+    return Written(str(write_n5(folder / "a.n5", data, block=(16, 16), packing="raw")), data.T[None, None])
+
+
+RESOLUTION = {"resolution": [4, 5, 30]}
+
+
 CASES: dict[str, Callable[[Path], Written]] = {
     "hdf5 3d chunked": hdf5(ZYX, "uint8", chunks=(2, 16, 16), compression="gzip"),
     "hdf5 2d": hdf5((37, 29), "uint8"),
@@ -441,6 +501,17 @@ CASES: dict[str, Callable[[Path], Written]] = {
     "mrc turned": mrc_turned,
     "mrc of imod, unsigned": mrc_of_imod(0),
     "mrc of imod, signed": mrc_of_imod(1),
+    "precomputed": precomputed("uint8"),
+    "precomputed float channels": precomputed("float32", 3, name="em.precomputed"),
+    "precomputed scale": precomputed("uint16", inner="::8_10_30"),
+    "precomputed labels": precomputed_labels,
+    "precomputed jpeg": precomputed_jpeg,
+    "n5": n5("uint8"),
+    "n5 raw in nanometres": n5("int16", "raw", **RESOLUTION),
+    "n5 dataset": n5("float32", "bzip2", "::volumes/raw"),
+    "n5 channels": n5("uint64", "xz", channels=2),
+    "n5 levels": n5_levels,
+    "n5 section": n5_section,
     "npy": npy(ZYX, "uint16"),
     "npy big endian channels": npy((2, *ZYX), ">f4"),
     "npy bool section": npy((37, 29), "bool"),

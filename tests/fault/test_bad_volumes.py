@@ -30,6 +30,8 @@ from connectomics.errors import VolumeError
 from connectomics.geometry import Box
 from connectomics.io.opening import open_volume
 
+from chunk_writers import write_n5, write_precomputed
+
 RNG = np.random.default_rng(4)
 VOXELS = RNG.integers(0, 255, (6, 40, 50), dtype=np.uint8)
 WIDE = VOXELS.astype(np.int16)
@@ -185,6 +187,36 @@ def mrc(folder: Path, data: np.ndarray = WIDE, flags: int | None = None, **field
         if flags is not None:
             file.header.extra2 = bytes(40) + struct.pack("<ii", 1146047817, flags) + bytes(36)
     return folder / "a.mrc"
+
+
+def precomputed(folder: Path, scale: dict[str, Any] | None = None, **info: Any) -> Path:
+    """A precomputed volume with entries of its info, or of its only scale, replaced."""
+    path = write_precomputed(folder / "em", {"4_5_30": VOXELS.T[..., None]}, chunk=(50, 40, 6), **info)
+    if scale is not None:
+        content = json.loads((path / "info").read_text())
+        content["scales"][0] |= scale
+        (path / "info").write_text(json.dumps(content))
+    return path
+
+
+def without(path: Path, name: str) -> Path:
+    target = path / name
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    return path
+
+
+def packed_chunks(path: Path) -> Path:
+    for chunk in list((path / "4_5_30").iterdir()):
+        file_of(chunk.with_name(f"{chunk.name}.gz"), gzip.compress(chunk.read_bytes()))
+        chunk.unlink()
+    return path
+
+
+def n5(folder: Path, *names: str, **attributes: Any) -> Path:
+    """An N5 container with an array at each name, or at its root."""
+    for name in names or ("",):
+        write_n5(folder / "a.n5" / name, VOXELS.T, block=(50, 40, 6), **attributes)
+    return folder / "a.n5"
 
 
 RGB = np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")])
@@ -373,6 +405,43 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]] = {
     "mrc: stack of nothing": (lambda f: mrc(f, ispg=401, mz=0), "as MRC: .*zero", {}),
     "mrc: huge": (lambda f: mrc(f, nx=2**31 - 1, ny=2**31 - 1, nz=2**31 - 1), "it was cut short", {}),
     "mrc: inner part": (lambda f: mrc(f), "no inner part 'main'", {"inner": "main"}),
+    "precomputed: file": (lambda f: file_of(f / "em.precomputed", b"x"), "a file, where .precomputed", {}),
+    "precomputed: no info": (lambda f: (f / "a.precomputed").mkdir() or f / "a.precomputed", "as precomputed", {}),
+    "precomputed: info cut": (lambda f: cut(precomputed(f) / "info").parent, "as precomputed", {}),
+    "precomputed: info a list": (lambda f: file_of(precomputed(f) / "info", b"[]").parent, "names no scales", {}),
+    "precomputed: mesh": (lambda f: precomputed(f, scales=None), "names no scales.*mesh", {}),
+    "precomputed: scale without key": (lambda f: precomputed(f, {"key": 7}), "has no key", {}),
+    "precomputed: no such scale": (lambda f: precomputed(f), "no scale '1'; there are 4_5_30", {"inner": "1"}),
+    "precomputed: scale elsewhere": (lambda f: precomputed(f, {"key": "../../em"}), "outside its folder", {}),
+    "precomputed: scale absent": (lambda f: without(precomputed(f), "4_5_30"), "'4_5_30' is absent", {}),
+    "precomputed: packed chunks": (lambda f: packed_chunks(precomputed(f)), "gunzip -r", {}),
+    "precomputed: encoding": (lambda f: precomputed(f, {"encoding": "fpzip"}), "encoding 'fpzip' cannot be read", {}),
+    "precomputed: type": (lambda f: precomputed(f, data_type="complex64"), "'complex64' cannot be read", {}),
+    "precomputed: size": (lambda f: precomputed(f, {"size": [50, 40]}), "as precomputed", {}),
+    "precomputed: empty axis": (lambda f: precomputed(f, {"size": [50, 0, 6]}), "without voxels", {}),
+    "precomputed: chunk cut": (lambda f: cut_chunk(precomputed(f), "4_5_30/10-60_20-60_3-9"), "em", {}),
+    "precomputed: jpeg broken": (lambda f: precomputed(f, {"encoding": "jpeg"}), "cannot read .*em", {}),
+    "n5: file": (lambda f: file_of(f / "a.n5", b"x"), "a file, where .n5", {}),
+    "n5: no array": (lambda f: (f / "a.n5").mkdir() or f / "a.n5", "no N5 array", {}),
+    "n5: several arrays": (lambda f: n5(f, "raw", "seg"), "several arrays.*raw, seg", {}),
+    "n5: two sets of levels": (lambda f: n5(f, "c0/s0", "c0/s1", "c1/s0"), "several arrays", {}),
+    "n5: no such array": (lambda f: n5(f, "raw"), "no array 'seg'; the folder holds raw", {"inner": "seg"}),
+    "n5: inner elsewhere": (lambda f: n5(f, "raw"), "outside the N5 folder", {"inner": "../a.n5/raw"}),
+    "n5: attributes cut": (lambda f: cut(n5(f) / "attributes.json").parent, "as N5", {}),
+    "n5: attributes a list": (lambda f: file_of(n5(f) / "attributes.json", b"[]").parent, "not a JSON object", {}),
+    "n5: dimensions": (lambda f: n5(f, dimensions="large"), "no usable dimensions", {}),
+    "n5: five axes": (lambda f: n5(f, dimensions=[1, 1, 2, 3, 4]), "has 5 axes", {}),
+    "n5: empty axis": (lambda f: n5(f, dimensions=[50, 0, 6]), "without voxels", {}),
+    "n5: objects": (lambda f: n5(f, dataType="object"), "N5 type 'object' cannot", {}),
+    "n5: no compression": (lambda f: n5(f, compression={}), "N5 compression None cannot", {}),
+    "n5: compression": (lambda f: n5(f, compression={"type": "magic"}), "N5 compression 'magic' cannot", {}),
+    "n5: transform": (
+        lambda f: n5(f, transform={"axes": ["z"], "units": ["nm"], "scale": ["a"]}),
+        "as N5: could not convert",
+        {},
+    ),
+    "n5: resolution of two": (lambda f: n5(f, resolution=[4, 5]), "as N5", {}),
+    "n5: chunk cut": (lambda f: cut_chunk(n5(f), "0/0/0"), "a.n5", {}),
     "npy: wrong magic": (lambda f: file_of(f / "a.npy", b"not numpy" * 9), "as npy", {}),
     "npy: a zip": (lambda f: file_of(f / "a.npy", b"PK\x03\x04" * 9), "as npy", {}),
     "npy: header cut": (lambda f: cut(npy(f, VOXELS), 0.005), "as npy", {}),
@@ -536,6 +605,13 @@ VALID: dict[str, Callable[[Path], Path]] = {
     "nifti packed": lambda f: nii(f, "a.nii.gz", scl_slope=0.5),
     "mrc": mrc,
     "npy": lambda f: npy(f, VOXELS),
+    "precomputed": precomputed,
+    "n5": n5,
+}
+INSIDE = {
+    "zarr": ["zarr.json", "c/0/0/0"],
+    "precomputed": ["info", "4_5_30/10-60_20-60_3-9"],
+    "n5": ["attributes.json", "0/0/0"],
 }
 
 
@@ -546,7 +622,7 @@ def test_any_damage_is_a_volume_error_or_harmless(tmp_path: Path, kind: str, dat
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     path = VALID[kind](tmp_path)
-    file = path / data.draw(st.sampled_from(["zarr.json", "c/0/0/0"])) if path.is_dir() else path
+    file = path / data.draw(st.sampled_from(INSIDE[kind])) if kind in INSIDE else path
     content = bytearray(file.read_bytes())
     near = st.integers(0, min(400, len(content) - 1))
     for place in data.draw(st.lists(near | st.integers(0, len(content) - 1), max_size=4)):

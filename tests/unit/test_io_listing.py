@@ -177,3 +177,16 @@ def test_results_of_channels_are_no_volumes() -> None:
 def test_what_only_looks_like_a_result_stays() -> None:
     uris = ["d/v.h5", "e/v_mito.h5", "d/w_mito.h5", "d/v_other.h5"]
     assert without_results(uris, "mito") == uris
+
+
+def test_precomputed_and_n5_names(data: Path) -> None:
+    for name in ("em.v1", "em.n5", "em.precomputed"):
+        (data / "data" / name).mkdir()
+    assert expand("precomputed://data/em.*1::1") == ["precomputed://data/em.v1::1"]
+    assert expand("precomputed://data/em.v1") == ["precomputed://data/em.v1"]
+    assert stem_of("precomputed://data/em.v1::8_8_30") == "em.v1"
+    assert stem_of("data/em.n5::raw") == stem_of("data/em.precomputed") == "em"
+    assert stem_of("data/Brain_0000.nii.gz") == "Brain_0000"
+    assert without_results(["precomputed://data/em.v1", "data/em.v1_labels.h5"], "labels") == [
+        "precomputed://data/em.v1"
+    ]

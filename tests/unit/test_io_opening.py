@@ -25,6 +25,8 @@ from connectomics.io.opening import open_channels, open_volume
 from connectomics.io.source import Source
 from connectomics.io.stored import Layout, RecentArrays, layout_of, row_chunk
 
+from chunk_writers import write_n5, write_precomputed
+
 SIZES = {"c": 2, "z": 3, "y": 4, "x": 5}
 
 
@@ -311,3 +313,55 @@ def test_mrc_without_sampling_has_no_voxel_size(tmp_path: Path) -> None:
     reader = open_volume(str(tmp_path / "a.mrc"))
     assert reader.info.voxel_size_nm is None and reader.info.spacing is None
     reader.close()
+
+
+FACTORS = {"downsamplingFactors": [2, 2, 1]}
+NM = {"pixelResolution": {"dimensions": [4, 5, 30], "unit": "nm"}}
+COSEM = {"axes": ["z", "y", "x"], "units": ["nm"] * 3, "scale": [30, 5, 4], "translate": [300, 50, 40]}
+
+
+@pytest.mark.parametrize(
+    ("own", "above", "size", "origin"),
+    [
+        ({}, {}, None, (0, 0, 0)),
+        (NM, {}, (30, 5, 4), (0, 0, 0)),
+        ({"resolution": [4, 5, 30], "offset": [40, 50, 300]}, {}, (30, 5, 4), (300, 50, 40)),
+        ({"resolution": [4, 5, 30], "units": ["nm", "nm", "um"]}, {}, (30e3, 5, 4), (0, 0, 0)),
+        ({"resolution": [4, 5, 30], "units": ["nm", "nm", ""]}, {}, None, (0, 0, 0)),
+        ({"pixelResolution": [4, 5, 30]}, {}, None, (0, 0, 0)),
+        ({"pixelResolution": {"dimensions": [4, 5, 30]}}, {}, None, (0, 0, 0)),
+        (FACTORS, NM, (30, 10, 8), (0, 0, 0)),
+        (NM | FACTORS, {}, None, (0, 0, 0)),
+        (FACTORS, {}, None, (0, 0, 0)),
+        ({"transform": COSEM}, {}, (30, 5, 4), (300, 50, 40)),
+        ({"transform": COSEM | {"translate": None}}, NM, (30, 5, 4), (0, 0, 0)),
+        ({"transform": COSEM | {"units": ["furlong"] * 3}}, {}, None, (0, 0, 0)),
+        ({"transform": {"axes": ["z", "y", "x"]}}, {}, None, (0, 0, 0)),
+    ],
+)
+def test_n5_voxel_size(tmp_path: Path, own: Any, above: Any, size: object, origin: object) -> None:
+    write_n5(tmp_path / "a.n5/c0/s1", np.zeros((4, 3, 2), np.uint8), block=(4, 4, 4), **own)
+    (tmp_path / "a.n5/c0/attributes.json").write_text(json.dumps(above))
+    reader = open_volume(f"{tmp_path / 'a.n5'}::c0/s1")
+    assert reader.info.voxel_size_nm == (None if size is None else pytest.approx(size))
+    assert reader.info.origin_nm == pytest.approx(origin)
+    reader.close()
+
+
+@pytest.mark.parametrize("prefix", ["precomputed://", "precomputed://file://", ""])
+@pytest.mark.parametrize("inner", ["::1", "::8_10_60"])
+def test_precomputed_scales_by_number_and_key(tmp_path: Path, prefix: str, inner: str) -> None:
+    levels = {"4_5_30": np.zeros((4, 3, 2, 1), np.uint8), "8_10_60": np.full((2, 2, 1, 1), 7, np.uint8)}
+    write_precomputed(tmp_path / "em", levels)
+    reader = open_volume(f"{prefix}{tmp_path / 'em'}{inner}")
+    assert reader.info.shape == (1, 1, 2, 2) and reader.info.voxel_size_nm == (60.0, 10.0, 8.0)
+    assert (reader.read(Box((0, 0, 0), (1, 2, 2))) == 7).all()
+    reader.close()
+
+
+def test_the_prefix_names_folders_only(tmp_path: Path) -> None:
+    (tmp_path / "em").write_bytes(b"x")
+    with pytest.raises(VolumeError, match="a file, where precomputed://"):
+        open_volume(f"precomputed://{tmp_path / 'em'}")
+    with pytest.raises(VolumeError, match="not gs://"):
+        open_volume("precomputed://gs://bucket/em")

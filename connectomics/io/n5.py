@@ -1,0 +1,212 @@
+"""N5 volumes through TensorStore; ``path.n5::dataset`` names an array or a group of levels; for ``opening``.
+
+N5 counts axes from the fastest: without further word they are x, y, z, c.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import tensorstore as ts
+
+from connectomics.errors import VolumeError
+from connectomics.io.source import (
+    NM_PER_UNIT,
+    READ_ERRORS,
+    Source,
+    files_below,
+    folded_identity,
+    three_positive,
+    unreadable,
+)
+from connectomics.io.stored import StoredVolume, info_of, layout_of
+from connectomics.io.volume import Array, Nanometres
+
+LETTERS = {2: "xy", 3: "xyz", 4: "xyzc"}
+ATTRIBUTES = "attributes.json"
+TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64")
+COMPRESSIONS = ("raw", "gzip", "bzip2", "xz", "blosc", "zstd")
+DEEPEST = 8
+"""Levels of groups that are searched below a folder for arrays."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What attributes say of an array: voxel size and position of the first voxel, (z, y, x)."""
+
+    voxel_size_nm: Nanometres | None = None
+    origin_nm: Nanometres = (0.0, 0.0, 0.0)
+
+
+def open_n5(source: Source) -> StoredVolume:
+    """Open one array of an N5 container for lazy reading.
+
+    Raises
+    ------
+    VolumeError
+        If there is no such array, its attributes are damaged, or its compression or type is not supported.
+    """
+    try:
+        folder = _choose(source)
+        attributes = _attributes(folder)
+        layout = layout_of(source, _dimensions(source, attributes), LETTERS.get(len(attributes["dimensions"])))
+        spec = {"driver": "n5", "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"}}
+        _require_known(source, attributes)
+        array = ts.open(spec, open=True, read=True, write=False, context=ts.Context()).result()
+        chunk: tuple[Any, ...] = array.chunk_layout.read_chunk.shape or array.shape
+        frame = _frame(folder, attributes, source.path)
+        info = info_of(
+            source,
+            layout,
+            array.dtype.numpy_dtype,
+            chunk,
+            voxel_size_nm=frame.voxel_size_nm,
+            origin_nm=frame.origin_nm,
+        )
+    except READ_ERRORS as error:
+        raise unreadable(source, "N5", error) from error
+
+    def fetch(index: tuple[slice, ...]) -> Array:
+        block: Array = array[index].read().result()
+        return block
+
+    def identity() -> dict[str, object]:
+        files = list(files_below(folder))
+        parent = folder.parent / ATTRIBUTES
+        if folder != source.path and parent.exists():
+            files.append((f"../{ATTRIBUTES}", parent))
+        return {**folded_identity(source.path.name, files), "array": source.inner or ""}
+
+    return StoredVolume(source, info, layout, fetch=fetch, identity=identity, release=lambda: None)
+
+
+def _attributes(folder: Path) -> dict[str, Any]:
+    path = folder / ATTRIBUTES
+    content = json.loads(path.read_bytes()) if path.exists() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{ATTRIBUTES} in {folder.name} is not a JSON object")
+    return content
+
+
+def _choose(source: Source) -> Path:
+    """The folder of the array that the request means: itself, its finest level ``s0``, or the only one."""
+    inner = PurePosixPath(source.inner or "")
+    if inner.is_absolute() or ".." in inner.parts:
+        raise VolumeError(f"{source.uri}: the array {source.inner!r} lies outside the N5 folder; name one inside.")
+    root = source.path
+    for candidate in (root / inner, root / inner / "s0"):
+        if "dimensions" in _attributes(candidate):
+            return candidate
+    names = sorted(str(path.relative_to(root)) for path in _arrays(root, DEEPEST))
+    within = [name for name in names if PurePosixPath(name).is_relative_to(inner)]
+    levels = [name for name in within if PurePosixPath(name).name == "s0"]
+    only = within if len(within) == 1 else levels
+    if len(only) == 1 and all(PurePosixPath(name).parent == PurePosixPath(only[0]).parent for name in within):
+        return root / only[0]
+    if not names:
+        raise VolumeError(f"{source.uri}: no N5 array in this folder; expected {ATTRIBUTES} with dimensions.")
+    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    what = f"no array {source.inner!r}" if source.inner else "several arrays"
+    raise VolumeError(f"{source.uri}: {what}; the folder holds {listed}. Name one as {root.name}::array.")
+
+
+def _arrays(folder: Path, depth: int) -> Iterator[Path]:
+    """Folders of arrays below a group, not looking inside arrays."""
+    if "dimensions" in _attributes(folder):
+        yield folder
+    elif depth > 0:
+        for child in folder.iterdir():
+            if child.is_dir():
+                yield from _arrays(child, depth - 1)
+
+
+def _dimensions(source: Source, attributes: dict[str, Any]) -> list[int]:
+    found = attributes["dimensions"]
+    if not isinstance(found, list) or not all(isinstance(n, int) for n in found):
+        raise VolumeError(f"{source.uri}: the N5 attributes state no usable dimensions, but {found!r}.")
+    return found
+
+
+def _require_known(source: Source, attributes: dict[str, Any]) -> None:
+    compression = attributes.get("compression")
+    kind = compression.get("type") if isinstance(compression, dict) else compression
+    for what, found, known in (("type", attributes.get("dataType"), TYPES), ("compression", kind, COMPRESSIONS)):
+        if found not in known:
+            raise VolumeError(
+                f"{source.uri}: N5 {what} {found!r} cannot be read; expected one of {', '.join(known)}. "
+                "Write the array again in one of them."
+            )
+
+
+def _frame(folder: Path, attributes: dict[str, Any], root: Path) -> _Frame:
+    """From ``transform``, ``pixelResolution`` or ``resolution`` of the array, else of the group of levels above it.
+
+    The group's size is that of level s0, multiplied by the array's ``downsamplingFactors``. An array with factors and
+    a size of its own says nothing, as programs disagree on what that size is.
+    """
+    if isinstance(attributes.get("transform"), dict):
+        return _of_transform(attributes["transform"])
+    factors = attributes.get("downsamplingFactors", [1, 1, 1])
+    own = _size(attributes)
+    whole = factors == [1, 1, 1]
+    if own is not None:
+        return _Frame(own, _offset(attributes)) if whole else _Frame()
+    if folder == root:
+        return _Frame()
+    above, steps = _size(_attributes(folder.parent)), three_positive(factors)
+    if above is None or steps is None:
+        return _Frame()
+    return _Frame((above[0] * steps[2], above[1] * steps[1], above[2] * steps[0]))
+
+
+def _size(attributes: dict[str, Any]) -> Nanometres | None:
+    """Voxel size (z, y, x): ``pixelResolution`` in its unit, else ``resolution`` in its units.
+
+    Both count x first; a ``resolution`` without units is in nanometres.
+    """
+    stated = attributes.get("pixelResolution")
+    if isinstance(stated, dict):
+        values, units = stated.get("dimensions"), [stated.get("unit")] * 3
+    else:
+        values, units = attributes.get("resolution"), attributes.get("units", ["nm"] * 3)
+    size = three_positive(values)
+    if size is None:
+        return None
+    factors = [_nanometres(unit) for unit in units] if isinstance(units, list) and len(units) == 3 else [math.nan] * 3
+    return three_positive([size[i] * factors[i] for i in (2, 1, 0)])
+
+
+def _offset(attributes: dict[str, Any]) -> Nanometres:
+    """``offset`` (x, y, z) in nanometres beside ``resolution``; zero where there is none."""
+    values = attributes.get("offset")
+    if "resolution" not in attributes or "units" in attributes or not isinstance(values, list) or len(values) != 3:
+        return (0.0, 0.0, 0.0)
+    x, y, z = (float(value) for value in values)
+    return (z, y, x)
+
+
+def _of_transform(transform: dict[str, Any]) -> _Frame:
+    """``transform`` names its axes, so their order does not matter."""
+    axes, units = transform.get("axes"), transform.get("units")
+    scale, shift = transform.get("scale"), transform.get("translate")
+    if not isinstance(axes, list) or not isinstance(units, list) or not isinstance(scale, list):
+        return _Frame()
+    moved = shift if isinstance(shift, list) else [0.0] * len(axes)
+    rows = {
+        str(axis): (float(step) * _nanometres(unit), float(start) * _nanometres(unit))
+        for axis, unit, step, start in zip(axes, units, scale, moved, strict=True)
+    }
+    z, y, x = (rows.get(letter, (math.nan, math.nan)) for letter in "zyx")
+    size = three_positive((z[0], y[0], x[0]))
+    return _Frame(size, (z[1], y[1], x[1])) if size else _Frame()
+
+
+def _nanometres(unit: object) -> float:
+    """Nanometres in one ``unit``; not a number where the unit is unknown."""
+    plain = str(unit).strip().lower().replace("µ", "u").replace("μ", "u")
+    return NM_PER_UNIT.get(plain, NM_PER_UNIT.get(plain.removesuffix("s"), math.nan))

@@ -1,0 +1,120 @@
+"""Neuroglancer precomputed volumes through TensorStore; ``path::1`` or ``path::KEY`` picks a scale; for ``opening``."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from connectomics.errors import VolumeError
+from connectomics.io.source import READ_ERRORS, Source, files_below, folded_identity, three_positive, unreadable
+from connectomics.io.stored import StoredVolume, info_of, layout_of
+from connectomics.io.volume import Array
+
+PACKED_SUFFIXES = (".gz", ".br", ".zst", ".zstd", ".xz", ".lzma")
+ENCODINGS = ("raw", "jpeg", "png", "compressed_segmentation")
+TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32")
+LOOKED_AT = 1000
+"""Names in a scale's folder that are looked at for packed chunks."""
+
+
+def open_precomputed(source: Source) -> StoredVolume:
+    """Open one scale of a precomputed volume for lazy reading.
+
+    Raises
+    ------
+    VolumeError
+        If its ``info`` is damaged, there is no such scale, or its encoding is not supported.
+    """
+    try:
+        index, scale = _choose(source, _scales(source))
+        folder = _folder(source, scale)
+        spec = {
+            "driver": "neuroglancer_precomputed",
+            "kvstore": {"driver": "file", "path": f"{source.path.resolve()}/"},
+            "scale_index": index,
+        }
+        opened = ts.open(spec, open=True, read=True, write=False, context=ts.Context()).result()
+        array = opened[ts.d[:].translate_to[0]]
+        chunk: tuple[Any, ...] = array.chunk_layout.read_chunk.shape or array.shape
+        layout = layout_of(source, array.shape, "xyzc")
+        x, y, z = three_positive(scale.get("resolution")) or (np.nan,) * 3
+        size = three_positive((z, y, x))
+        offset = [float(n) for n in opened.domain.origin[:3]]
+        info = info_of(
+            source,
+            layout,
+            array.dtype.numpy_dtype,
+            chunk,
+            voxel_size_nm=size,
+            origin_nm=(offset[2] * z, offset[1] * y, offset[0] * x) if size else (0.0, 0.0, 0.0),
+        )
+    except READ_ERRORS as error:
+        raise unreadable(source, "precomputed", error) from error
+
+    def fetch(at: tuple[slice, ...]) -> Array:
+        block: Array = array[at].read().result()
+        return block
+
+    def identity() -> dict[str, object]:
+        files = [("info", source.path / "info"), *files_below(folder)]
+        return {**folded_identity(source.path.name, files), "scale": str(scale["key"])}
+
+    return StoredVolume(source, info, layout, fetch=fetch, identity=identity, release=lambda: None)
+
+
+def _scales(source: Source) -> list[dict[str, Any]]:
+    content = json.loads((source.path / "info").read_bytes())
+    scales = content.get("scales") if isinstance(content, dict) else None
+    if not isinstance(scales, list) or not scales:
+        raise VolumeError(
+            f"{source.uri}: its info file names no scales, so it is no precomputed volume (a mesh, skeletons or "
+            "annotations perhaps); name the folder of the image."
+        )
+    if not all(isinstance(scale, dict) and isinstance(scale.get("key"), str) for scale in scales):
+        raise VolumeError(f"{source.uri}: a scale in its info file has no key; write the info file again.")
+    if content.get("data_type") not in TYPES:
+        raise VolumeError(
+            f"{source.uri}: voxels of type {content.get('data_type')!r} cannot be read; expected {', '.join(TYPES)}."
+        )
+    return scales
+
+
+def _choose(source: Source, scales: list[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
+    """Number and description of the scale that the request means: the first, by key, or by number."""
+    keys = [scale["key"] for scale in scales]
+    wanted = source.inner or "0"
+    if wanted in keys:
+        return keys.index(wanted), scales[keys.index(wanted)]
+    if wanted.isdecimal() and int(wanted) < len(scales):
+        return int(wanted), scales[int(wanted)]
+    listed = ", ".join(keys[:10]) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "")
+    raise VolumeError(
+        f"{source.uri}: no scale {wanted!r}; there are {listed}. Name one by its key or by its number from 0."
+    )
+
+
+def _folder(source: Source, scale: dict[str, Any]) -> Path:
+    """The folder of a scale's chunks, present, of a known encoding and not packed file by file."""
+    key = PurePosixPath(scale["key"])
+    if key.is_absolute() or ".." in key.parts:
+        raise VolumeError(f"{source.uri}: the scale {scale['key']!r} lies outside its folder; name one inside.")
+    if scale.get("encoding") not in ENCODINGS:
+        raise VolumeError(
+            f"{source.uri}: encoding {scale.get('encoding')!r} cannot be read; expected {', '.join(ENCODINGS)}. "
+            "Write the volume again in one of them."
+        )
+    folder = source.path / key
+    if not folder.is_dir():
+        raise VolumeError(f"{source.uri}: the folder of scale {scale['key']!r} is absent; copy it too.")
+    packed = next((p for p in itertools.islice(folder.iterdir(), LOOKED_AT) if p.suffix in PACKED_SUFFIXES), None)
+    if packed is not None:
+        raise VolumeError(
+            f"{source.uri}: its chunks are packed one by one ({packed.name}), which cannot be read; unpack them "
+            f"('gunzip -r' for .gz) or write them with CloudVolume's compress=False."
+        )
+    return folder
