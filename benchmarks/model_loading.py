@@ -93,7 +93,8 @@ def main() -> None:
         size = sum(file.stat().st_size for file in model.glob("*/*.pth"))
     weights = found["checkpoint"][0]["weights_bytes"]
     print(
-        f"{platform.platform()}, torch {torch.__version__}; {size / 1e6:.0f} MB on disk, {weights / 1e6:.0f} MB of weights"
+        f"{platform.platform()}, torch {torch.__version__}; {size / 1e6:.0f} MB on disk, "
+        f"{weights / 1e6:.0f} MB of weights"
     )
     print(f"{'':12} {'seconds':>8} {'of the checkpoint':>18} {'MB that stay':>13}")
     base = statistics.median(run["seconds"] for run in found["checkpoint"])
