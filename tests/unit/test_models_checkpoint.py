@@ -295,6 +295,15 @@ def test_prefixes_of_wrapped_networks_are_dropped(ensemble: Path, copied: Path, 
     assert_equal_networks(load_model(copied, folds=("0",)), networks_of_nnunet(ensemble)[:1])
 
 
+def test_large_weights_are_finite_though_their_sum_is_not(copied: Path) -> None:
+    def enlarge(content: dict[str, Any]) -> None:
+        content["network_weights"]["decoder.seg_layers.0.weight"].fill_(3e38)
+
+    edit_checkpoint(copied / "fold_0" / "checkpoint_final.pth", enlarge)
+    (network,) = load_model(copied, folds=("0",)).networks
+    assert network.network.decoder.seg_layers[0].weight.max() > 2e38
+
+
 def test_half_precision_weights_become_float32(ensemble: Path, copied: Path) -> None:
     def halve(content: dict[str, Any]) -> None:
         content["network_weights"] = {k: v.half() for k, v in content["network_weights"].items()}
