@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,7 @@ examples:
   connectomics verify MODEL VOLUME
   connectomics reproduce out/NAME_labels.h5
   connectomics demo
+  connectomics from-nnunet -i IMAGES -o LABELS -d 4 -c 2d
 """
 
 
@@ -95,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. model.folds=[0]")
     demo = commands.add_parser("demo", help="the whole job on an embedded example")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the results")
+    _add_nnunet_words(
+        commands.add_parser("from-nnunet", help="take the arguments of nnUNetv2_predict, write its file names")
+    )
     return parser
 
 
@@ -112,6 +117,34 @@ def _add_run_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="YAML file; see tutorials/nnunet_mito_inference.yaml")
     parser.add_argument("--checkpoint", type=Path, help="nnU-Net training folder or .pth file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. system.device=cuda:0")
+
+
+def _add_nnunet_words(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``nnUNetv2_predict`` and ``nnUNetv2_predict_from_modelfolder``, with their defaults."""
+    add = parser.add_argument
+    add("-i", type=Path, required=True, metavar="FOLDER", help="images CASE_0000.png, CASE_0001.png, …")
+    add("-o", type=Path, required=True, metavar="FOLDER", help="where the labels CASE.png go")
+    add("-m", type=Path, metavar="FOLDER", help="training folder, instead of -d, -c, -p and -tr")
+    add("-d", metavar="DATASET", help="name or number of the dataset, found under $nnUNet_results")
+    add("-c", metavar="CONFIGURATION", help="for example 2d or 3d_fullres")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
+    add("-tr", default="nnUNetTrainer", metavar="TRAINER", help="default: %(default)s")
+    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="default: 0 1 2 3 4")
+    add("-chk", default="checkpoint_final.pth", metavar="NAME", help="default: %(default)s")
+    add("-step_size", type=float, default=0.5, help="step between windows, a share of the patch; default: %(default)s")
+    add("--disable_tta", action="store_true", help="no mirroring")
+    add("--save_probabilities", action="store_true", help="also write probabilities, as HDF5")
+    add("--continue_prediction", "--c", action="store_true", help="leave cases alone whose labels are there")
+    add("-num_parts", type=int, default=1, help="of how many calls this is one; default: %(default)s")
+    add("-part_id", type=int, default=0, help="which of them, from 0 on; default: %(default)s")
+    add("-device", choices=["cuda", "cpu", "mps"], default="cuda", help="default: %(default)s")
+    add("--disable_progress_bar", action="store_true", help="no progress")
+    add("-prev_stage_predictions", metavar="FOLDER", help="refused: cascades are not supported yet")
+    for word in ("-npp", "-nps"):
+        add(word, type=int, help="ignored: no processes are needed for reading and writing")
+    for word in ("--verbose", "--not_on_device"):
+        add(word, action="store_true", help="ignored")
+    add("overrides", nargs="*", metavar="key=value", help="configuration, e.g. system.memory_budget_gb=8")
 
 
 class _Stopped(BaseException):
@@ -305,6 +338,57 @@ def _demo(words: argparse.Namespace) -> int:
     return 0
 
 
+def _from_nnunet(words: argparse.Namespace) -> int:
+    model = _model_of(words)
+    for word in ("npp", "nps", "verbose", "not_on_device"):
+        if vars(words)[word]:
+            print(f"note: {word} changes nothing here and is ignored", file=sys.stderr)
+    from connectomics.lightning.from_nnunet import FolderPrediction, NnunetCall
+    from connectomics.lightning.inference import check_output_folder
+    from connectomics.progress import ProgressBar
+
+    call = NnunetCall(
+        words.i,
+        words.o,
+        model,
+        tuple(words.f),
+        words.chk,
+        words.step_size,
+        mirroring=not words.disable_tta,
+        save_probabilities=words.save_probabilities,
+        keep_finished=words.continue_prediction,
+        num_parts=words.num_parts,
+        part_id=words.part_id,
+        device=words.device,
+    )
+    prediction = FolderPrediction(call, words.overrides)
+    for deviation in prediction.deviations:
+        print(f"not nnU-Net's default: {deviation}", file=sys.stderr)
+    check_output_folder(prediction.own_folder)
+    if call.save_probabilities:
+        print(f"note: probabilities are written as HDF5 in {prediction.own_folder}, not as .npz", file=sys.stderr)
+    if words.disable_progress_bar:
+        return _ended(prediction.run())
+    with ProgressBar() as bar:
+        outcomes = prediction.run(bar)
+    return _ended(outcomes)
+
+
+def _model_of(words: argparse.Namespace) -> Path:
+    """The training folder that nnU-Net's arguments mean."""
+    if words.prev_stage_predictions is not None:
+        raise ConfigError("-prev_stage_predictions: cascades are not supported yet; use nnU-Net itself for this model")
+    if words.m is not None and (words.d or words.c):
+        raise ConfigError("-m and -d or -c both name the model; give -m FOLDER, or -d DATASET -c CONFIGURATION")
+    if words.m is not None:
+        return Path(words.m)
+    if words.d is None or words.c is None:
+        raise ConfigError("no model is named; give -d DATASET -c CONFIGURATION, or the training folder with -m")
+    from connectomics.models.installed import installed_model
+
+    return installed_model(words.d, words.c, words.p, words.tr, os.environ)
+
+
 _COMMANDS = {
     "infer-volume": _infer_volume,
     "test": _test,
@@ -314,6 +398,7 @@ _COMMANDS = {
     "convert": _convert,
     "doctor": _doctor,
     "demo": _demo,
+    "from-nnunet": _from_nnunet,
 }
 
 if __name__ == "__main__":

@@ -272,7 +272,7 @@ def _window(config: Config, spec: ModelSpec) -> SlidingWindow:
             )
     return SlidingWindow(
         patch,
-        NNUNET_STEP if stated.overlap is None else 1.0 - stated.overlap,
+        NNUNET_STEP if stated.overlap is None else round(1.0 - stated.overlap, 12),  # 1 - 0.9 is not 0.1
         stated.blending,
         _mirror_axes(config, spec),
         stated.sw_batch_size,

@@ -70,7 +70,7 @@ def having(*infos: str) -> list[object]:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder like a checkout, with two small volumes in data/, a checkpoint and a list; one thread is used."""
+    """A folder like a checkout, with two volumes in data/, an image, a checkpoint and a list; one thread is used."""
     for name in ("connectomics", "scripts", "tutorials"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     (tmp_path / "mito_semantic_2d.pth").symlink_to(MODEL / "fold_all" / "checkpoint_final.pth")
@@ -83,6 +83,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             folder.mkdir(exist_ok=True)
             with h5py.File(folder / f"{name}.h5", "w") as file:
                 file["main"] = reader.read(Box.of_shape(reader.info.extent))[0]
+    (tmp_path / "images").mkdir()
+    section = open_volume("phantom:1x256x256?seed=5").read(Box.of_shape((1, 256, 256)))[0, 0]
+    Image.fromarray(section).save(tmp_path / "images" / "section_1_0000.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
     return tmp_path

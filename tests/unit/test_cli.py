@@ -63,7 +63,9 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     assert min(times) < 0.5
 
 
-@pytest.mark.parametrize("command", ["infer-volume", "test", "inspect", "convert", "doctor", "demo"])
+@pytest.mark.parametrize(
+    "command", ["infer-volume", "test", "inspect", "convert", "verify", "reproduce", "doctor", "demo", "from-nnunet"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

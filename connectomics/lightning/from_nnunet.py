@@ -1,0 +1,256 @@
+"""``connectomics from-nnunet``: arguments of ``nnUNetv2_predict``, this program's inference, nnU-Net's file names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from connectomics.build.engine import build_engine
+from connectomics.config.load import load_config
+from connectomics.config.schema import Config
+from connectomics.config.validation import validate
+from connectomics.errors import ConfigError, ModelError
+from connectomics.io.listing import VolumeSource
+from connectomics.io.nnunet_folder import (
+    IMAGES,
+    TIFFS,
+    FileKind,
+    Spacing3,
+    copy_descriptions,
+    list_cases,
+    require_single_image,
+    stated_spacing,
+    write_labels,
+    write_spacing,
+)
+from connectomics.io.opening import open_volume
+from connectomics.lightning.inference import EXPECTED, Observer, Silence, VolumeOutcome, VolumeProcessor
+
+log = logging.getLogger(__name__)
+OWN_FOLDER = "connectomics"  # within the output folder: HDF5 results, logs, provenance
+IMAGE_SPACING: Spacing3 = (999.0, 1.0, 1.0)  # what nnU-Net's reader of single images says
+UNSTATED: Spacing3 = (1.0, 1.0, 1.0)  # what its TIFF reader assumes without a JSON file
+
+
+@dataclass(frozen=True, slots=True)
+class NnunetCall:
+    """What was asked for, in nnU-Net's terms.
+
+    Parameters
+    ----------
+    input_folder, output_folder
+        Images ``CASE_0000.png``, … and where ``CASE.png`` goes.
+    model
+        Training folder.
+    folds, checkpoint_name
+        Which checkpoints are averaged.
+    step_size
+        Step between windows as a share of the patch, above 0 and at most 1.
+    mirroring
+        Whether to average over mirrored passes.
+    save_probabilities
+        Whether to keep probabilities too, as HDF5.
+    keep_finished
+        Whether a case whose file is there is left alone, whatever made it.
+    num_parts, part_id
+        This call predicts every ``num_parts``-th case, from number ``part_id`` on.
+    device
+        cpu, cuda or mps.
+    """
+
+    input_folder: Path
+    output_folder: Path
+    model: Path
+    folds: tuple[str, ...]
+    checkpoint_name: str
+    step_size: float
+    mirroring: bool
+    save_probabilities: bool
+    keep_finished: bool
+    num_parts: int
+    part_id: int
+    device: str
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step_size <= 1:
+            raise ConfigError(f"-step_size is {self.step_size:g}, expected a number above 0 and at most 1")
+        if not 0 <= self.part_id < self.num_parts:
+            raise ConfigError(
+                f"-part_id is {self.part_id} and -num_parts {self.num_parts}, expected a part from 0 to num_parts - 1"
+            )
+
+
+class FolderPrediction:
+    """Labels the cases of a folder.
+
+    Parameters
+    ----------
+    call
+        What was asked for.
+    overrides
+        ``key=value`` words of this program's configuration; what ``call`` says wins over them.
+
+    Raises
+    ------
+    ConfigError, ModelError, DeviceError
+        If the call, the model or the device does not fit, or the dataset's files are of a kind that is not read.
+    """
+
+    def __init__(self, call: NnunetCall, overrides: Sequence[str] = ()) -> None:
+        self._call = call
+        self._kind = _kind_of(call.model)
+        self._sources = list_cases(call.input_folder, self._kind.ending)[call.part_id :: call.num_parts]
+        self._config = _configured(call, self._kind, overrides)
+        self._engine = build_engine(self._config, call.model)
+
+    @property
+    def deviations(self) -> tuple[str, ...]:
+        """In which ways this is not nnU-Net's default inference."""
+        return self._engine.deviations
+
+    @property
+    def own_folder(self) -> Path:
+        """Where this program's own results, logs and provenance are."""
+        return self._engine.settings.folder
+
+    def run(self, observer: Observer | None = None) -> list[VolumeOutcome]:
+        """Predict; one outcome a case, in the order of their names.
+
+        Raises
+        ------
+        OutputError
+            If the output folder refuses its first files.
+        """
+        copy_descriptions(self._call.model, self._call.output_folder)
+        observer = observer or Silence()
+        kept = {s.name: paths for s in self._sources if (paths := self._kept(s))}
+        observer.listed(len(self._sources), len(kept))
+        outcomes = []
+        for source in self._sources:
+            if source.name in kept:
+                outcome = VolumeOutcome(source.name, "skipped", paths=kept[source.name])
+            else:
+                outcome = self._predict(source, observer)
+            observer.ended(outcome)
+            outcomes.append(outcome)
+        return outcomes
+
+    def _label_file(self, source: VolumeSource) -> Path:
+        return self._call.output_folder / (source.stem + self._kind.ending)
+
+    def _kept(self, source: VolumeSource) -> tuple[Path, ...]:
+        """The results of a case that is left alone; empty where it is predicted."""
+        paths = [self._label_file(source)]
+        if self._call.save_probabilities:
+            paths.append(self.own_folder / f"{source.stem}_labels_probabilities.h5")
+        return tuple(paths) if self._call.keep_finished and all(path.is_file() for path in paths) else ()
+
+    def _predict(self, source: VolumeSource, observer: Observer) -> VolumeOutcome:
+        try:
+            if not source.problem and self._kind.reader == IMAGES:
+                require_single_image(source)
+            spacing = self._spacing(source)
+            config = self._config_at(spacing)
+            (outcome,) = VolumeProcessor(config, self._engine, _Relay(observer)).run([source])
+            if outcome.state == "failed":
+                return outcome
+            return dataclasses.replace(outcome, state="done", paths=self._deliver(source, outcome.paths, spacing))
+        except EXPECTED as error:
+            return VolumeOutcome(source.name, "failed", " ".join((str(error) or "out of memory").split()))
+
+    def _deliver(self, source: VolumeSource, own: tuple[Path, ...], spacing: Spacing3) -> tuple[Path, ...]:
+        """Write a finished case under nnU-Net's name; this program's own probabilities follow in the list."""
+        target = self._label_file(source)
+        labels = open_volume(str(own[0]))
+        try:
+            write_labels(labels, target, self._kind)
+        finally:
+            labels.close()
+        if self._kind.reader == TIFFS:
+            write_spacing(self._call.output_folder / f"{source.stem}.json", spacing)
+        return (target, *own[1:])
+
+    def _spacing(self, source: VolumeSource) -> Spacing3:
+        if self._kind.reader == IMAGES:
+            return IMAGE_SPACING
+        stated = stated_spacing(source, self._kind.ending)
+        if stated is None:
+            log.warning("%s: no %s.json states the spacing; nnU-Net takes it for (1, 1, 1)", source.name, source.stem)
+        return stated or UNSTATED
+
+    def _config_at(self, spacing: Spacing3) -> Config:
+        """The configuration for a case of this spacing: resampled where it differs from the plan's, as nnU-Net does."""
+        planned = self._engine.spec.spacing
+        same = all(p is None or p == s for p, s in zip(planned, spacing, strict=True))
+        if self._engine.by_slice or same:
+            return self._config
+        inference = dataclasses.replace(
+            self._config.inference, resample="plan", spacing=list(spacing), allow_large_resampling=True
+        )
+        return dataclasses.replace(self._config, inference=inference)
+
+
+class _Relay:
+    """Passes on what happens within a volume; the list of volumes and their ends are told by ``FolderPrediction``."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.began = observer.began
+        self.block = observer.block
+
+    def listed(self, total: int, finished: int) -> None:
+        """Told already."""
+
+    def ended(self, outcome: VolumeOutcome) -> None:
+        """Told when nnU-Net's file is written."""
+
+
+def _configured(call: NnunetCall, kind: FileKind, overrides: Sequence[str]) -> Config:
+    stated = load_config(None, overrides)
+    inference = stated.inference
+    config = dataclasses.replace(
+        stated,
+        system=dataclasses.replace(stated.system, device=call.device),
+        model=dataclasses.replace(stated.model, folds=list(call.folds), checkpoint_name=call.checkpoint_name),
+        inference=dataclasses.replace(
+            inference,
+            axes=kind.axes,
+            resample="off",
+            spacing=None,
+            data=dataclasses.replace(inference.data, output_path=str(call.output_folder / OWN_FOLDER)),
+            volume_mode=dataclasses.replace(inference.volume_mode, output_suffix="labels"),
+            sliding_window=dataclasses.replace(inference.sliding_window, overlap=1.0 - call.step_size),
+            test_time_augmentation=dataclasses.replace(inference.test_time_augmentation, enabled=call.mirroring),
+            output=dataclasses.replace(
+                inference.output, formats=["h5"], save_probabilities=call.save_probabilities, overwrite=True
+            ),
+        ),
+    )
+    validate(config)
+    return config
+
+
+def _kind_of(model: Path) -> FileKind:
+    """What the files of the model's dataset are."""
+    if not model.is_dir():
+        raise ModelError(
+            f"{model}: there is no such folder; check -m, or -d, -c, -p, -tr and the variable nnUNet_results"
+        )
+    return FileKind(
+        _stated(model / "plans.json", "image_reader_writer"), _stated(model / "dataset.json", "file_ending")
+    )
+
+
+def _stated(path: Path, key: str) -> str:
+    try:
+        value = json.loads(path.read_bytes())[key]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ModelError(
+            f"{path}: does not state {key} ({type(error).__name__}); give a whole nnU-Net training folder"
+        ) from error
+    if not isinstance(value, str):
+        raise ModelError(f"{path}: {key} is {str(value)[:80]!r}, expected text; give the file nnU-Net wrote")
+    return value

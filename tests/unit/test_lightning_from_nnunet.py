@@ -1,0 +1,126 @@
+"""``from-nnunet``: what is refused, what is noted, and that one bad case leaves the others be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from connectomics.cli import main
+from connectomics.lightning.inference import InferenceManager
+
+from nnunet_models import make_model
+from small_jobs import em_like, quick_folder, write_png
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with quick_folder() as place:
+        for reader, channels in (("NaturalImage2DIO", 3), ("Tiff3DIO", 1)):
+            make_model(
+                place / reader,
+                dimensions=2 if channels == 3 else 3,
+                channels=channels,
+                patch=(16, 16) if channels == 3 else (4, 8, 8),
+                features=(4, 8),
+                reader=reader,
+            )
+        yield place
+
+
+def model_in(folder: Path, reader: str = "NaturalImage2DIO") -> Path:
+    (found,) = (folder / reader).iterdir()
+    return found
+
+
+def words(folder: Path, images: Path, output: Path, *more: str, reader: str = "NaturalImage2DIO") -> list[str]:
+    model = ["-m", str(model_in(folder, reader)), "-f", "0", "-device", "cpu"]
+    return ["from-nnunet", "-i", str(images), "-o", str(output), *model, *more, "system.num_cpus=1"]
+
+
+def test_colours_are_channels_and_a_bad_case_leaves_the_others_be(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    write_png(images / "grey_0000.png")
+    (images / "broken_0000.png").write_bytes(b"\x89PNG no more")
+    colours = em_like((24, 32, 3), 4)
+    Image.fromarray(colours).save(images / "colour_0000.png")
+    assert main(words(folder, images, tmp_path / "out")) == 3
+    streams = capsys.readouterr()
+    assert "done          1\nskipped       0\nfailed        2" in streams.out
+    assert "failed: broken" in streams.out
+    assert "has 1 channels, the model expects 3" in streams.out
+    manager = InferenceManager.from_checkpoint(model_in(folder), ["system.device=cpu", "system.num_cpus=1"])
+    expected = manager.predict(np.moveaxis(colours, -1, 0)[:, None]).labels
+    assert (np.asarray(Image.open(tmp_path / "out" / "colour.png")) == expected[0]).all()
+    assert not (tmp_path / "out" / "grey.png").exists()
+
+
+def test_a_wrong_spacing_fails_its_case(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tifffile.imwrite(tmp_path / "in_0000.tif", em_like((5, 10, 11)))
+    output = tmp_path / "out"
+    arguments = words(folder, tmp_path, output, "--disable_progress_bar", reader="Tiff3DIO")
+    (tmp_path / "in.json").write_text('{"spacing": [0, 1, 1]}')
+    assert main(arguments) == 3
+    assert "does not state the spacing" in capsys.readouterr().out
+    (tmp_path / "in.json").write_text('{"spacing": [1, 1, 1]}')
+    assert main([*arguments, "--verbose", "-nps", "4", "--not_on_device"]) == 0
+    said = capsys.readouterr().err
+    for word in ("nps", "verbose", "not_on_device"):
+        assert f"note: {word} changes nothing here" in said
+    assert (output / "in.tif").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["-step_size", "1.5"], "-step_size is 1.5, expected"),
+        (["-step_size", "0"], "-step_size is 0, expected"),
+        (["-part_id", "1"], "-part_id is 1 and -num_parts 1"),
+        (["-num_parts", "2", "-part_id", "-1"], "-part_id is -1"),
+        (["-prev_stage_predictions", "x"], "cascades are not supported yet"),
+        (["-d", "4"], "both name the model"),
+        (["-f", "first"], "a fold is a number"),
+    ],
+)
+def test_wrong_arguments(
+    more: list[str], said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_png(tmp_path / "a_0000.png")
+    assert main(words(folder, tmp_path, tmp_path / "out", *more)) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--frobnicate"], ["-device", "tpu"], ["-num_parts", "x"]])
+def test_arguments_nnunet_does_not_know_either(
+    more: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words(folder, tmp_path, tmp_path / "out", *more))
+    assert caught.value.code == 2
+    assert more[0] in capsys.readouterr().err
+
+
+def test_models_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["from-nnunet", "-i", str(tmp_path), "-o", str(tmp_path / "out"), "-device", "cpu"]
+    assert main(place) == 2
+    assert "no model is named" in capsys.readouterr().err
+    model = ["-m", str(tmp_path / "model")]
+    assert main([*place, *model]) == 3
+    assert "there is no such folder; check -m" in capsys.readouterr().err
+    (tmp_path / "model").mkdir()
+    assert main([*place, *model]) == 3
+    assert "plans.json: does not state image_reader_writer" in capsys.readouterr().err
+    (tmp_path / "model" / "plans.json").write_text(json.dumps({"image_reader_writer": "SimpleITKIO"}))
+    (tmp_path / "model" / "dataset.json").write_text(json.dumps({"file_ending": 7}))
+    assert main([*place, *model]) == 3
+    assert "file_ending is '7', expected text" in capsys.readouterr().err
+    (tmp_path / "model" / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz"}))
+    assert main([*place, *model]) == 2
+    assert "are .nii.gz read by SimpleITKIO" in capsys.readouterr().err
