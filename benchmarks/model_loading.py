@@ -1,7 +1,7 @@
 """Seconds and memory to load a large model: the checkpoint, its converted copy, its exported zip, and torch.load.
 
 Makes a residual network of about 270 MB of weights with nnunetv2's own classes, or takes ``--model``. Every way runs in
-a process of its own, in turn, ``--rounds`` times; prints medians. Memory is what the process grew by, its peak and what
+a process of its own, in turn, ``--rounds`` times; prints medians. Memory is what the process grew by and what
 stays, after importing and after loading a small model.
 """
 
