@@ -41,9 +41,8 @@ def run_demo(folder: Path, observer: Observer) -> list[str]:
     ConnectomicsError
         If the volume could not be finished.
     """
-    config = load_config(
-        None, [f"inference.data.output_path={folder}", "experiment_name=demo", "inference.output.formats=[h5,png]"]
-    )
+    words = ["experiment_name=demo", "inference.output.formats=[h5,png]", "inference.output.overwrite=true"]
+    config = load_config(None, [f"inference.data.output_path={folder}", *words])
     with as_file(files("connectomics") / "example" / "phantom_mito_2d") as model:
         engine = build_engine(config, model)
     outcomes = VolumeProcessor(config, engine, observer).run(named_sources([VOLUME], engine.spec.channels))

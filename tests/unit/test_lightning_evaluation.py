@@ -123,6 +123,11 @@ def test_the_demo_labels_its_phantom_well(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "montage.png").exists()
     assert any("montage.png" in line for line in lines)
     assert demo.run_demo(tmp_path, Silence())[0].startswith("skipped")
-    (tmp_path / "phantom_5x256x320_seed_7_labels.h5").write_text("something else")
-    with pytest.raises(ConnectomicsError, match="overwrite"):
+    labels = tmp_path / "phantom_5x256x320_seed_7_labels.h5"
+    made = labels.read_bytes()
+    labels.write_text("of another version of this program")
+    assert demo.run_demo(tmp_path, Silence())[0].startswith("done")
+    assert labels.read_bytes() == made
+    monkeypatch.setattr(demo, "VOLUME", "phantom:0x1x1")
+    with pytest.raises(ConnectomicsError, match="phantom"):
         demo.run_demo(tmp_path, Silence())
