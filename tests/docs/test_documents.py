@@ -39,7 +39,7 @@ DOCUMENTS = sorted(
 )
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 PROGRAMS = ("connectomics ", "python scripts/main.py ")
-MACHINE = re.compile(r"/work/|/root/|/home/|/tmp/venv|pypi|pytorch\.org|pythonhosted|conda-forge|index-url")
+MACHINE = re.compile(r"(?<![\w.])/(root|home|mnt|opt)/|index-url")
 
 
 @dataclass(frozen=True, slots=True)
