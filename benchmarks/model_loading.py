@@ -26,6 +26,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 from connectomics.models.checkpoint import load_model  # noqa: E402
 from connectomics.models.conversion import convert_model  # noqa: E402
+from connectomics.models.locate import ModelRequest  # noqa: E402
 
 EMBEDDED = REPOSITORY / "connectomics" / "example" / "phantom_mito_2d"
 FEATURES = (32, 64, 128, 256, 512, 768, 768, 768)
@@ -38,13 +39,13 @@ def resident_bytes() -> int:
 
 def load_once(path: Path, by_torch: bool) -> None:
     """Load and print seconds, what stays in memory, and the size of the weights."""
-    load_model(EMBEDDED)
+    load_model(ModelRequest(EMBEDDED))
     before, began, cpu_began = resident_bytes(), time.perf_counter(), time.process_time()
     if by_torch:
         kept = [torch.load(file, map_location="cpu", weights_only=False) for file in sorted(path.glob("*/*.pth"))]
         needed = 0
     else:
-        loaded = load_model(path)
+        loaded = load_model(ModelRequest(path))
         kept = list(loaded.networks)
         needed = sum(4 * p.numel() for network in loaded.networks for p in network.parameters())
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
@@ -82,7 +83,7 @@ def main() -> None:
         model = words.model or large_model(Path(place, "made"))
         copy = Path(place, "copy")
         copy.mkdir()
-        convert_model(model, copy)
+        convert_model(ModelRequest(model), copy)
         packed = Path(shutil.make_archive(str(Path(place, "packed")), "zip", model))
         ways = {"checkpoint": [model], "converted": [copy], "zip": [packed], "torch.load": [model, "--by-torch"]}
         found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from connectomics.build.engine import model_request
 from connectomics.config.schema import Config
 from connectomics.errors import OutputError
 from connectomics.io.atomic import replacing
@@ -27,22 +28,11 @@ def convert(config: Config, checkpoint: Path, output: Path) -> dict[str, object]
     """
     if output.exists() or output.is_symlink():
         raise OutputError(f"{output}: is there already; give another name or remove it")
-    model = config.model
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(output) as folder:
             folder.mkdir()
-            spec = convert_model(
-                checkpoint,
-                folder,
-                folds=model.folds,
-                checkpoint_name=model.checkpoint_name,
-                plans=Path(model.nnunet_plans) if model.nnunet_plans else None,
-                dataset=Path(model.nnunet_dataset) if model.nnunet_dataset else None,
-                sha256=model.sha256,
-                trust_code=model.trust_code,
-                architecture=model.architecture,
-            )
+            spec = convert_model(model_request(config, checkpoint), folder)
             written_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
         raise OutputError(

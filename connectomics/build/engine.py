@@ -22,6 +22,7 @@ from connectomics.inference.windows import as_patch
 from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.torch_eager import TorchBackend
 from connectomics.models.checkpoint import LoadedModel, load_model
+from connectomics.models.locate import ModelRequest
 from connectomics.models.spec import ModelSpec
 from connectomics.pipeline.finish import Filters
 from connectomics.pipeline.predict import Segmenter
@@ -132,9 +133,17 @@ def load(config: Config, checkpoint: Path | None) -> LoadedModel:
     ModelError
         If it cannot be loaded or is not what the configuration says.
     """
-    model, stated = config.model, checkpoint_path(config, checkpoint)
-    loaded = load_model(
-        stated,
+    stated = checkpoint_path(config, checkpoint)
+    loaded = load_model(model_request(config, stated))
+    _check_expectations(config, loaded.spec, stated)
+    return loaded
+
+
+def model_request(config: Config, path: Path) -> ModelRequest:
+    """How the configuration wants the model at ``path`` to be read."""
+    model = config.model
+    return ModelRequest(
+        path,
         folds=model.folds,
         checkpoint_name=model.checkpoint_name,
         plans=Path(model.nnunet_plans) if model.nnunet_plans else None,
@@ -143,8 +152,6 @@ def load(config: Config, checkpoint: Path | None) -> LoadedModel:
         trust_code=model.trust_code,
         architecture=model.architecture,
     )
-    _check_expectations(config, loaded.spec, stated)
-    return loaded
 
 
 def _check_expectations(config: Config, spec: ModelSpec, path: Path) -> None:

@@ -14,9 +14,11 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from connectomics.errors import ModelError, ResourceError
+from connectomics.models.locate import ModelRequest
 
 _SUFFIX = ".zip"
 _MOST_MEMBERS = 100_000
@@ -28,16 +30,14 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, 
 
 
 @contextlib.contextmanager
-def unpacked(path: Path, *, folds: Sequence[str] | None, checkpoint_name: str) -> Iterator[Path]:
-    """A folder that holds the model at ``path`` as long as the context is open.
+def unpacked(request: ModelRequest) -> Iterator[ModelRequest]:
+    """The same request for a model in a folder, which is there as long as the context is open.
 
     Parameters
     ----------
-    path
-        An exported ``.zip``, or ``MODEL.zip/Trainer__Plans__configuration`` for one of its models (a fold's folder
-        may follow); any other path is given back as it is.
-    folds, checkpoint_name
-        As in ``load_model``; other checkpoints stay packed.
+    request
+        For an exported ``.zip``, or ``MODEL.zip/Trainer__Plans__configuration`` for one of its models (a fold's folder
+        may follow); any other is given back as it is. Checkpoints that are not asked for stay packed.
 
     Raises
     ------
@@ -46,18 +46,19 @@ def unpacked(path: Path, *, folds: Sequence[str] | None, checkpoint_name: str) -
     ResourceError
         If the temporary folder has no room for the weights.
     """
+    path = request.path
     try:
         archive_path = next((p for p in (path, *path.parents) if p.suffix.lower() == _SUFFIX and p.is_file()), None)
     except OSError as error:
         raise ModelError(f"{path}: the model cannot be read ({error.strerror}); check the path") from error
     if archive_path is None:
-        yield path
+        yield request
         return
     with tempfile.TemporaryDirectory(prefix="connectomics_") as folder:
         root = Path(folder, archive_path.name)
         try:
-            place = _unpack(archive_path, path.relative_to(archive_path), root, folds, checkpoint_name)
-            yield place
+            place = _unpack(archive_path, path.relative_to(archive_path), root, request.folds, request.checkpoint_name)
+            yield replace(request, path=place)
         except ModelError as error:
             raise type(error)(str(error).replace(str(root), str(archive_path))) from error
 

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from connectomics.errors import ModelError
 from connectomics.models.archive import unpacked
-from connectomics.models.checkpoint import CHECKPOINT_NAME, check_finite, read_model, state_of
+from connectomics.models.checkpoint import ModelReading, check_finite, read_model, state_of
 from connectomics.models.converted import Manifest, is_converted, weights_name, write_copy
+from connectomics.models.locate import ModelRequest
 from connectomics.models.spec import ModelSpec
 
 
-def convert_model(
-    path: Path,
-    folder: Path,
-    *,
-    folds: Sequence[str] | None = None,
-    checkpoint_name: str = CHECKPOINT_NAME,
-    plans: Path | None = None,
-    dataset: Path | None = None,
-    sha256: str | None = None,
-    trust_code: bool = False,
-    architecture: str = "nnunet",
-) -> ModelSpec:
+def convert_model(request: ModelRequest, folder: Path) -> ModelSpec:
     """Write what inference needs of a model into an empty folder; equal models give equal bytes.
-
-    Parameters
-    ----------
-    folder
-        An empty folder. All other arguments are those of ``load_model``.
 
     Returns
     -------
@@ -45,10 +30,10 @@ def convert_model(
     UnsafeModelError
         If its files bring code and ``trust_code`` is not set.
     """
-    if is_converted(path):
-        raise ModelError(f"{path}: is a converted model already; copy the folder, or give the nnU-Net model")
-    with unpacked(path, folds=folds, checkpoint_name=checkpoint_name) as place:
-        model = read_model(place, folds, checkpoint_name, (plans, dataset), sha256, trust_code, architecture)
+    if is_converted(request.path):
+        raise ModelError(f"{request.path}: is a converted model already; copy the folder, or give the nnU-Net model")
+    with unpacked(request) as there:
+        model = read_model(there)
         expected = model.skeleton.network.state_dict()
         states = []
         for member in model.members:
@@ -62,18 +47,25 @@ def convert_model(
             folds=model.spec.folds,
             original=model.originals,
             original_sha256=model.spec.sha256,
-            architecture=architecture,
+            architecture=request.architecture,
             files={weights_name(fold): "" for fold in model.spec.folds},
         )
         write_copy(folder, manifest, model.plans, model.dataset, states)
-        copy = read_model(folder, None, CHECKPOINT_NAME, (None, None), None, trust_code, architecture)
-        for member, state in zip(copy.members, states, strict=True):
-            same = member.weights.keys() == state.keys() and all(
-                member.weights[name].dtype == tensor.dtype and torch.equal(member.weights[name], tensor)
-                for name, tensor in state.items()
+        return _read_back(request, folder, model, states)
+
+
+def _read_back(
+    request: ModelRequest, folder: Path, model: ModelReading, states: Sequence[Mapping[str, torch.Tensor]]
+) -> ModelSpec:
+    """What the copy is, every weight of it compared with the original's."""
+    copy = read_model(ModelRequest(folder, trust_code=request.trust_code, architecture=request.architecture))
+    for member, state in zip(copy.members, states, strict=True):
+        same = member.weights.keys() == state.keys() and all(
+            member.weights[name].dtype == tensor.dtype and torch.equal(member.weights[name], tensor)
+            for name, tensor in state.items()
+        )
+        if not same or copy.spec.sha256 != model.spec.sha256:
+            raise ModelError(
+                f"{member.path}: does not read back as what {request.path} holds; check the disk and convert again"
             )
-            if not same or copy.spec.sha256 != model.spec.sha256:
-                raise ModelError(
-                    f"{member.path}: does not read back as what {path} holds; check the disk and convert again"
-                )
     return copy.spec

@@ -8,7 +8,44 @@ from pathlib import Path
 
 from connectomics.errors import ModelError
 
+CHECKPOINT_NAME = "checkpoint_final.pth"
 _FOLD = "fold_"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """Which model is to be read, and how far its files are trusted.
+
+    Parameters
+    ----------
+    path
+        A checkpoint file with plans.json and dataset.json beside it or above it (else its own copies are
+        used), a fold's folder, a nnU-Net training folder ``Trainer__Plans__configuration``, or an exported ``.zip``
+        (``MODEL.zip/Trainer__Plans__configuration`` where it holds several), or a folder that ``connectomics
+        convert`` wrote.
+    folds
+        Folds of a training folder in the order of their mean, for example ``("0", "1")`` or ``("all",)``;
+        None: all numbered folds that hold the checkpoint, else ``fold_all``.
+    checkpoint_name
+        File within a fold's folder.
+    plans, dataset
+        The JSON files, where they lie elsewhere.
+    sha256
+        Expected ``ModelSpec.weights_sha256``, compared before anything is unpickled.
+    trust_code
+        Unpickle without restriction and import the classes that the plans name.
+    architecture
+        Name of a registered architecture.
+    """
+
+    path: Path
+    folds: Sequence[str] | None = None
+    checkpoint_name: str = CHECKPOINT_NAME
+    plans: Path | None = None
+    dataset: Path | None = None
+    sha256: str | None = None
+    trust_code: bool = False
+    architecture: str = "nnunet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +75,8 @@ class ModelFiles:
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.name
 
 
-def locate_model(
-    path: Path, *, folds: Sequence[str] | None, checkpoint_name: str, plans: Path | None, dataset: Path | None
-) -> ModelFiles:
-    """Find what belongs to the model at ``path``; see ``load_model`` for the forms it may have.
+def locate_model(request: ModelRequest) -> ModelFiles:
+    """Find what belongs to a model that is not packed.
 
     Raises
     ------
@@ -49,21 +84,21 @@ def locate_model(
         If something is missing, unreadable or contradictory.
     """
     try:
-        return _locate(path, folds, checkpoint_name, plans, dataset)
+        return _locate(request)
     except OSError as error:
         raise ModelError(
-            f"{error.filename or path}: the model cannot be read ({error.strerror}); check the path and its permissions"
+            f"{error.filename or request.path}: the model cannot be read ({error.strerror}); check the path and its "
+            "permissions"
         ) from error
 
 
-def _locate(
-    path: Path, folds: Sequence[str] | None, checkpoint_name: str, plans: Path | None, dataset: Path | None
-) -> ModelFiles:
-    for stated in (plans, dataset):
+def _locate(request: ModelRequest) -> ModelFiles:
+    path, folds = request.path, request.folds
+    for stated in (request.plans, request.dataset):
         if stated is not None and not stated.is_file():
             raise ModelError(f"{stated}: there is no such file; check model.nnunet_plans and model.nnunet_dataset")
     if path.is_dir():
-        return _in_folder(path, folds, checkpoint_name, plans, dataset)
+        return _in_folder(request)
     if not path.is_file():
         raise ModelError(f"{path}: there is no such file or folder; give a .pth file or a nnU-Net training folder")
     if folds is not None:
@@ -75,8 +110,8 @@ def _locate(
         path.parent,
         (path,),
         None,
-        plans or _beside(path, "plans.json"),
-        dataset or _beside(path, "dataset.json"),
+        request.plans or _beside(path, "plans.json"),
+        request.dataset or _beside(path, "dataset.json"),
     )
 
 
@@ -89,10 +124,9 @@ def _beside(checkpoint: Path, name: str) -> Path | None:
     return None
 
 
-def _in_folder(
-    path: Path, folds: Sequence[str] | None, checkpoint_name: str, plans: Path | None, dataset: Path | None
-) -> ModelFiles:
-    root = path
+def _in_folder(request: ModelRequest) -> ModelFiles:
+    root = path = request.path
+    folds, checkpoint_name = request.folds, request.checkpoint_name
     if path.name.startswith(_FOLD) and (path / checkpoint_name).is_file():
         own = path.name.removeprefix(_FOLD)
         if folds is not None and tuple(folds) != (own,):
@@ -106,10 +140,11 @@ def _in_folder(
     for checkpoint in checkpoints:
         if not checkpoint.is_file():
             raise ModelError(f"{checkpoint}: there is no such file; {_finding(root)}")
-    for name, stated in (("plans.json", plans), ("dataset.json", dataset)):
+    for name, stated in (("plans.json", request.plans), ("dataset.json", request.dataset)):
         if stated is None and not (root / name).is_file():
             raise ModelError(f"{root / name}: the training folder lacks this file; copy it from where nnU-Net wrote it")
-    return ModelFiles(root, checkpoints, tuple(folds), plans or root / "plans.json", dataset or root / "dataset.json")
+    plans, dataset = request.plans or root / "plans.json", request.dataset or root / "dataset.json"
+    return ModelFiles(root, checkpoints, tuple(folds), plans, dataset)
 
 
 def _available_folds(root: Path, checkpoint_name: str) -> tuple[str, ...]:

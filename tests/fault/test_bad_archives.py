@@ -17,6 +17,7 @@ import pytest
 from connectomics.errors import ModelError, UnsafeModelError
 from connectomics.models import archive
 from connectomics.models.checkpoint import load_model
+from connectomics.models.locate import ModelRequest
 
 from nnunet_models import make_model
 
@@ -189,10 +190,10 @@ def test_is_refused_and_nothing_is_left(
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     archive_path = tmp_path / "model.zip"
     pack(archive_path, entries)
-    assert load_model(archive_path).spec.folds == ("0",)
+    assert load_model(ModelRequest(archive_path)).spec.folds == ("0",)
     case.damage(archive_path)
     with pytest.raises(ModelError) as caught:
-        load_model(archive_path)
+        load_model(ModelRequest(archive_path))
     message = str(caught.value)
     assert type(caught.value) is case.error, message
     assert str(archive_path) in message
@@ -208,15 +209,15 @@ def test_too_many_entries(entries: dict[str, bytes], tmp_path: Path, monkeypatch
     pack(tmp_path / "model.zip", entries)
     monkeypatch.setattr(archive, "_MOST_MEMBERS", 2)
     with pytest.raises(ModelError, match="holds 3 entries, expected at most 2"):
-        load_model(tmp_path / "model.zip")
+        load_model(ModelRequest(tmp_path / "model.zip"))
 
 
 def test_a_path_that_cannot_be_looked_at(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be read"):
-        load_model(tmp_path / ("x" * 300 + ".zip"))
+        load_model(ModelRequest(tmp_path / ("x" * 300 + ".zip")))
 
 
 def test_a_folder_that_is_named_like_a_zip_is_a_folder(tmp_path: Path) -> None:
     root = make_model(tmp_path / "made", dimensions=2, patch=(16, 16), features=(4, 8))
     copied = shutil.copytree(root, tmp_path / "model.zip")
-    assert load_model(copied).spec.folds == ("0",)
+    assert load_model(ModelRequest(copied)).spec.folds == ("0",)

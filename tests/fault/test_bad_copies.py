@@ -17,6 +17,7 @@ from connectomics.errors import ModelError, UnsafeModelError
 from connectomics.fingerprint import key_of, sha256_of_file
 from connectomics.models.checkpoint import load_model
 from connectomics.models.conversion import convert_model
+from connectomics.models.locate import ModelRequest
 
 from nnunet_models import make_model
 
@@ -29,7 +30,7 @@ def good_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("good_copy")
     (place / "copy").mkdir()
     root = make_model(place, dimensions=2, patch=(16, 16), folds=("0", "1"), features=(4, 8))
-    convert_model(root, place / "copy")
+    convert_model(ModelRequest(root), place / "copy")
     return place / "copy"
 
 
@@ -254,7 +255,7 @@ def test_is_refused_with_a_reason(case: Case, good_copy: Path, tmp_path: Path) -
     root = shutil.copytree(good_copy, tmp_path / "copy")
     case.damage(root)
     with pytest.raises(ModelError) as caught:
-        load_model(root)
+        load_model(ModelRequest(root))
     message = str(caught.value)
     assert type(caught.value) is case.error, message
     for word in ("copy/", *case.words):
@@ -267,11 +268,11 @@ def test_the_helpers_do_no_harm_themselves(good_copy: Path, tmp_path: Path) -> N
     """A copy that was rewritten and signed but not changed loads: the refusals are not refusals of the forger's pen."""
     root = shutil.copytree(good_copy, tmp_path / "copy")
     forge_weights(root, dict.copy)
-    assert load_model(root).spec.folds == ("0", "1")
+    assert load_model(ModelRequest(root)).spec.folds == ("0", "1")
 
 
 def test_trust_does_not_switch_the_digests_off(good_copy: Path, tmp_path: Path) -> None:
     root = shutil.copytree(good_copy, tmp_path / "copy")
     flip(root / WEIGHTS)
     with pytest.raises(ModelError, match=r"manifest\.json states"):
-        load_model(root, trust_code=True)
+        load_model(ModelRequest(root, trust_code=True))

@@ -23,6 +23,7 @@ import torch
 
 from connectomics.errors import ModelError, UnsafeModelError
 from connectomics.models.checkpoint import load_model, read_spec
+from connectomics.models.locate import ModelRequest
 
 from nnunet_models import make_model
 
@@ -559,7 +560,7 @@ def test_is_refused_with_a_reason(case: Case, error: type[ModelError], good_mode
     root = shutil.copytree(good_model, tmp_path / good_model.name)
     case.damage(root)
     with pytest.raises(ModelError) as caught:
-        load_model(root / case.path, **case.options)
+        load_model(ModelRequest(root / case.path, **case.options))
     message = str(caught.value)
     assert type(caught.value) is error
     for word in case.words:
@@ -573,7 +574,7 @@ def test_the_hostile_pickles_are_live(good_model: Path, tmp_path: Path) -> None:
     """With model.trust_code the same file does run: the refusals above are not refusals of a dud."""
     root = shutil.copytree(good_model, tmp_path / good_model.name)
     hide_code(root, os.system, touch_command(root))
-    load_model(root, folds=("0",), trust_code=True)
+    load_model(ModelRequest(root, folds=("0",), trust_code=True))
     assert (tmp_path / "marker").exists()
 
 
@@ -581,7 +582,7 @@ def test_a_stated_sha256_is_compared_before_anything_is_unpickled(good_model: Pa
     root = shutil.copytree(good_model, tmp_path / good_model.name)
     hide_code(root, os.system, touch_command(root))
     with pytest.raises(ModelError, match=r"model\.sha256"):
-        load_model(root, folds=("0",), trust_code=True, sha256="0" * 64)
+        load_model(ModelRequest(root, folds=("0",), trust_code=True, sha256="0" * 64))
     assert not (tmp_path / "marker").exists()
 
 
@@ -592,14 +593,14 @@ def test_a_damaged_file_is_refused_even_with_trust(
     root = shutil.copytree(good_model, tmp_path / good_model.name)
     damage(root)
     with pytest.raises(ModelError, match="damaged"):
-        load_model(root, trust_code=True)
+        load_model(ModelRequest(root, trust_code=True))
 
 
 def test_a_trusted_class_that_does_not_exist_is_named(good_model: Path, tmp_path: Path) -> None:
     root = shutil.copytree(good_model, tmp_path / good_model.name)
     edit_network(root, lambda network: network.update(network_class_name="nowhere.Network"))
     with pytest.raises(ModelError, match=r"nowhere\.Network.*cannot be imported"):
-        load_model(root, trust_code=True)
+        load_model(ModelRequest(root, trust_code=True))
 
 
 def test_values_of_the_weights_are_left_to_load_model(good_model: Path, tmp_path: Path) -> None:
@@ -607,7 +608,7 @@ def test_values_of_the_weights_are_left_to_load_model(good_model: Path, tmp_path
     edit_weight(root, lambda weight: weight * float("inf"))
     assert read_spec(root).configuration == "2d"
     with pytest.raises(ModelError, match="not finite"):
-        load_model(root)
+        load_model(ModelRequest(root))
 
 
 def paths_in(value: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -634,7 +635,7 @@ def test_nonsense_anywhere_in_the_json_gives_our_error_or_none(good_model: Path,
         target[place[-1]] = chosen.choice(nonsense)
         (root / name).write_text(json.dumps(values))
         try:
-            read_spec(root, folds=("0",))
+            read_spec(ModelRequest(root, folds=("0",)))
         except ModelError as error:
             assert "\n" not in str(error), place
             refused += 1
@@ -649,7 +650,7 @@ def test_every_cut_of_a_small_checkpoint_is_refused(tmp_path: Path) -> None:
     for length in range(0, len(data), 37):
         (tmp_path / "cut.pth").write_bytes(data[:length])
         with pytest.raises(ModelError, match=r"cut\.pth"):
-            load_model(tmp_path / "cut.pth")
+            load_model(ModelRequest(tmp_path / "cut.pth"))
 
 
 @contextlib.contextmanager
@@ -667,7 +668,7 @@ def message_of_unprivileged(path: Path) -> str:
     """What loading says to a user who is not root, who may read everything."""
     if os.geteuid() != 0:
         with pytest.raises(ModelError) as caught:
-            load_model(path)
+            load_model(ModelRequest(path))
         return str(caught.value)
     reading, writing = os.pipe()
     with warnings.catch_warnings():
@@ -679,7 +680,7 @@ def message_of_unprivileged(path: Path) -> str:
             os.setgroups([])
             os.setgid(65534)
             os.setuid(65534)
-            load_model(path)
+            load_model(ModelRequest(path))
         except ModelError as error:
             os.write(writing, str(error).encode())
             status = 0
@@ -695,7 +696,7 @@ def message_of_unprivileged(path: Path) -> str:
 @pytest.mark.parametrize("name", [CHECKPOINT, "plans.json", "fold_0", "."])
 def test_what_may_not_be_read_is_named(good_model: Path, name: str) -> None:
     with world_readable_copy(good_model) as root:
-        assert load_model(root).spec.folds == ("0", "1")
+        assert load_model(ModelRequest(root)).spec.folds == ("0", "1")
         (root / name).chmod(0)
         message = message_of_unprivileged(root)
         (root / name).chmod(0o755)

@@ -21,6 +21,7 @@ import torch
 from connectomics.errors import ModelError
 from connectomics.models.checkpoint import load_model, read_spec
 from connectomics.models.conversion import convert_model
+from connectomics.models.locate import ModelRequest
 
 import nnunet_models
 from nnunet_models import DATASET_NAME, make_dataset, make_model
@@ -81,7 +82,7 @@ def network_is_3d(network: torch.nn.Module) -> bool:
 
 
 def assert_equal_to_nnunet(root: Path, checkpoint_name: str = "checkpoint_final.pth", path: Path | None = None) -> None:
-    loaded = load_model(path or root, checkpoint_name=checkpoint_name)
+    loaded = load_model(ModelRequest(path or root, checkpoint_name=checkpoint_name))
     window = torch.randn(1, 1, *loaded.spec.patch_shape, generator=torch.Generator().manual_seed(4))
     expected = logits_of_nnunet(root, window, checkpoint_name)
     assert torch.equal(loaded.networks[0](window), expected)
@@ -132,11 +133,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_latest.pth"])
 def test_each_checkpoint_is_the_one_asked_for(small: Path, tmp_path: Path, name: str) -> None:
     assert_equal_to_nnunet(small, name)
-    spec = read_spec(small, checkpoint_name=name)
+    spec = read_spec(ModelRequest(small, checkpoint_name=name))
     assert spec.checkpoint_name == name
     assert sum(spec.sha256 == read_spec(f).sha256 for f in (small / "fold_0").iterdir()) == 1
     (tmp_path / "copy").mkdir()
-    convert_model(small, tmp_path / "copy", checkpoint_name=name)
+    convert_model(ModelRequest(small, checkpoint_name=name), tmp_path / "copy")
     assert_equal_to_nnunet(small, name, tmp_path / "copy")
 
 
@@ -145,7 +146,7 @@ def test_a_missing_checkpoint_names_those_that_exist(small: Path) -> None:
         with pytest.raises(
             ModelError, match=r"checkpoint_last\.pth.*found there: .*_best\.pth, .*_final\.pth, .*_latest"
         ):
-            read_spec(small, checkpoint_name="checkpoint_last.pth", **options)
+            read_spec(ModelRequest(small, checkpoint_name="checkpoint_last.pth", **options))
 
 
 @pytest.mark.parametrize("trainer", ["nnUNetTrainer", "nnUNetTrainerNoDeepSupervision"])

@@ -28,6 +28,7 @@ from connectomics.models.arch.nnunet_models import (
 from connectomics.models.arch.trainers import own_network_trainer, stock_trainers
 from connectomics.models.checkpoint import load_model
 from connectomics.models.conversion import convert_model
+from connectomics.models.locate import ModelRequest
 
 from nnunet_models import make_model
 
@@ -157,7 +158,7 @@ def test_a_custom_trainer_builds_the_network_it_builds_for_nnunet(custom: Path, 
     second = custom.parent / "second"
     (second / "custom_trainer.py").write_text(trainer)
     (second / "side_module.py").write_text("SLOPE = 0.5")
-    (network,) = load_model(custom, trust_code=True).networks
+    (network,) = load_model(ModelRequest(custom, trust_code=True)).networks
     assert torch.equal(network(WINDOW), logits_of_nnunet(custom))
     assert not {"custom_trainer", "side_module"} & set(sys.modules)
     assert str(second) not in sys.path
@@ -166,15 +167,15 @@ def test_a_custom_trainer_builds_the_network_it_builds_for_nnunet(custom: Path, 
 def test_a_custom_trainer_needs_trust_and_is_not_imported_without(custom: Path) -> None:
     (custom.parent / "second" / "custom_trainer.py").write_text(f"{STOCK_NETWORK}\nraise SystemExit('it ran')")
     with pytest.raises(UnsafeModelError, match=r"outside of nnunetv2 \(.*second/custom_trainer\.py\); nothing of it"):
-        load_model(custom)
+        load_model(ModelRequest(custom))
 
 
 def test_a_custom_trainer_that_is_nowhere_is_unknown(custom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match=r"unknown trainer 'CustomTrainer'.*model\.trust_code"):
-        load_model(custom, trust_code=True)
+        load_model(ModelRequest(custom, trust_code=True))
     monkeypatch.delenv("nnUNet_extTrainer")
     with pytest.raises(ModelError, match="unknown trainer 'CustomTrainer'"):
-        load_model(custom, trust_code=True)
+        load_model(ModelRequest(custom, trust_code=True))
 
 
 def test_only_the_module_with_the_trainer_is_imported(custom: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -186,7 +187,7 @@ def test_only_the_module_with_the_trainer_is_imported(custom: Path, caplog: pyte
     (first / "package" / "trainers.py").write_text(NEW_SIGNATURE.replace("from side", "from .side"))
     (first / "package" / "side_module.py").write_text("SLOPE = 0.25")
     (second / "custom_trainer.py").write_text("raise SystemExit('the second folder was searched first')")
-    (network,) = load_model(custom, trust_code=True).networks
+    (network,) = load_model(ModelRequest(custom, trust_code=True)).networks
     assert {module.negative_slope for module in network.modules() if isinstance(module, nn.LeakyReLU)} == {0.25}
     assert "b_broken.py: passed over" in caplog.text
 
@@ -195,7 +196,7 @@ def test_a_trainer_that_a_module_imports_counts_as_its_own(custom: Path) -> None
     second = custom.parent / "second"
     (second / "a_list.py").write_text("from z_trainer import Original as CustomTrainer")
     (second / "z_trainer.py").write_text(CUSTOM_TRAINER.replace("class CustomTrainer", "class Original"))
-    (network,) = load_model(custom, trust_code=True).networks
+    (network,) = load_model(ModelRequest(custom, trust_code=True)).networks
     assert torch.equal(network(WINDOW), logits_of_nnunet(custom))
 
 
@@ -203,7 +204,7 @@ def test_a_known_module_of_the_same_name_is_left_alone(custom: Path, monkeypatch
     (custom.parent / "second" / "custom_trainer.py").write_text(CUSTOM_TRAINER)
     other = types.ModuleType("custom_trainer")
     monkeypatch.setitem(sys.modules, "custom_trainer", other)
-    assert load_model(custom, trust_code=True).spec.trainer_name == "CustomTrainer"
+    assert load_model(ModelRequest(custom, trust_code=True)).spec.trainer_name == "CustomTrainer"
     assert sys.modules["custom_trainer"] is other
 
 
@@ -220,7 +221,7 @@ def test_a_known_module_of_the_same_name_is_left_alone(custom: Path, monkeypatch
 def test_a_custom_trainer_that_is_none_is_named(custom: Path, text: str, words: str) -> None:
     (custom.parent / "second" / "custom_trainer.py").write_text(text)
     with pytest.raises(ModelError, match=rf"'CustomTrainer'.*second/custom_trainer\.py.*{words}"):
-        load_model(custom, trust_code=True)
+        load_model(ModelRequest(custom, trust_code=True))
 
 
 OWN_NETWORK = """
@@ -264,17 +265,19 @@ def test_an_architecture_of_ones_own_comes_with_trust(tmp_path: Path, monkeypatc
     weights = {f"layers.{name}": tensor for name, tensor in layers.state_dict().items()}
     torch.save(torch.load(file, weights_only=False) | {"network_weights": weights}, file)
     with pytest.raises(UnsafeModelError, match=r"names 'own_networks_of_a_test\.Own\.Network'"):
-        load_model(root)
+        load_model(ModelRequest(root))
     assert "own_networks_of_a_test" not in sys.modules
-    (network,) = load_model(root, trust_code=True).networks
+    (network,) = load_model(ModelRequest(root, trust_code=True)).networks
     with torch.no_grad():
         assert torch.equal(network(WINDOW)[:, :, 0], layers[2](2 * layers[0](3 * WINDOW[:, :, 0])))
     (tmp_path / "copy").mkdir()
-    convert_model(root, tmp_path / "copy", trust_code=True)
+    convert_model(ModelRequest(root, trust_code=True), tmp_path / "copy")
     with pytest.raises(UnsafeModelError, match=r"model\.trust_code"):
-        load_model(tmp_path / "copy")
+        load_model(ModelRequest(tmp_path / "copy"))
     with torch.no_grad():
-        assert torch.equal(load_model(tmp_path / "copy", trust_code=True).networks[0](WINDOW), network(WINDOW))
+        assert torch.equal(
+            load_model(ModelRequest(tmp_path / "copy", trust_code=True)).networks[0](WINDOW), network(WINDOW)
+        )
 
 
 def plan(**changes: object) -> NetworkPlan:

@@ -18,6 +18,7 @@ import torch
 from connectomics.errors import ModelError, ResourceError
 from connectomics.models import archive
 from connectomics.models.checkpoint import load_model, read_spec
+from connectomics.models.locate import ModelRequest
 
 from nnunet_models import DATASET_NAME, make_model
 
@@ -71,7 +72,7 @@ def private_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def logits(path: Path) -> list[torch.Tensor]:
-    loaded = load_model(path)
+    loaded = load_model(ModelRequest(path))
     window = torch.randn(1, 1, *loaded.spec.patch_shape, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         return [network(window) for network in loaded.networks]
@@ -88,17 +89,17 @@ def test_a_zip_is_the_folder_it_was_made_from(results: Path, exported: Path, tmp
 def test_folds_and_checkpoints_are_chosen_in_a_zip(results: Path, exported: Path) -> None:
     folder = results / DATASET_NAME / FOLDER
     for options in ({"folds": ("2", "0")}, {"checkpoint_name": "checkpoint_best.pth"}):
-        assert read_spec(exported, **options) == read_spec(folder, **options)
+        assert read_spec(ModelRequest(exported, **options)) == read_spec(ModelRequest(folder, **options))
     assert read_spec(exported / FOLDER / "fold_1").folds == ("1",)
     with pytest.raises(ModelError, match=r"no .*fold_7/checkpoint_final.*found there: fold_0/checkpoint_best\.pth"):
-        read_spec(exported, folds=("7",))
+        read_spec(ModelRequest(exported, folds=("7",)))
     with pytest.raises(ModelError, match=r"no .*fold_X/checkpoint_latest.*found there: fold_0/checkpoint_best\.pth"):
-        read_spec(exported, checkpoint_name="checkpoint_latest.pth")
+        read_spec(ModelRequest(exported, checkpoint_name="checkpoint_latest.pth"))
 
 
 def test_only_what_is_needed_is_unpacked(exported: Path) -> None:
-    with archive.unpacked(exported, folds=("1",), checkpoint_name="checkpoint_final.pth") as place:
-        names = sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file())
+    with archive.unpacked(ModelRequest(exported, folds=("1",))) as there:
+        names = sorted(path.relative_to(there.path).as_posix() for path in there.path.rglob("*") if path.is_file())
     assert names == ["dataset.json", "fold_1/checkpoint_final.pth", "plans.json"]
 
 
@@ -124,7 +125,7 @@ def test_messages_name_the_zip_and_not_the_temporary_folder(exported: Path, tmp_
         for info in source.infolist():
             target.writestr(info.filename, b"{]" if info.filename.endswith("plans.json") else source.read(info))
     with pytest.raises(ModelError) as caught:
-        load_model(damaged)
+        load_model(ModelRequest(damaged))
     assert f"{damaged}/{DATASET_NAME}/{FOLDER}/plans.json: broken JSON" in str(caught.value)
     assert "temporary" not in str(caught.value)
     assert list((tmp_path / "temporary").iterdir()) == []

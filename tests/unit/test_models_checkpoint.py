@@ -18,6 +18,7 @@ from torch import nn
 from connectomics.errors import ModelError, UnsafeModelError
 from connectomics.fingerprint import sha256_of_bytes, sha256_of_file
 from connectomics.models.checkpoint import LoadedModel, load_model, read_spec
+from connectomics.models.locate import ModelRequest
 
 from nnunet_models import make_model
 
@@ -109,13 +110,13 @@ def assert_equal_networks(loaded: LoadedModel, theirs: list[nn.Module]) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_logits_equal_the_network_that_nnunet_builds(models: dict[str, Path], name: str) -> None:
-    assert_equal_networks(load_model(models[name]), networks_of_nnunet(models[name]))
+    assert_equal_networks(load_model(ModelRequest(models[name])), networks_of_nnunet(models[name]))
 
 
 @pytest.mark.parametrize("name", ["vnc_mito_2d", "vnc_mito_3d", "vnc_multi_2d"])
 def test_logits_of_trained_models_equal_nnunets(shared_data: Path, name: str) -> None:
     root = shared_data / "models" / name
-    assert_equal_networks(load_model(root), networks_of_nnunet(root))
+    assert_equal_networks(load_model(ModelRequest(root)), networks_of_nnunet(root))
 
 
 def test_spec_of_a_trained_2d_model(shared_data: Path) -> None:
@@ -150,14 +151,14 @@ def test_a_model_trained_on_all_data_is_found_where_there_are_no_numbered_folds(
 def test_spec_of_a_model_of_regions(tmp_path: Path) -> None:
     labels: dict[str, int | list[int]] = {"background": 0, "whole": [1, 2, 3], "core": [3, 2], "rim": [3], "ignore": 4}
     root = make_model(tmp_path, dimensions=2, patch=(16, 16), labels=labels, regions_class_order=[1, 2, 3])
-    spec = load_model(root).spec
+    spec = load_model(ModelRequest(root)).spec
     assert spec.regions == (("whole", (1, 2, 3)), ("core", (3, 2)), ("rim", (3,)))
     assert (spec.class_values, spec.classes, spec.ignored_label) == ((1, 2, 3), 3, 4)
     assert spec.label_names == (("background", 0), ("whole", 1), ("core", 2), ("rim", 3), ("ignore", 4))
 
 
 def test_read_spec_says_what_load_model_says(ensemble: Path) -> None:
-    assert read_spec(ensemble) == load_model(ensemble).spec
+    assert read_spec(ensemble) == load_model(ModelRequest(ensemble)).spec
 
 
 def test_numbered_folds_are_found_as_nnunet_finds_them(ensemble: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,27 +169,27 @@ def test_numbered_folds_are_found_as_nnunet_finds_them(ensemble: Path, capsys: p
 
 
 def test_chosen_folds_keep_their_order(ensemble: Path) -> None:
-    loaded = load_model(ensemble, folds=("3", "0"))
+    loaded = load_model(ModelRequest(ensemble, folds=("3", "0")))
     assert loaded.spec.folds == ("3", "0")
-    single = load_model(ensemble / "fold_3")
+    single = load_model(ModelRequest(ensemble / "fold_3"))
     window = torch.ones(1, 1, 1, 16, 16).cumsum(4)
     assert torch.equal(loaded.networks[0](window), single.networks[0](window))
     assert not torch.equal(loaded.networks[1](window), single.networks[0](window))
 
 
 def test_fold_all_can_be_chosen(ensemble: Path) -> None:
-    assert load_model(ensemble, folds=("all",)).spec.folds == ("all",)
+    assert load_model(ModelRequest(ensemble, folds=("all",))).spec.folds == ("all",)
 
 
 def test_a_fold_folder_is_a_model_of_one_fold(ensemble: Path) -> None:
-    spec = read_spec(ensemble / "fold_1", folds=("1",))
+    spec = read_spec(ModelRequest(ensemble / "fold_1", folds=("1",)))
     assert spec.folds == ("1",)
     assert [name for name, _ in spec.files] == ["fold_1/checkpoint_final.pth", "plans.json", "dataset.json"]
 
 
 def test_another_checkpoint_name(copied: Path) -> None:
     (copied / "fold_1" / "checkpoint_final.pth").rename(copied / "fold_1" / "checkpoint_best.pth")
-    spec = read_spec(copied, checkpoint_name="checkpoint_best.pth")
+    spec = read_spec(ModelRequest(copied, checkpoint_name="checkpoint_best.pth"))
     assert (spec.folds, spec.checkpoint_name) == (("1",), "checkpoint_best.pth")
 
 
@@ -208,13 +209,13 @@ def test_a_bare_checkpoint_finds_its_json_above_it(copied: Path, monkeypatch: py
     monkeypatch.chdir(copied / "fold_0")
     spec = read_spec(Path("checkpoint_final.pth"))
     assert [name for name, _ in spec.files] == ["checkpoint_final.pth", "plans.json", "dataset.json"]
-    assert spec.sha256 == read_spec(copied, folds=("0",)).sha256
+    assert spec.sha256 == read_spec(ModelRequest(copied, folds=("0",))).sha256
 
 
 def test_json_beside_a_linked_checkpoint_is_that_of_the_link_or_its_target(ensemble: Path, tmp_path: Path) -> None:
     link = tmp_path / "best.pth"
     link.symlink_to(ensemble / "fold_0" / "checkpoint_final.pth")
-    assert read_spec(link).sha256 == read_spec(ensemble, folds=("0",)).sha256
+    assert read_spec(link).sha256 == read_spec(ModelRequest(ensemble, folds=("0",))).sha256
 
 
 @pytest.mark.parametrize(("name", "key"), [("plans.json", "dataset_name"), ("dataset.json", "labels")])
@@ -225,8 +226,8 @@ def test_another_models_json_near_a_bare_checkpoint_is_not_taken_for_its_own(cop
     bare = copied / "fold_0" / "checkpoint_final.pth"
     with pytest.raises(ModelError, match=rf"{name}: its '{key}' differs.*another model"):
         read_spec(bare)
-    assert read_spec(bare, plans=copied / "plans.json", dataset=copied / "dataset.json").folds == ("0",)
-    assert read_spec(copied, folds=("0",)).folds == ("0",)
+    assert read_spec(ModelRequest(bare, plans=copied / "plans.json", dataset=copied / "dataset.json")).folds == ("0",)
+    assert read_spec(ModelRequest(copied, folds=("0",))).folds == ("0",)
 
 
 def test_a_lone_checkpoint_uses_its_own_copies_and_says_so(
@@ -249,21 +250,21 @@ def test_stated_json_files_are_used(copied: Path, tmp_path: Path, caplog: pytest
     plans = json.loads((copied / "plans.json").read_text())
     plans["plans_name"] = "Other"
     (tmp_path / "stated.json").write_text(json.dumps(plans))
-    spec = read_spec(copied, plans=tmp_path / "stated.json", dataset=copied / "dataset.json")
+    spec = read_spec(ModelRequest(copied, plans=tmp_path / "stated.json", dataset=copied / "dataset.json"))
     assert spec.plans_name == "Other"
     assert "stated.json: its 'plans_name' differs" in caplog.text
 
 
 def test_one_checkpoints_sha256_is_the_files(ensemble: Path) -> None:
     file = ensemble / "fold_0" / "checkpoint_final.pth"
-    assert read_spec(file, sha256=sha256_of_file(file).upper()).weights_sha256 == sha256_of_file(file)
+    assert read_spec(ModelRequest(file, sha256=sha256_of_file(file).upper())).weights_sha256 == sha256_of_file(file)
 
 
 def test_an_ensembles_sha256_does_not_depend_on_the_order_of_its_folds(ensemble: Path) -> None:
     names = ("fold_0/checkpoint_final.pth", "fold_1/checkpoint_final.pth")
     expected = sha256_of_bytes("\n".join(f"{n} {sha256_of_file(ensemble / n)}" for n in names).encode())
-    forward = read_spec(ensemble, folds=("0", "1"), sha256=expected)
-    backward = read_spec(ensemble, folds=("1", "0"), sha256=expected)
+    forward = read_spec(ModelRequest(ensemble, folds=("0", "1"), sha256=expected))
+    backward = read_spec(ModelRequest(ensemble, folds=("1", "0"), sha256=expected))
     assert forward.weights_sha256 == backward.weights_sha256 == expected
     assert forward.sha256 != backward.sha256  # the order of a float mean decides its last bit
 
@@ -292,7 +293,7 @@ def test_prefixes_of_wrapped_networks_are_dropped(ensemble: Path, copied: Path, 
         content["network_weights"] = {prefix + k: v for k, v in content["network_weights"].items()}
 
     edit_checkpoint(copied / "fold_0" / "checkpoint_final.pth", wrap)
-    assert_equal_networks(load_model(copied, folds=("0",)), networks_of_nnunet(ensemble)[:1])
+    assert_equal_networks(load_model(ModelRequest(copied, folds=("0",))), networks_of_nnunet(ensemble)[:1])
 
 
 def test_large_weights_are_finite_though_their_sum_is_not(copied: Path) -> None:
@@ -300,7 +301,7 @@ def test_large_weights_are_finite_though_their_sum_is_not(copied: Path) -> None:
         content["network_weights"]["decoder.seg_layers.0.weight"].fill_(3e38)
 
     edit_checkpoint(copied / "fold_0" / "checkpoint_final.pth", enlarge)
-    (network,) = load_model(copied, folds=("0",)).networks
+    (network,) = load_model(ModelRequest(copied, folds=("0",))).networks
     assert network.network.decoder.seg_layers[0].weight.max() > 2e38
 
 
@@ -309,7 +310,7 @@ def test_half_precision_weights_become_float32(ensemble: Path, copied: Path) -> 
         content["network_weights"] = {k: v.half() for k, v in content["network_weights"].items()}
 
     edit_checkpoint(copied / "fold_0" / "checkpoint_final.pth", halve)
-    (network,) = load_model(copied, folds=("0",)).networks
+    (network,) = load_model(ModelRequest(copied, folds=("0",))).networks
     (theirs, *_) = networks_of_nnunet(ensemble)
     for (name, ours), other in zip(network.network.named_parameters(), theirs.parameters(), strict=True):
         assert ours.dtype == torch.float32, name
@@ -322,7 +323,7 @@ def test_mirror_axes_shift_by_one_in_2d(copied: Path, stored: object, expected: 
         copied / "fold_0" / "checkpoint_final.pth",
         lambda content: content.update(inference_allowed_mirroring_axes=stored),
     )
-    assert read_spec(copied, folds=("0",)).mirror_axes == expected
+    assert read_spec(ModelRequest(copied, folds=("0",))).mirror_axes == expected
 
 
 def test_mirror_axes_of_old_checkpoints_without_the_key(copied: Path) -> None:
@@ -330,7 +331,7 @@ def test_mirror_axes_of_old_checkpoints_without_the_key(copied: Path) -> None:
         copied / "fold_0" / "checkpoint_final.pth",
         lambda content: content.pop("inference_allowed_mirroring_axes"),
     )
-    assert read_spec(copied, folds=("0",)).mirror_axes == ()
+    assert read_spec(ModelRequest(copied, folds=("0",))).mirror_axes == ()
 
 
 def edit_plans(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -372,7 +373,7 @@ def test_other_forms_of_plans_give_the_same_network(
     ensemble: Path, copied: Path, change: Callable[[dict[str, Any]], None]
 ) -> None:
     edit_plans(copied, change)
-    loaded = load_model(copied, folds=("0",))
+    loaded = load_model(ModelRequest(copied, folds=("0",)))
     assert_equal_networks(loaded, networks_of_nnunet(ensemble)[:1])
     assert loaded.spec.patch_shape == (1, 16, 16)
     assert loaded.spec.normalisations == read_spec(ensemble).normalisations
@@ -385,8 +386,10 @@ def test_a_trusted_class_outside_of_the_list_is_imported(ensemble: Path, copied:
 
     edit_plans(copied, softplus)
     with pytest.raises(UnsafeModelError, match=r"torch\.nn\.Softplus"):
-        load_model(copied, folds=("0",))
-    assert_equal_networks(load_model(copied, folds=("0",), trust_code=True), networks_of_nnunet(copied)[:1])
+        load_model(ModelRequest(copied, folds=("0",)))
+    assert_equal_networks(
+        load_model(ModelRequest(copied, folds=("0",), trust_code=True)), networks_of_nnunet(copied)[:1]
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from connectomics.errors import ModelError, UnsafeModelError
 from connectomics.fingerprint import sha256_of_file
 from connectomics.models.checkpoint import load_model, read_spec
 from connectomics.models.conversion import convert_model
+from connectomics.models.locate import ModelRequest
 
 from nnunet_models import make_model
 from small_jobs import em_like, final_names, infer_words, quick_folder, write_h5
@@ -47,12 +48,12 @@ def original(originals: dict[str, Path]) -> Path:
 
 def converted(path: Path, folder: Path, **options: Any) -> Path:
     folder.mkdir(parents=True)
-    convert_model(path, folder, **options)
+    convert_model(ModelRequest(path, **options), folder)
     return folder
 
 
 def assert_same_networks(copy: Path, original: Path, **options: Any) -> None:
-    ours, theirs = load_model(copy, **options), load_model(original, **options)
+    ours, theirs = load_model(ModelRequest(copy, **options)), load_model(ModelRequest(original, **options))
     window = torch.randn(1, ours.spec.channels, *ours.spec.patch_shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         for one, other in zip(ours.networks, theirs.networks, strict=True):
@@ -66,7 +67,7 @@ def assert_same_networks(copy: Path, original: Path, **options: Any) -> None:
 def test_a_copy_is_the_original(originals: dict[str, Path], tmp_path: Path, name: str) -> None:
     copy = converted(originals[name], tmp_path / "copy")
     assert_same_networks(copy, originals[name])
-    assert read_spec(copy) == load_model(copy).spec
+    assert read_spec(copy) == load_model(ModelRequest(copy)).spec
 
 
 @pytest.mark.parametrize("name", ["vnc_mito_2d", "vnc_mito_3d", "vnc_multi_2d"])
@@ -116,10 +117,10 @@ def test_folds_are_chosen_when_converting_and_when_loading(original: Path, tmp_p
     for folds in (("3", "0"), ("1",)):
         assert_same_networks(copy, original, folds=folds)
     chosen = converted(original, tmp_path / "chosen", folds=("3", "0"))
-    assert read_spec(chosen).sha256 == read_spec(original, folds=("3", "0")).sha256
+    assert read_spec(chosen).sha256 == read_spec(ModelRequest(original, folds=("3", "0"))).sha256
     for folds in ((), ("7",), ("0", "0")):
         with pytest.raises(ModelError, match=r"model\.folds names .*expected each once out of 0, 1, 3"):
-            read_spec(copy, folds=folds)
+            read_spec(ModelRequest(copy, folds=folds))
 
 
 def test_other_checkpoints(original: Path, tmp_path: Path) -> None:
@@ -129,11 +130,11 @@ def test_other_checkpoints(original: Path, tmp_path: Path) -> None:
     copy = converted(root, tmp_path / "copy", checkpoint_name="checkpoint_best.pth")
     spec = read_spec(copy)
     assert spec.checkpoint_name == "checkpoint_best.pth"
-    assert spec == read_spec(copy, checkpoint_name="checkpoint_best.pth")
+    assert spec == read_spec(ModelRequest(copy, checkpoint_name="checkpoint_best.pth"))
     with pytest.raises(
         ModelError, match=r"converted from checkpoint_best\.pth, but .* asks for checkpoint_latest\.pth"
     ):
-        read_spec(copy, checkpoint_name="checkpoint_latest.pth")
+        read_spec(ModelRequest(copy, checkpoint_name="checkpoint_latest.pth"))
 
 
 def test_a_bare_checkpoint_and_stated_json(original: Path, tmp_path: Path) -> None:
@@ -143,9 +144,9 @@ def test_a_bare_checkpoint_and_stated_json(original: Path, tmp_path: Path) -> No
     copy = converted(bare, tmp_path / "copy", plans=tmp_path / "stated.json")
     spec = read_spec(copy)
     assert (spec.plans_name, spec.folds) == ("Other", ("1",))
-    assert spec.sha256 == read_spec(bare, plans=tmp_path / "stated.json").sha256
+    assert spec.sha256 == read_spec(ModelRequest(bare, plans=tmp_path / "stated.json")).sha256
     with pytest.raises(ModelError, match="plans and dataset description within"):
-        read_spec(copy, plans=tmp_path / "stated.json")
+        read_spec(ModelRequest(copy, plans=tmp_path / "stated.json"))
 
 
 def edit_checkpoint(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -249,6 +250,6 @@ def test_a_folder_that_cannot_be_written_is_named(
 def test_a_pinned_copy_is_pinned_by_its_manifest(original: Path, tmp_path: Path) -> None:
     copy = converted(original, tmp_path / "copy")
     digest = sha256_of_file(copy / "manifest.json")
-    assert read_spec(copy, sha256=digest).weights_sha256 == digest
+    assert read_spec(ModelRequest(copy, sha256=digest)).weights_sha256 == digest
     with pytest.raises(ModelError, match=r"model\.sha256 expects"):
-        read_spec(copy, sha256=read_spec(original).weights_sha256)
+        read_spec(ModelRequest(copy, sha256=read_spec(original).weights_sha256))
