@@ -70,12 +70,13 @@ def ours(contest: Contest, folder: Path, threads: int) -> Callable[[], np.ndarra
     ]
     segmenter = InferenceManager.from_checkpoint(folder, words).engine.segmenter
     reader = ArrayVolume(contest.image)
-    (case,) = survey(reader, "image", segmenter.schemes, by_slice=False)
-    source = CaseInput(case, segmenter.schemes, reader.read)
+    (member,) = segmenter.members
+    (case,) = survey(reader, "image", member.schemes, by_slice=False)
+    source = CaseInput(case, member.schemes, reader.read)
 
     def run() -> np.ndarray:
         labels = np.zeros(reader.info.extent, np.uint8)
-        for box, logits in segmenter.predictor.predict(source, Box.of_shape(reader.info.extent)):
+        for box, logits in member.predictor.predict(source, Box.of_shape(reader.info.extent)):
             labels[box.slices] = segmenter.labels.apply(logits)
         return labels
 

@@ -264,7 +264,7 @@ def _inspect(words: argparse.Namespace) -> int:
     from connectomics.config.load import load_config
 
     config = load_config(None, words.overrides)
-    from connectomics.build.engine import describe
+    from connectomics.build.models import describe
 
     facts = describe(config, words.model)
     if words.json:

@@ -192,7 +192,7 @@ def compare(case: ParityCase, folder: Path) -> ParityResult:
     folds = manager.engine.spec.folds
     predictor = oracle.make_predictor(model, folds, mirror=mirror)
     reader = ArrayVolume(image)
-    cases = survey(reader, "image", manager.engine.segmenter.schemes, by_slice=case.by_slice)
+    cases = survey(reader, "image", manager.engine.segmenter.members[0].schemes, by_slice=case.by_slice)
     differ, stock, error = 0, 0, 0.0
     for c in cases:
         part = image[(slice(None), *c.region.slices)]

@@ -9,23 +9,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 
+from connectomics.build.models import load_members
+from connectomics.build.rules import check_activation, label_rule, probability_rule
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ModelError
 from connectomics.geometry import AxisOrder
-from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.inference.predictor import Predictor, RollingPredictor, SlidingWindow
 from connectomics.inference.resample import require_default
 from connectomics.inference.windows import as_patch
 from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.torch_eager import TorchBackend
-from connectomics.models.checkpoint import LoadedModel, load_model
-from connectomics.models.locate import ModelRequest
+from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 from connectomics.pipeline.finish import Filters
-from connectomics.pipeline.predict import Segmenter
+from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.run import RunSettings
 
 NNUNET_STEP = 0.5
@@ -34,23 +33,36 @@ BUDGET_SHARE = 0.5  # of the machine's memory, where no budget is stated
 
 
 @dataclass(frozen=True, slots=True)
+class EngineModel:
+    """One model of an engine.
+
+    Parameters
+    ----------
+    checkpoint
+        Where it was loaded from.
+    spec
+        What it is.
+    window
+        Window, step, blending, mirroring.
+    """
+
+    checkpoint: Path
+    spec: ModelSpec
+    window: SlidingWindow
+
+
+@dataclass(frozen=True, slots=True)
 class Engine:
     """All that is made once for many volumes.
 
     Parameters
     ----------
-    checkpoint
-        Where the model was loaded from.
-    spec
-        The model.
-    window
-        Window, step, blending, mirroring.
+    models
+        The models, in the order of ``segmenter.members``.
     segmenter
-        Predictor and rules for labels and probabilities.
+        Predictors and rules for labels and probabilities.
     filters
         Whole-volume filters of the labels.
-    by_slice
-        Whether each section is a case of its own.
     settings
         Folder, budget, numeric class.
     facts
@@ -59,15 +71,17 @@ class Engine:
         In which ways this is not nnU-Net's own inference; empty when it is.
     """
 
-    checkpoint: Path
-    spec: ModelSpec
-    window: SlidingWindow
+    models: tuple[EngineModel, ...]
     segmenter: Segmenter
     filters: Filters
-    by_slice: bool
     settings: RunSettings
     facts: Mapping[str, object]
     deviations: tuple[str, ...]
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The first model; all of an ensemble have its channels and labels."""
+        return self.models[0].spec
 
 
 def program_version() -> str:
@@ -108,92 +122,6 @@ def device_name(config: Config) -> str:
     return "cuda" if gpus == 1 and device == "auto" else device
 
 
-def checkpoint_path(config: Config, checkpoint: Path | None) -> Path:
-    """The model that the command line, or else the configuration, names.
-
-    Raises
-    ------
-    ConfigError
-        If none is named.
-    """
-    if checkpoint is not None:
-        return checkpoint
-    if config.model.nnunet_checkpoint is None:
-        raise ConfigError("no model is named; give --checkpoint PATH or set model.nnunet_checkpoint")
-    return Path(config.model.nnunet_checkpoint)
-
-
-def load(config: Config, checkpoint: Path | None) -> LoadedModel:
-    """Load the model the configuration or the command line names and hold it against what is expected of it.
-
-    Raises
-    ------
-    ConfigError
-        If no checkpoint is named.
-    ModelError
-        If it cannot be loaded or is not what the configuration says.
-    """
-    stated = checkpoint_path(config, checkpoint)
-    loaded = load_model(model_request(config, stated))
-    _check_expectations(config, loaded.spec, stated)
-    return loaded
-
-
-def model_request(config: Config, path: Path) -> ModelRequest:
-    """How the configuration wants the model at ``path`` to be read."""
-    model = config.model
-    return ModelRequest(
-        path,
-        folds=model.folds,
-        checkpoint_name=model.checkpoint_name,
-        plans=Path(model.nnunet_plans) if model.nnunet_plans else None,
-        dataset=Path(model.nnunet_dataset) if model.nnunet_dataset else None,
-        sha256=model.sha256,
-        trust_code=model.trust_code,
-        architecture=model.architecture,
-    )
-
-
-def _check_expectations(config: Config, spec: ModelSpec, path: Path) -> None:
-    expected: tuple[tuple[str, object, object], ...] = (
-        ("model.in_channels", config.model.in_channels, spec.channels),
-        ("model.out_channels", config.model.out_channels, spec.classes),
-        ("data.in_channels", config.data.in_channels, spec.channels),
-        ("data.out_channels", config.data.out_channels, spec.classes),
-        ("data.do_2d", config.data.do_2d, spec.dimensions == 2),
-    )
-    for key, stated, found in expected:
-        if stated is not None and stated != found:
-            raise ModelError(f"{path}: {key} is {stated}, but the model has {found}; mend the key or leave it null")
-
-
-def describe(config: Config, checkpoint: Path) -> dict[str, object]:
-    """What ``connectomics inspect`` prints of a model, as JSON values."""
-    spec = load(config, checkpoint).spec
-    axes = "zyx"  # of the volume; patch, spacing and mirror axes are those of the transposed axes
-    return {
-        "model": str(checkpoint),
-        "configuration": f"{spec.configuration} ({spec.dimensions}D)",
-        "trainer": spec.trainer_name,
-        "plans": spec.plans_name,
-        "dataset": spec.dataset_name,
-        "folds": ", ".join(spec.folds),
-        "axes": "".join(axes[a] for a in spec.axis_order),
-        "patch (z, y, x)": list(spec.patch_shape),
-        "spacing (z, y, x)": list(spec.spacing),
-        "channels": ", ".join(spec.channel_names),
-        "normalisation": ", ".join(n.scheme for n in spec.normalisations),
-        "labels": ", ".join(f"{value}={name}" for name, value in spec.label_names),
-        "regions": ", ".join(f"{name}={'+'.join(map(str, values))}" for name, values in spec.regions) or "none",
-        "case": "each section" if spec.slice_case else "the whole volume",
-        "mirror axes": "".join(axes[a] for a in spec.mirror_axes) or "none",
-        "image reader": spec.image_reader,
-        "parameters": spec.parameters,
-        "sha256": spec.weights_sha256,
-        "files": [f"{name} {digest}" for name, digest in spec.files],
-    }
-
-
 def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     """Make everything that serves all volumes.
 
@@ -209,22 +137,17 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     ConfigError, ModelError, DeviceError
         If the configuration, the model or the device does not fit.
     """
-    loaded = load(config, checkpoint)
-    spec = loaded.spec
-    activation = _activation(config, spec)
-    window = _window(config, spec)
-    backends = tuple(
-        TorchBackend(n, device=device_name(config), batch=window.batch, threads=threads(config))
-        for n in loaded.networks
-    )
-    by_slice = spec.slice_case if config.inference.case == "auto" else config.inference.case == "slice"
-    _check_resampling(config, spec, by_slice=by_slice)
+    loaded = load_members(config, checkpoint)
+    models = tuple(EngineModel(path, model.spec, _window(config, model.spec)) for path, model in loaded)
+    spec = models[0].spec
+    backends = [_backends(config, model, m.window) for m, (_, model) in zip(models, loaded, strict=True)]
+    weights = config.model.ensemble_weights or [1.0] * len(models)
+    check_activation(config, spec)
     segmenter = Segmenter(
-        _predictor(config, backends, window, spec),
-        spec.normalisations,
-        _label_rule(config, spec),
-        _probability_rule(config, spec, activation) if config.inference.output.save_probabilities else None,
-        order=AxisOrder(spec.axis_order),
+        tuple(_member(config, *each) for each in zip(models, backends, weights, strict=True)),
+        spec.classes,
+        label_rule(config, spec),
+        probability_rule(config, spec) if config.inference.output.save_probabilities else None,
     )
     binary = config.inference.postprocessing.binary
     filters = Filters(binary.remove_small_objects, binary.fill_holes) if binary.enabled else Filters()
@@ -232,22 +155,25 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         Path(config.inference.data.output_path),
         program_version(),
         memory_budget_bytes(config),
-        backends[0].numeric_class.as_dict(),
+        backends[0][0].numeric_class.as_dict(),
         config.system.allow_mixed_devices,
         max(1, config.system.inference.num_workers or 1),
     )
-    facts = _facts(config, spec, window, segmenter, filters, by_slice)
-    return Engine(
-        checkpoint_path(config, checkpoint),
-        spec,
-        window,
-        segmenter,
-        filters,
-        by_slice,
-        settings,
-        facts,
-        _deviations(config, spec, window, by_slice),
-    )
+    facts = _facts(config, models, segmenter, filters)
+    return Engine(models, segmenter, filters, settings, facts, _deviations(config, models, segmenter))
+
+
+def _backends(config: Config, model: LoadedModel, window: SlidingWindow) -> tuple[TorchBackend, ...]:
+    device, cpus = device_name(config), threads(config)
+    return tuple(TorchBackend(network, device=device, batch=window.batch, threads=cpus) for network in model.networks)
+
+
+def _member(config: Config, model: EngineModel, backends: tuple[TorchBackend, ...], weight: float) -> Member:
+    spec = model.spec
+    by_slice = spec.slice_case if config.inference.case == "auto" else config.inference.case == "slice"
+    _check_resampling(config, spec, by_slice=by_slice)
+    predictor = _predictor(config, backends, model.window, spec)
+    return Member(predictor, spec.normalisations, by_slice, AxisOrder(spec.axis_order), weight=weight)
 
 
 def _check_resampling(config: Config, spec: ModelSpec, *, by_slice: bool) -> None:
@@ -307,79 +233,14 @@ def _predictor(config: Config, backends: tuple[Backend, ...], window: SlidingWin
     return MonaiPredictor(backends, window, config.inference.sliding_window.padding_mode)
 
 
-def _selected(config: Config, spec: ModelSpec) -> tuple[int, ...] | None:
-    stated = config.inference.test_time_augmentation.select_channel
-    if stated is None:
-        return None
-    if any(not 0 <= c < spec.classes for c in stated):
-        raise ConfigError(
-            f"inference.test_time_augmentation.select_channel is {stated}, but the model has classes 0 to "
-            f"{spec.classes - 1}"
-        )
-    return tuple(stated)
-
-
-def _label_rule(config: Config, spec: ModelSpec) -> LabelRule:
-    binary = config.inference.postprocessing.binary
-    painted = spec.class_values if spec.regions else ()
-    if not binary.enabled:
-        return LabelRule(spec.label_dtype, painted=painted)
-    first = 0 if spec.regions else 1  # among labels, the first is the background
-    foreground = _selected(config, spec) or tuple(range(first, spec.classes))
-    return LabelRule(np.dtype(np.uint8), binary.threshold, foreground, painted)
-
-
-def _activation(config: Config, spec: ModelSpec) -> str:
-    """What makes probabilities of the model's logits, or none.
-
-    Raises
-    ------
-    ConfigError
-        If the configuration states the other family's.
-    """
-    stated = config.inference.test_time_augmentation.act
-    own, outputs = (
-        ("sigmoid", "regions, which overlap") if spec.regions else ("softmax", "labels, which exclude others")
-    )
-    if stated not in (None, "none", own):
-        raise ConfigError(
-            f"inference.test_time_augmentation.act is '{stated}', but the model gives {outputs}, so its probabilities "
-            f"are a {own}; state null or {own}"
-        )
-    return stated or own
-
-
-def _probability_rule(config: Config, spec: ModelSpec, activation: str) -> ProbabilityRule:
-    post = config.inference.postprocessing
-    channels = _selected(config, spec) or tuple(range(spec.classes))
-    rule = ProbabilityRule(
-        channels,
-        activation,
-        1.0 if post.intensity_scale is None else post.intensity_scale,
-        np.dtype(post.intensity_dtype or np.float32),
-    )
-    if config.inference.output.formats == ["png"] and not rule.fits_png:
-        raise ConfigError(
-            f"inference.output.formats is [png], which cannot hold probabilities of {len(channels)} classes as "
-            f"{rule.dtype}; add h5, tiff or zarr, or keep one class (select_channel) as uint8 (intensity_dtype)"
-        )
-    return rule
-
-
 def _facts(
-    config: Config, spec: ModelSpec, window: SlidingWindow, segmenter: Segmenter, filters: Filters, by_slice: bool
+    config: Config, models: tuple[EngineModel, ...], segmenter: Segmenter, filters: Filters
 ) -> dict[str, object]:
     """Settings that decide labels and probabilities alike, as JSON values."""
     stated = config.inference
-    return {
-        "model_sha256": spec.sha256,
+    common: dict[str, object] = {
         "engine": stated.sliding_window.engine,
         "padding_mode": stated.sliding_window.padding_mode,
-        "window_size": list(window.patch),
-        "tile_step_size": window.step,
-        "blending": window.blending,
-        "mirror_axes": list(window.mirror_axes),
-        "case": "slice" if by_slice else "volume",
         "threshold": segmenter.labels.threshold,
         "foreground": list(segmenter.labels.foreground),
         "painted": list(segmenter.labels.painted),
@@ -388,20 +249,40 @@ def _facts(
         "axes": stated.axes,
         "voxel_size_nm": stated.voxel_size_nm,
     }
+    own: list[dict[str, object]] = [
+        {
+            "model_sha256": model.spec.sha256,
+            "window_size": list(model.window.patch),
+            "tile_step_size": model.window.step,
+            "blending": model.window.blending,
+            "mirror_axes": list(model.window.mirror_axes),
+            "case": "slice" if member.by_slice else "volume",
+        }
+        for model, member in zip(models, segmenter.members, strict=True)
+    ]
+    if len(own) == 1:
+        return common | own[0]
+    for facts, member in zip(own, segmenter.members, strict=True):
+        facts["weight"] = member.weight
+    return common | {"ensemble": own}
 
 
-def _deviations(config: Config, spec: ModelSpec, window: SlidingWindow, by_slice: bool) -> tuple[str, ...]:
-    augmentation = config.inference.test_time_augmentation
-    tests = (
-        (window.patch != spec.patch_shape, f"window size {window.patch} instead of {spec.patch_shape}"),
-        (window.step != NNUNET_STEP, f"tile step size {window.step:g} instead of {NNUNET_STEP}"),
-        (window.blending != "gaussian", "constant blending"),
-        (
-            augmentation.enabled and window.mirror_axes != spec.mirror_axes,
-            f"mirror axes {window.mirror_axes} instead of {spec.mirror_axes}",
-        ),
-        (config.inference.sliding_window.engine != "nnunet", "MONAI's window grid"),
-        (by_slice != spec.slice_case, f"case {'slice' if by_slice else 'volume'}"),
-        (config.inference.postprocessing.binary.enabled, "labels by a threshold"),
-    )
+def _deviations(config: Config, models: tuple[EngineModel, ...], segmenter: Segmenter) -> tuple[str, ...]:
+    inference = config.inference
+    tests = [
+        (inference.sliding_window.engine != "nnunet", "MONAI's window grid"),
+        (inference.postprocessing.binary.enabled, "labels by a threshold"),
+        (len({m.weight for m in segmenter.members}) > 1, "a weighted mean of probabilities"),
+    ]
+    for model, member in zip(models, segmenter.members, strict=True):
+        spec, window = model.spec, model.window
+        of = f" of {model.checkpoint}" if len(models) > 1 else ""
+        mirrored = inference.test_time_augmentation.enabled and window.mirror_axes != spec.mirror_axes
+        tests += [
+            (window.patch != spec.patch_shape, f"window size{of} {window.patch} instead of {spec.patch_shape}"),
+            (window.step != NNUNET_STEP, f"tile step size{of} {window.step:g} instead of {NNUNET_STEP}"),
+            (window.blending != "gaussian", f"constant blending{of}"),
+            (mirrored, f"mirror axes{of} {window.mirror_axes} instead of {spec.mirror_axes}"),
+            (member.by_slice != spec.slice_case, f"case{of} {'slice' if member.by_slice else 'volume'}"),
+        ]
     return tuple(text for holds, text in tests if holds)

@@ -9,19 +9,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from connectomics.build.engine import Engine
+from connectomics.build.engine import Engine, EngineModel
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, VolumeError
 from connectomics.fingerprint import key_of
-from connectomics.geometry import Vec3, vec3
+from connectomics.geometry import vec3
 from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.io.export import export_path
 from connectomics.io.listing import VolumeSource, expand, group, refuse_collisions, without_results
 from connectomics.io.opening import open_channels, open_volume
-from connectomics.io.volume import Nanometres, Spacing, VolumeReader
+from connectomics.io.volume import Nanometres, Spacing, VolumeInfo, VolumeReader
+from connectomics.models.spec import ModelSpec
 from connectomics.pipeline.finish import Output
-from connectomics.pipeline.planning import BlockPlan, forced_plan, plan_blocks, whole_plan, with_logits_in_memory
-from connectomics.pipeline.predict import LABELS, PROBABILITIES
+from connectomics.pipeline.planning import (
+    BlockPlan,
+    common_plan,
+    forced_plan,
+    plan_blocks,
+    whole_plan,
+    with_logits_in_memory,
+)
+from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segmenter
 from connectomics.pipeline.run import VolumeJob
 
 # keys that a reproducing command states in another way, or that only say where and which
@@ -122,8 +130,8 @@ def final_paths(config: Config, engine: Engine, source: VolumeSource) -> list[Pa
 def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> tuple[Output, ...]:
     """The final results of a volume with their result keys."""
     names = final_names(config, engine, source)
-    resampling = resampling_of(config, engine, reader.info.spacing)
-    facts = dict(engine.facts) | {"input": reader.identity, "resample": _resampling_facts(resampling)}
+    resampling = _resampling_facts(segmenter_of(config, engine, reader.info.spacing))
+    facts = dict(engine.facts) | {"input": reader.identity, "resample": resampling}
     outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1])]
     rule = engine.segmenter.probabilities
     if rule is not None:
@@ -134,8 +142,8 @@ def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: Vol
     return tuple(outputs)
 
 
-def resampling_of(config: Config, engine: Engine, own: Spacing | None) -> Resampling | None:
-    """How a volume is resampled, or None when it is taken as it is.
+def segmenter_of(config: Config, engine: Engine, own: Spacing | None) -> Segmenter:
+    """The engine's segmenter for a volume of this spacing.
 
     Parameters
     ----------
@@ -149,7 +157,16 @@ def resampling_of(config: Config, engine: Engine, own: Spacing | None) -> Resamp
     ModelError
         If the longest axis of the voxels is not z.
     """
-    stated, spec = config.inference, engine.spec
+    members = (
+        dataclasses.replace(member, resampling=_resampling_of(config, model.spec, own))
+        for member, model in zip(engine.segmenter.members, engine.models, strict=True)
+    )
+    return dataclasses.replace(engine.segmenter, members=tuple(members))
+
+
+def _resampling_of(config: Config, spec: ModelSpec, own: Spacing | None) -> Resampling | None:
+    """How a volume is resampled for a model, or None when it is taken as it is."""
+    stated = config.inference
     if stated.resample == "off":
         return None
     spacing = own if stated.spacing is None else (stated.spacing[0], stated.spacing[1], stated.spacing[2])
@@ -164,8 +181,13 @@ def resampling_of(config: Config, engine: Engine, own: Spacing | None) -> Resamp
     return Resampling(spacing, target, spec.resampling_data, spec.resampling_probabilities)
 
 
-def _resampling_facts(resampling: Resampling | None) -> object:
-    return "off" if resampling is None else [list(resampling.spacing), list(resampling.target)]
+def _resampling_facts(segmenter: Segmenter) -> object:
+    """Spacing of the volume and of the network's grid, or off; of an ensemble one entry a model."""
+    facts = [
+        "off" if m.resampling is None else [list(m.resampling.spacing), list(m.resampling.target)]
+        for m in segmenter.members
+    ]
+    return facts[0] if len(facts) == 1 else facts
 
 
 def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> VolumeJob:
@@ -177,36 +199,41 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
         If the memory budget cannot hold one block's work.
     """
     outputs = outputs_of(config, engine, source, reader)
-    resampling = resampling_of(config, engine, reader.info.spacing)
+    segmenter = segmenter_of(config, engine, reader.info.spacing)
+    described = [_described(model) for model in engine.models]
     provenance: dict[str, object] = {
         "program": engine.settings.program,
         "experiment_name": config.experiment_name,
         "description": config.description,
         "input": reader.identity,
         "nnunet": "as nnU-Net" if not engine.deviations else "not nnU-Net: " + "; ".join(engine.deviations),
-        "model_weights_sha256": engine.spec.weights_sha256,
-        "trainer": engine.spec.trainer_name,
-        "configuration": engine.spec.configuration,
-        "folds": list(engine.spec.folds),
         "labels": dict(engine.spec.label_names),
         "regions": {name: list(values) for name, values in engine.spec.regions},
-        "resample": _resampling_facts(resampling),
-        "plan_spacing": list(engine.spec.spacing),
-        "axis_order": list(engine.spec.axis_order),
+        "resample": _resampling_facts(segmenter),
         "seed": config.system.seed,
     }
     return VolumeJob(
         source.name,
         run_folder(config, source),
         reader,
-        engine.by_slice,
-        dataclasses.replace(engine.segmenter, resampling=resampling),
+        segmenter,
         engine.filters,
         outputs,
-        _plan(config, engine, reader, resampling),
-        provenance | dict(engine.facts),
+        _plan(config, engine, segmenter, reader),
+        provenance | (described[0] if len(described) == 1 else {"models": described}) | dict(engine.facts),
         _command(config, engine, source),
     )
+
+
+def _described(model: EngineModel) -> dict[str, object]:
+    return {
+        "model_weights_sha256": model.spec.weights_sha256,
+        "trainer": model.spec.trainer_name,
+        "configuration": model.spec.configuration,
+        "folds": list(model.spec.folds),
+        "plan_spacing": list(model.spec.spacing),
+        "axis_order": list(model.spec.axis_order),
+    }
 
 
 def _command(config: Config, engine: Engine, source: VolumeSource) -> tuple[str, ...]:
@@ -215,7 +242,7 @@ def _command(config: Config, engine: Engine, source: VolumeSource) -> tuple[str,
     changed = {k: v for k, v in stated.items() if v != default[k] and not k.startswith(ELSEWHERE)}
     changed["inference.volume_mode.file_list"] = list(source.uris)
     words = (f"{key}={json.dumps(value)}" for key, value in sorted(changed.items()))
-    return ("infer-volume", "--checkpoint", str(engine.checkpoint), *words)
+    return ("infer-volume", "--checkpoint", str(engine.models[0].checkpoint), *words)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -225,26 +252,32 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _plan(config: Config, engine: Engine, reader: VolumeReader, resampling: Resampling | None) -> BlockPlan:
-    """Blocks in the volume's axes; they are planned in the model's, where windows lie."""
-    order = engine.segmenter.order
-    plan = _model_plan(config, engine, order.turn(reader.info.extent), reader.info.channels, resampling)
-    return BlockPlan(order.inverse.turn(plan.block_shape), order.inverse.turn(plan.chunk_shape))
+def _plan(config: Config, engine: Engine, segmenter: Segmenter, reader: VolumeReader) -> BlockPlan:
+    """Blocks in the volume's axes; every model's windows and the probabilities of an ensemble fit the budget."""
+    info = reader.info
+    plans = [
+        _model_plan(config, engine, model, member, info)
+        for model, member in zip(engine.models, segmenter.members, strict=True)
+    ]
+    if len(plans) == 1:
+        return plans[0]
+    kept = 2 * segmenter.classes + 1  # the mean, a member's own, a copy's slack
+    return with_logits_in_memory(common_plan(plans), kept, 1.0, engine.settings.budget_bytes)
 
 
-def _model_plan(
-    config: Config, engine: Engine, extent: Vec3, channels: int, resampling: Resampling | None
-) -> BlockPlan:
-    patch = engine.window.patch
+def _model_plan(config: Config, engine: Engine, model: EngineModel, member: Member, info: VolumeInfo) -> BlockPlan:
+    """One model's blocks, planned in its own axes, where windows lie."""
+    order = member.order
+    extent, patch, budget = order.turn(info.extent), model.window.patch, engine.settings.budget_bytes
     stated = config.inference.block_shape
-    budget = engine.settings.budget_bytes
     if config.inference.sliding_window.engine == "monai":
-        return whole_plan(extent, patch, engine.spec.classes, channels, budget)
-    if stated is not None:
-        return forced_plan(extent, patch, engine.segmenter.order.turn(vec3(stated)))
-    accumulated = engine.spec.classes * len(engine.spec.folds) + 1
-    plan = plan_blocks(extent, patch, accumulated, channels, budget)
-    if resampling is None:
-        return plan
-    finer = math.prod(n / m for n, m in zip(resampling.spacing, resampling.target, strict=True))
-    return with_logits_in_memory(plan, engine.spec.classes, finer, budget)
+        plan = whole_plan(extent, patch, model.spec.classes, info.channels, budget)
+    elif stated is not None:
+        plan = forced_plan(extent, patch, order.turn(vec3(stated)))
+    else:
+        accumulated = model.spec.classes * len(model.spec.folds) + 1
+        plan = plan_blocks(extent, patch, accumulated, info.channels, budget)
+        if member.resampling is not None:
+            pairs = zip(member.resampling.spacing, member.resampling.target, strict=True)
+            plan = with_logits_in_memory(plan, model.spec.classes, math.prod(n / m for n, m in pairs), budget)
+    return BlockPlan(order.inverse.turn(plan.block_shape), order.inverse.turn(plan.chunk_shape))

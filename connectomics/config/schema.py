@@ -53,6 +53,8 @@ class Model:
     trust_code: bool = False
     folds: list[str] | None = None
     checkpoint_name: str = "checkpoint_final.pth"
+    ensemble: list[str] | None = None
+    ensemble_weights: list[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

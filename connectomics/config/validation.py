@@ -42,6 +42,7 @@ def validate(config: Config) -> None:
     """
     _system(config.system)
     _model(config.model, config.system.device)
+    _ensemble(config)
     _expectations(config)
     _volumes(config.inference)
     _frame(config.inference)
@@ -139,6 +140,30 @@ def _model(model: Model, device: str) -> None:
     name = model.checkpoint_name
     rule = "must be a file name without folders, such as checkpoint_best.pth"
     _require(name not in ("", ".", "..") and not set(name) & set("/\\"), "model.checkpoint_name", name, rule)
+
+
+def _ensemble(config: Config) -> None:
+    """An ensemble's models are stated one by one; what belongs to a single model cannot be said for several."""
+    model, key = config.model, "model.ensemble"
+    _names(key, model.ensemble)
+    weights = model.ensemble_weights
+    count = 1 + len(model.ensemble or ())
+    rule = f"must be {count} positive numbers, one for the first model and one for each of {key}"
+    possible = weights is None or (len(weights) == count and all(0 < w < math.inf for w in weights))
+    _require(possible, "model.ensemble_weights", weights, rule)
+    if not model.ensemble:
+        return
+    for name, value in (
+        ("model.nnunet_plans", model.nnunet_plans),
+        ("model.nnunet_dataset", model.nnunet_dataset),
+        ("model.sha256", model.sha256),
+    ):
+        _require(value is None, name, value, f"{key} names more models and this belongs to one; leave it null")
+    act = config.inference.test_time_augmentation.act
+    rule = f"{key} averages probabilities, so there are no logits to keep; state null"
+    _require(act != "none", "inference.test_time_augmentation.act", act, rule)
+    engine = config.inference.sliding_window.engine
+    _require(engine == "nnunet", "inference.sliding_window.engine", engine, f"{key} needs nnunet")
 
 
 def _expectations(config: Config) -> None:

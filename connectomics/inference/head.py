@@ -76,6 +76,10 @@ class ProbabilityRule:
         values = _ACTIVATION_OF[self.activation](logits) if self.activation != "none" else logits
         return self._stored(values[list(self.channels)])
 
+    def of_probabilities(self, values: Array) -> Array:
+        """Stored values (c, z, y, x) of all classes' probabilities float32 (k, z, y, x)."""
+        return self._stored(torch.from_numpy(values)[list(self.channels)])
+
     def _stored(self, values: torch.Tensor) -> Array:
         scaled: Array = (values * self.scale if self.scale != 1.0 else values).cpu().numpy()
         if self.dtype.kind in "iu":
@@ -105,24 +109,40 @@ class LabelRule:
     foreground: tuple[int, ...] = ()
     painted: tuple[int, ...] = ()
 
+    def activate(self, logits: torch.Tensor) -> Array:
+        """Probabilities float32 (k, z, y, x) of logits f32 [k, z, y, x]: of regions by sigmoid, else by softmax."""
+        values: Array = self._probabilities(logits).cpu().numpy()
+        return values
+
     def apply(self, logits: torch.Tensor) -> Array:
         """Labels (z, y, x) of logits f32 [k, z, y, x]."""
-        labels: Array = self._labels(logits).cpu().numpy()
-        return labels.astype(self.dtype)
+        if self.threshold is None and not self.painted:
+            return self._stored(_argmax(logits))
+        return self._decided(self._probabilities(logits))
 
-    def _labels(self, logits: torch.Tensor) -> torch.Tensor:
+    def of_probabilities(self, values: Array) -> Array:
+        """Labels (z, y, x) of probabilities float32 (k, z, y, x)."""
+        return self._decided(torch.from_numpy(values))
+
+    def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        return sigmoid(logits) if self.painted else softmax(logits)
+
+    def _decided(self, values: torch.Tensor) -> Array:
         if self.threshold is None:
-            return _paint(logits, self.painted) if self.painted else _argmax(logits)
-        if self.painted:
-            return sigmoid(logits[list(self.foreground)]).amax(0) > self.threshold
-        return softmax(logits)[list(self.foreground)].sum(0) > self.threshold
+            return self._stored(_paint(values, self.painted) if self.painted else _argmax(values))
+        chosen = values[list(self.foreground)]
+        return self._stored((chosen.amax(0) if self.painted else chosen.sum(0)) > self.threshold)
+
+    def _stored(self, labels: torch.Tensor) -> Array:
+        stored: Array = labels.cpu().numpy().astype(self.dtype)
+        return stored
 
 
-def _paint(logits: torch.Tensor, values: tuple[int, ...]) -> torch.Tensor:
+def _paint(probabilities: torch.Tensor, values: tuple[int, ...]) -> torch.Tensor:
     """Labels (int16) of regions: each paints its value over those before it, as in nnU-Net's LabelManager."""
-    labels = torch.zeros(logits.shape[1:], dtype=torch.int16, device=logits.device)
-    for channel, value in zip(logits, values, strict=True):
-        labels.masked_fill_(sigmoid(channel) > REGION_THRESHOLD, value)
+    labels = torch.zeros(probabilities.shape[1:], dtype=torch.int16, device=probabilities.device)
+    for channel, value in zip(probabilities, values, strict=True):
+        labels.masked_fill_(channel > REGION_THRESHOLD, value)
     return labels
 
 

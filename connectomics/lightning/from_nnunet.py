@@ -186,7 +186,7 @@ class FolderPrediction:
         """The configuration for a case of this spacing: resampled where it differs from the plan's, as nnU-Net does."""
         planned = self._engine.spec.spacing
         same = all(p is None or p == s for p, s in zip(planned, spacing, strict=True))
-        if self._engine.by_slice or same:
+        if self._engine.segmenter.members[0].by_slice or same:
             return self._config
         inference = dataclasses.replace(
             self._config.inference, resample="plan", spacing=list(spacing), allow_large_resampling=True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import time
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from connectomics.build.engine import Engine, build_engine
-from connectomics.build.volumes import final_paths, job_of, open_source, outputs_of, resampling_of, run_folder
+from connectomics.build.volumes import final_paths, job_of, open_source, outputs_of, run_folder, segmenter_of
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ConnectomicsError, OutputError, VolumeError
@@ -28,7 +27,6 @@ from connectomics.pipeline.contracts import RunReport
 from connectomics.pipeline.finish import check_names
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter
 from connectomics.pipeline.run import discard_leftovers, run_volume
-from connectomics.pipeline.survey import survey
 
 EXPECTED = (ConnectomicsError, OSError, MemoryError)  # what may go wrong without a mistake of ours
 
@@ -77,7 +75,7 @@ class InferenceManager:
 
     def segmenter(self, spacing: Spacing | None = None) -> Segmenter:
         """The engine's segmenter for an image of this spacing."""
-        return dataclasses.replace(self.engine.segmenter, resampling=resampling_of(self._config, self.engine, spacing))
+        return segmenter_of(self._config, self.engine, spacing)
 
     def predict(self, image: Array, spacing: Spacing | None = None) -> Prediction:
         """Label one image.
@@ -106,8 +104,8 @@ class InferenceManager:
                 f"({', '.join(self.engine.spec.channel_names)})"
             )
         segmenter = self.segmenter(spacing)
-        cases = survey(reader, "the image", segmenter.schemes, by_slice=self.engine.by_slice)
-        arrays = segmenter.segment(reader.read, cases, Box.of_shape(reader.info.extent))
+        surveyed = segmenter.survey(reader, "the image")
+        arrays = segmenter.segment(reader.read, surveyed, Box.of_shape(reader.info.extent))
         labels = self.engine.filters.apply(arrays[LABELS][0])
         probabilities = arrays.get(PROBABILITIES)
         if image.ndim == 2:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from connectomics.build.engine import Engine, load
-from connectomics.build.volumes import named_sources, open_source, resampling_of
+from connectomics.build.engine import Engine
+from connectomics.build.models import load
+from connectomics.build.volumes import named_sources, open_source, segmenter_of
 from connectomics.config.schema import Config
 from connectomics.errors import ModelError, VolumeError
 from connectomics.geometry import Box, Vec3, vec3
@@ -207,7 +208,7 @@ def _opened(output: Path, reader: VolumeReader) -> VolumeReader:
 
 def _spacing(config: Config, engine: Engine, reader: VolumeReader) -> list[float]:
     """What nnU-Net is told: the stated spacing, or the plan's, so that nothing is resampled."""
-    resampling = resampling_of(config, engine, reader.info.spacing)
+    resampling = segmenter_of(config, engine, reader.info.spacing).members[0].resampling
     if resampling is not None:
         return list(resampling.spacing)
     z, y, x = engine.spec.spacing
@@ -216,7 +217,7 @@ def _spacing(config: Config, engine: Engine, reader: VolumeReader) -> list[float
 
 def _samples(reader: VolumeReader, engine: Engine, count: int, largest: int) -> list[tuple[str, Box]]:
     depth, height, width = reader.info.extent
-    if engine.by_slice:
+    if engine.segmenter.members[0].by_slice:
         sections = sorted({round(i * (depth - 1) / max(1, count - 1)) for i in range(count)})
         return [("case", Box((z, 0, 0), (z + 1, height, width))) for z in sections]
     shape = [depth, height, width]

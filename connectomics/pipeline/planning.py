@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from connectomics.errors import ResourceError
@@ -64,6 +65,13 @@ def forced_plan(extent: Vec3, patch: Vec3, block: Vec3) -> BlockPlan:
     """The plan for a stated block shape, rounded up to whole chunks no larger than it."""
     chunk = vec3([min(c, b) for c, b in zip(_chunk(extent, patch), block, strict=True)])
     return BlockPlan(vec3([_up(min(b, n), c) for b, n, c in zip(block, extent, chunk, strict=True)]), chunk)
+
+
+def common_plan(plans: Sequence[BlockPlan]) -> BlockPlan:
+    """One plan for the models of an ensemble: chunks of the largest, blocks no larger than any but for whole chunks."""
+    chunk = max((plan.chunk_shape for plan in plans), key=min)  # those of a 3D model, of which a flat one has no part
+    least = [min(lengths) for lengths in zip(*(plan.block_shape for plan in plans), strict=True)]
+    return BlockPlan(vec3([_up(n, c) for n, c in zip(least, chunk, strict=True)]), chunk)
 
 
 def with_logits_in_memory(plan: BlockPlan, classes: int, finer: float, budget_bytes: int) -> BlockPlan:

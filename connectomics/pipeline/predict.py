@@ -12,45 +12,121 @@ import numpy as np
 from connectomics.geometry import AxisOrder, Block, BlockGrid, Box
 from connectomics.inference.case import Case, CaseInput, ReadBox
 from connectomics.inference.head import LabelRule, ProbabilityRule
-from connectomics.inference.predictor import Predictor
+from connectomics.inference.predictor import Logits, Predictor
 from connectomics.inference.resample import ResampledPredictor, Resampling
 from connectomics.io.store import Store
-from connectomics.io.volume import Array
+from connectomics.io.volume import Array, VolumeReader
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.contracts import BlockRecord
+from connectomics.pipeline.survey import survey
 
+Surveyed = Sequence[Sequence[Case]]  # the cases of each member
 LABELS = "labels"
 PROBABILITIES = "probabilities"
 
 
 @dataclass(frozen=True, slots=True)
-class Segmenter:
-    """A model ready to label boxes of a volume: predictor, normalisation and rules for what is kept.
+class Member:
+    """One model of a segmenter: gives the logits of boxes of a volume.
 
-    ``order`` is the model's order of axes. Volumes, cases and boxes come in the volume's; only the predictor and what
-    it reads work in the model's.
+    Parameters
+    ----------
+    predictor, schemes
+        The networks' logits, and how their input is normalised.
+    by_slice
+        Whether each section is a case of its own, or the volume is one.
+    order
+        The model's order of axes: volumes and cases come in the volume's, the predictor and what it reads work in the
+        model's.
+    resampling
+        How cases are brought to the plan's spacing, or None.
+    weight
+        Share in the mean of several members.
     """
 
     predictor: Predictor
     schemes: tuple[ChannelNormalisation, ...]
+    by_slice: bool = False
+    order: AxisOrder = field(default_factory=AxisOrder)
+    resampling: Resampling | None = None
+    weight: float = 1.0
+
+    def view(self, array: Array) -> Array:
+        """An array (c, z, y, x) of the volume's axes, seen in the model's."""
+        return array.transpose(self.order.of_array)
+
+    def logits(self, read: ReadBox, cases: Sequence[Case], core: Box) -> Iterator[tuple[Box, Logits]]:
+        """Finished logits f32 [k, z, y, x] of the cases' part of ``core``, in disjoint boxes relative to it.
+
+        ``core`` is a box of the volume; the boxes that come out are of the model's axes.
+        """
+        turned = self.order.turn_box(core)
+        for source, part in self._parts(read, cases, core):
+            for box, logits in self._engine().predict(source, part):
+                yield box.relative_to(turned), logits
+
+    def windows(self, read: ReadBox, cases: Sequence[Case], core: Box) -> int:
+        """Number of windows that ``logits`` computes."""
+        return sum(self._engine().windows(source, part) for source, part in self._parts(read, cases, core))
+
+    def _engine(self) -> Predictor | ResampledPredictor:
+        return self.predictor if self.resampling is None else ResampledPredictor(self.predictor, self.resampling)
+
+    def _parts(self, read: ReadBox, cases: Sequence[Case], core: Box) -> Iterator[tuple[CaseInput, Box]]:
+        """Each case that touches ``core``, and the part that it shares; both in the model's axes."""
+        turned = read if self.order.identity else self._turned(read)
+        for case in cases_in(cases, core):
+            region, box = self.order.turn_box(case.region), self.order.turn_box(case.box)
+            part = self.order.turn_box(core).intersect(box)
+            if part.voxels:
+                yield CaseInput(Case(region, box, case.channels, case.plane_ranges), self.schemes, turned), part
+
+    def _turned(self, read: ReadBox) -> ReadBox:
+        back = self.order.inverse
+        return lambda box: np.ascontiguousarray(read(back.turn_box(box)).transpose(self.order.of_array))
+
+
+@dataclass(frozen=True, slots=True)
+class Segmenter:
+    """A model, or an ensemble of several, ready to label boxes of a volume.
+
+    Parameters
+    ----------
+    members
+        The models; of several the probabilities are averaged, as nnU-Net's ensembling does.
+    classes
+        Output channels of each member, k.
+    labels, probabilities
+        Rules for what is kept.
+    """
+
+    members: tuple[Member, ...]
+    classes: int
     labels: LabelRule
     probabilities: ProbabilityRule | None
-    resampling: Resampling | None = None
-    order: AxisOrder = field(default_factory=AxisOrder)
 
     def outputs(self) -> tuple[str, ...]:
         """Names of what ``segment`` returns."""
         return (LABELS,) if self.probabilities is None else (LABELS, PROBABILITIES)
 
-    def segment(self, read: ReadBox, cases: Sequence[Case], core: Box) -> dict[str, Array]:
+    def survey(self, reader: VolumeReader, name: str, workers: int = 1) -> Surveyed:
+        """The cases of a volume for each member; the volume is read once for members that see it alike."""
+        found: dict[tuple[object, bool], Sequence[Case]] = {}
+        for m in self.members:
+            if (m.schemes, m.by_slice) not in found:
+                cases = survey(reader, name, m.schemes, by_slice=m.by_slice, workers=workers)
+                found[m.schemes, m.by_slice] = cases
+        return tuple(found[m.schemes, m.by_slice] for m in self.members)
+
+    def segment(self, read: ReadBox, surveyed: Surveyed, core: Box) -> dict[str, Array]:
         """Label a box of a volume.
 
         Parameters
         ----------
         read
             Raw voxels (c, z, y, x) of any box of the volume.
-        cases
-            Cases that cover ``core``.
+        surveyed
+            The cases of each member, in order of z.
         core
             The box.
 
@@ -59,40 +135,42 @@ class Segmenter:
         arrays
             Each (c, z, y, x) of the box's extent; ``labels`` has one channel.
         """
-        core = self.order.turn_box(core)
+        if len(self.members) > 1:
+            return self._kept(self._mean(read, surveyed, core))
+        (member,), (cases,) = self.members, surveyed
         result: dict[str, Array] = {LABELS: np.zeros((1, *core.shape), self.labels.dtype)}
         if self.probabilities is not None:
             outside = self.probabilities.background().reshape(-1, 1, 1, 1)
             result[PROBABILITIES] = np.broadcast_to(outside, (len(outside), *core.shape)).copy()
-        for source, part in self._parts(read, cases, core):
-            for box, logits in self._engine().predict(source, part):
-                index = (slice(None), *box.relative_to(core).slices)
-                result[LABELS][index] = self.labels.apply(logits)
-                if self.probabilities is not None:
-                    result[PROBABILITIES][index] = self.probabilities.apply(logits)
-        back = self.order.inverse.of_array
-        return {name: np.ascontiguousarray(array.transpose(back)) for name, array in result.items()}
+        for box, logits in member.logits(read, cases, core):
+            index = (slice(None), *box.slices)
+            member.view(result[LABELS])[index] = self.labels.apply(logits)
+            if self.probabilities is not None:
+                member.view(result[PROBABILITIES])[index] = self.probabilities.apply(logits)
+        return result
 
-    def windows(self, read: ReadBox, cases: Sequence[Case], core: Box) -> int:
+    def windows(self, read: ReadBox, surveyed: Surveyed, core: Box) -> int:
         """Number of windows that ``segment`` computes."""
-        parts = self._parts(read, cases, self.order.turn_box(core))
-        return sum(self._engine().windows(source, part) for source, part in parts)
+        return sum(m.windows(read, cases, core) for m, cases in zip(self.members, surveyed, strict=True))
 
-    def _engine(self) -> Predictor | ResampledPredictor:
-        return self.predictor if self.resampling is None else ResampledPredictor(self.predictor, self.resampling)
+    def _mean(self, read: ReadBox, surveyed: Surveyed, core: Box) -> Array:
+        """Weighted mean of the members' probabilities, float32 (k, z, y, x), added in their order."""
+        mean: Array = np.zeros((self.classes, *core.shape), np.float32)
+        for member, cases in zip(self.members, surveyed, strict=True):
+            values = np.zeros_like(mean)
+            if not self.labels.painted:
+                values[0] = 1  # outside the nonzero box all is background
+            for box, logits in member.logits(read, cases, core):
+                member.view(values)[(slice(None), *box.slices)] = self.labels.activate(logits)
+            mean += values * np.float32(member.weight)
+        mean /= np.float32(sum(m.weight for m in self.members))
+        return mean
 
-    def _parts(self, read: ReadBox, cases: Sequence[Case], core: Box) -> Iterator[tuple[CaseInput, Box]]:
-        """Each case that touches ``core``, and the part that it shares; in the model's axes, as ``core`` is."""
-        turned = read if self.order.identity else self._turned(read)
-        for case in cases:
-            region, box = self.order.turn_box(case.region), self.order.turn_box(case.box)
-            part = core.intersect(box)
-            if part.voxels:
-                yield CaseInput(Case(region, box, case.channels, case.plane_ranges), self.schemes, turned), part
-
-    def _turned(self, read: ReadBox) -> ReadBox:
-        back = self.order.inverse
-        return lambda box: np.ascontiguousarray(read(back.turn_box(box)).transpose(self.order.of_array))
+    def _kept(self, mean: Array) -> dict[str, Array]:
+        result = {LABELS: self.labels.of_probabilities(mean)[None]}
+        if self.probabilities is not None:
+            result[PROBABILITIES] = self.probabilities.of_probabilities(mean)
+        return result
 
 
 def cases_in(cases: Sequence[Case], box: Box) -> Sequence[Case]:
@@ -110,7 +188,7 @@ class PredictTask:
 
     grid: BlockGrid
     segmenter: Segmenter
-    cases: Sequence[Case]
+    surveyed: Surveyed
     read: ReadBox
     stores: Mapping[str, Store]
 
@@ -122,11 +200,10 @@ class PredictTask:
     def process(self, block: Block) -> BlockRecord:
         """Compute a block, write its shards, return their checksums."""
         began = time.perf_counter()
-        cases = cases_in(self.cases, block.core)
-        arrays = self.segmenter.segment(self.read, cases, block.core)
+        arrays = self.segmenter.segment(self.read, self.surveyed, block.core)
         checksums = {}
         for name, store in self.stores.items():
             store.write(block.core, arrays[name])
             checksums[name] = store.checksum(block.core)
-        windows = self.segmenter.windows(self.read, cases, block.core)
+        windows = self.segmenter.windows(self.read, self.surveyed, block.core)
         return BlockRecord(block.key, checksums, windows, round(time.perf_counter() - began, 3))

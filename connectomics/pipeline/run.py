@@ -17,7 +17,6 @@ import numpy as np
 from connectomics.errors import OutputError, VolumeError
 from connectomics.fingerprint import key_of
 from connectomics.geometry import Block, BlockGrid, Box
-from connectomics.inference.case import Case
 from connectomics.io.atomic import discard, write_text
 from connectomics.io.store import Store, create_store, open_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
@@ -25,8 +24,8 @@ from connectomics.pipeline.contracts import BlockRecord, Executor, RunReport
 from connectomics.pipeline.finish import Filters, Output, check_memory, export_output, filter_store
 from connectomics.pipeline.ledger import Ledger, plan_of
 from connectomics.pipeline.planning import BlockPlan
-from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter
-from connectomics.pipeline.survey import load_survey, save_survey, survey
+from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter, Surveyed
+from connectomics.pipeline.survey import load_survey, save_survey
 
 log = logging.getLogger(__name__)
 OnBlock = Callable[[int, int], None]
@@ -69,7 +68,6 @@ class VolumeJob:
     name: str
     run_folder: Path
     reader: VolumeReader
-    by_slice: bool
     segmenter: Segmenter
     filters: Filters
     outputs: tuple[Output, ...]
@@ -105,7 +103,7 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     plan = plan_of(work / LEDGER) or job.plan  # a rerun elsewhere cuts the volume as it was begun
     grid = BlockGrid(job.reader.info.extent, plan.block_shape)
     run_key = key_of(facts | {"grid": list(grid.block_shape), "program": settings.program})
-    cases = _surveyed(work, job, settings)
+    surveyed = _surveyed(work, job, settings)
     ledger = Ledger(work / LEDGER, run_key, settings.numeric_class, plan, allow_other_class=settings.allow_mixed)
     pending = [o for o in job.outputs if o.missing(settings.folder)]
     try:
@@ -114,7 +112,7 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
         if lost:
             ledger.forget(lost)
         skipped = len(ledger.records)
-        task = PredictTask(grid, job.segmenter, cases, job.reader.read, stores)
+        task = PredictTask(grid, job.segmenter, surveyed, job.reader.read, stores)
         fresh = _run_blocks(task, ledger, executor, on_block)
         mixed = ledger.mixed
     finally:
@@ -122,8 +120,8 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     stamp = dict(job.provenance) | {
         "numeric_class": "mixed" if mixed else dict(settings.numeric_class),
         "run_key": run_key,
-        "cases": len(cases),
-        "statistics": [asdict(c) for c in cases[0].channels],
+        "cases": len(surveyed[0]),
+        "statistics": [asdict(c) for c in surveyed[0][0].channels],
     }
     record = stamp | {"result_keys": facts, "command": list(job.command)}
     write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
@@ -168,14 +166,14 @@ def _make_work_folder(work: Path) -> None:
         )
 
 
-def _surveyed(work: Path, job: VolumeJob, settings: RunSettings) -> Sequence[Case]:
+def _surveyed(work: Path, job: VolumeJob, settings: RunSettings) -> Surveyed:
     path = work / "survey.json"
-    cases = load_survey(path)
-    if cases is None:
-        cases = survey(job.reader, job.name, job.segmenter.schemes, by_slice=job.by_slice, workers=settings.readers)
-        save_survey(cases, path)
-        log.info("surveyed %d cases", len(cases))
-    return cases
+    surveyed: Surveyed | None = load_survey(path)
+    if surveyed is None:
+        surveyed = job.segmenter.survey(job.reader, job.name, settings.readers)
+        save_survey(surveyed, path)
+        log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
+    return surveyed
 
 
 def _store(path: Path, job: VolumeJob, name: str, plan: BlockPlan) -> Store:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -168,22 +169,22 @@ def _check_finite(tile: Array, box: Box, name: str) -> None:
     )
 
 
-def save_survey(cases: Sequence[Case], path: Path) -> None:
-    """Keep a survey beside the ledger, so that a rerun need not repeat it."""
-    write_text(path, json.dumps([asdict(case) for case in cases]))
+def save_survey(surveyed: Sequence[Sequence[Case]], path: Path) -> None:
+    """Keep the cases of each member beside the ledger, so that a rerun need not read the volume again."""
+    write_text(path, json.dumps([[asdict(case) for case in cases] for cases in surveyed]))
 
 
-def load_survey(path: Path) -> tuple[Case, ...] | None:
-    """The survey kept at ``path``, or None where there is none that is whole."""
+def load_survey(path: Path) -> tuple[tuple[Case, ...], ...] | None:
+    """What is kept at ``path``, or None where there is nothing that is whole."""
     try:
-        entries = json.loads(path.read_text())
-        cases = tuple(
-            Case(_box(e["region"]), _box(e["box"]), tuple(ChannelSummary(**c) for c in e["channels"]), _ranges(e))
-            for e in entries
-        )
-        return cases or None
+        return tuple(tuple(_case(entry) for entry in entries) for entries in json.loads(path.read_text())) or None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _case(entry: dict[str, Any]) -> Case:
+    channels = tuple(ChannelSummary(**c) for c in entry["channels"])
+    return Case(_box(entry["region"]), _box(entry["box"]), channels, _ranges(entry))
 
 
 def _ranges(entry: dict[str, list[list[list[float]]]]) -> tuple[tuple[Range, ...], ...]:

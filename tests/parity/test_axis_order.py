@@ -15,7 +15,6 @@ from connectomics.build.volumes import named_sources
 from connectomics.config.load import load_config
 from connectomics.geometry import BlockGrid, Vec3
 from connectomics.lightning.inference import InferenceManager, VolumeProcessor
-from connectomics.pipeline.predict import cases_in
 from connectomics.pipeline.survey import survey
 
 import oracle
@@ -55,7 +54,7 @@ def of_nnunet(model: Path, image: np.ndarray, *, by_slice: bool = False) -> tupl
     engine = InferenceManager.from_checkpoint(model, WORDS).engine
     predictor = oracle.make_predictor(model, engine.spec.folds)
     parts = []
-    for case in survey(ArrayVolume(image), "image", engine.segmenter.schemes, by_slice=by_slice):
+    for case in survey(ArrayVolume(image), "image", engine.segmenter.members[0].schemes, by_slice=by_slice):
         part = image[(slice(None), *case.region.slices)]
         parts.append(oracle.predict(predictor, part, summaries=case.channels, probabilities=True))
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts], axis=1)
@@ -91,9 +90,9 @@ def test_any_blocks_give_the_same_bytes(tmp_path: Path, dimensions: int, order: 
     manager = InferenceManager.from_checkpoint(model, WORDS)
     whole, segmenter = manager.predict(image), manager.engine.segmenter
     reader = ArrayVolume(image)
-    cases = survey(reader, "image", segmenter.schemes, by_slice=False)
+    cases = survey(reader, "image", segmenter.members[0].schemes, by_slice=False)
     for block in BlockGrid(EXTENT, shape):
-        arrays = segmenter.segment(reader.read, cases_in(cases, block.core), block.core)
+        arrays = segmenter.segment(reader.read, [cases], block.core)
         assert arrays["labels"][0].tobytes() == whole.labels[block.core.slices].tobytes()
         assert whole.probabilities is not None
         part = whole.probabilities[(slice(None), *block.core.slices)]

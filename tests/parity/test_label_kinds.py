@@ -50,7 +50,7 @@ def both(model: Path, image: np.ndarray, *, by_slice: bool = False) -> tuple[Pre
     torch.set_num_threads(1)
     engine = (manager := InferenceManager.from_checkpoint(model, WORDS)).engine
     predictor = oracle.make_predictor(model, engine.spec.folds)
-    cases = survey(ArrayVolume(image), "image", engine.segmenter.schemes, by_slice=by_slice)
+    cases = survey(ArrayVolume(image), "image", engine.segmenter.members[0].schemes, by_slice=by_slice)
     labels, probabilities = [], []
     for case in cases:
         part = image[(slice(None), *case.region.slices)]

@@ -38,7 +38,7 @@ def manager_of(shared_data: Path, model: str, folds: str, *, mirror: bool) -> In
 def against_nnunet(manager: InferenceManager, folder: Path, image: np.ndarray, *, mirror: bool) -> tuple[int, int, int]:
     """Voxels that differ from the oracle and from stock nnU-Net, and all voxels, of one case (c, z, y, x)."""
     ours = manager.predict(image).labels
-    cases = survey(ArrayVolume(image), "image", manager.engine.segmenter.schemes, by_slice=False)
+    cases = survey(ArrayVolume(image), "image", manager.engine.segmenter.members[0].schemes, by_slice=False)
     predictor = oracle.make_predictor(folder, manager.engine.spec.folds, mirror=mirror)
     exact = oracle.predict(predictor, image, summaries=cases[0].channels)
     stock = oracle.predict(predictor, image, exact=False)

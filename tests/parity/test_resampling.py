@@ -20,7 +20,6 @@ from connectomics.inference.resample import Resampling, require_default
 from connectomics.lightning.inference import InferenceManager
 from connectomics.models.spec import ResamplingRule
 from connectomics.pipeline.planning import BlockPlan, with_logits_in_memory
-from connectomics.pipeline.predict import cases_in
 from connectomics.pipeline.survey import survey
 
 import oracle
@@ -90,7 +89,7 @@ def test_resampled_labels_equal_the_oracle(name: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     manager, image = manager_of(trial, tmp_path), image_of(trial)
     ours = manager.predict(image)
-    (case,) = survey(ArrayVolume(image), "image", manager.engine.segmenter.schemes, by_slice=False)
+    (case,) = survey(ArrayVolume(image), "image", manager.engine.segmenter.members[0].schemes, by_slice=False)
     predictor = oracle.make_predictor(next(tmp_path.iterdir()), ["0"])
     theirs, probabilities = oracle.predict(
         predictor, image, summaries=case.channels, probabilities=True, spacing=trial.image
@@ -108,10 +107,10 @@ def test_any_cut_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
     reader = ArrayVolume(image)
     whole = manager.predict(image)
     segmenter = manager.segmenter()
-    cases = survey(reader, "image", segmenter.schemes, by_slice=False)
+    cases = survey(reader, "image", segmenter.members[0].schemes, by_slice=False)
     for shape in ((1, 26, 41), (5, 7, 41), (4, 16, 16), (9, 5, 9)):
         for block in BlockGrid(trial.extent, shape):
-            part = segmenter.segment(reader.read, cases_in(cases, block.core), block.core)
+            part = segmenter.segment(reader.read, [cases], block.core)
             assert part["labels"][0].tobytes() == whole.labels[block.core.slices].tobytes()
             assert whole.probabilities is not None
             expected = whole.probabilities[(slice(None), *block.core.slices)]

@@ -11,7 +11,6 @@ import torch
 
 from connectomics.geometry import BlockGrid, Box
 from connectomics.lightning.inference import InferenceManager
-from connectomics.pipeline.predict import cases_in
 from connectomics.pipeline.survey import survey
 
 from nnunet_models import make_model
@@ -55,8 +54,8 @@ def volume(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     image[:, :, :3] = 0
     image[:, :, :, -4:] = 0
     reader = ArrayVolume(image)
-    cases = survey(reader, "image", engine.segmenter.schemes, by_slice=by_slice)
-    whole = engine.segmenter.segment(reader.read, cases, Box.of_shape(reader.info.extent))
+    cases = survey(reader, "image", engine.segmenter.members[0].schemes, by_slice=by_slice)
+    whole = engine.segmenter.segment(reader.read, [cases], Box.of_shape(reader.info.extent))
     assert len(np.unique(whole["labels"])) == 3
     return dimensions, engine, reader, cases, whole
 
@@ -69,8 +68,7 @@ def test_any_blocks_in_any_order_give_the_same_bytes(volume: tuple[object, ...],
     blocks = list(BlockGrid(reader.info.extent, shape))  # type: ignore[attr-defined]
     random.Random(index).shuffle(blocks)
     for block in blocks:
-        part = cases_in(cases, block.core)  # type: ignore[arg-type]
-        arrays = engine.segmenter.segment(reader.read, part, block.core)  # type: ignore[attr-defined]
+        arrays = engine.segmenter.segment(reader.read, [cases], block.core)  # type: ignore[attr-defined]
         for name, array in arrays.items():
             result[name][(slice(None), *block.core.slices)] = array
     for name, array in whole.items():  # type: ignore[attr-defined]
@@ -82,8 +80,8 @@ def test_batches_of_windows_do_not_depend_on_the_cut_either(tmp_path: Path) -> N
     words = ["system.device=cpu", "system.num_cpus=1", "inference.sliding_window.sw_batch_size=3"]
     engine = InferenceManager.from_checkpoint(folder, words).engine
     reader = ArrayVolume((scene(1, (2, 50, 61), 6)[0] * 255).astype(np.uint8))
-    cases = survey(reader, "image", engine.segmenter.schemes, by_slice=True)
-    whole = engine.segmenter.segment(reader.read, cases, Box.of_shape((2, 50, 61)))["labels"]
+    cases = survey(reader, "image", engine.segmenter.members[0].schemes, by_slice=True)
+    whole = engine.segmenter.segment(reader.read, [cases], Box.of_shape((2, 50, 61)))["labels"]
     for block in BlockGrid((2, 50, 61), (1, 13, 40)):
-        part = engine.segmenter.segment(reader.read, cases_in(cases, block.core), block.core)["labels"]
+        part = engine.segmenter.segment(reader.read, [cases], block.core)["labels"]
         assert part.tobytes() == whole[(slice(None), *block.core.slices)].tobytes()

@@ -108,7 +108,7 @@ def test_a_model_must_be_named() -> None:
 
 def test_infinite_logits_are_an_error_not_a_label(model: Path, image: np.ndarray) -> None:
     manager = InferenceManager.from_checkpoint(model, WORDS)
-    for backend in manager.engine.segmenter.predictor._folds:
+    for backend in manager.engine.segmenter.members[0].predictor._folds:
         backend.forward = lambda batch: batch.new_full((len(batch), 2, 1, 16, 24), float("inf"))
     with pytest.raises(ModelError, match="infinite or undefined logits"):
         manager.predict(image)

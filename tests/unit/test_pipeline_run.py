@@ -24,7 +24,7 @@ from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.contracts import BlockRecord, RunReport, Task
 from connectomics.pipeline.finish import Filters, Output
 from connectomics.pipeline.planning import BlockPlan
-from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter
+from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segmenter
 from connectomics.pipeline.run import RunSettings, VolumeJob, discard_leftovers, run_volume
 
 EXTENT = (4, 12, 20)
@@ -87,7 +87,7 @@ class Failing:
 def job_in(folder: Path, *, key: str = "k", probabilities: bool = False, **changes: Any) -> VolumeJob:
     rule = ProbabilityRule((1,)) if probabilities else None
     schemes = (ChannelNormalisation("NoNormalization"),)
-    segmenter = Segmenter(Bright(), schemes, LabelRule(np.dtype(np.uint8)), rule)
+    segmenter = Segmenter((Member(Bright(), schemes),), 2, LabelRule(np.dtype(np.uint8)), rule)
     outputs = [Output(LABELS, "v_labels", key, ("h5",))]
     if probabilities:
         outputs.append(Output(PROBABILITIES, "v_labels_probabilities", f"{key}p", ("h5", "zarr")))
@@ -95,7 +95,6 @@ def job_in(folder: Path, *, key: str = "k", probabilities: bool = False, **chang
         "v",
         folder / "v_labels.run",
         Reader(),
-        False,
         segmenter,
         Filters(),
         tuple(outputs),
@@ -124,8 +123,9 @@ def labels(folder: Path) -> Array:
 
 
 def cores(job: VolumeJob) -> list[Box]:
-    assert isinstance(job.segmenter.predictor, Bright)
-    return job.segmenter.predictor.cores
+    predictor = job.segmenter.members[0].predictor
+    assert isinstance(predictor, Bright)
+    return predictor.cores
 
 
 def test_the_labels_are_those_of_the_predictor(tmp_path: Path) -> None:
