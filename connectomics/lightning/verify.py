@@ -19,7 +19,7 @@ from connectomics.build.engine import Engine
 from connectomics.build.models import load
 from connectomics.build.volumes import named_sources, open_source, segmenter_of
 from connectomics.config.schema import Config
-from connectomics.errors import ModelError, VolumeError
+from connectomics.errors import ConfigError, ModelError, VolumeError
 from connectomics.geometry import Box, Vec3, vec3
 from connectomics.io.atomic import write_text
 from connectomics.io.opening import open_volume
@@ -166,9 +166,13 @@ def verify(
 
     Raises
     ------
+    ConfigError
+        If the configuration names an ensemble.
     VolumeError
         If the volume or the output cannot be read or compared.
     """
+    if config.model.ensemble:
+        raise ConfigError("model.ensemble: an ensemble is the mean of its models, so verify them one by one")
     manager = InferenceManager(config, checkpoint)
     engine = manager.engine
     model = load(config, checkpoint)

@@ -156,3 +156,8 @@ def test_reproduce_refuses_the_record_of_another_result(
     (tmp_path / "v_labels.run" / "provenance.json").write_text(json.dumps(changed))
     assert main(["reproduce", str(tmp_path / output.name)]) == 3
     assert "another result" in capsys.readouterr().err
+
+
+def test_an_ensemble_is_verified_model_by_model(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    model, volume, _ = world
+    assert verified(tmp_path, str(model), str(volume), f"model.ensemble=['{model}']") == (2, {})

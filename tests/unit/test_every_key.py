@@ -77,6 +77,7 @@ class World:
         self.folder = folder
         self.capture = capture
         self.model = make_model(folder / "model", dimensions=2, patch=(16, 16), folds=("0", "1"), features=(4, 8))
+        self.other = make_model(folder / "other", dimensions=2, patch=(16, 24), features=(4, 8), seed=8)
         shutil.copy(self.model / "fold_0" / "checkpoint_final.pth", self.model / "fold_0" / "checkpoint_other.pth")
         self.volume = write_h5(folder / "v.h5", em_like((2, 24, 32)))
         self.truth = write_h5(folder / "truth.h5", (em_like((2, 24, 32), 1) > 128).astype(np.uint8))
@@ -438,6 +439,15 @@ def windows(result: Result) -> int:
     return count
 
 
+def ensemble(world: World) -> bool:
+    return changes(probabilities, f"model.ensemble=['{world.other}']", given=[SAVE])(world)
+
+
+def ensemble_weights(world: World) -> bool:
+    given = [SAVE, f"model.ensemble=['{world.other}']"]
+    return changes(probabilities, "model.ensemble_weights=[1,3]", given=given)(world)
+
+
 def voxel_size(result: Result) -> Any:
     with h5py.File(result.output / "v_labels.h5") as file:
         return list(file["main"].attrs.get("voxel_size_nm", []))
@@ -470,6 +480,10 @@ TABLE: Mapping[str, Check] = {
     "model.checkpoint_name": both(
         changes(provenance("folds"), "model.checkpoint_name=checkpoint_other.pth"),
         refuses("model.checkpoint_name=checkpoint_best.pth", "checkpoint_best.pth"),
+    ),
+    "model.ensemble": ensemble,
+    "model.ensemble_weights": both(
+        ensemble_weights, refuses("model.ensemble_weights=[1,2]", "must be 1 positive numbers", "model.ensemble")
     ),
     "data.do_2d": refuses("data.do_2d=false", "data.do_2d"),
     "data.in_channels": refuses("data.in_channels=3", "data.in_channels is 3", "has 1"),
