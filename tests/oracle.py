@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,10 +18,12 @@ from unittest import mock
 import numpy as np
 import torch
 
+from connectomics.inference.case import Case
 from connectomics.inference.normalise import ChannelSummary
 
 with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
     warnings.simplefilter("ignore")
+    from nnunetv2.ensembling.ensemble import average_probabilities
     from nnunetv2.inference import predict_from_raw_data
     from nnunetv2.inference.sliding_window_prediction import compute_gaussian
     from nnunetv2.preprocessing.normalization.default_normalization_schemes import ZScoreNormalization
@@ -128,3 +131,39 @@ def predict(
         if summaries is not None:
             stack.enter_context(injected(summaries))
         return predictor.predict_single_npy_array(image, properties, None, None, probabilities)
+
+
+Answer = tuple[np.ndarray, np.ndarray]
+
+
+def predict_cases(
+    predictor: Any,
+    image: np.ndarray,
+    cases: Sequence[Case],
+    spacing: Sequence[float] | None,
+    *,
+    exact: bool = True,
+    inject: bool = False,
+) -> Answer:
+    """nnU-Net's labels (from logits) and probabilities of a volume that is one case, or a case for each section.
+
+    ``inject`` gives it the cases' own statistics.
+    """
+    labels, probabilities = [], []
+    for case in cases:
+        part = image[(slice(None), *case.region.slices)]
+        options: dict[str, Any] = {"exact": exact, "summaries": case.channels if inject else None, "spacing": spacing}
+        labels.append(predict(predictor, part, **options))
+        probabilities.append(predict(predictor, part, **options, probabilities=True)[1])
+    return np.concatenate(labels), np.concatenate(probabilities, axis=1)
+
+
+def ensembled(label_manager: Any, answers: Sequence[Answer]) -> Answer:
+    """What nnU-Net makes of its members' answers; a single one stands for itself."""
+    if len(answers) == 1:
+        return answers[0]
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (_, probabilities) in enumerate(answers):
+            np.savez(f"{folder}/{i}.npz", probabilities=probabilities)
+        mean = average_probabilities([f"{folder}/{i}.npz" for i in range(len(answers))])
+    return label_manager.convert_probabilities_to_segmentation(mean), mean

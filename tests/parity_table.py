@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import astuple, dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
-from connectomics.geometry import Box
+from connectomics.geometry import AxisOrder, BlockGrid, Box, Vec3
 from connectomics.io.volume import VolumeInfo
 from connectomics.lightning.inference import InferenceManager
-from connectomics.pipeline.survey import survey
 
 import oracle
 from nnunet_models import make_model
@@ -30,11 +31,31 @@ FACTORS: dict[str, tuple[object, ...]] = {
     "by_slice": (True, False),
     "scheme": ("ZScoreNormalization", "CTNormalization", "NoNormalization", "RescaleTo01Normalization"),
     "dtype": ("uint8", "uint16", "float32"),
+    "labels": ("plain", "regions"),
+    "turned": (False, True),
+    "spacing": ("planned", "even", "thick", "torch even", "torch thick", "no resampling"),
+    "masked": (False, True),
+    "stage": ("alone", "ensemble"),
 }
+COMMON = 7  # the first factors, all combinations of which are run by themselves; the rest are run with each other
 
 
 TOP = {"uint8": 255.0, "uint16": 4000.0, "float32": 3.0}  # brightest intensity
 CT = (20.0, 230.0, 120.0, 40.0)  # lower, upper, mean, std in the plans that make_model writes
+REGIONS: dict[str, int | list[int]] = {"background": 0, "whole": [1, 2], "core": 2}
+ORDER = {2: (0, 2, 1), 3: (2, 0, 1)}
+SPACINGS = {"even": ((1.0, 1.0, 1.0), (1.0, 1.2, 0.9)), "thick": ((4.0, 1.0, 1.0), (5.0, 1.2, 0.9))}  # plan, image
+TORCH = {f"resampling_fn_{what}": "resample_torch_fornnunet" for what in ("data", "seg", "probabilities")} | {
+    f"resampling_fn_{what}_kwargs": {
+        "is_seg": what == "seg",
+        "force_separate_z": None,
+        "memefficient_seg_resampling": False,
+    }
+    for what in ("data", "seg", "probabilities")
+}
+NONE = {f"resampling_fn_{what}": "no_resampling_hack" for what in ("data", "seg", "probabilities")} | {
+    f"resampling_fn_{what}_kwargs": {} for what in ("data", "seg", "probabilities")
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,40 +69,85 @@ class ParityCase:
     by_slice: bool
     scheme: str
     dtype: str
+    labels: str = "plain"
+    turned: bool = False
+    spacing: str = "planned"
+    masked: bool = False
+    stage: str = "alone"
 
     @property
     def title(self) -> str:
         """Short name for a test id or a table."""
         scheme = self.scheme.removesuffix("Normalization")
         unit = "slice" if self.by_slice else "volume"
-        return f"{self.dimensions}D {self.architecture} {self.channels}ch {self.situation} {unit} {scheme} {self.dtype}"
+        title = (
+            f"{self.dimensions}D {self.architecture} {self.channels}ch {self.situation} {unit} {scheme} {self.dtype}"
+        )
+        special = [
+            word for word in (self.labels, self.spacing, self.stage) if word not in ("plain", "planned", "alone")
+        ]
+        return " ".join([title, *special, *["turned"] * self.turned, *["masked"] * self.masked])
+
+    @property
+    def exists(self) -> bool:
+        """Single images are a 2D matter and are not resampled; only z-scores know a mask."""
+        flat = self.dimensions == 2 and self.spacing == "planned"
+        return (flat or not self.by_slice) and (self.scheme == "ZScoreNormalization" or not self.masked)
 
     @property
     def top(self) -> float:
         """Brightest intensity; the CT constants of the plans ask for 8 bit values."""
         return TOP["uint8"] if self.scheme == "CTNormalization" else TOP[self.dtype]
 
+    @property
+    def axis_order(self) -> Vec3:
+        """The model's order of axes."""
+        return ORDER[self.dimensions] if self.turned else (0, 1, 2)
+
+    @property
+    def spacings(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Of the plan, in the model's axes, and of the image, in its own; None where nothing is resampled."""
+        if self.spacing == "planned":
+            return None
+        planned, own = SPACINGS[self.spacing.rpartition(" ")[2] if self.spacing != "no resampling" else "even"]
+        order = AxisOrder(self.axis_order).inverse.axes
+        return planned[3 - self.dimensions :], [own[axis] for axis in order]
+
 
 def all_cases() -> list[ParityCase]:
-    """Every combination that exists: single 2D images are a 2D matter."""
-    combinations = (ParityCase(*values) for values in itertools.product(*FACTORS.values()))  # type: ignore[arg-type]
-    return [c for c in combinations if not (c.by_slice and c.dimensions == 3)]
+    """Every combination of the common factors, and every combination of the special ones, on changing common ones."""
+    values = list(FACTORS.values())
+    common = [ParityCase(*c) for c in itertools.product(*values[:COMMON])]  # type: ignore[arg-type]
+    common = [case for case in common if case.exists]
+    special, random = [], np.random.default_rng(1)
+    for kinds in itertools.product(*values[COMMON:]):
+        fitting = (
+            replace(common[i], **dict(zip(list(FACTORS)[COMMON:], kinds, strict=True)))  # type: ignore[arg-type]
+            for i in random.permutation(len(common))
+        )
+        special += [next(case for case in fitting if case.exists and case.dimensions == n) for n in (2, 3)]
+    return list(dict.fromkeys([*common, *special]))
 
 
 def pairwise_cases() -> list[ParityCase]:
     """A greedy covering: every pair of values of two factors that occurs at all occurs in some case."""
+    random = np.random.default_rng(0)
+
+    def drawn(count: int) -> list[ParityCase]:
+        cases = (ParityCase(*(v[random.integers(len(v))] for v in FACTORS.values())) for _ in range(count))  # type: ignore[arg-type]
+        return [case for case in cases if case.exists]
 
     def pairs(case: ParityCase) -> set[tuple[object, ...]]:
         values = astuple(case)
         return {(i, values[i], j, values[j]) for i, j in itertools.combinations(range(len(values)), 2)}
 
-    candidates = {case: pairs(case) for case in all_cases()}
-    open_pairs = set().union(*candidates.values())
+    open_pairs = set().union(*map(pairs, drawn(5_000)))
     chosen = []
     while open_pairs:
-        best = max(candidates, key=lambda case: len(candidates[case] & open_pairs))
-        chosen.append(best)
-        open_pairs -= candidates[best]
+        best = max(drawn(300), key=lambda case: len(pairs(case) & open_pairs))
+        if pairs(best) & open_pairs:
+            chosen.append(best)
+            open_pairs -= pairs(best)
     return chosen
 
 
@@ -115,6 +181,10 @@ def image_of(case: ParityCase, seed: int = 0) -> np.ndarray:
         image[:, :, :, -9:] = 0
         image[:, 0] = 0
         image[:, 1, :, :4] = 0
+    if case.masked:
+        z, y, x = np.indices(extent)
+        image[:, y + x < 12] = 0  # a corner, outside of the mask
+        image[:, (y - extent[1] // 2) ** 2 + (x - extent[2] // 2) ** 2 + (2 * z - extent[0]) ** 2 < 9] = 0  # a hole
     return image
 
 
@@ -130,10 +200,17 @@ def train(network: torch.nn.Module, case: ParityCase) -> None:
         batch = torch.from_numpy(image)
         if case.dimensions == 2:
             batch, classes = batch[:, :, 0], classes[:, 0]
-        loss = torch.nn.functional.cross_entropy(network(batch)[0], classes)
+        loss = _loss(case, network(batch)[0], classes)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+
+
+def _loss(case: ParityCase, logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    if case.labels == "plain":
+        return torch.nn.functional.cross_entropy(logits, classes)
+    regions = torch.stack([classes > 0, classes > 1], dim=1).float()
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, regions)
 
 
 def normalised(case: ParityCase, image: np.ndarray) -> np.ndarray:
@@ -149,6 +226,8 @@ def normalised(case: ParityCase, image: np.ndarray) -> np.ndarray:
 
 
 def model_of(case: ParityCase, folder: Path) -> Path:
+    planned = None if case.spacings is None else case.spacings[0]
+    functions = {"torch even": TORCH, "torch thick": TORCH, "no resampling": NONE}
     return make_model(
         folder,
         dimensions=case.dimensions,
@@ -162,16 +241,41 @@ def model_of(case: ParityCase, folder: Path) -> Path:
         scheme=case.scheme,
         seed=3,
         give_weights=functools.partial(train, case=case),
+        labels=REGIONS if case.labels == "regions" else None,
+        regions_class_order=[1, 2] if case.labels == "regions" else None,
+        spacing=planned,
+        axis_order=case.axis_order,
+        resampling=functions.get(case.spacing),
+        masked=[case.masked] * case.channels,
+    )
+
+
+def partner_of(case: ParityCase) -> ParityCase:
+    """The second model of an ensemble: of the other dimension, other plans and other normalisation."""
+    other = "NoNormalization" if case.scheme == "RescaleTo01Normalization" else "RescaleTo01Normalization"
+    return replace(
+        case,
+        dimensions=5 - case.dimensions,
+        architecture="plain",
+        situation="no mirroring" if case.situation == "no mirroring" else "whole",
+        by_slice=False,
+        scheme=other,
+        turned=False,
+        spacing="planned" if case.spacing == "planned" else "even",
+        masked=False,
+        stage="alone",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class ParityResult:
-    """Voxels, those that differ from the oracle and from stock nnU-Net, labels that occur, probability error."""
+    """Voxels, those that differ from the oracle, from stock nnU-Net and when cut into blocks, labels that occur,
+    probability error."""
 
     voxels: int
     differ: int
     differ_stock: int
+    differ_cut: int
     labels: int
     probability_error: float
 
@@ -179,33 +283,45 @@ class ParityResult:
 def compare(case: ParityCase, folder: Path) -> ParityResult:
     """Label one image with both and count what differs."""
     torch.set_num_threads(1)
-    model, image = model_of(case, folder), image_of(case)
+    image = image_of(case)
+    members = [case] if case.stage == "alone" else [case, partner_of(case)]
+    models = [model_of(member, folder / str(i)) for i, member in enumerate(members)]
     mirror = case.situation != "no mirroring"
     words = [
         "system.device=cpu",
         "system.num_cpus=1",
         f"inference.test_time_augmentation.enabled={str(mirror).lower()}",
         "inference.output.save_probabilities=true",
+        f"inference.resample={'off' if case.spacings is None else 'plan'}",
+        f"model.ensemble={json.dumps([str(m) for m in models[1:]]) if models[1:] else 'null'}",
     ]
-    manager = InferenceManager.from_checkpoint(model, words)
-    ours = manager.predict(image)
-    folds = manager.engine.spec.folds
-    predictor = oracle.make_predictor(model, folds, mirror=mirror)
-    reader = ArrayVolume(image)
-    cases = survey(reader, "image", manager.engine.segmenter.members[0].schemes, by_slice=case.by_slice)
-    differ, stock, error = 0, 0, 0.0
-    for c in cases:
-        part = image[(slice(None), *c.region.slices)]
-        summaries = c.channels if case.scheme == "ZScoreNormalization" else None
-        labels = oracle.predict(predictor, part, summaries=summaries)
-        _, probabilities = oracle.predict(predictor, part, summaries=summaries, probabilities=True)
-        mine = ours.labels[c.region.slices]
-        differ += int((labels != mine).sum())
-        stock += int((oracle.predict(predictor, part, exact=False) != mine).sum())
-        assert ours.probabilities is not None
-        gap = np.abs(probabilities - ours.probabilities[(slice(None), *c.region.slices)])
-        error = max(error, float(gap.max()))
-    return ParityResult(ours.labels.size, differ, stock, len(np.unique(ours.labels)), error)
+    manager = InferenceManager.from_checkpoint(models[0], words)
+    spacing = None if case.spacings is None else case.spacings[1]
+    ours = manager.predict(image, spacing)  # type: ignore[arg-type]
+    assert ours.probabilities is not None
+    segmenter, reader = manager.segmenter(spacing), ArrayVolume(image)  # type: ignore[arg-type]
+    surveyed = segmenter.survey(reader, "image")
+    exact, stock = [], []
+    for model, member, cases, engine_model in zip(models, members, surveyed, manager.engine.models, strict=True):
+        predictor = oracle.make_predictor(model, engine_model.spec.folds, mirror=mirror)
+        zscore = member.scheme == "ZScoreNormalization"
+        exact.append(oracle.predict_cases(predictor, image, cases, spacing, inject=zscore))
+        stock.append(oracle.predict_cases(predictor, image, cases, spacing, exact=False))
+    label_manager = predictor.label_manager
+    labels, probabilities = oracle.ensembled(label_manager, exact)
+    differ_cut = 0
+    for block in BlockGrid(image.shape[1:], (2, 17, 40) if case.dimensions == 2 else (11, 40, 19)):  # type: ignore[arg-type]
+        part = segmenter.segment(reader.read, surveyed, block.core)
+        whole = ours.probabilities[(slice(None), *block.core.slices)], ours.labels[block.core.slices]
+        differ_cut += int((part["probabilities"] != whole[0]).any(0).sum() + (part["labels"][0] != whole[1]).sum())
+    return ParityResult(
+        ours.labels.size,
+        int((labels != ours.labels).sum()),
+        int((oracle.ensembled(label_manager, stock)[0] != ours.labels).sum()),
+        differ_cut,
+        len(np.unique(ours.labels)),
+        float(np.abs(probabilities - ours.probabilities).max()),
+    )
 
 
 class ArrayVolume:

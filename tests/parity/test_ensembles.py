@@ -22,9 +22,6 @@ from nnunet_models import make_model
 from parity_table import ArrayVolume, scene
 from small_jobs import infer_words, write_h5
 
-with oracle.contextlib.redirect_stdout(oracle.io.StringIO()):
-    from nnunetv2.ensembling.ensemble import average_probabilities
-
 WORDS = ("system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true")
 EXTENT = (11, 40, 45)
 REGIONS: dict[str, int | list[int]] = {"background": 0, "whole": [1, 2], "core": 2}
@@ -67,38 +64,24 @@ def manager_of(members: Sequence[Path], *more: str) -> InferenceManager:
     )
 
 
-def theirs(manager: InferenceManager, members: Sequence[Path], image: np.ndarray, folder: Path) -> list[Path]:
-    """nnU-Net's probabilities of each member in files of its own kind."""
-    found = []
-    surveyed = manager.engine.segmenter.survey(ArrayVolume(image), "image")
-    for i, (path, cases, model) in enumerate(zip(members, surveyed, manager.engine.models, strict=True)):
-        predictor = oracle.make_predictor(path, model.spec.folds)
-        zscore = model.spec.normalisations[0].scheme == "ZScoreNormalization"
-        parts = []
-        for case in cases:
-            part = image[(slice(None), *case.region.slices)]
-            summaries = case.channels if zscore else None
-            parts.append(oracle.predict(predictor, part, summaries=summaries, probabilities=True)[1])
-        found.append(folder / f"{i}.npz")
-        np.savez(found[-1], probabilities=np.concatenate(parts, axis=1))
-    return found
-
-
 @pytest.mark.parametrize(
     "names",
     [("slices", "3D"), ("3D", "2D", "turned"), ("2D regions", "3D regions")],
     ids=lambda names: " + ".join(names),
 )
-def test_labels_are_those_of_nnunets_mean(
-    models: dict[str, Path], image: np.ndarray, tmp_path: Path, names: Sequence[str]
-) -> None:
+def test_labels_are_those_of_nnunets_mean(models: dict[str, Path], image: np.ndarray, names: Sequence[str]) -> None:
     members = [models[name] for name in names]
     manager = manager_of(members)
-    mean = average_probabilities([str(path) for path in theirs(manager, members, image, tmp_path)])
-    labels = oracle.make_predictor(members[0], manager.engine.spec.folds).label_manager
+    surveyed = manager.engine.segmenter.survey(ArrayVolume(image), "image")
+    answers = []
+    for path, cases, model in zip(members, surveyed, manager.engine.models, strict=True):
+        predictor = oracle.make_predictor(path, model.spec.folds)
+        zscore = model.spec.normalisations[0].scheme == "ZScoreNormalization"
+        answers.append(oracle.predict_cases(predictor, image, cases, None, inject=zscore))
+    labels, mean = oracle.ensembled(predictor.label_manager, answers)
     ours = manager.predict(image)
     assert ours.probabilities is not None and len(np.unique(ours.labels)) == 3
-    np.testing.assert_array_equal(ours.labels, labels.convert_probabilities_to_segmentation(mean))
+    np.testing.assert_array_equal(ours.labels, labels)
     assert np.abs(ours.probabilities - mean).max() <= 1e-5
     assert not manager.engine.deviations
     singles = [InferenceManager.from_checkpoint(path, WORDS).predict(image).labels for path in members]
