@@ -14,6 +14,7 @@ from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, VolumeError
 from connectomics.fingerprint import key_of
 from connectomics.geometry import Vec3, vec3
+from connectomics.inference.mask import check_mask_memory, mask_bytes
 from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.io.export import export_path
 from connectomics.io.listing import VolumeSource, expand, group, refuse_collisions, without_results
@@ -23,6 +24,7 @@ from connectomics.pipeline.finish import Output
 from connectomics.pipeline.planning import BlockPlan, forced_plan, plan_blocks, whole_plan, with_logits_in_memory
 from connectomics.pipeline.predict import LABELS, PROBABILITIES
 from connectomics.pipeline.run import VolumeJob
+from connectomics.pipeline.survey import keeps_mask
 
 # keys that a reproducing command states in another way, or that only say where and which
 ELSEWHERE = (
@@ -174,7 +176,7 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
     Raises
     ------
     ResourceError
-        If the memory budget cannot hold one block's work.
+        If the memory budget cannot hold one block's work, or the mask that the model normalises within.
     """
     outputs = outputs_of(config, engine, source, reader)
     resampling = resampling_of(config, engine, reader.info.spacing)
@@ -227,24 +229,27 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _plan(config: Config, engine: Engine, reader: VolumeReader, resampling: Resampling | None) -> BlockPlan:
     """Blocks in the volume's axes; they are planned in the model's, where windows lie."""
-    order = engine.segmenter.order
-    plan = _model_plan(config, engine, order.turn(reader.info.extent), reader.info.channels, resampling)
+    order, kept = engine.segmenter.order, 0
+    if keeps_mask(engine.segmenter.schemes, by_slice=engine.by_slice):
+        check_mask_memory(reader.info.extent, engine.settings.budget_bytes)
+        kept = mask_bytes(reader.info.extent)
+    plan = _model_plan(config, engine, order.turn(reader.info.extent), reader.info.channels, resampling, kept)
     return BlockPlan(order.inverse.turn(plan.block_shape), order.inverse.turn(plan.chunk_shape))
 
 
 def _model_plan(
-    config: Config, engine: Engine, extent: Vec3, channels: int, resampling: Resampling | None
+    config: Config, engine: Engine, extent: Vec3, channels: int, resampling: Resampling | None, kept_bytes: int
 ) -> BlockPlan:
     patch = engine.window.patch
     stated = config.inference.block_shape
     budget = engine.settings.budget_bytes
     if config.inference.sliding_window.engine == "monai":
-        return whole_plan(extent, patch, engine.spec.classes, channels, budget)
+        return whole_plan(extent, patch, engine.spec.classes, channels, budget, kept_bytes)
     if stated is not None:
         return forced_plan(extent, patch, engine.segmenter.order.turn(vec3(stated)))
     accumulated = engine.spec.classes * len(engine.spec.folds) + 1
-    plan = plan_blocks(extent, patch, accumulated, channels, budget)
+    plan = plan_blocks(extent, patch, accumulated, channels, budget, kept_bytes)
     if resampling is None:
         return plan
     finer = math.prod(n / m for n, m in zip(resampling.spacing, resampling.target, strict=True))
-    return with_logits_in_memory(plan, engine.spec.classes, finer, budget)
+    return with_logits_in_memory(plan, engine.spec.classes, finer, budget - kept_bytes)

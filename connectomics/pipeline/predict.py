@@ -88,7 +88,8 @@ class Segmenter:
             region, box = self.order.turn_box(case.region), self.order.turn_box(case.box)
             part = core.intersect(box)
             if part.voxels:
-                yield CaseInput(Case(region, box, case.channels, case.plane_ranges), self.schemes, turned), part
+                mask = None if case.mask is None else case.mask.transpose(self.order.axes)
+                yield CaseInput(Case(region, box, case.channels, case.plane_ranges, mask), self.schemes, turned), part
 
     def _turned(self, read: ReadBox) -> ReadBox:
         back = self.order.inverse

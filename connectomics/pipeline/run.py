@@ -26,7 +26,7 @@ from connectomics.pipeline.finish import Filters, Output, check_memory, export_o
 from connectomics.pipeline.ledger import Ledger, plan_of
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter
-from connectomics.pipeline.survey import load_survey, save_survey, survey
+from connectomics.pipeline.survey import keeps_mask, load_survey, save_survey, survey
 
 log = logging.getLogger(__name__)
 OnBlock = Callable[[int, int], None]
@@ -170,10 +170,13 @@ def _make_work_folder(work: Path) -> None:
 
 def _surveyed(work: Path, job: VolumeJob, settings: RunSettings) -> Sequence[Case]:
     path = work / "survey.json"
-    cases = load_survey(path)
+    schemes = job.segmenter.schemes
+    kept = not keeps_mask(schemes, by_slice=job.by_slice)  # a mask is as large as the volume: it is found again
+    cases = load_survey(path) if kept else None
     if cases is None:
-        cases = survey(job.reader, job.name, job.segmenter.schemes, by_slice=job.by_slice, workers=settings.readers)
-        save_survey(cases, path)
+        cases = survey(job.reader, job.name, schemes, by_slice=job.by_slice, workers=settings.readers)
+        if kept:
+            save_survey(cases, path)
         log.info("surveyed %d cases", len(cases))
     return cases
 
