@@ -15,7 +15,7 @@ from connectomics.geometry import Box, Vec3
 from connectomics.io.volume import Array
 
 BACKGROUND, INSIDE, OUTSIDE = range(3)
-SECTION_BYTES = 48  # per voxel of the one section that is being filled: its parts as bool, the edge that grows
+SECTION_BYTES = 24  # per voxel of the one section that is being filled: its parts as bool, the edge that grows
 
 
 def mask_bytes(extent: Vec3) -> int:
