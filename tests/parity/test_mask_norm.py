@@ -16,7 +16,10 @@ from hypothesis.extra import numpy as hnp
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from scipy.ndimage import binary_fill_holes
 
+from connectomics.build.engine import build_engine
+from connectomics.build.volumes import job_of, named_sources, open_source
 from connectomics.cli import main
+from connectomics.config.load import load_config
 from connectomics.geometry import AxisOrder, BlockGrid, Box, Vec3
 from connectomics.inference.case import CaseInput
 from connectomics.inference.mask import fill_holes
@@ -92,12 +95,12 @@ def model_of(trial: Trial, folder: Path) -> Path:
 def image_of(trial: Trial, seed: int = 8) -> np.ndarray:
     """A body of irregular outline with zeros around, a bright section, a section of zeros, and zeros inside.
 
-    Of these the cave is a hole, the pit is open to one side and is none; one more is zero in the last channel only.
+    Of these the cave is a hole, the pit is open to one side and is none; others are zero in one channel of two.
     """
     extent = (9, 31, 37) if trial.dimensions == 3 else (6, 31, 37)
     top = {"uint8": 200, "uint16": 3000, "float32": 3.0}[trial.dtype]
     image = scene(len(trial.masked), extent, seed)[0] * top
-    image[:, 2] += top * 0.2
+    image[:, 5] = image[:, 5] * 0.3 + top * 0.9  # far above the mean, all of it
     outline = scene(1, extent, seed + 1)[1] > 0
     inner = np.zeros(extent, bool)
     inner[1:, 4:-5, 5:-3] = True
@@ -105,9 +108,9 @@ def image_of(trial: Trial, seed: int = 8) -> np.ndarray:
     image[:, ~body] = 0
     image[:, 2:4, 8:12, 9:15] = 0  # a cave, in a volume
     image[:, 1:5, 18:21, 20:26] = 0  # a pit: section 0 is zero
-    image[-1, 2:5, 12:16, 20:29] = 0
-    if trial.by_slice:
-        image[:, 3] = 0
+    image[:, -2] = 0
+    for channel in range(len(image) if len(image) > 1 else 0):
+        image[channel, 2:4, 12:16, 20 + 4 * channel : 23 + 4 * channel] = 0
     return image.astype(trial.dtype)
 
 
@@ -252,6 +255,20 @@ def test_volumes_on_disk_get_the_same_labels(name: str, tmp_path: Path) -> None:
     certificate = ["--certificate", str(tmp_path / "certificate.json"), "--threshold", "1e-3"]
     with oracle.float32_accumulators():
         assert main(["verify", str(model), str(tmp_path / "v.h5"), *words, *certificate]) == 0
+
+
+def test_blocks_leave_room_for_the_mask(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "v.h5", "w") as file:
+        file.create_dataset("main", (2000, 1000, 1000), np.uint8, chunks=(64, 64, 64))
+    (source,) = named_sources([str(tmp_path / "v.h5")], 1)
+    plans = []
+    for masked in (False, True):
+        config = load_config(None, [*WORDS, "system.memory_budget_gb=2.1"])
+        engine = build_engine(config, model_of(Trial(3, (masked,)), tmp_path / str(masked)))
+        reader = open_source(config, engine, source)
+        plans.append(job_of(config, engine, source, reader).plan.block_shape)
+        reader.close()
+    assert np.prod(plans[1]) < np.prod(plans[0])
 
 
 def test_a_mask_above_the_budget_is_refused_before_anything_is_read(
