@@ -78,7 +78,7 @@ def float32_accumulators() -> Iterator[None]:
 
 @contextlib.contextmanager
 def injected(summaries: Sequence[ChannelSummary]) -> Iterator[None]:
-    """Let nnU-Net's z-score use these statistics, one channel after the other, within its own mask where it uses one."""
+    """Let nnU-Net's z-score use these statistics, one channel after the other, within its own mask where it has one."""
     channels = iter(summaries)
 
     def run(self: Any, image: np.ndarray, seg: np.ndarray | None = None) -> np.ndarray:

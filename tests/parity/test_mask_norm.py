@@ -20,7 +20,7 @@ from connectomics.build.engine import build_engine
 from connectomics.build.volumes import job_of, named_sources, open_source
 from connectomics.cli import main
 from connectomics.config.load import load_config
-from connectomics.geometry import AxisOrder, BlockGrid, Box, Vec3
+from connectomics.geometry import AxisOrder, BlockGrid, Vec3
 from connectomics.inference.case import CaseInput
 from connectomics.inference.mask import fill_holes
 from connectomics.inference.resample import ResampledInput
@@ -190,7 +190,7 @@ def test_labels_and_probabilities_equal_the_oracles(world: tuple[Any, ...]) -> N
     indirect=True,
 )
 def test_any_blocks_give_the_same_bytes(world: tuple[Any, ...]) -> None:
-    trial, _, manager, _, image, cases = world
+    _, _, manager, _, image, cases = world
     segmenter, reader = manager.segmenter(), ArrayVolume(image)
     whole = manager.predict(image)
     for shape in ((4, 9, 37), (5, 31, 16)):
