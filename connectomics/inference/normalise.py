@@ -149,7 +149,7 @@ def normalise(image: Array, scheme: ChannelNormalisation, summary: ChannelSummar
     summary
         Of the whole case this channel belongs to.
     mask
-        bool, same shape: which voxels a z-score is made of, the others keep their value; None: all.
+        bool, same shape: which voxels become z-scores, the others keep their value; None: all.
 
     Returns
     -------
