@@ -64,6 +64,7 @@ def make_plans(
     spacing: Sequence[float] | None = None,
     features: Sequence[int] = (4, 8, 12),
     axis_order: Sequence[int] = (0, 1, 2),
+    masked: Sequence[bool] = (),
 ) -> dict[str, Any]:
     """Plans as nnunetv2 2.8's planner writes them, with one configuration (``2d`` or ``3d_fullres``)."""
     name = "2d" if dimensions == 2 else "3d_fullres"
@@ -78,7 +79,7 @@ def make_plans(
         "median_image_size_in_voxels": [float(2 * p) for p in patch],
         "spacing": list(spacing or [1.0] * dimensions),
         "normalization_schemes": [scheme] * channels if isinstance(scheme, str) else list(scheme),
-        "use_mask_for_norm": [False] * channels,
+        "use_mask_for_norm": list(masked) if masked else [False] * channels,
         "resampling_fn_data": "resample_data_or_seg_to_shape",
         "resampling_fn_seg": "resample_data_or_seg_to_shape",
         "resampling_fn_data_kwargs": resample,
@@ -144,6 +145,7 @@ def make_model(
     labels: Mapping[str, int | list[int]] | None = None,
     regions_class_order: Sequence[int] | None = None,
     axis_order: Sequence[int] = (0, 1, 2),
+    masked: Sequence[bool] = (),
 ) -> Path:
     """Write a nnU-Net training folder and return it; weights are random unless ``give_weights`` sets others.
 
@@ -171,6 +173,8 @@ def make_model(
         As in dataset.json; None: ``classes`` plain labels.
     axis_order
         ``transpose_forward``; the patch and the mirror axes are those of the transposed axes.
+    masked
+        ``use_mask_for_norm`` of each channel; empty: False for all.
     """
     plans = make_plans(
         dimensions=dimensions,
@@ -182,6 +186,7 @@ def make_model(
         spacing=spacing,
         features=features,
         axis_order=axis_order,
+        masked=masked,
     )
     dataset = make_dataset(
         channels=channels, classes=classes, reader=reader, labels=labels, regions_class_order=regions_class_order

@@ -81,18 +81,28 @@ def float32_accumulators() -> Iterator[None]:
 
 @contextlib.contextmanager
 def injected(summaries: Sequence[ChannelSummary]) -> Iterator[None]:
-    """Let nnU-Net's z-score use these statistics, one channel after the other."""
+    """Let nnU-Net's z-score use these statistics, one channel after the other, within its own mask where it has one."""
     channels = iter(summaries)
 
     def run(self: Any, image: np.ndarray, seg: np.ndarray | None = None) -> np.ndarray:
         summary = next(channels)
         image = image.astype(np.float32, copy=False)
-        image -= np.float32(summary.mean)
-        image /= max(np.float32(summary.std), np.float32(1e-8))
+        where = np.ones(image.shape, bool)
+        if self.use_mask_for_norm:
+            assert seg is not None
+            where = seg >= 0
+        image[where] = (image[where] - np.float32(summary.mean)) / max(np.float32(summary.std), np.float32(1e-8))
         return image
 
     with mock.patch.object(ZScoreNormalization, "run", run):
         yield
+
+
+def planned_spacing(predictor: Any) -> list[float]:
+    """The spacing (z, y, x) of an image that is not resampled."""
+    planned = list(predictor.configuration_manager.spacing)
+    planned = [999.0] * (3 - len(planned)) + planned
+    return [planned[axis] for axis in predictor.plans_manager.transpose_backward]
 
 
 def predict(
@@ -117,11 +127,7 @@ def predict(
     spacing
         Of the image (z, y, x); that of the plan, so that nothing is resampled, where it is not given.
     """
-    if spacing is None:
-        planned = list(predictor.configuration_manager.spacing)
-        planned = [999.0] * (3 - len(planned)) + planned
-        spacing = [planned[axis] for axis in predictor.plans_manager.transpose_backward]
-    properties = {"spacing": list(spacing)}
+    properties = {"spacing": list(spacing or planned_spacing(predictor))}
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")

@@ -110,7 +110,7 @@ def describe(config: Config, checkpoint: Path) -> dict[str, object]:
         "patch (z, y, x)": list(spec.patch_shape),
         "spacing (z, y, x)": list(spec.spacing),
         "channels": ", ".join(spec.channel_names),
-        "normalisation": ", ".join(n.scheme for n in spec.normalisations),
+        "normalisation": ", ".join(n.scheme + " (nonzero mask)" * n.masked for n in spec.normalisations),
         "labels": ", ".join(f"{value}={name}" for name, value in spec.label_names),
         "regions": ", ".join(f"{name}={'+'.join(map(str, values))}" for name, values in spec.regions) or "none",
         "case": "each section" if spec.slice_case else "the whole volume",

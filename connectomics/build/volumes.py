@@ -14,6 +14,7 @@ from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, VolumeError
 from connectomics.fingerprint import key_of
 from connectomics.geometry import vec3
+from connectomics.inference.mask import check_mask_memory, mask_bytes
 from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.io.export import export_path
 from connectomics.io.listing import VolumeSource, expand, group, refuse_collisions, without_results
@@ -196,7 +197,7 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
     Raises
     ------
     ResourceError
-        If the memory budget cannot hold one block's work.
+        If the memory budget cannot hold one block's work, or the mask that the model normalises within.
     """
     outputs = outputs_of(config, engine, source, reader)
     segmenter = segmenter_of(config, engine, reader.info.spacing)
@@ -254,30 +255,37 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _plan(config: Config, engine: Engine, segmenter: Segmenter, reader: VolumeReader) -> BlockPlan:
     """Blocks in the volume's axes; every model's windows and the probabilities of an ensemble fit the budget."""
-    info = reader.info
+    info, budget = reader.info, engine.settings.budget_bytes
+    masks = sum(member.keeps_mask for member in segmenter.members)
+    if masks:
+        check_mask_memory(info.extent, budget)
+    kept = masks * mask_bytes(info.extent)
     plans = [
-        _model_plan(config, engine, model, member, info)
+        _model_plan(config, model, member, info, budget, kept)
         for model, member in zip(engine.models, segmenter.members, strict=True)
     ]
     if len(plans) == 1:
         return plans[0]
-    kept = 2 * segmenter.classes + 1  # the mean, a member's own, a copy's slack
-    return with_logits_in_memory(common_plan(plans), kept, 1.0, engine.settings.budget_bytes)
+    means = 2 * segmenter.classes  # the mean and a member's own
+    return with_logits_in_memory(common_plan(plans), means, 1.0, budget - kept)
 
 
-def _model_plan(config: Config, engine: Engine, model: EngineModel, member: Member, info: VolumeInfo) -> BlockPlan:
+def _model_plan(
+    config: Config, model: EngineModel, member: Member, info: VolumeInfo, budget: int, kept: int
+) -> BlockPlan:
     """One model's blocks, planned in its own axes, where windows lie."""
     order = member.order
-    extent, patch, budget = order.turn(info.extent), model.window.patch, engine.settings.budget_bytes
+    extent, patch = order.turn(info.extent), model.window.patch
     stated = config.inference.block_shape
     if config.inference.sliding_window.engine == "monai":
-        plan = whole_plan(extent, patch, model.spec.classes, info.channels, budget)
+        plan = whole_plan(extent, patch, model.spec.classes, info.channels, budget, kept)
     elif stated is not None:
         plan = forced_plan(extent, patch, order.turn(vec3(stated)))
     else:
         accumulated = model.spec.classes * len(model.spec.folds) + 1
-        plan = plan_blocks(extent, patch, accumulated, info.channels, budget)
+        plan = plan_blocks(extent, patch, accumulated, info.channels, budget, kept)
         if member.resampling is not None:
             pairs = zip(member.resampling.spacing, member.resampling.target, strict=True)
-            plan = with_logits_in_memory(plan, model.spec.classes, math.prod(n / m for n, m in pairs), budget)
+            finer = math.prod(n / m for n, m in pairs)
+            plan = with_logits_in_memory(plan, model.spec.classes, finer, budget - kept)
     return BlockPlan(order.inverse.turn(plan.block_shape), order.inverse.turn(plan.chunk_shape))

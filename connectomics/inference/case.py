@@ -28,15 +28,19 @@ class Case:
     box
         Its nonzero box, which nnU-Net crops to; the whole region where everything is zero.
     channels
-        Statistics of each channel inside ``box``.
+        Statistics of each channel inside ``box``, of a masked channel inside the mask.
     plane_ranges
-        Minimum and maximum of each section and channel inside ``box``, where the case is a volume.
+        Minimum and maximum of each section and channel inside ``box``, where the case is a volume; where a mask
+        leaves voxels out, which become 0, it includes the mean, which does too.
+    mask
+        bool (z, y, x) of ``box``'s extent, of a volume with masked channels; the mask of a section is what is not zero.
     """
 
     region: Box
     box: Box
     channels: tuple[ChannelSummary, ...]
     plane_ranges: tuple[tuple[Range, ...], ...] = ()
+    mask: Array | None = None
 
 
 class WindowSource(Protocol):
@@ -97,7 +101,13 @@ class CaseInput:
 
     def _normalised(self, box: Box) -> Array:
         raw = self.read(box)
+        mask = self._mask(raw, box) if any(scheme.masked for scheme in self.schemes) else None
         result: Array = np.empty(raw.shape, np.float32)
         for c, (scheme, summary) in enumerate(zip(self.schemes, self.case.channels, strict=True)):
-            result[c] = normalise(raw[c], scheme, summary)
+            result[c] = normalise(raw[c], scheme, summary, mask if scheme.masked else None)
         return result
+
+    def _mask(self, raw: Array, box: Box) -> Array:
+        whole = self.case.mask
+        mask: Array = (raw != 0).any(axis=0) if whole is None else whole[box.relative_to(self.case.box).slices]
+        return mask

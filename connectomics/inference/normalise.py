@@ -91,7 +91,12 @@ class IntensityStats:
         return IntensityStats(count, False, self.first + gap * share, second, low, high)
 
     def summary(self, voxels: int) -> ChannelSummary:
-        """Mean, standard deviation, minimum and maximum over ``voxels`` voxels, of which all others are zero."""
+        """Mean, standard deviation, minimum and maximum over ``voxels`` voxels, of which all others are zero.
+
+        Zeros where there are no voxels.
+        """
+        if voxels == 0:
+            return ChannelSummary(0.0, 0.0, 0.0, 0.0)
         zeros = voxels - self.nonzero
         if self.exact:
             mean = Fraction(int(self.first), voxels)
@@ -132,7 +137,7 @@ def check_intensities(scheme: ChannelNormalisation, summary: ChannelSummary, whe
         )
 
 
-def normalise(image: Array, scheme: ChannelNormalisation, summary: ChannelSummary) -> Array:
+def normalise(image: Array, scheme: ChannelNormalisation, summary: ChannelSummary, mask: Array | None = None) -> Array:
     """Normalise one channel, operation for operation as nnunetv2's scheme of the same name.
 
     Parameters
@@ -143,6 +148,8 @@ def normalise(image: Array, scheme: ChannelNormalisation, summary: ChannelSummar
         The channel's scheme and, for CT, the plan's constants.
     summary
         Of the whole case this channel belongs to.
+    mask
+        bool, same shape: which voxels become z-scores, the others keep their value; None: all.
 
     Returns
     -------
@@ -151,8 +158,9 @@ def normalise(image: Array, scheme: ChannelNormalisation, summary: ChannelSummar
     """
     result: Array = image.astype(np.float32)
     if scheme.scheme == "ZScoreNormalization":
-        result -= np.float32(summary.mean)
-        result /= max(np.float32(summary.std), np.float32(EPSILON))
+        where = True if mask is None else mask
+        np.subtract(result, np.float32(summary.mean), out=result, where=where)
+        np.divide(result, max(np.float32(summary.std), np.float32(EPSILON)), out=result, where=where)
     elif scheme.scheme == "CTNormalization":
         assert scheme.mean is not None and scheme.std is not None, "the model's loader requires CT constants"
         np.clip(result, scheme.lower, scheme.upper, out=result)

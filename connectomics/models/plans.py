@@ -166,7 +166,7 @@ def check_supported(plans: PlanText, configuration: PlanText) -> None:
     Raises
     ------
     ModelError
-        For cascades, masked normalisation, custom preprocessors and label managers.
+        For cascades, custom preprocessors and label managers.
     """
     reason: str | None = None
     preprocessor = configuration.values.get("preprocessor_name", "DefaultPreprocessor")
@@ -177,10 +177,6 @@ def check_supported(plans: PlanText, configuration: PlanText) -> None:
         reason = f"it uses the preprocessor {preprocessor!r:.60}, expected DefaultPreprocessor"
     elif manager != "LabelManager":
         reason = f"it uses the label manager {manager!r:.60}, expected LabelManager"
-    elif configuration.values.get("use_mask_for_norm") not in (None, []) and any(
-        configuration.get("use_mask_for_norm", list, "one truth value a channel")
-    ):
-        reason = "it normalises within the mask of nonzero voxels (use_mask_for_norm)"
     if reason is not None:
         raise ModelError(f"{configuration.where}: this model is not supported yet: {reason}; use nnU-Net itself for it")
 
@@ -289,13 +285,19 @@ def normalisations(plans: PlanText, configuration: PlanText, channels: int) -> t
     Raises
     ------
     ModelError
-        If a scheme is unknown, missing, or lacks the intensities it needs.
+        If a scheme is unknown, missing, or lacks the intensities it needs, or ``use_mask_for_norm`` does not fit.
     """
     schemes = configuration.get("normalization_schemes", list, "one scheme a channel")
     if len(schemes) != channels:
         raise ModelError(
             f"{configuration.where}: {len(schemes)} normalization_schemes for the {channels} channels of "
             "dataset.json; check that both files belong to this model"
+        )
+    masked = configuration.values.get("use_mask_for_norm") or [False] * channels
+    if not isinstance(masked, list) or len(masked) != channels or any(type(m) is not bool for m in masked):
+        raise ModelError(
+            f"{configuration.where}: 'use_mask_for_norm' is {masked!r:.60}, expected true or false for each of the "
+            f"{channels} channels; {_RESTORE}"
         )
     by_channel: Any = {}
     for key in ("foreground_intensity_properties_by_modality", "foreground_intensity_properties_per_channel"):
@@ -314,7 +316,9 @@ def normalisations(plans: PlanText, configuration: PlanText, channels: int) -> t
                 f"{plans.where}: CTNormalization of channel {index} needs mean, std, percentile_00_5 and "
                 f"percentile_99_5 in foreground_intensity_properties_per_channel; {_RESTORE}"
             )
-        result.append(ChannelNormalisation(scheme, *numbers))
+        within = masked[index] and scheme == "ZScoreNormalization"  # nnU-Net's other schemes do not look at it
+        mean, std, lower, upper = numbers
+        result.append(ChannelNormalisation(scheme, mean, std, lower, upper, within))
     return tuple(result)
 
 

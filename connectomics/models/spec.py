@@ -28,6 +28,9 @@ class ChannelNormalisation:
         Foreground intensities of the training data (``lower`` and ``upper`` are the 0.5 and 99.5
         percentiles), in the unit of the images; None where the plans do not state them. Only CTNormalization
         uses them.
+    masked
+        Whether only voxels within the case's mask (nonzero in some channel, holes filled) are normalised, with
+        statistics of these; the others stay 0. True for ZScoreNormalization alone.
     """
 
     scheme: str
@@ -35,6 +38,7 @@ class ChannelNormalisation:
     std: float | None = None
     lower: float | None = None
     upper: float | None = None
+    masked: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,9 @@ class BlockPlan:
     chunk_shape: Vec3
 
 
-def plan_blocks(extent: Vec3, patch: Vec3, classes: int, channels: int, budget_bytes: int) -> BlockPlan:
+def plan_blocks(
+    extent: Vec3, patch: Vec3, classes: int, channels: int, budget_bytes: int, kept_bytes: int = 0
+) -> BlockPlan:
     """Choose blocks for a volume.
 
     Parameters
@@ -40,6 +42,8 @@ def plan_blocks(extent: Vec3, patch: Vec3, classes: int, channels: int, budget_b
         Input channels.
     budget_bytes
         Host memory one block may use for its accumulator and input.
+    kept_bytes
+        What of it is taken all the time: the volume's mask.
 
     Raises
     ------
@@ -57,7 +61,7 @@ def plan_blocks(extent: Vec3, patch: Vec3, classes: int, channels: int, budget_b
     else:
         block = [min(extent[0], _up(SLAB_PATCHES * patch[0], chunk[0])), extent[1], extent[2]]
         rolling = 0
-    _fit(block, chunk, patch, rolling, classes + channels, budget_bytes)
+    _fit(block, chunk, patch, rolling, classes + channels, budget_bytes, kept_bytes)
     return BlockPlan(vec3([_up(b, c) for b, c in zip(block, chunk, strict=True)]), chunk)
 
 
@@ -90,7 +94,9 @@ def with_logits_in_memory(plan: BlockPlan, classes: int, finer: float, budget_by
     return BlockPlan((depth, rows, columns), plan.chunk_shape)
 
 
-def whole_plan(extent: Vec3, patch: Vec3, classes: int, channels: int, budget_bytes: int) -> BlockPlan:
+def whole_plan(
+    extent: Vec3, patch: Vec3, classes: int, channels: int, budget_bytes: int, kept_bytes: int = 0
+) -> BlockPlan:
     """One block for a volume, or one a section where the patch is flat: for engines that do not cut.
 
     Raises
@@ -99,7 +105,7 @@ def whole_plan(extent: Vec3, patch: Vec3, classes: int, channels: int, budget_by
         If it does not fit the budget: input, weighted sums, their copy and the labels' logits.
     """
     block = (1, extent[1], extent[2]) if patch[0] == 1 else extent
-    need = math.prod(block) * (channels + 3 * classes) * FLOAT_BYTES
+    need = math.prod(block) * (channels + 3 * classes) * FLOAT_BYTES + kept_bytes
     if need > budget_bytes:
         raise ResourceError(
             f"inference.sliding_window.engine=monai keeps {block} voxels whole, about {need / 1e9:.3f} GB, the memory "
@@ -126,13 +132,14 @@ def _working_bytes(block: list[int], patch: Vec3, rolling: int, channels: int) -
     return math.prod(spans) * channels * FLOAT_BYTES
 
 
-def _fit(block: list[int], chunk: Vec3, patch: Vec3, rolling: int, channels: int, budget_bytes: int) -> None:
+def _fit(
+    block: list[int], chunk: Vec3, patch: Vec3, rolling: int, channels: int, budget_bytes: int, kept_bytes: int
+) -> None:
     """Halve the axes that do not roll, the longest first, until a block works within the budget."""
     free = [a for a in (1, 2) if a != rolling]
-    while _working_bytes(block, patch, rolling, channels) > budget_bytes:
+    while (need := _working_bytes(block, patch, rolling, channels) + kept_bytes) > budget_bytes:
         axis = max(free, key=lambda a: block[a])
         if block[axis] <= chunk[axis]:
-            need = _working_bytes(block, patch, rolling, channels)
             raise ResourceError(
                 f"a block of {tuple(block)} voxels needs {need / 1e9:.3f} GB, the memory budget is "
                 f"{budget_bytes / 1e9:.3f} GB; raise system.memory_budget_gb to at least {need / 1e9 + 0.001:.3f}"

@@ -18,7 +18,7 @@ from connectomics.io.store import Store
 from connectomics.io.volume import Array, VolumeReader
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.contracts import BlockRecord
-from connectomics.pipeline.survey import survey
+from connectomics.pipeline.survey import keeps_mask, survey
 
 Surveyed = Sequence[Sequence[Case]]  # the cases of each member
 LABELS = "labels"
@@ -51,6 +51,11 @@ class Member:
     resampling: Resampling | None = None
     weight: float = 1.0
 
+    @property
+    def keeps_mask(self) -> bool:
+        """Whether its case carries a mask as large as the volume."""
+        return keeps_mask(self.schemes, by_slice=self.by_slice)
+
     def view(self, array: Array) -> Array:
         """An array (c, z, y, x) of the volume's axes, seen in the model's."""
         return array.transpose(self.order.of_array)
@@ -79,7 +84,8 @@ class Member:
             region, box = self.order.turn_box(case.region), self.order.turn_box(case.box)
             part = self.order.turn_box(core).intersect(box)
             if part.voxels:
-                yield CaseInput(Case(region, box, case.channels, case.plane_ranges), self.schemes, turned), part
+                mask = None if case.mask is None else case.mask.transpose(self.order.axes)
+                yield CaseInput(Case(region, box, case.channels, case.plane_ranges, mask), self.schemes, turned), part
 
     def _turned(self, read: ReadBox) -> ReadBox:
         back = self.order.inverse

@@ -168,10 +168,12 @@ def _make_work_folder(work: Path) -> None:
 
 def _surveyed(work: Path, job: VolumeJob, settings: RunSettings) -> Surveyed:
     path = work / "survey.json"
-    surveyed: Surveyed | None = load_survey(path)
+    kept = not any(m.keeps_mask for m in job.segmenter.members)  # a mask is as large as the volume: it is found again
+    surveyed: Surveyed | None = load_survey(path) if kept else None
     if surveyed is None:
         surveyed = job.segmenter.survey(job.reader, job.name, settings.readers)
-        save_survey(surveyed, path)
+        if kept:
+            save_survey(surveyed, path)
         log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
     return surveyed
 

@@ -20,6 +20,7 @@ import numpy as np
 from connectomics.errors import VolumeError
 from connectomics.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.inference.case import Case, Range
+from connectomics.inference.mask import fill_holes
 from connectomics.inference.normalise import ChannelSummary, IntensityStats, check_intensities
 from connectomics.io.atomic import write_text
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader
@@ -53,12 +54,14 @@ class _Tally:
     def __init__(self, channels: int) -> None:
         self.stats: list[IntensityStats | None] = [None] * channels
         self.box: Box | None = None
+        self.inside = 0  # voxels in the mask
 
-    def add(self, tile: Array, origin: Box) -> None:
+    def add(self, tile: Array, mask: Array, origin: Box) -> None:
         for c, values in enumerate(tile):
             stats, before = IntensityStats.of(values), self.stats[c]
             self.stats[c] = stats if before is None else before + stats
-        box = nonzero_box(tile)
+        self.inside += int(np.count_nonzero(mask))
+        box = nonzero_box(mask[None])
         if box is not None:
             box = box.shift(origin.start)
             self.box = box if self.box is None else _hull(self.box, box)
@@ -68,16 +71,34 @@ class _Tally:
         return [s for s in self.stats if s is not None]
 
 
-def _case_of(sections: Sequence[_Tally], region: Box) -> Case:
+def _case_of(
+    sections: Sequence[_Tally], region: Box, schemes: Sequence[ChannelNormalisation], mask: Array | None = None
+) -> Case:
     """The case made of some sections: their statistics merged in order, their boxes joined."""
     boxes = [t.box for t in sections if t.box is not None]
     box = functools.reduce(_hull, boxes) if boxes else region
-    channels = zip(*(t.known() for t in sections), strict=True)
-    summaries = tuple(functools.reduce(operator.add, stats).summary(box.voxels) for stats in channels)
+    inside = sum(t.inside for t in sections)
+    channels = zip(schemes, zip(*(t.known() for t in sections), strict=True), strict=True)
+    summaries = tuple(
+        functools.reduce(operator.add, stats).summary(inside if scheme.masked else box.voxels)
+        for scheme, stats in channels
+    )
     plane = box.shape[1] * box.shape[2]
-    inside = sections[box.start[0] - region.start[0] : box.stop[0] - region.start[0]]
-    ranges = tuple(tuple(s.limits(plane) for s in t.known()) for t in inside)
-    return Case(region, box, summaries, ranges)
+    ranges = tuple(
+        tuple(
+            _range(stats, summary, t.inside if scheme.masked else plane, plane)
+            for scheme, stats, summary in zip(schemes, t.known(), summaries, strict=True)
+        )
+        for t in sections[box.start[0] - region.start[0] : box.stop[0] - region.start[0]]
+    )
+    part = None if mask is None else mask[box.slices]
+    return Case(region, box, summaries, ranges, part)
+
+
+def _range(stats: IntensityStats, summary: ChannelSummary, inside: int, voxels: int) -> Range:
+    """Limits of ``inside`` voxels; what is left out of ``voxels`` is normalised to 0, which the mean is too."""
+    low, high = stats.limits(inside)
+    return (low, high) if inside == voxels else (min(low, summary.mean), max(high, summary.mean))
 
 
 def nonzero_box(array: Array) -> Box | None:
@@ -109,7 +130,7 @@ def survey(
     name
         Of the volume, for messages.
     schemes
-        Normalisation of each channel, for checks.
+        Normalisation of each channel, which says whether a mask is needed.
     by_slice
         Whether each section is a case of its own, or the volume is one.
     workers
@@ -123,18 +144,31 @@ def survey(
     info = reader.info
     whole = Box.of_shape(info.extent)
     sections = [_Tally(info.channels) for _ in range(info.extent[0])]
+    mask = np.zeros(info.extent, bool) if keeps_mask(schemes, by_slice=by_slice) else None
     for box, tile in _tiles(reader, workers):
         _check_finite(tile, box, name)
+        nonzero = (tile != 0).any(axis=0)
+        if mask is not None:
+            mask[box.slices] = nonzero
         for i, z in enumerate(range(box.start[0], box.stop[0])):
-            sections[z].add(tile[:, i : i + 1], box.shift((i, 0, 0)))
+            sections[z].add(tile[:, i : i + 1], nonzero[i : i + 1], box.shift((i, 0, 0)))
+    if mask is not None:
+        fill_holes(mask)
+        for z, tally in enumerate(sections):
+            tally.inside = int(np.count_nonzero(mask[z]))
     if by_slice:
-        cases = tuple(_case_of([t], region) for t, region in zip(sections, _sections(whole), strict=True))
+        cases = tuple(_case_of([t], region, schemes) for t, region in zip(sections, _sections(whole), strict=True))
     else:
-        cases = (_case_of(sections, whole),)
+        cases = (_case_of(sections, whole, schemes, mask),)
     for case in cases:
         for c, (scheme, summary) in enumerate(zip(schemes, case.channels, strict=True)):
             check_intensities(scheme, summary, f"{name}, channel {c}, voxels {case.box.start} to {case.box.stop}")
     return cases
+
+
+def keeps_mask(schemes: Sequence[ChannelNormalisation], *, by_slice: bool) -> bool:
+    """Whether the survey finds a mask that stays in memory: masked channels and a volume that is one case."""
+    return not by_slice and any(scheme.masked for scheme in schemes)
 
 
 def _sections(whole: Box) -> list[Box]:

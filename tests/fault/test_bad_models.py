@@ -441,6 +441,16 @@ BROKEN = [
         ("plans.json", "2 normalization_schemes for the 1 channels"),
     ),
     Case(
+        "a mask for one channel too many",
+        lambda r: edit_configuration(r, lambda c: c.update(use_mask_for_norm=[True, False])),
+        ("plans.json", "'use_mask_for_norm' is [True, False], expected true or false for each of the 1 channels"),
+    ),
+    Case(
+        "a mask that is no truth value",
+        lambda r: edit_configuration(r, lambda c: c.update(use_mask_for_norm=["no"])),
+        ("plans.json", "'use_mask_for_norm' is ['no'], expected true or false"),
+    ),
+    Case(
         "CT without intensities",
         lambda r: [
             edit_json(r, lambda p: p.pop("foreground_intensity_properties_per_channel")),
@@ -486,11 +496,6 @@ UNSUPPORTED = [
         "cascade",
         lambda r: edit_configuration(r, lambda c: c.update(previous_stage="3d_lowres")),
         ("plans.json", "not supported yet", "cascade", "3d_lowres"),
-    ),
-    Case(
-        "masked normalisation",
-        lambda r: edit_configuration(r, lambda c: c.update(use_mask_for_norm=[True])),
-        ("plans.json", "not supported yet", "use_mask_for_norm"),
     ),
     Case(
         "custom preprocessor",

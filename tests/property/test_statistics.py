@@ -111,12 +111,14 @@ def test_values_that_are_no_numbers_are_refused_where_they_stand(bad: float) -> 
         survey(ArrayVolume(image), "image", [ChannelNormalisation("NoNormalization")], by_slice=True)
 
 
-def test_nothing_but_zeros_keeps_the_full_box() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_nothing_but_zeros_keeps_the_full_box(masked: bool) -> None:
     image = np.zeros((1, 2, 8, 9), np.uint8)
     assert nonzero_box(image) is None
-    (case,) = survey(ArrayVolume(image), "image", [ChannelNormalisation("ZScoreNormalization")], by_slice=False)
+    scheme = ChannelNormalisation("ZScoreNormalization", masked=masked)
+    (case,) = survey(ArrayVolume(image), "image", [scheme], by_slice=False)
     assert case.box == case.region
-    assert (normalise(image[0], ChannelNormalisation("ZScoreNormalization"), case.channels[0]) == 0).all()
+    assert (normalise(image[0], scheme, case.channels[0], case.mask) == 0).all()
 
 
 def test_a_survey_is_kept_and_read_back_exactly(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -50,6 +50,15 @@ def test_volumes_are_cut_along_z_until_the_budget_asks_for_more() -> None:
     assert all(b % c == 0 for b, c in zip(tight.block_shape, tight.chunk_shape, strict=True))
 
 
+def test_what_is_kept_beside_the_blocks_counts() -> None:
+    extent, patch = (512, 2048, 2048), (128, 128, 128)
+    assert plan_blocks(extent, patch, 3, 1, 64 * GIB, 56 * GIB) == plan_blocks(extent, patch, 3, 1, 8 * GIB)
+    with pytest.raises(ResourceError, match=r"needs 64\.844 GB"):
+        plan_blocks(extent, patch, 3, 1, 60 * GIB, 60 * GIB)
+    with pytest.raises(ResourceError, match="use engine=nnunet"):
+        whole_plan((9, 30, 40), (8, 16, 16), 2, 1, GIB, GIB)
+
+
 def test_a_budget_that_cannot_work_is_refused_with_one_that_can() -> None:
     with pytest.raises(ResourceError, match=r"raise system\.memory_budget_gb to at least"):
         plan_blocks((64, 512, 512), (64, 128, 128), 3, 1, 10_000_000)

@@ -40,8 +40,11 @@ class Reader:
     info = VolumeInfo(IMAGE.shape, IMAGE.dtype, (1, 12, 20))
     identity: ClassVar[dict[str, object]] = {"name": "memory"}
 
+    def __init__(self, image: Array = IMAGE) -> None:
+        self.image = image
+
     def read(self, box: Box) -> Array:
-        return IMAGE[(slice(None), *box.slices)]
+        return self.image[(slice(None), *box.slices)]
 
     def close(self) -> None:
         """Nothing to close."""
@@ -60,6 +63,14 @@ class Bright:
 
     def windows(self, source: CaseInput, core: Box) -> int:
         return core.shape[0]
+
+
+class NotNegative(Bright):
+    """Class 1 where the normalised value is 0 or more."""
+
+    def predict(self, source: CaseInput, core: Box) -> Iterator[tuple[Box, torch.Tensor]]:
+        value = torch.from_numpy(source.get(core)[0])
+        yield core, torch.stack([value < 0, value >= 0]).float()
 
 
 class Shuffled:
@@ -175,6 +186,27 @@ def test_a_finished_output_is_not_made_again_with_a_missing_one(tmp_path: Path) 
     assert report.done == BLOCKS, "the working store was removed, so its blocks are computed again"
     assert (tmp_path / "v_labels.h5").stat().st_mtime_ns == before
     assert (tmp_path / "v_labels_probabilities.h5").exists()
+
+
+@pytest.mark.parametrize("by_slice", [False, True])
+def test_the_mask_is_the_same_after_a_failure(tmp_path: Path, by_slice: bool) -> None:
+    image = IMAGE.copy()
+    image[:, :, :4] = image[..., -3:] = image[:, 1:3, 6:8, 5:9] = 0
+    scheme = ChannelNormalisation("ZScoreNormalization", masked=True)
+    results = []
+    for name, fails in (("whole", ()), ("resumed", (3, 4))):
+        folder = tmp_path / name
+        job = job_in(folder, reader=Reader(image))
+        job = replace(job, segmenter=replace(job.segmenter, members=(Member(NotNegative(), (scheme,), by_slice),)))
+        for after in fails:
+            with pytest.raises(VolumeError, match="the disk is gone"):
+                run(folder, job, Failing(after=after))
+        run(folder, job)
+        results.append(labels(folder))
+        assert len(list(folder.glob("v_labels.run/*/survey.json"))) == by_slice
+    assert results[0].tobytes() == results[1].tobytes()
+    inside = labels(tmp_path / "whole")[1:3, 6:8, 5:9]
+    assert (inside == by_slice).all(), "a hole is normalised in a volume, and has no part in a section's mask"
 
 
 def test_every_missing_shard_is_found_whatever_the_sample(tmp_path: Path) -> None:
