@@ -211,7 +211,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         for n in loaded.networks
     )
     by_slice = spec.slice_case if config.inference.case == "auto" else config.inference.case == "slice"
-    _check_resampling(config, spec, by_slice=by_slice)
+    check_resampling(config, spec, by_slice=by_slice)
     segmenter = Segmenter(
         _predictor(config, backends, window, spec),
         spec.normalisations,
@@ -243,7 +243,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     )
 
 
-def _check_resampling(config: Config, spec: ModelSpec, *, by_slice: bool) -> None:
+def check_resampling(config: Config, spec: ModelSpec, *, by_slice: bool) -> None:
     """Refuse ``inference.resample=plan`` where nnU-Net resamples nothing, or otherwise than this program can."""
     if config.inference.resample == "off":
         return

@@ -121,6 +121,6 @@ def test_models_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "model" / "dataset.json").write_text(json.dumps({"file_ending": 7}))
     assert main([*place, *model]) == 3
     assert "file_ending is '7', expected text" in capsys.readouterr().err
-    (tmp_path / "model" / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz"}))
+    (tmp_path / "model" / "dataset.json").write_text(json.dumps({"file_ending": ".nrrd"}))
     assert main([*place, *model]) == 2
-    assert "are .nii.gz read by SimpleITKIO" in capsys.readouterr().err
+    assert "are .nrrd read by SimpleITKIO" in capsys.readouterr().err
