@@ -25,6 +25,7 @@ from small_jobs import quick_folder
 SHARE = 1e-4  # labels that may differ from stock nnU-Net, which adds windows up in half precision
 SHARE_EXACT = 1e-5  # ... and from nnU-Net in float32, with its own statistics
 READERS = ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient")
+FLAT = "flat"  # stands for SimpleITKIO with the 2D model
 PLAN = (2.0, 1.0, 1.0)
 AFFINES = {  # stored axes are x, y, z
     "plain": np.diag([1.0, 1.0, 2.0, 1.0]),
@@ -56,19 +57,24 @@ if __name__ == "__main__":
 """
 
 
-def _model(folder: Path) -> None:
-    """One model, its dataset read by each reader."""
-    case = ParityCase(3, "plain", 2, "whole", False, "ZScoreNormalization", "uint8")
-    made = make_model(
-        folder / "made",
-        dimensions=3,
+def _model(folder: Path, dimensions: int) -> Path:
+    case = ParityCase(dimensions, "plain", 2, "whole", False, "ZScoreNormalization", "uint8")
+    return make_model(
+        folder,
+        dimensions=dimensions,
         channels=2,
         classes=3,
         patch=patch_of(case),
         reader="SimpleITKIO",
-        spacing=PLAN,
+        spacing=PLAN[-dimensions:],
         give_weights=functools.partial(train, case=case),
     )
+
+
+def _models(folder: Path) -> None:
+    """A 3D model, its dataset read by each reader, and a 2D one."""
+    shutil.copytree(_model(folder / "made", 2), folder / FLAT)
+    made = _model(folder / "made", 3)
     for reader in READERS:
         shutil.copytree(made, folder / reader)
         plans = json.loads((made / "plans.json").read_text()) | {"image_reader_writer": reader}
@@ -76,26 +82,33 @@ def _model(folder: Path) -> None:
 
 
 def _images(folder: Path) -> None:
-    (folder / "images").mkdir()
+    for kind in ("images", f"images_{FLAT}"):
+        (folder / kind).mkdir()
+    for channel, image in enumerate(scene(2, (1, 60, 71), 9)[0]):
+        stored = nibabel.Nifti1Image((250 * image[0].T).astype(np.uint8), AFFINES["flipped"])
+        nibabel.save(stored, folder / f"images_{FLAT}" / f"section_{channel:04d}.nii.gz")
     for seed, (name, affine) in enumerate(AFFINES.items()):
         extent = (17, 34, 36) if name == "thick" else (20 + seed, 34, 36)
         for channel, image in enumerate(scene(2, extent, seed)[0]):
             stored = nibabel.Nifti1Image((250 * image.transpose(2, 1, 0)).astype(np.uint8), affine)
             nibabel.save(stored, folder / "images" / f"{name}_{channel:04d}.nii.gz")
+    for path in (folder / "images").glob("flipped_*"):
+        shutil.copy(path, folder / f"images_{FLAT}")
 
 
 def words(world: Path, reader: str, output: str, *more: str) -> list[str]:
-    place = ["-i", str(world / "images"), "-o", str(world / output), "-m", str(world / reader), "-f", "0"]
+    images = f"images_{FLAT}" if reader == FLAT else "images"
+    place = ["-i", str(world / images), "-o", str(world / output), "-m", str(world / reader), "-f", "0"]
     return [*place, "-device", "cpu", "--disable_tta", *more]
 
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[Path]:
     with quick_folder() as folder:
-        _model(folder)
+        _models(folder)
         _images(folder)
         calls = [words(folder, READERS[0], "stock")]
-        calls += [words(folder, reader, f"theirs_{reader}") for reader in READERS]
+        calls += [words(folder, reader, f"theirs_{reader}") for reader in (*READERS, FLAT)]
         script = folder / "theirs.py"
         script.write_text(THEIR_COMMANDS)
         ended = subprocess.run(
@@ -127,12 +140,14 @@ def voxels(path: Path) -> np.ndarray:
     return np.asarray(nibabel.load(path).dataobj)
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", [*READERS, FLAT])
 def test_the_same_files_with_each_reader(world: Path, reader: str) -> None:
     assert ours(world, reader, f"ours_{reader}") == 0
     total = differ = 0
-    for name in AFFINES:
-        theirs, mine = world / f"theirs_{reader}" / f"{name}.nii.gz", world / f"ours_{reader}" / f"{name}.nii.gz"
+    names = sorted(path.name for path in (world / f"theirs_{reader}").glob("*.nii.gz"))
+    assert len(names) == (2 if reader == FLAT else 4)
+    for name in names:
+        theirs, mine = world / f"theirs_{reader}" / name, world / f"ours_{reader}" / name
         assert_same_frame(mine, theirs)
         expected = voxels(theirs)
         assert len(np.unique(expected)) == 3
