@@ -74,6 +74,10 @@ def open_nifti(source: Source) -> VolumeReader:
             f"{source.uri}: a NIfTI file has no inner part {source.inner!r}; name the file alone, or with ::{RAS} "
             "to turn its axes to right, front and up."
         )
+    if source.inner and source.axes:
+        raise VolumeError(
+            f"{source.uri}: ::{RAS} and the axes {source.axes!r} both turn the volume; state one of them."
+        )
     packed = source.path.name.lower().endswith(".gz")
     try:
         with contextlib.ExitStack() as opened:

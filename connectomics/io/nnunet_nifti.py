@@ -15,7 +15,10 @@ from typing import IO, Any
 
 import nibabel
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from connectomics.errors import OutputError, VolumeError
 from connectomics.geometry import Vec3
@@ -28,7 +31,16 @@ SIMPLE_ITK, NIBABEL, NIBABEL_TURNED = "SimpleITKIO", "NibabelIO", "NibabelIOWith
 NIFTI_READERS = (SIMPLE_ITK, NIBABEL, NIBABEL_TURNED)
 HEADER_BYTES = 348
 LONGEST_AXIS = 32767
-READ_ERRORS = (OSError, ValueError, RuntimeError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError)
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    zlib.error,
+    ImageFileError,
+    HeaderDataError,
+    WrapStructError,
+)
 
 
 @dataclass(frozen=True, slots=True)

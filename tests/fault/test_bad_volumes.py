@@ -396,6 +396,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]] = {
         "no direction",
         {"inner": "ras"},
     ),
+    "nifti: turned twice": (lambda f: nii(f), "both turn the volume", {"inner": "ras", "axes": "zyx"}),
     "nifti: inner part": (lambda f: nii(f), "no inner part 'main'", {"inner": "main"}),
     "mrc: wrong magic": (lambda f: file_of(f / "a.mrc", b"not mrc!" * 200), "as MRC: Map ID string not found", {}),
     "mrc: cut in the header": (lambda f: cut(mrc(f), 0.02), "as MRC: Couldn't read enough", {}),

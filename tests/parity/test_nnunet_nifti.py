@@ -120,7 +120,13 @@ def test_headers_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(VolumeError, match=r"skewed\.nii: nnU-Net's SimpleITKIO cannot read it: .*orthonormal"):
         frame_of(skewed, "SimpleITKIO")
     (tmp_path / "broken.nii.gz").write_bytes(b"no NIfTI")
+    odd = written(tmp_path / "odd.nii")
+    content = bytearray(odd.read_bytes())
+    content[70:72] = b"\x4d\0"  # the type of the voxels
+    odd.write_bytes(content)
     for reader in READERS:
+        with pytest.raises(VolumeError, match=r"odd\.nii: nnU-Net's .* cannot read it: \S"):
+            frame_of(odd, reader)
         with pytest.raises(VolumeError, match=r"broken\.nii\.gz: nnU-Net's .* cannot read it: \S"):
             frame_of(tmp_path / "broken.nii.gz", reader)
 
