@@ -171,12 +171,12 @@ def _backends(config: Config, model: LoadedModel, window: SlidingWindow) -> tupl
 def _member(config: Config, model: EngineModel, backends: tuple[TorchBackend, ...], weight: float) -> Member:
     spec = model.spec
     by_slice = spec.slice_case if config.inference.case == "auto" else config.inference.case == "slice"
-    _check_resampling(config, spec, by_slice=by_slice)
+    check_resampling(config, spec, by_slice=by_slice)
     predictor = _predictor(config, backends, model.window, spec)
     return Member(predictor, spec.normalisations, by_slice, AxisOrder(spec.axis_order), weight=weight)
 
 
-def _check_resampling(config: Config, spec: ModelSpec, *, by_slice: bool) -> None:
+def check_resampling(config: Config, spec: ModelSpec, *, by_slice: bool) -> None:
     """Refuse ``inference.resample=plan`` where nnU-Net resamples nothing, or otherwise than this program can."""
     if config.inference.resample == "off":
         return

@@ -97,7 +97,8 @@ def open_source(config: Config, engine: Engine, source: VolumeSource) -> VolumeR
         reader.close()
         raise VolumeError(
             f"{source.name}: has {reader.info.channels} channels, the model expects {engine.spec.channels} "
-            f"({', '.join(engine.spec.channel_names)}); choose the right volume, or state inference.axes"
+            f"({', '.join(engine.spec.channel_names)}); add the files of the other channels (NAME_0000, NAME_0001, …), "
+            "choose the right volume, or state inference.axes"
         )
     return reader
 

@@ -72,7 +72,7 @@ def open_image(source: Source) -> StoredVolume:
 
 
 def open_stack(source: Source) -> StoredVolume:
-    """Open a folder of images as a volume: natural order is z, ``_0000``, ``_0001`` suffixes are channels.
+    """Open a folder of images as a volume: natural order is z, ``_0000``, ``_0001`` suffixes of grey ones are channels.
 
     Raises
     ------
@@ -83,7 +83,8 @@ def open_stack(source: Source) -> StoredVolume:
         raise VolumeError(
             f"{source.uri}: a folder of images has no inner part {source.inner!r}; name the folder alone."
         )
-    return _open_sections(source, _sections(source, _listed(source)))
+    images = _listed(source)
+    return _open_sections(source, _sections(source, images, colours=_header(source, images[0]).channels > 1))
 
 
 def _listed(source: Source) -> list[Path]:
@@ -104,8 +105,8 @@ def _listed(source: Source) -> list[Path]:
     return natsort.natsorted(images, key=lambda path: path.name)
 
 
-def _sections(source: Source, images: Sequence[Path]) -> list[tuple[Path, ...]]:
-    """Group the files into sections, each the files of its channels in order."""
+def _sections(source: Source, images: Sequence[Path], *, colours: bool) -> list[tuple[Path, ...]]:
+    """Group the files into sections, each the files of its channels in order; one with colours has them all."""
     axes = source.axes
     if axes is not None and (not {"y", "x"} <= set(axes) <= set("czyx") or len(set(axes)) < len(axes)):
         raise VolumeError(
@@ -120,7 +121,7 @@ def _sections(source: Source, images: Sequence[Path]) -> list[tuple[Path, ...]]:
         return [tuple(images)]
     matches = [CHANNEL_SUFFIX.fullmatch(path.stem) for path in images]
     suffixes = sorted({match[2] for match in matches if match})
-    separate = axes is not None and "c" not in axes
+    separate = colours or (axes is not None and "c" not in axes)
     if separate or not all(matches) or (axes is None and len(suffixes) > MOST_CHANNELS):
         return [(path,) for path in images]
     sections: dict[str, dict[str, Path]] = {}

@@ -115,8 +115,8 @@ def group(uris: Sequence[str], channels: int) -> list[VolumeSource]:
         Files, folders, stores.
     channels
         Input channels of the model. Names are taken for channels where a group counts exactly 0 to ``channels`` - 1;
-        with one channel, other numbered files are volumes of their own. A group that lacks a channel says so in
-        ``problem``.
+        with one channel, other numbered files are volumes of their own. A lone file 0000 may hold all channels, as
+        colours. A group that lacks a channel says so in ``problem``.
 
     Raises
     ------
@@ -151,7 +151,7 @@ def group(uris: Sequence[str], channels: int) -> list[VolumeSource]:
 
 
 def _problem(key: tuple[str, str], members: Mapping[int, str], channels: int) -> str:
-    if set(members) == set(range(channels)):
+    if set(members) in ({0}, set(range(channels))):
         return ""
     found = ", ".join(f"{c:04d}" for c in sorted(members))
     return (

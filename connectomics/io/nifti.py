@@ -19,19 +19,23 @@ from typing import IO, Any
 import numpy as np
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
+from nibabel.orientations import io_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from connectomics.errors import VolumeError
+from connectomics.geometry import AxisOrder, vec3
 from connectomics.io.mapped import MappedArray, contiguous_chunk
-from connectomics.io.source import READ_ERRORS, Source, file_identity, refuse_inner, three_positive, unreadable
+from connectomics.io.source import READ_ERRORS, Source, file_identity, three_positive, unreadable
 from connectomics.io.stored import Layout, StoredVolume, info_of, layout_of, native_dtype
-from connectomics.io.volume import Array, Spacing
+from connectomics.io.turned import Turn, TurnedVolume
+from connectomics.io.volume import Array, Spacing, VolumeReader
 
 LETTERS = {2: "xy", 3: "xyz", 4: "xyzc"}
 """Stored axes by their number; the fourth holds channels, as nnU-Net's SimpleITKIO takes it."""
 MILLIMETRES_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
 HEADER_BYTES = 540
+RAS = "ras"
 PIECE_BYTES = 4 << 20
 
 
@@ -47,14 +51,15 @@ class _Header:
     zooms: tuple[float, ...]
     unit: str
     first_version: bool
+    affine: Array
 
     @property
     def total_bytes(self) -> int:
         return self.offset + math.prod(self.shape) * self.dtype.itemsize
 
 
-def open_nifti(source: Source) -> StoredVolume:
-    """Open a NIfTI-1 or NIfTI-2 file for lazy reading.
+def open_nifti(source: Source) -> VolumeReader:
+    """Open a NIfTI-1 or NIfTI-2 file for lazy reading; with the inner part ``ras`` as NibabelIOWithReorient turns it.
 
     Scaled voxels (``scl_slope``, ``scl_inter``) are float32. The spacing is the one nnU-Net's reader of the suffix
     states: in millimetres for ``.nii.gz`` (SimpleITKIO), as stored for ``.nii`` and NIfTI-2 (NibabelIO).
@@ -64,7 +69,15 @@ def open_nifti(source: Source) -> StoredVolume:
     VolumeError
         If the file is damaged or cut short, has voxels that are no numbers, or more than four axes.
     """
-    refuse_inner(source)
+    if source.inner not in (None, RAS):
+        raise VolumeError(
+            f"{source.uri}: a NIfTI file has no inner part {source.inner!r}; name the file alone, or with ::{RAS} "
+            "to turn its axes to right, front and up."
+        )
+    if source.inner and source.axes:
+        raise VolumeError(
+            f"{source.uri}: ::{RAS} and the axes {source.axes!r} both turn the volume; state one of them."
+        )
     packed = source.path.name.lower().endswith(".gz")
     try:
         with contextlib.ExitStack() as opened:
@@ -85,8 +98,9 @@ def open_nifti(source: Source) -> StoredVolume:
                 header.dtype if header.slope is None else np.dtype(np.float32),
                 contiguous_chunk(header.shape, header.dtype.itemsize, "F"),
                 voxel_size_nm=_spatial(layout, header, MILLIMETRES_PER_UNIT.get(header.unit, math.nan) * 1e6),
-                spacing=_spacing(layout, header, packed),
+                spacing=_spacing(layout, header, by_itk=packed and header.first_version and source.inner is None),
             )
+            turn = turn_to_ras(header.affine) if source.inner else None
             release = opened.pop_all().close
     except (HeaderDataError, WrapStructError, *READ_ERRORS) as error:
         raise unreadable(source, "NIfTI", error) from error
@@ -98,7 +112,8 @@ def open_nifti(source: Source) -> StoredVolume:
         with np.errstate(over="ignore", invalid="ignore"):
             return (voxels.astype(np.float64) * header.slope + header.intercept).astype(np.float32)
 
-    return StoredVolume(source, info, layout, fetch=fetch, identity=lambda: identity, release=release)
+    volume = StoredVolume(source, info, layout, fetch=fetch, identity=lambda: identity, release=release)
+    return TurnedVolume(volume, turn) if turn else volume
 
 
 def _header(path: Path, packed: bool) -> _Header:
@@ -123,7 +138,24 @@ def _header(path: Path, packed: bool) -> _Header:
         tuple(float(zoom) for zoom in header.get_zooms()),
         str(header.get_xyzt_units()[0]),
         kind is Nifti1Header,
+        header.get_best_affine(),
     )
+
+
+def turn_to_ras(affine: Array) -> Turn:
+    """From (z, y, x) as stored to those of nnU-Net's NibabelIOWithReorient: x to the right, y to the front, z up.
+
+    Raises
+    ------
+    ValueError
+        If the affine leaves out an axis.
+    """
+    orientation = io_orientation(affine)
+    if np.isnan(orientation).any():
+        raise ValueError("its affine has no direction for one of the axes, so they cannot be turned")
+    stored = {int(axis): i for i, axis in enumerate(orientation[:, 0])}
+    back = [bool(sign < 0) for sign in orientation[::-1, 1]]
+    return Turn((back[0], back[1], back[2]), AxisOrder(vec3([2 - stored[axis] for axis in (2, 1, 0)])))
 
 
 def _spatial(layout: Layout, header: _Header, factor: float) -> Spacing | None:
@@ -132,8 +164,7 @@ def _spatial(layout: Layout, header: _Header, factor: float) -> Spacing | None:
     return three_positive([found.get(letter, math.nan) for letter in "zyx"], factor)
 
 
-def _spacing(layout: Layout, header: _Header, packed: bool) -> Spacing | None:
-    by_itk = packed and header.first_version
+def _spacing(layout: Layout, header: _Header, *, by_itk: bool) -> Spacing | None:
     factor = MILLIMETRES_PER_UNIT.get(header.unit, 1.0) if by_itk else 1.0
     if len(header.shape) > 2:
         return _spatial(layout, header, factor)

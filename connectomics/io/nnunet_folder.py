@@ -1,4 +1,4 @@
-"""Folders as nnU-Net's predictor reads and writes them: cases by name, spacing beside a TIFF, one label file a case.
+"""Folders as nnU-Net's predictor reads and writes them: cases by name, their spacing, one label file a case.
 
 Called by ``lightning.from_nnunet``.
 """
@@ -22,13 +22,20 @@ from connectomics.geometry import BlockGrid
 from connectomics.io.atomic import replacing, write_text
 from connectomics.io.images import open_image
 from connectomics.io.listing import VolumeSource
+from connectomics.io.nifti import RAS
+from connectomics.io.nnunet_nifti import NIBABEL_TURNED, NIFTI_READERS, Frame, header_of, holds, write_nifti
 from connectomics.io.opening import open_volume
 from connectomics.io.source import Source, three_positive
 from connectomics.io.tiff import open_tiff
+from connectomics.io.turned import TurnedVolume
 from connectomics.io.volume import Array, VolumeReader
 
 IMAGES, TIFFS = "NaturalImage2DIO", "Tiff3DIO"
-ENDINGS = {IMAGES: (".png", ".bmp", ".tif"), TIFFS: (".tif", ".tiff")}
+ENDINGS = {
+    IMAGES: (".png", ".bmp", ".tif"),
+    TIFFS: (".tif", ".tiff"),
+    **dict.fromkeys(NIFTI_READERS, (".nii.gz", ".nii")),
+}
 CLASSIC_TIFF_BYTES = 3_500_000_000
 SLAB_BYTES = 256 << 20
 Spacing3 = tuple[float, float, float]
@@ -62,8 +69,13 @@ class FileKind:
         """What is stated of the files' axes; None leaves it to the file."""
         return "zyx" if self.reader == TIFFS else None
 
+    @property
+    def inner(self) -> str:
+        """What stands behind a file's name so that its axes are the reader's."""
+        return f"::{RAS}" if self.reader == NIBABEL_TURNED else ""
 
-def list_cases(folder: Path, ending: str) -> list[VolumeSource]:
+
+def list_cases(folder: Path, kind: FileKind) -> list[VolumeSource]:
     """Cases of a folder sorted by name; ``CASE_0000.png``, ``CASE_0001.png`` … are the files of one.
 
     Raises
@@ -71,6 +83,7 @@ def list_cases(folder: Path, ending: str) -> list[VolumeSource]:
     ConfigError
         If there is none, or a file with this ending has no channel number.
     """
+    ending = kind.ending
     try:
         names = sorted(path.name for path in folder.iterdir() if path.name.endswith(ending) and path.is_file())
     except OSError as error:
@@ -87,22 +100,22 @@ def list_cases(folder: Path, ending: str) -> list[VolumeSource]:
                 "for further channels; rename or move it"
             )
         files.setdefault(match[1], []).append(name)
-    return [_case(folder, case, files[case], ending) for case in sorted(files)]
+    return [_case(folder, case, files[case], kind) for case in sorted(files)]
 
 
-def _case(folder: Path, case: str, names: list[str], ending: str) -> VolumeSource:
-    expected = [f"{case}_{c:04d}{ending}" for c in range(len(names))]
+def _case(folder: Path, case: str, names: list[str], kind: FileKind) -> VolumeSource:
+    expected = [f"{case}_{c:04d}{kind.ending}" for c in range(len(names))]
     problem = "" if names == expected else f"{folder / case}: found {', '.join(names)}, expected {', '.join(expected)}"
-    return VolumeSource(case, case, tuple(str(folder / name) for name in names), problem)
+    return VolumeSource(case, case, tuple(str(folder / name) + kind.inner for name in names), problem)
 
 
 def require_single_image(source: VolumeSource) -> None:
-    """Refuse what nnU-Net's reader of single images refuses.
+    """Refuse what nnU-Net's reader of single images refuses or takes otherwise.
 
     Raises
     ------
     VolumeError
-        If a file holds several sections.
+        If a file holds several sections, or grey with alpha.
     """
     for uri in source.uris:
         volume = open_volume(uri)
@@ -111,6 +124,11 @@ def require_single_image(source: VolumeSource) -> None:
             raise VolumeError(
                 f"{uri}: holds {volume.info.extent[0]} sections, but the model's dataset is one of single images "
                 f"({IMAGES}); label stacks with infer-volume"
+            )
+        if volume.info.channels not in (1, 3, 4):
+            raise VolumeError(
+                f"{uri}: holds {volume.info.channels} channels, but nnU-Net's reader of single images ({IMAGES}) takes "
+                "grey, RGB or RGBA; write each channel as a grey image of its own"
             )
 
 
@@ -162,7 +180,7 @@ def copy_descriptions(model: Path, folder: Path) -> None:
             raise OutputError(f"{folder / name}: cannot be written ({error.strerror}); choose another -o") from error
 
 
-def write_labels(labels: VolumeReader, path: Path, kind: FileKind) -> None:
+def write_labels(labels: VolumeReader, path: Path, kind: FileKind, frame: Frame | None = None) -> None:
     """Write labels in the file nnU-Net would leave: uint8 where every label is below 255, else uint16.
 
     It is read back and compared, and appears under its name when it is complete.
@@ -171,29 +189,46 @@ def write_labels(labels: VolumeReader, path: Path, kind: FileKind) -> None:
     ----------
     labels
         One channel.
+    frame
+        That of the image, for NIfTI.
 
     Raises
     ------
     OutputError
-        If reading back gives other voxels.
+        If reading back gives other voxels, or the format cannot hold them.
     """
     largest = max(int(slab.max()) for slab in _slabs(labels))
     dtype = np.dtype(np.uint8 if largest < 255 else np.uint16)
     with replacing(path) as temporary:
-        if kind.reader == TIFFS:
-            _write_stack(labels, temporary, dtype)
+        if frame is not None:
+            same = _write_nifti(labels, temporary, dtype, kind, frame)
         else:
-            _write_image(next(_slabs(labels))[0].astype(dtype), temporary, kind.ending)
-        axes = kind.axes
-        source = Source(str(temporary), temporary, axes=axes)
-        written = open_image(source) if kind.ending in (".png", ".bmp") else open_tiff(source)
-        try:
-            same = written.info.shape == labels.info.shape and written.info.dtype == dtype
-            pairs = zip(_slabs(labels), _slabs(written, like=labels), strict=True)
-            if not same or not all(np.array_equal(a, b) for a, b in pairs):
-                raise OutputError(f"{path}: reads back with other voxels than were written; check the disk, run again")
-        finally:
-            written.close()
+            same = _write_picture(labels, temporary, dtype, kind)
+        if not same:
+            raise OutputError(f"{path}: reads back with other voxels than were written; check the disk, run again")
+
+
+def _write_nifti(labels: VolumeReader, path: Path, dtype: np.dtype[Any], kind: FileKind, frame: Frame) -> bool:
+    stored = labels if frame.turn is None else TurnedVolume(labels, frame.turn.inverse)
+    header = header_of(frame, stored.info.extent, dtype)
+    packed = kind.ending.endswith(".gz")
+    write_nifti(path, header, (slab.astype(dtype) for slab in _slabs(stored)), packed=packed)
+    return holds(path, header, (slab.astype(dtype) for slab in _slabs(stored)), packed=packed)
+
+
+def _write_picture(labels: VolumeReader, path: Path, dtype: np.dtype[Any], kind: FileKind) -> bool:
+    if kind.reader == TIFFS:
+        _write_stack(labels, path, dtype)
+    else:
+        _write_image(next(_slabs(labels))[0].astype(dtype), path, kind.ending)
+    source = Source(str(path), path, axes=kind.axes)
+    written = open_image(source) if kind.ending in (".png", ".bmp") else open_tiff(source)
+    try:
+        same = written.info.shape == labels.info.shape and written.info.dtype == dtype
+        pairs = zip(_slabs(labels), _slabs(written, like=labels), strict=True)
+        return same and all(np.array_equal(a, b) for a, b in pairs)
+    finally:
+        written.close()
 
 
 def _write_stack(labels: VolumeReader, path: Path, dtype: np.dtype[Any]) -> None:

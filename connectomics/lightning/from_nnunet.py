@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.build.engine import build_engine
+from connectomics.build.engine import build_engine, check_resampling
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.config.validation import validate
@@ -27,6 +27,7 @@ from connectomics.io.nnunet_folder import (
     write_labels,
     write_spacing,
 )
+from connectomics.io.nnunet_nifti import NIFTI_READERS, Frame, frame_of
 from connectomics.io.opening import open_volume
 from connectomics.lightning.inference import EXPECTED, Observer, Silence, VolumeOutcome, VolumeProcessor
 
@@ -43,7 +44,7 @@ class NnunetCall:
     Parameters
     ----------
     input_folder, output_folder
-        Images ``CASE_0000.png``, … and where ``CASE.png`` goes.
+        Images ``CASE_0000.png``, ``CASE_0000.nii.gz``, … and where ``CASE.png`` or ``CASE.nii.gz`` goes.
     model
         Training folder.
     folds, checkpoint_name
@@ -103,7 +104,7 @@ class FolderPrediction:
     def __init__(self, call: NnunetCall, overrides: Sequence[str] = ()) -> None:
         self._call = call
         self._kind = _kind_of(call.model)
-        self._sources = list_cases(call.input_folder, self._kind.ending)[call.part_id :: call.num_parts]
+        self._sources = list_cases(call.input_folder, self._kind)[call.part_id :: call.num_parts]
         self._config = _configured(call, self._kind, overrides)
         self._engine = build_engine(self._config, call.model)
 
@@ -153,26 +154,36 @@ class FolderPrediction:
         try:
             if not source.problem and self._kind.reader == IMAGES:
                 require_single_image(source)
-            spacing = self._spacing(source)
+            frame = self._frame(source)
+            spacing = frame.spacing if frame else self._spacing(source)
             config = self._config_at(spacing)
             (outcome,) = VolumeProcessor(config, self._engine, _Relay(observer)).run([source])
             if outcome.state == "failed":
                 return outcome
-            return dataclasses.replace(outcome, state="done", paths=self._deliver(source, outcome.paths, spacing))
+            return dataclasses.replace(
+                outcome, state="done", paths=self._deliver(source, outcome.paths, spacing, frame)
+            )
         except EXPECTED as error:
             return VolumeOutcome(source.name, "failed", " ".join((str(error) or "out of memory").split()))
 
-    def _deliver(self, source: VolumeSource, own: tuple[Path, ...], spacing: Spacing3) -> tuple[Path, ...]:
+    def _deliver(
+        self, source: VolumeSource, own: tuple[Path, ...], spacing: Spacing3, frame: Frame | None
+    ) -> tuple[Path, ...]:
         """Write a finished case under nnU-Net's name; this program's own probabilities follow in the list."""
         target = self._label_file(source)
         labels = open_volume(str(own[0]))
         try:
-            write_labels(labels, target, self._kind)
+            write_labels(labels, target, self._kind, frame)
         finally:
             labels.close()
         if self._kind.reader == TIFFS:
             write_spacing(self._call.output_folder / f"{source.stem}.json", spacing)
         return (target, *own[1:])
+
+    def _frame(self, source: VolumeSource) -> Frame | None:
+        if self._kind.reader not in NIFTI_READERS:
+            return None
+        return frame_of(Path(source.uris[0].removesuffix(self._kind.inner)), self._kind.reader)
 
     def _spacing(self, source: VolumeSource) -> Spacing3:
         if self._kind.reader == IMAGES:
@@ -184,14 +195,17 @@ class FolderPrediction:
 
     def _config_at(self, spacing: Spacing3) -> Config:
         """The configuration for a case of this spacing: resampled where it differs from the plan's, as nnU-Net does."""
-        planned = self._engine.spec.spacing
-        same = all(p is None or p == s for p, s in zip(planned, spacing, strict=True))
-        if self._engine.segmenter.members[0].by_slice or same:
+        spec, by_slice = self._engine.spec, self._engine.segmenter.members[0].by_slice
+        turned = (spacing[axis] for axis in spec.axis_order)
+        same = all(p is None or p == s for p, s in zip(spec.spacing, turned, strict=True))
+        if by_slice or same:
             return self._config
         inference = dataclasses.replace(
             self._config.inference, resample="plan", spacing=list(spacing), allow_large_resampling=True
         )
-        return dataclasses.replace(self._config, inference=inference)
+        config = dataclasses.replace(self._config, inference=inference)
+        check_resampling(config, spec, by_slice=False)
+        return config
 
 
 class _Relay:

@@ -302,6 +302,20 @@ def our_store(folder: Path) -> Written:
     return Written(str(folder / "a.zarr"), data, {}, (30.0, 4.0, 5.0), (0.0, 8.0, 0.0))
 
 
+def nifti_turned() -> Callable[[Path], Written]:
+    """Axes turned to right, front and up by nibabel itself."""
+
+    def write(folder: Path) -> Written:
+        affine = np.array([[0, -4.0, 0, 5], [0, 0, 30.0, 1], [-5.0, 0, 0, 0], [0, 0, 0, 1.0]])
+        image = nibabel.Nifti1Image(voxels(ZYX), affine)
+        image.header.set_xyzt_units("micron")
+        nibabel.save(image, folder / "a.nii")
+        canonical = np.asarray(nibabel.as_closest_canonical(image).dataobj)
+        return Written(f"{folder / 'a.nii'}::ras", canonical.T[None], voxel_size_nm=(5e3, 30e3, 4e3))
+
+    return write
+
+
 def nifti(
     shape: tuple[int, ...],
     dtype: str = "uint8",
@@ -489,6 +503,7 @@ CASES: dict[str, Callable[[Path], Written]] = {
     "nifti big endian": nifti(ZYX[::-1], ">i2"),
     "nifti packed": nifti(ZYX[::-1], "uint16", name="a.nii.gz"),
     "nifti scaled": nifti(ZYX[::-1], "int16", scale=(0.37, -11.3)),
+    "nifti turned": nifti_turned(),
     "nifti packed and scaled": nifti(ZYX[::-1], "uint8", name="a.nii.gz", scale=(2.0, 1.0)),
     "nifti-2 float": nifti(ZYX[::-1], "float32", kind=nibabel.Nifti2Image),
     "nifti channels": nifti((*ZYX[::-1], 2), "uint8", name="A.NII.GZ"),

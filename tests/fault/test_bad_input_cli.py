@@ -247,7 +247,7 @@ def test_a_missing_channel_is_that_volumes_failure(tmp_path: Path, capsys: pytes
     out, err = capsys.readouterr()
     assert code == 3
     assert final_names(output) == {"a_labels.h5", "c_labels.h5"}
-    assert "b_*: the model has 2 input channels (0000 to 0001), found files for 0000" in out
+    assert "b_0000.png: has 1 channels, the model expects 2 (EM0, EM1); add the files of the other channels" in out
     assert "Traceback" not in err
 
 

@@ -391,6 +391,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]] = {
     "nifti: colours": (lambda f: nii(f, data=RGB), "cannot be read as", {}),
     "nifti: complex": (lambda f: nii(f, data=np.zeros((4, 5, 6), "c8")), "complex64 cannot be read", {}),
     "nifti: intercept": (lambda f: nii(f, scl_slope=2, scl_inter=np.nan), "as NIfTI: .*intercept", {}),
+    "nifti: no direction": (
+        lambda f: nii(f, sform_code=1, srow_x=0, srow_y=0, srow_z=0),
+        "no direction",
+        {"inner": "ras"},
+    ),
+    "nifti: turned twice": (lambda f: nii(f), "both turn the volume", {"inner": "ras", "axes": "zyx"}),
     "nifti: inner part": (lambda f: nii(f), "no inner part 'main'", {"inner": "main"}),
     "mrc: wrong magic": (lambda f: file_of(f / "a.mrc", b"not mrc!" * 200), "as MRC: Map ID string not found", {}),
     "mrc: cut in the header": (lambda f: cut(mrc(f), 0.02), "as MRC: Couldn't read enough", {}),

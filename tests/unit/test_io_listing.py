@@ -123,13 +123,17 @@ def test_datasets_are_channels_too() -> None:
 
 @pytest.mark.parametrize(
     ("numbers", "found"),
-    [(["0000"], "0000"), (["0000", "0002"], "0000, 0002"), (["0000", "0001", "0002"], "0000, 0001, 0002")],
+    [(["0001"], "0001"), (["0000", "0002"], "0000, 0002"), (["0000", "0001", "0002"], "0000, 0001, 0002")],
 )
 def test_a_group_with_other_channels_says_so_and_leaves_the_others_alone(numbers: list[str], found: str) -> None:
     broken, whole = group([*(f"d/a_{n}.png" for n in numbers), "d/b_0000.png", "d/b_0001.png"], channels=2)
     assert "d/a_*" in broken.problem
     assert f"(0000 to 0001), found files for {found};" in broken.problem
     assert (whole.stem, whole.problem) == ("b", "")
+
+
+def test_a_lone_file_may_hold_all_channels() -> None:
+    assert group(["d/a_0000.png"], channels=3) == [VolumeSource("d/a_0000.png", "a", ("d/a_0000.png",))]
 
 
 def test_two_files_of_one_channel_are_refused() -> None:

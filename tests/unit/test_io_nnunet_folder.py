@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from connectomics.errors import ConfigError, OutputError, VolumeError
 from connectomics.geometry import Box
@@ -29,6 +30,8 @@ from connectomics.io.volume import VolumeReader
 
 from small_jobs import em_like, write_h5, write_png
 
+PNG = FileKind("NaturalImage2DIO", ".png")
+
 
 def labels_of(folder: Path, extent: tuple[int, int, int], largest: int) -> VolumeReader:
     array = np.random.default_rng(1).integers(0, largest, extent).astype(np.uint16)
@@ -43,24 +46,30 @@ def test_cases_are_those_nnunet_lists(tmp_path: Path) -> None:
         write_png(tmp_path / f"{name}.png", (4, 4))
     (tmp_path / "notes.txt").touch()
     theirs = create_lists_from_splitted_dataset_folder(str(tmp_path), ".png", num_processes=1)
-    assert [list(case.uris) for case in list_cases(tmp_path, ".png")] == theirs
+    assert [list(case.uris) for case in list_cases(tmp_path, PNG)] == theirs
 
 
 def test_what_is_no_folder_of_cases(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be listed"):
-        list_cases(tmp_path / "absent", ".png")
+        list_cases(tmp_path / "absent", PNG)
     with pytest.raises(ConfigError, match=r"holds no \*\.png"):
-        list_cases(tmp_path, ".png")
+        list_cases(tmp_path, PNG)
     write_png(tmp_path / "a_0001.png")
-    (case,) = list_cases(tmp_path, ".png")
+    (case,) = list_cases(tmp_path, PNG)
     assert "found a_0001.png, expected a_0000.png" in case.problem
     write_png(tmp_path / "a.png")
     with pytest.raises(ConfigError, match=r"a\.png has no channel number"):
-        list_cases(tmp_path, ".png")
+        list_cases(tmp_path, PNG)
 
 
 @pytest.mark.parametrize(
-    ("reader", "ending"), [("NaturalImage2DIO", ".jpg"), ("Tiff3DIO", ".png"), ("SimpleITKIO", ".nii.gz")]
+    ("reader", "ending"),
+    [
+        ("NaturalImage2DIO", ".jpg"),
+        ("Tiff3DIO", ".png"),
+        ("SimpleITKIO", ".nrrd"),
+        ("SimpleITKIOWithReorient", ".nii.gz"),
+    ],
 )
 def test_other_files_are_refused(reader: str, ending: str) -> None:
     with pytest.raises(ConfigError, match=f"are {ending} read by {reader}"):
@@ -77,6 +86,17 @@ def test_single_images_only(tmp_path: Path) -> None:
             continue
         with pytest.raises(VolumeError, match="holds 3 sections"):
             require_single_image(source)
+
+
+def test_grey_with_alpha_is_refused_as_nnunet_refuses_it(tmp_path: Path) -> None:
+    from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+
+    path = tmp_path / "a_0000.png"
+    Image.fromarray(em_like((8, 9, 2)), "LA").save(path)
+    with pytest.raises(AssertionError):
+        NaturalImage2DIO().read_images([str(path)])
+    with pytest.raises(VolumeError, match=r"a_0000\.png: holds 2 channels, but .* takes grey, RGB or RGBA"):
+        require_single_image(VolumeSource("a", "a", (str(path),)))
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"spacing": [1, 2]}', '{"spacing": [1, 0, 2]}', '{"spacing": "abc"}'])

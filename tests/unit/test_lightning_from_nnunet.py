@@ -121,6 +121,57 @@ def test_models_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "model" / "dataset.json").write_text(json.dumps({"file_ending": 7}))
     assert main([*place, *model]) == 3
     assert "file_ending is '7', expected text" in capsys.readouterr().err
-    (tmp_path / "model" / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz"}))
+    (tmp_path / "model" / "dataset.json").write_text(json.dumps({"file_ending": ".nrrd"}))
     assert main([*place, *model]) == 2
-    assert "are .nii.gz read by SimpleITKIO" in capsys.readouterr().err
+    assert "are .nrrd read by SimpleITKIO" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["-device", "cuda"], ["-device", "mps"], ["--disable_tta"]])
+def test_a_device_that_is_not_there(
+    more: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing falls back to the CPU; without -device it is nnU-Net's default, cuda."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    write_png(tmp_path / "in" / "a_0000.png")
+    arguments = words(folder, tmp_path / "in", tmp_path / "out")
+    at = arguments.index("-device")
+    assert main([*arguments[:at], *more, *arguments[at + 2 :]]) == 3
+    name = "mps" if "mps" in more else "cuda"
+    assert f"device '{name}' is not available: PyTorch" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*.png"))
+
+
+def test_folds_are_nnunets_default_and_missing_ones_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_png(tmp_path / "in" / "a_0000.png")
+    arguments = words(folder, tmp_path / "in", tmp_path / "out")
+    at = arguments.index("-f")
+    assert main([*arguments[:at], *arguments[at + 2 :]]) == 3
+    assert "fold_1/checkpoint_final.pth: there is no such file" in capsys.readouterr().err
+    assert main([*arguments, "-chk", "checkpoint_best.pth"]) == 3
+    assert "fold_0/checkpoint_best.pth: there is no such file" in capsys.readouterr().err
+
+
+def test_plans_that_transpose_are_labelled_at_their_spacing_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model(
+        tmp_path / "model",
+        dimensions=3,
+        patch=(4, 8, 8),
+        features=(4, 8),
+        reader="Tiff3DIO",
+        spacing=(2.0, 1.0, 1.5),
+        axis_order=(2, 0, 1),
+    )
+    for name, spacing in (("fits", [1.0, 1.5, 2.0]), ("other", [2.0, 1.0, 1.5])):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        tifffile.imwrite(tmp_path / "in" / f"{name}_0000.tif", em_like((5, 10, 11)))
+        (tmp_path / "in" / f"{name}.json").write_text(json.dumps({"spacing": spacing}))
+    place = ["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", str(model), "-f", "0", "-device", "cpu"]
+    assert main(["from-nnunet", *place]) == 3
+    said = capsys.readouterr().out
+    assert "failed: other" in said and "this model's plans transpose the axes" in said
+    assert (tmp_path / "out" / "fits.tif").is_file()

@@ -1,0 +1,86 @@
+"""A volume with its axes in another order and some of them reversed; for ``nifti`` and ``nnunet_folder``."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from connectomics.geometry import AxisOrder, Box, vec3
+from connectomics.io.volume import Array, VolumeInfo, VolumeReader
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Which axes (z, y, x) of a volume are reversed, and in which order they then come.
+
+    Examples
+    --------
+    >>> turn = Turn((True, False, False), AxisOrder((2, 0, 1)))
+    >>> turn.inverse
+    Turn(reversed=(False, True, False), order=AxisOrder(axes=(1, 2, 0)))
+    """
+
+    reversed: tuple[bool, bool, bool]
+    order: AxisOrder
+
+    @property
+    def inverse(self) -> Turn:
+        """The turn that undoes this one."""
+        z, y, x = (self.reversed[axis] for axis in self.order.axes)
+        return Turn((z, y, x), self.order.inverse)
+
+
+class TurnedVolume:
+    """A VolumeReader over another one, turned. Closing it closes the other.
+
+    Parameters
+    ----------
+    volume
+        The volume as it is.
+    turn
+        What is done to it.
+    """
+
+    def __init__(self, volume: VolumeReader, turn: Turn) -> None:
+        self._volume = volume
+        self._turn = turn
+        info, order = volume.info, turn.order
+        (channels, *extent) = info.shape
+        self._info = dataclasses.replace(
+            info,
+            shape=(channels, *order.turn(vec3(extent))),
+            chunk_shape=order.turn(info.chunk_shape),
+            voxel_size_nm=self._turned(info.voxel_size_nm),
+            spacing=self._turned(info.spacing),
+        )
+
+    def _turned(self, values: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
+        if values is None:
+            return None
+        z, y, x = (values[axis] for axis in self._turn.order.axes)
+        return (z, y, x)
+
+    @property
+    def info(self) -> VolumeInfo:
+        """Shape, dtype and physical frame."""
+        return self._info
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """That of the volume, and how it is turned."""
+        return self._volume.identity | {"turned": [list(self._turn.reversed), list(self._turn.order.axes)]}
+
+    def read(self, box: Box) -> Array:
+        """Voxels of ``box``; see ``VolumeReader``."""
+        asked = self._turn.order.inverse.turn_box(box)
+        ends = zip(self._turn.reversed, asked.start, asked.stop, self._volume.info.extent, strict=True)
+        spans = [(n - stop, n - start) if back else (start, stop) for back, start, stop, n in ends]
+        block = self._volume.read(Box(vec3([a for a, _ in spans]), vec3([b for _, b in spans])))
+        block = block[(slice(None), *(slice(None, None, -1 if back else 1) for back in self._turn.reversed))]
+        return np.ascontiguousarray(block.transpose(self._turn.order.of_array))
+
+    def close(self) -> None:
+        """Close the volume."""
+        self._volume.close()
