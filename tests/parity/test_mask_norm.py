@@ -277,7 +277,7 @@ def test_a_mask_above_the_budget_is_refused_before_anything_is_read(
     with h5py.File(tmp_path / "v.h5", "w") as file:
         file.create_dataset("main", (2000, 1000, 1000), np.uint8, chunks=(64, 64, 64))
     words = [f"inference.volume_mode.file_list=['{tmp_path}/v.h5']", f"inference.data.output_path={tmp_path}"]
-    monkeypatch.setattr("connectomics.pipeline.run.survey", lambda *a, **k: pytest.fail("read the volume"))
+    monkeypatch.setattr("connectomics.pipeline.predict.survey", lambda *a, **k: pytest.fail("read the volume"))
     assert main(["infer-volume", "--checkpoint", str(model), *WORDS, *words, "system.memory_budget_gb=1.5"]) == 3
     said = capsys.readouterr()
     text = " ".join((said.out + said.err).split())
