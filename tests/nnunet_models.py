@@ -64,6 +64,7 @@ def make_plans(
     spacing: Sequence[float] | None = None,
     features: Sequence[int] = (4, 8, 12),
     axis_order: Sequence[int] = (0, 1, 2),
+    resampling: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Plans as nnunetv2 2.8's planner writes them, with one configuration (``2d`` or ``3d_fullres``)."""
     name = "2d" if dimensions == 2 else "3d_fullres"
@@ -87,6 +88,7 @@ def make_plans(
         "resampling_fn_probabilities_kwargs": {**resample, "order": 1},
         "architecture": _architecture(architecture, dimensions, stages, features, strides),
         "batch_dice": dimensions == 2,
+        **(resampling or {}),
     }
     intensities = {"max": 250.0, "mean": 120.0, "median": 118.0, "min": 0.0, "std": 40.0}
     intensities |= {"percentile_00_5": 20.0, "percentile_99_5": 230.0}
@@ -144,6 +146,7 @@ def make_model(
     labels: Mapping[str, int | list[int]] | None = None,
     regions_class_order: Sequence[int] | None = None,
     axis_order: Sequence[int] = (0, 1, 2),
+    resampling: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a nnU-Net training folder and return it; weights are random unless ``give_weights`` sets others.
 
@@ -171,6 +174,8 @@ def make_model(
         As in dataset.json; None: ``classes`` plain labels.
     axis_order
         ``transpose_forward``; the patch and the mirror axes are those of the transposed axes.
+    resampling
+        Keys of the configuration that replace the planner's own resampling.
     """
     plans = make_plans(
         dimensions=dimensions,
@@ -182,6 +187,7 @@ def make_model(
         spacing=spacing,
         features=features,
         axis_order=axis_order,
+        resampling=resampling,
     )
     dataset = make_dataset(
         channels=channels, classes=classes, reader=reader, labels=labels, regions_class_order=regions_class_order

@@ -19,6 +19,7 @@ from connectomics.io.export import export_path
 from connectomics.io.listing import VolumeSource, expand, group, refuse_collisions, without_results
 from connectomics.io.opening import open_channels, open_volume
 from connectomics.io.volume import Nanometres, Spacing, VolumeReader
+from connectomics.models.spec import NO_RESAMPLING
 from connectomics.pipeline.finish import Output
 from connectomics.pipeline.planning import BlockPlan, forced_plan, plan_blocks, whole_plan, with_logits_in_memory
 from connectomics.pipeline.predict import LABELS, PROBABILITIES
@@ -135,7 +136,7 @@ def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: Vol
 
 
 def resampling_of(config: Config, engine: Engine, own: Spacing | None) -> Resampling | None:
-    """How a volume is resampled, or None when it is taken as it is.
+    """How a volume is resampled, or None when it is taken as it is, also because the plans resample nothing.
 
     Parameters
     ----------
@@ -147,10 +148,10 @@ def resampling_of(config: Config, engine: Engine, own: Spacing | None) -> Resamp
     VolumeError
         If no spacing is known, or it is so far from the plan's that a mistaken unit is likely.
     ModelError
-        If the longest axis of the voxels is not z.
+        If this program cannot resample as the plans want it.
     """
     stated, spec = config.inference, engine.spec
-    if stated.resample == "off":
+    if stated.resample == "off" or spec.resampling_data.function == NO_RESAMPLING:
         return None
     spacing = own if stated.spacing is None else (stated.spacing[0], stated.spacing[1], stated.spacing[2])
     if spacing is None:
@@ -159,6 +160,7 @@ def resampling_of(config: Config, engine: Engine, own: Spacing | None) -> Resamp
             'or put NAME.json with {"spacing": [z, y, x]} beside it, in the unit of the plan\'s spacing, which is '
             f"{list(spec.spacing)}"
         )
+    spacing = engine.segmenter.order.turn(spacing)
     target = (spacing[0] if spec.spacing[0] is None else spec.spacing[0], spec.spacing[1], spec.spacing[2])
     check_ratio(spacing, target, allowed=stated.allow_large_resampling)
     return Resampling(spacing, target, spec.resampling_data, spec.resampling_probabilities)

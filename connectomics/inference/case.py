@@ -30,7 +30,7 @@ class Case:
     channels
         Statistics of each channel inside ``box``.
     plane_ranges
-        Minimum and maximum of each section and channel inside ``box``, where the case is a volume.
+        Minimum and maximum of each section and channel inside ``box``, along the axis the survey was asked for.
     """
 
     region: Box

@@ -184,7 +184,7 @@ class FolderPrediction:
 
     def _config_at(self, spacing: Spacing3) -> Config:
         """The configuration for a case of this spacing: resampled where it differs from the plan's, as nnU-Net does."""
-        planned = self._engine.spec.spacing
+        planned = self._engine.segmenter.order.inverse.turn(self._engine.spec.spacing)
         same = all(p is None or p == s for p, s in zip(planned, spacing, strict=True))
         if self._engine.by_slice or same:
             return self._config

@@ -106,7 +106,8 @@ class InferenceManager:
                 f"({', '.join(self.engine.spec.channel_names)})"
             )
         segmenter = self.segmenter(spacing)
-        cases = survey(reader, "the image", segmenter.schemes, by_slice=self.engine.by_slice)
+        by_slice, axis = self.engine.by_slice, segmenter.plane_axis
+        cases = survey(reader, "the image", segmenter.schemes, by_slice=by_slice, plane_axis=axis)
         arrays = segmenter.segment(reader.read, cases, Box.of_shape(reader.info.extent))
         labels = self.engine.filters.apply(arrays[LABELS][0])
         probabilities = arrays.get(PROBABILITIES)

@@ -38,6 +38,12 @@ class Segmenter:
     resampling: Resampling | None = None
     order: AxisOrder = field(default_factory=AxisOrder)
 
+    @property
+    def plane_axis(self) -> int:
+        """The volume's axis (0 = z, 1 = y, 2 = x) along which cases must know the range of each section."""
+        axis = None if self.resampling is None else self.resampling.data_axis
+        return 0 if axis is None else self.order.axes[axis]
+
     def outputs(self) -> tuple[str, ...]:
         """Names of what ``segment`` returns."""
         return (LABELS,) if self.probabilities is None else (LABELS, PROBABILITIES)

@@ -172,7 +172,14 @@ def _surveyed(work: Path, job: VolumeJob, settings: RunSettings) -> Sequence[Cas
     path = work / "survey.json"
     cases = load_survey(path)
     if cases is None:
-        cases = survey(job.reader, job.name, job.segmenter.schemes, by_slice=job.by_slice, workers=settings.readers)
+        cases = survey(
+            job.reader,
+            job.name,
+            job.segmenter.schemes,
+            by_slice=job.by_slice,
+            workers=settings.readers,
+            plane_axis=job.segmenter.plane_axis,
+        )
         save_survey(cases, path)
         log.info("surveyed %d cases", len(cases))
     return cases

@@ -53,10 +53,13 @@ class _Tally:
         self.stats: list[IntensityStats | None] = [None] * channels
         self.box: Box | None = None
 
-    def add(self, tile: Array, origin: Box) -> None:
+    def count(self, tile: Array) -> None:
         for c, values in enumerate(tile):
             stats, before = IntensityStats.of(values), self.stats[c]
             self.stats[c] = stats if before is None else before + stats
+
+    def add(self, tile: Array, origin: Box) -> None:
+        self.count(tile)
         box = nonzero_box(tile)
         if box is not None:
             box = box.shift(origin.start)
@@ -67,14 +70,14 @@ class _Tally:
         return [s for s in self.stats if s is not None]
 
 
-def _case_of(sections: Sequence[_Tally], region: Box) -> Case:
+def _case_of(sections: Sequence[_Tally], region: Box, planes: Sequence[_Tally], axis: int) -> Case:
     """The case made of some sections: their statistics merged in order, their boxes joined."""
     boxes = [t.box for t in sections if t.box is not None]
     box = functools.reduce(_hull, boxes) if boxes else region
     channels = zip(*(t.known() for t in sections), strict=True)
     summaries = tuple(functools.reduce(operator.add, stats).summary(box.voxels) for stats in channels)
-    plane = box.shape[1] * box.shape[2]
-    inside = sections[box.start[0] - region.start[0] : box.stop[0] - region.start[0]]
+    plane = box.voxels // box.shape[axis]
+    inside = planes[box.start[axis] - region.start[axis] : box.stop[axis] - region.start[axis]]
     ranges = tuple(tuple(s.limits(plane) for s in t.known()) for t in inside)
     return Case(region, box, summaries, ranges)
 
@@ -97,7 +100,13 @@ def _hull(a: Box, b: Box) -> Box:
 
 
 def survey(
-    reader: VolumeReader, name: str, schemes: Sequence[ChannelNormalisation], *, by_slice: bool, workers: int = 1
+    reader: VolumeReader,
+    name: str,
+    schemes: Sequence[ChannelNormalisation],
+    *,
+    by_slice: bool,
+    workers: int = 1,
+    plane_axis: int = 0,
 ) -> tuple[Case, ...]:
     """Read the whole volume once and describe its cases.
 
@@ -113,6 +122,8 @@ def survey(
         Whether each section is a case of its own, or the volume is one.
     workers
         Threads that read ahead; the result does not depend on them.
+    plane_axis
+        The axis (0 = z, 1 = y, 2 = x) whose sections' ranges are gathered; z where each section is a case.
 
     Raises
     ------
@@ -122,14 +133,18 @@ def survey(
     info = reader.info
     whole = Box.of_shape(info.extent)
     sections = [_Tally(info.channels) for _ in range(info.extent[0])]
+    planes = sections if plane_axis == 0 else [_Tally(info.channels) for _ in range(info.extent[plane_axis])]
     for box, tile in _tiles(reader, workers):
         _check_finite(tile, box, name)
         for i, z in enumerate(range(box.start[0], box.stop[0])):
             sections[z].add(tile[:, i : i + 1], box.shift((i, 0, 0)))
+        if planes is not sections:
+            for i, p in enumerate(range(box.start[plane_axis], box.stop[plane_axis])):
+                planes[p].count(tile.take(i, plane_axis + 1))
     if by_slice:
-        cases = tuple(_case_of([t], region) for t, region in zip(sections, _sections(whole), strict=True))
+        cases = tuple(_case_of([t], region, [t], 0) for t, region in zip(sections, _sections(whole), strict=True))
     else:
-        cases = (_case_of(sections, whole),)
+        cases = (_case_of(sections, whole, planes, plane_axis),)
     for case in cases:
         for c, (scheme, summary) in enumerate(zip(schemes, case.channels, strict=True)):
             check_intensities(scheme, summary, f"{name}, channel {c}, voxels {case.box.start} to {case.box.stop}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,10 @@ from PIL import Image
 
 from connectomics.cli import main
 from connectomics.errors import ConfigError, ConnectomicsError, ModelError, VolumeError
-from connectomics.geometry import BlockGrid
-from connectomics.inference.resample import Resampling, require_default
+from connectomics.geometry import BlockGrid, Vec3
+from connectomics.inference.resample import Resampling, check_rules
 from connectomics.lightning.inference import InferenceManager
-from connectomics.models.spec import ResamplingRule
+from connectomics.models.spec import DEFAULT_RESAMPLING, NO_RESAMPLING, TORCH_RESAMPLING, ResamplingRule
 from connectomics.pipeline.planning import BlockPlan, with_logits_in_memory
 from connectomics.pipeline.predict import cases_in
 from connectomics.pipeline.survey import survey
@@ -41,6 +42,25 @@ class Trial:
     extent: tuple[int, int, int]
     border: int = 0
     channels: int = 1
+    rules: tuple[tuple[str, object], ...] = ()
+    axis_order: tuple[int, int, int] = (0, 1, 2)
+
+
+def rules(function: str, data: dict[str, object], probabilities: dict[str, object]) -> tuple[tuple[str, object], ...]:
+    """The configuration's keys for a resampling function, its arguments for images and for logits."""
+    names = {f"resampling_fn_{what}": function for what in ("data", "seg", "probabilities")}
+    arguments = {"data": data, "seg": data, "probabilities": probabilities}
+    return tuple((names | {f"resampling_fn_{what}_kwargs": given for what, given in arguments.items()}).items())
+
+
+def default(order: int = 3, back: int = 1, **stated: object) -> tuple[tuple[str, object], ...]:
+    arguments = {"is_seg": False, "order_z": 0, "force_separate_z": None, **stated}
+    return rules(DEFAULT_RESAMPLING, {**arguments, "order": order}, {**arguments, "order": back, "order_z": 0})
+
+
+def with_torch(**stated: object) -> tuple[tuple[str, object], ...]:
+    arguments = {"is_seg": False, "memefficient_seg_resampling": False, **stated}
+    return rules(TORCH_RESAMPLING, arguments, arguments)
 
 
 TRIALS = {
@@ -52,7 +72,78 @@ TRIALS = {
     "2D of a volume": Trial(2, (1.0, 1.0), (2.0, 1.3, 0.8), (4, 37, 41), border=2),
     "2D of thick sections": Trial(2, (1.0, 1.0), (9.0, 0.8, 1.3), (3, 37, 41)),
     "smaller than the patch": Trial(3, (1.0, 1.0, 1.0), (1.4, 0.8, 0.9), (5, 9, 7)),
+    "order 0": Trial(3, (1.0, 1.0, 1.0), (0.75, 1.5, 0.9), (20, 16, 21), rules=default(0, back=0)),
+    "order 1": Trial(3, (1.0, 1.0, 1.0), (0.7, 1.3, 0.9), (20, 16, 21), rules=default(1)),
+    "order 2": Trial(3, (1.0, 1.0, 1.0), (0.7, 1.3, 0.9), (20, 16, 21), border=2, rules=default(2)),
+    "thick sections of order 0": Trial(3, (4.0, 1.0, 1.0), (5.3, 1.4, 0.7), (9, 23, 19), rules=default(0, back=0)),
+    "linear across sections": Trial(3, (4.0, 1.0, 1.0), (5.3, 1.4, 0.7), (9, 23, 19), rules=default(order_z=1)),
+    "cubic across sections": Trial(3, (1.0, 4.0, 1.0), (1.4, 5.3, 0.7), (19, 11, 21), rules=default(order_z=3)),
+    "linear, cubic across": Trial(3, (1.0, 1.0, 4.0), (1.4, 0.7, 5.3), (19, 21, 11), rules=default(1, order_z=3)),
+    "another threshold": Trial(
+        3, (2.0, 1.0, 1.0), (2.6, 1.4, 1.2), (11, 23, 19), rules=default(separate_z_anisotropy_threshold=1.5)
+    ),
+    "thick along one axis, then another": Trial(3, (4.0, 1.0, 1.0), (1.2, 1.3, 4.0), (26, 22, 9)),
+    "torch, other modes": Trial(
+        3,
+        (4.0, 1.0, 1.0),
+        (5.3, 1.4, 0.7),
+        (9, 23, 19),
+        rules=with_torch(mode="nearest-exact", aniso_axis_mode="linear"),
+    ),
+    "torch without thick sections ignores its mode": Trial(
+        3, (1.0, 1.0, 1.0), (0.7, 1.3, 0.9), (20, 16, 21), channels=2, rules=with_torch(mode="nearest-exact")
+    ),
+    "not resampled": Trial(3, (1.0, 1.0, 1.0), (0.7, 1.3, 0.9), (20, 16, 21), rules=rules(NO_RESAMPLING, {}, {})),
+    "not resampled, 2D, transposed": Trial(
+        2, (1.0, 1.0), (0.7, 1.3, 0.9), (20, 16, 21), rules=rules(NO_RESAMPLING, {}, {}), axis_order=(2, 0, 1)
+    ),
+    "images not resampled": Trial(
+        3,
+        (1.0, 1.0, 1.0),
+        (0.7, 1.3, 0.9),
+        (20, 16, 21),
+        rules=(*default(), ("resampling_fn_data", NO_RESAMPLING), ("resampling_fn_data_kwargs", {}))
+        + (("resampling_fn_seg", NO_RESAMPLING), ("resampling_fn_seg_kwargs", {})),
+    ),
 }
+FACTORS: dict[str, tuple[object, ...]] = {
+    "dimensions": (2, 3),
+    "function": ("default", "torch"),
+    "force": (None, True, False),
+    "long": ("none", "z", "y", "x"),  # axis of the volume
+    "axis_order": ((0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 0, 1)),
+    "border": (0, 2),
+}
+
+
+def pairwise() -> dict[str, Trial]:
+    """Every pair of values of two factors occurs in some trial: a greedy covering."""
+
+    def pairs(values: tuple[object, ...]) -> set[tuple[object, ...]]:
+        return {(i, values[i], j, values[j]) for i, j in itertools.combinations(range(len(values)), 2)}
+
+    candidates = {values: pairs(values) for values in itertools.product(*FACTORS.values())}
+    missing = set().union(*candidates.values())
+    chosen = {}
+    while missing:
+        values = max(candidates, key=lambda v: len(candidates[v] & missing))
+        missing -= candidates[values]
+        chosen["{0}D {1} force {2} long {3} axes {4} border {5}".format(*values)] = trial_of(*values)
+    return chosen
+
+
+def trial_of(dimensions: int, function: str, force: bool | None, long: str, order: Vec3, border: int) -> Trial:
+    image, planned = [1.3, 0.8, 1.2], [1.0, 1.0, 1.0]
+    extent = [13, 19, 17]
+    if long != "none":
+        axis = "zyx".index(long)
+        image[axis], planned[axis], extent[axis] = 4.6, 4.0, 9
+    turned = [planned[axis] for axis in order][3 - dimensions :]
+    stated = (default if function == "default" else with_torch)(force_separate_z=force)
+    return Trial(dimensions, tuple(turned), tuple(image), tuple(extent), border, 1 + border // 2, stated, order)
+
+
+TRIALS |= pairwise()
 
 
 def model_of(trial: Trial, folder: Path) -> Path:
@@ -66,6 +157,8 @@ def model_of(trial: Trial, folder: Path) -> Path:
         spacing=trial.plan,
         mirror_axes=(0,),
         seed=4 + trial.channels,
+        axis_order=trial.axis_order,
+        resampling=dict(trial.rules),
     )
 
 
@@ -81,6 +174,7 @@ def image_of(trial: Trial) -> np.ndarray:
 def manager_of(trial: Trial, folder: Path) -> InferenceManager:
     spacing = ",".join(map(str, trial.image))
     words = [*WORDS, "inference.resample=plan", f"inference.spacing=[{spacing}]"]
+    words.append("inference.allow_large_resampling=true")
     return InferenceManager.from_checkpoint(model_of(trial, folder), words)
 
 
@@ -191,10 +285,10 @@ LINEAR = ResamplingRule("resample_data_or_seg_to_shape", 1, 0, None)
 
 
 def test_other_resampling_functions_are_refused() -> None:
-    require_default(RULE, 3)
+    check_rules(RULE, LINEAR)
     for other in (ResamplingRule("resample_torch_fornnunet", 3, 0, None), LINEAR):
         with pytest.raises(ModelError, match="not supported yet"):
-            require_default(other, 3)
+            check_rules(other, LINEAR)
 
 
 def test_blocks_shrink_until_their_logits_fit() -> None:
