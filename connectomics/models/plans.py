@@ -376,7 +376,7 @@ def resampling_rule(configuration: PlanText, key: str) -> ResamplingRule:
     known = _RESAMPLING.get(function, {})
     values = known | stated
     strange = {name for name in stated if name not in known} | ({"is_seg"} if values.get("is_seg") else set())
-    orders = [values.get("order", 3), values.get("order_z", 0)]
+    orders = [values.get("order", 0), values.get("order_z", 0)]
     if "mode" in known:
         orders = [_MODES.get(str(values[name]), 0) for name in ("mode", "aniso_axis_mode")]
         strange |= {name for name in ("mode", "aniso_axis_mode") if str(values[name]) not in _MODES}
