@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
+T = TypeVar("T")
 Vec3 = tuple[int, int, int]
 
 
@@ -140,9 +142,10 @@ class AxisOrder:
         a, b, c = self.axes
         return (0, a + 1, b + 1, c + 1)
 
-    def turn(self, values: Vec3) -> Vec3:
+    def turn(self, values: tuple[T, T, T]) -> tuple[T, T, T]:
         """Values along the volume's (z, y, x), in the model's order."""
-        return vec3([values[axis] for axis in self.axes])
+        z, y, x = self.axes
+        return (values[z], values[y], values[x])
 
     def turn_box(self, box: Box) -> Box:
         """A box of the volume in the model's order."""

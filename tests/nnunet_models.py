@@ -65,6 +65,7 @@ def make_plans(
     features: Sequence[int] = (4, 8, 12),
     axis_order: Sequence[int] = (0, 1, 2),
     masked: Sequence[bool] = (),
+    resampling: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Plans as nnunetv2 2.8's planner writes them, with one configuration (``2d`` or ``3d_fullres``)."""
     name = "2d" if dimensions == 2 else "3d_fullres"
@@ -88,6 +89,7 @@ def make_plans(
         "resampling_fn_probabilities_kwargs": {**resample, "order": 1},
         "architecture": _architecture(architecture, dimensions, stages, features, strides),
         "batch_dice": dimensions == 2,
+        **(resampling or {}),
     }
     intensities = {"max": 250.0, "mean": 120.0, "median": 118.0, "min": 0.0, "std": 40.0}
     intensities |= {"percentile_00_5": 20.0, "percentile_99_5": 230.0}
@@ -146,6 +148,7 @@ def make_model(
     regions_class_order: Sequence[int] | None = None,
     axis_order: Sequence[int] = (0, 1, 2),
     masked: Sequence[bool] = (),
+    resampling: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a nnU-Net training folder and return it; weights are random unless ``give_weights`` sets others.
 
@@ -175,6 +178,8 @@ def make_model(
         ``transpose_forward``; the patch and the mirror axes are those of the transposed axes.
     masked
         ``use_mask_for_norm`` of each channel; empty: False for all.
+    resampling
+        Keys of the configuration that replace the planner's own resampling.
     """
     plans = make_plans(
         dimensions=dimensions,
@@ -187,6 +192,7 @@ def make_model(
         features=features,
         axis_order=axis_order,
         masked=masked,
+        resampling=resampling,
     )
     dataset = make_dataset(
         channels=channels, classes=classes, reader=reader, labels=labels, regions_class_order=regions_class_order

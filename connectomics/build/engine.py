@@ -14,10 +14,10 @@ import psutil
 from connectomics.build.models import load_members
 from connectomics.build.rules import check_activation, label_rule, probability_rule
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError, ModelError
+from connectomics.errors import ConfigError
 from connectomics.geometry import AxisOrder
 from connectomics.inference.predictor import Predictor, RollingPredictor, SlidingWindow
-from connectomics.inference.resample import require_default
+from connectomics.inference.resample import check_rules
 from connectomics.inference.windows import as_patch
 from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.torch_eager import TorchBackend
@@ -185,13 +185,7 @@ def check_resampling(config: Config, spec: ModelSpec, *, by_slice: bool) -> None
             "inference.resample=plan: each section is a case of its own here, and nnU-Net gives 2D images no "
             "spacing to resample by; set inference.resample=off"
         )
-    if not AxisOrder(spec.axis_order).identity:
-        raise ModelError(
-            "inference.resample=plan: this model's plans transpose the axes, and both together are not supported yet; "
-            "bring the volume to the plan's spacing yourself and set inference.resample=off"
-        )
-    require_default(spec.resampling_data, 3)
-    require_default(spec.resampling_probabilities, 1)
+    check_rules(spec.resampling_data, spec.resampling_probabilities)
 
 
 def _window(config: Config, spec: ModelSpec) -> SlidingWindow:

@@ -20,7 +20,7 @@ from connectomics.io.export import export_path
 from connectomics.io.listing import VolumeSource, expand, group, refuse_collisions, without_results
 from connectomics.io.opening import open_channels, open_volume
 from connectomics.io.volume import Nanometres, Spacing, VolumeInfo, VolumeReader
-from connectomics.models.spec import ModelSpec
+from connectomics.models.spec import NO_RESAMPLING
 from connectomics.pipeline.finish import Output
 from connectomics.pipeline.planning import (
     BlockPlan,
@@ -157,19 +157,19 @@ def segmenter_of(config: Config, engine: Engine, own: Spacing | None) -> Segment
     VolumeError
         If no spacing is known, or it is so far from the plan's that a mistaken unit is likely.
     ModelError
-        If the longest axis of the voxels is not z.
+        If this program cannot resample as the plans want it.
     """
     members = (
-        dataclasses.replace(member, resampling=_resampling_of(config, model.spec, own))
+        dataclasses.replace(member, resampling=_resampling_of(config, model, member, own))
         for member, model in zip(engine.segmenter.members, engine.models, strict=True)
     )
     return dataclasses.replace(engine.segmenter, members=tuple(members))
 
 
-def _resampling_of(config: Config, spec: ModelSpec, own: Spacing | None) -> Resampling | None:
-    """How a volume is resampled for a model, or None when it is taken as it is."""
-    stated = config.inference
-    if stated.resample == "off":
+def _resampling_of(config: Config, model: EngineModel, member: Member, own: Spacing | None) -> Resampling | None:
+    """How a volume is resampled for a model, or None when it is taken as it is, also as the plans resample nothing."""
+    stated, spec = config.inference, model.spec
+    if stated.resample == "off" or spec.resampling_data.function == NO_RESAMPLING:
         return None
     spacing = own if stated.spacing is None else (stated.spacing[0], stated.spacing[1], stated.spacing[2])
     if spacing is None:
@@ -178,6 +178,7 @@ def _resampling_of(config: Config, spec: ModelSpec, own: Spacing | None) -> Resa
             'or put NAME.json with {"spacing": [z, y, x]} beside it, in the unit of the plan\'s spacing, which is '
             f"{list(spec.spacing)}"
         )
+    spacing = member.order.turn(spacing)
     target = (spacing[0] if spec.spacing[0] is None else spec.spacing[0], spec.spacing[1], spec.spacing[2])
     check_ratio(spacing, target, allowed=stated.allow_large_resampling)
     return Resampling(spacing, target, spec.resampling_data, spec.resampling_probabilities)

@@ -30,8 +30,8 @@ class Case:
     channels
         Statistics of each channel inside ``box``, of a masked channel inside the mask.
     plane_ranges
-        Minimum and maximum of each section and channel inside ``box``, where the case is a volume; where a mask
-        leaves voxels out, which become 0, it includes the mean, which does too.
+        Minimum and maximum of each section and channel inside ``box``, along the axis the survey was asked for; where a
+        mask leaves voxels out, which become 0, it includes the mean, which does too.
     mask
         bool (z, y, x) of ``box``'s extent, of a volume with masked channels; the mask of a section is what is not zero.
     """

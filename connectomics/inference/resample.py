@@ -5,24 +5,24 @@ Voxels of the network's grid are computed in fixed tiles, so their bits do not d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy import ndimage
 
 from connectomics.errors import ModelError, VolumeError
 from connectomics.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.inference.case import CaseInput
+from connectomics.inference.case import CaseInput, Range
+from connectomics.inference.interpolation import AxisResampling, spline
 from connectomics.inference.normalise import normalise
 from connectomics.inference.predictor import Logits, Predictor
 from connectomics.io.volume import Array, Spacing
-from connectomics.models.spec import ResamplingRule
+from connectomics.models.spec import DEFAULT_RESAMPLING, NO_RESAMPLING, TORCH_RESAMPLING, ResamplingRule
 
 TILE: Vec3 = (32, 128, 128)  # network voxels computed at once
-HALO = 24  # input voxels around a tile: a cubic spline's reach, the pole 0.268 to the power of 24 is 2e-14
-CUBIC = 3
+CUBIC = 3  # the highest order of images
+LINEAR = 1  # the highest order of logits: splines are clipped to the range of all of them, which nobody knows before
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,16 @@ class Resampling:
     Parameters
     ----------
     spacing
-        Of the volume (z, y, x), in the unit of the plans.
+        Of the volume along the model's axes (z, y, x), in the unit of the plans.
     target
         Of the network's grid (z, y, x), in the same unit; z of a 2D model is that of the volume.
     data, probabilities
         The plan's rules for intensities and for logits.
+
+    Raises
+    ------
+    ModelError
+        If this program cannot resample by these rules.
     """
 
     spacing: Spacing
@@ -44,30 +49,56 @@ class Resampling:
     data: ResamplingRule
     probabilities: ResamplingRule
 
+    def __post_init__(self) -> None:
+        check_rules(self.data, self.probabilities)
+
     def network_shape(self, shape: Vec3) -> Vec3:
-        """Extent of a case of ``shape`` on the network's grid, by nnU-Net's own rule."""
-        from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
-
-        return vec3([int(n) for n in compute_new_shape(shape, self.spacing, self.target)])
-
-    def separate(self, rule: ResamplingRule, *, back: bool) -> bool:
-        """Whether sections are resampled each by itself, and z by another order, by nnU-Net's own rule.
+        """Extent of a case of ``shape`` on the network's grid, by nnU-Net's own rule.
 
         Raises
         ------
-        ModelError
-            If the axis of the thick voxels is not z.
+        VolumeError
+            If nothing would be left of an axis.
         """
-        from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
+        from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
-        pair = (self.target, self.spacing) if back else (self.spacing, self.target)
-        separate, axis = determine_do_sep_z_and_axis(rule.force_separate_z, *pair)
-        if separate and axis != 0:
-            raise ModelError(
-                f"voxels of spacing {self.spacing} (z, y, x) are longest along axis {axis}; expected z: resampling "
-                "such volumes is not supported yet, reorder the axes with inference.axes or use nnU-Net itself"
+        result = vec3([int(n) for n in compute_new_shape(shape, self.spacing, self.target)])
+        if 0 in result:
+            raise VolumeError(
+                f"a case of {shape} voxels of spacing {self.spacing} has {result} voxels at the plan's spacing "
+                f"{self.target}, expected at least 1 along each axis; check inference.spacing, or set "
+                "inference.resample=off"
             )
-        return bool(separate)
+        return result
+
+    @property
+    def data_axis(self) -> int | None:
+        """The axis whose sections of the image are resampled each by itself, None where there is none."""
+        return _separate_axis(self.data, self.spacing, self.target)
+
+    def to_network(self, image: Vec3, network: Vec3) -> tuple[AxisResampling, ...]:
+        """How each axis of a case of extent ``image`` is brought to the network's grid of extent ``network``."""
+        return _axes(self.data, self.data_axis, image, network)
+
+    def to_image(self, image: Vec3, network: Vec3) -> tuple[AxisResampling, ...]:
+        """How each axis of the logits is brought back."""
+        separate = _separate_axis(self.probabilities, self.target, self.spacing)
+        return _axes(self.probabilities, separate, network, image)
+
+
+def _separate_axis(rule: ResamplingRule, current: Spacing, new: Spacing) -> int | None:
+    """nnU-Net's own choice of the axis of thick sections."""
+    from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
+
+    separate, axis = determine_do_sep_z_and_axis(rule.force_separate_z, current, new, rule.anisotropy_threshold)
+    return int(axis) if separate else None
+
+
+def _axes(rule: ResamplingRule, separate: int | None, old: Vec3, new: Vec3) -> tuple[AxisResampling, ...]:
+    single = rule.function == TORCH_RESAMPLING
+    within = LINEAR if single and separate is None else rule.order  # nnU-Net does not pass its mode on then
+    orders = [rule.order_z if axis == separate else within for axis in range(3)]
+    return tuple(AxisResampling(*each, single) for each in zip(old, new, orders, strict=True))
 
 
 @dataclass(slots=True)
@@ -86,11 +117,14 @@ class ResampledInput:
     resampling: Resampling
     box: Box = field(init=False)
     _tiles: dict[Vec3, Array] = field(init=False, default_factory=dict)
-    _separate: bool = field(init=False)
+    _separate: int | None = field(init=False)
+    _axes: tuple[AxisResampling, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.box = Box.of_shape(self.resampling.network_shape(self.source.box.shape))
-        self._separate = self.resampling.separate(self.resampling.data, back=False)
+        image = self.source.box.shape
+        self.box = Box.of_shape(self.resampling.network_shape(image))
+        self._separate = self.resampling.data_axis
+        self._axes = self.resampling.to_network(image, self.box.shape)
 
     @property
     def channels(self) -> int:
@@ -115,33 +149,47 @@ class ResampledInput:
         return result
 
     def _compute(self, tile: Box) -> Array:
-        scales = [n / m for n, m in zip(self.source.box.shape, self.box.shape, strict=True)]
-        if self._separate:
-            return self._sections(tile, scales)
-        near = _reach(tile, scales, self.source.box.shape, (HALO, HALO, HALO))
-        image = self.source.get(near.shift(self.source.box.start)).astype(np.float64)
-        offsets = [_centre(a, s) - b for a, s, b in zip(tile.start, scales, near.start, strict=True)]
-        result = np.empty((self.channels, *tile.shape), np.float32)
-        for c, (scheme, summary) in enumerate(zip(self.source.schemes, self.source.case.channels, strict=True)):
-            low, high = normalise(np.array([summary.minimum, summary.maximum]), scheme, summary)
-            result[c] = np.clip(_spline(image[c], scales, offsets, tile.shape), low, high)
+        near = _reach(self._axes, tile)
+        values = torch.from_numpy(self.source.get(near.shift(self.source.box.start)))
+        within = [axis for axis in range(3) if axis != self._separate]
+        if self._axes[within[0]].order > LINEAR:
+            values = torch.from_numpy(self._splines(values.numpy(), within, tile, near))
+        else:
+            values = _interpolated(values, self._axes, within[::-1], tile, near)
+        if self._separate is not None:
+            values = self._along(values, self._separate, tile, near)
+        result: Array = values.numpy().astype(np.float32)
         return result
 
-    def _sections(self, tile: Box, scales: list[float]) -> Array:
-        """Each section by itself, then the nearest section along z (the plan's ``order_z`` 0)."""
-        origin, depth = self.source.box.start, self.source.box.shape[0]
-        near = _reach(tile, scales, self.source.box.shape, (0, HALO, HALO))
-        offsets = [_centre(a, s) - b for a, s, b in zip(tile.start, scales, near.start, strict=True)][1:]
-        result = np.empty((self.channels, *tile.shape), np.float32)
-        for i, z in enumerate(range(tile.start[0], tile.stop[0])):
-            section = _nearest(z, scales[0], depth)
-            plane = Box((section, *near.start[1:]), (section + 1, *near.stop[1:]))
-            image = self.source.get(plane.shift(origin))[:, 0].astype(np.float64)
-            for c, (scheme, summary) in enumerate(zip(self.source.schemes, self.source.case.channels, strict=True)):
-                limits = np.array(self.source.case.plane_ranges[section][c])
-                low, high = normalise(limits, scheme, summary)
-                result[c, i] = np.clip(_spline(image[c], scales[1:], offsets, tile.shape[1:]), low, high)
-        return result
+    def _splines(self, image: Array, within: list[int], tile: Box, near: Box) -> Array:
+        """Along the axes ``within``, clipped to the range of the case, or of each section where they are separate."""
+        axes = [self._axes[axis] for axis in within]
+        corners = [[corner[axis] for axis in within] for corner in (tile.start, tile.stop, near.start)]
+
+        def clipped(values: Array, ranges: Sequence[Range]) -> Array:
+            wanted = zip(values.astype(np.float64), self._limits(ranges), strict=True)
+            return np.stack([np.clip(spline(channel, axes, *corners), *limits) for channel, limits in wanted])
+
+        case, axis = self.source.case, self._separate
+        if axis is None:
+            return clipped(image, [(summary.minimum, summary.maximum) for summary in case.channels])
+        ranges = case.plane_ranges[near.start[axis] : near.stop[axis]]
+        return np.stack([clipped(image.take(i, axis + 1), r) for i, r in enumerate(ranges)], axis + 1)
+
+    def _limits(self, ranges: Sequence[Range]) -> list[Array]:
+        """Each channel's range of intensities, normalised."""
+        wanted = zip(ranges, self.source.schemes, self.source.case.channels, strict=True)
+        return [normalise(np.array(limits), scheme, summary) for limits, scheme, summary in wanted]
+
+    def _along(self, values: torch.Tensor, axis: int, tile: Box, near: Box) -> torch.Tensor:
+        """Across the sections, which stand on the network's grid already."""
+        if self._axes[axis].order <= LINEAR:
+            return _interpolated(values, self._axes, [axis], tile, near)
+        image = np.moveaxis(values.double().numpy(), axis + 1, 1)
+        axes = [self._axes[axis], *(AxisResampling(n, n, LINEAR) for n in image.shape[2:])]
+        corners = [tile.start[axis], 0, 0], [tile.stop[axis], *image.shape[2:]], [near.start[axis], 0, 0]
+        result = np.stack([spline(channel, axes, *corners) for channel in image])
+        return torch.from_numpy(np.moveaxis(result, 1, axis + 1))
 
 
 class ResampledPredictor:
@@ -157,12 +205,13 @@ class ResampledPredictor:
 
     def __init__(self, inner: Predictor, resampling: Resampling) -> None:
         self._inner, self._resampling = inner, resampling
-        self._separate = resampling.separate(resampling.probabilities, back=True)
 
     def windows(self, source: CaseInput, core: Box) -> int:
         """Number of windows that ``predict`` computes."""
         resampled = ResampledInput(source, self._resampling)
-        return self._inner.windows(resampled, self._needed(resampled, core))
+        if resampled.box.shape == source.box.shape:
+            return self._inner.windows(source, core)
+        return self._inner.windows(resampled, _reach(self._back(resampled), core.relative_to(source.box)))
 
     def predict(self, source: CaseInput, core: Box) -> Iterator[tuple[Box, Logits]]:
         """Logits of ``core`` at the image's spacing; see ``Predictor``."""
@@ -170,68 +219,38 @@ class ResampledPredictor:
         if resampled.box.shape == source.box.shape:
             yield from self._inner.predict(source, core)
             return
-        needed = self._needed(resampled, core)
+        axes, local = self._back(resampled), core.relative_to(source.box)
+        needed = _reach(axes, local)
         network: Logits | None = None
         for box, logits in self._inner.predict(resampled, needed):
             if network is None:
                 network = logits.new_empty((len(logits), *needed.shape))
             network[(slice(None), *box.relative_to(needed).slices)] = logits
         assert network is not None
-        local = core.relative_to(source.box)
         for z in range(local.start[0], local.stop[0]):
             plane = Box((z, *local.start[1:]), (z + 1, *local.stop[1:]))
-            values = network
-            for axis in range(3):
-                values = self._along(values, axis, plane, needed, resampled.box.shape, source.box.shape)
-            yield plane.shift(source.box.start), values.float()
+            near = _reach(axes, plane)
+            values = network[(slice(None), *near.relative_to(needed).slices)]
+            order = (2, 1, 0) if axes[0].single else (0, 1, 2)  # torch's sums begin with x; fewest voxels else
+            yield plane.shift(source.box.start), _interpolated(values, axes, order, plane, near).float()
 
-    def _scales(self, resampled: ResampledInput) -> list[float]:
-        return [m / n for n, m in zip(resampled.source.box.shape, resampled.box.shape, strict=True)]
-
-    def _needed(self, resampled: ResampledInput, core: Box) -> Box:
-        """The part of the network's grid that ``core`` is interpolated from."""
-        local = core.relative_to(resampled.source.box)
-        return _reach(local, self._scales(resampled), resampled.box.shape, (1, 1, 1))
-
-    def _along(
-        self, values: torch.Tensor, axis: int, plane: Box, needed: Box, network: Vec3, image: Vec3
-    ) -> torch.Tensor:
-        """Interpolate one axis: linear, or the nearest section where sections are separate."""
-        scale, last = network[axis] / image[axis], network[axis] - 1
-        if network[axis] == image[axis]:
-            return _rows(values, axis, np.arange(plane.start[axis], plane.stop[axis]) - needed.start[axis])
-        positions = np.clip(_centre(np.arange(plane.start[axis], plane.stop[axis]), scale), 0, last)
-        if axis == 0 and self._separate:
-            return _rows(values, axis, np.floor(positions + 0.5).astype(np.int64) - needed.start[axis])
-        lower = np.floor(positions).astype(np.int64)
-        share = torch.from_numpy(positions - lower).to(values.device)
-        share = share.reshape([-1 if a == axis else 1 for a in range(3)])
-        below = _rows(values, axis, lower - needed.start[axis])
-        above = _rows(values, axis, np.minimum(lower + 1, last) - needed.start[axis])
-        return below * (1 - share) + above * share
+    def _back(self, resampled: ResampledInput) -> tuple[AxisResampling, ...]:
+        return self._resampling.to_image(resampled.source.box.shape, resampled.box.shape)
 
 
-def _rows(values: torch.Tensor, axis: int, index: Array) -> torch.Tensor:
-    """Rows of one axis of [k, z, y, x] in float64."""
-    return values.index_select(axis + 1, torch.from_numpy(index).to(values.device)).double()
+def _interpolated(
+    values: torch.Tensor, axes: Sequence[AxisResampling], order: Sequence[int], box: Box, near: Box
+) -> torch.Tensor:
+    """The voxels of ``box`` along some axes, one after the other, from values that begin at ``near``."""
+    for axis in order:
+        values = axes[axis].interpolate(values, axis, box.start[axis], box.stop[axis], near.start[axis])
+    return values
 
 
-def _centre(index: Array | int, scale: float) -> Array:
-    """Where the centre of voxel ``index`` lies on the other grid, whose voxels are ``scale`` times as many."""
-    return (np.asarray(index) + 0.5) * scale - 0.5
-
-
-def _nearest(index: int, scale: float, extent: int) -> int:
-    return int(np.clip(np.floor(_centre(index, scale) + 0.5), 0, extent - 1))
-
-
-def _reach(box: Box, scales: list[float], extent: Vec3, margin: Vec3) -> Box:
-    """The part of the other grid, of ``extent``, that the voxels of ``box`` are interpolated from."""
-    low, high = [], []
-    for a, b, scale, n, m in zip(box.start, box.stop, scales, extent, margin, strict=True):
-        low.append(int(np.clip(np.floor(_centre(a, scale)) - m, 0, n - 1)))
-        high.append(int(np.clip(np.ceil(_centre(b - 1, scale)) + m + 1, low[-1] + 1, n)))
-    return Box(vec3(low), vec3(high))
+def _reach(axes: Sequence[AxisResampling], box: Box) -> Box:
+    """The part of the old grid that the voxels of ``box`` are made of."""
+    spans = [axis.reach(a, b) for axis, a, b in zip(axes, box.start, box.stop, strict=True)]
+    return Box(vec3([a for a, _ in spans]), vec3([b for _, b in spans]))
 
 
 def _blocks_over(grid: BlockGrid, box: Box) -> Iterator[Vec3]:
@@ -241,27 +260,27 @@ def _blocks_over(grid: BlockGrid, box: Box) -> Iterator[Vec3]:
     yield from ((z, y, x) for z in spans[0] for y in spans[1] for x in spans[2])
 
 
-def _spline(image: Array, scales: list[float], offsets: list[Array], shape: tuple[int, ...]) -> Array:
-    """Cubic spline interpolation of a float64 image at ``offset + scale * index``, the edge repeated outside."""
-    result: Array = ndimage.affine_transform(
-        image, np.array(scales), np.array(offsets, np.float64), shape, order=CUBIC, mode="nearest"
-    )
-    return result
-
-
-def require_default(rule: ResamplingRule, order: int) -> None:
-    """Refuse resampling functions this program does not have.
+def check_rules(data: ResamplingRule, probabilities: ResamplingRule) -> None:
+    """Refuse resampling that this program cannot do as nnU-Net does it, or that makes no sense.
 
     Raises
     ------
     ModelError
-        If the plans name another function or order than nnU-Net's default.
+        If the plans name another function, argument or order, or leave logits on the network's grid.
     """
-    if rule.function != "resample_data_or_seg_to_shape" or (rule.order, rule.order_z) != (order, 0):
+    advice = "bring the volume to the plan's spacing yourself and set inference.resample=off"
+    for what, rule, highest in (("images", data, CUBIC), ("logits", probabilities, LINEAR)):
+        problem = rule.problem and f" and {rule.problem}, which is not supported"
+        if rule.function not in (DEFAULT_RESAMPLING, TORCH_RESAMPLING, NO_RESAMPLING):
+            problem = f", expected {DEFAULT_RESAMPLING}, {TORCH_RESAMPLING} or {NO_RESAMPLING}"
+        elif max(rule.order, rule.order_z) > highest:
+            problem = f" of order {rule.order} (across sections {rule.order_z}), supported are orders up to {highest}"
+        if problem:
+            raise ModelError(f"the plans resample {what} with {rule.function}{problem}; {advice}")
+    if probabilities.function == NO_RESAMPLING != data.function:
         raise ModelError(
-            f"the plans resample with {rule.function} of order {rule.order} (z: {rule.order_z}), expected "
-            f"resample_data_or_seg_to_shape of order {order} (z: 0); others are not supported yet: bring the volume "
-            "to the plan's spacing yourself and set inference.resample=off"
+            f"the plans resample images with {data.function} and logits with {NO_RESAMPLING}, so that labels would not "
+            f"fit the volume; expected a function for logits that brings them back; {advice}"
         )
 
 

@@ -212,11 +212,12 @@ def _opened(output: Path, reader: VolumeReader) -> VolumeReader:
 
 def _spacing(config: Config, engine: Engine, reader: VolumeReader) -> list[float]:
     """What nnU-Net is told: the stated spacing, or the plan's, so that nothing is resampled."""
-    resampling = segmenter_of(config, engine, reader.info.spacing).members[0].resampling
+    (member,) = segmenter_of(config, engine, reader.info.spacing).members
+    resampling, back = member.resampling, member.order.inverse
     if resampling is not None:
-        return list(resampling.spacing)
+        return list(back.turn(resampling.spacing))
     z, y, x = engine.spec.spacing
-    return [999.0 if z is None else z, y, x]
+    return list(back.turn((999.0 if z is None else z, y, x)))
 
 
 def _samples(reader: VolumeReader, engine: Engine, count: int, largest: int) -> list[tuple[str, Box]]:

@@ -16,7 +16,14 @@ from typing import Any
 
 from connectomics.errors import ModelError
 from connectomics.geometry import Vec3, vec3
-from connectomics.models.spec import ChannelNormalisation, ResamplingRule, Spacing
+from connectomics.models.spec import (
+    DEFAULT_RESAMPLING,
+    NO_RESAMPLING,
+    TORCH_RESAMPLING,
+    ChannelNormalisation,
+    ResamplingRule,
+    Spacing,
+)
 
 NORMALISATIONS = (
     "ZScoreNormalization",
@@ -25,6 +32,15 @@ NORMALISATIONS = (
     "RescaleTo01Normalization",
     "RGBTo01Normalization",
 )
+_SEPARATE = {"is_seg": False, "force_separate_z": False, "separate_z_anisotropy_threshold": 3}
+_RESAMPLING: dict[str, dict[str, Any]] = {  # nnU-Net's functions with the defaults of their arguments
+    DEFAULT_RESAMPLING: _SEPARATE | {"order": 3, "order_z": 0},
+    TORCH_RESAMPLING: _SEPARATE
+    | {"force_separate_z": None, "mode": "linear", "aniso_axis_mode": "nearest-exact"}
+    | {"num_threads": 4, "device": "cpu", "memefficient_seg_resampling": False},
+    NO_RESAMPLING: {},
+}
+_MODES = {"nearest-exact": 0, "linear": 1}  # torch's names of spline orders
 _LARGEST_PATCH = 4096
 _LARGEST_PAINTED = 32767  # nnU-Net paints regions in int16
 _RESTORE = "restore the file that nnU-Net wrote for this model"
@@ -357,13 +373,25 @@ def resampling_rule(configuration: PlanText, key: str) -> ResamplingRule:
     ModelError
         If its arguments are of the wrong type.
     """
-    function = configuration.values.get(key, "resample_data_or_seg_to_shape")
-    stated = configuration.values.get(f"{key}_kwargs", {})
+    function = configuration.values.get(key, DEFAULT_RESAMPLING)
+    stated = configuration.values.get(f"{key}_kwargs", {"force_separate_z": None})
     if not isinstance(function, str) or not isinstance(stated, dict):
         raise ModelError(f"{configuration.where}: '{key}' is {function!r:.60}, expected a function's name; {_RESTORE}")
-    order, order_z, force = stated.get("order", 3), stated.get("order_z", 0), stated.get("force_separate_z")
-    if not all(isinstance(n, int) and 0 <= n <= 5 for n in (order, order_z)) or not (force is None or force in (0, 1)):
+    known = _RESAMPLING.get(function, {})
+    values = known | stated
+    strange = {name for name in stated if name not in known} | ({"is_seg"} if values.get("is_seg") else set())
+    orders = [values.get("order", 0), values.get("order_z", 0)]
+    if "mode" in known:
+        orders = [_MODES.get(str(values[name]), 0) for name in ("mode", "aniso_axis_mode")]
+        strange |= {name for name in ("mode", "aniso_axis_mode") if str(values[name]) not in _MODES}
+    force, threshold = values.get("force_separate_z"), values.get("separate_z_anisotropy_threshold", 3)
+    whole = all(isinstance(n, int) and 0 <= n <= 5 for n in orders)
+    if not whole or not (force is None or force in (0, 1)) or not isinstance(threshold, (int, float)):
         raise ModelError(
-            f"{configuration.where}: '{key}_kwargs' is {stated!r:.80}, expected spline orders 0 to 5; {_RESTORE}"
+            f"{configuration.where}: '{key}_kwargs' is {stated!r:.80}, expected spline orders 0 to 5, "
+            f"force_separate_z true, false or null and a number as threshold; {_RESTORE}"
         )
-    return ResamplingRule(function, int(order), int(order_z), None if force is None else bool(force))
+    problem = ", ".join(f"{name}={values[name]!r:.40}" for name in sorted(strange))
+    return ResamplingRule(
+        function, int(orders[0]), int(orders[1]), None if force is None else bool(force), float(threshold), problem
+    )

@@ -13,6 +13,9 @@ import numpy as np
 from connectomics.geometry import Vec3
 
 Spacing = tuple[float | None, float, float]
+DEFAULT_RESAMPLING = "resample_data_or_seg_to_shape"  # nnU-Net's names of its resampling functions
+TORCH_RESAMPLING = "resample_torch_fornnunet"
+NO_RESAMPLING = "no_resampling_hack"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +53,22 @@ class ResamplingRule:
     function
         nnU-Net's name of the function.
     order, order_z
-        Spline order within sections (or in 3D), and along z where sections are resampled each by itself.
+        Spline order within sections (or in 3D), and across them where sections are resampled each by itself; 0 is the
+        nearest voxel, 1 linear.
     force_separate_z
         True or False where the plans decide whether sections are separate, None where the spacings do.
+    anisotropy_threshold
+        How many times longer than the shortest the longest edge of a voxel is for sections to be separate.
+    problem
+        Which of its arguments this program does not know; empty: none.
     """
 
     function: str
     order: int
     order_z: int
     force_separate_z: bool | None
+    anisotropy_threshold: float = 3.0
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)

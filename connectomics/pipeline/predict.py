@@ -56,6 +56,12 @@ class Member:
         """Whether its case carries a mask as large as the volume."""
         return keeps_mask(self.schemes, by_slice=self.by_slice)
 
+    @property
+    def plane_axis(self) -> int:
+        """The volume's axis (0 = z, 1 = y, 2 = x) along which cases must know the range of each plane."""
+        axis = None if self.resampling is None else self.resampling.data_axis
+        return 0 if axis is None else self.order.axes[axis]
+
     def view(self, array: Array) -> Array:
         """An array (c, z, y, x) of the volume's axes, seen in the model's."""
         return array.transpose(self.order.of_array)
@@ -117,12 +123,14 @@ class Segmenter:
 
     def survey(self, reader: VolumeReader, name: str, workers: int = 1) -> Surveyed:
         """The cases of a volume for each member; the volume is read once for members that see it alike."""
-        found: dict[tuple[object, bool], Sequence[Case]] = {}
-        for m in self.members:
-            if (m.schemes, m.by_slice) not in found:
-                cases = survey(reader, name, m.schemes, by_slice=m.by_slice, workers=workers)
-                found[m.schemes, m.by_slice] = cases
-        return tuple(found[m.schemes, m.by_slice] for m in self.members)
+        found: dict[object, Sequence[Case]] = {}
+        keys = [(m.schemes, m.by_slice, m.plane_axis) for m in self.members]
+        for m, key in zip(self.members, keys, strict=True):
+            if key not in found:
+                found[key] = survey(
+                    reader, name, m.schemes, by_slice=m.by_slice, workers=workers, plane_axis=m.plane_axis
+                )
+        return tuple(found[key] for key in keys)
 
     def segment(self, read: ReadBox, surveyed: Surveyed, core: Box) -> dict[str, Array]:
         """Label a box of a volume.

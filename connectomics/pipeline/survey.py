@@ -56,10 +56,13 @@ class _Tally:
         self.box: Box | None = None
         self.inside = 0  # voxels in the mask
 
-    def add(self, tile: Array, mask: Array, origin: Box) -> None:
+    def count(self, tile: Array) -> None:
         for c, values in enumerate(tile):
             stats, before = IntensityStats.of(values), self.stats[c]
             self.stats[c] = stats if before is None else before + stats
+
+    def add(self, tile: Array, mask: Array, origin: Box) -> None:
+        self.count(tile)
         self.inside += int(np.count_nonzero(mask))
         box = nonzero_box(mask[None])
         if box is not None:
@@ -72,9 +75,14 @@ class _Tally:
 
 
 def _case_of(
-    sections: Sequence[_Tally], region: Box, schemes: Sequence[ChannelNormalisation], mask: Array | None = None
+    sections: Sequence[_Tally],
+    region: Box,
+    schemes: Sequence[ChannelNormalisation],
+    planes: Sequence[_Tally],
+    axis: int = 0,
+    mask: Array | None = None,
 ) -> Case:
-    """The case made of some sections: their statistics merged in order, their boxes joined."""
+    """The case made of some sections: their statistics merged in order, their boxes joined, ranges of its planes."""
     boxes = [t.box for t in sections if t.box is not None]
     box = functools.reduce(_hull, boxes) if boxes else region
     inside = sum(t.inside for t in sections)
@@ -83,13 +91,13 @@ def _case_of(
         functools.reduce(operator.add, stats).summary(inside if scheme.masked else box.voxels)
         for scheme, stats in channels
     )
-    plane = box.shape[1] * box.shape[2]
+    plane = box.voxels // box.shape[axis]
     ranges = tuple(
         tuple(
             _range(stats, summary, t.inside if scheme.masked else plane, plane)
             for scheme, stats, summary in zip(schemes, t.known(), summaries, strict=True)
         )
-        for t in sections[box.start[0] - region.start[0] : box.stop[0] - region.start[0]]
+        for t in planes[box.start[axis] - region.start[axis] : box.stop[axis] - region.start[axis]]
     )
     part = None if mask is None else mask[box.slices]
     return Case(region, box, summaries, ranges, part)
@@ -119,7 +127,13 @@ def _hull(a: Box, b: Box) -> Box:
 
 
 def survey(
-    reader: VolumeReader, name: str, schemes: Sequence[ChannelNormalisation], *, by_slice: bool, workers: int = 1
+    reader: VolumeReader,
+    name: str,
+    schemes: Sequence[ChannelNormalisation],
+    *,
+    by_slice: bool,
+    workers: int = 1,
+    plane_axis: int = 0,
 ) -> tuple[Case, ...]:
     """Read the whole volume once and describe its cases.
 
@@ -135,6 +149,8 @@ def survey(
         Whether each section is a case of its own, or the volume is one.
     workers
         Threads that read ahead; the result does not depend on them.
+    plane_axis
+        The axis (0 = z, 1 = y, 2 = x) whose sections' ranges are gathered; z where each section is a case.
 
     Raises
     ------
@@ -144,6 +160,7 @@ def survey(
     info = reader.info
     whole = Box.of_shape(info.extent)
     sections = [_Tally(info.channels) for _ in range(info.extent[0])]
+    planes = sections if plane_axis == 0 else [_Tally(info.channels) for _ in range(info.extent[plane_axis])]
     mask = np.zeros(info.extent, bool) if keeps_mask(schemes, by_slice=by_slice) else None
     for box, tile in _tiles(reader, workers):
         _check_finite(tile, box, name)
@@ -152,14 +169,18 @@ def survey(
             mask[box.slices] = nonzero
         for i, z in enumerate(range(box.start[0], box.stop[0])):
             sections[z].add(tile[:, i : i + 1], nonzero[i : i + 1], box.shift((i, 0, 0)))
+        if planes is not sections:
+            for i, p in enumerate(range(box.start[plane_axis], box.stop[plane_axis])):
+                planes[p].count(tile.take(i, plane_axis + 1))
     if mask is not None:
         fill_holes(mask)
-        for z, tally in enumerate(sections):
-            tally.inside = int(np.count_nonzero(mask[z]))
+        for tallies, axis in ((sections, 0), (planes, plane_axis)):
+            for i, tally in enumerate(tallies):
+                tally.inside = int(np.count_nonzero(mask.take(i, axis)))
     if by_slice:
-        cases = tuple(_case_of([t], region, schemes) for t, region in zip(sections, _sections(whole), strict=True))
+        cases = tuple(_case_of([t], region, schemes, [t]) for t, region in zip(sections, _sections(whole), strict=True))
     else:
-        cases = (_case_of(sections, whole, schemes, mask),)
+        cases = (_case_of(sections, whole, schemes, planes, plane_axis, mask),)
     for case in cases:
         for c, (scheme, summary) in enumerate(zip(schemes, case.channels, strict=True)):
             check_intensities(scheme, summary, f"{name}, channel {c}, voxels {case.box.start} to {case.box.stop}")

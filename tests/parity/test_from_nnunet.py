@@ -31,7 +31,7 @@ THEIRS_ALONE = {"predict_from_raw_data_args.json"}
 SHARE_EXACT = 1e-5  # ... and from nnU-Net in float32, with its own statistics
 PNG_WORDS = ["-d", "901", "-c", "2d", "-f", "0", "1", "-step_size", "0.3", "--disable_tta"]
 TIFF_WORDS = ["-d", DATASET_NAME, "-c", "3d_fullres", "-f", "all"]
-SPACINGS = {"x": (2.0, 1.0, 1.0), "y": (2.6, 0.9, 1.2)}  # z has no file, hence (1, 1, 1)
+SPACINGS = {"x": (1.0, 2.0, 1.0), "y": (2.6, 0.9, 1.2)}  # z has no file, hence (1, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,8 @@ def _models(folder: Path) -> None:
             patch=patch_of(case),
             folds=folds,
             reader=reader,
-            spacing=(1.0, 1.0) if dimensions == 2 else (2.0, 1.0, 1.0),
+            spacing=(1.0, 1.0) if dimensions == 2 else (1.0, 2.0, 1.0),
+            axis_order=(0, 1, 2) if dimensions == 2 else (1, 0, 2),
             give_weights=functools.partial(train, case=case),
         )
 

@@ -102,6 +102,24 @@ def test_a_large_volume_is_compared_on_its_middle(tmp_path: Path) -> None:
     assert verified(tmp_path, *words, str(tmp_path / "labels.h5"))[0] == 3
 
 
+@pytest.mark.parametrize("words", [[], ["inference.resample=plan", "inference.spacing=[1.3,0.9,4.6]"]])
+def test_transposed_plans_are_told_the_spacing_of_the_volume(tmp_path: Path, words: list[str]) -> None:
+    model = make_model(
+        tmp_path,
+        dimensions=3,
+        patch=(8, 16, 16),
+        classes=3,
+        reader="SimpleITKIO",
+        spacing=(4.0, 1.0, 1.0),
+        axis_order=(2, 0, 1),
+        seed=4,
+    )
+    with h5py.File(tmp_path / "v.h5", "w") as file:
+        file["main"] = (scene(1, (20, 26, 12), 4)[0][0] * 255).astype(np.uint8)
+    code, _ = verified(tmp_path, str(model), str(tmp_path / "v.h5"), "--threshold", "1e-2", *words)
+    assert code == 0
+
+
 def test_an_output_of_another_shape_is_refused(
     world: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

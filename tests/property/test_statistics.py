@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -93,6 +94,22 @@ def test_integer_surveys_do_not_depend_on_the_cut(workers: int, chunk: tuple[int
     whole = survey(volume, "image", schemes, by_slice=True)
     volume.info = VolumeInfo((1, 6, 40, 50), image.dtype, chunk)
     assert survey(volume, "image", schemes, by_slice=True, workers=workers) == whole
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_the_range_of_each_section_is_known_along_any_axis(axis: int, dtype: str) -> None:
+    image = np.stack([array_of(dtype, c, (9, 20, 31)) for c in range(2)])
+    image[:, :, :3] = image[..., -4:] = image[:, :2] = 0
+    volume = ArrayVolume(image)
+    volume.info = VolumeInfo((2, 9, 20, 31), image.dtype, (2, 7, 5))
+    schemes = [ChannelNormalisation("ZScoreNormalization")] * 2
+    with mock.patch.object(survey_module, "TILE_VOXELS", 100):
+        (case,) = survey(volume, "image", schemes, by_slice=False, plane_axis=axis)
+    others = tuple(a + 1 for a in range(3) if a != axis)
+    inside = image[(slice(None), *case.box.slices)]
+    expected = np.stack([inside.min(others), inside.max(others)], axis=-1).transpose(1, 0, 2)
+    np.testing.assert_array_equal(case.plane_ranges, expected)
 
 
 def test_tiles_are_whole_chunks_of_bounded_size() -> None:
