@@ -139,6 +139,21 @@ def predict(
         return predictor.predict_single_npy_array(image, properties, None, None, probabilities)
 
 
+@contextlib.contextmanager
+def computed_once(predictor: Any) -> Iterator[None]:
+    """Let the logits of one case serve every call."""
+    logits: list[torch.Tensor] = []
+    compute = predictor.predict_logits_from_preprocessed_data
+
+    def run(data: torch.Tensor) -> torch.Tensor:
+        if not logits:
+            logits.append(compute(data))
+        return logits[0].clone()
+
+    with mock.patch.object(predictor, "predict_logits_from_preprocessed_data", run):
+        yield
+
+
 Answer = tuple[np.ndarray, np.ndarray]
 
 
@@ -159,8 +174,9 @@ def predict_cases(
     for case in cases:
         part = image[(slice(None), *case.region.slices)]
         options: dict[str, Any] = {"exact": exact, "summaries": case.channels if inject else None, "spacing": spacing}
-        labels.append(predict(predictor, part, **options))
-        probabilities.append(predict(predictor, part, **options, probabilities=True)[1])
+        with computed_once(predictor):
+            labels.append(predict(predictor, part, **options))
+            probabilities.append(predict(predictor, part, **options, probabilities=True)[1])
     return np.concatenate(labels), np.concatenate(probabilities, axis=1)
 
 

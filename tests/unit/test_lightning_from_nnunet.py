@@ -14,6 +14,7 @@ from PIL import Image
 from connectomics.cli import main
 from connectomics.lightning.inference import InferenceManager
 
+import oracle
 from nnunet_models import make_model
 from small_jobs import em_like, quick_folder, write_png
 
@@ -154,9 +155,7 @@ def test_folds_are_nnunets_default_and_missing_ones_are_named(
     assert "fold_0/checkpoint_best.pth: there is no such file" in capsys.readouterr().err
 
 
-def test_plans_that_transpose_are_labelled_at_their_spacing_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_spacings_are_those_of_the_files_axes_where_plans_transpose(tmp_path: Path) -> None:
     model = make_model(
         tmp_path / "model",
         dimensions=3,
@@ -166,12 +165,16 @@ def test_plans_that_transpose_are_labelled_at_their_spacing_alone(
         spacing=(2.0, 1.0, 1.5),
         axis_order=(2, 0, 1),
     )
-    for name, spacing in (("fits", [1.0, 1.5, 2.0]), ("other", [2.0, 1.0, 1.5])):
-        (tmp_path / "in").mkdir(exist_ok=True)
-        tifffile.imwrite(tmp_path / "in" / f"{name}_0000.tif", em_like((5, 10, 11)))
+    image = em_like((5, 10, 11))
+    spacings = {"fits": [1.0, 1.5, 2.0], "other": [2.0, 1.0, 1.5]}
+    (tmp_path / "in").mkdir()
+    for name, spacing in spacings.items():
+        tifffile.imwrite(tmp_path / "in" / f"{name}_0000.tif", image)
         (tmp_path / "in" / f"{name}.json").write_text(json.dumps({"spacing": spacing}))
     place = ["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", str(model), "-f", "0", "-device", "cpu"]
-    assert main(["from-nnunet", *place]) == 3
-    said = capsys.readouterr().out
-    assert "failed: other" in said and "this model's plans transpose the axes" in said
-    assert (tmp_path / "out" / "fits.tif").is_file()
+    assert main(["from-nnunet", *place]) == 0
+    predictor = oracle.make_predictor(model, ["0"])
+    for name, spacing in spacings.items():
+        expected = oracle.predict(predictor, image[None], spacing=spacing)
+        np.testing.assert_array_equal(tifffile.imread(tmp_path / "out" / f"{name}.tif"), expected)
+        assert len(np.unique(expected)) == 2
