@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -246,7 +247,7 @@ def run_lenient(folder: Path, job: VolumeJob) -> int:
 def test_without_its_ledger_a_store_of_other_blocks_is_made_again(tmp_path: Path) -> None:
     with pytest.raises(VolumeError):
         run(tmp_path, job_in(tmp_path), Failing(after=5))
-    next(tmp_path.glob("v_labels.run/*/ledger.jsonl")).unlink()
+    shutil.rmtree(next(tmp_path.glob("v_labels.run/*/ledger")))
     job = job_in(tmp_path, plan=BlockPlan((2, 12, 20), (1, 6, 10)))
     assert run(tmp_path, job).done == 2
     assert (labels(tmp_path) == EXPECTED).all()
@@ -255,7 +256,7 @@ def test_without_its_ledger_a_store_of_other_blocks_is_made_again(tmp_path: Path
 def test_filters_see_the_whole_volume(tmp_path: Path) -> None:
     run(tmp_path, job_in(tmp_path, filters=Filters(minimum_voxels=10**6)))
     assert not labels(tmp_path).any()
-    assert not [path for path in tmp_path.glob("v_labels.run/*/*") if path.is_dir()]
+    assert not list(tmp_path.glob("v_labels.run/*/*.zarr"))
 
 
 def test_filters_beyond_the_budget_are_refused_before_any_work(tmp_path: Path) -> None:
@@ -306,5 +307,5 @@ def test_leftovers_of_finished_outputs_are_removed_and_others_stay(tmp_path: Pat
     assert len(list(tmp_path.glob("v_labels.run/*/labels.zarr"))) == 2
     discard_leftovers(job.run_folder, job.outputs, "program 1")
     assert len(list(tmp_path.glob("v_labels.run/*/labels.zarr"))) == 1
-    assert len(list(tmp_path.glob("v_labels.run/*/ledger.jsonl"))) == 2
+    assert len(list(tmp_path.glob("v_labels.run/*/ledger/header.json"))) == 2
     discard_leftovers(tmp_path / "absent.run", job.outputs, "program 1")
