@@ -176,6 +176,22 @@ def living(folder: Path, stale_s: float = STALE_S) -> list[str]:
     return sorted(found)
 
 
+def tidy(folder: Path) -> bool:
+    """Remove the heartbeats and leases of the dead, unless somebody is alive.
+
+    Returns
+    -------
+    idle
+        Whether nobody is.
+    """
+    if living(folder):
+        return False
+    for ending in (HEARTBEAT, LEASE):
+        for path in folder.glob("*" + ending):
+            path.unlink(missing_ok=True)
+    return True
+
+
 def _now(folder: Path) -> float:
     """The time on the file system's clock; this machine's where the folder may not be written to."""
     probe = temporary_beside(folder / "clock")

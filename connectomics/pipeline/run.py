@@ -23,7 +23,7 @@ from connectomics.io.volume import VolumeInfo, VolumeReader
 from connectomics.pipeline.blocks import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
 from connectomics.pipeline.contracts import Executor, RunReport
 from connectomics.pipeline.finish import Filters, Output, check_memory, export_output, filter_store
-from connectomics.pipeline.lease import STALE_S, Worker, living
+from connectomics.pipeline.lease import STALE_S, Worker, tidy
 from connectomics.pipeline.ledger import Ledger, plan_of
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter, Surveyed
@@ -220,7 +220,7 @@ def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: floa
 def discard_leftovers(run_folder: Path, outputs: Sequence[Output], program: str) -> None:
     """Remove the working stores of finished outputs, also those that a kill after the last export left."""
     work = _work_folder(run_folder, outputs, program)
-    if work.is_dir() and not living(work / WORKERS):
+    if work.is_dir() and tidy(work / WORKERS):
         _discard_stores(work)
 
 
