@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.errors import ConnectomicsError, QuarantineError, StorageError
+from connectomics.errors import ConnectomicsError, QuarantineError, StorageError, VolumeError
 from connectomics.fingerprint import sha256_of_file
 from connectomics.geometry import Block
 from connectomics.io.atomic import write_text
@@ -48,7 +48,7 @@ def attempt(task: Task, block: Block) -> BlockRecord | BlockFailure:
 
     Raises
     ------
-    StorageError
+    StorageError, VolumeError
         If the disk is full, read-only, forbidden or gone, which no other block would survive.
     """
     for number in range(1, ATTEMPTS + 1):
@@ -65,10 +65,12 @@ def attempt(task: Task, block: Block) -> BlockRecord | BlockFailure:
 
 
 def raise_systemic(error: Exception) -> None:
-    """Raise a ``StorageError`` for an error that every other block would meet too."""
+    """Raise an error that every other block would meet too: as it is for an input, else as a ``StorageError``."""
     if isinstance(error, StorageError):
         raise error
     if errno_of(error) in SYSTEMIC:
+        if isinstance(error, VolumeError):
+            raise error
         raise StorageError(f"{' '.join(str(error).split())} Stopped; mend that and run again.") from error
 
 
@@ -151,8 +153,8 @@ def failure_message(failures: tuple[BlockFailure, ...], planned: int, folder: Pa
     )
 
 
-def void_lost(ledger: Ledger, work: Path, stores: Collection[str], *, every: bool = False) -> int:
-    """Undo records whose files are not there or, for a sample or of every one, differ from their checksum.
+def void_lost(ledger: Ledger, work: Path, stores: Collection[str]) -> int:
+    """Undo records whose files are not there or, for a sample, differ from their checksum.
 
     Parameters
     ----------
@@ -162,18 +164,16 @@ def void_lost(ledger: Ledger, work: Path, stores: Collection[str], *, every: boo
         The work folder.
     stores
         Names of the folders in it that are looked at; others may have become final outputs.
-    every
-        Whether every file is read, not a sample.
 
     Returns
     -------
     lost
         Number of records undone.
     """
-    stride = 1 if every else max(1, ledger.finished // CHECKED_BLOCKS)
+    stride = max(1, ledger.finished // CHECKED_BLOCKS)
     lost = 0
     for i, (name, record) in enumerate(ledger.named_records()):
-        if not _is_kept(work, record, stores, compared=i % stride == 0):
+        if not is_kept(work, record, stores, compared=i % stride == 0):
             ledger.void(name, record.block)
             lost += 1
     if lost:
@@ -181,7 +181,8 @@ def void_lost(ledger: Ledger, work: Path, stores: Collection[str], *, every: boo
     return lost
 
 
-def _is_kept(work: Path, record: BlockRecord, stores: Collection[str], *, compared: bool) -> bool:
+def is_kept(work: Path, record: BlockRecord, stores: Collection[str], *, compared: bool) -> bool:
+    """Whether the files that a record names in ``stores`` are there and, if ``compared``, have their sha256."""
     looked_at = {name: name.partition("/")[0] for name in record.checksums}
     if looked_at and not set(stores) <= set(looked_at.values()):
         return False  # it was recorded when another output was finished already

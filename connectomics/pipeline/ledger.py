@@ -95,7 +95,8 @@ class Ledger:
             "volume": list(volume),
         }
         folder.mkdir(parents=True, exist_ok=True)
-        write_once(folder / HEADER, json.dumps(self._header))
+        if not (folder / HEADER).exists():
+            write_once(folder / HEADER, json.dumps(self._header))
         found = read_header(folder)
         if found.get("run_key") != run_key:
             raise LedgerError(
@@ -107,6 +108,20 @@ class Ledger:
         self._finished = 0
         self.refresh()
         self._join(found)
+
+    @classmethod
+    def existing(cls, folder: Path) -> Ledger:
+        """The ledger in ``folder`` as it was begun.
+
+        Raises
+        ------
+        LedgerError
+            If there is none.
+        """
+        header = read_header(folder)
+        plan = plan_of(folder)
+        assert plan is not None
+        return cls(folder, header["run_key"], header["numeric_class"], plan, vec3(header["volume"]))
 
     def _join(self, found: dict[str, Any]) -> None:
         """Take over the header found, unless its blocks are of another numeric class and that is not allowed."""

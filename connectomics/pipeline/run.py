@@ -18,6 +18,7 @@ from connectomics.errors import OutputError, QuarantineError
 from connectomics.fingerprint import key_of
 from connectomics.geometry import Box
 from connectomics.io.atomic import discard, write_text
+from connectomics.io.digests import SUFFIX, write_digests
 from connectomics.io.store import Store, create_store, discard_locks, open_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
 from connectomics.pipeline.blocks import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
@@ -33,6 +34,7 @@ from connectomics.pipeline.survey import load_survey, save_survey
 log = logging.getLogger(__name__)
 LEDGER = "ledger"
 WORKERS = "workers"
+CHECKSUMS = "checksums"  # in RUN: of final outputs
 HOUSE = "house"  # the lease on what one process alone does: survey, stores, filters, exports, tidying
 
 
@@ -179,6 +181,7 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings) -> None:
         write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
     for output in pending:
         _export(prepared, job, output, settings, stamp)
+    _seal(job.run_folder, job.outputs, settings.folder)
     for store in prepared.stores.values():
         store.close()
     _discard_stores(prepared.work)
@@ -192,6 +195,8 @@ def _export(
     if output.name == LABELS and job.filters.active:
         source = filter_store(store, prepared.ledger.grid, filtered, job.filters)
     discard_locks(source.path)
+    for form in output.missing(settings.folder):  # what stands there is replaced
+        _record_of(job.run_folder, output.paths(settings.folder)[form]).unlink(missing_ok=True)
     export_output(source, output, settings.folder, stamp)
     source.close()
     store.close()
@@ -217,11 +222,24 @@ def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: floa
     return report
 
 
-def discard_leftovers(run_folder: Path, outputs: Sequence[Output], program: str) -> None:
-    """Remove the working stores of finished outputs, also those that a kill after the last export left."""
-    work = _work_folder(run_folder, outputs, program)
-    if work.is_dir() and tidy(work / WORKERS):
-        _discard_stores(work)
+def settle(run_folder: Path, outputs: Sequence[Output], settings: RunSettings) -> None:
+    """Do for finished outputs what a kill after the last export left undone: checksums, tidying."""
+    work = _work_folder(run_folder, outputs, settings.program)
+    if not work.is_dir() or not tidy(work / WORKERS):
+        return
+    _seal(run_folder, outputs, settings.folder)
+    _discard_stores(work)
+
+
+def _seal(run_folder: Path, outputs: Sequence[Output], folder: Path) -> None:
+    """Keep the checksums of final outputs that have none yet."""
+    for path in (path for output in outputs for path in output.paths(folder).values()):
+        if path.exists() and not _record_of(run_folder, path).exists():
+            write_digests(path, _record_of(run_folder, path))
+
+
+def _record_of(run_folder: Path, path: Path) -> Path:
+    return run_folder / CHECKSUMS / (path.name + SUFFIX)
 
 
 def _discard_stores(work: Path) -> None:

@@ -50,7 +50,7 @@ class Job:
 
     @property
     def work(self) -> Path:
-        (found,) = (path for path in self.run_folder.iterdir() if path.is_dir())
+        (found,) = (path.parent for path in self.run_folder.glob("*/ledger"))
         return found
 
     def run(self, *more: str, model: Path | None = None, **how: Any) -> Ended:
@@ -113,6 +113,7 @@ def test_what_a_run_leaves(job: Job) -> None:
         "run.log",
         "report.json",
         "provenance.json",
+        "checksums",
         job.work.name,
     }
     provenance = json.loads((job.run_folder / "provenance.json").read_text())
