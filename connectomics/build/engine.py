@@ -28,6 +28,7 @@ from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.run import RunSettings
 
 NNUNET_STEP = 0.5
+PROVENANCE_LIBRARIES = ("connectomics", "nnunetv2", "torch", "numpy", "scipy", "tensorstore")
 NNUNET_THREADS = 8  # nnU-Net's own upper bound of threads in a forward pass
 BUDGET_SHARE = 0.5  # of the machine's memory, where no budget is stated
 
@@ -87,6 +88,11 @@ class Engine:
 def program_version() -> str:
     """Name and version of this program as it goes into run keys."""
     return f"connectomics {importlib.metadata.version('connectomics')}"
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of this program and of the libraries that decide its numbers, for the provenance."""
+    return {name: importlib.metadata.version(name) for name in PROVENANCE_LIBRARIES}
 
 
 def memory_budget_bytes(config: Config) -> int:

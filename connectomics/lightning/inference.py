@@ -26,8 +26,10 @@ from connectomics.io.volume import Array, Spacing, VolumeInfo
 from connectomics.pipeline.contracts import RunReport
 from connectomics.pipeline.finish import check_names
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter
-from connectomics.pipeline.run import discard_leftovers, run_volume
+from connectomics.pipeline.retry import SYSTEMIC, errno_of
+from connectomics.pipeline.run import run_volume, settle
 
+NOT_BEGUN = "not begun, because the disk of the results refused; mend that and run again"
 EXPECTED = (ConnectomicsError, OSError, MemoryError)  # what may go wrong without a mistake of ours
 
 
@@ -132,7 +134,10 @@ class _ArrayReader:
 
 @dataclass(frozen=True, slots=True)
 class VolumeOutcome:
-    """What became of one volume: ``state`` is done, skipped or failed; ``reason`` says why it failed."""
+    """What became of one volume: ``state`` is done, skipped or failed; ``reason`` says why it failed.
+
+    ``storage`` tells that the disk of the results refused, so that no other volume can be written either.
+    """
 
     name: str
     state: str
@@ -140,6 +145,7 @@ class VolumeOutcome:
     paths: tuple[Path, ...] = ()
     report: RunReport | None = None
     seconds: float = 0.0
+    storage: bool = False
 
 
 class Observer(Protocol):
@@ -197,19 +203,24 @@ class VolumeProcessor:
         Returns
         -------
         outcomes
-            One per volume in the given order; with ``stop_on_error`` the list ends at the first failure.
+            One per volume in the given order; with ``stop_on_error`` the list ends at the first failure. When the disk
+            of the results refuses, volumes that are not finished are not begun any more.
         """
         finished = {s.name: paths for s in sources if (paths := self._finished(s)) is not None}
         self._observer.listed(len(sources), len(finished))
-        outcomes = []
+        outcomes: list[VolumeOutcome] = []
+        refused = False
         for source in sources:
             if source.name in finished:
                 outcome = VolumeOutcome(source.name, "skipped", paths=finished[source.name])
+            elif refused:
+                outcome = VolumeOutcome(source.name, "failed", NOT_BEGUN, storage=True)
             else:
                 self._observer.began(source.name)
                 outcome = self._attempt(source)
             self._observer.ended(outcome)
             outcomes.append(outcome)
+            refused = refused or outcome.storage
             if outcome.state == "failed" and self._config.inference.volume_mode.stop_on_error:
                 break
         return outcomes
@@ -229,7 +240,7 @@ class VolumeProcessor:
             return None
         if any(o.missing(settings.folder) for o in outputs):
             return None
-        discard_leftovers(run_folder(self._config, source), outputs, settings.program)
+        settle(run_folder(self._config, source), outputs, settings)
         return tuple(p for o in outputs for p in o.paths(settings.folder).values())
 
     def _attempt(self, source: VolumeSource) -> VolumeOutcome:
@@ -244,7 +255,8 @@ class VolumeProcessor:
                 reason += "; free the disk or mend the permission, then run again"
             if not isinstance(error, EXPECTED):
                 reason = f"{type(error).__name__}: {reason} (unexpected; the traceback is in run.log)"
-            return VolumeOutcome(source.name, "failed", reason, seconds=time.perf_counter() - began)
+            storage = not isinstance(error, VolumeError) and errno_of(error) in SYSTEMIC
+            return VolumeOutcome(source.name, "failed", reason, seconds=time.perf_counter() - began, storage=storage)
         return VolumeOutcome(source.name, "done", "", paths, report, time.perf_counter() - began)
 
     def _process(self, source: VolumeSource) -> tuple[tuple[Path, ...], RunReport]:
@@ -277,7 +289,7 @@ class _RunLog:
             raise OutputError(
                 f"{folder}: cannot make the RUN folder ({error.strerror}); choose another inference.data.output_path"
             ) from error
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
         self._logger = logging.getLogger("connectomics")
         self._level = self._logger.level
 

@@ -17,7 +17,9 @@ from connectomics.inference.resample import ResampledPredictor, Resampling
 from connectomics.io.store import Store
 from connectomics.io.volume import Array, VolumeReader
 from connectomics.models.spec import ChannelNormalisation
+from connectomics.pipeline.blocks import write_block
 from connectomics.pipeline.contracts import BlockRecord
+from connectomics.pipeline.retry import PAUSES_S
 from connectomics.pipeline.survey import keeps_mask, survey
 
 Surveyed = Sequence[Sequence[Case]]  # the cases of each member
@@ -205,6 +207,7 @@ class PredictTask:
     surveyed: Surveyed
     read: ReadBox
     stores: Mapping[str, Store]
+    pauses_s: tuple[float, ...] = PAUSES_S
 
     @property
     def name(self) -> str:
@@ -215,9 +218,6 @@ class PredictTask:
         """Compute a block, write its shards, return their checksums."""
         began = time.perf_counter()
         arrays = self.segmenter.segment(self.read, self.surveyed, block.core)
-        checksums = {}
-        for name, store in self.stores.items():
-            store.write(block.core, arrays[name])
-            checksums[name] = store.checksum(block.core)
+        checksums = dict(write_block(store, block, arrays[name], self.pauses_s) for name, store in self.stores.items())
         windows = self.segmenter.windows(self.read, self.surveyed, block.core)
         return BlockRecord(block.key, checksums, windows, round(time.perf_counter() - began, 3))
