@@ -207,17 +207,37 @@ def train(network: torch.nn.Module, case: ParityCase) -> None:
         batch = torch.from_numpy(image)
         if case.dimensions == 2:
             batch, classes = batch[:, :, 0], classes[:, 0]
-        loss = _loss(case, network(batch)[0], classes)
+        loss = _loss(case.labels == "regions", network(batch)[0], classes)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
 
 
-def _loss(case: ParityCase, logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    if case.labels == "plain":
+def train_second_stage(network: torch.nn.Module, *, regions: bool = False, steps: int = 20) -> None:
+    """Teach a second stage classes that are the sum of what the image shows and of what the first stage found."""
+    first = next(network.parameters())
+    dimensions, channels = first.ndim - 2, first.shape[1] - 2
+    patch = (16, 24) if dimensions == 2 else (8, 16, 16)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    for step in range(steps):
+        image, own = scene(channels, (1,) * (3 - dimensions) + patch, 3000 + step)
+        found = np.roll(own, (step % 5, 2), (1, 2))
+        image = (image - image.mean((1, 2, 3), keepdims=True)) / image.std((1, 2, 3), keepdims=True)
+        stacked = np.concatenate([image, [found == 1, found == 2]]).astype(np.float32)
+        batch, classes = torch.from_numpy(stacked)[None], torch.from_numpy((own + found) // 2)[None]
+        if dimensions == 2:
+            batch, classes = batch[:, :, 0], classes[:, 0]
+        loss = _loss(regions, network(batch)[0], classes)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+
+def _loss(regions: bool, logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    if not regions:
         return torch.nn.functional.cross_entropy(logits, classes)
-    regions = torch.stack([classes > 0, classes > 1], dim=1).float()
-    return torch.nn.functional.binary_cross_entropy_with_logits(logits, regions)
+    inside = torch.stack([classes > 0, classes > 1], dim=1).float()
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, inside)
 
 
 def normalised(case: ParityCase, image: np.ndarray) -> np.ndarray:

@@ -134,6 +134,7 @@ def survey(
     by_slice: bool,
     workers: int = 1,
     plane_axis: int = 0,
+    with_mask: bool = False,
 ) -> tuple[Case, ...]:
     """Read the whole volume once and describe its cases.
 
@@ -151,6 +152,8 @@ def survey(
         Threads that read ahead; the result does not depend on them.
     plane_axis
         The axis (0 = z, 1 = y, 2 = x) whose sections' ranges are gathered; z where each section is a case.
+    with_mask
+        Whether the case of a volume is given its mask although no channel is normalised within it.
 
     Raises
     ------
@@ -161,7 +164,7 @@ def survey(
     whole = Box.of_shape(info.extent)
     sections = [_Tally(info.channels) for _ in range(info.extent[0])]
     planes = sections if plane_axis == 0 else [_Tally(info.channels) for _ in range(info.extent[plane_axis])]
-    mask = np.zeros(info.extent, bool) if keeps_mask(schemes, by_slice=by_slice) else None
+    mask = np.zeros(info.extent, bool) if with_mask or keeps_mask(schemes, by_slice=by_slice) else None
     for box, tile in _tiles(reader, workers):
         _check_finite(tile, box, name)
         nonzero = (tile != 0).any(axis=0)
