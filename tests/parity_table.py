@@ -35,7 +35,7 @@ FACTORS: dict[str, tuple[object, ...]] = {
     "turned": (False, True),
     "spacing": ("planned", "even", "thick", "torch even", "torch thick", "no resampling"),
     "masked": (False, True),
-    "stage": ("alone", "ensemble"),
+    "stage": ("alone", "ensemble", "cascade"),
 }
 COMMON = 7  # the first factors, all combinations of which are run by themselves; the rest are run with each other
 
@@ -176,11 +176,24 @@ def scene(channels: int, extent: tuple[int, ...], seed: int) -> tuple[np.ndarray
     return np.clip(np.asarray(LEVELS)[classes] + noise, 0.02, 1.0), classes
 
 
+def extent_of(case: ParityCase) -> tuple[int, ...]:
+    if case.situation == "small":
+        return (2, 19, 61) if case.dimensions == 2 else (9, 31, 11)
+    return (3, 75, 101) if case.dimensions == 2 else (27, 40, 37)
+
+
+def previous_of(case: ParityCase, seed: int = 0) -> np.ndarray | None:
+    """What the first stage of a cascade may have found: the classes (z, y, x), displaced."""
+    return displaced(scene(case.channels, extent_of(case), seed)[1]) if case.stage == "cascade" else None
+
+
+def displaced(classes: np.ndarray) -> np.ndarray:
+    return np.roll(classes, (1, -2), (-2, -1))
+
+
 def image_of(case: ParityCase, seed: int = 0) -> np.ndarray:
     """An image (c, z, y, x) whose extents and zeros fit the situation."""
-    extent: tuple[int, ...] = (3, 75, 101) if case.dimensions == 2 else (27, 40, 37)
-    if case.situation == "small":
-        extent = (2, 19, 61) if case.dimensions == 2 else (9, 31, 11)
+    extent = extent_of(case)
     image, _ = scene(case.channels, extent, seed)
     image = (image * case.top).astype(case.dtype)
     if case.situation == "border":
@@ -202,7 +215,7 @@ def train(network: torch.nn.Module, case: ParityCase) -> None:
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2)
     for step in range(TRAINING_STEPS):
         pairs = [scene(case.channels, (1,) * (3 - len(patch)) + patch, 1000 + 2 * step + i) for i in range(2)]
-        image = np.stack([normalised(case, image) for image, _ in pairs]).astype(np.float32)
+        image = np.stack([seen(case, *pair) for pair in pairs]).astype(np.float32)
         classes = torch.from_numpy(np.stack([classes for _, classes in pairs]))
         batch = torch.from_numpy(image)
         if case.dimensions == 2:
@@ -240,6 +253,14 @@ def _loss(regions: bool, logits: torch.Tensor, classes: torch.Tensor) -> torch.T
     return torch.nn.functional.binary_cross_entropy_with_logits(logits, inside)
 
 
+def seen(case: ParityCase, image: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """A training scene's input channels: the normalised image, in a cascade also displaced labels one by one."""
+    image = normalised(case, image)
+    if case.stage != "cascade":
+        return image
+    return np.concatenate([image, [displaced(classes) == label for label in (1, 2)]])
+
+
 def normalised(case: ParityCase, image: np.ndarray) -> np.ndarray:
     """A training scene as the model will see it: in the range its normalisation gives."""
     scaled = image * case.top
@@ -274,6 +295,7 @@ def model_of(case: ParityCase, folder: Path) -> Path:
         axis_order=case.axis_order,
         resampling=functions.get(case.spacing),
         masked=[case.masked] * case.channels,
+        previous_stage="3d_lowres" if case.stage == "cascade" else None,
     )
 
 
@@ -311,7 +333,8 @@ def compare(case: ParityCase, folder: Path) -> ParityResult:
     """Label one image with both and count what differs."""
     torch.set_num_threads(1)
     image = image_of(case)
-    members = [case] if case.stage == "alone" else [case, partner_of(case)]
+    members = [case, partner_of(case)] if case.stage == "ensemble" else [case]
+    previous = previous_of(case)
     models = [model_of(member, folder / str(i)) for i, member in enumerate(members)]
     mirror = case.situation != "no mirroring"
     words = [
@@ -325,16 +348,17 @@ def compare(case: ParityCase, folder: Path) -> ParityResult:
     ]
     manager = InferenceManager.from_checkpoint(models[0], words)
     spacing = None if case.spacings is None else case.spacings[1]
-    ours = manager.predict(image, spacing)  # type: ignore[arg-type]
+    ours = manager.predict(image, spacing, previous)  # type: ignore[arg-type]
     assert ours.probabilities is not None
-    segmenter, reader = manager.segmenter(spacing), ArrayVolume(image)  # type: ignore[arg-type]
+    read = None if previous is None else ArrayVolume(previous[None]).read
+    segmenter, reader = manager.segmenter(spacing, read), ArrayVolume(image)  # type: ignore[arg-type]
     surveyed = segmenter.survey(reader, "image")
     exact, stock = [], []
     for model, member, cases, engine_model in zip(models, members, surveyed, manager.engine.models, strict=True):
         predictor = oracle.make_predictor(model, engine_model.spec.folds, mirror=mirror)
         zscore = member.scheme == "ZScoreNormalization"
-        exact.append(oracle.predict_cases(predictor, image, cases, spacing, inject=zscore))
-        stock.append(oracle.predict_cases(predictor, image, cases, spacing, exact=False))
+        exact.append(oracle.predict_cases(predictor, image, cases, spacing, inject=zscore, previous=previous))
+        stock.append(oracle.predict_cases(predictor, image, cases, spacing, exact=False, previous=previous))
     label_manager = predictor.label_manager
     labels, probabilities = oracle.ensembled(label_manager, exact)
     differ_cut = 0
