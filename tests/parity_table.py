@@ -92,7 +92,8 @@ class ParityCase:
     def exists(self) -> bool:
         """Single images are a 2D matter and are not resampled; only z-scores know a mask."""
         flat = self.dimensions == 2 and self.spacing == "planned"
-        return (flat or not self.by_slice) and (self.scheme == "ZScoreNormalization" or not self.masked)
+        maskable = self.scheme == "ZScoreNormalization" and not (self.by_slice and self.stage == "cascade")
+        return (flat or not self.by_slice) and (maskable or not self.masked)
 
     @property
     def top(self) -> float:

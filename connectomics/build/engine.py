@@ -15,7 +15,7 @@ from connectomics.build.cascade import check_first_stage, first_stage_config
 from connectomics.build.models import load_members
 from connectomics.build.rules import check_activation, label_rule, probability_rule
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError
+from connectomics.errors import ConfigError, ModelError
 from connectomics.geometry import AxisOrder
 from connectomics.inference.predictor import Predictor, RollingPredictor, SlidingWindow
 from connectomics.inference.resample import check_rules
@@ -195,6 +195,12 @@ def _member(config: Config, model: EngineModel, backends: tuple[TorchBackend, ..
     spec = model.spec
     by_slice = spec.slice_case if config.inference.case == "auto" else config.inference.case == "slice"
     check_resampling(config, spec, by_slice=by_slice)
+    if by_slice and spec.previous_stage is not None and any(scheme.masked for scheme in spec.normalisations):
+        raise ModelError(
+            f"configuration '{spec.configuration}' is the second stage of a cascade, normalises within a mask "
+            "(use_mask_for_norm), and each section is a case; that is not supported: set inference.case=volume, or use "
+            "nnU-Net itself for it"
+        )
     predictor = _predictor(config, backends, model.window, spec)
     values = () if spec.previous_stage is None else spec.foreground_labels
     return Member(

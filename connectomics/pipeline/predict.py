@@ -144,7 +144,7 @@ class Segmenter:
     def survey(self, reader: VolumeReader, name: str, workers: int = 1) -> Surveyed:
         """The cases of a volume for each member; the volume is read once for members that see it alike."""
         found: dict[object, Sequence[Case]] = {}
-        keys = [(m.schemes, m.by_slice, m.plane_axis, m.keeps_mask) for m in self.members]
+        keys = [(m.schemes, m.by_slice, m.plane_axis, m.keeps_mask, m.previous_values) for m in self.members]
         for m, key in zip(self.members, keys, strict=True):
             if key not in found:
                 found[key] = survey(
@@ -155,6 +155,7 @@ class Segmenter:
                     workers=workers,
                     plane_axis=m.plane_axis,
                     with_mask=m.keeps_mask,
+                    previous=m.previous if any(scheme.masked for scheme in m.schemes) else None,
                 )
         return tuple(found[key] for key in keys)
 
