@@ -151,7 +151,7 @@ def _add_nnunet_words(parser: argparse.ArgumentParser) -> None:
     add("-part_id", type=int, default=0, help="which of them, from 0 on; default: %(default)s")
     add("-device", choices=["cuda", "cpu", "mps"], default="cuda", help="default: %(default)s")
     add("--disable_progress_bar", action="store_true", help="no progress")
-    add("-prev_stage_predictions", metavar="FOLDER", help="refused: cascades are not supported yet")
+    add("-prev_stage_predictions", type=Path, metavar="FOLDER", help="labels CASE.png of a cascade's first stage")
     for word in ("-npp", "-nps"):
         add(word, type=int, help="ignored: no processes are needed for reading and writing")
     for word in ("--verbose", "--not_on_device"):
@@ -390,6 +390,7 @@ def _from_nnunet(words: argparse.Namespace) -> int:
         num_parts=words.num_parts,
         part_id=words.part_id,
         device=words.device,
+        previous_folder=words.prev_stage_predictions,
     )
     prediction = FolderPrediction(call, words.overrides)
     for deviation in prediction.deviations:
@@ -406,8 +407,6 @@ def _from_nnunet(words: argparse.Namespace) -> int:
 
 def _model_of(words: argparse.Namespace) -> Path:
     """The training folder that nnU-Net's arguments mean."""
-    if words.prev_stage_predictions is not None:
-        raise ConfigError("-prev_stage_predictions: cascades are not supported yet; use nnU-Net itself for this model")
     if words.m is not None and (words.d or words.c):
         raise ConfigError("-m and -d or -c both name the model; give -m FOLDER, or -d DATASET -c CONFIGURATION")
     if words.m is not None:
