@@ -266,6 +266,8 @@ def _deviations(config: Config, models: tuple[EngineModel, ...], segmenter: Segm
     tests = [
         (inference.sliding_window.engine != "nnunet", "MONAI's window grid"),
         (inference.postprocessing.binary.enabled, "labels by a threshold"),
+        (inference.roi is not None, "background outside inference.roi"),
+        (inference.mask is not None, "background outside inference.mask"),
         (len({m.weight for m in segmenter.members}) > 1, "a weighted mean of probabilities"),
     ]
     for model, member in zip(models, segmenter.members, strict=True):

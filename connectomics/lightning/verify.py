@@ -167,10 +167,12 @@ def verify(
     Raises
     ------
     ConfigError
-        If the configuration names an ensemble.
+        If the configuration names an ensemble, or restricts the volume.
     VolumeError
         If the volume or the output cannot be read or compared.
     """
+    if config.inference.roi is not None or config.inference.mask is not None:
+        raise ConfigError("inference.roi and inference.mask: verify compares whole samples; leave both null")
     if config.model.ensemble:
         raise ConfigError("model.ensemble: an ensemble is the mean of its models, so verify them one by one")
     manager = InferenceManager(config, checkpoint)

@@ -26,6 +26,7 @@ from connectomics.pipeline.ledger import Ledger, plan_of
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter, Surveyed
 from connectomics.pipeline.survey import load_survey, save_survey
+from connectomics.pipeline.wanted import Chosen, Wanted
 
 log = logging.getLogger(__name__)
 OnBlock = Callable[[int, int], None]
@@ -63,7 +64,7 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True)
 class VolumeJob:
-    """One volume and what is wanted of it."""
+    """One volume and what is wanted of it; without ``wanted`` every voxel is."""
 
     name: str
     run_folder: Path
@@ -74,6 +75,7 @@ class VolumeJob:
     plan: BlockPlan
     provenance: Mapping[str, object]
     command: tuple[str, ...]
+    wanted: Wanted | None = None
 
 
 def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_block: OnBlock) -> RunReport:
@@ -103,17 +105,18 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     plan = plan_of(work / LEDGER) or job.plan  # a rerun elsewhere cuts the volume as it was begun
     grid = BlockGrid(job.reader.info.extent, plan.block_shape)
     run_key = key_of(facts | {"grid": list(grid.block_shape), "program": settings.program})
+    blocks = _blocks(job, grid)
     surveyed = _surveyed(work, job, settings)
     ledger = Ledger(work / LEDGER, run_key, settings.numeric_class, plan, allow_other_class=settings.allow_mixed)
     pending = [o for o in job.outputs if o.missing(settings.folder)]
     try:
         stores = {o.name: _store(work / f"{o.name}.zarr", job, o.name, plan) for o in pending}
-        lost = _lost_blocks(ledger, grid, stores)
+        lost = _lost_blocks(ledger, blocks, stores)
         if lost:
             ledger.forget(lost)
         skipped = len(ledger.records)
-        task = PredictTask(grid, job.segmenter, surveyed, job.reader.read, stores)
-        fresh = _run_blocks(task, ledger, executor, on_block)
+        task = PredictTask(grid, job.segmenter, surveyed, job.reader.read, stores, job.wanted)
+        fresh = _run_blocks(task, blocks, ledger, executor, on_block)
         mixed = ledger.mixed
     finally:
         ledger.close()
@@ -130,7 +133,7 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     seconds = round(time.perf_counter() - began, 3)
     windows = sum(r.windows for r in fresh)
     voxels = Box.of_shape(grid.volume).voxels
-    report = RunReport(len(grid), skipped, len(fresh), windows, voxels, seconds)
+    report = RunReport(len(blocks), skipped, len(fresh), windows, voxels, seconds)
     write_text(job.run_folder / "report.json", json.dumps(asdict(report), indent=1) + "\n")
     discard_leftovers(job.run_folder, job.outputs, settings.program)
     return report
@@ -166,6 +169,22 @@ def _make_work_folder(work: Path) -> None:
         )
 
 
+def _blocks(job: VolumeJob, grid: BlockGrid) -> Chosen:
+    """The blocks that have something to do, the same ones whatever is done already.
+
+    An absent shard reads as 0, so a block without wanted voxels is written only for an output whose outside is not 0.
+    """
+    if job.wanted is None:
+        return Chosen(grid)
+    flags = job.wanted.blocks(grid)
+    count = int(np.count_nonzero(flags))
+    log.info("%d of %d blocks hold wanted voxels", count, len(grid))
+    if count == 0:
+        log.warning("%s: no voxel is wanted (inference.mask is zero everywhere), so all becomes background", job.name)
+    outside = job.segmenter.outside((1, 1, 1))
+    return Chosen(grid, None if any(outside[o.name].any() for o in job.outputs) else flags)
+
+
 def _surveyed(work: Path, job: VolumeJob, settings: RunSettings) -> Surveyed:
     path = work / "survey.json"
     kept = not any(m.keeps_mask for m in job.segmenter.members)  # a mask is as large as the volume: it is found again
@@ -197,9 +216,9 @@ def _store(path: Path, job: VolumeJob, name: str, plan: BlockPlan) -> Store:
     return create_store(path, info, shard_shape=plan.block_shape, attributes={})
 
 
-def _lost_blocks(ledger: Ledger, grid: BlockGrid, stores: Mapping[str, Store]) -> set[str]:
+def _lost_blocks(ledger: Ledger, blocks: Chosen, stores: Mapping[str, Store]) -> set[str]:
     """Recorded blocks whose shards are not there or, for a sample, do not have the recorded checksum."""
-    done = [block for block in grid if block.key in ledger.records]
+    done = [block for block in blocks if block.key in ledger.records]
     stride = max(1, len(done) // CHECKED_BLOCKS)
     lost = set()
     for i, block in enumerate(done):
@@ -222,12 +241,14 @@ def _checksum(store: Store, block: Block) -> str | None:
         return None
 
 
-def _run_blocks(task: PredictTask, ledger: Ledger, executor: Executor, on_block: OnBlock) -> list[BlockRecord]:
-    planned, finished = len(task.grid), len(ledger.records)
+def _run_blocks(
+    task: PredictTask, blocks: Chosen, ledger: Ledger, executor: Executor, on_block: OnBlock
+) -> list[BlockRecord]:
+    planned, finished = len(blocks), len(ledger.records)
     on_block(finished, planned)
     log.info("%d blocks planned, %d finished before", planned, finished)
     fresh = []
-    for record in executor.run(task, (b for b in task.grid if b.key not in ledger.records)):
+    for record in executor.run(task, (b for b in blocks if b.key not in ledger.records)):
         ledger.append(record)
         fresh.append(record)
         log.info("block %s: %d windows, %.2f s", record.block, record.windows, record.seconds)
