@@ -17,7 +17,7 @@ from connectomics.errors import VolumeError
 from connectomics.geometry import Block, BlockGrid, Box, Vec3, vec3
 from connectomics.io.volume import VolumeReader
 
-PIECE_BYTES = 1 << 26  # of a mask read at once
+PIECE_BYTES = 1 << 24  # of a mask read at once
 Flags = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
 
