@@ -29,6 +29,7 @@ from connectomics.pipeline.run import RunSettings
 
 NNUNET_STEP = 0.5
 NNUNET_THREADS = 8  # nnU-Net's own upper bound of threads in a forward pass
+PACKAGES = ("connectomics", "nnunetv2", "torch", "numpy", "scipy", "scikit-image")  # whose versions decide the voxels
 BUDGET_SHARE = 0.5  # of the machine's memory, where no budget is stated
 
 
@@ -87,6 +88,12 @@ class Engine:
 def program_version() -> str:
     """Name and version of this program as it goes into run keys."""
     return f"connectomics {importlib.metadata.version('connectomics')}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that compute, for provenance."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def memory_budget_bytes(config: Config) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from connectomics.build.engine import Engine, EngineModel
+from connectomics.build.engine import Engine, EngineModel, versions
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, VolumeError
 from connectomics.fingerprint import key_of
@@ -251,6 +251,7 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
     described = [_described(model) for model in engine.models]
     provenance: dict[str, object] = {
         "program": engine.settings.program,
+        "versions": versions(),
         "experiment_name": config.experiment_name,
         "description": config.description,
         "input": reader.identity,
