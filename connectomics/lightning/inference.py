@@ -114,10 +114,9 @@ class InferenceManager:
             )
         segmenter, whole = self.segmenter(spacing), Box.of_shape(reader.info.extent)
         wanted = wanted_of(self._config, reader.info.extent, "the image")
-        surveyed = segmenter.survey(reader, "the image")
-        arrays, _ = segmenter.segment_wanted(reader.read, surveyed, whole, wanted)
-        if wanted is not None:
-            wanted.close()
+        with contextlib.closing(wanted) if wanted is not None else contextlib.nullcontext():
+            surveyed = segmenter.survey(reader, "the image")
+            arrays, _ = segmenter.segment_wanted(reader.read, surveyed, whole, wanted)
         labels = self.engine.filters.apply(arrays[LABELS][0])
         probabilities = arrays.get(PROBABILITIES)
         if image.ndim == 2:

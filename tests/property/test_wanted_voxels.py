@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from connectomics.errors import VolumeError
 from connectomics.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.io.volume import Array
+from connectomics.io.volume import Array, VolumeInfo
 from connectomics.lightning.inference import InferenceManager
 from connectomics.pipeline import wanted as module
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter, Surveyed
@@ -110,6 +111,48 @@ def test_masks_of_colours_or_undefined_numbers_are_refused() -> None:
     for ask in (lambda: wanted.within(Box.of_shape(extent)), lambda: wanted.blocks(BlockGrid(extent, (1, 4, 4)))):
         with pytest.raises(VolumeError, match="m: NaN or infinite values in voxels"):
             ask()
+
+
+class Sparse:
+    """A mask that is computed as it is read, about one voxel in a thousand wanted; keeps the sizes of what is read."""
+
+    def __init__(self, extent: Vec3) -> None:
+        self.info = VolumeInfo((1, *extent), np.dtype(np.uint8), (64, 64, 64))
+        self.identity: dict[str, object] = {}
+        self.sizes: list[int] = []
+
+    def read(self, box: Box) -> Array:
+        self.sizes.append(box.voxels)
+        z, y, x = (np.arange(a, b, dtype=np.uint32) for a, b in zip(box.start, box.stop, strict=True))
+        mixed = (z * 7919)[:, None, None] ^ (y * 104729)[:, None] ^ (x * 1299709)
+        return (mixed % 1009 == 0).astype(np.uint8)[None]
+
+    def close(self) -> None: ...
+
+
+def test_a_million_blocks_are_decided_with_little_memory() -> None:
+    extent, grid = (12800, 12800, 12800), BlockGrid((12800, 12800, 12800), (128, 128, 128))
+    mask = Sparse((200, 200, 200))
+    tracemalloc.start()
+    flags = Wanted(extent, Box.of_shape(extent), mask, "m").blocks(grid)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert flags.size == len(grid) == 10**6
+    assert len(mask.sizes) < 10
+    assert peak < 200e6
+    assert flags.any()
+    expected = mask.read(Box.of_shape((200, 200, 200)))[0].reshape(100, 2, 100, 2, 100, 2).any((1, 3, 5))
+    assert np.array_equal(flags, expected)
+
+
+def test_a_large_block_of_a_fine_mask_is_read_piece_by_piece() -> None:
+    extent = (1, 2048, 20_000)
+    mask = Sparse(extent)
+    wanted = Wanted(extent, Box.of_shape(extent), mask, "m")
+    box, flags = wanted.within(Box.of_shape(extent))
+    assert max(mask.sizes) <= module.PIECE_BYTES < Box.of_shape(extent).voxels
+    assert flags is not None
+    assert np.array_equal(flags, mask.read(box)[0] != 0)
 
 
 @dataclass(frozen=True)
