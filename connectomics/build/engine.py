@@ -29,8 +29,16 @@ from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.run import RunSettings
 
 NNUNET_STEP = 0.5
-PROVENANCE_LIBRARIES = ("connectomics", "nnunetv2", "torch", "numpy", "scipy", "tensorstore")
 NNUNET_THREADS = 8  # nnU-Net's own upper bound of threads in a forward pass
+PACKAGES = (
+    "connectomics",
+    "nnunetv2",
+    "torch",
+    "numpy",
+    "scipy",
+    "scikit-image",
+    "tensorstore",
+)  # that compute or write
 BUDGET_SHARE = 0.5  # of the machine's memory, where no budget is stated
 
 
@@ -99,9 +107,10 @@ def program_version() -> str:
     return f"connectomics {importlib.metadata.version('connectomics')}"
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of this program and of the libraries that decide its numbers, for the provenance."""
-    return {name: importlib.metadata.version(name) for name in PROVENANCE_LIBRARIES}
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that compute, for provenance."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def memory_budget_bytes(config: Config) -> int:
@@ -304,6 +313,8 @@ def _deviations(config: Config, models: tuple[EngineModel, ...], segmenter: Segm
     tests = [
         (inference.sliding_window.engine != "nnunet", "MONAI's window grid"),
         (inference.postprocessing.binary.enabled, "labels by a threshold"),
+        (inference.roi is not None, "background outside inference.roi"),
+        (inference.mask is not None, "background outside inference.mask"),
         (len({m.weight for m in segmenter.members}) > 1, "a weighted mean of probabilities"),
     ]
     for model, member in zip(models, segmenter.members, strict=True):

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from connectomics.build.cascade import checked_labels, first_stage_config, open_previous
-from connectomics.build.engine import Engine, EngineModel, library_versions
+from connectomics.build.engine import Engine, EngineModel, versions
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, VolumeError
 from connectomics.fingerprint import key_of
-from connectomics.geometry import vec3
+from connectomics.geometry import Box, Vec3, vec3
 from connectomics.inference.case import ReadBox
 from connectomics.inference.mask import check_mask_memory, mask_bytes
 from connectomics.inference.resample import Resampling, check_ratio
@@ -34,6 +34,7 @@ from connectomics.pipeline.planning import (
 )
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segmenter
 from connectomics.pipeline.run import VolumeJob
+from connectomics.pipeline.wanted import Wanted, require_inside
 
 PREVIOUS = "previous_stage"  # folder in RUN where the labels of a cascade's first stage are kept
 # keys that a reproducing command states in another way, or that only say where and which
@@ -137,7 +138,7 @@ def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: Vol
     names = final_names(config, engine, source)
     resampling = _resampling_facts(segmenter_of(config, engine, reader.info.spacing))
     facts = dict(engine.facts) | {"input": reader.identity, "resample": resampling}
-    facts |= _previous_facts(config, engine, source, reader)
+    facts |= _previous_facts(config, engine, source, reader) | _wanted_facts(config)
     outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1])]
     rule = engine.segmenter.probabilities
     if rule is not None:
@@ -227,6 +228,47 @@ def _resampling_facts(segmenter: Segmenter) -> object:
     return facts[0] if len(facts) == 1 else facts
 
 
+def wanted_of(config: Config, extent: Vec3, name: str) -> Wanted | None:
+    """What ``inference.roi`` and ``inference.mask`` leave of a volume, or None where they do not restrict it.
+
+    Parameters
+    ----------
+    extent
+        Of the volume (z, y, x).
+    name
+        Of the volume, for messages.
+
+    Raises
+    ------
+    VolumeError
+        If the box lies outside the volume, or the mask cannot be opened or belongs to another one.
+    """
+    roi, mask = config.inference.roi, config.inference.mask
+    if roi is None and mask is None:
+        return None
+    box = Box.of_shape(extent) if roi is None else Box(vec3(roi[0]), vec3(roi[1]))
+    require_inside(box, extent, name)
+    if mask is None:
+        return Wanted(extent, box)
+    reader = open_volume(mask)
+    try:
+        return Wanted(extent, box, reader, f"inference.mask={mask}, for {name}")
+    except VolumeError:
+        reader.close()
+        raise
+
+
+def _wanted_facts(config: Config) -> dict[str, object]:
+    """What restricts a volume, for result keys and provenance; nothing where nothing does."""
+    roi, mask = config.inference.roi, config.inference.mask
+    facts: dict[str, object] = {} if roi is None else {"roi": roi}
+    if mask is not None:
+        reader = open_volume(mask)
+        facts["mask"] = reader.identity
+        reader.close()
+    return {"wanted": facts} if facts else {}
+
+
 def job_of(
     config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader, previous: VolumeReader | None = None
 ) -> VolumeJob:
@@ -236,13 +278,16 @@ def job_of(
     ------
     ResourceError
         If the memory budget cannot hold one block's work, or the mask that the model normalises within.
+    VolumeError
+        If ``inference.roi`` or ``inference.mask`` does not fit the volume.
     """
+    wanted = wanted_of(config, reader.info.extent, source.name)
     outputs = outputs_of(config, engine, source, reader)
     segmenter = segmenter_of(config, engine, reader.info.spacing, None if previous is None else previous.read)
     described = [_described(model) for model in engine.models]
     provenance: dict[str, object] = {
         "program": engine.settings.program,
-        "versions": library_versions(),
+        "versions": versions(),
         "experiment_name": config.experiment_name,
         "description": config.description,
         "input": reader.identity,
@@ -251,7 +296,7 @@ def job_of(
         "regions": {name: list(values) for name, values in engine.spec.regions},
         "resample": _resampling_facts(segmenter),
         "seed": config.system.seed,
-    }
+    } | _wanted_facts(config)
     return VolumeJob(
         source.name,
         run_folder(config, source),
@@ -265,6 +310,7 @@ def job_of(
         | dict(engine.facts)
         | _previous_provenance(engine, previous),
         _command(config, engine, source),
+        wanted,
     )
 
 

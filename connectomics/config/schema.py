@@ -140,12 +140,17 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """``inference``: how volumes become labels. ``voxel_size_nm`` and ``block_shape`` are (z, y, x)."""
+    """``inference``: how volumes become labels. ``voxel_size_nm`` and ``block_shape`` are (z, y, x).
+
+    ``roi`` is the first voxel that is wanted and the one after the last, each (z, y, x); ``mask`` names a volume.
+    """
 
     case: str = "auto"
     voxel_size_nm: list[float] | None = None
     axes: str | None = None
     block_shape: list[int] | None = None
+    roi: list[list[int]] | None = None
+    mask: str | None = None
     resample: str = "off"
     spacing: list[float] | None = None
     allow_large_resampling: bool = False

@@ -46,6 +46,7 @@ def validate(config: Config) -> None:
     _expectations(config)
     _volumes(config.inference)
     _frame(config.inference)
+    _wanted(config.inference)
     _windows(config.inference)
     _mirroring(config.inference)
     _activation(config.inference)
@@ -213,6 +214,24 @@ def _frame(inference: Inference) -> None:
     rule = "must name the axes in the file's order by c, z, y, x, each at most once and y, x always"
     _require(possible, "inference.axes", axes, rule)
     _extents("inference.block_shape", inference.block_shape, (3,))
+
+
+def _wanted(inference: Inference) -> None:
+    roi, mask, binary = inference.roi, inference.mask, inference.postprocessing.binary
+    possible = roi is None or (len(roi) == 2 and len(roi[0]) == len(roi[1]) == 3)
+    possible = possible and (roi is None or all(0 <= a < b for a, b in zip(*roi, strict=True)))
+    rule = (
+        "must be [[z, y, x], [z, y, x]]: the first voxel and the one after the last, which lies beyond it on each axis"
+    )
+    _require(possible, "inference.roi", roi, rule)
+    _require(mask != "", "inference.mask", mask, "must name a volume, or be null")
+    key = "inference.postprocessing.binary"
+    rule = "inference.roi and inference.mask cut objects, and it needs whole ones; state one or the other"
+    whole = roi is None and mask is None
+    _require(
+        whole or binary.remove_small_objects == 0, f"{key}.remove_small_objects", binary.remove_small_objects, rule
+    )
+    _require(whole or not binary.fill_holes, f"{key}.fill_holes", binary.fill_holes, rule)
 
 
 def _windows(inference: Inference) -> None:

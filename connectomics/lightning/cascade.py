@@ -13,8 +13,9 @@ from connectomics.config.schema import Config
 from connectomics.executors.serial import SerialExecutor
 from connectomics.io.listing import VolumeSource
 from connectomics.io.volume import VolumeReader
+from connectomics.pipeline.blocks import OnBlock
 from connectomics.pipeline.finish import check_names
-from connectomics.pipeline.run import OnBlock, run_volume
+from connectomics.pipeline.run import run_volume
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from connectomics.build.engine import Engine
+from connectomics.build.volumes import wanted_of
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ConnectomicsError, VolumeError
 from connectomics.evaluate.semantic import Confusion, scores
@@ -18,6 +19,7 @@ from connectomics.io.listing import VolumeSource
 from connectomics.io.opening import open_volume
 from connectomics.io.volume import VolumeInfo, VolumeReader
 from connectomics.lightning.inference import VolumeOutcome
+from connectomics.pipeline.wanted import Wanted
 
 PIECE: Vec3 = (16, 1024, 1024)  # voxels compared at once
 BINARY = 2
@@ -59,7 +61,7 @@ def evaluate_outcomes(
         Of the volumes, in the order of ``test.data.test_image``; those after a stop are not there.
     truths
         A volume of labels for each, same extent; with two classes everything above 0 is foreground. Voxels with the
-        model's ignore label are not counted.
+        model's ignore label are not counted, nor are those outside ``inference.roi`` and ``inference.mask``.
     """
     classes, spec = engine.spec.class_labels, engine.spec
     count = 1 + max(*(v for values in classes.values() for v in values), *spec.class_values)
@@ -69,7 +71,7 @@ def evaluate_outcomes(
         if outcome.state == "failed":
             continue
         try:
-            confusion = compare(outcome.paths[0], truth, count, spec.ignored_label)
+            confusion = compare(outcome.paths[0], truth, count, spec.ignored_label, config)
         except ConnectomicsError as error:
             failures[outcome.name] = str(error)
             continue
@@ -81,8 +83,12 @@ def evaluate_outcomes(
     return result
 
 
-def compare(prediction: Path, truth: str, labels: int, ignored: int | None = None) -> Confusion:
+def compare(
+    prediction: Path, truth: str, labels: int, ignored: int | None = None, config: Config | None = None
+) -> Confusion:
     """Confusion of two volumes of labels 0 to ``labels`` - 1, read piece by piece, without ``ignored`` voxels.
+
+    With a configuration, only what its ``inference.roi`` and ``inference.mask`` want is counted.
 
     Raises
     ------
@@ -91,21 +97,35 @@ def compare(prediction: Path, truth: str, labels: int, ignored: int | None = Non
     """
     given, true = open_volume(str(prediction)), open_volume(truth)
     try:
-        return _streamed(given, true, truth, labels, ignored)
+        _require_same_shape(given, true, truth)
+        wanted = None if config is None else wanted_of(config, given.info.extent, truth)
+        try:
+            return _streamed(given, true, labels, ignored, wanted)
+        finally:
+            if wanted is not None:
+                wanted.close()
     finally:
         given.close()
         true.close()
 
 
-def _streamed(given: VolumeReader, true: VolumeReader, name: str, labels: int, ignored: int | None) -> Confusion:
+def _require_same_shape(given: VolumeReader, true: VolumeReader, name: str) -> None:
     if true.info.shape != given.info.shape:
         raise VolumeError(
             f"{name}: has shape (c, z, y, x) {true.info.shape}, the prediction {given.info.shape}; state the label "
             "volume of this image"
         )
+
+
+def _streamed(
+    given: VolumeReader, true: VolumeReader, labels: int, ignored: int | None, wanted: Wanted | None
+) -> Confusion:
     total = Confusion.zero(labels)
     for block in BlockGrid(true.info.extent, _piece(true.info)):
-        found, expected = given.read(block.core), true.read(block.core)
+        box, flags = (block.core, None) if wanted is None else wanted.within(block.core)
+        found, expected = given.read(box), true.read(box)
+        if flags is not None:
+            found, expected = found[:, flags], expected[:, flags]
         if ignored is not None:
             found, expected = found[expected != ignored], expected[expected != ignored]
         if labels == BINARY:

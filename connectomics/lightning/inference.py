@@ -16,7 +16,15 @@ import torch
 
 from connectomics.build.cascade import check_previous_stage
 from connectomics.build.engine import Engine, build_engine
-from connectomics.build.volumes import final_paths, job_of, open_source, outputs_of, run_folder, segmenter_of
+from connectomics.build.volumes import (
+    final_paths,
+    job_of,
+    open_source,
+    outputs_of,
+    run_folder,
+    segmenter_of,
+    wanted_of,
+)
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ConnectomicsError, OutputError, VolumeError
@@ -100,7 +108,8 @@ class InferenceManager:
         ConfigError
             If labels of a previous stage are needed and neither given nor made by a model.
         VolumeError
-            If the shape, dtype or number of channels does not fit the model, or a value is not finite.
+            If the shape, dtype or number of channels does not fit the model, a value is not finite, or
+            ``inference.roi`` or ``inference.mask`` does not fit the image.
         """
         if image.ndim not in (2, 3, 4) or image.size == 0 or image.dtype.kind not in "uifb":
             raise VolumeError(
@@ -113,9 +122,14 @@ class InferenceManager:
                 f"the image has {reader.info.channels} channels, the model expects {self.engine.spec.channels} "
                 f"({', '.join(self.engine.spec.channel_names)})"
             )
-        segmenter = self.segmenter(spacing, self._previous(reader, spacing, previous))
-        surveyed = segmenter.survey(reader, "the image")
-        arrays = segmenter.segment(reader.read, surveyed, Box.of_shape(reader.info.extent))
+        segmenter, whole = (
+            self.segmenter(spacing, self._previous(reader, spacing, previous)),
+            Box.of_shape(reader.info.extent),
+        )
+        wanted = wanted_of(self._config, reader.info.extent, "the image")
+        with contextlib.closing(wanted) if wanted is not None else contextlib.nullcontext():
+            surveyed = segmenter.survey(reader, "the image")
+            arrays, _ = segmenter.segment_wanted(reader.read, surveyed, whole, wanted)
         labels = self.engine.filters.apply(arrays[LABELS][0])
         probabilities = arrays.get(PROBABILITIES)
         if image.ndim == 2:
@@ -292,14 +306,17 @@ class VolumeProcessor:
 
     def _process(self, source: VolumeSource) -> tuple[tuple[Path, ...], RunReport]:
         settings = self._engine.settings
-        reader = open_source(self._config, self._engine, source)
-        try:
-            with previous_labels(self._config, self._engine, source, reader, self._observer.block) as previous:
-                job = job_of(self._config, self._engine, source, reader, previous)
-                check_names(job.outputs, settings.folder, overwrite=self._config.inference.output.overwrite)
-                report = run_volume(job, settings, SerialExecutor(), self._observer.block)
-        finally:
-            reader.close()
+        with contextlib.ExitStack() as opened:
+            reader = open_source(self._config, self._engine, source)
+            opened.callback(reader.close)
+            previous = opened.enter_context(
+                previous_labels(self._config, self._engine, source, reader, self._observer.block)
+            )
+            job = job_of(self._config, self._engine, source, reader, previous)
+            if job.wanted is not None:
+                opened.callback(job.wanted.close)
+            check_names(job.outputs, settings.folder, overwrite=self._config.inference.output.overwrite)
+            report = run_volume(job, settings, SerialExecutor(), self._observer.block)
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report
 
 

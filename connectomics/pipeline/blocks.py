@@ -118,7 +118,7 @@ def run_blocks(task: Task, ledger: Ledger, executor: Executor, worker: Worker, o
     QuarantineError
         If one block after the other fails.
     """
-    planned, before = len(ledger.grid), ledger.finished
+    planned, before = ledger.planned, ledger.finished
     on_block(before, planned)
     log.info("%s: %d blocks planned, %d finished before", task.name, planned, before)
     failures: dict[str, BlockFailure] = {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from connectomics.geometry import AxisOrder, Block, BlockGrid, Box
+from connectomics.geometry import AxisOrder, Block, BlockGrid, Box, Vec3
 from connectomics.inference.cascade import PreviousLabels, StackedInput
 from connectomics.inference.case import Case, CaseInput, ReadBox
 from connectomics.inference.head import LabelRule, ProbabilityRule
@@ -22,6 +22,7 @@ from connectomics.pipeline.blocks import write_block
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.retry import PAUSES_S
 from connectomics.pipeline.survey import keeps_mask, survey
+from connectomics.pipeline.wanted import Wanted
 
 Surveyed = Sequence[Sequence[Case]]  # the cases of each member
 LABELS = "labels"
@@ -181,16 +182,39 @@ class Segmenter:
         if len(self.members) > 1:
             return self._kept(self._mean(read, surveyed, core))
         (member,), (cases,) = self.members, surveyed
-        result: dict[str, Array] = {LABELS: np.zeros((1, *core.shape), self.labels.dtype)}
-        if self.probabilities is not None:
-            outside = self.probabilities.background().reshape(-1, 1, 1, 1)
-            result[PROBABILITIES] = np.broadcast_to(outside, (len(outside), *core.shape)).copy()
+        result = self.outside(core.shape)
         for box, logits in member.logits(read, cases, core):
             index = (slice(None), *box.slices)
             member.view(result[LABELS])[index] = self.labels.apply(logits)
             if self.probabilities is not None:
                 member.view(result[PROBABILITIES])[index] = self.probabilities.apply(logits)
         return result
+
+    def outside(self, shape: Vec3) -> dict[str, Array]:
+        """What stands where nothing is computed, as ``segment`` returns it: label 0, the background's probabilities."""
+        result: dict[str, Array] = {LABELS: np.zeros((1, *shape), self.labels.dtype)}
+        if self.probabilities is not None:
+            values = self.probabilities.background().reshape(-1, 1, 1, 1)
+            result[PROBABILITIES] = np.broadcast_to(values, (len(values), *shape)).copy()
+        return result
+
+    def segment_wanted(
+        self, read: ReadBox, surveyed: Surveyed, core: Box, wanted: Wanted | None
+    ) -> tuple[dict[str, Array], int]:
+        """As ``segment`` where voxels are wanted, and background elsewhere; the number of windows computed.
+
+        Only windows that touch the smallest box around the wanted voxels are computed; None wants every voxel.
+        """
+        part, flags = (core, None) if wanted is None else wanted.within(core)
+        if part == core and flags is None:
+            return self.segment(read, surveyed, core), self.windows(read, surveyed, core)
+        result = self.outside(core.shape)
+        if not part.voxels:
+            return result, 0
+        index = (slice(None), *part.relative_to(core).slices)
+        for name, array in self.segment(read, surveyed, part).items():
+            np.copyto(result[name][index], array, where=True if flags is None else flags)
+        return result, self.windows(read, surveyed, part)
 
     def windows(self, read: ReadBox, surveyed: Surveyed, core: Box) -> int:
         """Number of windows that ``segment`` computes."""
@@ -235,6 +259,7 @@ class PredictTask:
     read: ReadBox
     stores: Mapping[str, Store]
     pauses_s: tuple[float, ...] = PAUSES_S
+    wanted: Wanted | None = None
 
     @property
     def name(self) -> str:
@@ -244,7 +269,6 @@ class PredictTask:
     def process(self, block: Block) -> BlockRecord:
         """Compute a block, write its shards, return their checksums."""
         began = time.perf_counter()
-        arrays = self.segmenter.segment(self.read, self.surveyed, block.core)
+        arrays, windows = self.segmenter.segment_wanted(self.read, self.surveyed, block.core, self.wanted)
         checksums = dict(write_block(store, block, arrays[name], self.pauses_s) for name, store in self.stores.items())
-        windows = self.segmenter.windows(self.read, self.surveyed, block.core)
         return BlockRecord(block.key, checksums, windows, round(time.perf_counter() - began, 3))

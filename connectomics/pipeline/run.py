@@ -30,6 +30,7 @@ from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter, Surveyed
 from connectomics.pipeline.retry import PAUSES_S, PatientReader
 from connectomics.pipeline.survey import load_survey, save_survey
+from connectomics.pipeline.wanted import Wanted
 
 log = logging.getLogger(__name__)
 LEDGER = "ledger"
@@ -74,7 +75,7 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True)
 class VolumeJob:
-    """One volume and what is wanted of it."""
+    """One volume and what is wanted of it; without ``wanted`` every voxel is."""
 
     name: str
     run_folder: Path
@@ -85,6 +86,7 @@ class VolumeJob:
     plan: BlockPlan
     provenance: Mapping[str, object]
     command: tuple[str, ...]
+    wanted: Wanted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,13 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
         ledger = prepared.ledger
         try:
             task = PredictTask(
-                ledger.grid, job.segmenter, prepared.surveyed, reader.read, prepared.stores, settings.pauses_s
+                ledger.grid,
+                job.segmenter,
+                prepared.surveyed,
+                reader.read,
+                prepared.stores,
+                settings.pauses_s,
+                job.wanted,
             )
             blocks = run_blocks(task, ledger, executor, worker, on_block)
             if not blocks.failures:
@@ -158,6 +166,8 @@ def _prepare(work: Path, job: VolumeJob, reader: PatientReader, settings: RunSet
         if not worker.others():
             for store in stores.values():
                 discard_locks(store.path)
+        if job.wanted is not None:
+            _choose_blocks(ledger, job, job.wanted)
         if pending:
             void_lost(ledger, work, [store.path.name for store in stores.values()])
     except BaseException:
@@ -272,6 +282,18 @@ def _make_work_folder(work: Path) -> None:
             work.parent,
             ", ".join(sorted(others)),
         )
+
+
+def _choose_blocks(ledger: Ledger, job: VolumeJob, wanted: Wanted) -> None:
+    """Leave blocks without wanted voxels out: an absent shard reads as 0, which is right where the outside is 0."""
+    flags = wanted.blocks(ledger.grid)
+    count = int(np.count_nonzero(flags))
+    log.info("%d of %d blocks hold wanted voxels", count, len(ledger.grid))
+    if count == 0:
+        log.warning("%s: no voxel is wanted (inference.mask is zero everywhere), so all becomes background", job.name)
+    outside = job.segmenter.outside((1, 1, 1))
+    if not any(outside[o.name].any() for o in job.outputs):
+        ledger.choose(flags)
 
 
 def _surveyed(work: Path, job: VolumeJob, reader: VolumeReader, settings: RunSettings) -> Surveyed:

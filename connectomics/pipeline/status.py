@@ -145,7 +145,7 @@ def _stage(work: Path, folder: Path, alive: list[str]) -> StageStatus:
     quarantined = (path.stem for path in sorted((folder / QUARANTINE).glob("*.txt")))
     ago = None if last is None else max(0.0, time.time() - last)
     name = "predict" if folder.name == "ledger" else folder.name.removeprefix("ledger_")
-    return StageStatus(work.name, name, len(ledger.grid), ledger.finished, tuple(quarantined), rate, ago)
+    return StageStatus(work.name, name, ledger.planned, ledger.finished, tuple(quarantined), rate, ago)
 
 
 def _process(mark: str) -> str:

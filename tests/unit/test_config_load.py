@@ -52,6 +52,8 @@ KEYS: list[tuple[str, str, object, tuple[str, ...]]] = [
     ("inference.voxel_size_nm", "[30,8,8.5]", [30.0, 8.0, 8.5], ()),
     ("inference.axes", "xyz", "xyz", ()),
     ("inference.block_shape", "[1,64,64]", [1, 64, 64], ()),
+    ("inference.roi", "[[0,0,5],[1,64,64]]", [[0, 0, 5], [1, 64, 64]], ()),
+    ("inference.mask", "tissue.zarr::3", "tissue.zarr::3", ()),
     ("inference.resample", "plan", "plan", ()),
     ("inference.spacing", "[45,4.6,4]", [45.0, 4.6, 4.0], ("inference.resample=plan",)),
     ("inference.allow_large_resampling", "true", True, ()),

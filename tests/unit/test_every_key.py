@@ -319,6 +319,25 @@ def axes(world: World) -> bool:
     return np.array_equal(result.read().shape, (2, 32, 24))
 
 
+def inside(*words: str) -> Check:
+    """Labels of section 0, rows 4 to 19 and columns 8 to 23 are those of the full run, all others background."""
+
+    def check(world: World) -> bool:
+        full, part = world.run(), world.run(*words)
+        expected = np.zeros_like(labels(full))
+        expected[:1, 4:20, 8:24] = labels(full)[:1, 4:20, 8:24]
+        return np.array_equal(labels(part), expected) and expected.any() and windows(part) < windows(full)
+
+    return check
+
+
+def mask(world: World) -> bool:
+    """At a quarter of y and an eighth of x."""
+    wanted = np.zeros((2, 6, 4), np.uint8)
+    wanted[:1, 1:5, 1:3] = 7
+    return inside(f"inference.mask='{write_h5(world.folder / 'mask.h5', wanted)}'")(world)
+
+
 SPACED = "inference.spacing=[5,1.5,1.5]"
 AS_VOLUME = "inference.case=volume"
 
@@ -495,6 +514,8 @@ TABLE: Mapping[str, Check] = {
     "inference.voxel_size_nm": changes(voxel_size, "inference.voxel_size_nm=[30,8,8]"),
     "inference.axes": axes,
     "inference.block_shape": changes(lambda r: r.report["planned"], "inference.block_shape=[1,24,16]"),
+    "inference.roi": inside("inference.roi=[[0,4,8],[1,20,24]]"),
+    "inference.mask": mask,
     "inference.resample": changes(probabilities, "inference.resample=plan", SPACED, given=[SAVE, AS_VOLUME]),
     "inference.spacing": changes(
         probabilities, "inference.spacing=[5,1.2,1.5]", given=[SAVE, AS_VOLUME, "inference.resample=plan", SPACED]
