@@ -18,7 +18,7 @@ from connectomics.errors import OutputError, QuarantineError
 from connectomics.fingerprint import key_of
 from connectomics.geometry import Box
 from connectomics.io.atomic import discard, write_text
-from connectomics.io.digests import SUFFIX, write_digests
+from connectomics.io.digests import write_digests
 from connectomics.io.store import Store, create_store, discard_locks, open_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
 from connectomics.pipeline.blocks import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
@@ -29,14 +29,11 @@ from connectomics.pipeline.ledger import Ledger, plan_of
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter, Surveyed
 from connectomics.pipeline.retry import PAUSES_S, PatientReader
+from connectomics.pipeline.run_folder import FILTERED, HOUSE, LEDGER, SURVEY, WORKERS, checksums_of
 from connectomics.pipeline.survey import load_survey, save_survey
 from connectomics.pipeline.wanted import Wanted
 
 log = logging.getLogger(__name__)
-LEDGER = "ledger"
-WORKERS = "workers"
-CHECKSUMS = "checksums"  # in RUN: of final outputs
-HOUSE = "house"  # the lease on what one process alone does: survey, stores, filters, exports, tidying
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,13 +197,13 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings) -> None:
 def _export(
     prepared: _Prepared, job: VolumeJob, output: Output, settings: RunSettings, stamp: dict[str, object]
 ) -> None:
-    store, filtered = prepared.stores[output.name], prepared.work / "filtered.zarr"
+    store, filtered = prepared.stores[output.name], prepared.work / FILTERED
     source = store
     if output.name == LABELS and job.filters.active:
         source = filter_store(store, prepared.ledger.grid, filtered, job.filters)
     discard_locks(source.path)
     for form in output.missing(settings.folder):  # what stands there is replaced
-        _record_of(job.run_folder, output.paths(settings.folder)[form]).unlink(missing_ok=True)
+        checksums_of(job.run_folder, output.paths(settings.folder)[form]).unlink(missing_ok=True)
     export_output(source, output, settings.folder, stamp)
     source.close()
     store.close()
@@ -244,12 +241,8 @@ def settle(run_folder: Path, outputs: Sequence[Output], settings: RunSettings) -
 def _seal(run_folder: Path, outputs: Sequence[Output], folder: Path) -> None:
     """Keep the checksums of final outputs that have none yet."""
     for path in (path for output in outputs for path in output.paths(folder).values()):
-        if path.exists() and not _record_of(run_folder, path).exists():
-            write_digests(path, _record_of(run_folder, path))
-
-
-def _record_of(run_folder: Path, path: Path) -> Path:
-    return run_folder / CHECKSUMS / (path.name + SUFFIX)
+        if path.exists() and not checksums_of(run_folder, path).exists():
+            write_digests(path, checksums_of(run_folder, path))
 
 
 def _discard_stores(work: Path) -> None:
@@ -297,7 +290,7 @@ def _choose_blocks(ledger: Ledger, job: VolumeJob, wanted: Wanted) -> None:
 
 
 def _surveyed(work: Path, job: VolumeJob, reader: VolumeReader, settings: RunSettings) -> Surveyed:
-    path = work / "survey.json"
+    path = work / SURVEY
     kept = not any(m.keeps_mask for m in job.segmenter.members)  # a mask is as large as the volume: it is found again
     surveyed: Surveyed | None = load_survey(path) if kept else None
     if surveyed is None:
