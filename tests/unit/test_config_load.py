@@ -44,6 +44,7 @@ KEYS: list[tuple[str, str, object, tuple[str, ...]]] = [
     ("model.folds", "[0,all]", ["0", "all"], ()),
     ("model.checkpoint_name", "checkpoint_best.pth", "checkpoint_best.pth", ()),
     ("model.ensemble", "[b,c.zip]", ["b", "c.zip"], ()),
+    ("model.previous_stage", "first", "first", ()),
     ("model.ensemble_weights", "[1,2.5]", [1.0, 2.5], ("model.ensemble=[b]",)),
     ("data.do_2d", "true", True, ()),
     ("data.in_channels", "1", 1, ()),
