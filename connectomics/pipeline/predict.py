@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from connectomics.geometry import AxisOrder, Block, BlockGrid, Box
+from connectomics.geometry import AxisOrder, Block, BlockGrid, Box, pieces, vec3
 from connectomics.inference.case import Case, CaseInput, ReadBox
 from connectomics.inference.head import LabelRule, ProbabilityRule
-from connectomics.inference.predictor import Logits, Predictor
+from connectomics.inference.predictor import FINISHED_VALUES, Logits, Predictor
 from connectomics.inference.resample import ResampledPredictor, Resampling
 from connectomics.io.store import Store
 from connectomics.io.volume import Array, VolumeReader
@@ -152,10 +152,7 @@ class Segmenter:
         if len(self.members) > 1:
             return self._kept(self._mean(read, surveyed, core))
         (member,), (cases,) = self.members, surveyed
-        result: dict[str, Array] = {LABELS: np.zeros((1, *core.shape), self.labels.dtype)}
-        if self.probabilities is not None:
-            outside = self.probabilities.background().reshape(-1, 1, 1, 1)
-            result[PROBABILITIES] = np.broadcast_to(outside, (len(outside), *core.shape)).copy()
+        result = self._background(core)
         for box, logits in member.logits(read, cases, core):
             index = (slice(None), *box.slices)
             member.view(result[LABELS])[index] = self.labels.apply(logits)
@@ -176,14 +173,28 @@ class Segmenter:
                 values[0] = 1  # outside the nonzero box all is background
             for box, logits in member.logits(read, cases, core):
                 member.view(values)[(slice(None), *box.slices)] = self.labels.activate(logits)
-            mean += values * np.float32(member.weight)
+            values *= np.float32(member.weight)
+            mean += values
         mean /= np.float32(sum(m.weight for m in self.members))
         return mean
 
     def _kept(self, mean: Array) -> dict[str, Array]:
-        result = {LABELS: self.labels.of_probabilities(mean)[None]}
+        core = Box.of_shape(vec3(mean.shape[1:]))
+        result = self._background(core)
+        for part in pieces(core, (1, 1, 1), max(1, FINISHED_VALUES // len(mean))):
+            index = (slice(None), *part.slices)
+            result[LABELS][index] = self.labels.of_probabilities(mean[index])
+            if self.probabilities is not None:
+                result[PROBABILITIES][index] = self.probabilities.of_probabilities(mean[index])
+        return result
+
+    def _background(self, core: Box) -> dict[str, Array]:
+        """What is kept of voxels outside of every case's box."""
+        result: dict[str, Array] = {LABELS: np.zeros((1, *core.shape), self.labels.dtype)}
         if self.probabilities is not None:
-            result[PROBABILITIES] = self.probabilities.of_probabilities(mean)
+            outside = self.probabilities.background().reshape(-1, 1, 1, 1)
+            result[PROBABILITIES] = np.empty((len(outside), *core.shape), outside.dtype)
+            result[PROBABILITIES][...] = outside
         return result
 
 
