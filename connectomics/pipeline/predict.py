@@ -57,10 +57,10 @@ class Member:
         return keeps_mask(self.schemes, by_slice=self.by_slice)
 
     @property
-    def plane_axis(self) -> int:
-        """The volume's axis (0 = z, 1 = y, 2 = x) along which cases must know the range of each plane."""
+    def plane_axis(self) -> int | None:
+        """The volume's axis (0 = z, 1 = y, 2 = x) along which cases must know the range of each plane, or None."""
         axis = None if self.resampling is None else self.resampling.data_axis
-        return 0 if axis is None else self.order.axes[axis]
+        return None if axis is None else self.order.axes[axis]
 
     def view(self, array: Array) -> Array:
         """An array (c, z, y, x) of the volume's axes, seen in the model's."""
