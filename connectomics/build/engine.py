@@ -20,7 +20,7 @@ from connectomics.inference.predictor import Predictor, RollingPredictor, Slidin
 from connectomics.inference.resample import check_rules
 from connectomics.inference.windows import as_patch
 from connectomics.models.backends.contract import Backend
-from connectomics.models.backends.torch_eager import TorchBackend
+from connectomics.models.backends.torch_eager import TorchBackend, free_device_bytes, window_bytes
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 from connectomics.pipeline.finish import Filters
@@ -44,11 +44,14 @@ class EngineModel:
         What it is.
     window
         Window, step, blending, mirroring.
+    window_bytes
+        What its network takes for a window beside input and logits.
     """
 
     checkpoint: Path
     spec: ModelSpec
     window: SlidingWindow
+    window_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,10 @@ class Engine:
         Settings that decide the result, for result keys and provenance.
     deviations
         In which ways this is not nnU-Net's own inference; empty when it is.
+    base_bytes
+        Host memory of the process with the program and the models, before the first volume.
+    device_bytes
+        Free memory of the device beside the models, None where they are in the host's.
     """
 
     models: tuple[EngineModel, ...]
@@ -77,6 +84,8 @@ class Engine:
     settings: RunSettings
     facts: Mapping[str, object]
     deviations: tuple[str, ...]
+    base_bytes: int
+    device_bytes: int | None
 
     @property
     def spec(self) -> ModelSpec:
@@ -138,7 +147,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         If the configuration, the model or the device does not fit.
     """
     loaded = load_members(config, checkpoint)
-    models = tuple(EngineModel(path, model.spec, _window(config, model.spec)) for path, model in loaded)
+    models = tuple(_engine_model(config, path, model) for path, model in loaded)
     spec = models[0].spec
     backends = [_backends(config, model, m.window) for m, (_, model) in zip(models, loaded, strict=True)]
     weights = config.model.ensemble_weights or [1.0] * len(models)
@@ -160,7 +169,15 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         max(1, config.system.inference.num_workers or 1),
     )
     facts = _facts(config, models, segmenter, filters)
-    return Engine(models, segmenter, filters, settings, facts, _deviations(config, models, segmenter))
+    deviations = _deviations(config, models, segmenter)
+    base_bytes = psutil.Process().memory_info().rss
+    free = free_device_bytes(backends[0][0].device)
+    return Engine(models, segmenter, filters, settings, facts, deviations, base_bytes, free)
+
+
+def _engine_model(config: Config, path: Path, model: LoadedModel) -> EngineModel:
+    window = _window(config, model.spec)
+    return EngineModel(path, model.spec, window, window_bytes(model.networks[0], window.patch))
 
 
 def _backends(config: Config, model: LoadedModel, window: SlidingWindow) -> tuple[TorchBackend, ...]:

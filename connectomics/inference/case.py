@@ -103,7 +103,9 @@ class CaseInput:
         raw = self.read(box)
         mask = self._mask(raw, box) if any(scheme.masked for scheme in self.schemes) else None
         wanted = zip(raw, self.schemes, self.case.channels, strict=True)
-        channels = [normalise(values, scheme, summary, mask if scheme.masked else None) for values, scheme, summary in wanted]
+        channels = [
+            normalise(values, scheme, summary, mask if scheme.masked else None) for values, scheme, summary in wanted
+        ]
         return channels[0][None] if len(channels) == 1 else np.stack(channels)
 
     def _mask(self, raw: Array, box: Box) -> Array:

@@ -118,7 +118,8 @@ def _byte_counts(values: Array) -> Array:
     even = values.size - values.size % 2
     if even and values.flags.c_contiguous:
         pairs = np.bincount(values[:even].view(np.uint16), minlength=1 << 16).reshape(256, 256)
-        return pairs.sum(0) + pairs.sum(1) + np.bincount(values[even:], minlength=256)
+        counts: Array = pairs.sum(0) + pairs.sum(1) + np.bincount(values[even:], minlength=256)
+        return counts
     return np.bincount(values, minlength=256)
 
 

@@ -50,7 +50,7 @@ class RunSettings:
     allow_mixed
         Resume although the numeric class differs.
     readers
-        Threads that read ahead in the survey.
+        Threads that may read ahead in the survey, as far as memory goes.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True)
 class VolumeJob:
-    """One volume and what is wanted of it."""
+    """One volume and what is wanted of it; so many threads read ahead in the survey."""
 
     name: str
     run_folder: Path
@@ -74,6 +74,7 @@ class VolumeJob:
     plan: BlockPlan
     provenance: Mapping[str, object]
     command: tuple[str, ...]
+    readers: int = 1
 
 
 def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_block: OnBlock) -> RunReport:
@@ -171,7 +172,7 @@ def _surveyed(work: Path, job: VolumeJob, settings: RunSettings) -> Surveyed:
     kept = not any(m.keeps_mask for m in job.segmenter.members)  # a mask is as large as the volume: it is found again
     surveyed: Surveyed | None = load_survey(path) if kept else None
     if surveyed is None:
-        surveyed = job.segmenter.survey(job.reader, job.name, settings.readers)
+        surveyed = job.segmenter.survey(job.reader, job.name, job.readers)
         if kept:
             save_survey(surveyed, path)
         log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))

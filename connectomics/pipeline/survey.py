@@ -84,7 +84,7 @@ class _Tally:
 
 
 class _Planes:
-    """Number, minimum and maximum of the nonzero voxels of each section along one axis: 24 bytes a section and channel."""
+    """Number, minimum and maximum of the nonzero voxels of each section along one axis; 24 bytes for each channel."""
 
     def __init__(self, extent: int, channels: int, axis: int) -> None:
         self._axis = axis
@@ -220,7 +220,7 @@ def _volume_case(
 def _tallies(
     reader: VolumeReader, name: str, workers: int, see: Callable[[Array, Array, Box], None]
 ) -> Iterator[_Tally]:
-    """What is known of each section, in order of z; ``see`` is shown each tile, which of it is not zero, and its box."""
+    """What is known of each section, in order of z; ``see`` gets each tile, which of it is not zero, and its box."""
     channels, exact = reader.info.channels, is_exact(reader.info.dtype)
     band: list[_Tally] = []  # the sections of the tiles at one z
     for box, tile in _tiles(reader, workers):
