@@ -309,19 +309,24 @@ def main() -> int:
     sizes = words.steps or ([0.5, 1, 2] if words.quick else [1, 8, 64])
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, one thread, budget {BUDGET_BYTES / 1e9:g} GB")
     print(f"{'GB':>8} {'blocks':>8} {'peak MB':>9} {'seconds':>9} {'CPU s':>9} {'CPU s/GB':>9}")
-    found: dict[str, object] = {"budget_mb": BUDGET_BYTES / 1e6}
-    steps = []
+    steps: list[dict[str, float]] = []
+    found: dict[str, object] = {"budget_mb": BUDGET_BYTES / 1e6, "steps": steps}
+
+    def keep() -> None:
+        if words.json:
+            words.json.write_text(json.dumps(found, indent=1) + "\n")
+
     for size in sizes:
         steps.append(in_own_process("volume", size, words.folder))
         print_row(steps[-1])
-    found["steps"] = steps
+        keep()
     if not words.steps:
-        found["slice"] = in_own_process("slice", 20_000 if words.quick else 100_000, words.folder)
-        print_row(found["slice"], "one slice")
+        found["slice"] = measured = in_own_process("slice", 20_000 if words.quick else 100_000, words.folder)
+        print_row(measured, "one slice")
+        keep()
         found["logical"] = in_own_process("logical", 0.01 if words.quick else 1, words.folder)
         print("logical:", json.dumps(found["logical"]))
-    if words.json:
-        words.json.write_text(json.dumps(found, indent=1) + "\n")
+        keep()
     problems = judged(steps, words.memory, words.pace)
     print("\n".join(problems) or "flat and linear within what is tolerated")
     return 1 if problems else 0

@@ -57,7 +57,7 @@ class WindowSource(Protocol):
         ...
 
     def get(self, box: Box) -> Array:
-        """float32 (c, z, y, x) of any box, zeros outside ``self.box``."""
+        """A new float32 array (c, z, y, x) of any box, zeros outside ``self.box``."""
         ...
 
 

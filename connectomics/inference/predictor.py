@@ -164,8 +164,9 @@ class _Accumulator:
         for part in pieces(Box.of_shape(finished.shape), (1, 1, 1), max(1, FINISHED_VALUES // self._logits.shape[1])):
             box = part.shift(finished.start)
             yield box, self._finish(box.relative_to(held).slices)
-        self._drop(count)
-        self._first = position
+        if position < self._core.stop[self._axis]:
+            self._drop(count)
+            self._first = position
 
     def _finish(self, rows: tuple[slice, slice, slice]) -> Logits:
         weights = self._weights[rows]
@@ -174,7 +175,8 @@ class _Accumulator:
             mean += fold[(slice(None), *rows)] / weights
         if len(self._logits) > 1:
             mean /= len(self._logits)
-        if not bool(torch.isfinite(mean).all()):
+        finite = bool(torch.isfinite(mean.sum()))  # one pass; a sum that overflows says nothing of its parts
+        if not finite and not bool(torch.isfinite(mean).all()):
             raise ModelError(
                 f"the network gave infinite or undefined logits in {self._core}; the weights or the precision do not "
                 "fit these intensities: try system.device=cpu, which computes in float32"
@@ -222,21 +224,23 @@ class _Lane:
         high = [s[-1] + p for s, p in zip(starts, patch, strict=True)]
         high[axis] = low[axis]
         self._box = Box(vec3(low), vec3(high))
-        high[axis] += self._depth
-        shape = Box(vec3(low), vec3(high)).shape
-        self._data: Array = np.empty((source.channels, *shape), np.float32)
+        self._data: Array = np.empty((source.channels, 0, 0, 0), np.float32)
 
     def advance(self, position: int) -> None:
         """Hold the rows ``position`` to ``position`` + patch."""
         low, high = list(self._box.start), list(self._box.stop)
         count, kept = position - low[self._axis], max(0, high[self._axis] - position)
         for i in range(0, kept, count or 1):  # in steps that do not overlap, so nothing is copied aside
-            rows = min(count, kept - i)
-            self._rows(i, i + rows)[...] = self._rows(i + count, i + count + rows)
+            stop = min(i + count, kept)
+            self._rows(i, stop)[...] = self._rows(i + count, stop + count)
         fresh = list(low)
         fresh[self._axis] = position + kept
         low[self._axis], high[self._axis] = position, position + self._depth
-        self._rows(kept, self._depth)[...] = self._source.get(Box(vec3(fresh), vec3(high)))
+        rows = self._source.get(Box(vec3(fresh), vec3(high)))
+        if kept:
+            self._rows(kept, self._depth)[...] = rows
+        else:
+            self._data = rows
         self._box = Box(vec3(low), vec3(high))
 
     def _rows(self, start: int, stop: int) -> Array:

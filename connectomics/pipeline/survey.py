@@ -133,7 +133,9 @@ def _range(stats: IntensityStats, summary: ChannelSummary, inside: int, voxels: 
 
 def nonzero_box(array: Array) -> Box | None:
     """The smallest box around the voxels of a (c, z, y, x) array that are not zero in every channel, or None."""
-    mask = (array != 0).any(axis=0)
+    mask = array[0] != 0 if len(array) == 1 else (array != 0).any(axis=0)
+    if all(face.any() for face in (mask[0], mask[-1], mask[:, 0], mask[:, -1], mask[..., 0], mask[..., -1])):
+        return Box.of_shape(vec3(mask.shape))
     planes = mask.any(axis=0)
     lines = (mask.any(axis=(1, 2)), planes.any(axis=1), planes.any(axis=0))
     if not lines[1].any():
