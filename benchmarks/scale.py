@@ -40,7 +40,7 @@ from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.finish import Filters, Output
 from connectomics.pipeline.ledger import Ledger
-from connectomics.pipeline.memory import Budget, Work
+from connectomics.pipeline.memory import Budget, Work, share_freed_memory
 from connectomics.pipeline.planning import BlockPlan, plan_blocks
 from connectomics.pipeline.predict import LABELS, Member, PredictTask, Segmenter
 from connectomics.pipeline.run import RunSettings, VolumeJob, run_volume
@@ -139,7 +139,7 @@ class Repeated:
         """Nothing to close."""
 
 
-def chunks_of(box: Box):  # noqa: ANN201
+def chunks_of(box: Box):
     """The chunks that a box touches."""
     unit = (1, CHUNK, CHUNK)
     grid = BlockGrid(tuple(-(-n // c) * c for n, c in zip(box.stop, unit, strict=True)), unit)
@@ -272,6 +272,7 @@ def in_own_process(kind: str, size: float, folder: Path) -> dict[str, float]:
 
 def step(kind: str, size: float, folder: Path) -> dict[str, float]:
     """What ``--step`` runs."""
+    share_freed_memory()  # as build_engine does
     torch.set_num_threads(1)
     if kind == "volume":
         return process((max(1, round(size * 1e9 / SECTION**2)), SECTION, SECTION), folder)

@@ -24,6 +24,7 @@ from connectomics.models.backends.torch_eager import TorchBackend, free_device_b
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 from connectomics.pipeline.finish import Filters
+from connectomics.pipeline.memory import share_freed_memory
 from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.run import RunSettings
 
@@ -146,6 +147,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     ConfigError, ModelError, DeviceError
         If the configuration, the model or the device does not fit.
     """
+    share_freed_memory()
     loaded = load_members(config, checkpoint)
     models = tuple(_engine_model(config, path, model) for path, model in loaded)
     spec = models[0].spec

@@ -1,11 +1,10 @@
-"""What one block's work takes of memory, counted before the run; docs/architecture.md has the table.
-
-Planning asks for shapes that fit the budget; nothing here allocates or measures anything.
-"""
+"""What one block's work takes of memory, counted before the run; docs/architecture.md has the table."""
 
 from __future__ import annotations
 
+import ctypes
 import math
+import platform
 from dataclasses import dataclass, field
 
 from connectomics.geometry import AxisOrder, Vec3, vec3
@@ -20,6 +19,20 @@ RESAMPLED_MARGIN = 4  # network voxels that logits are made of beyond a block
 SPLINE_BYTES = 96 << 20  # a tile of the network's grid with its surroundings in float64, some copies
 LIBRARY_BYTES = 192 << 20  # what libraries take when they are first used, and memory that is freed but kept by malloc
 SPARE = 1.1  # the allocator's waste
+
+
+M_ARENA_MAX = -8  # of glibc's malloc.h
+
+
+def share_freed_memory() -> None:
+    """Let all threads of this process take memory from one arena, where the C library is glibc.
+
+    With an arena for each thread that reads and writes chunks, what one has freed is kept from the others: a run of
+    many blocks took 30 % more, and the peak grew from block to block (benchmarks/scale.py). Best called before threads
+    are started; safe to repeat.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 @dataclass(frozen=True, slots=True)
