@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import tifffile
 from PIL import Image
 
 from connectomics.errors import OutputError
-from connectomics.geometry import BlockGrid, Box
+from connectomics.geometry import BlockGrid, Box, Vec3, pieces
 from connectomics.io.atomic import put_in_place, replacing
 from connectomics.io.hdf5 import DEFAULT_DATASET, open_hdf5
 from connectomics.io.images import open_stack
@@ -30,7 +30,8 @@ from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 FORMATS = ("h5", "tiff", "png", "zarr")
 STAMP = "connectomics"
 STAMP_FILE = "connectomics.json"
-SLAB_BYTES = 256 << 20
+SLAB_BYTES = 64 << 20
+EXPORT_COPIES = 4  # of a slab: as stored, as written, encoded, compared
 CLASSIC_TIFF_BYTES = 3_500_000_000
 
 
@@ -128,6 +129,20 @@ def _planes(info: VolumeInfo) -> Iterator[Box]:
     section_bytes = info.channels * height * width * info.dtype.itemsize
     depth = max(1, min(info.chunk_shape[0], SLAB_BYTES // section_bytes))
     return (block.core for block in BlockGrid(info.extent, (depth, height, width)))
+
+
+def exporting_bytes(extent: Vec3, voxel_bytes: int, formats: Sequence[str]) -> int:
+    """Most memory that writing and comparing exports takes; PNG and TIFF pages are written as whole sections."""
+    section = extent[1] * extent[2] * voxel_bytes
+    least = section if {"tiff", "png"} & set(formats) else 0
+    return EXPORT_COPIES * min(extent[0] * section, max(SLAB_BYTES, least))
+
+
+def _slabs(info: VolumeInfo) -> Iterator[Box]:
+    """Whole sections as of ``_planes``, cut where one alone is too much memory."""
+    most = SLAB_BYTES // (info.channels * info.dtype.itemsize)
+    for plane in _planes(info):
+        yield from pieces(plane, (plane.shape[0], *info.chunk_shape[1:]), most)
 
 
 def _sections(source: Store, channel: int) -> Iterator[Array]:
@@ -233,8 +248,9 @@ def _verify(source: Store, written: VolumeReader, path: Path) -> None:
         expected = (source.info.shape, source.info.dtype)
         if (written.info.shape, written.info.dtype) != expected:
             raise OutputError(f"{path} reads back as {written.info.shape} {written.info.dtype}, expected {expected}.")
-        for slab in _planes(source.info):
-            if source.read(slab).tobytes() != written.read(slab).tobytes():
+        for slab in _slabs(source.info):
+            ours, theirs = (volume.read(slab).view(np.uint8) for volume in (source, written))
+            if not np.array_equal(ours, theirs):
                 raise OutputError(
                     f"{path} reads back with other voxels in {slab.start} to {slab.stop} than were "
                     f"written; check the disk and run again, the computed blocks are kept in {source.path}."

@@ -53,7 +53,7 @@ class RunSettings:
     allow_mixed
         Resume although the numeric class differs.
     readers
-        Threads that read ahead in the survey.
+        Threads that may read ahead in the survey, as far as memory goes.
     stale_s
         Age of the heartbeat of another machine's process from which on it counts as dead.
     pauses_s
@@ -72,7 +72,7 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True)
 class VolumeJob:
-    """One volume and what is wanted of it; without ``wanted`` every voxel is."""
+    """One volume and what is wanted of it: ``readers`` threads survey it; without ``wanted`` every voxel is."""
 
     name: str
     run_folder: Path
@@ -83,6 +83,7 @@ class VolumeJob:
     plan: BlockPlan
     provenance: Mapping[str, object]
     command: tuple[str, ...]
+    readers: int = 1
     wanted: Wanted | None = None
 
 
@@ -294,7 +295,7 @@ def _surveyed(work: Path, job: VolumeJob, reader: VolumeReader, settings: RunSet
     kept = not any(m.keeps_mask for m in job.segmenter.members)  # a mask is as large as the volume: it is found again
     surveyed: Surveyed | None = load_survey(path) if kept else None
     if surveyed is None:
-        surveyed = job.segmenter.survey(reader, job.name, settings.readers)
+        surveyed = job.segmenter.survey(reader, job.name, job.readers)
         if kept:
             save_survey(surveyed, path)
         log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
