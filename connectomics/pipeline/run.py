@@ -21,7 +21,7 @@ from connectomics.io.atomic import discard, write_text
 from connectomics.io.store import Store, create_store, open_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
 from connectomics.pipeline.contracts import BlockRecord, Executor, RunReport
-from connectomics.pipeline.finish import Filters, Output, check_memory, export_output, filter_store
+from connectomics.pipeline.finish import Filters, Output, check_exportable, check_memory, export_output, filter_store
 from connectomics.pipeline.ledger import Ledger, plan_of
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter, Surveyed
@@ -97,6 +97,8 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     """
     began = time.perf_counter()
     check_memory(job.filters, job.reader.info.extent, job.segmenter.labels.dtype, settings.budget_bytes)
+    for output in job.outputs:
+        check_exportable(output, _info_of(job, output.name, job.plan), settings.folder, settings.budget_bytes)
     facts: dict[str, object] = {o.name: o.result_key for o in job.outputs}
     work = _work_folder(job.run_folder, job.outputs, settings.program)
     _make_work_folder(work)
@@ -126,7 +128,12 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     record = stamp | {"result_keys": facts, "command": list(job.command)}
     write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
     for output in pending:
-        _finish(work, job, output, stores[output.name], grid, settings, stamp)
+        source = _filtered(work, job, output, stores[output.name], grid)
+        export_output(source, output, settings.folder, stamp, work, executor)
+        source.close()
+        stores[output.name].close()
+        discard(work / "filtered.zarr")
+        discard(work / f"{output.name}.zarr")
     seconds = round(time.perf_counter() - began, 3)
     windows = sum(r.windows for r in fresh)
     voxels = Box.of_shape(grid.volume).voxels
@@ -185,16 +192,20 @@ def _store(path: Path, job: VolumeJob, name: str, plan: BlockPlan) -> Store:
             return store
         store.close()  # its ledger was lost, and now the volume is cut in another way
         discard(path)
+    return create_store(path, _info_of(job, name, plan), shard_shape=plan.block_shape, attributes={})
+
+
+def _info_of(job: VolumeJob, name: str, plan: BlockPlan) -> VolumeInfo:
+    """The volume that an output is."""
     source = job.reader.info
     rule = job.segmenter.probabilities
     if name == LABELS or rule is None:
         channels, dtype = 1, job.segmenter.labels.dtype
     else:
         channels, dtype = len(rule.channels), rule.dtype
-    info = VolumeInfo(
+    return VolumeInfo(
         (channels, *source.extent), np.dtype(dtype), plan.chunk_shape, source.voxel_size_nm, source.origin_nm
     )
-    return create_store(path, info, shard_shape=plan.block_shape, attributes={})
 
 
 def _lost_blocks(ledger: Ledger, grid: BlockGrid, stores: Mapping[str, Store]) -> set[str]:
@@ -235,20 +246,8 @@ def _run_blocks(task: PredictTask, ledger: Ledger, executor: Executor, on_block:
     return fresh
 
 
-def _finish(
-    work: Path,
-    job: VolumeJob,
-    output: Output,
-    store: Store,
-    grid: BlockGrid,
-    settings: RunSettings,
-    stamp: dict[str, object],
-) -> None:
-    source = store
+def _filtered(work: Path, job: VolumeJob, output: Output, store: Store, grid: BlockGrid) -> Store:
+    """The store that is exported: filtered where the output is labels and there are filters."""
     if output.name == LABELS and job.filters.active:
-        source = filter_store(store, grid, work / "filtered.zarr", job.filters)
-    export_output(source, output, settings.folder, stamp)
-    source.close()
-    store.close()
-    discard(work / "filtered.zarr")
-    discard(work / f"{output.name}.zarr")
+        return filter_store(store, grid, work / "filtered.zarr", job.filters)
+    return store

@@ -24,7 +24,8 @@ BLOCKS = 12
 SHARD = ".zarr/0/c/"  # in the path of a working store's shard, which is opened for its checksum
 SETTINGS = (
     "inference.block_shape=[1,24,32]",
-    "inference.output.formats=[h5,zarr,tiff,png]",
+    "inference.output.formats=[h5,zarr,tiff,png,zarr2,n5,precomputed]",
+    "inference.voxel_size_nm=[40,4,4]",
     "inference.output.save_probabilities=true",
     "inference.test_time_augmentation.select_channel=[1]",
     "inference.test_time_augmentation.flip_axes=[1]",
@@ -33,9 +34,8 @@ SETTINGS = (
     "inference.postprocessing.binary.enabled=true",
     "inference.postprocessing.binary.remove_small_objects=6",
 )
-FINAL_NAMES = {
-    f"v_labels{kind}{ending}" for kind in ("", "_probabilities") for ending in (".h5", ".zarr", ".tif", "_png")
-}
+ENDINGS = (".h5", ".zarr", ".tif", "_png", ".v2.zarr", ".n5", ".precomputed")
+FINAL_NAMES = {f"v_labels{kind}{ending}" for kind in ("", "_probabilities") for ending in ENDINGS}
 
 
 @dataclass(frozen=True)
@@ -163,13 +163,19 @@ def storm_of_times(storm: Storm, count: int, seed: int) -> None:
 
 
 def test_killed_at_random_file_operations(storm: Storm) -> None:
-    stages = storm_of_operations(storm, 6, seed=1)
+    stages = storm_of_operations(storm, 5, seed=1)
+    stages += storm_of_operations(storm, 2, seed=6, text="filtered")  # few of a run's operations
     assert {"filter", "export"} <= set(stages), stages
 
 
 def test_killed_at_random_blocks(storm: Storm) -> None:
     stages = storm_of_operations(storm, 3, seed=2, text=SHARD)
     assert stages["blocks"] > 1, stages
+
+
+def test_killed_at_random_levels_of_pyramids(storm: Storm) -> None:
+    stages = storm_of_operations(storm, 3, seed=7, text="/levels/")
+    assert stages["export"] > 1, stages
 
 
 def test_killed_at_random_times(storm: Storm) -> None:
