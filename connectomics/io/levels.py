@@ -76,7 +76,10 @@ def plan_levels(info: VolumeInfo, offset: Vec3 = (0, 0, 0)) -> tuple[Level, ...]
     """
     levels = [Level(info.extent, offset=offset)]
     while any(n > c for n, c in zip(levels[-1].extent[1:], info.chunk_shape[1:], strict=True)):
-        levels.append(_next(levels[-1], _step(levels[-1], info)))
+        coarser = _next(levels[-1], _step(levels[-1], info))
+        if coarser.extent == levels[-1].extent:  # two voxels, one on each side of the origin, which stay two
+            break
+        levels.append(coarser)
     return tuple(levels)
 
 

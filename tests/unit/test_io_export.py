@@ -250,6 +250,41 @@ def test_memory_holds_a_slab_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert max(largest) <= 4 * 32 * 32
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 3, 50, 41), "uint16"), ((2, 2, 33, 48), "float32"), ((1, 2, 16, 100), "uint8")]
+)
+def test_tiff_of_large_sections_is_tiled(
+    tmp_path: Path, shape: tuple[int, int, int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_files, "SLAB_BYTES", 1100)
+    monkeypatch.setattr(export_files, "TILE", 16)
+    read, largest = Store.read, []
+
+    def watched(self: Store, box: Box) -> np.ndarray:
+        block = read(self, box)
+        largest.append(block.nbytes)
+        return block
+
+    monkeypatch.setattr(Store, "read", watched)
+    path, voxels = exported(tmp_path, "tiff", shape, dtype)
+    assert max(largest) <= 2 * 2 * 16 * 16 * np.dtype(dtype).itemsize * shape[0]
+    with tifffile.TiffFile(path) as tif:
+        assert tif.pages.first.is_tiled and len(tif.pages) == shape[0] * shape[1]
+    np.testing.assert_array_equal(tifffile.imread(path).reshape(shape), voxels)
+    assert read_stamp(path, "tiff") == STAMP
+
+
+def test_hdf5_takes_no_space_for_pieces_of_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_files, "SLAB_BYTES", 2 * 16 * 16)
+    info = VolumeInfo((1, 8, 64, 64), np.dtype("uint8"), (2, 16, 16))
+    store = create_store(tmp_path / "work.zarr", info, shard_shape=SHARD, attributes={})
+    store.write(Box((4, 0, 32), (8, 32, 64)), np.ones((1, 4, 32, 32), np.uint8))
+    export_file(store, tmp_path / "a.h5", "h5", STAMP)
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file["main"].id.get_num_chunks() == 8
+        assert file["main"][:].sum() == 4 * 32 * 32 == file["main"][4:, :32, 32:].sum()
+
+
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path

@@ -65,8 +65,10 @@ def filled(
     return store
 
 
-def export(folder: Path, store: Store, name: str, form: str, *, pyramid: bool = True, executor: Any = None) -> Path:
-    output = Output(name, "a_seg", KEY, (form,), pyramid)
+def export(
+    folder: Path, store: Store, name: str, form: str, *, pyramid: bool = True, executor: Any = None, key: str = KEY
+) -> Path:
+    output = Output(name, "a_seg", key, (form,), pyramid)
     export_output(store, output, folder, STAMP, store.path.parent, executor or SerialExecutor())
     return export_path(folder, "a_seg", form)
 
@@ -228,7 +230,7 @@ def test_interruptions_and_the_cut_into_blocks_do_not_change_a_byte(
     work.mkdir()
     store = filled(work / "labels.zarr", voxels)
     seen: list[tuple[str, str]] = []
-    for after in (0, 1, 2, 4):
+    for after in (0, 1, 2):
         executor = Failing(after)
         with pytest.raises(VolumeError, match="the disk is gone"):
             export(tmp_path, store, "labels", form, executor=executor)
@@ -239,7 +241,7 @@ def test_interruptions_and_the_cut_into_blocks_do_not_change_a_byte(
     last = Failing(-1)
     path = export(tmp_path, store, "labels", form, executor=last)
     assert {n: d for n, d in contents(path).items() if form != "zarr" or n[0] in "123"} == finals[0]
-    assert len(seen) == 7 and len(set(seen + last.done)) == len(seen + last.done), "no block is made twice"
+    assert len(seen) == 3 and len(set(seen + last.done)) == len(seen + last.done), "no block is made twice"
 
 
 KILLED = """
@@ -350,14 +352,14 @@ def test_what_stood_there_is_replaced_and_damaged_stamps_are_none(tmp_path: Path
     for value in (2, 3):
         (tmp_path / f"{value}").mkdir()
         voxels = np.full((1, 3, 20, 20), value, np.uint8)
-        path = export(tmp_path, filled(tmp_path / f"{value}" / "labels.zarr", voxels), "labels", form)
+        path = export(tmp_path, filled(tmp_path / f"{value}" / "labels.zarr", voxels), "labels", form, key=f"{value}")
         assert (READERS[form](path, 0) == value).all()
     name = {"zarr": "zarr.json", "zarr2": ".zattrs", "n5": "attributes.json", "precomputed": "connectomics.json"}
     file = path / name[form]
     whole = file.read_text()
-    for damaged in (whole[:40], "[1]", "{}", '{"connectomics": [1]}'):
+    for damaged in (whole[:20], "[1]", *(["{}", '{"connectomics": [1]}'] if form != "precomputed" else [])):
         file.write_text(damaged)
-        assert read_stamp(path, form) is None or form == "precomputed"
+        assert read_stamp(path, form) is None
     file.unlink()
     assert read_stamp(path, form) is None
     shutil.rmtree(path)
@@ -423,6 +425,12 @@ def test_planned_factors(extent: Any, chunk: Any, size: Any, factors: list[tuple
     for level in levels:
         assert level.extent == tuple(-(-n // f) for n, f in zip(extent, level.factor, strict=True))
     assert all(n <= c for n, c in zip(levels[-1].extent[1:], chunk[1:], strict=True))
+
+
+def test_two_voxels_beside_the_origin_stay_two() -> None:
+    info = VolumeInfo((1, 2, 2, 2), np.dtype("uint8"), (1, 1, 1), (8.0, 8.0, 8.0))
+    assert len(plan_levels(info, (-1, -1, -1))) == 1
+    assert [level.extent for level in plan_levels(info, (-2, -1, 0))] == [(2, 2, 2), (1, 2, 1)]
 
 
 STEPS = st.tuples(*[st.integers(1, 2)] * 3)
