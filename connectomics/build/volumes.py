@@ -130,13 +130,14 @@ def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: Vol
     resampling = _resampling_facts(segmenter_of(config, engine, reader.info.spacing))
     facts = dict(engine.facts) | {"input": reader.identity, "resample": resampling}
     facts |= _previous_facts(config, engine, source, reader) | _wanted_facts(config)
-    outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1])]
+    pyramid = config.inference.output.pyramid
+    outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1], pyramid)]
     rule = engine.segmenter.probabilities
     if rule is not None:
         kept = {"channels": list(rule.channels), "activation": rule.activation, "scale": rule.scale}
         key = key_of(facts | {"probabilities": kept | {"dtype": rule.dtype.str}})
         stem, formats = names[PROBABILITIES]
-        outputs.append(Output(PROBABILITIES, stem, key, formats))
+        outputs.append(Output(PROBABILITIES, stem, key, formats, pyramid))
     return tuple(outputs)
 
 

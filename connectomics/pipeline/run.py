@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
@@ -21,9 +22,9 @@ from connectomics.io.atomic import discard, write_text
 from connectomics.io.digests import write_digests
 from connectomics.io.store import Store, create_store, discard_locks, open_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
-from connectomics.pipeline.blocks import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
+from connectomics.pipeline.blocks import BlocksDone, OnBlock, RunStage, failure_message, run_blocks, void_lost
 from connectomics.pipeline.contracts import Executor, RunReport
-from connectomics.pipeline.finish import Filters, Output, check_memory, export_output, filter_store
+from connectomics.pipeline.finish import Filters, Output, check_exportable, check_memory, export_output, filter_store
 from connectomics.pipeline.lease import STALE_S, Worker, tidy
 from connectomics.pipeline.ledger import Ledger, plan_of
 from connectomics.pipeline.planning import BlockPlan
@@ -122,6 +123,8 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     """
     began = time.perf_counter()
     check_memory(job.filters, job.reader.info.extent, job.segmenter.labels.dtype, settings.budget_bytes)
+    for output in job.outputs:
+        check_exportable(output, _info_of(job, output.name, job.plan), settings.folder, settings.budget_bytes)
     work = _work_folder(job.run_folder, job.outputs, settings.program)
     _make_work_folder(work)
     reader = PatientReader(job.reader, job.name, settings.pauses_s)
@@ -139,11 +142,12 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
                 settings.pauses_s,
                 job.wanted,
             )
-            blocks = run_blocks(task, ledger, executor, worker, on_block)
+            run = functools.partial(run_blocks, executor=executor, worker=worker, on_block=on_block)
+            blocks = run(task, ledger)
             if not blocks.failures:
                 with worker.alone(HOUSE):
                     worker.wait_until_free(f"{task.name}.")
-                    _finish(prepared, job, settings)
+                    _finish(prepared, job, settings, run)
             return _report(job, prepared, blocks, began)
         finally:
             ledger.close()
@@ -174,7 +178,7 @@ def _prepare(work: Path, job: VolumeJob, reader: PatientReader, settings: RunSet
     return _Prepared(work, run_key, ledger, surveyed, pending, stores)
 
 
-def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings) -> None:
+def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, run: RunStage) -> None:
     """Write what is still missing of the outputs, and remove the working stores."""
     pending = [o for o in prepared.pending if o.missing(settings.folder)]  # another process may have been first
     prepared.ledger.refresh()
@@ -188,7 +192,7 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings) -> None:
         record = stamp | {"result_keys": _result_keys(job), "command": list(job.command)}
         write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
     for output in pending:
-        _export(prepared, job, output, settings, stamp)
+        _export(prepared, job, output, settings, stamp, run)
     _seal(job.run_folder, job.outputs, settings.folder)
     for store in prepared.stores.values():
         store.close()
@@ -196,7 +200,12 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings) -> None:
 
 
 def _export(
-    prepared: _Prepared, job: VolumeJob, output: Output, settings: RunSettings, stamp: dict[str, object]
+    prepared: _Prepared,
+    job: VolumeJob,
+    output: Output,
+    settings: RunSettings,
+    stamp: dict[str, object],
+    run: RunStage,
 ) -> None:
     store, filtered = prepared.stores[output.name], prepared.work / FILTERED
     source = store
@@ -205,7 +214,7 @@ def _export(
     discard_locks(source.path)
     for form in output.missing(settings.folder):  # what stands there is replaced
         checksums_of(job.run_folder, output.paths(settings.folder)[form]).unlink(missing_ok=True)
-    export_output(source, output, settings.folder, stamp)
+    export_output(source, output, settings.folder, stamp, prepared.work, run)
     source.close()
     store.close()
     discard(filtered)
@@ -248,7 +257,7 @@ def _seal(run_folder: Path, outputs: Sequence[Output], folder: Path) -> None:
 
 def _discard_stores(work: Path) -> None:
     for path in list(work.iterdir()):
-        if path.is_dir() and (path.suffix == ".zarr" or path.name.startswith(".")):
+        if path.is_dir() and not path.name.startswith((LEDGER, WORKERS)):
             discard(path)
 
 
@@ -309,13 +318,17 @@ def _store(path: Path, job: VolumeJob, name: str, plan: BlockPlan) -> Store:
             return store
         store.close()  # its ledger was lost, and now the volume is cut in another way
         discard(path)
+    return create_store(path, _info_of(job, name, plan), shard_shape=plan.block_shape, attributes={})
+
+
+def _info_of(job: VolumeJob, name: str, plan: BlockPlan) -> VolumeInfo:
+    """The volume that an output is."""
     source = job.reader.info
     rule = job.segmenter.probabilities
     if name == LABELS or rule is None:
         channels, dtype = 1, job.segmenter.labels.dtype
     else:
         channels, dtype = len(rule.channels), rule.dtype
-    info = VolumeInfo(
+    return VolumeInfo(
         (channels, *source.extent), np.dtype(dtype), plan.chunk_shape, source.voxel_size_nm, source.origin_nm
     )
-    return create_store(path, info, shard_shape=plan.block_shape, attributes={})

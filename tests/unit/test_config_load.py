@@ -108,6 +108,7 @@ KEYS: list[tuple[str, str, object, tuple[str, ...]]] = [
         ("inference.output.save_probabilities=true",),
     ),
     ("inference.output.formats", "[h5,zarr,tiff,png]", ["h5", "zarr", "tiff", "png"], ()),
+    ("inference.output.pyramid", "false", False, ()),
     ("inference.output.save_probabilities", "true", True, ()),
     ("inference.output.overwrite", "true", True, ()),
     ("test.data.test_image", "a.h5", ["a.h5"], ()),

@@ -577,6 +577,11 @@ TABLE: Mapping[str, Check] = {
         names_of(world.run("inference.output.formats=[zarr,tiff,png]"))
         == {"v_labels.zarr", "v_labels.tif", "v_labels_png"}
     ),
+    "inference.output.pyramid": changes(
+        lambda result: len([path for path in (result.output / "v_labels.n5").iterdir() if path.is_dir()]),
+        "inference.output.pyramid=false",
+        given=["inference.output.formats=[n5]", "inference.block_shape=[1,16,16]"],
+    ),
     "inference.output.save_probabilities": lambda world: (
         names_of(world.run(SAVE)) == {"v_labels.h5", "v_labels_probabilities.h5"}
     ),
