@@ -184,7 +184,5 @@ def test_a_run_folder_that_vanishes_ends_the_run(tmp_path: Path) -> None:
         shutil.rmtree(left)
     moved.rename(left)
     job = job_in(tmp_path)
-    assert run(tmp_path, job, stale_s=0.1).skipped == 3, (
-        "this process is alive, and its first run could not say it ended"
-    )
+    assert run(tmp_path, job, stale_s=0.1).skipped == 3, "this process is alive, and could not say it ended"
     assert (labels(tmp_path) == EXPECTED).all()
