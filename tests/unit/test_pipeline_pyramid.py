@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from connectomics.decode.downsample import mean, mode
-from connectomics.errors import OutputError, VolumeError
+from connectomics.errors import OutputError, QuarantineError, VolumeError
 from connectomics.executors.serial import SerialExecutor
 from connectomics.geometry import Block, BlockGrid, Box
 from connectomics.io import multiscale_n5, multiscale_precomputed, multiscale_zarr
@@ -30,8 +31,11 @@ from connectomics.io.levels import plan_levels
 from connectomics.io.opening import open_volume
 from connectomics.io.store import Store, create_store, open_store
 from connectomics.io.volume import VolumeInfo
+from connectomics.pipeline.blocks import run_blocks
 from connectomics.pipeline.contracts import BlockRecord, Task
 from connectomics.pipeline.finish import Output, export_output
+from connectomics.pipeline.lease import Worker
+from connectomics.pipeline.run_folder import WORKERS
 
 from pyramids import READERS, coarser
 
@@ -68,8 +72,10 @@ def filled(
 def export(
     folder: Path, store: Store, name: str, form: str, *, pyramid: bool = True, executor: Any = None, key: str = KEY
 ) -> Path:
-    output = Output(name, "a_seg", key, (form,), pyramid)
-    export_output(store, output, folder, STAMP, store.path.parent, executor or SerialExecutor())
+    output, work = Output(name, "a_seg", key, (form,), pyramid), store.path.parent
+    with Worker(work / WORKERS) as worker:
+        hands = {"executor": executor or SerialExecutor(), "worker": worker, "on_block": lambda done, planned: None}
+        export_output(store, output, folder, STAMP, work, functools.partial(run_blocks, **hands))
     return export_path(folder, "a_seg", form)
 
 
@@ -342,7 +348,7 @@ def test_a_disk_that_gives_other_voxels_is_noticed(tmp_path: Path, form: str, mo
         return voxels
 
     monkeypatch.setattr(LevelArray, "read", flipping)
-    with pytest.raises(OutputError, match="reads back with other voxels"):
+    with pytest.raises(QuarantineError, match="reads back with other voxels"):
         export(tmp_path, store, "labels", form)
     assert not export_path(tmp_path, "a_seg", form).exists()
 
