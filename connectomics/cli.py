@@ -37,6 +37,8 @@ examples:
   connectomics doctor --checkpoint MODEL
   connectomics verify MODEL VOLUME
   connectomics reproduce out/NAME_labels.h5
+  connectomics status out/NAME_labels.run
+  connectomics verify-run out/NAME_labels.run
   connectomics demo
   connectomics from-nnunet -i IMAGES -o LABELS -d 4 -c 2d
 """
@@ -90,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     text = "print the command that made an output"
     again = commands.add_parser("reproduce", help=text, description=text)
     again.add_argument("output", type=Path, help="a final output; its RUN folder lies beside it")
+    text = "how far a run has come, who works on it and how long it will take"
+    status = commands.add_parser("status", help=text, description=text)
+    status.add_argument("run", type=Path, help="RUN folder, OUTPUT_PATH/NAME_labels.run")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    text = "read again what a run wrote and compare checksums; what is damaged is made again by the next run"
+    reread = commands.add_parser("verify-run", help=text, description=text)
+    reread.add_argument("run", type=Path, help="RUN folder, OUTPUT_PATH/NAME_labels.run")
+    amount = reread.add_mutually_exclusive_group()
+    amount.add_argument("--sample", type=int, metavar="N", help="blocks of each stage and files of each output to read")
+    amount.add_argument("--all", action="store_true", help="read everything, which is the default")
     text = "write an inference-only copy of a model: safetensors and JSON with a manifest of digests, no pickle"
     convert = commands.add_parser("convert", help=text, description=text)
     convert.add_argument("model", type=Path, help="training folder, fold folder, exported .zip or .pth file")
@@ -139,7 +151,7 @@ def _add_nnunet_words(parser: argparse.ArgumentParser) -> None:
     add("-part_id", type=int, default=0, help="which of them, from 0 on; default: %(default)s")
     add("-device", choices=["cuda", "cpu", "mps"], default="cuda", help="default: %(default)s")
     add("--disable_progress_bar", action="store_true", help="no progress")
-    add("-prev_stage_predictions", metavar="FOLDER", help="refused: cascades are not supported yet")
+    add("-prev_stage_predictions", type=Path, metavar="FOLDER", help="labels CASE.png of a cascade's first stage")
     for word in ("-npp", "-nps"):
         add(word, type=int, help="ignored: no processes are needed for reading and writing")
     for word in ("--verbose", "--not_on_device"):
@@ -305,6 +317,24 @@ def _reproduce(words: argparse.Namespace) -> int:
     return 0
 
 
+def _status(words: argparse.Namespace) -> int:
+    from connectomics.pipeline.status import status_of
+
+    status = status_of(words.run)
+    print(json.dumps(status.as_dict(), indent=1) if words.json else "\n".join(status.lines()))
+    return 0
+
+
+def _verify_run(words: argparse.Namespace) -> int:
+    from connectomics.pipeline.verify_run import verify_run
+
+    if words.sample is not None and words.sample < 1:
+        raise ConfigError(f"--sample is {words.sample}, expected at least 1")
+    findings = verify_run(words.run, words.sample)
+    print("\n".join(line for finding in findings for line in finding.lines()) or "nothing to read again")
+    return FAILED if any(finding.damaged for finding in findings) else 0
+
+
 def _convert(words: argparse.Namespace) -> int:
     from connectomics.config.load import load_config
 
@@ -360,6 +390,7 @@ def _from_nnunet(words: argparse.Namespace) -> int:
         num_parts=words.num_parts,
         part_id=words.part_id,
         device=words.device,
+        previous_folder=words.prev_stage_predictions,
     )
     prediction = FolderPrediction(call, words.overrides)
     for deviation in prediction.deviations:
@@ -376,8 +407,6 @@ def _from_nnunet(words: argparse.Namespace) -> int:
 
 def _model_of(words: argparse.Namespace) -> Path:
     """The training folder that nnU-Net's arguments mean."""
-    if words.prev_stage_predictions is not None:
-        raise ConfigError("-prev_stage_predictions: cascades are not supported yet; use nnU-Net itself for this model")
     if words.m is not None and (words.d or words.c):
         raise ConfigError("-m and -d or -c both name the model; give -m FOLDER, or -d DATASET -c CONFIGURATION")
     if words.m is not None:
@@ -395,6 +424,8 @@ _COMMANDS = {
     "inspect": _inspect,
     "verify": _verify,
     "reproduce": _reproduce,
+    "status": _status,
+    "verify-run": _verify_run,
     "convert": _convert,
     "doctor": _doctor,
     "demo": _demo,

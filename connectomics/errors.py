@@ -6,6 +6,8 @@ ConnectomicsError
 │   └── UnsafeModelError   ... because it brings code that was not asked for
 ├── VolumeError        an input volume cannot be read or does not fit the model
 ├── OutputError        a result cannot be written, or its name is taken
+│   └── StorageError       ... because the disk is full, read-only, forbidden or gone: no block can be written
+├── QuarantineError    blocks failed again and again and were set aside, all others are done
 ├── LedgerError        the record of a run is damaged or belongs to something else
 ├── DeviceError        the requested device or backend is not available here
 └── ResourceError      the memory budget or the disk is too small
@@ -40,6 +42,14 @@ class VolumeError(ConnectomicsError):
 
 class OutputError(ConnectomicsError):
     """A result cannot be written, or its name is already taken by something else."""
+
+
+class StorageError(OutputError):
+    """The disk of the results is full, read-only, forbidden or gone, so that nothing more can be written."""
+
+
+class QuarantineError(ConnectomicsError):
+    """Blocks failed again and again and were set aside; all others are done."""
 
 
 class LedgerError(ConnectomicsError):

@@ -217,6 +217,33 @@ class BlockGrid:
         core = Box(start, vec3([s + b for s, b in zip(start, self.block_shape, strict=True)])).clip(self.volume)
         return Block(index, core, core.grow(self.halo).clip(self.volume))
 
+    def number(self, index: Vec3) -> int:
+        """Position of the block at ``index`` (z, y, x) in raster order, from 0 on.
+
+        Raises
+        ------
+        IndexError
+            If the grid has no such block.
+        """
+        counts = self.counts
+        if any(not 0 <= i < n for i, n in zip(index, counts, strict=True)):
+            raise IndexError(f"block {index} is outside a grid of {counts} blocks")
+        return (index[0] * counts[1] + index[1]) * counts[2] + index[2]
+
+    def numbered(self, number: int) -> Block:
+        """The block at a position in raster order; the inverse of ``number``.
+
+        Examples
+        --------
+        >>> grid = BlockGrid((4, 12, 20), (1, 6, 10))
+        >>> grid.numbered(7).index, grid.number((1, 1, 1))
+        ((1, 1, 1), 7)
+        """
+        _, ny, nx = self.counts
+        rest, x = divmod(number, nx)
+        z, y = divmod(rest, ny)
+        return self.block((z, y, x))
+
     def faces(self) -> Iterator[tuple[Block, Block]]:
         """Pairs of blocks that share a face, the one nearer the origin first, in raster order."""
         for block in self:

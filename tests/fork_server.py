@@ -20,7 +20,16 @@ from types import TracebackType
 from typing import Any
 
 NOBODY = 65534
-FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "shutil.rmtree"}
+FILE_EVENTS = {
+    "open": 0,
+    "os.rename": 0,
+    "os.remove": 0,
+    "os.mkdir": 0,
+    "shutil.rmtree": 0,
+    "os.link": 1,
+    "os.symlink": 1,
+}
+"""Of Python's audit events, and which of their arguments is the path."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,7 @@ def _child(request: dict[str, Any]) -> None:
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
-        path = str(arguments[0]) if event in FILE_EVENTS else ""
+        path = str(arguments[FILE_EVENTS[event]]) if event in FILE_EVENTS else ""
         if not path.startswith(request["watched"]):
             return
         os.write(touched, f"{path}\n".encode())

@@ -91,8 +91,15 @@ def final_names(output: Path) -> set[str]:
     return {name.partition("/")[0] for name in finals(output)}
 
 
-def ledger_lines(run: Path) -> list[dict[str, Any]]:
-    """The blocks that the one ledger in a RUN folder records, whole lines only; empty where there is none."""
-    ledgers = list(run.glob("*/ledger.jsonl"))
-    assert len(ledgers) <= 1
-    return [json.loads(line) for ledger in ledgers for line in ledger.read_bytes().split(b"\n")[1:-1]]
+def ledger_lines(run: Path, stage: str = "ledger") -> list[dict[str, Any]]:
+    """The blocks that the one ledger of a stage in a RUN folder records, whole lines that are not undone only."""
+    assert len(list(run.glob(f"*/{stage}"))) <= 1
+    found, voided = {}, set()
+    for file in sorted(run.glob(f"*/{stage}/*.jsonl")):
+        for number, line in enumerate(file.read_bytes().split(b"\n")[1:-1]):
+            fields = json.loads(line)
+            if "void" in fields:
+                voided.add(tuple(fields["void"]))
+            else:
+                found[file.name, number] = fields
+    return [fields for name, fields in found.items() if name not in voided]

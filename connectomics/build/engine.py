@@ -11,10 +11,11 @@ from pathlib import Path
 
 import psutil
 
+from connectomics.build.cascade import check_first_stage, first_stage_config
 from connectomics.build.models import load_members
 from connectomics.build.rules import check_activation, label_rule, probability_rule
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError
+from connectomics.errors import ConfigError, ModelError
 from connectomics.geometry import AxisOrder
 from connectomics.inference.predictor import Predictor, RollingPredictor, SlidingWindow
 from connectomics.inference.resample import check_rules
@@ -28,8 +29,8 @@ from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.run import RunSettings
 
 NNUNET_STEP = 0.5
+PROVENANCE_LIBRARIES = ("connectomics", "nnunetv2", "torch", "numpy", "scipy", "tensorstore")
 NNUNET_THREADS = 8  # nnU-Net's own upper bound of threads in a forward pass
-PACKAGES = ("connectomics", "nnunetv2", "torch", "numpy", "scipy", "scikit-image")  # whose versions decide the voxels
 BUDGET_SHARE = 0.5  # of the machine's memory, where no budget is stated
 
 
@@ -70,6 +71,8 @@ class Engine:
         Settings that decide the result, for result keys and provenance.
     deviations
         In which ways this is not nnU-Net's own inference; empty when it is.
+    previous
+        The first stage of a cascade, where a model gives its labels.
     """
 
     models: tuple[EngineModel, ...]
@@ -78,11 +81,17 @@ class Engine:
     settings: RunSettings
     facts: Mapping[str, object]
     deviations: tuple[str, ...]
+    previous: Engine | None = None
 
     @property
     def spec(self) -> ModelSpec:
         """The first model; all of an ensemble have its channels and labels."""
         return self.models[0].spec
+
+    @property
+    def specs(self) -> tuple[ModelSpec, ...]:
+        """All models."""
+        return tuple(model.spec for model in self.models)
 
 
 def program_version() -> str:
@@ -90,10 +99,9 @@ def program_version() -> str:
     return f"connectomics {importlib.metadata.version('connectomics')}"
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that compute, for provenance."""
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {"python": python} | {name: importlib.metadata.version(name) for name in PACKAGES}
+def library_versions() -> dict[str, str]:
+    """Versions of this program and of the libraries that decide its numbers, for the provenance."""
+    return {name: importlib.metadata.version(name) for name in PROVENANCE_LIBRARIES}
 
 
 def memory_budget_bytes(config: Config) -> int:
@@ -167,7 +175,21 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         max(1, config.system.inference.num_workers or 1),
     )
     facts = _facts(config, models, segmenter, filters)
-    return Engine(models, segmenter, filters, settings, facts, _deviations(config, models, segmenter))
+    previous = _first_stage(config, models)
+    deviations = _deviations(config, models, segmenter)
+    if previous is not None:
+        deviations += tuple(f"the previous stage: {text}" for text in previous.deviations)
+    return Engine(models, segmenter, filters, settings, facts, deviations, previous)
+
+
+def _first_stage(config: Config, models: tuple[EngineModel, ...]) -> Engine | None:
+    specs = [model.spec for model in models]
+    own = first_stage_config(config, specs)
+    if own is None:
+        return None
+    engine = build_engine(own)
+    check_first_stage(config, specs, engine.spec)
+    return engine
 
 
 def _backends(config: Config, model: LoadedModel, window: SlidingWindow) -> tuple[TorchBackend, ...]:
@@ -179,8 +201,17 @@ def _member(config: Config, model: EngineModel, backends: tuple[TorchBackend, ..
     spec = model.spec
     by_slice = spec.slice_case if config.inference.case == "auto" else config.inference.case == "slice"
     check_resampling(config, spec, by_slice=by_slice)
+    if by_slice and spec.previous_stage is not None and any(scheme.masked for scheme in spec.normalisations):
+        raise ModelError(
+            f"configuration '{spec.configuration}' is the second stage of a cascade, normalises within a mask "
+            "(use_mask_for_norm), and each section is a case; that is not supported: set inference.case=volume, or use "
+            "nnU-Net itself for it"
+        )
     predictor = _predictor(config, backends, model.window, spec)
-    return Member(predictor, spec.normalisations, by_slice, AxisOrder(spec.axis_order), weight=weight)
+    values = () if spec.previous_stage is None else spec.foreground_labels
+    return Member(
+        predictor, spec.normalisations, by_slice, AxisOrder(spec.axis_order), weight=weight, previous_values=values
+    )
 
 
 def check_resampling(config: Config, spec: ModelSpec, *, by_slice: bool) -> None:
@@ -192,7 +223,7 @@ def check_resampling(config: Config, spec: ModelSpec, *, by_slice: bool) -> None
             "inference.resample=plan: each section is a case of its own here, and nnU-Net gives 2D images no "
             "spacing to resample by; set inference.resample=off"
         )
-    check_rules(spec.resampling_data, spec.resampling_probabilities)
+    check_rules(spec.resampling_data, spec.resampling_probabilities, spec.resampling_labels)
 
 
 def _window(config: Config, spec: ModelSpec) -> SlidingWindow:

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from connectomics.build.engine import Engine, EngineModel, versions
+from connectomics.build.cascade import checked_labels, first_stage_config, open_previous
+from connectomics.build.engine import Engine, EngineModel, library_versions
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, VolumeError
 from connectomics.fingerprint import key_of
 from connectomics.geometry import Box, Vec3, vec3
+from connectomics.inference.case import ReadBox
 from connectomics.inference.mask import check_mask_memory, mask_bytes
 from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.io.export import export_path
@@ -34,6 +36,7 @@ from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segment
 from connectomics.pipeline.run import VolumeJob
 from connectomics.pipeline.wanted import Wanted, require_inside
 
+PREVIOUS = "previous_stage"  # folder in RUN where the labels of a cascade's first stage are kept
 # keys that a reproducing command states in another way, or that only say where and which
 ELSEWHERE = (
     "model.nnunet_checkpoint",
@@ -134,7 +137,8 @@ def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: Vol
     """The final results of a volume with their result keys."""
     names = final_names(config, engine, source)
     resampling = _resampling_facts(segmenter_of(config, engine, reader.info.spacing))
-    facts = dict(engine.facts) | {"input": reader.identity, "resample": resampling} | _wanted_facts(config)
+    facts = dict(engine.facts) | {"input": reader.identity, "resample": resampling}
+    facts |= _wanted_facts(config) | _previous_facts(config, engine, source, reader)
     outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1])]
     rule = engine.segmenter.probabilities
     if rule is not None:
@@ -145,13 +149,39 @@ def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: Vol
     return tuple(outputs)
 
 
-def segmenter_of(config: Config, engine: Engine, own: Spacing | None) -> Segmenter:
+def first_stage_of(config: Config, engine: Engine, source: VolumeSource) -> tuple[Config, Engine]:
+    """Configuration and engine of the first stage of a cascade, whose labels of a volume are kept in its RUN folder."""
+    assert engine.previous is not None
+    folder = run_folder(config, source) / PREVIOUS
+    own = first_stage_config(config, engine.specs)
+    assert own is not None
+    data = dataclasses.replace(own.inference.data, output_path=str(folder))
+    own = dataclasses.replace(own, inference=dataclasses.replace(own.inference, data=data))
+    settings = dataclasses.replace(engine.previous.settings, folder=folder)
+    return own, dataclasses.replace(engine.previous, settings=settings)
+
+
+def _previous_facts(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> dict[str, object]:
+    """What decides the labels of the previous stage: its own result key, or the identity of the given volume."""
+    if all(spec.previous_stage is None for spec in engine.specs):
+        return {}
+    if engine.previous is not None:
+        labels, *_ = outputs_of(*first_stage_of(config, engine, source), source, reader)
+        return {"previous_stage": labels.result_key}
+    given = open_previous(config, source, reader)
+    given.close()
+    return {"previous_stage": given.identity}
+
+
+def segmenter_of(config: Config, engine: Engine, own: Spacing | None, previous: ReadBox | None = None) -> Segmenter:
     """The engine's segmenter for a volume of this spacing.
 
     Parameters
     ----------
     own
         Spacing (z, y, x) that the volume itself states, in the plan's unit; ``inference.spacing`` goes first.
+    previous
+        Gives the labels of the previous stage (1, z, y, x), for second stages of a cascade.
 
     Raises
     ------
@@ -161,7 +191,11 @@ def segmenter_of(config: Config, engine: Engine, own: Spacing | None) -> Segment
         If this program cannot resample as the plans want it.
     """
     members = (
-        dataclasses.replace(member, resampling=_resampling_of(config, model, member, own))
+        dataclasses.replace(
+            member,
+            resampling=_resampling_of(config, model, member, own),
+            previous=previous and checked_labels(previous, model.spec, "the labels of the previous stage"),
+        )
         for member, model in zip(engine.segmenter.members, engine.models, strict=True)
     )
     return dataclasses.replace(engine.segmenter, members=tuple(members))
@@ -182,7 +216,7 @@ def _resampling_of(config: Config, model: EngineModel, member: Member, own: Spac
     spacing = member.order.turn(spacing)
     target = (spacing[0] if spec.spacing[0] is None else spec.spacing[0], spec.spacing[1], spec.spacing[2])
     check_ratio(spacing, target, allowed=stated.allow_large_resampling)
-    return Resampling(spacing, target, spec.resampling_data, spec.resampling_probabilities)
+    return Resampling(spacing, target, spec.resampling_data, spec.resampling_probabilities, spec.resampling_labels)
 
 
 def _resampling_facts(segmenter: Segmenter) -> object:
@@ -235,23 +269,34 @@ def _wanted_facts(config: Config) -> dict[str, object]:
     return {"wanted": facts} if facts else {}
 
 
-def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> VolumeJob:
+def job_of(
+    config: Config,
+    engine: Engine,
+    source: VolumeSource,
+    reader: VolumeReader,
+    previous: VolumeReader | None = None,
+    wanted: Wanted | None = None,
+) -> VolumeJob:
     """All that running one volume needs.
+
+    Parameters
+    ----------
+    previous
+        The labels of the previous stage of a cascade.
+    wanted
+        What ``wanted_of`` gives.
 
     Raises
     ------
     ResourceError
         If the memory budget cannot hold one block's work, or the mask that the model normalises within.
-    VolumeError
-        If ``inference.roi`` or ``inference.mask`` does not fit the volume.
     """
-    wanted = wanted_of(config, reader.info.extent, source.name)
     outputs = outputs_of(config, engine, source, reader)
-    segmenter = segmenter_of(config, engine, reader.info.spacing)
+    segmenter = segmenter_of(config, engine, reader.info.spacing, None if previous is None else previous.read)
     described = [_described(model) for model in engine.models]
     provenance: dict[str, object] = {
         "program": engine.settings.program,
-        "versions": versions(),
+        "versions": library_versions(),
         "experiment_name": config.experiment_name,
         "description": config.description,
         "input": reader.identity,
@@ -260,7 +305,7 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
         "regions": {name: list(values) for name, values in engine.spec.regions},
         "resample": _resampling_facts(segmenter),
         "seed": config.system.seed,
-    } | _wanted_facts(config)
+    }
     return VolumeJob(
         source.name,
         run_folder(config, source),
@@ -269,10 +314,22 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
         engine.filters,
         outputs,
         _plan(config, engine, segmenter, reader),
-        provenance | (described[0] if len(described) == 1 else {"models": described}) | dict(engine.facts),
+        provenance
+        | (described[0] if len(described) == 1 else {"models": described})
+        | dict(engine.facts)
+        | _wanted_facts(config)
+        | _previous_provenance(engine, previous),
         _command(config, engine, source),
         wanted,
     )
+
+
+def _previous_provenance(engine: Engine, previous: VolumeReader | None) -> dict[str, object]:
+    if previous is None:
+        return {}
+    if engine.previous is None:
+        return {"previous_stage": previous.identity}
+    return {"previous_stage": _described(engine.previous.models[0]) | dict(engine.previous.facts)}
 
 
 def _described(model: EngineModel) -> dict[str, object]:
@@ -327,12 +384,12 @@ def _model_plan(
     extent, patch = order.turn(info.extent), model.window.patch
     stated = config.inference.block_shape
     if config.inference.sliding_window.engine == "monai":
-        plan = whole_plan(extent, patch, model.spec.classes, info.channels, budget, kept)
+        plan = whole_plan(extent, patch, model.spec.classes, model.spec.input_channels, budget, kept)
     elif stated is not None:
         plan = forced_plan(extent, patch, order.turn(vec3(stated)))
     else:
         accumulated = model.spec.classes * len(model.spec.folds) + 1
-        plan = plan_blocks(extent, patch, accumulated, info.channels, budget, kept)
+        plan = plan_blocks(extent, patch, accumulated, model.spec.input_channels, budget, kept)
         if member.resampling is not None:
             pairs = zip(member.resampling.spacing, member.resampling.target, strict=True)
             finer = math.prod(n / m for n, m in pairs)

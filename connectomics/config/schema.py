@@ -55,6 +55,7 @@ class Model:
     checkpoint_name: str = "checkpoint_final.pth"
     ensemble: list[str] | None = None
     ensemble_weights: list[float] | None = None
+    previous_stage: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

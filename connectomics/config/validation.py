@@ -138,6 +138,7 @@ def _model(model: Model, device: str) -> None:
     for fold in model.folds or ():
         rule = "a fold is a number from 0 on, or all"
         _require(fold == "all" or fold.isdecimal(), "model.folds", fold, rule)
+    _require(model.previous_stage != "", "model.previous_stage", "", "must be a path, or null")
     name = model.checkpoint_name
     rule = "must be a file name without folders, such as checkpoint_best.pth"
     _require(name not in ("", ".", "..") and not set(name) & set("/\\"), "model.checkpoint_name", name, rule)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from connectomics.geometry import Block
-from connectomics.pipeline.contracts import BlockRecord, Task
+from connectomics.pipeline.blocks import attempt
+from connectomics.pipeline.contracts import BlockFailure, BlockRecord, Task
 
 
 class SerialExecutor:
     """The plainest executor: this process, in the order given."""
 
-    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord]:
+    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord | BlockFailure]:
         """Process the blocks one by one."""
         for block in blocks:
-            yield task.process(block)
+            yield attempt(task, block)

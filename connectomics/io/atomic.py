@@ -1,15 +1,24 @@
-"""Files that appear under their final name only when complete: write to a temporary name, fsync, rename."""
+"""Files that appear under their final name only when complete: write to a temporary name, fsync, rename.
+
+Temporary names carry the mark of their process, so that two processes never share one and only leftovers are removed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from connectomics.io.process import is_dead, is_mark, new_mark
+
 TEMPORARY = ".partial"
 REPLACED = ".replaced"
+LEFT_S = 24 * 3600.0  # age from which the temporary of another machine's process counts as left behind
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR)
 
 
 def fsync_path(path: Path) -> None:
@@ -22,23 +31,64 @@ def fsync_path(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or a folder with all it holds; absent is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Remove a file or a folder with all it holds; absent is fine, also when another process removes it too."""
+    while path.is_dir() and not path.is_symlink():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path, kind: str = TEMPORARY) -> Path:
+    """A hidden name beside ``path`` that belongs to this process alone."""
+    return path.with_name(f".{path.name}.{new_mark()}{kind}")
+
+
+def discard_temporaries(path: Path) -> None:
+    """Remove what processes that live no more left beside ``path`` under temporary names."""
+    prefix = f".{path.name}."
+    with contextlib.suppress(FileNotFoundError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            kind = next((k for k in (TEMPORARY, REPLACED) if entry.name.endswith(k)), None)
+            if kind is None or not entry.name.startswith(prefix):
+                continue
+            mark = entry.name.removeprefix(prefix).removesuffix(kind)
+            if is_mark(mark) and (is_dead(mark) or _age_s(Path(entry.path)) > LEFT_S):
+                discard(Path(entry.path))
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.lstat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def put_in_place(complete: Path, path: Path) -> None:
     """Rename a complete file or folder to ``path``; a folder that stands there is moved aside, never half removed."""
-    aside = path.with_name(f".{path.name}{REPLACED}")
-    discard(aside)
-    if path.is_dir():
-        path.rename(aside)
-    complete.replace(path)
+    while not _exchanged(complete, path):
+        pass  # another process put its own folder in place in between: that one is moved aside too
     for folder in {complete.parent, path.parent}:
         fsync_path(folder)
-    discard(aside)
+    discard_temporaries(path)
+
+
+def _exchanged(complete: Path, path: Path) -> bool:
+    aside = None
+    if path.is_dir():
+        aside = temporary_beside(path, REPLACED)
+        path.rename(aside)
+    try:
+        complete.replace(path)
+    except OSError as error:
+        if aside is not None:
+            with contextlib.suppress(OSError):  # another process has put its own there by now
+                aside.rename(path)
+        if error.errno in TAKEN:
+            return False
+        raise
+    if aside is not None:
+        discard(aside)
+    return True
 
 
 @contextlib.contextmanager
@@ -46,10 +96,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on success flush it and rename it to ``path``.
 
     The body may create a file or a folder there. If it raises, the temporary is removed and ``path`` is untouched.
-    A leftover of a killed process is removed first.
+    Leftovers of killed processes are removed first.
     """
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
-    discard(temporary)
+    discard_temporaries(path)
+    temporary = temporary_beside(path)
     try:
         yield temporary
         if temporary.is_dir():
@@ -69,3 +119,30 @@ def write_text(path: Path, text: str) -> None:
     """Write a small text file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+def write_once(path: Path, text: str) -> bool:
+    """Write a small text file unless one stands there; of several processes that do so at once one wins.
+
+    Returns
+    -------
+    won
+        Whether this call wrote it.
+    """
+    discard_temporaries(path)
+    temporary = temporary_beside(path)
+    try:
+        temporary.write_text(text)
+        fsync_path(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links: nearly as good
+            if path.exists():
+                return False
+            temporary.replace(path)
+        fsync_path(path.parent)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -178,22 +178,24 @@ def create_store(path: Path, info: VolumeInfo, *, shard_shape: Vec3, attributes:
 def open_store(path: Path) -> Store:
     """Open a working store for reading and writing, keeping what it holds.
 
-    Lock files that killed writers left are removed, so the caller must be the only writer.
-
     Raises
     ------
     OutputError
         If there is no working store of this program or it cannot be opened.
     """
     try:
-        for lock in path.joinpath(ARRAY).rglob("*.__lock"):
-            lock.unlink(missing_ok=True)
         attributes = json.loads((path / METADATA).read_text())["attributes"][ATTRIBUTES]
         reader = open_zarr(Source(str(path), path, ARRAY))
         array = open_array(path / ARRAY, 3, writable=True)
     except (VolumeError, *READ_ERRORS) as error:
         raise OutputError(f"cannot open the working store {path}: {reason(error)}. Remove it to begin anew.") from error
     return Store(path, reader, array, attributes)
+
+
+def discard_locks(path: Path) -> None:
+    """Remove the lock files that killed writers left in the store at ``path``; nobody may be writing to it."""
+    for lock in path.joinpath(ARRAY).rglob("*.__lock"):
+        lock.unlink(missing_ok=True)
 
 
 def stamp_store(path: Path, stamp: dict[str, object], name: str) -> None:

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from connectomics.build.cascade import check_previous_stage
 from connectomics.build.engine import Engine, build_engine
 from connectomics.build.volumes import (
     final_paths,
@@ -29,13 +30,17 @@ from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ConnectomicsError, OutputError, VolumeError
 from connectomics.executors.serial import SerialExecutor
 from connectomics.geometry import Box
+from connectomics.inference.case import ReadBox
 from connectomics.io.listing import VolumeSource
 from connectomics.io.volume import Array, Spacing, VolumeInfo
+from connectomics.lightning.cascade import previous_labels
 from connectomics.pipeline.contracts import RunReport
 from connectomics.pipeline.finish import check_names
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter
-from connectomics.pipeline.run import discard_leftovers, run_volume
+from connectomics.pipeline.retry import SYSTEMIC, errno_of
+from connectomics.pipeline.run import run_volume, settle
 
+NOT_BEGUN = "not begun, because the disk of the results refused; mend that and run again"
 EXPECTED = (ConnectomicsError, OSError, MemoryError)  # what may go wrong without a mistake of ours
 
 
@@ -81,11 +86,11 @@ class InferenceManager:
         """Load a model with nnU-Net's own settings, changed by ``key=value`` words of the configuration."""
         return cls(load_config(None, overrides), Path(checkpoint))
 
-    def segmenter(self, spacing: Spacing | None = None) -> Segmenter:
-        """The engine's segmenter for an image of this spacing."""
-        return segmenter_of(self._config, self.engine, spacing)
+    def segmenter(self, spacing: Spacing | None = None, previous: ReadBox | None = None) -> Segmenter:
+        """The engine's segmenter for an image of this spacing; ``previous`` gives the labels of a previous stage."""
+        return segmenter_of(self._config, self.engine, spacing, previous)
 
-    def predict(self, image: Array, spacing: Spacing | None = None) -> Prediction:
+    def predict(self, image: Array, spacing: Spacing | None = None, previous: Array | None = None) -> Prediction:
         """Label one image.
 
         Parameters
@@ -94,9 +99,14 @@ class InferenceManager:
             Raw intensities, any real dtype: (c, z, y, x), (z, y, x) for one channel, or (y, x).
         spacing
             Of the image (z, y, x) in the plan's unit, for ``inference.resample=plan`` without ``inference.spacing``.
+        previous
+            For the second stage of a cascade the labels of the first, (z, y, x) or (y, x); without them those of the
+            model ``model.previous_stage``.
 
         Raises
         ------
+        ConfigError
+            If labels of a previous stage are needed and neither given nor made by a model.
         VolumeError
             If the shape, dtype or number of channels does not fit the model, a value is not finite, or
             ``inference.roi`` or ``inference.mask`` does not fit the image.
@@ -112,9 +122,9 @@ class InferenceManager:
                 f"the image has {reader.info.channels} channels, the model expects {self.engine.spec.channels} "
                 f"({', '.join(self.engine.spec.channel_names)})"
             )
-        segmenter, whole = self.segmenter(spacing), Box.of_shape(reader.info.extent)
-        wanted = wanted_of(self._config, reader.info.extent, "the image")
+        wanted, whole = wanted_of(self._config, reader.info.extent, "the image"), Box.of_shape(reader.info.extent)
         with contextlib.closing(wanted) if wanted is not None else contextlib.nullcontext():
+            segmenter = self.segmenter(spacing, self._previous(reader, spacing, previous))
             surveyed = segmenter.survey(reader, "the image")
             arrays, _ = segmenter.segment_wanted(reader.read, surveyed, whole, wanted)
         labels = self.engine.filters.apply(arrays[LABELS][0])
@@ -122,6 +132,28 @@ class InferenceManager:
         if image.ndim == 2:
             return Prediction(labels[0], None if probabilities is None else probabilities[:, 0])
         return Prediction(labels, probabilities)
+
+    def _previous(self, reader: _ArrayReader, spacing: Spacing | None, given: Array | None) -> ReadBox | None:
+        """Reads the labels of the previous stage, where the model has one."""
+        if all(spec.previous_stage is None for spec in self.engine.specs):
+            return None
+        if given is not None:
+            labels = given.reshape((1,) * (4 - given.ndim) + given.shape)
+        elif self.engine.previous is not None:
+            first = segmenter_of(self._config, self.engine.previous, spacing)
+            surveyed = first.survey(reader, "the image")
+            labels = first.segment(reader.read, surveyed, Box.of_shape(reader.info.extent))[LABELS]
+        else:
+            raise ConfigError(
+                "the model is the second stage of a cascade; give the labels of the first (previous=…), or set "
+                "model.previous_stage to its model"
+            )
+        if labels.shape != (1, *reader.info.extent):
+            raise VolumeError(
+                f"the labels of the previous stage have shape {labels.shape}, expected {reader.info.extent}; give "
+                "those of this image"
+            )
+        return _ArrayReader(labels).read
 
 
 class _ArrayReader:
@@ -143,7 +175,10 @@ class _ArrayReader:
 
 @dataclass(frozen=True, slots=True)
 class VolumeOutcome:
-    """What became of one volume: ``state`` is done, skipped or failed; ``reason`` says why it failed."""
+    """What became of one volume: ``state`` is done, skipped or failed; ``reason`` says why it failed.
+
+    ``storage`` tells that the disk of the results refused, so that no other volume can be written either.
+    """
 
     name: str
     state: str
@@ -151,6 +186,7 @@ class VolumeOutcome:
     paths: tuple[Path, ...] = ()
     report: RunReport | None = None
     seconds: float = 0.0
+    storage: bool = False
 
 
 class Observer(Protocol):
@@ -208,19 +244,25 @@ class VolumeProcessor:
         Returns
         -------
         outcomes
-            One per volume in the given order; with ``stop_on_error`` the list ends at the first failure.
+            One per volume in the given order; with ``stop_on_error`` the list ends at the first failure. When the disk
+            of the results refuses, volumes that are not finished are not begun any more.
         """
+        check_previous_stage(self._config, self._engine.specs, sources)
         finished = {s.name: paths for s in sources if (paths := self._finished(s)) is not None}
         self._observer.listed(len(sources), len(finished))
-        outcomes = []
+        outcomes: list[VolumeOutcome] = []
+        refused = False
         for source in sources:
             if source.name in finished:
                 outcome = VolumeOutcome(source.name, "skipped", paths=finished[source.name])
+            elif refused:
+                outcome = VolumeOutcome(source.name, "failed", NOT_BEGUN, storage=True)
             else:
                 self._observer.began(source.name)
                 outcome = self._attempt(source)
             self._observer.ended(outcome)
             outcomes.append(outcome)
+            refused = refused or outcome.storage
             if outcome.state == "failed" and self._config.inference.volume_mode.stop_on_error:
                 break
         return outcomes
@@ -240,7 +282,7 @@ class VolumeProcessor:
             return None
         if any(o.missing(settings.folder) for o in outputs):
             return None
-        discard_leftovers(run_folder(self._config, source), outputs, settings.program)
+        settle(run_folder(self._config, source), outputs, settings)
         return tuple(p for o in outputs for p in o.paths(settings.folder).values())
 
     def _attempt(self, source: VolumeSource) -> VolumeOutcome:
@@ -255,7 +297,8 @@ class VolumeProcessor:
                 reason += "; free the disk or mend the permission, then run again"
             if not isinstance(error, EXPECTED):
                 reason = f"{type(error).__name__}: {reason} (unexpected; the traceback is in run.log)"
-            return VolumeOutcome(source.name, "failed", reason, seconds=time.perf_counter() - began)
+            storage = not isinstance(error, VolumeError) and errno_of(error) in SYSTEMIC
+            return VolumeOutcome(source.name, "failed", reason, seconds=time.perf_counter() - began, storage=storage)
         return VolumeOutcome(source.name, "done", "", paths, report, time.perf_counter() - began)
 
     def _process(self, source: VolumeSource) -> tuple[tuple[Path, ...], RunReport]:
@@ -263,9 +306,11 @@ class VolumeProcessor:
         with contextlib.ExitStack() as opened:
             reader = open_source(self._config, self._engine, source)
             opened.callback(reader.close)
-            job = job_of(self._config, self._engine, source, reader)
-            if job.wanted is not None:
-                opened.callback(job.wanted.close)
+            wanted = wanted_of(self._config, reader.info.extent, source.name)
+            if wanted is not None:
+                opened.callback(wanted.close)
+            first = previous_labels(self._config, self._engine, source, reader, self._observer.block)
+            job = job_of(self._config, self._engine, source, reader, opened.enter_context(first), wanted)
             check_names(job.outputs, settings.folder, overwrite=self._config.inference.output.overwrite)
             report = run_volume(job, settings, SerialExecutor(), self._observer.block)
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report
@@ -289,7 +334,7 @@ class _RunLog:
             raise OutputError(
                 f"{folder}: cannot make the RUN folder ({error.strerror}); choose another inference.data.output_path"
             ) from error
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
         self._logger = logging.getLogger("connectomics")
         self._level = self._logger.level
 

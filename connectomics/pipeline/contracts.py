@@ -6,17 +6,31 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from connectomics.geometry import Block, BlockGrid
+from connectomics.geometry import Block, BlockGrid, Box
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRecord:
-    """One finished block: its key, the sha256 of each shard it wrote by store name, and what it cost."""
+    """One finished block: its key, the sha256 of each file it wrote, and what it cost.
+
+    Files are named by their path in the work folder, ``labels.zarr/0/c/0/0/0``, so that a record can be checked
+    without knowing what wrote it.
+    """
 
     block: str
     checksums: Mapping[str, str]
     windows: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFailure:
+    """One block that failed again and again: why in one line, and the traceback of the last attempt."""
+
+    block: str
+    box: Box
+    reason: str
+    trace: str
 
 
 class Task(Protocol):
@@ -42,18 +56,25 @@ class Task(Protocol):
 class Executor(Protocol):
     """Runs a task's blocks somewhere."""
 
-    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord]:
-        """Process the blocks; a record comes out as soon as its block is on disk."""
+    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord | BlockFailure]:
+        """Give each block to ``blocks.attempt``; a record comes out as soon as its block is on disk.
+
+        Blocks are drawn one by one when hands are free: the next one may wait for other processes.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """What a run over one volume did; written to RUN as ``report.json``."""
+    """What one process did of a volume; written to RUN as ``report.json``.
+
+    ``skipped`` blocks were finished before or by others, ``failed`` ones are quarantined.
+    """
 
     planned: int
     skipped: int
     done: int
+    failed: int
     windows: int
     voxels: int
     seconds: float

@@ -1,194 +1,339 @@
-"""The durable record of the finished blocks of one run key: a header line, then one JSON line a block.
+"""The durable record of the finished blocks of one stage: a header and one append-only file for each worker.
 
-A line is on disk only after the block's data are; a torn last line is a block that was not finished.
+A line is on disk only after the block's data are; a torn last line is a block that was not finished. A block is undone
+by a further line that names the record it voids, so the order between files never matters.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-from collections.abc import Mapping
-from dataclasses import asdict
-from io import FileIO
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from connectomics.errors import LedgerError, OutputError
-from connectomics.geometry import vec3
-from connectomics.io.atomic import write_text
+import numpy as np
+import numpy.typing as npt
+
+from connectomics.errors import LedgerError
+from connectomics.geometry import Block, BlockGrid, Vec3, vec3
+from connectomics.io.atomic import write_once, write_text
 from connectomics.pipeline.contracts import BlockRecord
+from connectomics.pipeline.lines import LineFile, whole_lines
 from connectomics.pipeline.planning import BlockPlan
 
-VERSION = 1
+log = logging.getLogger(__name__)
+VERSION = 2
+HEADER = "header.json"
+SUFFIX = ".jsonl"
+MOST = 255  # records of one block that are counted
+
+
+@dataclass(frozen=True, slots=True)
+class RecordName:
+    """Where a record stands: the file it is in and its number there."""
+
+    file: str
+    number: int
+
+
+class _Read:
+    """How far a worker's file was read."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.lines = 0
+        self.damaged = False
+        self.numeric_class: Mapping[str, object] | None = None
 
 
 class Ledger:
-    """Open the ledger at ``path``, or start it.
+    """Open the ledger in ``folder``, or start it; memory holds one byte a block.
 
     Parameters
     ----------
-    path
-        The file; its folder exists.
+    folder
+        Where it is; made if absent.
     run_key
         Of the work it records.
     numeric_class
         Backend, precision, batch, threads and device that compute the blocks.
     plan
         How the volume is cut, for whoever continues; see ``plan_of``.
+    volume
+        Extent (z, y, x) in voxels of what is cut.
+    chosen
+        Which blocks have something to do, bool of the grid's counts; None for all.
     allow_other_class
         Go on although the recorded blocks were computed by another numeric class.
 
     Raises
     ------
     LedgerError
-        If the file is not a ledger, is of another run key, or of another numeric class that is not allowed.
+        If the folder holds no ledger, one of another run key, or of another numeric class that is not allowed.
     """
 
     def __init__(
         self,
-        path: Path,
+        folder: Path,
         run_key: str,
         numeric_class: Mapping[str, object],
         plan: BlockPlan,
+        volume: Vec3,
+        chosen: npt.NDArray[np.bool_] | None = None,
         *,
         allow_other_class: bool = False,
     ) -> None:
-        self._path = path
-        self._stream: FileIO | None = None
-        self._records: dict[str, BlockRecord] = {}
+        self._folder = folder
+        self._class = dict(numeric_class)
+        self._lenient = allow_other_class
+        self._own: LineFile | None = None
+        self._read: dict[str, _Read] = {}
+        self._voided: set[RecordName] = set()
         self._header: dict[str, Any] = {
             "ledger": VERSION,
             "run_key": run_key,
-            "numeric_class": dict(numeric_class),
+            "numeric_class": self._class,
             "mixed": False,
             "plan": asdict(plan),
+            "volume": list(volume),
+            "blocks": len(BlockGrid(volume, plan.block_shape)) if chosen is None else int(np.count_nonzero(chosen)),
         }
-        if not path.exists():
-            self._rewrite()
-        lines = path.read_bytes().split(b"\n")
-        found = _parse_header(path, lines[0])
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / HEADER).exists():
+            write_once(folder / HEADER, json.dumps(self._header))
+        found = read_header(folder)
         if found.get("run_key") != run_key:
             raise LedgerError(
-                f"{path}: records the run {found.get('run_key')}, expected {run_key}; remove the folder "
-                f"{path.parent} to start this volume over"
+                f"{folder}: records the run {found.get('run_key')}, expected {run_key}; remove the folder "
+                f"{folder.parent} to start this volume over"
             )
-        self._whole_bytes = len(lines[0]) + 1
-        for line in lines[1:-1]:
-            record = _parse_record(line)
-            if record is None:
-                break
-            self._records[record.block] = record
-            self._whole_bytes += len(line) + 1
-        self._join(found, allow_other_class)
+        self.grid = grid_of(found)
+        self.planned = int(found["blocks"])
+        self._counts = bytearray(len(self.grid) if chosen is None else (~chosen).astype(np.uint8).tobytes())
+        self._finished = 0
+        self.refresh()
+        self._join(found)
 
-    def _join(self, found: dict[str, Any], allow_other_class: bool) -> None:
+    @classmethod
+    def existing(cls, folder: Path) -> Ledger:
+        """The ledger in ``folder`` as it was begun.
+
+        Raises
+        ------
+        LedgerError
+            If there is none.
+        """
+        header = read_header(folder)
+        plan = plan_of(folder)
+        assert plan is not None
+        return cls(folder, header["run_key"], header["numeric_class"], plan, vec3(header["volume"]))
+
+    def _join(self, found: dict[str, Any]) -> None:
         """Take over the header found, unless its blocks are of another numeric class and that is not allowed."""
-        now = self._header["numeric_class"]
-        if found.get("numeric_class") == now:
+        if found.get("numeric_class") == self._class:
             self._header = found
-        elif not self._records:
-            self._rewrite()
-        elif allow_other_class:
+        elif not self._finished:
+            write_text(self._folder / HEADER, json.dumps(self._header))
+        elif self._lenient:
             self._header = found | {"mixed": True}
-            self._rewrite()
+            write_text(self._folder / HEADER, json.dumps(self._header))
         else:
-            raise LedgerError(
-                f"{self._path}: the finished blocks were computed with {found.get('numeric_class')}, now it is {now}, "
-                "whose logits differ in the last bits; use the same again, or state "
-                "system.allow_mixed_devices=true to go on without the promise of equal bytes"
-            )
+            raise self._other_class(found)
+
+    def _other_class(self, found: Mapping[str, Any]) -> LedgerError:
+        return LedgerError(
+            f"{self._folder}: the finished blocks were computed with {found.get('numeric_class')}, now it is "
+            f"{self._class}, whose logits differ in the last bits; use the same again, or state "
+            "system.allow_mixed_devices=true to go on without the promise of equal bytes"
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self._folder
 
     @property
     def mixed(self) -> bool:
         """Whether blocks of several numeric classes may stand here."""
-        return bool(self._header["mixed"])
+        classes = [r.numeric_class for r in self._read.values() if r.lines and r.numeric_class is not None]
+        return bool(self._header["mixed"]) or any(c != classes[0] for c in classes)
 
     @property
-    def records(self) -> Mapping[str, BlockRecord]:
-        """Finished blocks by key."""
-        return self._records
+    def finished(self) -> int:
+        """Number of blocks that are done."""
+        return self._finished
 
-    def forget(self, blocks: set[str]) -> None:
-        """Take blocks out again whose data turned out to be missing or damaged; rewrites the file whole."""
-        self._records = {k: r for k, r in self._records.items() if k not in blocks}
-        self._rewrite()
+    def is_done(self, block: Block) -> bool:
+        """Whether a record of the block stands that is not voided, or it has nothing to do; as of ``refresh``."""
+        return self._counts[self.grid.number(block.index)] > 0
 
-    def _rewrite(self) -> None:
-        self.close()
-        lines = [json.dumps(self._header), *(json.dumps(asdict(r)) for r in self._records.values())]
-        write_text(self._path, "\n".join([*lines, ""]))
-        self._whole_bytes = self._path.stat().st_size
+    def block(self, key: str) -> Block:
+        """The block of a key."""
+        return self.grid.block(_index(key))
+
+    def unfinished(self) -> Iterator[Block]:
+        """Blocks that are not done when their turn comes, in raster order."""
+        number = self._counts.find(0)
+        while number >= 0:
+            yield self.grid.numbered(number)
+            number = self._counts.find(0, number + 1)
 
     def append(self, record: BlockRecord) -> None:
         """Record a block whose data are on disk; on return the line is too.
 
         Raises
         ------
-        OutputError
+        StorageError
             If the disk refuses.
+        LedgerError
+            If another process began to record another numeric class.
         """
-        line = json.dumps(asdict(record)).encode() + b"\n"
-        try:
-            if self._stream is None:
-                self._stream = self._path.open("r+b", buffering=0)
-                self._stream.truncate(self._whole_bytes)
-                self._stream.seek(0, os.SEEK_END)
-            if self._stream.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._stream.fileno())
-        except OSError as error:
-            self.close()
-            raise OutputError(
-                f"{self._path}: cannot record block {record.block} ({error.strerror}); free the disk and rerun, "
-                "finished blocks are kept"
-            ) from error
-        self._whole_bytes += len(line)
-        self._records[record.block] = record
+        self._write(asdict(record) | {"at": int(time.time())}, f"record block {record.block}")
+
+    def void(self, name: RecordName, block: str) -> None:
+        """Undo one record of a block, whose data turned out to be missing or damaged; see ``named_records``."""
+        self._write({"void": [name.file, name.number], "block": block}, f"undo block {block}")
+
+    def refresh(self) -> None:
+        """Take over what other workers appended since the last time."""
+        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
+            state = self._read.setdefault(path.name, _Read())
+            if state.damaged:
+                continue
+            for line, end in whole_lines(path, state.bytes):
+                if not self._take(path.name, state, line):
+                    state.damaged = True
+                    log.warning("%s: damaged behind byte %d; nothing from there on is trusted", path, state.bytes)
+                    break
+                state.bytes = end
+
+    def records(self) -> Iterator[BlockRecord]:
+        """Records that stand, read from the disk one by one; a block may have several."""
+        return (record for _, record in self.named_records())
+
+    def named_records(self) -> Iterator[tuple[RecordName, BlockRecord]]:
+        """As ``records``, each with its name."""
+        for file, state in list(self._read.items()):
+            number = -2
+            for line, end in whole_lines(self._folder / file, 0):
+                number += 1
+                if end > state.bytes:
+                    break
+                if number < 0:
+                    continue
+                name, fields = RecordName(file, number), json.loads(line)
+                if "void" not in fields and name not in self._voided:
+                    yield name, _record(fields)
 
     def close(self) -> None:
         """Close the file; safe to call twice."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        if self._own is not None:
+            self._own.close()
+            self._own = None
+
+    def _write(self, fields: dict[str, object], what: str) -> None:
+        if self._own is None:
+            self._require_same_class()
+            self._own = LineFile(self._folder, SUFFIX)
+            self._write({"numeric_class": self._class}, what)
+        own = self._own
+        try:
+            own.append(json.dumps(fields), what)
+        except BaseException:
+            self.close()  # its last line may be torn: what follows goes into another file
+            raise
+        state = self._read.setdefault(own.path.name, _Read())
+        if self._take(own.path.name, state, json.dumps(fields).encode()):
+            state.bytes = own.bytes
+
+    def _require_same_class(self) -> None:
+        found = read_header(self._folder)
+        if found.get("numeric_class") != self._class and not self._lenient:
+            raise self._other_class(found)
+
+    def _take(self, file: str, state: _Read, line: bytes) -> bool:
+        """Take over a line; False where it is damaged."""
+        try:
+            fields = json.loads(line)
+            if state.bytes == 0:
+                state.numeric_class = dict(fields["numeric_class"])
+                return True
+            number = self.grid.number(_index(fields["block"]))
+            if "void" in fields:
+                name = RecordName(str(fields["void"][0]), int(fields["void"][1]))
+                self._void(name, number)
+            else:
+                _record(fields)
+                if RecordName(file, state.lines) not in self._voided:
+                    self._count(number, 1)
+        except (ValueError, KeyError, TypeError, IndexError):
+            return False
+        state.lines += 1
+        return True
+
+    def _void(self, name: RecordName, number: int) -> None:
+        if name not in self._voided:
+            self._voided.add(name)
+            if name.file in self._read and name.number < self._read[name.file].lines:
+                self._count(number, -1)
+
+    def _count(self, number: int, change: int) -> None:
+        before = self._counts[number]
+        self._counts[number] = min(MOST, max(0, before + change))
+        self._finished += (self._counts[number] > 0) - (before > 0)
 
 
-def plan_of(path: Path) -> BlockPlan | None:
-    """The plan in the header of the ledger at ``path``, or None where there is no ledger.
+def read_header(folder: Path) -> dict[str, Any]:
+    """The header of the ledger in ``folder``.
 
     Raises
     ------
     LedgerError
-        If the file is not a ledger of this version.
+        If there is none of this version.
     """
-    if not path.exists():
-        return None
-    with path.open("rb") as stream:
-        plan = _parse_header(path, stream.readline())["plan"]
-    return BlockPlan(vec3(plan["block_shape"]), vec3(plan["chunk_shape"]))
-
-
-def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
+    path = folder / HEADER
     try:
-        header = json.loads(line)
-    except ValueError as error:
+        header = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise LedgerError(
-            f"{path}: the first line is not a ledger's header ({error}); remove {path.parent} to start this volume over"
+            f"{path}: is not a ledger's header ({error}); remove {folder.parent} to start this volume over"
         ) from error
     if not isinstance(header, dict) or header.get("ledger") != VERSION:
         raise LedgerError(
             f"{path}: found ledger version {header!r:.80}, expected {VERSION}; finish the run with the program "
-            f"that began it, or remove {path.parent} to start over"
+            f"that began it, or remove {folder.parent} to start over"
         )
     return header
 
 
-def _parse_record(line: bytes) -> BlockRecord | None:
-    """The record in a line, or None where the line is torn."""
-    try:
-        fields = json.loads(line)
-        return BlockRecord(
-            str(fields["block"]), dict(fields["checksums"]), int(fields["windows"]), float(fields["seconds"])
-        )
-    except (ValueError, KeyError, TypeError):
+def plan_of(folder: Path) -> BlockPlan | None:
+    """The plan in the header of the ledger in ``folder``, or None where there is no ledger.
+
+    Raises
+    ------
+    LedgerError
+        If it is not a ledger of this version.
+    """
+    if not (folder / HEADER).exists():
         return None
+    plan = read_header(folder)["plan"]
+    return BlockPlan(vec3(plan["block_shape"]), vec3(plan["chunk_shape"]))
+
+
+def grid_of(header: Mapping[str, Any]) -> BlockGrid:
+    """The blocks that a header tells of."""
+    return BlockGrid(vec3(header["volume"]), vec3(header["plan"]["block_shape"]))
+
+
+def _index(key: str) -> Vec3:
+    return vec3([int(part) for part in key.split("-")])
+
+
+def _record(fields: Mapping[str, Any]) -> BlockRecord:
+    """The record in a line; errors are those of damaged JSON."""
+    return BlockRecord(
+        str(fields["block"]), dict(fields["checksums"]), int(fields["windows"]), float(fields["seconds"])
+    )

@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from connectomics.geometry import AxisOrder, Block, BlockGrid, Box, Vec3
+from connectomics.inference.cascade import PreviousLabels, StackedInput
 from connectomics.inference.case import Case, CaseInput, ReadBox
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.inference.predictor import Logits, Predictor
-from connectomics.inference.resample import ResampledPredictor, Resampling
+from connectomics.inference.resample import ImageSource, ResampledPredictor, Resampling
 from connectomics.io.store import Store
 from connectomics.io.volume import Array, VolumeReader
 from connectomics.models.spec import ChannelNormalisation
+from connectomics.pipeline.blocks import write_block
 from connectomics.pipeline.contracts import BlockRecord
+from connectomics.pipeline.retry import PAUSES_S
 from connectomics.pipeline.survey import keeps_mask, survey
 from connectomics.pipeline.wanted import Wanted
 
@@ -43,6 +46,10 @@ class Member:
         How cases are brought to the plan's spacing, or None.
     weight
         Share in the mean of several members.
+    previous_values
+        Of the second stage of a cascade: the labels of the first stage that have an input channel.
+    previous
+        Gives these labels (1, z, y, x), checked, of any box of the volume; set where the volume is known.
     """
 
     predictor: Predictor
@@ -51,11 +58,18 @@ class Member:
     order: AxisOrder = field(default_factory=AxisOrder)
     resampling: Resampling | None = None
     weight: float = 1.0
+    previous_values: tuple[int, ...] = ()
+    previous: ReadBox | None = None
 
     @property
     def keeps_mask(self) -> bool:
         """Whether its case carries a mask as large as the volume."""
-        return keeps_mask(self.schemes, by_slice=self.by_slice)
+        return keeps_mask(self.schemes, by_slice=self.by_slice) or self.resamples_labels
+
+    @property
+    def resamples_labels(self) -> bool:
+        """Whether labels of a previous stage are resampled, which nnU-Net does within the mask."""
+        return bool(self.previous_values) and self.resampling is not None
 
     @property
     def plane_axis(self) -> int:
@@ -84,17 +98,25 @@ class Member:
     def _engine(self) -> Predictor | ResampledPredictor:
         return self.predictor if self.resampling is None else ResampledPredictor(self.predictor, self.resampling)
 
-    def _parts(self, read: ReadBox, cases: Sequence[Case], core: Box) -> Iterator[tuple[CaseInput, Box]]:
+    def _parts(self, read: ReadBox, cases: Sequence[Case], core: Box) -> Iterator[tuple[ImageSource, Box]]:
         """Each case that touches ``core``, and the part that it shares; both in the model's axes."""
-        turned = read if self.order.identity else self._turned(read)
         for case in cases_in(cases, core):
             region, box = self.order.turn_box(case.region), self.order.turn_box(case.box)
             part = self.order.turn_box(core).intersect(box)
             if part.voxels:
                 mask = None if case.mask is None else case.mask.transpose(self.order.axes)
-                yield CaseInput(Case(region, box, case.channels, case.plane_ranges, mask), self.schemes, turned), part
+                yield self._source(Case(region, box, case.channels, case.plane_ranges, mask), read), part
+
+    def _source(self, case: Case, read: ReadBox) -> ImageSource:
+        image = CaseInput(case, self.schemes, self._turned(read))
+        if not self.previous_values:
+            return image
+        assert self.previous is not None, "the labels of the previous stage are set with the volume"
+        return StackedInput(image, PreviousLabels(case, self.previous_values, self._turned(self.previous)))
 
     def _turned(self, read: ReadBox) -> ReadBox:
+        if self.order.identity:
+            return read
         back = self.order.inverse
         return lambda box: np.ascontiguousarray(read(back.turn_box(box)).transpose(self.order.of_array))
 
@@ -125,11 +147,18 @@ class Segmenter:
     def survey(self, reader: VolumeReader, name: str, workers: int = 1) -> Surveyed:
         """The cases of a volume for each member; the volume is read once for members that see it alike."""
         found: dict[object, Sequence[Case]] = {}
-        keys = [(m.schemes, m.by_slice, m.plane_axis) for m in self.members]
+        keys = [(m.schemes, m.by_slice, m.plane_axis, m.keeps_mask, m.previous_values) for m in self.members]
         for m, key in zip(self.members, keys, strict=True):
             if key not in found:
                 found[key] = survey(
-                    reader, name, m.schemes, by_slice=m.by_slice, workers=workers, plane_axis=m.plane_axis
+                    reader,
+                    name,
+                    m.schemes,
+                    by_slice=m.by_slice,
+                    workers=workers,
+                    plane_axis=m.plane_axis,
+                    with_mask=m.keeps_mask,
+                    previous=m.previous if any(scheme.masked for scheme in m.schemes) else None,
                 )
         return tuple(found[key] for key in keys)
 
@@ -229,6 +258,7 @@ class PredictTask:
     surveyed: Surveyed
     read: ReadBox
     stores: Mapping[str, Store]
+    pauses_s: tuple[float, ...] = PAUSES_S
     wanted: Wanted | None = None
 
     @property
@@ -240,8 +270,5 @@ class PredictTask:
         """Compute a block, write its shards, return their checksums."""
         began = time.perf_counter()
         arrays, windows = self.segmenter.segment_wanted(self.read, self.surveyed, block.core, self.wanted)
-        checksums = {}
-        for name, store in self.stores.items():
-            store.write(block.core, arrays[name])
-            checksums[name] = store.checksum(block.core)
+        checksums = dict(write_block(store, block, arrays[name], self.pauses_s) for name, store in self.stores.items())
         return BlockRecord(block.key, checksums, windows, round(time.perf_counter() - began, 3))

@@ -8,30 +8,35 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from connectomics.errors import OutputError, VolumeError
+from connectomics.errors import OutputError, QuarantineError
 from connectomics.fingerprint import key_of
-from connectomics.geometry import Block, BlockGrid, Box
+from connectomics.geometry import BlockGrid, Box
 from connectomics.io.atomic import discard, write_text
-from connectomics.io.store import Store, create_store, open_store
+from connectomics.io.digests import SUFFIX, write_digests
+from connectomics.io.store import Store, create_store, discard_locks, open_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
-from connectomics.pipeline.contracts import BlockRecord, Executor, RunReport
+from connectomics.pipeline.blocks import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
+from connectomics.pipeline.contracts import Executor, RunReport
 from connectomics.pipeline.finish import Filters, Output, check_memory, export_output, filter_store
+from connectomics.pipeline.lease import STALE_S, Worker, tidy
 from connectomics.pipeline.ledger import Ledger, plan_of
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter, Surveyed
+from connectomics.pipeline.retry import PAUSES_S, PatientReader
 from connectomics.pipeline.survey import load_survey, save_survey
-from connectomics.pipeline.wanted import Chosen, Wanted
+from connectomics.pipeline.wanted import Flags, Wanted
 
 log = logging.getLogger(__name__)
-OnBlock = Callable[[int, int], None]
-LEDGER = "ledger.jsonl"
-CHECKED_BLOCKS = 16  # recorded blocks whose checksums are compared on resume; of all others the shard must exist
+LEDGER = "ledger"
+WORKERS = "workers"
+CHECKSUMS = "checksums"  # in RUN: of final outputs
+HOUSE = "house"  # the lease on what one process alone does: survey, stores, filters, exports, tidying
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,10 @@ class RunSettings:
         Resume although the numeric class differs.
     readers
         Threads that read ahead in the survey.
+    stale_s
+        Age of the heartbeat of another machine's process from which on it counts as dead.
+    pauses_s
+        Seconds to wait before each further attempt where reading or writing fails for a moment.
     """
 
     folder: Path
@@ -60,6 +69,8 @@ class RunSettings:
     numeric_class: Mapping[str, object]
     allow_mixed: bool = False
     readers: int = 1
+    stale_s: float = STALE_S
+    pauses_s: tuple[float, ...] = PAUSES_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +89,22 @@ class VolumeJob:
     wanted: Wanted | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What the blocks of a volume need."""
+
+    work: Path
+    run_key: str
+    ledger: Ledger
+    surveyed: Surveyed
+    pending: tuple[Output, ...]
+    stores: Mapping[str, Store]
+
+
 def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_block: OnBlock) -> RunReport:
     """Bring one volume to its final outputs, continuing whatever an earlier run of the same result left.
+
+    Several processes may do so at the same time: they share the blocks, and each returns when all is done.
 
     Parameters
     ----------
@@ -99,52 +124,135 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     """
     began = time.perf_counter()
     check_memory(job.filters, job.reader.info.extent, job.segmenter.labels.dtype, settings.budget_bytes)
-    facts: dict[str, object] = {o.name: o.result_key for o in job.outputs}
     work = _work_folder(job.run_folder, job.outputs, settings.program)
     _make_work_folder(work)
+    reader = PatientReader(job.reader, job.name, settings.pauses_s)
+    wanted = None if job.wanted is None else job.wanted.patiently(settings.pauses_s)
+    with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
+        with worker.alone(HOUSE):
+            prepared = _prepare(work, job, reader, settings, worker)
+        ledger = prepared.ledger
+        try:
+            task = PredictTask(
+                ledger.grid, job.segmenter, prepared.surveyed, reader.read, prepared.stores, settings.pauses_s, wanted
+            )
+            blocks = run_blocks(task, ledger, executor, worker, on_block)
+            if not blocks.failures:
+                with worker.alone(HOUSE):
+                    worker.wait_until_free(f"{task.name}.")
+                    _finish(prepared, job, settings)
+            return _report(job, prepared, blocks, began)
+        finally:
+            ledger.close()
+
+
+def _prepare(work: Path, job: VolumeJob, reader: PatientReader, settings: RunSettings, worker: Worker) -> _Prepared:
+    """Survey, ledger and stores; records whose shards were lost are undone."""
     plan = plan_of(work / LEDGER) or job.plan  # a rerun elsewhere cuts the volume as it was begun
-    grid = BlockGrid(job.reader.info.extent, plan.block_shape)
-    run_key = key_of(facts | {"grid": list(grid.block_shape), "program": settings.program})
-    blocks = _blocks(job, grid)
-    surveyed = _surveyed(work, job, settings)
-    ledger = Ledger(work / LEDGER, run_key, settings.numeric_class, plan, allow_other_class=settings.allow_mixed)
-    pending = [o for o in job.outputs if o.missing(settings.folder)]
+    facts = _result_keys(job) | {"grid": list(plan.block_shape), "program": settings.program}
+    run_key, extent = key_of(facts), reader.info.extent
+    chosen = _chosen(job, BlockGrid(extent, plan.block_shape))
+    surveyed = _surveyed(work, job, reader, settings)
+    lenient = settings.allow_mixed
+    ledger = Ledger(work / LEDGER, run_key, settings.numeric_class, plan, extent, chosen, allow_other_class=lenient)
     try:
+        pending = tuple(o for o in job.outputs if o.missing(settings.folder))
         stores = {o.name: _store(work / f"{o.name}.zarr", job, o.name, plan) for o in pending}
-        lost = _lost_blocks(ledger, blocks, stores)
-        if lost:
-            ledger.forget(lost)
-        skipped = len(ledger.records)
-        task = PredictTask(grid, job.segmenter, surveyed, job.reader.read, stores, job.wanted)
-        fresh = _run_blocks(task, blocks, ledger, executor, on_block)
-        mixed = ledger.mixed
-    finally:
+        if not worker.others():
+            for store in stores.values():
+                discard_locks(store.path)
+        if pending:
+            void_lost(ledger, work, [store.path.name for store in stores.values()])
+    except BaseException:
         ledger.close()
+        raise
+    return _Prepared(work, run_key, ledger, surveyed, pending, stores)
+
+
+def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings) -> None:
+    """Write what is still missing of the outputs, and remove the working stores."""
+    pending = [o for o in prepared.pending if o.missing(settings.folder)]  # another process may have been first
+    prepared.ledger.refresh()
     stamp = dict(job.provenance) | {
-        "numeric_class": "mixed" if mixed else dict(settings.numeric_class),
-        "run_key": run_key,
-        "cases": len(surveyed[0]),
-        "statistics": [asdict(c) for c in surveyed[0][0].channels],
+        "numeric_class": "mixed" if prepared.ledger.mixed else dict(settings.numeric_class),
+        "run_key": prepared.run_key,
+        "cases": len(prepared.surveyed[0]),
+        "statistics": [asdict(c) for c in prepared.surveyed[0][0].channels],
     }
-    record = stamp | {"result_keys": facts, "command": list(job.command)}
-    write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
+    if pending:
+        record = stamp | {"result_keys": _result_keys(job), "command": list(job.command)}
+        write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
     for output in pending:
-        _finish(work, job, output, stores[output.name], grid, settings, stamp)
+        _export(prepared, job, output, settings, stamp)
+    _seal(job.run_folder, job.outputs, settings.folder)
+    for store in prepared.stores.values():
+        store.close()
+    _discard_stores(prepared.work)
+
+
+def _export(
+    prepared: _Prepared, job: VolumeJob, output: Output, settings: RunSettings, stamp: dict[str, object]
+) -> None:
+    store, filtered = prepared.stores[output.name], prepared.work / "filtered.zarr"
+    source = store
+    if output.name == LABELS and job.filters.active:
+        source = filter_store(store, prepared.ledger.grid, filtered, job.filters)
+    discard_locks(source.path)
+    for form in output.missing(settings.folder):  # what stands there is replaced
+        _record_of(job.run_folder, output.paths(settings.folder)[form]).unlink(missing_ok=True)
+    export_output(source, output, settings.folder, stamp)
+    source.close()
+    store.close()
+    discard(filtered)
+    discard(store.path)
+
+
+def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: float) -> RunReport:
+    """What this process did, also in RUN.
+
+    Raises
+    ------
+    QuarantineError
+        If blocks failed.
+    """
+    voxels = Box.of_shape(prepared.ledger.grid.volume).voxels
     seconds = round(time.perf_counter() - began, 3)
-    windows = sum(r.windows for r in fresh)
-    voxels = Box.of_shape(grid.volume).voxels
-    report = RunReport(len(blocks), skipped, len(fresh), windows, voxels, seconds)
+    failed = len(blocks.failures)
+    report = RunReport(blocks.planned, blocks.skipped, blocks.done, failed, blocks.windows, voxels, seconds)
     write_text(job.run_folder / "report.json", json.dumps(asdict(report), indent=1) + "\n")
-    discard_leftovers(job.run_folder, job.outputs, settings.program)
+    if blocks.failures:
+        raise QuarantineError(failure_message(blocks.failures, blocks.planned, prepared.ledger.folder))
     return report
 
 
-def discard_leftovers(run_folder: Path, outputs: Sequence[Output], program: str) -> None:
-    """Remove the working stores of finished outputs, also those that a kill after the last export left."""
-    work = _work_folder(run_folder, outputs, program)
-    for path in work.iterdir() if work.is_dir() else ():
-        if path.is_dir():
+def settle(run_folder: Path, outputs: Sequence[Output], settings: RunSettings) -> None:
+    """Do for finished outputs what a kill after the last export left undone: checksums, tidying."""
+    work = _work_folder(run_folder, outputs, settings.program)
+    if not work.is_dir() or not tidy(work / WORKERS):
+        return
+    _seal(run_folder, outputs, settings.folder)
+    _discard_stores(work)
+
+
+def _seal(run_folder: Path, outputs: Sequence[Output], folder: Path) -> None:
+    """Keep the checksums of final outputs that have none yet."""
+    for path in (path for output in outputs for path in output.paths(folder).values()):
+        if path.exists() and not _record_of(run_folder, path).exists():
+            write_digests(path, _record_of(run_folder, path))
+
+
+def _record_of(run_folder: Path, path: Path) -> Path:
+    return run_folder / CHECKSUMS / (path.name + SUFFIX)
+
+
+def _discard_stores(work: Path) -> None:
+    for path in list(work.iterdir()):
+        if path.is_dir() and (path.suffix == ".zarr" or path.name.startswith(".")):
             discard(path)
+
+
+def _result_keys(job: VolumeJob) -> dict[str, object]:
+    return {o.name: o.result_key for o in job.outputs}
 
 
 def _work_folder(run_folder: Path, outputs: Sequence[Output], program: str) -> Path:
@@ -169,28 +277,28 @@ def _make_work_folder(work: Path) -> None:
         )
 
 
-def _blocks(job: VolumeJob, grid: BlockGrid) -> Chosen:
-    """The blocks that have something to do, the same ones whatever is done already.
+def _chosen(job: VolumeJob, grid: BlockGrid) -> Flags | None:
+    """Which blocks have something to do, the same ones whatever is done already; None for all.
 
     An absent shard reads as 0, so a block without wanted voxels is written only for an output whose outside is not 0.
     """
     if job.wanted is None:
-        return Chosen(grid)
+        return None
     flags = job.wanted.blocks(grid)
     count = int(np.count_nonzero(flags))
     log.info("%d of %d blocks hold wanted voxels", count, len(grid))
     if count == 0:
         log.warning("%s: no voxel is wanted (inference.mask is zero everywhere), so all becomes background", job.name)
     outside = job.segmenter.outside((1, 1, 1))
-    return Chosen(grid, None if any(outside[o.name].any() for o in job.outputs) else flags)
+    return None if any(outside[o.name].any() for o in job.outputs) else flags
 
 
-def _surveyed(work: Path, job: VolumeJob, settings: RunSettings) -> Surveyed:
+def _surveyed(work: Path, job: VolumeJob, reader: VolumeReader, settings: RunSettings) -> Surveyed:
     path = work / "survey.json"
     kept = not any(m.keeps_mask for m in job.segmenter.members)  # a mask is as large as the volume: it is found again
     surveyed: Surveyed | None = load_survey(path) if kept else None
     if surveyed is None:
-        surveyed = job.segmenter.survey(job.reader, job.name, settings.readers)
+        surveyed = job.segmenter.survey(reader, job.name, settings.readers)
         if kept:
             save_survey(surveyed, path)
         log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
@@ -214,62 +322,3 @@ def _store(path: Path, job: VolumeJob, name: str, plan: BlockPlan) -> Store:
         (channels, *source.extent), np.dtype(dtype), plan.chunk_shape, source.voxel_size_nm, source.origin_nm
     )
     return create_store(path, info, shard_shape=plan.block_shape, attributes={})
-
-
-def _lost_blocks(ledger: Ledger, blocks: Chosen, stores: Mapping[str, Store]) -> set[str]:
-    """Recorded blocks whose shards are not there or, for a sample, do not have the recorded checksum."""
-    done = [block for block in blocks if block.key in ledger.records]
-    stride = max(1, len(done) // CHECKED_BLOCKS)
-    lost = set()
-    for i, block in enumerate(done):
-        sums = ledger.records[block.key].checksums
-        for name, store in stores.items():
-            whole = store.shard_path(block.core).exists()
-            if whole and i % stride == 0:
-                whole = _checksum(store, block) == sums.get(name)
-            if not whole:
-                lost.add(block.key)
-    if lost:
-        log.warning("%d recorded blocks are missing or damaged on disk and are computed again", len(lost))
-    return lost
-
-
-def _checksum(store: Store, block: Block) -> str | None:
-    try:
-        return store.checksum(block.core)
-    except VolumeError:
-        return None
-
-
-def _run_blocks(
-    task: PredictTask, blocks: Chosen, ledger: Ledger, executor: Executor, on_block: OnBlock
-) -> list[BlockRecord]:
-    planned, finished = len(blocks), len(ledger.records)
-    on_block(finished, planned)
-    log.info("%d blocks planned, %d finished before", planned, finished)
-    fresh = []
-    for record in executor.run(task, (b for b in blocks if b.key not in ledger.records)):
-        ledger.append(record)
-        fresh.append(record)
-        log.info("block %s: %d windows, %.2f s", record.block, record.windows, record.seconds)
-        on_block(finished + len(fresh), planned)
-    return fresh
-
-
-def _finish(
-    work: Path,
-    job: VolumeJob,
-    output: Output,
-    store: Store,
-    grid: BlockGrid,
-    settings: RunSettings,
-    stamp: dict[str, object],
-) -> None:
-    source = store
-    if output.name == LABELS and job.filters.active:
-        source = filter_store(store, grid, work / "filtered.zarr", job.filters)
-    export_output(source, output, settings.folder, stamp)
-    source.close()
-    store.close()
-    discard(work / "filtered.zarr")
-    discard(work / f"{output.name}.zarr")

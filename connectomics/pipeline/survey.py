@@ -19,7 +19,7 @@ import numpy as np
 
 from connectomics.errors import VolumeError
 from connectomics.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.inference.case import Case, Range
+from connectomics.inference.case import Case, Range, ReadBox
 from connectomics.inference.mask import fill_holes
 from connectomics.inference.normalise import ChannelSummary, IntensityStats, check_intensities
 from connectomics.io.atomic import write_text
@@ -134,6 +134,8 @@ def survey(
     by_slice: bool,
     workers: int = 1,
     plane_axis: int = 0,
+    with_mask: bool = False,
+    previous: ReadBox | None = None,
 ) -> tuple[Case, ...]:
     """Read the whole volume once and describe its cases.
 
@@ -151,6 +153,10 @@ def survey(
         Threads that read ahead; the result does not depend on them.
     plane_axis
         The axis (0 = z, 1 = y, 2 = x) whose sections' ranges are gathered; z where each section is a case.
+    with_mask
+        Whether the case of a volume is given its mask although no channel is normalised within it.
+    previous
+        Gives labels (1, z, y, x) of a cascade's previous stage, which nnU-Net counts as within the mask.
 
     Raises
     ------
@@ -161,7 +167,7 @@ def survey(
     whole = Box.of_shape(info.extent)
     sections = [_Tally(info.channels) for _ in range(info.extent[0])]
     planes = sections if plane_axis == 0 else [_Tally(info.channels) for _ in range(info.extent[plane_axis])]
-    mask = np.zeros(info.extent, bool) if keeps_mask(schemes, by_slice=by_slice) else None
+    mask = np.zeros(info.extent, bool) if with_mask or keeps_mask(schemes, by_slice=by_slice) else None
     for box, tile in _tiles(reader, workers):
         _check_finite(tile, box, name)
         nonzero = (tile != 0).any(axis=0)
@@ -174,6 +180,9 @@ def survey(
                 planes[p].count(tile.take(i, plane_axis + 1))
     if mask is not None:
         fill_holes(mask)
+        if previous is not None:
+            boxes = [t.box for t in sections if t.box is not None]
+            _include(previous, mask, functools.reduce(_hull, boxes) if boxes else whole, tile_shape(info))
         for tallies, axis in ((sections, 0), (planes, plane_axis)):
             for i, tally in enumerate(tallies):
                 tally.inside = int(np.count_nonzero(mask.take(i, axis)))
@@ -185,6 +194,13 @@ def survey(
         for c, (scheme, summary) in enumerate(zip(schemes, case.channels, strict=True)):
             check_intensities(scheme, summary, f"{name}, channel {c}, voxels {case.box.start} to {case.box.stop}")
     return cases
+
+
+def _include(labels: ReadBox, mask: Array, box: Box, tile: Vec3) -> None:
+    """Add what is labelled to the mask, within the nonzero box."""
+    for block in BlockGrid(box.shape, tile):
+        part = block.core.shift(box.start)
+        mask[part.slices] |= labels(part)[0] != 0
 
 
 def keeps_mask(schemes: Sequence[ChannelNormalisation], *, by_slice: bool) -> bool:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from connectomics.errors import VolumeError
-from connectomics.geometry import Block, BlockGrid, Box, Vec3, vec3
+from connectomics.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.io.volume import VolumeReader
+from connectomics.pipeline.retry import PatientReader
 
 PIECE_BYTES = 1 << 24  # of a mask read at once
 Flags = npt.NDArray[np.bool_]
@@ -105,6 +106,12 @@ class Wanted:
             flags[tile.core.shift(touched.start).slices] = found
         return flags
 
+    def patiently(self, pauses_s: tuple[float, ...]) -> Wanted:
+        """The same, with a mask whose reading is tried again when it fails for a moment."""
+        if self.mask is None:
+            return self
+        return replace(self, mask=PatientReader(self.mask, self.name, pauses_s))
+
     def close(self) -> None:
         """Release the mask; closing twice is harmless."""
         if self.mask is not None:
@@ -140,33 +147,6 @@ class Wanted:
                 )
             flags[piece.relative_to(box).slices] = values != 0
         return flags
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """The blocks of a grid that have something to do, in raster order.
-
-    Parameters
-    ----------
-    grid
-        All blocks.
-    flags
-        bool of ``grid.counts``, or None for every block.
-    """
-
-    grid: BlockGrid
-    flags: Flags | None = None
-
-    def __len__(self) -> int:
-        return len(self.grid) if self.flags is None else int(np.count_nonzero(self.flags))
-
-    def __iter__(self) -> Iterator[Block]:
-        if self.flags is None:
-            yield from self.grid
-            return
-        for number in np.flatnonzero(self.flags):
-            z, y, x = np.unravel_index(number, self.grid.counts)
-            yield self.grid.block((int(z), int(y), int(x)))
 
 
 def require_inside(box: Box, extent: Vec3, name: str) -> None:

@@ -50,7 +50,7 @@ class Job:
 
     @property
     def work(self) -> Path:
-        (found,) = (path for path in self.run_folder.iterdir() if path.is_dir())
+        (found,) = (path.parent for path in self.run_folder.glob("*/ledger"))
         return found
 
     def run(self, *more: str, model: Path | None = None, **how: Any) -> Ended:
@@ -113,6 +113,7 @@ def test_what_a_run_leaves(job: Job) -> None:
         "run.log",
         "report.json",
         "provenance.json",
+        "checksums",
         job.work.name,
     }
     provenance = json.loads((job.run_folder / "provenance.json").read_text())
@@ -252,7 +253,9 @@ def test_a_recorded_block_that_is_damaged_is_computed_again(job: Job, damage: Ca
 
 
 def ledger_of(job: Job) -> Path:
-    return job.work / "ledger.jsonl"
+    """The one worker's file of the ledger."""
+    (found,) = (job.work / "ledger").glob("*.jsonl")
+    return found
 
 
 def test_a_torn_last_line_of_the_ledger_is_a_block_that_was_not_finished(job: Job) -> None:
@@ -274,18 +277,20 @@ def test_nothing_behind_a_damaged_line_of_the_ledger_is_trusted(job: Job) -> Non
 @pytest.mark.parametrize("header", [b"", b"[]", b'{"ledger": 99}', b"\0\0\0"])
 def test_a_ledger_that_is_not_one_is_refused(job: Job, header: bytes) -> None:
     job.interrupt()
-    ledger_of(job).write_bytes(header + b"\n")
+    path = job.work / "ledger" / "header.json"
+    path.write_bytes(header + b"\n")
     ended = job.run()
     assert ended.code == 3
-    assert str(ledger_of(job)) in ended.stdout
+    assert str(path) in ended.stdout
     assert "remove" in ended.stdout
     assert not final_names(job.output)
 
 
 def test_a_ledger_of_another_run_is_refused(job: Job) -> None:
     job.interrupt()
-    content = ledger_of(job).read_text()
-    ledger_of(job).write_text(re.sub('"run_key": "[0-9a-f]{8}', '"run_key": "00000000', content))
+    path = job.work / "ledger" / "header.json"
+    content = path.read_text()
+    path.write_text(re.sub('"run_key": "[0-9a-f]{8}', '"run_key": "00000000', content))
     ended = job.run()
     assert ended.code == 3
     assert "records the run 00000000" in ended.stdout
@@ -306,13 +311,13 @@ def test_a_damaged_survey_is_made_again(job: Job, content: str) -> None:
 
 def test_a_lost_ledger_begins_anew(job: Job) -> None:
     job.interrupt()
-    ledger_of(job).unlink()
+    shutil.rmtree(job.work / "ledger")
     job.require_done(job.run(), computed=BLOCKS)
 
 
 def test_a_lost_ledger_and_other_blocks_begin_anew(job: Job) -> None:
     job.interrupt()
-    ledger_of(job).unlink()
+    shutil.rmtree(job.work / "ledger")
     ended = job.run("inference.block_shape=[3,24,32]")
     assert ended.code == 0
     assert job.report()["planned"] == 2

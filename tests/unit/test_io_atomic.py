@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from connectomics.io.atomic import discard, put_in_place, replacing, write_text
+from connectomics.io.atomic import discard, put_in_place, replacing, write_once, write_text
+from connectomics.io.process import new_mark
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -27,21 +31,88 @@ def test_a_failure_leaves_the_old_one_and_no_rubbish(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_replaces_a_folder_and_leftovers_are_removed(tmp_path: Path) -> None:
+def ended_mark() -> str:
+    """The mark of a process that lives no more."""
+    code = "from connectomics.io.process import new_mark; print(new_mark())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_folder_replaces_a_folder_and_leftovers_of_ended_processes_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "stack"
     path.mkdir()
     (path / "old").touch()
-    leftover = tmp_path / ".stack.partial"
-    leftover.mkdir()
-    (leftover / "rubbish").touch()
+    mark, living = ended_mark(), new_mark()
+    for kind in (".partial", ".replaced"):
+        leftover = tmp_path / f".stack.{mark}{kind}"
+        leftover.mkdir()
+        (leftover / "rubbish").touch()
+    others = {f".stack.{living}.partial", f".stack.2.{mark}.partial", ".stack.mine.partial", ".stack.partial"}
+    for name in others:
+        (tmp_path / name).touch()
     with replacing(path) as temporary:
         (temporary / "inner").mkdir(parents=True)
         (temporary / "inner" / "new").write_text("x")
     assert sorted(p.name for p in path.rglob("*")) == ["inner", "new"]
-    assert list(tmp_path.iterdir()) == [path]
+    assert {p.name for p in tmp_path.iterdir()} == others | {"stack"}
     discard(path)
     discard(path)
     assert not path.exists()
+
+
+def test_leftovers_of_other_machines_are_removed_when_they_are_old(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    left = [tmp_path / f".a.txt.0123abcd-{pid}-5-aa.partial" for pid in (1, 2)]
+    for file in left:
+        file.touch()
+    os.utime(left[0], (1, 1))
+    write_text(path, "x")
+    assert sorted(tmp_path.iterdir()) == sorted([left[1], path])
+
+
+def test_two_writers_of_one_name_do_not_meet(tmp_path: Path) -> None:
+    """Whoever is last wins; neither removes what the other is writing."""
+    path = tmp_path / "stack"
+    with replacing(path) as one:
+        one.mkdir()
+        (one / "one").touch()
+        with replacing(path) as two:
+            two.mkdir()
+            (two / "two").touch()
+        assert [p.name for p in path.iterdir()] == ["two"]
+    assert [p.name for p in path.iterdir()] == ["one"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_put_in_place_by_another_process_in_between_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, complete = tmp_path / "stack", tmp_path / "new"
+    complete.mkdir()
+    (complete / "new").touch()
+    real, calls = Path.replace, []
+
+    def interfered(self: Path, target: Path) -> Path:
+        if not calls:
+            path.mkdir()
+            (path / "theirs").touch()
+        calls.append(self)
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", interfered)
+    put_in_place(complete, path)
+    assert len(calls) == 2
+    assert [p.name for p in path.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_refused_exchange_leaves_the_old_folder(tmp_path: Path) -> None:
+    path = tmp_path / "stack"
+    path.mkdir()
+    (path / "old").touch()
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / "absent", path)
+    assert [p.name for p in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_kill_between_the_two_renames_leaves_no_half_removed_folder(
@@ -61,5 +132,20 @@ def test_a_kill_between_the_two_renames_leaves_no_half_removed_folder(
     assert not path.exists()
     monkeypatch.undo()
     put_in_place(complete, path)
-    assert [p.name for p in tmp_path.iterdir()] == ["stack"]
     assert [p.name for p in path.iterdir()] == ["new"]
+
+
+def test_of_several_first_texts_one_wins(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    assert write_once(path, "one")
+    assert not write_once(path, "two")
+    assert path.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_hard_links_the_first_text_wins_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(source: Path, target: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refused)
+    test_of_several_first_texts_one_wins(tmp_path)

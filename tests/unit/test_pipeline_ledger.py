@@ -1,48 +1,96 @@
-"""The ledger: what is appended is read back, torn lines are unfinished blocks, nothing foreign is continued."""
+"""The ledger: what is appended is read back by everybody, torn lines are unfinished blocks, nothing foreign goes on."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import resource
+import signal
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from connectomics.errors import LedgerError, OutputError
+from connectomics.errors import LedgerError, StorageError
+from connectomics.geometry import BlockGrid
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.ledger import Ledger, plan_of
+from connectomics.pipeline.lines import READ_BYTES
 from connectomics.pipeline.planning import BlockPlan
+
+from small_jobs import quick_folder
 
 CLASS = {"backend": "torch", "threads": 1}
 OTHER_CLASS = {"backend": "torch", "threads": 2}
 PLAN = BlockPlan((1, 64, 64), (1, 32, 32))
-RECORDS = [BlockRecord(f"0-{i}-0", {"labels": f"{i}" * 64}, 4 + i, 0.125 * i) for i in range(3)]
+VOLUME = (2, 200, 70)
+GRID = BlockGrid(VOLUME, PLAN.block_shape)
+RECORDS = [BlockRecord(f"0-{i}-0", {"labels.zarr/0": f"{i}" * 64}, 4 + i, 0.125 * i) for i in range(3)]
+
+
+LEDGERS: list[Ledger] = []
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "ledger.jsonl"
+def folder() -> Iterator[Path]:
+    with quick_folder() as place:
+        yield place / "work" / "ledger"
+        while LEDGERS:
+            LEDGERS.pop().close()
 
 
-def opened(path: Path, *, allow: bool = False, numeric_class: dict[str, object] | None = None) -> Ledger:
-    return Ledger(path, "key", numeric_class or CLASS, PLAN, allow_other_class=allow)
+def opened(folder: Path, *, allow: bool = False, numeric_class: dict[str, object] | None = None) -> Ledger:
+    LEDGERS.append(Ledger(folder, "key", numeric_class or CLASS, PLAN, VOLUME, allow_other_class=allow))
+    return LEDGERS[-1]
 
 
-def filled(path: Path, count: int = 3) -> bytes:
-    ledger = opened(path)
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.jsonl"))
+
+
+def filled(folder: Path, count: int = 3) -> bytes:
+    ledger = opened(folder)
     for record in RECORDS[:count]:
         ledger.append(record)
     ledger.close()
-    return path.read_bytes()
+    return files(folder)[0].read_bytes()
 
 
-def test_records_are_read_back(path: Path) -> None:
-    filled(path)
-    assert opened(path).records == {record.block: record for record in RECORDS}
+def keys(ledger: Ledger) -> list[str]:
+    """Of the blocks that are done, according to the count, the blocks and the records alike."""
+    done = [block.key for block in GRID if ledger.is_done(block)]
+    assert ledger.finished == len(done)
+    assert done == sorted({record.block for record in ledger.records()})
+    assert [block.key for block in ledger.unfinished()] == [b.key for b in GRID if b.key not in done]
+    return done
 
 
-def test_a_line_is_on_the_disk_when_append_returns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_are_read_back(folder: Path) -> None:
+    filled(folder)
+    ledger = opened(folder)
+    assert list(ledger.records()) == RECORDS
+    assert keys(ledger) == ["0-0-0", "0-1-0", "0-2-0"]
+
+
+def test_blocks_without_work_are_not_planned(folder: Path) -> None:
+    chosen = np.zeros(GRID.counts, bool)
+    chosen[1, 1:3] = True
+    names = [f"1-{y}-{x}" for y in (1, 2) for x in (0, 1)]
+    ledger = Ledger(folder, "key", CLASS, PLAN, VOLUME, chosen)
+    LEDGERS.append(ledger)
+    assert [block.key for block in ledger.unfinished()] == names
+    assert (ledger.planned, ledger.finished) == (4, 0)
+    ledger.append(BlockRecord(names[2], {}, 1, 0.5))
+    assert [block.key for block in ledger.unfinished()] == [names[0], names[1], names[3]]
+    LEDGERS.append(Ledger.existing(folder))
+    assert (LEDGERS[-1].planned, LEDGERS[-1].finished) == (4, 1)
+
+
+def test_a_line_is_on_the_disk_when_append_returns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
     real = os.fsync
 
@@ -50,127 +98,257 @@ def test_a_line_is_on_the_disk_when_append_returns(path: Path, monkeypatch: pyte
         real(descriptor)
         synced.append(os.fstat(descriptor).st_size)
 
-    ledger = opened(path)
+    ledger = opened(folder)
     monkeypatch.setattr(os, "fsync", spy)
     for record in RECORDS:
         ledger.append(record)
-        assert synced[-1] == path.stat().st_size
-        assert json.loads(path.read_bytes().split(b"\n")[-2])["block"] == record.block
+        assert synced[-1] == files(folder)[0].stat().st_size
+        assert json.loads(files(folder)[0].read_bytes().split(b"\n")[-2])["block"] == record.block
     ledger.close()
 
 
-def test_the_file_is_one_header_and_a_line_of_json_for_each_block(path: Path) -> None:
-    lines = [json.loads(line) for line in filled(path).splitlines()]
-    assert lines[0] == {
-        "ledger": 1,
+def test_what_stands_in_the_folder(folder: Path) -> None:
+    lines = [json.loads(line) for line in filled(folder).splitlines()]
+    assert json.loads((folder / "header.json").read_text()) == {
+        "ledger": 2,
         "run_key": "key",
         "numeric_class": CLASS,
         "mixed": False,
         "plan": {"block_shape": [1, 64, 64], "chunk_shape": [1, 32, 32]},
+        "volume": list(VOLUME),
+        "blocks": len(GRID),
     }
+    assert lines[0] == {"numeric_class": CLASS}
     assert [line["block"] for line in lines[1:]] == [record.block for record in RECORDS]
+    assert all(abs(line["at"] - time.time()) < 60 for line in lines[1:])
 
 
-def test_whatever_length_a_torn_file_has_a_prefix_of_the_blocks_is_found_and_appending_goes_on(path: Path) -> None:
-    content = filled(path)
+def test_whatever_length_a_torn_file_has_a_prefix_of_the_blocks_is_found_and_the_run_goes_on(folder: Path) -> None:
+    content = filled(folder)
+    (path,) = files(folder)
     ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
-    for length in range(ends[0], len(content) + 1):
+    for length in range(len(content) + 1):
         path.write_bytes(content[:length])
-        whole = sum(end <= length for end in ends) - 1
-        ledger = opened(path)
-        assert list(ledger.records) == [record.block for record in RECORDS[:whole]]
+        whole = max(0, sum(end <= length for end in ends) - 1)
+        ledger = opened(folder)
+        assert keys(ledger) == [record.block for record in RECORDS[:whole]]
         for record in RECORDS[whole:]:
             ledger.append(record)
         ledger.close()
-        assert path.read_bytes() == content
+        assert len(keys(opened(folder))) == 3
+        assert path.read_bytes() == content[:length], "nobody appends to the file of another"
+        for other in files(folder):
+            if other != path:
+                other.unlink()
 
 
-@pytest.mark.parametrize("line", [b"garbage", b"[]", b'{"block": "9-9-9"}', b"\xff\xfe", b"null"])
-def test_nothing_from_a_damaged_line_on_is_trusted(path: Path, line: bytes) -> None:
-    lines = filled(path).split(b"\n")
-    path.write_bytes(b"\n".join([*lines[:2], line, *lines[2:]]))
-    ledger = opened(path)
-    assert list(ledger.records) == [RECORDS[0].block]
+@pytest.mark.parametrize(
+    "line", [b"garbage", b"[]", b'{"block": "9-9-9"}', b"\xff\xfe", b"null", b'{"block": "0-1", "checksums": {}}']
+)
+def test_nothing_from_a_damaged_line_on_is_trusted(folder: Path, line: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    lines = filled(folder).split(b"\n")
+    files(folder)[0].write_bytes(b"\n".join([*lines[:2], line, *lines[2:]]))
+    ledger = opened(folder)
+    assert keys(ledger) == [RECORDS[0].block]
+    assert "nothing from there on is trusted" in caplog.text
     ledger.append(RECORDS[1])
     ledger.close()
-    assert path.read_bytes() == b"\n".join([*lines[:3], b""])
+    assert keys(opened(folder)) == ["0-0-0", "0-1-0"]
 
 
-def test_forgotten_blocks_are_gone_for_good(path: Path) -> None:
-    filled(path)
-    ledger = opened(path)
-    ledger.forget({"0-1-0"})
-    assert list(ledger.records) == ["0-0-0", "0-2-0"]
-    ledger.append(RECORDS[1])
-    ledger.forget(set())
+def test_workers_hear_of_each_other(folder: Path) -> None:
+    one, two = opened(folder), opened(folder)
+    one.append(RECORDS[0])
+    two.append(RECORDS[1])
+    assert (one.finished, two.finished) == (1, 1)
+    one.append(RECORDS[2])
+    two.refresh()
+    assert keys(two) == ["0-0-0", "0-1-0", "0-2-0"]
+    one.refresh()
+    one.refresh()
+    assert keys(one) == keys(two) == keys(opened(folder))
+    assert len(files(folder)) == 2
+
+
+def test_a_line_that_is_being_written_is_taken_when_it_is_whole(folder: Path) -> None:
+    ledger = opened(folder)
+    content = filled(folder, 1)
+    (path,) = files(folder)
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        ledger.refresh()
+        assert ledger.finished == 0
+    path.write_bytes(content)
+    ledger.refresh()
+    assert keys(ledger) == ["0-0-0"]
+
+
+def test_a_block_is_done_while_one_of_its_records_stands(folder: Path) -> None:
+    one, two = opened(folder), opened(folder)
+    for ledger in (one, two):
+        ledger.append(RECORDS[0])
+    one.refresh()
+    names = [name for name, _ in one.named_records()]
+    assert len(names) == 2
+    one.void(names[0], "0-0-0")
+    assert keys(one) == ["0-0-0"]
+    one.void(names[1], "0-0-0")
+    one.void(names[1], "0-0-0")
+    two.refresh()
+    for ledger in (one, two, opened(folder)):
+        assert keys(ledger) == []
+    two.append(RECORDS[0])
+    one.refresh()
+    assert keys(one) == keys(opened(folder)) == ["0-0-0"]
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_the_order_of_files_does_not_matter_to_undoing(folder: Path, order: list[int]) -> None:
+    filled(folder)
+    (first,) = files(folder)
+    ledger = opened(folder)
+    ledger.void(next(name for name, record in ledger.named_records() if record.block == "0-1-0"), "0-1-0")
     ledger.close()
-    assert list(opened(path).records) == ["0-0-0", "0-2-0", "0-1-0"]
+    (second,) = set(files(folder)) - {first}
+    name = f"{order[0]}.jsonl"
+    first.rename(folder / name)
+    second.write_text(second.read_text().replace(first.name, name))
+    second.rename(folder / f"{order[1]}.jsonl")
+    assert keys(opened(folder)) == ["0-0-0", "0-2-0"]
 
 
-@pytest.mark.parametrize("header", [b"", b"\0\0", b"[]", b"3", b'{"ledger": 2}'])
-def test_a_file_that_is_no_ledger_is_refused(path: Path, header: bytes) -> None:
-    path.write_bytes(header + b"\n")
+@pytest.mark.parametrize("header", [b"", b"\0\0", b"[]", b"3", b'{"ledger": 1}'])
+def test_a_folder_without_a_header_of_this_version_is_refused(folder: Path, header: bytes) -> None:
+    filled(folder)
+    (folder / "header.json").write_bytes(header)
     for use in (opened, plan_of):
-        with pytest.raises(LedgerError, match=r"ledger\.jsonl: .*remove"):
-            use(path)
+        with pytest.raises(LedgerError, match=r"header\.json: .*remove"):
+            use(folder)
 
 
-def test_the_ledger_of_another_run_is_refused(path: Path) -> None:
-    filled(path)
+def test_the_ledger_of_another_run_is_refused(folder: Path) -> None:
+    filled(folder)
     with pytest.raises(LedgerError, match="records the run key, expected other"):
-        Ledger(path, "other", CLASS, PLAN)
+        Ledger(folder, "other", CLASS, PLAN, VOLUME)
 
 
-def test_another_numeric_class_is_refused_unless_allowed_and_then_remembered(path: Path) -> None:
-    filled(path, 1)
+def test_another_numeric_class_is_refused_unless_allowed_and_then_remembered(folder: Path) -> None:
+    filled(folder, 1)
     with pytest.raises(LedgerError, match=r"'threads': 1.*'threads': 2.*allow_mixed_devices"):
-        opened(path, numeric_class=OTHER_CLASS)
-    assert not opened(path).mixed
-    ledger = opened(path, numeric_class=OTHER_CLASS, allow=True)
+        opened(folder, numeric_class=OTHER_CLASS)
+    assert not opened(folder).mixed
+    ledger = opened(folder, numeric_class=OTHER_CLASS, allow=True)
     assert ledger.mixed
     ledger.append(RECORDS[1])
     ledger.close()
-    assert list(opened(path).records) == ["0-0-0", "0-1-0"]
-    assert opened(path).mixed
+    assert keys(opened(folder)) == ["0-0-0", "0-1-0"]
+    assert opened(folder).mixed
 
 
-def test_without_a_block_the_numeric_class_may_change(path: Path) -> None:
-    opened(path).close()
-    assert not opened(path, numeric_class=OTHER_CLASS).mixed
-    assert json.loads(path.read_text())["numeric_class"] == OTHER_CLASS
+def test_without_a_block_the_numeric_class_may_change(folder: Path) -> None:
+    opened(folder).close()
+    assert not opened(folder, numeric_class=OTHER_CLASS).mixed
+    assert json.loads((folder / "header.json").read_text())["numeric_class"] == OTHER_CLASS
 
 
-def test_the_plan_is_kept_for_whoever_continues(path: Path) -> None:
-    assert plan_of(path) is None
-    filled(path)
-    assert plan_of(path) == PLAN
+def test_of_two_classes_that_begin_at_once_one_is_refused(folder: Path) -> None:
+    one, two = opened(folder), opened(folder, numeric_class=OTHER_CLASS)
+    two.append(RECORDS[0])
+    with pytest.raises(LedgerError, match="allow_mixed_devices"):
+        one.append(RECORDS[1])
+    lenient = opened(folder, allow=True)
+    lenient.append(RECORDS[1])
+    two.refresh()
+    assert lenient.mixed and two.mixed
 
 
-@pytest.mark.parametrize("spoil", [Path.mkdir, lambda path: path.symlink_to("/dev/full")], ids=["folder", "full"])
-def test_a_disk_that_refuses_is_named(path: Path, spoil: Callable[[Path], None]) -> None:
-    ledger = opened(path)
-    path.unlink()
-    spoil(path)
-    with pytest.raises(OutputError, match=r"cannot record block 0-0-0 .*finished blocks are kept"):
+def test_the_plan_is_kept_for_whoever_continues(folder: Path) -> None:
+    assert plan_of(folder) is None
+    filled(folder)
+    assert plan_of(folder) == PLAN
+
+
+def gone(folder: Path) -> None:
+    folder.rename(folder.with_name("moved"))
+
+
+@pytest.fixture
+def no_file_grows() -> Iterator[Callable[[Path], None]]:
+    """Files of this process cannot grow, as on a full disk, from when it is called."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda folder: resource.setrlimit(resource.RLIMIT_FSIZE, (30, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_folder_that_is_gone_is_named(folder: Path) -> None:
+    ledger = opened(folder)
+    ledger._require_same_class = lambda: None  # type: ignore[method-assign]  # the file is the next that is met
+    gone(folder)
+    with pytest.raises(StorageError, match=r"cannot record block 0-0-0 .*finished blocks are kept"):
         ledger.append(RECORDS[0])
-    assert not ledger.records
+    assert ledger.finished == 0
     ledger.close()
 
 
-def test_after_a_refusal_appending_goes_on_behind_the_last_whole_line(path: Path) -> None:
-    ledger = opened(path)
+def test_after_a_full_disk_appending_goes_on_in_another_file(
+    folder: Path, no_file_grows: Callable[[Path], None]
+) -> None:
+    ledger = opened(folder)
     ledger.append(RECORDS[0])
-    whole = path.read_bytes()
-    ledger.close()
-    path.write_bytes(whole + b'{"block": "0-1')
+    no_file_grows(folder)
+    with pytest.raises(StorageError, match=r"cannot record block 0-1-0 \(.*finished blocks are kept"):
+        ledger.append(RECORDS[1])
+    assert keys(ledger) == ["0-0-0"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     ledger.append(RECORDS[1])
+    ledger.append(RECORDS[2])
     ledger.close()
-    assert path.read_bytes().startswith(whole)
-    assert list(opened(path).records) == ["0-0-0", "0-1-0"]
+    assert keys(ledger) == keys(opened(folder)) == ["0-0-0", "0-1-0", "0-2-0"]
+    assert len(files(folder)) == 2
 
 
-def test_closing_twice_is_fine(path: Path) -> None:
-    ledger = opened(path)
+def test_closing_twice_is_fine(folder: Path) -> None:
+    ledger = opened(folder)
     ledger.append(RECORDS[0])
     ledger.close()
     ledger.close()
+
+
+def long_ledger(folder: Path, count: int) -> tuple[int, int, int]:
+    """A ledger of so many finished blocks; the volume they cut."""
+    volume = (count, 64, 64)
+    Ledger(folder, "key", CLASS, PLAN, volume).close()
+    with (folder / "one.jsonl").open("w") as stream:
+        stream.write(json.dumps({"numeric_class": CLASS}) + "\n")
+        for i in range(count):
+            record = BlockRecord(f"{i}-0-0", {f"labels.zarr/0/c/{i}/0/0": "0" * 64}, 16, 1.5)
+            stream.write(json.dumps(asdict(record) | {"at": 0}) + "\n")
+    return volume
+
+
+def test_a_hundred_thousand_blocks_are_read_in_a_moment(folder: Path) -> None:
+    """Beside Python's own JSON in a loop; benchmarks/ledger.py has the seconds of a million."""
+    volume = long_ledger(folder, 100_000)
+    began = time.perf_counter()
+    for line in files(folder)[0].read_bytes().splitlines():
+        json.loads(line)
+    floor = time.perf_counter() - began
+    began = time.perf_counter()
+    ledger = Ledger(folder, "key", CLASS, PLAN, volume)
+    seconds = time.perf_counter() - began
+    assert ledger.finished == 100_000
+    assert next(ledger.unfinished(), None) is None
+    assert seconds < 12 * floor, f"{seconds:.2f} s, reading the JSON alone takes {floor:.2f} s"
+
+
+def test_memory_holds_a_byte_a_block(folder: Path) -> None:
+    volume = long_ledger(folder, 20_000)
+    tracemalloc.start()
+    ledger = Ledger(folder, "key", CLASS, PLAN, volume)
+    for _ in ledger.records():
+        pass
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < READ_BYTES + 200_000

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +25,10 @@ from connectomics.io.volume import Array, VolumeInfo
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.contracts import BlockRecord, RunReport, Task
 from connectomics.pipeline.finish import Filters, Output
+from connectomics.pipeline.lease import Worker
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segmenter
-from connectomics.pipeline.run import RunSettings, VolumeJob, discard_leftovers, run_volume
+from connectomics.pipeline.run import RunSettings, VolumeJob, run_volume, settle
 
 EXTENT = (4, 12, 20)
 PLAN = BlockPlan((1, 6, 10), (1, 6, 10))
@@ -246,7 +249,7 @@ def run_lenient(folder: Path, job: VolumeJob) -> int:
 def test_without_its_ledger_a_store_of_other_blocks_is_made_again(tmp_path: Path) -> None:
     with pytest.raises(VolumeError):
         run(tmp_path, job_in(tmp_path), Failing(after=5))
-    next(tmp_path.glob("v_labels.run/*/ledger.jsonl")).unlink()
+    shutil.rmtree(next(tmp_path.glob("v_labels.run/*/ledger")))
     job = job_in(tmp_path, plan=BlockPlan((2, 12, 20), (1, 6, 10)))
     assert run(tmp_path, job).done == 2
     assert (labels(tmp_path) == EXPECTED).all()
@@ -255,7 +258,7 @@ def test_without_its_ledger_a_store_of_other_blocks_is_made_again(tmp_path: Path
 def test_filters_see_the_whole_volume(tmp_path: Path) -> None:
     run(tmp_path, job_in(tmp_path, filters=Filters(minimum_voxels=10**6)))
     assert not labels(tmp_path).any()
-    assert not [path for path in tmp_path.glob("v_labels.run/*/*") if path.is_dir()]
+    assert not list(tmp_path.glob("v_labels.run/*/*.zarr"))
 
 
 def test_filters_beyond_the_budget_are_refused_before_any_work(tmp_path: Path) -> None:
@@ -298,13 +301,28 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         run(tmp_path, job_in(tmp_path))
 
 
-def test_leftovers_of_finished_outputs_are_removed_and_others_stay(tmp_path: Path) -> None:
+def test_what_a_kill_after_the_last_export_left_is_settled_and_other_work_stays(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
     job, other = job_in(tmp_path), job_in(tmp_path, key="other")
     for unfinished in (job, other):
         with pytest.raises(VolumeError):
             run(tmp_path, unfinished, Failing(after=1))
     assert len(list(tmp_path.glob("v_labels.run/*/labels.zarr"))) == 2
-    discard_leftovers(job.run_folder, job.outputs, "program 1")
+    (tmp_path / "v_labels.h5").write_bytes(b"finished")
+    settle(job.run_folder, job.outputs, settings)
     assert len(list(tmp_path.glob("v_labels.run/*/labels.zarr"))) == 1
-    assert len(list(tmp_path.glob("v_labels.run/*/ledger.jsonl"))) == 2
-    discard_leftovers(tmp_path / "absent.run", job.outputs, "program 1")
+    assert len(list(tmp_path.glob("v_labels.run/*/ledger/header.json"))) == 2
+    record = tmp_path / "v_labels.run" / "checksums" / "v_labels.h5.sha256"
+    assert record.read_text() == f"{hashlib.sha256(b'finished').hexdigest()}  v_labels.h5\n"
+    settle(tmp_path / "absent.run", job.outputs, settings)
+    assert not (tmp_path / "absent.run").exists()
+
+
+def test_the_work_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
+    job = job_in(tmp_path)
+    with pytest.raises(VolumeError):
+        run(tmp_path, job, Failing(after=1))
+    (work,) = (path for path in job.run_folder.iterdir() if path.is_dir())
+    with Worker(work / "workers"):
+        settle(job.run_folder, job.outputs, settings_in(tmp_path))
+        assert (work / "labels.zarr").is_dir()

@@ -1,0 +1,58 @@
+"""Marks of processes: who made a temporary file or holds a lease, and whether that process surely lives no more."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import secrets
+import socket
+from pathlib import Path
+
+import psutil
+
+PROC = Path("/proc")
+ENDED = ("Z", "X")  # a zombie and a dead process, as Linux calls their states
+
+
+@functools.cache
+def host_mark() -> str:
+    """8 hexadecimal digits for this machine since it was started, and for this space of process numbers."""
+    facts = [socket.gethostname()]
+    try:
+        facts.append((PROC / "sys/kernel/random/boot_id").read_text())
+        facts.append(str((PROC / "self/ns/pid").readlink()))
+    except OSError:  # not Linux
+        facts.append(str(int(psutil.boot_time())))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def new_mark() -> str:
+    """A name that no other process, and no other call, gives: host, process, its start, and a random part."""
+    pid = os.getpid()
+    return f"{host_mark()}-{pid}-{_started(pid)}-{secrets.token_hex(4)}"
+
+
+def is_dead(mark: str) -> bool:
+    """Whether the process that made a mark has ended for sure; of other machines that is never sure."""
+    parts = mark.split("-")
+    if len(parts) != 4 or parts[0] != host_mark() or not parts[1].isdecimal():
+        return False
+    return _started(int(parts[1])) != parts[2]
+
+
+def is_mark(text: str) -> bool:
+    """Whether ``text`` has the form of a mark."""
+    parts = text.split("-")
+    return len(parts) == 4 and len(parts[0]) == 8 and parts[1].isdecimal()
+
+
+def _started(pid: int) -> str:
+    """When a process was started, in a form that only equals itself; empty where there is no such process."""
+    try:
+        if PROC.joinpath("self").exists():
+            state, *fields = PROC.joinpath(str(pid), "stat").read_text().rpartition(")")[2].split()
+            return "" if state in ENDED else fields[18]
+        return str(int(psutil.Process(pid).create_time()))
+    except (OSError, psutil.Error):
+        return ""

@@ -1,0 +1,238 @@
+"""The blocks of one stage: shared among processes, recorded when they are on disk, set aside when they keep failing.
+
+Every block-wise stage is a ``Task`` with a ledger of its own that goes through ``run_blocks``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from connectomics.errors import ConnectomicsError, QuarantineError, StorageError, VolumeError
+from connectomics.fingerprint import sha256_of_file
+from connectomics.geometry import Block
+from connectomics.io.atomic import write_text
+from connectomics.io.store import Store
+from connectomics.io.volume import Array
+from connectomics.pipeline.contracts import BlockFailure, BlockRecord, Executor, Task
+from connectomics.pipeline.lease import Worker, pauses
+from connectomics.pipeline.ledger import Ledger
+from connectomics.pipeline.retry import PAUSES_S, SYSTEMIC, errno_of, retried
+
+log = logging.getLogger(__name__)
+OnBlock = Callable[[int, int], None]
+QUARANTINE = "quarantine"
+ATTEMPTS = 2  # of a block within one run, beside what is retried within it
+FAILURES_IN_A_ROW = 16  # from which on something other than these blocks must be wrong
+SHOWN_FAILURES = 5
+CHECKED_BLOCKS = 16  # recorded blocks whose checksums are compared on resume; of all others the files must exist
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksDone:
+    """What became of a stage's blocks in this process."""
+
+    planned: int
+    skipped: int
+    done: int
+    windows: int
+    failures: tuple[BlockFailure, ...]
+
+
+def attempt(task: Task, block: Block) -> BlockRecord | BlockFailure:
+    """Process a block, a second time when it fails; what fails again is told, not raised.
+
+    Raises
+    ------
+    StorageError, VolumeError
+        If the disk is full, read-only, forbidden or gone, which no other block would survive.
+    """
+    for number in range(1, ATTEMPTS + 1):
+        try:
+            return task.process(block)
+        except Exception as error:  # noqa: BLE001 - the runner's broad catch: a failure stays with its block
+            raise_systemic(error)
+            reason = " ".join((str(error) or "out of memory").split())
+            if not isinstance(error, ConnectomicsError):
+                reason = f"{type(error).__name__}: {reason}"
+            failure = BlockFailure(block.key, block.core, reason, traceback.format_exc())
+            log.warning("block %s failed, attempt %d of %d: %s", block.key, number, ATTEMPTS, reason)
+    return failure
+
+
+def raise_systemic(error: Exception) -> None:
+    """Raise an error that every other block would meet too: as it is for an input, else as a ``StorageError``."""
+    if isinstance(error, StorageError):
+        raise error
+    if errno_of(error) in SYSTEMIC:
+        if isinstance(error, VolumeError):
+            raise error
+        raise StorageError(f"{' '.join(str(error).split())} Stopped; mend that and run again.") from error
+
+
+def write_block(store: Store, block: Block, array: Array, pauses_s: tuple[float, ...] = PAUSES_S) -> tuple[str, str]:
+    """Write a block's shard (c, z, y, x) and read it back; its path in the work folder and its sha256.
+
+    Raises
+    ------
+    OutputError, VolumeError
+        If the storage refuses, also after waiting.
+    """
+
+    def written() -> str:
+        store.write(block.core, array)
+        return store.checksum(block.core)
+
+    shard = store.shard_path(block.core)
+    checksum = retried(written, f"writing block {block.key} of {store.path}", pauses_s)
+    return shard.relative_to(store.path.parent).as_posix(), checksum
+
+
+def run_blocks(task: Task, ledger: Ledger, executor: Executor, worker: Worker, on_block: OnBlock) -> BlocksDone:
+    """Bring every block of a task into its ledger, together with whichever other processes do the same.
+
+    Parameters
+    ----------
+    task, ledger
+        The stage and its record, which are of one grid.
+    executor
+        Runs the blocks.
+    worker
+        This process among the others.
+    on_block
+        Called with (finished, planned) blocks at the start and whenever a block is finished here.
+
+    Returns
+    -------
+    done
+        With the blocks that failed, whose tracebacks are in the ledger's folder, quarantine/KEY.txt.
+
+    Raises
+    ------
+    StorageError
+        If the disk refuses; finished blocks are kept.
+    QuarantineError
+        If one block after the other fails.
+    """
+    planned, before = ledger.planned, ledger.finished
+    on_block(before, planned)
+    log.info("%s: %d blocks planned, %d finished before", task.name, planned, before)
+    failures: dict[str, BlockFailure] = {}
+    done = windows = in_a_row = 0
+    for result in executor.run(task, _claimed(task, ledger, worker, failures)):
+        if isinstance(result, BlockFailure):
+            failures[result.block] = result
+            _set_aside(ledger.folder, result)
+            in_a_row += 1
+            if in_a_row == FAILURES_IN_A_ROW and in_a_row < planned:
+                raise QuarantineError(f"{in_a_row} blocks in a row failed, the last with: {result.reason}")
+        else:
+            ledger.append(result)
+            _quarantine_file(ledger.folder, result.block).unlink(missing_ok=True)
+            done, windows, in_a_row = done + 1, windows + result.windows, 0
+            log.info("block %s: %d windows, %.2f s", result.block, result.windows, result.seconds)
+            on_block(ledger.finished, planned)
+        worker.release(_lease(task, result.block))
+    left = tuple(f for key, f in failures.items() if not ledger.is_done(ledger.block(key)))
+    if ledger.finished > before + done:
+        on_block(ledger.finished, planned)
+    return BlocksDone(planned, ledger.finished - done, done, windows, left)
+
+
+def failure_message(failures: tuple[BlockFailure, ...], planned: int, folder: Path) -> str:
+    """One sentence about quarantined blocks: which, where, why, and where their tracebacks are."""
+    shown = "; ".join(f"{f.block}, voxels {f.box.start} to {f.box.stop}: {f.reason}" for f in failures[:SHOWN_FAILURES])
+    more = f"; and {len(failures) - SHOWN_FAILURES} more" if len(failures) > SHOWN_FAILURES else ""
+    return (
+        f"{len(failures)} of {planned} blocks failed and are quarantined ({shown}{more}); their tracebacks are in "
+        f"{folder / QUARANTINE}, all other blocks are finished, and running again tries these once more"
+    )
+
+
+def void_lost(ledger: Ledger, work: Path, stores: Collection[str]) -> int:
+    """Undo records whose files are not there or, for a sample, differ from their checksum.
+
+    Parameters
+    ----------
+    ledger
+        Of the stage.
+    work
+        The work folder.
+    stores
+        Names of the folders in it that are looked at; others may have become final outputs.
+
+    Returns
+    -------
+    lost
+        Number of records undone.
+    """
+    stride = max(1, ledger.finished // CHECKED_BLOCKS)
+    lost = 0
+    for i, (name, record) in enumerate(ledger.named_records()):
+        if not is_kept(work, record, stores, compared=i % stride == 0):
+            ledger.void(name, record.block)
+            lost += 1
+    if lost:
+        log.warning("%d recorded blocks are missing or damaged on disk and are computed again", lost)
+    return lost
+
+
+def is_kept(work: Path, record: BlockRecord, stores: Collection[str], *, compared: bool) -> bool:
+    """Whether the files that a record names in ``stores`` are there and, if ``compared``, have their sha256."""
+    looked_at = {name: name.partition("/")[0] for name in record.checksums}
+    if looked_at and not set(stores) <= set(looked_at.values()):
+        return False  # it was recorded when another output was finished already
+    for name, store in looked_at.items():
+        if store not in stores:
+            continue
+        try:
+            if not (work / name).exists() or (compared and sha256_of_file(work / name) != record.checksums[name]):
+                return False
+        except OSError as error:
+            raise_systemic(error)
+            return False
+    return True
+
+
+def _claimed(task: Task, ledger: Ledger, worker: Worker, failed: dict[str, BlockFailure]) -> Iterator[Block]:
+    """Blocks that nobody has done or has in hand, each leased; waits while others have all that are left."""
+    for pause in pauses():
+        taken = busy = False
+        for block in ledger.unfinished():
+            lease = _lease(task, block.key)
+            if block.key in failed or worker.holds(lease):
+                continue
+            if not worker.acquire(lease):
+                busy = True
+                continue
+            ledger.refresh()
+            if ledger.is_done(block):
+                worker.release(lease)
+                continue
+            taken = True
+            yield block
+        if not busy:
+            return
+        if not taken:
+            time.sleep(pause)
+        ledger.refresh()
+
+
+def _lease(task: Task, key: str) -> str:
+    return f"{task.name}.{key}"
+
+
+def _quarantine_file(folder: Path, key: str) -> Path:
+    return folder / QUARANTINE / f"{key}.txt"
+
+
+def _set_aside(folder: Path, failure: BlockFailure) -> None:
+    path = _quarantine_file(folder, failure.block)
+    path.parent.mkdir(exist_ok=True)
+    where = f"block {failure.block}, voxels (z, y, x) {failure.box.start} to {failure.box.stop}"
+    write_text(path, f"{where}\n{failure.reason}\n\n{failure.trace}")
+    log.error("%s is quarantined: %s", where, failure.reason)

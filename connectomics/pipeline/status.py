@@ -1,0 +1,184 @@
+"""``connectomics status``: how far a run has come, who works on it, how long it will take; changes nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from connectomics.io.digests import SUFFIX
+from connectomics.pipeline.blocks import QUARANTINE
+from connectomics.pipeline.lease import HEARTBEAT, living
+from connectomics.pipeline.ledger import Ledger
+from connectomics.pipeline.lines import whole_lines
+from connectomics.pipeline.run import CHECKSUMS, WORKERS
+from connectomics.pipeline.verify_run import ledger_folders, work_folders
+
+SHOWN = 10  # quarantined blocks that are named
+RECENT = 64  # records of each worker that its rate is taken from
+LOG_BYTES = 1 << 16  # of the end of run.log, where the last error is looked for
+MINUTE_S, HOUR_S = 60, 3600
+
+
+@dataclass(frozen=True, slots=True)
+class StageStatus:
+    """Blocks of one stage; ``blocks_per_s`` is that of the workers alive, 0 where there are none."""
+
+    work: str
+    stage: str
+    planned: int
+    done: int
+    quarantined: tuple[str, ...]
+    blocks_per_s: float
+    last_block_s_ago: float | None
+
+    @property
+    def left_s(self) -> float | None:
+        """Estimate of the time that the rest takes, or None."""
+        left = self.planned - self.done
+        return left / self.blocks_per_s if left and self.blocks_per_s else None
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """What stands in a RUN folder; times in seconds."""
+
+    run: Path
+    surveyed: bool
+    stages: tuple[StageStatus, ...]
+    workers: tuple[dict[str, Any], ...]
+    finished: tuple[str, ...]
+    last_error: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        stages = [
+            {
+                "work": s.work,
+                "stage": s.stage,
+                "planned": s.planned,
+                "done": s.done,
+                "quarantined": list(s.quarantined),
+                "blocks_per_s": s.blocks_per_s,
+                "left_s": s.left_s,
+                "last_block_s_ago": s.last_block_s_ago,
+            }
+            for s in self.stages
+        ]
+        return {
+            "run": str(self.run),
+            "surveyed": self.surveyed,
+            "stages": stages,
+            "workers": list(self.workers),
+            "finished": list(self.finished),
+            "last_error": self.last_error,
+        }
+
+    def lines(self) -> list[str]:
+        """For the screen."""
+        lines = [f"{'survey':12} {'done' if self.surveyed else 'not kept'}"]
+        for s in self.stages:
+            line = f"{s.stage:12} {s.done}/{s.planned} blocks ({s.done / s.planned:.1%})"
+            line += f", {len(s.quarantined)} quarantined" if s.quarantined else ""
+            if s.left_s is not None:
+                line += f", {s.blocks_per_s:.3g} blocks/s, about {_duration(s.left_s)} left"
+            if s.last_block_s_ago is not None:
+                line += f", last block {_duration(s.last_block_s_ago)} ago"
+            lines.append(line)
+            lines += [f"{'':12} quarantined: {key}" for key in s.quarantined[:SHOWN]]
+        lines += [f"{'worker':12} {w['host']}, process {w['pid']}, since {_date(w['since'])}" for w in self.workers]
+        if not self.workers:
+            lines.append(f"{'workers':12} none")
+        lines += [f"{'finished':12} {name}" for name in self.finished]
+        if self.last_error:
+            lines.append(f"{'last error':12} {self.last_error}")
+        return lines
+
+
+def status_of(run: Path) -> RunStatus:
+    """Look at a RUN folder.
+
+    Raises
+    ------
+    ConfigError
+        If it is not one.
+    """
+    stages, workers = [], []
+    works = work_folders(run)
+    for work in works:
+        alive = living(work / WORKERS)
+        workers += [worker for name in alive if (worker := _worker(work / WORKERS / name)) is not None]
+        stages += [_stage(work, folder, alive) for folder in ledger_folders(work)]
+    finished = (path.name.removesuffix(SUFFIX) for path in sorted((run / CHECKSUMS).glob("*" + SUFFIX)))
+    return RunStatus(
+        run,
+        any((work / "survey.json").exists() for work in works),
+        tuple(stages),
+        tuple(workers),
+        tuple(name for name in finished if (run.parent / name).exists()),
+        _last_error(run / "run.log"),
+    )
+
+
+def _worker(heartbeat: Path) -> dict[str, Any] | None:
+    try:
+        who = json.loads(heartbeat.read_text())
+        return {"host": str(who["host"]), "pid": int(who["pid"]), "since": int(who["since"])}
+    except (OSError, ValueError, KeyError, TypeError):  # it is just beginning or ending
+        return None
+
+
+def _stage(work: Path, folder: Path, alive: list[str]) -> StageStatus:
+    ledger = Ledger.existing(folder)
+    processes = {_process(name.removesuffix(HEARTBEAT)) for name in alive}
+    rate, last = 0.0, None
+    for path in folder.glob("*.jsonl"):
+        recent = [fields for line, _ in deque(whole_lines(path, 0), RECENT) if "at" in (fields := _fields(line))]
+        if recent:
+            last = max(last or 0, recent[-1]["at"])
+            seconds = sum(fields["seconds"] for fields in recent)
+            if _process(path.stem) in processes and seconds > 0:
+                rate += len(recent) / seconds
+    quarantined = (path.stem for path in sorted((folder / QUARANTINE).glob("*.txt")))
+    ago = None if last is None else max(0.0, time.time() - last)
+    name = "predict" if folder.name == "ledger" else folder.name.removeprefix("ledger_")
+    return StageStatus(work.name, name, ledger.planned, ledger.finished, tuple(quarantined), rate, ago)
+
+
+def _process(mark: str) -> str:
+    """Host, process and its start: the part of a mark that all of a process's marks share."""
+    return mark.rpartition("-")[0]
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _last_error(log: Path) -> str | None:
+    """The last line of the log that tells of an error or of why the run stopped."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - LOG_BYTES))
+            lines = stream.read().decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line for line in reversed(lines) if " ERROR " in line or " stopped: " in line), None)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < MINUTE_S:
+        return f"{seconds:.0f} s"
+    if seconds < HOUR_S:
+        return f"{seconds / MINUTE_S:.0f} min"
+    return f"{seconds / HOUR_S:.1f} h"
+
+
+def _date(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

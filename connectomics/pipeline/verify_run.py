@@ -1,0 +1,156 @@
+"""``connectomics verify-run``: read what a run wrote again, compare checksums, mark what is damaged as undone.
+
+Of an unfinished run the blocks are read, of a finished one the final outputs; the next run mends what is marked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from connectomics.errors import ConfigError
+from connectomics.io.atomic import discard
+from connectomics.io.digests import SUFFIX, digests, is_intact
+from connectomics.io.export import read_stamp
+from connectomics.pipeline.blocks import is_kept
+from connectomics.pipeline.lease import Worker
+from connectomics.pipeline.ledger import HEADER, Ledger, read_header
+from connectomics.pipeline.run import CHECKSUMS, HOUSE, WORKERS
+
+SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was looked at, how much of it was read, what was damaged, and what was done about it."""
+
+    subject: str
+    read: int
+    damaged: tuple[str, ...]
+    mend: str = ""
+
+    def lines(self) -> Iterator[str]:
+        """For the screen."""
+        yield f"{self.subject}: {self.read} read, {len(self.damaged)} damaged"
+        yield from (f"  damaged: {name}" for name in self.damaged[:SHOWN])
+        if len(self.damaged) > SHOWN:
+            yield f"  … and {len(self.damaged) - SHOWN} more"
+        if self.damaged:
+            yield f"  {self.mend}"
+
+
+def verify_run(run: Path, sample: int | None = None) -> list[Finding]:
+    """Read the blocks and final outputs of a RUN folder again.
+
+    Parameters
+    ----------
+    run
+        ``NAME_labels.run``.
+    sample
+        How many blocks of a stage and files of an output are read, spread evenly; None for all.
+
+    Raises
+    ------
+    ConfigError
+        If it is not a RUN folder.
+    """
+    works = work_folders(run)
+    found = [finding for work in works for finding in _verify_blocks(work, sample)]
+    for record in sorted((run / CHECKSUMS).glob("*" + SUFFIX)):
+        found.append(_verify_output(run, works, record, sample))
+    return found
+
+
+def work_folders(run: Path) -> list[Path]:
+    """Folders of a RUN folder that hold ledgers, one for each result and program.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    works = sorted({path.parent.parent for path in run.glob(f"*/*/{HEADER}")})
+    if not works:
+        raise ConfigError(f"{run}: is not the RUN folder of a run with blocks; give OUTPUT_PATH/NAME_labels.run")
+    return works
+
+
+def ledger_folders(work: Path) -> list[Path]:
+    """The ledgers of a work folder, one for each stage."""
+    return sorted(path.parent for path in work.glob(f"*/{HEADER}"))
+
+
+def _verify_blocks(work: Path, sample: int | None) -> Iterator[Finding]:
+    stores = {path.name for path in work.glob("*.zarr")}
+    with Worker(work / WORKERS) as worker, worker.alone(HOUSE):
+        for folder in ledger_folders(work):
+            ledger = Ledger.existing(folder)
+            stride = 1 if sample is None else max(1, ledger.finished // sample)
+            read, damaged = 0, []
+            for i, (name, record) in enumerate(ledger.named_records()):
+                kept = {path.partition("/")[0] for path in record.checksums} & stores
+                if kept and i % stride == 0:
+                    read += 1
+                    if not is_kept(work, record, kept, compared=True):
+                        damaged.append(record.block)
+                        ledger.void(name, record.block)
+            ledger.close()
+            if damaged:
+                discard(work / "filtered.zarr")
+            if read:
+                yield Finding(f"{work.name}, blocks of {folder.name}", read, tuple(damaged), "the next run mends them")
+
+
+def _verify_output(run: Path, works: list[Path], record: Path, sample: int | None) -> Finding:
+    name = record.name.removesuffix(SUFFIX)
+    output = run.parent / name
+    count = sum(1 for _ in digests(record))
+    stride = 1 if sample is None else max(1, count // sample)
+    read, damaged = 0, {}
+    for file, checksum in islice(digests(record), 0, None, stride):
+        read += 1
+        if not is_intact(run.parent, file, checksum):
+            damaged[file] = checksum
+    mend = ""
+    if damaged and not output.exists():
+        mend = "it is not there; the next run makes it again"
+    elif damaged and output.is_dir() and _reopened(output, works, damaged):
+        mend = f"it was moved back into {run.name}; the next run mends these blocks"
+        record.unlink()
+    elif damaged:
+        aside = output.with_name(output.name + ".damaged")
+        discard(aside)
+        output.rename(aside)
+        record.unlink()
+        mend = f"it was renamed {aside.name}; the next run makes it again"
+    return Finding(f"{name}, files", read, tuple(damaged), mend)
+
+
+def _reopened(output: Path, works: list[Path], damaged: dict[str, str]) -> bool:
+    """Make a Zarr output a working store again and undo its damaged blocks; False where blocks alone cannot mend it."""
+    stamp = read_stamp(output, "zarr") or {}
+    for work in works:
+        for folder in ledger_folders(work):
+            if read_header(folder)["run_key"] != stamp.get("run_key"):
+                continue
+            ledger = Ledger.existing(folder)
+            try:
+                wanted, store = {}, ""
+                for name, record in ledger.named_records():
+                    for path, checksum in record.checksums.items():
+                        file = output.name + path[path.index("/") :]
+                        if damaged.get(file) == checksum:
+                            wanted[file] = (name, record.block)
+                            store = path.partition("/")[0]
+                if set(wanted) != set(damaged):
+                    return False
+                with Worker(work / WORKERS) as worker, worker.alone(HOUSE):
+                    for name, block in wanted.values():
+                        ledger.void(name, block)
+                    output.rename(work / store)
+                return True
+            finally:
+                ledger.close()
+    return False
