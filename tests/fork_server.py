@@ -106,7 +106,6 @@ class ForkServer:
         """
         request = {
             "arguments": list(arguments),
-            "folder": str(self._folder),
             "signal": int(number),
             "after_s": after_s,
             "watched": str(watched),
@@ -114,20 +113,42 @@ class ForkServer:
             "file_limit_bytes": file_limit_bytes,
             "unprivileged": unprivileged and os.geteuid() == 0,
         }
+        (ended,) = self._answers([request])
+        return ended
+
+    def run_together(
+        self, arguments: Sequence[str], count: int, *, watched: Path, kill_first_at: tuple[str, int] | None = None
+    ) -> list[Ended]:
+        """Run the command line in several children at once; the first may be killed, as in ``run``."""
+        request: dict[str, Any] = {
+            "arguments": list(arguments),
+            "signal": int(signal.SIGKILL),
+            "after_s": None,
+            "watched": str(watched),
+            "kill_at": ("", 0),
+            "file_limit_bytes": None,
+            "unprivileged": False,
+        }
+        return self._answers([request | {"kill_at": kill_first_at or ("", 0)}, *[request] * (count - 1)])
+
+    def _answers(self, requests: list[dict[str, Any]]) -> list[Ended]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
+        named = [request | {"output": str(self._folder / f"child{i}_")} for i, request in enumerate(requests)]
+        self._process.stdin.write(json.dumps(named) + "\n")
         self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        out, err, touched = [(self._folder / name).read_text() for name in ("stdout", "stderr", "touched")]
-        return Ended(answer["code"], out, err, answer["seconds"], tuple(touched.splitlines()))
+        answers = json.loads(self._process.stdout.readline())
+        ended = []
+        for request, answer in zip(named, answers, strict=True):
+            out, err, touched = (Path(request["output"] + name).read_text() for name in ("stdout", "stderr", "touched"))
+            ended.append(Ended(answer["code"], out, err, answer["seconds"], tuple(touched.splitlines())))
+        return ended
 
 
 def _child(request: dict[str, Any]) -> None:
     """Become a run of the command line; never returns."""
-    folder = Path(request["folder"])
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    touched = os.open(folder / "touched", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(os.open(request["output"] + name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    touched = os.open(request["output"] + "touched", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     (text, fatal), count = request["kill_at"], 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -185,24 +206,33 @@ def _import_everything(model: Path) -> None:
 def _serve(model: Path) -> None:
     _import_everything(model)
     for line in sys.stdin:
-        request = json.loads(line)
         began = time.perf_counter()
-        child = os.fork()
-        if child == 0:
-            _child(request)
-        deadline, status, ended = request["after_s"], 0, 0
-        while deadline is not None and not ended:
-            left = deadline - (time.perf_counter() - began)
-            if left <= 0:
-                os.kill(child, request["signal"])
-                break
-            time.sleep(min(left, 0.002))
-            ended, status = os.waitpid(child, os.WNOHANG)
-        if not ended:
-            _, status = os.waitpid(child, 0)
-        seconds = time.perf_counter() - began
-        sys.stdout.write(json.dumps({"code": os.waitstatus_to_exitcode(status), "seconds": seconds}) + "\n")
+        children = [(_forked(request), request) for request in json.loads(line)]
+        answers = [_awaited(child, request, began) for child, request in children]
+        sys.stdout.write(json.dumps(answers) + "\n")
         sys.stdout.flush()
+
+
+def _forked(request: dict[str, Any]) -> int:
+    child = os.fork()
+    if child == 0:
+        _child(request)
+    return child
+
+
+def _awaited(child: int, request: dict[str, Any], began: float) -> dict[str, Any]:
+    """Wait for a child, which may be signalled by the clock; its exit code and seconds."""
+    deadline, status, ended = request["after_s"], 0, 0
+    while deadline is not None and not ended:
+        left = deadline - (time.perf_counter() - began)
+        if left <= 0:
+            os.kill(child, request["signal"])
+            break
+        time.sleep(min(left, 0.002))
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        _, status = os.waitpid(child, 0)
+    return {"code": os.waitstatus_to_exitcode(status), "seconds": time.perf_counter() - began}
 
 
 if __name__ == "__main__":

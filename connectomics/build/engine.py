@@ -21,16 +21,25 @@ from connectomics.inference.predictor import Predictor, RollingPredictor, Slidin
 from connectomics.inference.resample import check_rules
 from connectomics.inference.windows import as_patch
 from connectomics.models.backends.contract import Backend
-from connectomics.models.backends.torch_eager import TorchBackend
+from connectomics.models.backends.torch_eager import TorchBackend, free_device_bytes, window_bytes
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 from connectomics.pipeline.finish import Filters
+from connectomics.pipeline.memory import share_freed_memory
 from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.run import RunSettings
 
 NNUNET_STEP = 0.5
-PROVENANCE_LIBRARIES = ("connectomics", "nnunetv2", "torch", "numpy", "scipy", "tensorstore")
 NNUNET_THREADS = 8  # nnU-Net's own upper bound of threads in a forward pass
+PACKAGES = (
+    "connectomics",
+    "nnunetv2",
+    "torch",
+    "numpy",
+    "scipy",
+    "scikit-image",
+    "tensorstore",
+)  # that compute or write
 BUDGET_SHARE = 0.5  # of the machine's memory, where no budget is stated
 
 
@@ -46,11 +55,14 @@ class EngineModel:
         What it is.
     window
         Window, step, blending, mirroring.
+    window_bytes
+        What its network takes for a window beside input and logits.
     """
 
     checkpoint: Path
     spec: ModelSpec
     window: SlidingWindow
+    window_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,10 @@ class Engine:
         Settings that decide the result, for result keys and provenance.
     deviations
         In which ways this is not nnU-Net's own inference; empty when it is.
+    base_bytes
+        Host memory of the process with the program and the models, before the first volume.
+    device_bytes
+        Free memory of the device beside the models, None where they are in the host's.
     previous
         The first stage of a cascade, where a model gives its labels.
     """
@@ -81,6 +97,8 @@ class Engine:
     settings: RunSettings
     facts: Mapping[str, object]
     deviations: tuple[str, ...]
+    base_bytes: int
+    device_bytes: int | None
     previous: Engine | None = None
 
     @property
@@ -99,9 +117,10 @@ def program_version() -> str:
     return f"connectomics {importlib.metadata.version('connectomics')}"
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of this program and of the libraries that decide its numbers, for the provenance."""
-    return {name: importlib.metadata.version(name) for name in PROVENANCE_LIBRARIES}
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that compute, for provenance."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def memory_budget_bytes(config: Config) -> int:
@@ -152,8 +171,9 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     ConfigError, ModelError, DeviceError
         If the configuration, the model or the device does not fit.
     """
+    share_freed_memory()
     loaded = load_members(config, checkpoint)
-    models = tuple(EngineModel(path, model.spec, _window(config, model.spec)) for path, model in loaded)
+    models = tuple(_engine_model(config, path, model) for path, model in loaded)
     spec = models[0].spec
     backends = [_backends(config, model, m.window) for m, (_, model) in zip(models, loaded, strict=True)]
     weights = config.model.ensemble_weights or [1.0] * len(models)
@@ -179,7 +199,9 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     deviations = _deviations(config, models, segmenter)
     if previous is not None:
         deviations += tuple(f"the previous stage: {text}" for text in previous.deviations)
-    return Engine(models, segmenter, filters, settings, facts, deviations, previous)
+    base_bytes = psutil.Process().memory_info().rss
+    free = free_device_bytes(backends[0][0].device)
+    return Engine(models, segmenter, filters, settings, facts, deviations, base_bytes, free, previous)
 
 
 def _first_stage(config: Config, models: tuple[EngineModel, ...]) -> Engine | None:
@@ -190,6 +212,11 @@ def _first_stage(config: Config, models: tuple[EngineModel, ...]) -> Engine | No
     engine = build_engine(own)
     check_first_stage(config, specs, engine.spec)
     return engine
+
+
+def _engine_model(config: Config, path: Path, model: LoadedModel) -> EngineModel:
+    window = _window(config, model.spec)
+    return EngineModel(path, model.spec, window, window_bytes(model.networks[0], window.patch))
 
 
 def _backends(config: Config, model: LoadedModel, window: SlidingWindow) -> tuple[TorchBackend, ...]:

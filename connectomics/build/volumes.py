@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from connectomics.build.cascade import checked_labels, first_stage_config, open_previous
-from connectomics.build.engine import Engine, EngineModel, library_versions
+from connectomics.build.engine import Engine, EngineModel, versions
+from connectomics.build.plan import plan_volume
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, VolumeError
 from connectomics.fingerprint import key_of
 from connectomics.geometry import Box, Vec3, vec3
 from connectomics.inference.case import ReadBox
-from connectomics.inference.mask import check_mask_memory, mask_bytes
 from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.io.export import export_path
 from connectomics.io.listing import VolumeSource, expand, group, refuse_collisions, without_results
 from connectomics.io.opening import open_channels, open_volume
-from connectomics.io.volume import Nanometres, Spacing, VolumeInfo, VolumeReader
+from connectomics.io.volume import Nanometres, Spacing, VolumeReader
 from connectomics.models.spec import NO_RESAMPLING
 from connectomics.pipeline.finish import Output
-from connectomics.pipeline.planning import (
-    BlockPlan,
-    common_plan,
-    forced_plan,
-    plan_blocks,
-    whole_plan,
-    with_logits_in_memory,
-)
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segmenter
 from connectomics.pipeline.run import VolumeJob
 from connectomics.pipeline.wanted import Wanted, require_inside
@@ -138,14 +129,15 @@ def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: Vol
     names = final_names(config, engine, source)
     resampling = _resampling_facts(segmenter_of(config, engine, reader.info.spacing))
     facts = dict(engine.facts) | {"input": reader.identity, "resample": resampling}
-    facts |= _wanted_facts(config) | _previous_facts(config, engine, source, reader)
-    outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1])]
+    facts |= _previous_facts(config, engine, source, reader) | _wanted_facts(config)
+    pyramid = config.inference.output.pyramid
+    outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1], pyramid)]
     rule = engine.segmenter.probabilities
     if rule is not None:
         kept = {"channels": list(rule.channels), "activation": rule.activation, "scale": rule.scale}
         key = key_of(facts | {"probabilities": kept | {"dtype": rule.dtype.str}})
         stem, formats = names[PROBABILITIES]
-        outputs.append(Output(PROBABILITIES, stem, key, formats))
+        outputs.append(Output(PROBABILITIES, stem, key, formats, pyramid))
     return tuple(outputs)
 
 
@@ -270,33 +262,25 @@ def _wanted_facts(config: Config) -> dict[str, object]:
 
 
 def job_of(
-    config: Config,
-    engine: Engine,
-    source: VolumeSource,
-    reader: VolumeReader,
-    previous: VolumeReader | None = None,
-    wanted: Wanted | None = None,
+    config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader, previous: VolumeReader | None = None
 ) -> VolumeJob:
-    """All that running one volume needs.
-
-    Parameters
-    ----------
-    previous
-        The labels of the previous stage of a cascade.
-    wanted
-        What ``wanted_of`` gives.
+    """All that running one volume needs; ``previous`` are the labels of the previous stage of a cascade.
 
     Raises
     ------
     ResourceError
         If the memory budget cannot hold one block's work, or the mask that the model normalises within.
+    VolumeError
+        If ``inference.roi`` or ``inference.mask`` does not fit the volume.
     """
+    wanted = wanted_of(config, reader.info.extent, source.name)
     outputs = outputs_of(config, engine, source, reader)
     segmenter = segmenter_of(config, engine, reader.info.spacing, None if previous is None else previous.read)
+    plan, readers = plan_volume(config, engine, segmenter, reader.info)
     described = [_described(model) for model in engine.models]
     provenance: dict[str, object] = {
         "program": engine.settings.program,
-        "versions": library_versions(),
+        "versions": versions(),
         "experiment_name": config.experiment_name,
         "description": config.description,
         "input": reader.identity,
@@ -305,7 +289,7 @@ def job_of(
         "regions": {name: list(values) for name, values in engine.spec.regions},
         "resample": _resampling_facts(segmenter),
         "seed": config.system.seed,
-    }
+    } | _wanted_facts(config)
     return VolumeJob(
         source.name,
         run_folder(config, source),
@@ -313,13 +297,13 @@ def job_of(
         segmenter,
         engine.filters,
         outputs,
-        _plan(config, engine, segmenter, reader),
+        plan,
         provenance
         | (described[0] if len(described) == 1 else {"models": described})
         | dict(engine.facts)
-        | _wanted_facts(config)
         | _previous_provenance(engine, previous),
         _command(config, engine, source),
+        readers,
         wanted,
     )
 
@@ -357,41 +341,3 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
-
-
-def _plan(config: Config, engine: Engine, segmenter: Segmenter, reader: VolumeReader) -> BlockPlan:
-    """Blocks in the volume's axes; every model's windows and the probabilities of an ensemble fit the budget."""
-    info, budget = reader.info, engine.settings.budget_bytes
-    masks = sum(member.keeps_mask for member in segmenter.members)
-    if masks:
-        check_mask_memory(info.extent, budget)
-    kept = masks * mask_bytes(info.extent)
-    plans = [
-        _model_plan(config, model, member, info, budget, kept)
-        for model, member in zip(engine.models, segmenter.members, strict=True)
-    ]
-    if len(plans) == 1:
-        return plans[0]
-    means = 2 * segmenter.classes  # the mean and a member's own
-    return with_logits_in_memory(common_plan(plans), means, 1.0, budget - kept)
-
-
-def _model_plan(
-    config: Config, model: EngineModel, member: Member, info: VolumeInfo, budget: int, kept: int
-) -> BlockPlan:
-    """One model's blocks, planned in its own axes, where windows lie."""
-    order = member.order
-    extent, patch = order.turn(info.extent), model.window.patch
-    stated = config.inference.block_shape
-    if config.inference.sliding_window.engine == "monai":
-        plan = whole_plan(extent, patch, model.spec.classes, model.spec.input_channels, budget, kept)
-    elif stated is not None:
-        plan = forced_plan(extent, patch, order.turn(vec3(stated)))
-    else:
-        accumulated = model.spec.classes * len(model.spec.folds) + 1
-        plan = plan_blocks(extent, patch, accumulated, model.spec.input_channels, budget, kept)
-        if member.resampling is not None:
-            pairs = zip(member.resampling.spacing, member.resampling.target, strict=True)
-            finer = math.prod(n / m for n, m in pairs)
-            plan = with_logits_in_memory(plan, model.spec.classes, finer, budget - kept)
-    return BlockPlan(order.inverse.turn(plan.block_shape), order.inverse.turn(plan.chunk_shape))

@@ -134,6 +134,7 @@ class Output:
     """``inference.output``: which files are left."""
 
     formats: list[str] = field(default_factory=lambda: ["h5"])
+    pyramid: bool = True
     save_probabilities: bool = False
     overwrite: bool = False
 

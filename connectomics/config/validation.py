@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from connectomics.config.schema import Config, Inference, KnownAnswers, Model, System
 from connectomics.errors import ConfigError
 
-FORMATS = ("h5", "zarr", "tiff", "png")
+FORMATS = ("h5", "zarr", "tiff", "png", "zarr2", "n5", "precomputed")
 METRICS = ("dice", "iou", "precision", "recall")
 BLENDINGS = ("gaussian", "constant")
 ENGINES = ("nnunet", "monai")

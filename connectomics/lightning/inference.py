@@ -122,9 +122,12 @@ class InferenceManager:
                 f"the image has {reader.info.channels} channels, the model expects {self.engine.spec.channels} "
                 f"({', '.join(self.engine.spec.channel_names)})"
             )
-        wanted, whole = wanted_of(self._config, reader.info.extent, "the image"), Box.of_shape(reader.info.extent)
+        segmenter, whole = (
+            self.segmenter(spacing, self._previous(reader, spacing, previous)),
+            Box.of_shape(reader.info.extent),
+        )
+        wanted = wanted_of(self._config, reader.info.extent, "the image")
         with contextlib.closing(wanted) if wanted is not None else contextlib.nullcontext():
-            segmenter = self.segmenter(spacing, self._previous(reader, spacing, previous))
             surveyed = segmenter.survey(reader, "the image")
             arrays, _ = segmenter.segment_wanted(reader.read, surveyed, whole, wanted)
         labels = self.engine.filters.apply(arrays[LABELS][0])
@@ -306,11 +309,12 @@ class VolumeProcessor:
         with contextlib.ExitStack() as opened:
             reader = open_source(self._config, self._engine, source)
             opened.callback(reader.close)
-            wanted = wanted_of(self._config, reader.info.extent, source.name)
-            if wanted is not None:
-                opened.callback(wanted.close)
-            first = previous_labels(self._config, self._engine, source, reader, self._observer.block)
-            job = job_of(self._config, self._engine, source, reader, opened.enter_context(first), wanted)
+            previous = opened.enter_context(
+                previous_labels(self._config, self._engine, source, reader, self._observer.block)
+            )
+            job = job_of(self._config, self._engine, source, reader, previous)
+            if job.wanted is not None:
+                opened.callback(job.wanted.close)
             check_names(job.outputs, settings.folder, overwrite=self._config.inference.output.overwrite)
             report = run_volume(job, settings, SerialExecutor(), self._observer.block)
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import json
 import warnings
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from connectomics.build.cascade import check_previous_stage, first_stage_config, open_previous
-from connectomics.build.engine import Engine
+from connectomics.build.engine import Engine, versions
 from connectomics.build.models import load
 from connectomics.build.volumes import named_sources, open_source, segmenter_of
 from connectomics.config.schema import Config
@@ -29,8 +28,6 @@ from connectomics.io.volume import Array, VolumeReader
 from connectomics.lightning.inference import InferenceManager
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.pipeline.survey import nonzero_box
-
-PACKAGES = ("connectomics", "nnunetv2", "torch", "numpy", "scipy", "scikit-image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +297,7 @@ def _content(
         "settings": dict(engine.facts),
         "deviations": list(engine.deviations),
         "numeric_class": dict(engine.settings.numeric_class),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         "samples": [asdict(a) for a in result.agreements],
     }
 

@@ -43,6 +43,10 @@ class BlocksDone:
     failures: tuple[BlockFailure, ...]
 
 
+RunStage = Callable[[Task, Ledger], BlocksDone]
+"""``run_blocks`` with whoever runs blocks here."""
+
+
 def attempt(task: Task, block: Block) -> BlockRecord | BlockFailure:
     """Process a block, a second time when it fails; what fails again is told, not raised.
 

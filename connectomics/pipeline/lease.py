@@ -28,6 +28,7 @@ FIRST_PAUSE_S = 0.02
 LAST_PAUSE_S = 1.0
 HEARTBEAT = ".worker"
 LEASE = ".lease"
+BREAKING = ".breaking"
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # what a file system says that knows no symbolic links
 
 
@@ -143,16 +144,18 @@ class Worker:
             return _holder(lease) == holder
 
     def _break(self, lease: Path, holder: str) -> None:
-        """Take a stale lease away; of several processes that try, one moves it, and nobody loses a fresh one."""
-        aside = temporary_beside(lease)
-        try:
-            lease.rename(aside)
-        except FileNotFoundError:
+        """Take a stale lease away; one worker at a time does so, so that nobody loses a fresh one."""
+        breaking = lease.with_name(lease.name + BREAKING)
+        if not _claim(breaking, self._heartbeat.name):
+            other = _holder(breaking)
+            if other is not None and self._is_stale(breaking, other):
+                breaking.unlink(missing_ok=True)  # it died in the middle; whoever looks next is free to break
             return
-        found = _holder(aside)
-        if found is not None and found != holder:
-            _claim(lease, found)  # it was taken over in between: given back
-        aside.unlink(missing_ok=True)
+        try:
+            if _holder(lease) == holder:
+                lease.unlink(missing_ok=True)
+        finally:
+            breaking.unlink(missing_ok=True)
 
 
 def pauses() -> Iterator[float]:
@@ -186,7 +189,7 @@ def tidy(folder: Path) -> bool:
     """
     if living(folder):
         return False
-    for ending in (HEARTBEAT, LEASE):
+    for ending in (HEARTBEAT, LEASE, BREAKING):
         for path in folder.glob("*" + ending):
             path.unlink(missing_ok=True)
     return True

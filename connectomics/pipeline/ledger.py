@@ -64,8 +64,6 @@ class Ledger:
         How the volume is cut, for whoever continues; see ``plan_of``.
     volume
         Extent (z, y, x) in voxels of what is cut.
-    chosen
-        Which blocks have something to do, bool of the grid's counts; None for all.
     allow_other_class
         Go on although the recorded blocks were computed by another numeric class.
 
@@ -82,7 +80,6 @@ class Ledger:
         numeric_class: Mapping[str, object],
         plan: BlockPlan,
         volume: Vec3,
-        chosen: npt.NDArray[np.bool_] | None = None,
         *,
         allow_other_class: bool = False,
     ) -> None:
@@ -92,6 +89,7 @@ class Ledger:
         self._own: LineFile | None = None
         self._read: dict[str, _Read] = {}
         self._voided: set[RecordName] = set()
+        self._chosen: npt.NDArray[np.bool_] | None = None
         self._header: dict[str, Any] = {
             "ledger": VERSION,
             "run_key": run_key,
@@ -99,7 +97,6 @@ class Ledger:
             "mixed": False,
             "plan": asdict(plan),
             "volume": list(volume),
-            "blocks": len(BlockGrid(volume, plan.block_shape)) if chosen is None else int(np.count_nonzero(chosen)),
         }
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / HEADER).exists():
@@ -111,8 +108,7 @@ class Ledger:
                 f"{folder.parent} to start this volume over"
             )
         self.grid = grid_of(found)
-        self.planned = int(found["blocks"])
-        self._counts = bytearray(len(self.grid) if chosen is None else (~chosen).astype(np.uint8).tobytes())
+        self._counts = bytearray(len(self.grid))
         self._finished = 0
         self.refresh()
         self._join(found)
@@ -162,23 +158,37 @@ class Ledger:
         return bool(self._header["mixed"]) or any(c != classes[0] for c in classes)
 
     @property
+    def planned(self) -> int:
+        """Number of blocks that have something to do."""
+        return int(self._header.get("planned", len(self.grid)))
+
+    @property
     def finished(self) -> int:
         """Number of blocks that are done."""
         return self._finished
 
     def is_done(self, block: Block) -> bool:
-        """Whether a record of the block stands that is not voided, or it has nothing to do; as of ``refresh``."""
+        """Whether a record of the block stands that is not voided; as of the last ``refresh``."""
         return self._counts[self.grid.number(block.index)] > 0
 
     def block(self, key: str) -> Block:
         """The block of a key."""
         return self.grid.block(_index(key))
 
+    def choose(self, flags: npt.NDArray[np.bool_]) -> None:
+        """Leave out the blocks whose flag (bool of ``grid.counts``) is not set: they have nothing to do."""
+        self._chosen = flags.reshape(-1)
+        planned = int(np.count_nonzero(flags))
+        if planned != self.planned:
+            self._header["planned"] = planned
+            write_text(self._folder / HEADER, json.dumps(self._header))
+
     def unfinished(self) -> Iterator[Block]:
-        """Blocks that are not done when their turn comes, in raster order."""
+        """Blocks that have something to do and are not done when their turn comes, in raster order."""
         number = self._counts.find(0)
         while number >= 0:
-            yield self.grid.numbered(number)
+            if self._chosen is None or self._chosen[number]:
+                yield self.grid.numbered(number)
             number = self._counts.find(0, number + 1)
 
     def append(self, record: BlockRecord) -> None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from connectomics.geometry import AxisOrder, Block, BlockGrid, Box, Vec3
+from connectomics.geometry import AxisOrder, Block, BlockGrid, Box, Vec3, pieces, vec3
 from connectomics.inference.cascade import PreviousLabels, StackedInput
 from connectomics.inference.case import Case, CaseInput, ReadBox
 from connectomics.inference.head import LabelRule, ProbabilityRule
-from connectomics.inference.predictor import Logits, Predictor
+from connectomics.inference.predictor import FINISHED_VALUES, Logits, Predictor
 from connectomics.inference.resample import ImageSource, ResampledPredictor, Resampling
 from connectomics.io.store import Store
 from connectomics.io.volume import Array, VolumeReader
@@ -72,10 +72,10 @@ class Member:
         return bool(self.previous_values) and self.resampling is not None
 
     @property
-    def plane_axis(self) -> int:
-        """The volume's axis (0 = z, 1 = y, 2 = x) along which cases must know the range of each plane."""
+    def plane_axis(self) -> int | None:
+        """The volume's axis (0 = z, 1 = y, 2 = x) along which cases must know the range of each plane, or None."""
         axis = None if self.resampling is None else self.resampling.data_axis
-        return 0 if axis is None else self.order.axes[axis]
+        return None if axis is None else self.order.axes[axis]
 
     def view(self, array: Array) -> Array:
         """An array (c, z, y, x) of the volume's axes, seen in the model's."""
@@ -229,14 +229,19 @@ class Segmenter:
                 values[0] = 1  # outside the nonzero box all is background
             for box, logits in member.logits(read, cases, core):
                 member.view(values)[(slice(None), *box.slices)] = self.labels.activate(logits)
-            mean += values * np.float32(member.weight)
+            values *= np.float32(member.weight)
+            mean += values
         mean /= np.float32(sum(m.weight for m in self.members))
         return mean
 
     def _kept(self, mean: Array) -> dict[str, Array]:
-        result = {LABELS: self.labels.of_probabilities(mean)[None]}
-        if self.probabilities is not None:
-            result[PROBABILITIES] = self.probabilities.of_probabilities(mean)
+        core = Box.of_shape(vec3(mean.shape[1:]))
+        result = self.outside(core.shape)
+        for part in pieces(core, (1, 1, 1), max(1, FINISHED_VALUES // len(mean))):
+            index = (slice(None), *part.slices)
+            result[LABELS][index] = self.labels.of_probabilities(mean[index])
+            if self.probabilities is not None:
+                result[PROBABILITIES][index] = self.probabilities.of_probabilities(mean[index])
         return result
 
 

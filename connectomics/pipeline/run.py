@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
@@ -16,27 +17,24 @@ import numpy as np
 
 from connectomics.errors import OutputError, QuarantineError
 from connectomics.fingerprint import key_of
-from connectomics.geometry import BlockGrid, Box
+from connectomics.geometry import Box
 from connectomics.io.atomic import discard, write_text
-from connectomics.io.digests import SUFFIX, write_digests
+from connectomics.io.digests import write_digests
 from connectomics.io.store import Store, create_store, discard_locks, open_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
-from connectomics.pipeline.blocks import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
+from connectomics.pipeline.blocks import BlocksDone, OnBlock, RunStage, failure_message, run_blocks, void_lost
 from connectomics.pipeline.contracts import Executor, RunReport
-from connectomics.pipeline.finish import Filters, Output, check_memory, export_output, filter_store
+from connectomics.pipeline.finish import Filters, Output, check_exportable, check_memory, export_output, filter_store
 from connectomics.pipeline.lease import STALE_S, Worker, tidy
 from connectomics.pipeline.ledger import Ledger, plan_of
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter, Surveyed
 from connectomics.pipeline.retry import PAUSES_S, PatientReader
+from connectomics.pipeline.run_folder import FILTERED, HOUSE, LEDGER, SURVEY, WORKERS, checksums_of
 from connectomics.pipeline.survey import load_survey, save_survey
-from connectomics.pipeline.wanted import Flags, Wanted
+from connectomics.pipeline.wanted import Wanted
 
 log = logging.getLogger(__name__)
-LEDGER = "ledger"
-WORKERS = "workers"
-CHECKSUMS = "checksums"  # in RUN: of final outputs
-HOUSE = "house"  # the lease on what one process alone does: survey, stores, filters, exports, tidying
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ class RunSettings:
     allow_mixed
         Resume although the numeric class differs.
     readers
-        Threads that read ahead in the survey.
+        Threads that may read ahead in the survey, as far as memory goes.
     stale_s
         Age of the heartbeat of another machine's process from which on it counts as dead.
     pauses_s
@@ -75,7 +73,7 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True)
 class VolumeJob:
-    """One volume and what is wanted of it; without ``wanted`` every voxel is."""
+    """One volume and what is wanted of it: ``readers`` threads survey it; without ``wanted`` every voxel is."""
 
     name: str
     run_folder: Path
@@ -86,6 +84,7 @@ class VolumeJob:
     plan: BlockPlan
     provenance: Mapping[str, object]
     command: tuple[str, ...]
+    readers: int = 1
     wanted: Wanted | None = None
 
 
@@ -124,23 +123,31 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     """
     began = time.perf_counter()
     check_memory(job.filters, job.reader.info.extent, job.segmenter.labels.dtype, settings.budget_bytes)
+    for output in job.outputs:
+        check_exportable(output, _info_of(job, output.name, job.plan), settings.folder, settings.budget_bytes)
     work = _work_folder(job.run_folder, job.outputs, settings.program)
     _make_work_folder(work)
     reader = PatientReader(job.reader, job.name, settings.pauses_s)
-    wanted = None if job.wanted is None else job.wanted.patiently(settings.pauses_s)
     with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
         with worker.alone(HOUSE):
             prepared = _prepare(work, job, reader, settings, worker)
         ledger = prepared.ledger
         try:
             task = PredictTask(
-                ledger.grid, job.segmenter, prepared.surveyed, reader.read, prepared.stores, settings.pauses_s, wanted
+                ledger.grid,
+                job.segmenter,
+                prepared.surveyed,
+                reader.read,
+                prepared.stores,
+                settings.pauses_s,
+                job.wanted,
             )
-            blocks = run_blocks(task, ledger, executor, worker, on_block)
+            run = functools.partial(run_blocks, executor=executor, worker=worker, on_block=on_block)
+            blocks = run(task, ledger)
             if not blocks.failures:
                 with worker.alone(HOUSE):
                     worker.wait_until_free(f"{task.name}.")
-                    _finish(prepared, job, settings)
+                    _finish(prepared, job, settings, run)
             return _report(job, prepared, blocks, began)
         finally:
             ledger.close()
@@ -151,16 +158,18 @@ def _prepare(work: Path, job: VolumeJob, reader: PatientReader, settings: RunSet
     plan = plan_of(work / LEDGER) or job.plan  # a rerun elsewhere cuts the volume as it was begun
     facts = _result_keys(job) | {"grid": list(plan.block_shape), "program": settings.program}
     run_key, extent = key_of(facts), reader.info.extent
-    chosen = _chosen(job, BlockGrid(extent, plan.block_shape))
     surveyed = _surveyed(work, job, reader, settings)
-    lenient = settings.allow_mixed
-    ledger = Ledger(work / LEDGER, run_key, settings.numeric_class, plan, extent, chosen, allow_other_class=lenient)
+    ledger = Ledger(
+        work / LEDGER, run_key, settings.numeric_class, plan, extent, allow_other_class=settings.allow_mixed
+    )
     try:
         pending = tuple(o for o in job.outputs if o.missing(settings.folder))
         stores = {o.name: _store(work / f"{o.name}.zarr", job, o.name, plan) for o in pending}
         if not worker.others():
             for store in stores.values():
                 discard_locks(store.path)
+        if job.wanted is not None:
+            _choose_blocks(ledger, job, job.wanted)
         if pending:
             void_lost(ledger, work, [store.path.name for store in stores.values()])
     except BaseException:
@@ -169,7 +178,7 @@ def _prepare(work: Path, job: VolumeJob, reader: PatientReader, settings: RunSet
     return _Prepared(work, run_key, ledger, surveyed, pending, stores)
 
 
-def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings) -> None:
+def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, run: RunStage) -> None:
     """Write what is still missing of the outputs, and remove the working stores."""
     pending = [o for o in prepared.pending if o.missing(settings.folder)]  # another process may have been first
     prepared.ledger.refresh()
@@ -183,7 +192,7 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings) -> None:
         record = stamp | {"result_keys": _result_keys(job), "command": list(job.command)}
         write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
     for output in pending:
-        _export(prepared, job, output, settings, stamp)
+        _export(prepared, job, output, settings, stamp, run)
     _seal(job.run_folder, job.outputs, settings.folder)
     for store in prepared.stores.values():
         store.close()
@@ -191,16 +200,21 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings) -> None:
 
 
 def _export(
-    prepared: _Prepared, job: VolumeJob, output: Output, settings: RunSettings, stamp: dict[str, object]
+    prepared: _Prepared,
+    job: VolumeJob,
+    output: Output,
+    settings: RunSettings,
+    stamp: dict[str, object],
+    run: RunStage,
 ) -> None:
-    store, filtered = prepared.stores[output.name], prepared.work / "filtered.zarr"
+    store, filtered = prepared.stores[output.name], prepared.work / FILTERED
     source = store
     if output.name == LABELS and job.filters.active:
         source = filter_store(store, prepared.ledger.grid, filtered, job.filters)
     discard_locks(source.path)
     for form in output.missing(settings.folder):  # what stands there is replaced
-        _record_of(job.run_folder, output.paths(settings.folder)[form]).unlink(missing_ok=True)
-    export_output(source, output, settings.folder, stamp)
+        checksums_of(job.run_folder, output.paths(settings.folder)[form]).unlink(missing_ok=True)
+    export_output(source, output, settings.folder, stamp, prepared.work, run)
     source.close()
     store.close()
     discard(filtered)
@@ -237,17 +251,13 @@ def settle(run_folder: Path, outputs: Sequence[Output], settings: RunSettings) -
 def _seal(run_folder: Path, outputs: Sequence[Output], folder: Path) -> None:
     """Keep the checksums of final outputs that have none yet."""
     for path in (path for output in outputs for path in output.paths(folder).values()):
-        if path.exists() and not _record_of(run_folder, path).exists():
-            write_digests(path, _record_of(run_folder, path))
-
-
-def _record_of(run_folder: Path, path: Path) -> Path:
-    return run_folder / CHECKSUMS / (path.name + SUFFIX)
+        if path.exists() and not checksums_of(run_folder, path).exists():
+            write_digests(path, checksums_of(run_folder, path))
 
 
 def _discard_stores(work: Path) -> None:
     for path in list(work.iterdir()):
-        if path.is_dir() and (path.suffix == ".zarr" or path.name.startswith(".")):
+        if path.is_dir() and not path.name.startswith((LEDGER, WORKERS)):
             discard(path)
 
 
@@ -277,28 +287,24 @@ def _make_work_folder(work: Path) -> None:
         )
 
 
-def _chosen(job: VolumeJob, grid: BlockGrid) -> Flags | None:
-    """Which blocks have something to do, the same ones whatever is done already; None for all.
-
-    An absent shard reads as 0, so a block without wanted voxels is written only for an output whose outside is not 0.
-    """
-    if job.wanted is None:
-        return None
-    flags = job.wanted.blocks(grid)
+def _choose_blocks(ledger: Ledger, job: VolumeJob, wanted: Wanted) -> None:
+    """Leave blocks without wanted voxels out: an absent shard reads as 0, which is right where the outside is 0."""
+    flags = wanted.blocks(ledger.grid)
     count = int(np.count_nonzero(flags))
-    log.info("%d of %d blocks hold wanted voxels", count, len(grid))
+    log.info("%d of %d blocks hold wanted voxels", count, len(ledger.grid))
     if count == 0:
         log.warning("%s: no voxel is wanted (inference.mask is zero everywhere), so all becomes background", job.name)
     outside = job.segmenter.outside((1, 1, 1))
-    return None if any(outside[o.name].any() for o in job.outputs) else flags
+    if not any(outside[o.name].any() for o in job.outputs):
+        ledger.choose(flags)
 
 
 def _surveyed(work: Path, job: VolumeJob, reader: VolumeReader, settings: RunSettings) -> Surveyed:
-    path = work / "survey.json"
+    path = work / SURVEY
     kept = not any(m.keeps_mask for m in job.segmenter.members)  # a mask is as large as the volume: it is found again
     surveyed: Surveyed | None = load_survey(path) if kept else None
     if surveyed is None:
-        surveyed = job.segmenter.survey(reader, job.name, settings.readers)
+        surveyed = job.segmenter.survey(reader, job.name, job.readers)
         if kept:
             save_survey(surveyed, path)
         log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
@@ -312,13 +318,17 @@ def _store(path: Path, job: VolumeJob, name: str, plan: BlockPlan) -> Store:
             return store
         store.close()  # its ledger was lost, and now the volume is cut in another way
         discard(path)
+    return create_store(path, _info_of(job, name, plan), shard_shape=plan.block_shape, attributes={})
+
+
+def _info_of(job: VolumeJob, name: str, plan: BlockPlan) -> VolumeInfo:
+    """The volume that an output is."""
     source = job.reader.info
     rule = job.segmenter.probabilities
     if name == LABELS or rule is None:
         channels, dtype = 1, job.segmenter.labels.dtype
     else:
         channels, dtype = len(rule.channels), rule.dtype
-    info = VolumeInfo(
+    return VolumeInfo(
         (channels, *source.extent), np.dtype(dtype), plan.chunk_shape, source.voxel_size_nm, source.origin_nm
     )
-    return create_store(path, info, shard_shape=plan.block_shape, attributes={})

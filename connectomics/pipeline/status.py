@@ -14,8 +14,7 @@ from connectomics.pipeline.blocks import QUARANTINE
 from connectomics.pipeline.lease import HEARTBEAT, living
 from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.lines import whole_lines
-from connectomics.pipeline.run import CHECKSUMS, WORKERS
-from connectomics.pipeline.verify_run import ledger_folders, work_folders
+from connectomics.pipeline.run_folder import CHECKSUMS, LOG, SURVEY, WORKERS, ledger_folders, stage_of, work_folders
 
 SHOWN = 10  # quarantined blocks that are named
 RECENT = 64  # records of each worker that its rate is taken from
@@ -115,11 +114,11 @@ def status_of(run: Path) -> RunStatus:
     finished = (path.name.removesuffix(SUFFIX) for path in sorted((run / CHECKSUMS).glob("*" + SUFFIX)))
     return RunStatus(
         run,
-        any((work / "survey.json").exists() for work in works),
+        any((work / SURVEY).exists() for work in works),
         tuple(stages),
         tuple(workers),
         tuple(name for name in finished if (run.parent / name).exists()),
-        _last_error(run / "run.log"),
+        _last_error(run / LOG),
     )
 
 
@@ -144,8 +143,7 @@ def _stage(work: Path, folder: Path, alive: list[str]) -> StageStatus:
                 rate += len(recent) / seconds
     quarantined = (path.stem for path in sorted((folder / QUARANTINE).glob("*.txt")))
     ago = None if last is None else max(0.0, time.time() - last)
-    name = "predict" if folder.name == "ledger" else folder.name.removeprefix("ledger_")
-    return StageStatus(work.name, name, ledger.planned, ledger.finished, tuple(quarantined), rate, ago)
+    return StageStatus(work.name, stage_of(folder), ledger.planned, ledger.finished, tuple(quarantined), rate, ago)
 
 
 def _process(mark: str) -> str:

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from connectomics.errors import ConfigError
 from connectomics.io.atomic import discard
 from connectomics.io.digests import SUFFIX, digests, is_intact
 from connectomics.io.export import read_stamp
 from connectomics.pipeline.blocks import is_kept
 from connectomics.pipeline.lease import Worker
-from connectomics.pipeline.ledger import HEADER, Ledger, read_header
-from connectomics.pipeline.run import CHECKSUMS, HOUSE, WORKERS
+from connectomics.pipeline.ledger import Ledger, read_header
+from connectomics.pipeline.run_folder import CHECKSUMS, FILTERED, HOUSE, WORKERS, ledger_folders, stage_of, work_folders
 
 SHOWN = 10
 
@@ -63,25 +62,6 @@ def verify_run(run: Path, sample: int | None = None) -> list[Finding]:
     return found
 
 
-def work_folders(run: Path) -> list[Path]:
-    """Folders of a RUN folder that hold ledgers, one for each result and program.
-
-    Raises
-    ------
-    ConfigError
-        If there is none.
-    """
-    works = sorted({path.parent.parent for path in run.glob(f"*/*/{HEADER}")})
-    if not works:
-        raise ConfigError(f"{run}: is not the RUN folder of a run with blocks; give OUTPUT_PATH/NAME_labels.run")
-    return works
-
-
-def ledger_folders(work: Path) -> list[Path]:
-    """The ledgers of a work folder, one for each stage."""
-    return sorted(path.parent for path in work.glob(f"*/{HEADER}"))
-
-
 def _verify_blocks(work: Path, sample: int | None) -> Iterator[Finding]:
     stores = {path.name for path in work.glob("*.zarr")}
     with Worker(work / WORKERS) as worker, worker.alone(HOUSE):
@@ -98,9 +78,11 @@ def _verify_blocks(work: Path, sample: int | None) -> Iterator[Finding]:
                         ledger.void(name, record.block)
             ledger.close()
             if damaged:
-                discard(work / "filtered.zarr")
+                discard(work / FILTERED)
             if read:
-                yield Finding(f"{work.name}, blocks of {folder.name}", read, tuple(damaged), "the next run mends them")
+                yield Finding(
+                    f"{work.name}, blocks of {stage_of(folder)}", read, tuple(damaged), "the next run mends them"
+                )
 
 
 def _verify_output(run: Path, works: list[Path], record: Path, sample: int | None) -> Finding:

@@ -35,13 +35,18 @@ STAGES = {  # text in the paths of a stage's file operations, and how many kills
     "tiff": (".tif", 1),
     "png": ("_png", 1),
     "zarr": ("zarr.json", 1),
+    "levels": ("/ledger_", 2),
+    "zarr2": (".zarr2", 1),
+    "n5": (".n5", 1),
+    "precomputed": (".precomputed", 1),
     "checksums": ("/checksums", 1),
     "provenance": ("provenance.json", 1),
     "report": ("report.json", 1),
 }
 SETTINGS = (
     "inference.block_shape=[1,24,32]",
-    "inference.output.formats=[h5,zarr,tiff,png]",
+    "inference.output.formats=[h5,zarr,tiff,png,zarr2,n5,precomputed]",
+    "inference.voxel_size_nm=[40,4,4]",
     "inference.output.save_probabilities=true",
     "inference.test_time_augmentation.select_channel=[1]",
     "inference.test_time_augmentation.flip_axes=[1]",
@@ -50,9 +55,8 @@ SETTINGS = (
     "inference.postprocessing.binary.enabled=true",
     "inference.postprocessing.binary.remove_small_objects=6",
 )
-FINAL_NAMES = {
-    f"v_labels{kind}{ending}" for kind in ("", "_probabilities") for ending in (".h5", ".zarr", ".tif", "_png")
-}
+ENDINGS = (".h5", ".zarr", ".tif", "_png", ".v2.zarr", ".n5", ".precomputed")
+FINAL_NAMES = {f"v_labels{kind}{ending}" for kind in ("", "_probabilities") for ending in ENDINGS}
 
 
 @dataclass(frozen=True)

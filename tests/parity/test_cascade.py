@@ -71,8 +71,8 @@ class Trial:
 EVEN = Trial(image=(0.7, 1.3, 0.9))
 THICK = Trial(plan=(4.0, 1.0, 1.0), image=(5.3, 1.4, 0.8))
 TRIALS = {
-    "as it is": Trial(channels=2, folds=("0", "1"), mirror=(2,)),
-    "as it is, transposed, regions": Trial(axis_order=(2, 0, 1), regions=True),
+    "as it is": Trial(channels=2, folds=("0", "1")),
+    "as it is, transposed, regions": Trial(axis_order=(2, 0, 1), regions=True, mirror=(0,)),
     "2D": Trial(dimensions=2, plan=(1.0, 1.0)),
     "2D resampled": Trial(dimensions=2, plan=(1.0, 1.0), image=(2.0, 1.3, 0.8)),
     "even": replace(EVEN, regions=True),
@@ -86,6 +86,8 @@ TRIALS = {
         resampling={"resampling_fn_seg_kwargs": {"is_seg": True, "order": 0, "order_z": 0, "force_separate_z": None}},
     ),
 }
+
+FURTHER = ("2D", "thick", "torch even", "not resampled")  # the parity table has the like
 
 
 def model_of(trial: Trial, folder: Path) -> Path:
@@ -122,7 +124,61 @@ def scene_of(trial: Trial) -> tuple[np.ndarray, np.ndarray]:
     return pixels, np.roll(classes, (1, 2), (1, 2)).astype(np.uint8)
 
 
-@pytest.mark.parametrize("name", TRIALS)
+def test_three_hundred_labels_have_a_channel_each(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    model = make_model(
+        tmp_path,
+        dimensions=3,
+        classes=301,
+        patch=(8, 8, 8),
+        reader="SimpleITKIO",
+        mirror_axes=(),
+        features=(4, 8),
+        previous_stage="3d_lowres",
+    )
+    manager = InferenceManager.from_checkpoint(model, [*CPU, "inference.resample=plan"])
+    image = (scene(1, (6, 8, 9), 3)[0] * 250).astype(np.uint8)
+    previous = np.random.default_rng(0).integers(0, 301, (4, 3, 4)).repeat(2, 0).repeat(3, 1).repeat(3, 2)
+    previous = previous[:6, :8, :9].astype(np.uint16)
+    spacing = (0.8, 1.2, 1.1)
+    ours = manager.predict(image, spacing, previous)
+    reader = ArrayVolume(image)
+    (cases,) = manager.segmenter(spacing, ArrayVolume(previous[None]).read).survey(reader, "image")
+    predictor = oracle.make_predictor(model, ["0"])
+    theirs = oracle.predict(predictor, image, summaries=cases[0].channels, spacing=spacing, previous=previous)
+    assert ours.labels.dtype == np.uint16 and theirs.max() > 255
+    np.testing.assert_array_equal(ours.labels, theirs)
+
+
+def test_a_second_stage_in_an_ensemble_and_both_stages_in_memory(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    trial = Trial()
+    image, previous = scene_of(trial)
+    second = model_of(trial, tmp_path / "second")
+    common: dict[str, object] = {"dimensions": 3, "classes": 3, "patch": (8, 16, 16), "reader": "SimpleITKIO"}
+    first = make_model(tmp_path / "first", name="3d_lowres", mirror_axes=(), seed=5, **common)  # type: ignore[arg-type]
+    alone = make_model(tmp_path / "alone", mirror_axes=(), seed=6, **common)  # type: ignore[arg-type]
+    manager = InferenceManager.from_checkpoint(alone, [*CPU, f"model.ensemble=['{second}']"])
+    ours = manager.predict(image, previous=previous)
+    surveyed = manager.segmenter(None, ArrayVolume(previous[None]).read).survey(ArrayVolume(image), "image")
+    answers = []
+    for path, cases, given in zip((alone, second), surveyed, (None, previous), strict=True):
+        predictor = oracle.make_predictor(path, ["0"])
+        answers.append(oracle.predict_cases(predictor, image, cases, None, inject=True, previous=given))
+    labels, mean = oracle.ensembled(predictor.label_manager, answers)
+    np.testing.assert_array_equal(ours.labels, labels)
+    assert ours.probabilities is not None and np.abs(ours.probabilities - mean).max() <= 1e-5
+    found = InferenceManager.from_checkpoint(first, CPU).predict(image).labels
+    both = InferenceManager.from_checkpoint(second, [*CPU, f"model.previous_stage='{first}'"]).predict(image)
+    one_by_one = InferenceManager.from_checkpoint(second, CPU).predict(image, previous=found)
+    np.testing.assert_array_equal(both.labels, one_by_one.labels)
+
+
+def shown(name: str) -> object:
+    return pytest.param(name, marks=pytest.mark.long) if name in FURTHER else name
+
+
+@pytest.mark.parametrize("name", [shown(name) for name in TRIALS])
 def test_labels_equal_the_oracle_in_any_cut(name: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     trial = TRIALS[name]

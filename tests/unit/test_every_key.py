@@ -23,6 +23,7 @@ from connectomics.models.backends import torch_eager
 from connectomics.pipeline import survey
 
 from nnunet_models import make_model
+from parity_table import train_second_stage
 from small_jobs import em_like, final_names, infer_words, quick_folder, write_h5
 
 WINDOW = "inference.sliding_window"
@@ -462,6 +463,26 @@ def ensemble(world: World) -> bool:
     return changes(probabilities, f"model.ensemble=['{world.other}']", given=[SAVE])(world)
 
 
+def previous_stage(world: World) -> bool:
+    """The labels that a second stage is given decide its own."""
+    second = make_model(
+        world.folder / "second",
+        dimensions=2,
+        classes=3,
+        patch=(16, 16),
+        previous_stage="2d_lowres",
+        give_weights=train_second_stage,
+    )
+
+    def found(number: int) -> Any:
+        given = write_h5(world.folder / f"given_{number}.h5", np.full((2, 24, 32), number, np.uint8))
+        output = world.folder / f"second_{number}"
+        assert main(infer_words(second, output, world.volume, f"model.previous_stage='{given}'")) == 0
+        return Result(0, "", "", output).read()
+
+    return not np.array_equal(found(0), found(2))
+
+
 def ensemble_weights(world: World) -> bool:
     given = [SAVE, f"model.ensemble=['{world.other}']"]
     return changes(probabilities, "model.ensemble_weights=[1,3]", given=given)(world)
@@ -501,6 +522,7 @@ TABLE: Mapping[str, Check] = {
         refuses("model.checkpoint_name=checkpoint_best.pth", "checkpoint_best.pth"),
     ),
     "model.ensemble": ensemble,
+    "model.previous_stage": both(previous_stage, refuses("model.previous_stage=x", "is no second stage of a cascade")),
     "model.ensemble_weights": both(
         ensemble_weights, refuses("model.ensemble_weights=[1,2]", "must be 1 positive numbers", "model.ensemble")
     ),
@@ -554,6 +576,11 @@ TABLE: Mapping[str, Check] = {
     "inference.output.formats": lambda world: (
         names_of(world.run("inference.output.formats=[zarr,tiff,png]"))
         == {"v_labels.zarr", "v_labels.tif", "v_labels_png"}
+    ),
+    "inference.output.pyramid": changes(
+        lambda result: len([path for path in (result.output / "v_labels.n5").iterdir() if path.is_dir()]),
+        "inference.output.pyramid=false",
+        given=["inference.output.formats=[n5]", "inference.block_shape=[1,16,16]"],
     ),
     "inference.output.save_probabilities": lambda world: (
         names_of(world.run(SAVE)) == {"v_labels.h5", "v_labels_probabilities.h5"}

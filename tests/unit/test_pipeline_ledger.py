@@ -76,20 +76,6 @@ def test_records_are_read_back(folder: Path) -> None:
     assert keys(ledger) == ["0-0-0", "0-1-0", "0-2-0"]
 
 
-def test_blocks_without_work_are_not_planned(folder: Path) -> None:
-    chosen = np.zeros(GRID.counts, bool)
-    chosen[1, 1:3] = True
-    names = [f"1-{y}-{x}" for y in (1, 2) for x in (0, 1)]
-    ledger = Ledger(folder, "key", CLASS, PLAN, VOLUME, chosen)
-    LEDGERS.append(ledger)
-    assert [block.key for block in ledger.unfinished()] == names
-    assert (ledger.planned, ledger.finished) == (4, 0)
-    ledger.append(BlockRecord(names[2], {}, 1, 0.5))
-    assert [block.key for block in ledger.unfinished()] == [names[0], names[1], names[3]]
-    LEDGERS.append(Ledger.existing(folder))
-    assert (LEDGERS[-1].planned, LEDGERS[-1].finished) == (4, 1)
-
-
 def test_a_line_is_on_the_disk_when_append_returns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
     real = os.fsync
@@ -116,7 +102,6 @@ def test_what_stands_in_the_folder(folder: Path) -> None:
         "mixed": False,
         "plan": {"block_shape": [1, 64, 64], "chunk_shape": [1, 32, 32]},
         "volume": list(VOLUME),
-        "blocks": len(GRID),
     }
     assert lines[0] == {"numeric_class": CLASS}
     assert [line["block"] for line in lines[1:]] == [record.block for record in RECORDS]
@@ -352,3 +337,17 @@ def test_memory_holds_a_byte_a_block(folder: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < READ_BYTES + 200_000
+
+
+def test_blocks_that_are_left_out_are_neither_planned_nor_unfinished(folder: Path) -> None:
+    flags = np.zeros(GRID.counts, bool)
+    flags[0, :2] = True
+    ledger = opened(folder)
+    assert ledger.planned == len(GRID)
+    ledger.choose(flags)
+    assert [block.key for block in ledger.unfinished()] == [b.key for b, f in zip(GRID, flags.flat, strict=True) if f]
+    ledger.append(RECORDS[1])
+    ledger.close()
+    again = Ledger.existing(folder)
+    assert (again.planned, again.finished) == (int(flags.sum()), 1)
+    again.close()

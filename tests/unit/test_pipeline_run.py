@@ -4,142 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import shutil
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
 
 import h5py
-import numpy as np
 import pytest
-import torch
 
 from connectomics.errors import OutputError, ResourceError, VolumeError
 from connectomics.executors.serial import SerialExecutor
-from connectomics.geometry import Block, Box
-from connectomics.inference.case import CaseInput
-from connectomics.inference.head import LabelRule, ProbabilityRule
-from connectomics.io.volume import Array, VolumeInfo
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.contracts import BlockRecord, RunReport, Task
-from connectomics.pipeline.finish import Filters, Output
+from connectomics.pipeline.finish import Filters
 from connectomics.pipeline.lease import Worker
 from connectomics.pipeline.planning import BlockPlan
-from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segmenter
-from connectomics.pipeline.run import RunSettings, VolumeJob, run_volume, settle
+from connectomics.pipeline.predict import Member
+from connectomics.pipeline.run import VolumeJob, run_volume, settle
 
-EXTENT = (4, 12, 20)
-PLAN = BlockPlan((1, 6, 10), (1, 6, 10))
-BLOCKS = 16
-IMAGE = np.random.default_rng(0).integers(1, 255, (1, *EXTENT), np.uint8)
-EXPECTED = (IMAGE[0] > 128).astype(np.uint8)
-
-
-class Reader:
-    """A volume in memory."""
-
-    info = VolumeInfo(IMAGE.shape, IMAGE.dtype, (1, 12, 20))
-    identity: ClassVar[dict[str, object]] = {"name": "memory"}
-
-    def __init__(self, image: Array = IMAGE) -> None:
-        self.image = image
-
-    def read(self, box: Box) -> Array:
-        return self.image[(slice(None), *box.slices)]
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class Bright:
-    """Class 1 where the raw value exceeds 128; one "window" a section."""
-
-    def __init__(self) -> None:
-        self.cores: list[Box] = []
-
-    def predict(self, source: CaseInput, core: Box) -> Iterator[tuple[Box, torch.Tensor]]:
-        self.cores.append(core)
-        value = torch.from_numpy(source.get(core)[0])
-        yield core, torch.stack([torch.full_like(value, 128.5), value])
-
-    def windows(self, source: CaseInput, core: Box) -> int:
-        return core.shape[0]
-
-
-class NotNegative(Bright):
-    """Class 1 where the normalised value is 0 or more."""
-
-    def predict(self, source: CaseInput, core: Box) -> Iterator[tuple[Box, torch.Tensor]]:
-        value = torch.from_numpy(source.get(core)[0])
-        yield core, torch.stack([value < 0, value >= 0]).float()
-
-
-class Shuffled:
-    """An executor with an order of its own."""
-
-    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord]:
-        order = list(blocks)
-        random.Random(3).shuffle(order)
-        return SerialExecutor().run(task, order)
-
-
-class Failing:
-    """An executor whose disk breaks after so many blocks."""
-
-    def __init__(self, after: int) -> None:
-        self._after = after
-
-    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord]:
-        for i, record in enumerate(SerialExecutor().run(task, blocks)):
-            if i == self._after:
-                raise VolumeError("the disk is gone")
-            yield record
-
-
-def job_in(folder: Path, *, key: str = "k", probabilities: bool = False, **changes: Any) -> VolumeJob:
-    rule = ProbabilityRule((1,)) if probabilities else None
-    schemes = (ChannelNormalisation("NoNormalization"),)
-    segmenter = Segmenter((Member(Bright(), schemes),), 2, LabelRule(np.dtype(np.uint8)), rule)
-    outputs = [Output(LABELS, "v_labels", key, ("h5",))]
-    if probabilities:
-        outputs.append(Output(PROBABILITIES, "v_labels_probabilities", f"{key}p", ("h5", "zarr")))
-    job = VolumeJob(
-        "v",
-        folder / "v_labels.run",
-        Reader(),
-        segmenter,
-        Filters(),
-        tuple(outputs),
-        PLAN,
-        {"seed": 0},
-        ("again",),
-    )
-    return replace(job, **changes)
-
-
-def settings_in(folder: Path, **changes: Any) -> RunSettings:
-    return replace(RunSettings(folder, "program 1", 1 << 30, {"threads": 1}), **changes)
-
-
-def silent(finished: int, planned: int) -> None:
-    """Hear nothing."""
-
-
-def run(folder: Path, job: VolumeJob, executor: Any = None, **changes: Any) -> RunReport:
-    return run_volume(job, settings_in(folder, **changes), executor or SerialExecutor(), silent)
-
-
-def labels(folder: Path) -> Array:
-    with h5py.File(folder / "v_labels.h5") as file:
-        return file["main"][:]  # type: ignore[no-any-return]
-
-
-def cores(job: VolumeJob) -> list[Box]:
-    predictor = job.segmenter.members[0].predictor
-    assert isinstance(predictor, Bright)
-    return predictor.cores
+from small_runs import (
+    BLOCKS,
+    EXPECTED,
+    IMAGE,
+    Failing,
+    NotNegative,
+    Reader,
+    Shuffled,
+    cores,
+    job_in,
+    labels,
+    run,
+    settings_in,
+)
 
 
 def test_the_labels_are_those_of_the_predictor(tmp_path: Path) -> None:

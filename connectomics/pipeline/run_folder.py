@@ -1,0 +1,46 @@
+"""What stands where in RUN: one work folder for each result and program, in it ledgers, stores, heartbeats, leases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from connectomics.errors import ConfigError
+from connectomics.io.digests import SUFFIX
+from connectomics.pipeline.ledger import HEADER
+
+LEDGER = "ledger"  # of the predict stage; those of other stages are called ledger_STAGE
+WORKERS = "workers"
+SURVEY = "survey.json"
+FILTERED = "filtered.zarr"
+CHECKSUMS = "checksums"  # of final outputs
+LOG = "run.log"
+HOUSE = "house"  # the lease on what one process alone does: survey, stores, filters, exports, tidying
+
+
+def work_folders(run: Path) -> list[Path]:
+    """Work folders of a RUN folder in which blocks were begun.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    works = sorted({path.parent.parent for path in run.glob(f"*/*/{HEADER}")})
+    if not works:
+        raise ConfigError(f"{run}: is not the RUN folder of a run with blocks; give OUTPUT_PATH/NAME_labels.run")
+    return works
+
+
+def ledger_folders(work: Path) -> list[Path]:
+    """The ledgers of a work folder, one for each stage."""
+    return sorted(path.parent for path in work.glob(f"*/{HEADER}"))
+
+
+def stage_of(ledger: Path) -> str:
+    """Name of the stage that a ledger's folder belongs to."""
+    return "predict" if ledger.name == LEDGER else ledger.name.removeprefix(f"{LEDGER}_")
+
+
+def checksums_of(run: Path, output: Path) -> Path:
+    """Where the checksums of a final output are kept."""
+    return run / CHECKSUMS / (output.name + SUFFIX)
