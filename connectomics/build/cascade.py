@@ -67,6 +67,8 @@ def first_stage_config(config: Config, specs: Sequence[ModelSpec]) -> Config | N
         data=dataclasses.replace(config.data, do_2d=None),
         inference=dataclasses.replace(
             inference,
+            roi=None,  # windows of the second stage reach beyond what is wanted
+            mask=None,
             sliding_window=dataclasses.replace(inference.sliding_window, window_size=None),
             test_time_augmentation=dataclasses.replace(inference.test_time_augmentation, act=None, select_channel=None),
             postprocessing=Postprocessing(),

@@ -262,18 +262,27 @@ def _wanted_facts(config: Config) -> dict[str, object]:
 
 
 def job_of(
-    config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader, previous: VolumeReader | None = None
+    config: Config,
+    engine: Engine,
+    source: VolumeSource,
+    reader: VolumeReader,
+    previous: VolumeReader | None = None,
+    wanted: Wanted | None = None,
 ) -> VolumeJob:
-    """All that running one volume needs; ``previous`` are the labels of the previous stage of a cascade.
+    """All that running one volume needs.
+
+    Parameters
+    ----------
+    previous
+        The labels of the previous stage of a cascade.
+    wanted
+        What ``wanted_of`` gives.
 
     Raises
     ------
     ResourceError
         If the memory budget cannot hold one block's work, or the mask that the model normalises within.
-    VolumeError
-        If ``inference.roi`` or ``inference.mask`` does not fit the volume.
     """
-    wanted = wanted_of(config, reader.info.extent, source.name)
     outputs = outputs_of(config, engine, source, reader)
     segmenter = segmenter_of(config, engine, reader.info.spacing, None if previous is None else previous.read)
     plan, readers = plan_volume(config, engine, segmenter, reader.info)

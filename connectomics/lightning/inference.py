@@ -309,12 +309,13 @@ class VolumeProcessor:
         with contextlib.ExitStack() as opened:
             reader = open_source(self._config, self._engine, source)
             opened.callback(reader.close)
+            wanted = wanted_of(self._config, reader.info.extent, source.name)  # refused before a first stage is run
+            if wanted is not None:
+                opened.callback(wanted.close)
             previous = opened.enter_context(
                 previous_labels(self._config, self._engine, source, reader, self._observer.block)
             )
-            job = job_of(self._config, self._engine, source, reader, previous)
-            if job.wanted is not None:
-                opened.callback(job.wanted.close)
+            job = job_of(self._config, self._engine, source, reader, previous, wanted)
             check_names(job.outputs, settings.folder, overwrite=self._config.inference.output.overwrite)
             report = run_volume(job, settings, SerialExecutor(), self._observer.block)
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report

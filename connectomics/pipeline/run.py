@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +128,8 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     work = _work_folder(job.run_folder, job.outputs, settings.program)
     _make_work_folder(work)
     reader = PatientReader(job.reader, job.name, settings.pauses_s)
+    if job.wanted is not None:
+        job = replace(job, wanted=job.wanted.patiently(settings.pauses_s))
     with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
         with worker.alone(HOUSE):
             prepared = _prepare(work, job, reader, settings, worker)

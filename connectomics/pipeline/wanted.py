@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from connectomics.errors import VolumeError
 from connectomics.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.io.volume import VolumeReader
+from connectomics.pipeline.retry import PatientReader
 
 PIECE_BYTES = 1 << 24  # of a mask read at once
 Flags = npt.NDArray[np.bool_]
@@ -104,6 +105,12 @@ class Wanted:
                 found = _any_of(found, part - seen.start[axis], axis)
             flags[tile.core.shift(touched.start).slices] = found
         return flags
+
+    def patiently(self, pauses_s: tuple[float, ...]) -> Wanted:
+        """The same, with a mask whose reading is tried again when it fails for a moment."""
+        if self.mask is None:
+            return self
+        return replace(self, mask=PatientReader(self.mask, self.name, pauses_s))
 
     def close(self) -> None:
         """Release the mask; closing twice is harmless."""

@@ -108,6 +108,20 @@ def test_both_stages_give_what_they_give_one_after_the_other(bench: Bench, tmp_p
     assert (labels(tmp_path / "second" / "v_labels.h5") != expected).any()
 
 
+def test_a_box_restricts_the_second_stage_alone(bench: Bench, tmp_path: Path) -> None:
+    """Its windows reach beyond the box, and the first stage's labels are wanted there too."""
+    assert main(bench.words(tmp_path, "inference.roi=[[1,4,20],[2,20,40]]")) == 0
+    full = labels(bench.folder / "undisturbed" / "v_labels.h5")
+    expected = np.zeros_like(full)
+    expected[1:2, 4:20, 20:40] = full[1:2, 4:20, 20:40]
+    assert expected.any()
+    np.testing.assert_array_equal(labels(tmp_path / "v_labels.h5"), expected)
+    report = json.loads((tmp_path / "v_labels.run" / "report.json").read_text())
+    assert report["planned"] == 2
+    first = json.loads((tmp_path / "v_labels.run" / FIRST / "v_labels.run" / "report.json").read_text())
+    assert first["planned"] == BLOCKS
+
+
 def test_the_records_name_the_previous_stage(bench: Bench) -> None:
     record = json.loads((bench.folder / "undisturbed" / "v_labels.run" / "provenance.json").read_text())
     assert record["previous_stage"]["configuration"] == "2d_lowres"
