@@ -12,13 +12,16 @@ import torch
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg
 from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet
 
+from connectomics.errors import ModelError
 from connectomics.geometry import BlockGrid, vec3
 from connectomics.inference.interpolation import AxisResampling
 from connectomics.inference.label_resampling import LabelResampling
+from connectomics.inference.resample import check_rules
 from connectomics.lightning.inference import InferenceManager
+from connectomics.models.plans import PlanText, resampling_rule
 
 import oracle
-from nnunet_models import make_model
+from nnunet_models import make_model, make_plans
 from parity_table import NONE, REGIONS, TORCH, ArrayVolume, scene, train_second_stage
 
 CPU = ["system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true"]
@@ -122,6 +125,32 @@ def scene_of(trial: Trial) -> tuple[np.ndarray, np.ndarray]:
     _, y, x = np.indices(extent)
     pixels[:, y + x < 12] = 0  # a corner outside of the mask
     return pixels, np.roll(classes, (1, 2), (1, 2)).astype(np.uint8)
+
+
+LABELS: dict[str, object] = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
+DEFAULT: dict[str, object] = {"resampling_fn_seg_kwargs": LABELS}
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ({"resampling_fn_seg_kwargs": {**LABELS, "order": 3}}, "of order 3 .* up to 1"),
+        ({"resampling_fn_seg_kwargs": {**LABELS, "order_z": 1}}, "across sections with order 1, supported is order 0"),
+        ({"resampling_fn_seg_kwargs": {**LABELS, "is_seg": False}}, "is_seg=False, which is not supported"),
+        ({"resampling_fn_seg": "resample_mine"}, "resample_mine, expected"),
+        (NONE | DEFAULT | {"resampling_fn_seg": "resample_data_or_seg_to_shape"}, "that they would not fit together"),
+        (
+            TORCH | {"resampling_fn_seg_kwargs": {"is_seg": True, "memefficient_seg_resampling": True}},
+            "memefficient_seg_resampling=True, which is not supported",
+        ),
+    ],
+)
+def test_labels_that_the_plans_resample_otherwise_are_refused(stated: dict[str, object], said: str) -> None:
+    ours = make_plans(dimensions=3, patch=(8, 16, 16))["configurations"]["3d_fullres"]
+    names = ("resampling_fn_data", "resampling_fn_probabilities", "resampling_fn_seg")
+    check_rules(*(resampling_rule(PlanText(ours, "plans"), name) for name in names))
+    with pytest.raises(ModelError, match=said):
+        check_rules(*(resampling_rule(PlanText(ours | stated, "plans"), name) for name in names))
 
 
 def test_three_hundred_labels_have_a_channel_each(tmp_path: Path) -> None:
