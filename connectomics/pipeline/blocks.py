@@ -138,7 +138,7 @@ def run_blocks(task: Task, ledger: Ledger, executor: Executor, worker: Worker, o
             ledger.append(result)
             _quarantine_file(ledger.folder, result.block).unlink(missing_ok=True)
             done, windows, in_a_row = done + 1, windows + result.windows, 0
-            log.info("block %s: %d windows, %.2f s", result.block, result.windows, result.seconds)
+            log.info("%s, block %s: %d windows, %.2f s", task.name, result.block, result.windows, result.seconds)
             on_block(ledger.finished, planned)
         worker.release(_lease(task, result.block))
     left = tuple(f for key, f in failures.items() if not ledger.is_done(ledger.block(key)))

@@ -35,8 +35,10 @@ STAGES = {  # text in the paths of a stage's file operations, and how many kills
     "tiff": (".tif", 1),
     "png": ("_png", 1),
     "zarr": ("zarr.json", 1),
+    "arrays": (".zarr/", 1),
     "levels": ("/ledger_", 2),
     "zarr2": (".zarr2", 1),
+    "zarr2 in place": (".v2.zarr", 1),
     "n5": (".n5", 1),
     "precomputed": (".precomputed", 1),
     "checksums": ("/checksums", 1),
@@ -116,7 +118,7 @@ def require_resumed(storm: Storm, output: Path) -> None:
     lines = ledger_lines(run)
     assert sorted(line["block"] for line in lines) == sorted(storm.windows)
     assert {line["block"]: line["windows"] for line in lines} == storm.windows
-    computed = re.findall(r"block (\S+): (\d+) windows", log.read_text()[logged:])
+    computed = re.findall(r"predict, block (\S+): (\d+) windows", log.read_text()[logged:])
     missing = {key: windows for key, windows in storm.windows.items() if key not in recorded}
     assert dict(computed) == {key: str(windows) for key, windows in missing.items()}
     assert len(computed) == len(missing)
