@@ -132,7 +132,12 @@ def _planes(info: VolumeInfo) -> Iterator[Box]:
 
 
 def exporting_bytes(extent: Vec3, voxel_bytes: int, formats: Sequence[str]) -> int:
-    """Most memory that writing and comparing exports takes; PNG and TIFF pages are written as whole sections."""
+    """Most memory that writing and comparing exports takes; PNG and TIFF pages are written as whole sections.
+
+    The working store becomes the Zarr output as it is.
+    """
+    if not set(formats) - {"zarr"}:
+        return 0
     section = extent[1] * extent[2] * voxel_bytes
     least = section if {"tiff", "png"} & set(formats) else 0
     return EXPORT_COPIES * min(extent[0] * section, max(SLAB_BYTES, least))
