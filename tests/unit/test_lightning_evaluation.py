@@ -15,7 +15,7 @@ from connectomics.build.volumes import named_sources
 from connectomics.config.load import load_config
 from connectomics.errors import ConfigError, ConnectomicsError, VolumeError
 from connectomics.lightning import demo
-from connectomics.lightning.evaluation import check_truths, compare, evaluate_outcomes, score_table
+from connectomics.lightning.evaluation import Labelling, check_known_answers, evaluate_outcomes, evaluate_volumes
 from connectomics.lightning.inference import Silence, VolumeOutcome, VolumeProcessor
 
 from nnunet_models import make_model
