@@ -134,9 +134,8 @@ def _add_evaluate_words(commands: argparse._SubParsersAction[argparse.ArgumentPa
     evaluate.add_argument("--instances", action="store_true", help=text)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.add_argument("--config", type=Path, help="YAML file; see tutorials/nnunet_mito_inference.yaml")
-    evaluate.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="configuration, e.g. inference.data.output_path=scored/"
-    )
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. test.evaluation.…")
+    evaluate.set_defaults(checkpoint=None)
 
 
 def _add_nnunet_words(parser: argparse.ArgumentParser) -> None:
@@ -286,6 +285,8 @@ def _evaluate(words: argparse.Namespace) -> int:
     from connectomics.lightning.evaluation import evaluate_volumes, stated_comparisons
     from connectomics.lightning.inference import check_output_folder
 
+    if words.checkpoint is not None:
+        raise ConfigError(f"--checkpoint {words.checkpoint}: volumes are compared without a model; leave it out")
     named = words.prediction is not None  # the script's mode takes them from test.data
     one = [Comparison(words.prediction, words.prediction, words.truth, words.ignore)]
     jobs = one if named else stated_comparisons(config)
