@@ -62,8 +62,8 @@ def test_formats_types_chunks_and_pieces_do_not_matter(volumes: Path) -> None:
 
 
 def test_objects_from_the_command_line(volumes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [f"inference.data.output_path={tmp_path}", f"{volumes}/ids.h5", f"{volumes}/truth.zarr"]
-    words += ["--instances", "--ignore", f"{volumes}/ids.h5::mask"]
+    words = ["--instances", f"{volumes}/ids.h5", f"{volumes}/truth.zarr", f"inference.data.output_path={tmp_path}"]
+    words += ["--ignore", f"{volumes}/ids.h5::mask"]
     assert main(["evaluate", *words]) == 0
     printed = capsys.readouterr().out
     prediction, truth = (array[..., 7:] for array in arrays(volumes))
