@@ -165,10 +165,12 @@ class Inference:
 
 @dataclass(frozen=True, slots=True)
 class KnownVolumes:
-    """``test.data``: volumes of ``--mode test`` and, in the same order, their labels."""
+    """``test.data``: volumes of ``--mode test``, or results of ``--mode evaluate``; in the same order, their truth."""
 
     test_image: list[str] | None = None
+    test_prediction: list[str] | None = None
     test_label: list[str] | None = None
+    test_ignore: list[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,9 @@ class Evaluation:
 
     enabled: bool = True
     metrics: list[str] = field(default_factory=lambda: ["dice", "iou", "precision", "recall"])
+    foreground: bool = False
+    ignore_label: int | None = None
+    size_bounds: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,14 @@ import math
 import re
 from collections.abc import Sequence
 
-from connectomics.config.schema import Config, Inference, KnownAnswers, Model, System
+from connectomics.config.schema import Config, Evaluation, Inference, KnownAnswers, Model, System
 from connectomics.errors import ConfigError
 
 FORMATS = ("h5", "zarr", "tiff", "png", "zarr2", "n5", "precomputed")
-METRICS = ("dice", "iou", "precision", "recall")
+SEMANTIC_METRICS = ("dice", "iou", "precision", "recall")
+INSTANCE_METRICS = ("ap", "f1", "pq", "voi", "arand")
+METRICS = SEMANTIC_METRICS + INSTANCE_METRICS
+LARGEST_WINDOW = 4096
 BLENDINGS = ("gaussian", "constant")
 ENGINES = ("nnunet", "monai")
 PADDINGS = ("constant", "reflect", "replicate", "circular")
@@ -310,9 +313,29 @@ def _known_answers(test: KnownAnswers) -> None:
     _names("test.data.test_image", images)
     _distinct("test.data.test_image", images)
     _names("test.data.test_label", labels)
-    _require(labels is None or images is not None, "test.data.test_label", labels, "needs test.data.test_image")
-    metrics = test.evaluation.metrics
+    named = images is not None or test.data.test_prediction is not None
+    rule = "needs test.data.test_image or test.data.test_prediction"
+    _require(labels is None or named, "test.data.test_label", labels, rule)
+    _names("test.data.test_prediction", test.data.test_prediction)
+    _names("test.data.test_ignore", test.data.test_ignore)
+    rule = "needs test.data.test_label"
+    _require(test.data.test_ignore is None or labels is not None, "test.data.test_ignore", test.data.test_ignore, rule)
+    _evaluation(test.evaluation)
+
+
+def _evaluation(evaluation: Evaluation) -> None:
+    metrics = evaluation.metrics
     _subset_of(METRICS, "test.evaluation.metrics", metrics)
     rule = f"must name at least one of {', '.join(METRICS)}, or set test.evaluation.enabled=false"
-    possible = len(metrics) > 0 or not test.evaluation.enabled
+    possible = len(metrics) > 0 or not evaluation.enabled
     _require(possible, "test.evaluation.metrics", metrics, rule)
+    rule = f"it is about classes; name any of {', '.join(SEMANTIC_METRICS)} in test.evaluation.metrics"
+    possible = not evaluation.foreground or bool(set(metrics) & set(SEMANTIC_METRICS))
+    _require(possible, "test.evaluation.foreground", evaluation.foreground, rule)
+    _at_least(0, "test.evaluation.ignore_label", evaluation.ignore_label)
+    bounds = evaluation.size_bounds
+    rule = "must be whole numbers of 1 or more, ascending, in voxels"
+    possible = bounds is None or (len(bounds) > 0 and bounds == sorted(set(bounds)) and bounds[0] >= 1)
+    _require(possible, "test.evaluation.size_bounds", bounds, rule)
+    rule = "it is about average precision; name ap in test.evaluation.metrics"
+    _require(bounds is None or "ap" in metrics, "test.evaluation.size_bounds", bounds, rule)

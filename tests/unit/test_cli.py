@@ -64,7 +64,8 @@ def test_help_is_quick_and_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["infer-volume", "test", "inspect", "convert", "verify", "reproduce", "doctor", "demo", "from-nnunet"]
+    "command",
+    ["infer-volume", "test", "evaluate", "inspect", "convert", "verify", "reproduce", "doctor", "demo", "from-nnunet"],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -113,8 +113,13 @@ KEYS: list[tuple[str, str, object, tuple[str, ...]]] = [
     ("inference.output.overwrite", "true", True, ()),
     ("test.data.test_image", "a.h5", ["a.h5"], ()),
     ("test.data.test_label", "[b.h5]", ["b.h5"], ("test.data.test_image=a.h5",)),
+    ("test.data.test_prediction", "[a.h5,b.h5]", ["a.h5", "b.h5"], ()),
+    ("test.data.test_ignore", "m.h5", ["m.h5"], ("test.data.test_image=a.h5", "test.data.test_label=b.h5")),
     ("test.evaluation.enabled", "false", False, ()),
     ("test.evaluation.metrics", "[dice]", ["dice"], ()),
+    ("test.evaluation.foreground", "true", True, ()),
+    ("test.evaluation.ignore_label", "255", 255, ()),
+    ("test.evaluation.size_bounds", "[5000,15000]", [5000, 15000], ("test.evaluation.metrics=[ap]",)),
 ]
 ONE_VALUE_ONLY = {"inference.test_time_augmentation.ensemble_mode": "mean"}
 

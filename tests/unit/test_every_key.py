@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.cli import main
+from connectomics.cli import main, script_main
 from connectomics.config.load import known_keys
 from connectomics.models.backends import torch_eager
 from connectomics.pipeline import survey
@@ -103,12 +103,14 @@ class World:
             words = [word for word in words if not word.startswith(MODE)]
         if not checkpoint:
             words = words[:1] + words[3:]
+        if command == "evaluate":
+            return self._called(["--mode", command, *words[3:], *more], output, script_main)
         return self._called([command, *words[1:], *more], output)
 
-    def _called(self, words: Sequence[str], output: Path) -> Result:
+    def _called(self, words: Sequence[str], output: Path, entry: Callable[[Sequence[str]], int] = main) -> Result:
         assert self.capture is not None
         self.capture.readouterr()
-        code = main(words)
+        code = entry(words)
         out, err = self.capture.readouterr()
         return Result(code, out, err, output)
 
@@ -391,6 +393,38 @@ def metrics(world: World) -> bool:
     return "iou" in some and "dice" not in some and {"dice", "iou", "precision", "recall"} <= set(all_of_them)
 
 
+def evaluated(world: World, *words: str) -> Result:
+    """``--mode evaluate`` of the truth with itself."""
+    named = f"test.data.test_prediction='{world.truth}'"
+    return world.run(named, f"test.data.test_label='{world.truth}'", *words, command="evaluate")
+
+
+def masked(world: World) -> bool:
+    everything = measured(f"test.data.test_ignore='{world.volume}'")(world)
+    return scores(everything)["dice"] is None and scores(measured()(world))["dice"] is not None
+
+
+def known_prediction(world: World) -> bool:
+    alone = world.run(command="evaluate").refused("test.data.test_prediction")
+    return alone and scores(evaluated(world))["dice"] == 1
+
+
+def bounded(world: World) -> bool:
+    result = evaluated(world, "test.evaluation.metrics=[ap]", "test.evaluation.size_bounds=[9]")
+    content = json.loads((result.output / "scores.json").read_text())
+    return [row["up_to_voxels"] for row in content["pooled"]["instances"]["ap_by_size"]] == [9, None]
+
+
+def foreground(world: World) -> bool:
+    content = json.loads((measured("test.evaluation.foreground=true")(world).output / "scores.json").read_text())
+    return list(content["pooled"]["labels"]) == ["background", "foreground"]
+
+
+def ignored(world: World) -> bool:
+    found = scores(measured("test.evaluation.ignore_label=1")(world))
+    return found["tp"] + found["fn"] == 0 < scores(measured()(world))["fn"] + scores(measured()(world))["tp"]
+
+
 def fewer_objects(world: World) -> bool:
     """Small components go, large ones stay."""
     from scipy import ndimage
@@ -588,7 +622,12 @@ TABLE: Mapping[str, Check] = {
     "inference.output.overwrite": overwrite,
     "test.data.test_image": known_image,
     "test.data.test_label": known_label,
+    "test.data.test_prediction": known_prediction,
+    "test.data.test_ignore": masked,
     "test.evaluation.enabled": evaluation,
+    "test.evaluation.foreground": foreground,
+    "test.evaluation.ignore_label": ignored,
+    "test.evaluation.size_bounds": bounded,
     "test.evaluation.metrics": metrics,
 }
 
