@@ -127,12 +127,14 @@ def test_input_that_can_only_be_read_whole_is_named() -> None:
         plan_blocks((1, 100_000, 100_000), [FLAT], budget)
 
 
-def test_blocks_shrink_along_z_until_the_logits_that_resampling_keeps_fit() -> None:
+def test_blocks_shrink_until_the_logits_that_resampling_keeps_fit() -> None:
     extent, resampled = (512, 512, 512), replace(BASIC, ratio=(1.0, 1.0, 1.0))
     assert plan_blocks(extent, [resampled], ROOMY).block_shape == (256, 512, 512)
-    tight = Budget(3 * GIB // 2)
+    tight = Budget(GIB)
     assert plan_blocks(extent, [BASIC], tight).block_shape == (256, 512, 512)
-    assert plan_blocks(extent, [resampled], tight).block_shape[0] < 256
+    cut = plan_blocks(extent, [resampled], tight)
+    assert math.prod(cut.block_shape) < 256 * 512 * 512
+    assert tight.holds(resampled.footprint(cut.block_shape, extent))
 
 
 def test_a_devices_memory_decides_too() -> None:
