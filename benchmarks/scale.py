@@ -246,12 +246,12 @@ def record_all(grid: BlockGrid, plan: BlockPlan) -> float:
     folder = Path(tempfile.mkdtemp(prefix="scale_", dir=memory if os.access(memory, os.W_OK) else None))
     began = time.perf_counter()
     try:
-        ledger = Ledger(folder / "ledger.jsonl", "key", {"threads": 1}, plan)
+        ledger = Ledger(folder / "ledger", "key", {"threads": 1}, plan, grid.volume)
         for block in grid:
             ledger.append(BlockRecord(block.key, {LABELS: "0" * 64}, 9, 0.1))
         ledger.close()
-        again = Ledger(folder / "ledger.jsonl", "key", {"threads": 1}, plan)
-        assert all(block.key in again.records for block in grid)
+        again = Ledger.existing(folder / "ledger")
+        assert again.finished == len(grid) and all(again.is_done(block) for block in grid)
         again.close()
     finally:
         shutil.rmtree(folder)
