@@ -24,7 +24,7 @@ from connectomics.io.export_files import (
     write_file,
 )
 from connectomics.io.levels import Level, plan_levels
-from connectomics.io.multiscale import Multiscale
+from connectomics.io.multiscale import UNIT_BYTES, Multiscale
 from connectomics.io.multiscale_n5 import N5Levels, stamp_of_n5
 from connectomics.io.multiscale_precomputed import PrecomputedLevels, precomputed_levels, stamp_of_precomputed
 from connectomics.io.multiscale_zarr import StoreLevels, Zarr2Levels, stamp_of_zarr2
@@ -160,10 +160,15 @@ def multiscale_of(format: str, info: VolumeInfo, path: Path, *, labels: bool, le
 
 
 def exporting_bytes(extent: Vec3, voxel_bytes: int, formats: Sequence[str]) -> int:
-    """Most memory that writing and comparing exports takes; PNG alone needs whole sections."""
+    """Most memory that writing and comparing exports takes; PNG alone needs whole sections.
+
+    The working store becomes the Zarr output as it is; only the coarser levels, of a quarter at most, are written.
+    """
     section = extent[1] * extent[2] * voxel_bytes
-    least = section if "png" in formats else 0
-    return EXPORT_COPIES * min(extent[0] * section, max(SLAB_BYTES, least))
+    volume = extent[0] * section
+    if not set(formats) - {"zarr"}:
+        return EXPORT_COPIES * min(volume // 4, UNIT_BYTES)
+    return EXPORT_COPIES * min(volume, max(SLAB_BYTES, section if "png" in formats else 0))
 
 
 def read_stamp(path: Path, format: str) -> dict[str, object] | None:

@@ -276,14 +276,16 @@ class StoredVolume:
         if box.voxels == 0:
             return np.empty((self._info.channels, *box.shape), self._info.dtype)
         voxel_bytes = self._info.channels * self._info.dtype.itemsize
-        parts = list(pieces(box, self._info.chunk_shape, READ_BYTES // voxel_bytes))
         try:
-            blocks = (self._layout.arrange(self._fetch(self._layout.index(part))) for part in parts)
-            if len(parts) == 1:
-                return np.asarray(next(blocks), dtype=self._info.dtype, order="C")
-            result: Array = np.empty((self._info.channels, *box.shape), self._info.dtype)
-            for part, block in zip(parts, blocks, strict=True):
+            result: Array | None = None
+            for part in pieces(box, self._info.chunk_shape, READ_BYTES // voxel_bytes):
+                block = self._layout.arrange(self._fetch(self._layout.index(part)))
+                if part == box:
+                    return np.asarray(block, dtype=self._info.dtype, order="C")
+                if result is None:
+                    result = np.empty((self._info.channels, *box.shape), self._info.dtype)
                 result[(slice(None), *part.relative_to(box).slices)] = block
+            assert result is not None, "a box that is not empty has parts"
         except READ_ERRORS as error:
             raise VolumeError(f"cannot read {where}: {reason(error)}. Check that the file is complete.") from error
         return result
