@@ -265,6 +265,17 @@ def test_filters_beyond_the_budget_are_refused_before_any_work(tmp_path: Path) -
     assert not cores(job)
 
 
+def test_formats_that_cannot_hold_an_output_are_refused_before_any_work(tmp_path: Path) -> None:
+    for form, budget, finding in (
+        ("precomputed", 1 << 30, r"v_labels\.precomputed: precomputed states voxel sizes"),
+        ("png", 500, r"v_labels_png: png holds whole sections"),
+    ):
+        job = job_in(tmp_path, outputs=(Output(LABELS, "v_labels", "k", ("h5", form)),))
+        with pytest.raises(OutputError, match=finding):
+            run(tmp_path, job, budget_bytes=budget)
+        assert not cores(job) and not list(tmp_path.iterdir())
+
+
 def test_another_key_or_program_is_work_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(VolumeError):
         run(tmp_path, job_in(tmp_path), Failing(after=5))
