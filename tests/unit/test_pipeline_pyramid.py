@@ -272,7 +272,7 @@ tests.export(folder, open_store(folder / "work" / "labels.zarr"), "labels", form
 
 def killed_and_continued(folder: Path, form: str, moments: Iterable[tuple[int, float]]) -> None:
     """SIGKILL so many seconds after a run's n-th block has begun, again and again; at last the undisturbed bytes."""
-    voxels = random_voxels((1, 5, 40, 36), "uint32")
+    voxels = random_voxels((1, 9, 100, 90), "uint32")
     for name in ("whole", "killed"):
         (folder / name / "work").mkdir(parents=True)
         store = filled(folder / name / "work" / "labels.zarr", voxels)
