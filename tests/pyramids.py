@@ -43,10 +43,10 @@ def by_z5py(path: Path, level: int) -> np.ndarray:
 
 
 def by_cloud_volume(path: Path, level: int) -> np.ndarray:
-    """(c, z, y, x) of a scale."""
+    """(c, z, y, x) of a scale; chunks of zeros are absent."""
     import cloudvolume
 
-    volume = cloudvolume.CloudVolume(f"file://{path}", mip=level, progress=False, fill_missing=False)
+    volume = cloudvolume.CloudVolume(f"file://{path}", mip=level, progress=False, fill_missing=True)
     return np.asarray(volume[:]).transpose(3, 2, 1, 0)
 
 

@@ -19,7 +19,7 @@ from connectomics.io.volume import Array
 
 UNIT_BYTES = 32 << 20
 """Uncompressed size of what is written at once, a shard where the format has them."""
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 16 << 20
 """Uncompressed size of a chunk where the format has no shards and each chunk is a file."""
 STAMP_FILE = "connectomics.json"
 

@@ -64,9 +64,8 @@ class PrecomputedLevels:
                 (temporary / self._key(level)).mkdir()
 
     def open(self, folder: Path, level: int) -> LevelArray:
-        """A level, for reading and writing; chunks of zeros are written too, as readers take absent ones for lost."""
-        more = {"scale_index": level, "store_data_equal_to_fill_value": True}
-        stored = open_driver("neuroglancer_precomputed", folder, **more).T
+        """A level, for reading and writing; chunks of zeros are left out."""
+        stored = open_driver("neuroglancer_precomputed", folder, scale_index=level).T
         return LevelArray(folder, stored[ts.d[:].translate_to[0]])
 
     def stamp(self, folder: Path, stamp: dict[str, object], name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import time
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,11 +21,12 @@ import numpy as np
 from connectomics.decode.downsample import mean, mode
 from connectomics.errors import OutputError, QuarantineError, VolumeError
 from connectomics.fingerprint import key_of
-from connectomics.geometry import Block, BlockGrid, Box, vec3
+from connectomics.geometry import Block, BlockGrid, Box, Vec3, vec3
 from connectomics.io.atomic import discard
-from connectomics.io.levels import Level
+from connectomics.io.levels import Level, grown
 from connectomics.io.multiscale import LevelArray, Multiscale
 from connectomics.io.source import reason
+from connectomics.io.store import Store
 from connectomics.io.volume import Array
 from connectomics.pipeline.blocks import RunStage, failure_message
 from connectomics.pipeline.contracts import BlockRecord
@@ -33,11 +35,13 @@ from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.run_folder import LEDGER
 
 log = logging.getLogger(__name__)
+PIECE_BYTES = 8 << 20
+"""What is read at once of the level before, at least one chunk."""
 CHECKED_BLOCKS = 16  # recorded blocks of a level that are read again on resume
 
 
 class Readable(Protocol):
-    """Whatever boxes of voxels (c, z, y, x) can be read from."""
+    """Whatever boxes of voxels (c, z, y, x) can be read from: the working store, a level."""
 
     def read(self, box: Box) -> Array: ...
 
@@ -58,6 +62,8 @@ class LevelTask:
         What is made.
     target
         Where it is written.
+    piece
+        (z, y, x) that is computed at once.
     labels
         Whether windows become their mode instead of their mean.
     """
@@ -67,6 +73,7 @@ class LevelTask:
     extent_before: Box
     level: Level
     target: LevelArray
+    piece: Vec3
     labels: bool
 
     @property
@@ -84,7 +91,7 @@ class LevelTask:
         """
         began = time.perf_counter()
         voxels = np.empty((self.target.shape[0], *block.core.shape), self.target.dtype)
-        for piece in BlockGrid(block.core.shape, self.target.chunk_shape):
+        for piece in BlockGrid(block.core.shape, self.piece):
             box = piece.core.shift(block.core.start)
             voxels[(slice(None), *piece.core.slices)] = self._made(box)
         self.target.write(block.core, voxels)
@@ -148,7 +155,7 @@ class Pyramid:
     labels: bool
 
 
-def fill_pyramid(pyramid: Pyramid, source: Readable, work: Path, run: RunStage, key: str) -> None:
+def fill_pyramid(pyramid: Pyramid, source: Store, work: Path, run: RunStage, key: str) -> None:
     """Make all levels, continuing what a killed run left; the caller is the only one who does.
 
     Parameters
@@ -206,14 +213,19 @@ def _prepare(pyramid: Pyramid, work: Path, *, anew: bool) -> None:
         ) from error
 
 
-def _tasks(pyramid: Pyramid, source: Readable) -> dict[int, LevelTask]:
-    """By level, in the order in which they are to be done."""
-    levels, tasks, before = pyramid.image.levels, {}, source
+def _tasks(pyramid: Pyramid, source: Store) -> dict[int, LevelTask]:
+    """By level, in the order in which they are to be done; pieces are such that each chunk is read once."""
+    levels, tasks = pyramid.image.levels, {}
+    before: Readable = source
+    chunk, extent = source.info.chunk_shape, source.info.extent
     for k in range(pyramid.first, len(levels)):
-        target = pyramid.image.open(pyramid.place, k)
-        extent = Box.of_shape(levels[max(0, k - 1)].extent)
-        tasks[k] = LevelTask(f"{pyramid.place.name} level {k}", before, extent, levels[k], target, pyramid.labels)
-        before = target
+        level, target = levels[k], pyramid.image.open(pyramid.place, k)
+        least = vec3([-(-c // s) for c, s in zip(chunk, level.step, strict=True)])
+        read_bytes = target.shape[0] * target.dtype.itemsize * math.prod(level.step)
+        piece = grown(least, level.extent, read_bytes, PIECE_BYTES)
+        name = f"{pyramid.place.name} level {k}"
+        tasks[k] = LevelTask(name, before, Box.of_shape(extent), level, target, piece, pyramid.labels)
+        before, chunk, extent = target, target.chunk_shape, level.extent
     return tasks
 
 

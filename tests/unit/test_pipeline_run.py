@@ -14,10 +14,10 @@ import pytest
 from connectomics.errors import OutputError, ResourceError, VolumeError
 from connectomics.executors.serial import SerialExecutor
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.finish import Filters
+from connectomics.pipeline.finish import Filters, Output
 from connectomics.pipeline.lease import Worker
 from connectomics.pipeline.planning import BlockPlan
-from connectomics.pipeline.predict import Member
+from connectomics.pipeline.predict import LABELS, Member
 from connectomics.pipeline.run import VolumeJob, run_volume, settle
 
 from small_runs import (
@@ -160,6 +160,17 @@ def test_filters_beyond_the_budget_are_refused_before_any_work(tmp_path: Path) -
     with pytest.raises(ResourceError, match=r"system\.memory_budget_gb"):
         run(tmp_path, job, budget_bytes=1000)
     assert not cores(job)
+
+
+def test_formats_that_cannot_hold_an_output_are_refused_before_any_work(tmp_path: Path) -> None:
+    for form, budget, finding in (
+        ("precomputed", 1 << 30, r"v_labels\.precomputed: precomputed states voxel sizes"),
+        ("png", 500, r"v_labels_png: png holds whole sections"),
+    ):
+        job = job_in(tmp_path, outputs=(Output(LABELS, "v_labels", "k", ("h5", form)),))
+        with pytest.raises(OutputError, match=finding):
+            run(tmp_path, job, budget_bytes=budget)
+        assert not cores(job) and not list(tmp_path.iterdir())
 
 
 def test_another_key_or_program_is_work_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
