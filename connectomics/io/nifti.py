@@ -37,6 +37,7 @@ MILLIMETRES_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
 HEADER_BYTES = 540
 RAS = "ras"
 PIECE_BYTES = 4 << 20
+LARGEST_RATIO = 1040  # gzip packs 1032 bytes into one at best
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ def open_nifti(source: Source) -> VolumeReader:
             native_dtype(source, header.dtype)
             layout = layout_of(source, header.shape, LETTERS.get(len(header.shape)))
             array: _Unpacked | MappedArray
+            if packed and header.total_bytes > LARGEST_RATIO * source.path.stat().st_size:
+                raise ValueError(f"its header promises {header.total_bytes} bytes, more than the file can hold")
             if packed:
                 array = _Unpacked(source, header)
                 opened.callback(array.close)
@@ -204,11 +207,14 @@ class _Unpacked:
             )
         with contextlib.ExitStack() as opened:
             stream: IO[bytes] = opened.enter_context(tempfile.TemporaryFile())
-            left = header.total_bytes
+            left, surplus = header.total_bytes, 0
             with gzip.open(self._source.path) as packed:
                 while piece := packed.read(PIECE_BYTES):  # to the end, where gzip's checksum is
                     stream.write(piece[:left])
+                    surplus += max(0, len(piece) - left)
                     left -= min(left, len(piece))
+                    if surplus > header.total_bytes + PIECE_BYTES:
+                        raise ValueError(f"it goes on beyond the {header.total_bytes} bytes that its header promises")
             stream.flush()
             array = MappedArray(stream, header.dtype, header.shape, header.offset, "F")
             self._stream = stream

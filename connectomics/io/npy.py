@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tokenize
 import warnings
 from typing import IO
 
@@ -46,5 +47,8 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.gener
     read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about headers that Python 2 wrote
-        shape, fortran, dtype = read(stream)
+        try:
+            shape, fortran, dtype = read(stream)
+        except (tokenize.TokenError, MemoryError) as error:  # brackets without end, or too deep for Python's parser
+            raise ValueError("its header cannot be parsed") from error
     return shape, fortran, dtype

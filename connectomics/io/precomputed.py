@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,8 +10,16 @@ import numpy as np
 import tensorstore as ts
 
 from connectomics.errors import VolumeError
-from connectomics.io.source import READ_ERRORS, Source, files_below, folded_identity, three_positive, unreadable
-from connectomics.io.stored import StoredVolume, info_of, layout_of
+from connectomics.io.source import (
+    READ_ERRORS,
+    Source,
+    files_below,
+    folded_identity,
+    json_at,
+    three_positive,
+    unreadable,
+)
+from connectomics.io.stored import StoredVolume, info_of, layout_of, require_small_chunks
 from connectomics.io.volume import Array
 
 PACKED_SUFFIXES = (".gz", ".br", ".zst", ".zstd", ".xz", ".lzma")
@@ -42,6 +49,8 @@ def open_precomputed(source: Source) -> StoredVolume:
         array = opened[ts.d[:].translate_to[0]]
         chunk: tuple[Any, ...] = array.chunk_layout.read_chunk.shape or array.shape
         layout = layout_of(source, array.shape, "xyzc")
+        clipped = [min(n, size) for n, size in zip(chunk, array.shape, strict=True)]
+        require_small_chunks(source, clipped, array.dtype.numpy_dtype.itemsize)
         x, y, z = three_positive(scale.get("resolution")) or (np.nan,) * 3
         size = three_positive((z, y, x))
         offset = [float(n) for n in opened.domain.origin[:3]]
@@ -68,7 +77,7 @@ def open_precomputed(source: Source) -> StoredVolume:
 
 
 def _scales(source: Source) -> list[dict[str, Any]]:
-    content = json.loads((source.path / "info").read_bytes())
+    content = json_at(source.path / "info")
     scales = content.get("scales") if isinstance(content, dict) else None
     if not isinstance(scales, list) or not scales:
         raise VolumeError(

@@ -6,6 +6,7 @@ knows about transposing.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -15,12 +16,14 @@ import numpy as np
 
 from connectomics.errors import VolumeError
 from connectomics.geometry import Box, Vec3, vec3
-from connectomics.io.source import READ_ERRORS, Source, reason
+from connectomics.io.source import READ_ERRORS, Source, reason, require_believable
 from connectomics.io.volume import Array, Nanometres, Spacing, VolumeInfo
 
 AXES = "czyx"
 CACHE_BYTES = 128 << 20
 PIECE_BYTES = 1 << 20
+LARGEST_CHUNK_BYTES = 1 << 32
+"""Chunks, strips and tiles are unpacked whole, so larger ones are refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +153,32 @@ def info_of(
     Raises
     ------
     VolumeError
-        If the dtype cannot be used or the requested voxel size is not positive.
+        If the dtype cannot be used, the requested voxel size is not positive, or the shape is beyond belief.
     """
     native = native_dtype(source, dtype)
+    require_believable(source, math.prod(layout.stored) * dtype.itemsize)
     stated = source.voxel_size_nm
     try:
         chunk = layout.chunk(stored_chunk)
         return VolumeInfo(layout.shape, native, chunk, stated or voxel_size_nm, origin_nm, spacing)
     except ValueError as error:
         raise VolumeError(f"{source.uri}: {error}") from error
+
+
+def require_small_chunks(source: Source, stored_chunk: Sequence[int], itemsize: int) -> None:
+    """Refuse an array whose chunks are too large to be unpacked.
+
+    Raises
+    ------
+    VolumeError
+        If one takes more than ``LARGEST_CHUNK_BYTES``.
+    """
+    found = math.prod(int(n) for n in stored_chunk) * itemsize
+    if found > LARGEST_CHUNK_BYTES:
+        raise VolumeError(
+            f"{source.uri}: its chunks {tuple(stored_chunk)} take {float(found):.3g} bytes each, expected at most "
+            f"{LARGEST_CHUNK_BYTES}; write the array again in smaller chunks."
+        )
 
 
 def row_chunk(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
