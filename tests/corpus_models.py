@@ -1,7 +1,7 @@
 """Hostile and damaged models: training folders, bare checkpoints, exported zips and converted copies.
 
-``MODELS`` gives for each name what it starts from and what damages it: a function that gets the model's folder, the path
-of a canary that hostile code would make, and returns the path to hand to the command.
+``MODELS`` gives for each name what it starts from and what damages it: a function that gets the model's folder and the
+path of a canary that hostile code would make, and returns the path to hand to the command.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from mutations import HUGE, TEXTS, blind, odd_json, odd_text, zeros_deflated
 
 CHECKPOINT = "fold_0/checkpoint_final.pth"
@@ -181,7 +180,9 @@ FOLDER: dict[str, Damage] = {
     "vast tensor": on_checkpoint(
         lambda c, canary: c["network_weights"].update({"decoder.seg_layers.0.bias": torch.zeros(1).expand(HUGE)})
     ),
-    "complex weights": on_checkpoint(lambda c, canary: c["network_weights"].update(x=torch.ones(2, dtype=torch.cfloat))),
+    "complex weights": on_checkpoint(
+        lambda c, canary: c["network_weights"].update(x=torch.ones(2, dtype=torch.cfloat))
+    ),
     "sparse weights": on_checkpoint(lambda c, canary: c["network_weights"].update(x=torch.eye(3).to_sparse())),
     "no weights": on_checkpoint(lambda c, canary: c["network_weights"].clear()),
     "million names": on_checkpoint(lambda c, canary: c["network_weights"].update({str(i): 1 for i in range(100_000)})),
@@ -196,7 +197,9 @@ FOLDER: dict[str, Damage] = {
     "network os.system": on_plans(lambda p: configuration(p)["architecture"].update(network_class_name="os.system")),
     "nonlin os.system": argument(nonlin="os.system"),
     "norm eval": argument(norm_op="builtins.eval"),
-    "import os": on_plans(lambda p: configuration(p)["architecture"].update(_kw_requires_import=["os.system", None, 7])),
+    "import os": on_plans(
+        lambda p: configuration(p)["architecture"].update(_kw_requires_import=["os.system", None, 7])
+    ),
     "reader": on_plans(lambda p: p.update(image_reader_writer="os.system")),
     "resampling": on_plans(lambda p: configuration(p).update(resampling_fn_data="os.system")),
     "planner": on_plans(lambda p: p.update(experiment_planner_used="os.system")),

@@ -5,14 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-
 from corpus_volumes import GOOD, WIDE, Make, chunk_in, edit, folder_of, json_in
 from mutations import zeros_deflated
 
@@ -178,6 +176,7 @@ PRECOMPUTED: dict[str, Callable[[dict[str, Any]], object]] = {
     "vast": lambda m: scale(m).update(size=VAST),
     "beyond": lambda m: scale(m).update(size=[2**62, 2**62, 2**62]),
     "vast_chunk": lambda m: scale(m).update(chunk_sizes=[VAST]),
+    "deep_chunk": lambda m: scale(m)["chunk_sizes"][0].__setitem__(2, 2**31),
     "no_chunk": lambda m: scale(m).update(chunk_sizes=[[0, 0, 0]]),
     "no_chunks": lambda m: scale(m).update(chunk_sizes=[]),
     "minishards": lambda m: scale(m).update(sharding=shard_spec(minishard_bits=60)),
@@ -259,7 +258,10 @@ OTHERS: dict[str, Make] = {
     "zarr3_nul_path": json_in("zarr3_nul_path", "zarr3", "group", multiscales(path="a\0b")),
     "zarr3_steps": json_in("zarr3_steps", "zarr3", "group", multiscales(coordinateTransformations=[{"type": []}])),
     "zarr3_scale": json_in(
-        "zarr3_scale", "zarr3", "group", multiscales(coordinateTransformations=[{"type": "scale", "scale": [1, [2], "x"]}])
+        "zarr3_scale",
+        "zarr3",
+        "group",
+        multiscales(coordinateTransformations=[{"type": "scale", "scale": [1, [2], "x"]}]),
     ),
     "zarr2_bomb": chunk_in("zarr2_bomb", "zarr2", lambda d: zeros_deflated(1 << 29)),
     "n5_bomb": chunk_in("n5_bomb", "n5", lambda d: d[:16] + gzip.compress(bytes(1 << 29), 1)),
@@ -270,7 +272,12 @@ OTHERS: dict[str, Make] = {
     "images_device": images("images_device", lambda f: (f / "a.png").symlink_to("/dev/zero")),
     "images_circle": images("images_circle", lambda f: (f / "a.png").symlink_to("a.png")),
 }
-BLOSC_LIAR = b"\x02\x01\x13\x01" + (2**31 - 17).to_bytes(4, "little") + (1 << 18).to_bytes(4, "little") + (40).to_bytes(4, "little")
+BLOSC_LIAR = (
+    b"\x02\x01\x13\x01"
+    + (2**31 - 17).to_bytes(4, "little")
+    + (1 << 18).to_bytes(4, "little")
+    + (40).to_bytes(4, "little")
+)
 STORES: dict[str, Make] = {
     **{name: h5_made(name, write) for name, write in HDF5.items()},
     **{f"zarr3_{name}": json_in(f"zarr3_{name}", "zarr3", "array", edit(change)) for name, change in ZARR3.items()},

@@ -6,7 +6,6 @@ import functools
 import gzip
 import io
 import json
-import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -19,9 +18,8 @@ import nibabel
 import numpy as np
 import tifffile
 import zarr
-from PIL import Image
-
 from mutations import HUGE, TEXTS, Bytes, blind, odd_json, odd_text, put, zeros_deflated
+from PIL import Image
 
 from chunk_writers import write_n5, write_precomputed
 from small_jobs import em_like
@@ -240,9 +238,13 @@ def described(text: str) -> bytes:
 
 
 def ome(size: int, inside: str = "") -> bytes:
-    pixels = f'<Pixels DimensionOrder="XYZCT" Type="uint8" SizeX="32" SizeY="24" SizeZ="{size}" SizeC="1" SizeT="1" ID="P">'
+    pixels = (
+        f'<Pixels DimensionOrder="XYZCT" Type="uint8" SizeX="32" SizeY="24" SizeZ="{size}" SizeC="1" SizeT="1" ID="P">'
+    )
     schema = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
-    return described(f'<?xml version="1.0"?><OME xmlns="{schema}"><Image ID="I">{pixels}{inside}</Pixels></Image></OME>')
+    return described(
+        f'<?xml version="1.0"?><OME xmlns="{schema}"><Image ID="I">{pixels}{inside}</Pixels></Image></OME>'
+    )
 
 
 LAUGHS = (
@@ -298,7 +300,9 @@ WRITTEN: dict[str, tuple[str, Callable[[], bytes]]] = {
     "tif_wide_tile": ("tif", lambda: tiff_of(PAGE | {322: (4, 1, 2**31 - 16), 323: (4, 1, 2**31 - 16)})),
     "tif_packed_tile": (
         "tif",
-        lambda: tiff_of(PAGE | {259: (3, 1, 8), 322: (4, 1, 2**18), 323: (4, 1, 2**18), 324: (4, 1, 200), 325: (4, 1, 90)}),
+        lambda: tiff_of(
+            PAGE | {259: (3, 1, 8), 322: (4, 1, 2**18), 323: (4, 1, 2**18), 324: (4, 1, 200), 325: (4, 1, 90)}
+        ),
     ),
     "tif_samples": ("tif", lambda: tiff_of(PAGE | {277: (3, 1, 65535)})),
     "tif_bits": ("tif", lambda: tiff_of(PAGE | {258: (3, 1, 65535)})),
@@ -315,7 +319,7 @@ WRITTEN: dict[str, tuple[str, Callable[[], bytes]]] = {
     "tif_imagej": ("tif", lambda: described(f"ImageJ=1.11a\nimages={HUGE}\nslices={HUGE}\n")),
     "tif_shaped": ("tif", lambda: described(json.dumps({"shape": [WIDE, WIDE, WIDE]}))),
     "tif_shaped_deep": ("tif", lambda: described('{"shape": ' + "[" * 20000 + "]" * 20000 + "}")),
-    "nii_zip": ("nii.gz", lambda: gzip.compress(original("nii")) [:-8] + bytes(8)),
+    "nii_zip": ("nii.gz", lambda: gzip.compress(original("nii"))[:-8] + bytes(8)),
     "nii_tail": ("nii.gz", lambda: gzip.compress(original("nii")) + gzip.compress(bytes(1 << 29), 1)),
     "nii_plain": ("nii.gz", lambda: original("nii")),
 }
@@ -347,7 +351,9 @@ CHANGED: dict[str, tuple[str, Bytes]] = {
 }
 SIZES = {
     **{
-        name: (lambda folder, name=name, suffix=suffix, content=content: _written(folder / f"{name}.{suffix}", content()))
+        name: (
+            lambda folder, name=name, suffix=suffix, content=content: _written(folder / f"{name}.{suffix}", content())
+        )
         for name, (suffix, content) in WRITTEN.items()
     },
     **{name: file_of(name, kind, change) for name, (kind, change) in CHANGED.items()},

@@ -32,7 +32,9 @@ def typo(seed: int) -> bytes:
     rng, text = random.Random(seed), list(GOOD)
     for _ in range(1 + seed % 4):
         at = rng.randrange(len(text))
-        text[at] = rng.choice(["", "\t", ":", "- ", "{", "*a ", "&a ", "!!binary ", "\n", "%", "'", "\0", "é", text[at] * 2])
+        text[at] = rng.choice(
+            ["", "\t", ":", "- ", "{", "*a ", "&a ", "!!binary ", "\n", "%", "'", "\0", "é", text[at] * 2]
+        )
     return "".join(text).encode()
 
 

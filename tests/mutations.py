@@ -86,7 +86,13 @@ def put(offset: int, value: bytes) -> Bytes:
 
 def blind(seed: int) -> Bytes:
     """Any of the ways above, chosen by the seed."""
-    ways = (flipped(seed), flipped(seed, 3, 0, 512), overwritten(seed), repeated(seed), cut(random.Random(seed).random()))
+    ways = (
+        flipped(seed),
+        flipped(seed, 3, 0, 512),
+        overwritten(seed),
+        repeated(seed),
+        cut(random.Random(seed).random()),
+    )
     return ways[seed % len(ways)]
 
 

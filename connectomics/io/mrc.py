@@ -27,9 +27,9 @@ from connectomics.io.volume import Nanometres
 IMOD_STAMP = 1146047817
 IMOD_SIGNED_BYTES = 1
 IMOD_HALF_BYTES = 16
-EXTENDED_BYTES_AT, BYTE_ORDER_AT = 92, 212
+EXTENDED_BYTES_AT, MAP_AT, BYTE_ORDER_AT = 92, 208, 212
 BIG_ENDIAN_STAMP = 0x11
-"""Offsets in the header of the extended header's length and of the machine stamp, whose first byte tells the order."""
+"""Offsets of the extended header's length, the word MAP and the machine stamp, whose first byte tells the order."""
 IMOD_FIELDS = slice(10, 12)
 """Where IMOD's stamp and flags stand among the integers of the header field ``extra2``."""
 
@@ -76,7 +76,7 @@ def _require_extended_header(path: Path) -> None:
     """Refuse a file that is shorter than its extended header: mrcfile would make room for it before it looks."""
     with path.open("rb") as stream:
         block = stream.read(BYTE_ORDER_AT + 1)
-    if len(block) > BYTE_ORDER_AT:
+    if block[MAP_AT:BYTE_ORDER_AT].startswith(b"MAP") and len(block) > BYTE_ORDER_AT:
         order = ">" if block[BYTE_ORDER_AT] == BIG_ENDIAN_STAMP else "<"
         (extended,) = struct.unpack_from(f"{order}i", block, EXTENDED_BYTES_AT)
         if extended > path.stat().st_size:

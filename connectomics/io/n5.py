@@ -132,7 +132,7 @@ def _arrays(folder: Path, depth: int, seen: set[tuple[int, int]]) -> Iterator[Pa
 def _dimensions(source: Source, attributes: dict[str, Any]) -> list[int]:
     found = attributes["dimensions"]
     if not isinstance(found, list) or not all(isinstance(n, int) for n in found):
-        raise VolumeError(f"{source.uri}: the N5 attributes state no usable dimensions, but {found!r}.")
+        raise VolumeError(f"{source.uri}: the N5 attributes state no usable dimensions, but {found!r:.80}.")
     return found
 
 
@@ -142,7 +142,7 @@ def _require_known(source: Source, attributes: dict[str, Any]) -> None:
     for what, found, known in (("type", attributes.get("dataType"), TYPES), ("compression", kind, COMPRESSIONS)):
         if found not in known:
             raise VolumeError(
-                f"{source.uri}: N5 {what} {found!r} cannot be read; expected one of {', '.join(known)}. "
+                f"{source.uri}: N5 {what} {found!r:.80} cannot be read; expected one of {', '.join(known)}. "
                 "Write the array again in one of them."
             )
 

@@ -132,6 +132,8 @@ def _header(path: Path, packed: bool) -> _Header:
     slope, intercept = header.get_slope_inter()
     if (slope, intercept) == (1.0, 0.0):
         slope = None
+    with np.errstate(over="ignore", invalid="ignore"):
+        affine = header.get_best_affine()
     return _Header(
         tuple(int(n) for n in header.get_data_shape()),
         header.get_data_dtype(),
@@ -141,7 +143,7 @@ def _header(path: Path, packed: bool) -> _Header:
         tuple(float(zoom) for zoom in header.get_zooms()),
         str(header.get_xyzt_units()[0]),
         kind is Nifti1Header,
-        header.get_best_affine(),
+        affine,
     )
 
 

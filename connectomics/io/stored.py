@@ -92,16 +92,18 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None) -> Layou
     letters = source.axes or found or default
     if letters is None:
         raise VolumeError(
-            f"{source.uri}: the array has {len(shape)} axes, shape {shape}; a volume has 2 (y, x), 3 (z, "
+            f"{source.uri}: the array has {len(shape)} axes, shape {shape!s:.80}; a volume has 2 (y, x), 3 (z, "
             "y, x) or 4 (c, z, y, x). Name an array of fewer axes or state the axes."
         )
     if len(letters) != len(shape):
         raise VolumeError(
             f"{source.uri}: the axes {letters!r} name {len(letters)} axes, but the stored array has "
-            f"{len(shape)}, shape {shape}; give one letter for each of them."
+            f"{len(shape)}, shape {shape!s:.80}; give one letter for each of them."
         )
     if min(shape) < 1:
-        raise VolumeError(f"{source.uri}: the array of shape {shape} has an axis without voxels; nothing to read.")
+        raise VolumeError(
+            f"{source.uri}: the array of shape {shape!s:.80} has an axis without voxels; nothing to read."
+        )
     for letter, length in zip(letters, shape, strict=True):
         if letter in "t?" and length > 1:
             kind = "a time axis" if letter == "t" else "an axis of unknown kind"

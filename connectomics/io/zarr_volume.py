@@ -130,7 +130,9 @@ def _choose(source: Source) -> _Node:
             chosen = None if ".." in level.parts or level.is_absolute() else _node(node.path / level)
             if chosen is not None and chosen.is_array:
                 return chosen
-            raise VolumeError(f"{source.uri}: the multiscales metadata name the array {str(level)[:80]}, which is absent.")
+            raise VolumeError(
+                f"{source.uri}: the multiscales metadata name the array {str(level)[:80]}, which is absent."
+            )
     names = sorted(str(path.relative_to(root)) for path in _arrays(root, DEEPEST, set()))
     within = [name for name in names if PurePosixPath(name).is_relative_to(inner)]
     only = _node(root / within[0]) if len(within) == 1 and node is not None else None
@@ -171,7 +173,7 @@ def _datasets(node: _Node) -> list[dict[str, Any]]:
 def _shape(source: Source, node: _Node) -> list[int]:
     shape = node.metadata.get("shape")
     if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
-        raise VolumeError(f"{source.uri}: the Zarr metadata state no usable shape, but {shape!r}.")
+        raise VolumeError(f"{source.uri}: the Zarr metadata state no usable shape, but {shape!r:.80}.")
     return shape
 
 
@@ -185,7 +187,7 @@ def _require_plain(source: Source, node: _Node) -> None:
         plain = isinstance(name, str) and name[1:2] in set("biuf")
     if not plain:
         raise VolumeError(
-            f"{source.uri}: voxels of type {name!r} cannot be read as intensities or labels; expected "
+            f"{source.uri}: voxels of type {name!r:.80} cannot be read as intensities or labels; expected "
             "bool, integers or floats."
         )
 

@@ -188,8 +188,8 @@ def _read_fold(path: Path, trust_code: bool) -> Fold:
             raise ModelError(f"{path}: network_weights hold {name!r:.60} that is not a tensor; the file is not usable")
         if tensor.numel() * tensor.itemsize > size:
             raise ModelError(
-                f"{path}: the weight {name!r:.60} of shape {list(tensor.shape)!r:.60} is larger than the file of {size} "
-                "bytes, so one number stands for many; it is not what nnU-Net writes"
+                f"{path}: the weight {name!r:.60} of shape {list(tensor.shape)!r:.60} is larger than the file of "
+                f"{size} bytes, so one number stands for many; it is not what nnU-Net writes, so use another checkpoint"
             )
     return Fold(path, content["trainer_name"], init_args["configuration"], tuple(axes), init_args, weights)
 

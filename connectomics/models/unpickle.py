@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ def _named_globals(stream: IO[bytes]) -> list[str]:
     """Names of the functions and classes a pickle asks for, found by reading its instructions only."""
     names: list[str] = []
     strings: list[str] = []
-    for opcode, argument, _ in pickletools.genops(_Cautious(stream)):
+    for opcode, argument, _ in pickletools.genops(cast(IO[bytes], _Cautious(stream))):
         if isinstance(argument, str):
             strings.append(argument)
         if opcode.name in ("GLOBAL", "INST"):

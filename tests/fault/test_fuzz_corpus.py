@@ -134,7 +134,7 @@ def _refused_or_done(bench: Bench, words: list[str], output: Path) -> None:
 
 
 def _names(folder: Path) -> set[str]:
-    return {os.path.join(root, name) for root, folders, files in os.walk(folder) for name in (*folders, *files)}
+    return {f"{root}/{name}" for root, folders, files in os.walk(folder) for name in (*folders, *files)}
 
 
 @pytest.mark.parametrize("name", [*QUICK_MODELS, *(pytest.param(n, marks=pytest.mark.long) for n in OTHER_MODELS)])
