@@ -86,6 +86,8 @@ class ForkServer:
         kill_at: tuple[str, int] | None = None,
         file_limit_bytes: int | None = None,
         unprivileged: bool = False,
+        memory_bytes: int | None = None,
+        working_folder: Path | None = None,
     ) -> Ended:
         """Run the command line in a child.
 
@@ -103,6 +105,10 @@ class ForkServer:
             No file may grow larger, as on a full disk.
         unprivileged
             As user "nobody", where this process may become that; root may read and write everything.
+        memory_bytes
+            How much more memory than the server holds already the child may ask for.
+        working_folder
+            Where the command is called.
         """
         request = {
             "arguments": list(arguments),
@@ -112,6 +118,8 @@ class ForkServer:
             "kill_at": kill_at or ("", 0),
             "file_limit_bytes": file_limit_bytes,
             "unprivileged": unprivileged and os.geteuid() == 0,
+            "memory_bytes": memory_bytes,
+            "working_folder": str(working_folder or Path.cwd()),
         }
         (ended,) = self._answers([request])
         return ended
@@ -162,6 +170,12 @@ def _child(request: dict[str, Any]) -> None:
             os.kill(os.getpid(), request["signal"])
 
     sys.addaudithook(hook)
+    os.chdir(request["working_folder"])
+    if request["memory_bytes"] is not None:
+        import resource
+
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + request["memory_bytes"],) * 2)
     if request["file_limit_bytes"] is not None:
         import resource
 

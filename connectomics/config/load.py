@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]  # OmegaConf's parser ships no types
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]  # OmegaConf's parser ships no types
+from yaml import MarkedYAMLError, YAMLError
 
 from connectomics.config.schema import Config
 from connectomics.config.validation import shown, validate
@@ -26,6 +27,9 @@ from connectomics.errors import ConfigError
 
 _FILE_LIST = "inference.volume_mode.file_list"
 _INTERPOLATION = re.compile(r"\$\{(?:[\w.]+|oc\.env:[^${}]+)\}")
+_LARGEST_BYTES = 1 << 20
+_MOST_VALUES = 100_000
+_WHOLE = 1 << 63  # integers beyond are none that the program could use
 _ALIKE = 1.1  # of 2: at most 1 from the whole key and 1 from its last part
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _NESTED = "a list of lists, each of whole numbers"  # the one kind of nested list there is
@@ -90,12 +94,18 @@ def _schema(owner: type, prefix: str) -> Iterator[tuple[str, Any]]:
 def _read_yaml(path: Path) -> Mapping[str, object]:
     where = f"configuration file {path}"
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as stream:
+            data = stream.read(_LARGEST_BYTES + 1)
+        if len(data) > _LARGEST_BYTES:
+            raise ConfigError(f"{where} is larger than {_LARGEST_BYTES} bytes; give a YAML file of keys and values")
+        text = data.decode("utf-8-sig")
+        if _expanded(yaml.compose(text, yaml.SafeLoader), {}) > _MOST_VALUES:
+            raise ConfigError(f"{where} has more than {_MOST_VALUES} values, repeated ones counted; write fewer")
         content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except (YAMLError, RecursionError) as error:
-        raise ConfigError(f"{where}{_yaml_finding(error)}") from error
+    except (YAMLError, RecursionError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}{_yaml_finding(error)}") from error  # PyYAML says a wrong !!int with a ValueError
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where} cannot be read: {_first_line(error)}") from error
     except OSError as error:
@@ -107,6 +117,17 @@ def _read_yaml(path: Path) -> Mapping[str, object]:
     return typing.cast(Mapping[str, object], content)
 
 
+def _expanded(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """How many values a document has once its aliases are written out, of which there may be powers of powers."""
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES + 1  # while it is open: it holds itself
+        parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
+
+
 def _yaml_finding(error: Exception) -> str:
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         return f", line {error.problem_mark.line + 1}: not valid YAML ({error.problem})"
@@ -114,7 +135,8 @@ def _yaml_finding(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    line = str(error).partition("\n")[0]
+    return line if len(line) <= 200 else f"{line[:200]} …"
 
 
 def _stated_in(tree: Mapping[str, object], prefix: str, where: str) -> Iterator[tuple[str, object]]:
@@ -158,7 +180,7 @@ def _override(text: str) -> Iterator[tuple[str, object]]:
     where = f"override {shown(text)}"
     try:
         override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:
         name, mark, literal = text.lstrip("+").partition("=")
         if mark and _kinds().get(name) in (str, str | None):
             return iter([(name, literal)])
@@ -223,6 +245,7 @@ def _put(config: DictConfig, key: str, value: object) -> None:
     if nested:
         parts = [number for part in parts for number in (part if isinstance(part, list) else [part])]
     scalars = all(isinstance(part, str | int | float) and part != "???" for part in parts)
+    scalars = scalars and all(-_WHOLE <= part < _WHOLE for part in parts if isinstance(part, int))
     try:
         if scalars or value is None:  # "???" is OmegaConf's sign for a missing value
             OmegaConf.update(config, key, value)

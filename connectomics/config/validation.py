@@ -31,7 +31,10 @@ _LONGEST_SHOWN = 80
 
 def shown(value: object) -> str:
     """``value`` as it stands in a message: one line, at most 80 characters."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    try:
+        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    except ValueError:  # Python does not write out numbers of more than 4300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 1] + "…"
 
 
@@ -86,10 +89,11 @@ def _names(key: str, values: Sequence[str] | None) -> None:
     _require(possible, key, values, "must hold at least one name and no empty one, or be null")
 
 
-def _extents(key: str, values: Sequence[int] | None, lengths: Sequence[int]) -> None:
+def _extents(key: str, values: Sequence[int] | None, lengths: Sequence[int], largest: int = 1 << 62) -> None:
     counts = " or ".join(str(n) for n in lengths)
-    possible = values is None or (len(values) in lengths and min(values) >= 1)
-    _require(possible, key, values, f"must be {counts} whole numbers of 1 or more, in voxels, ending with y, x")
+    possible = values is None or (len(values) in lengths and 1 <= min(values) <= max(values) <= largest)
+    rule = f"must be {counts} whole numbers of 1 or more, in voxels, ending with y, x"
+    _require(possible, key, values, rule if largest > LARGEST_WINDOW else f"{rule}, none above {largest}")
 
 
 def _device(key: str, value: str) -> None:
@@ -239,7 +243,7 @@ def _wanted(inference: Inference) -> None:
 
 def _windows(inference: Inference) -> None:
     window, key = inference.sliding_window, "inference.sliding_window"
-    _extents(f"{key}.window_size", window.window_size, (2, 3))
+    _extents(f"{key}.window_size", window.window_size, (2, 3), LARGEST_WINDOW)
     overlap = window.overlap
     rule = "must be at least 0 and below 1 (overlap = 1 - tile_step_size)"
     _require(overlap is None or 0 <= overlap < 1, f"{key}.overlap", overlap, rule)

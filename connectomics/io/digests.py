@@ -38,6 +38,6 @@ def is_intact(folder: Path, name: str, checksum: str) -> bool:
 
 def _files(output: Path) -> Iterator[tuple[str, Path]]:
     if output.is_dir():
-        yield from files_below(output, f"{output.name}/")
+        yield from ((f"{output.name}/{name}", path) for name, path in files_below(output))
     else:
         yield output.name, output

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import threading
 from typing import Any
 
@@ -11,12 +13,18 @@ import numpy as np
 
 from connectomics.errors import VolumeError
 from connectomics.io.source import READ_ERRORS, Source, file_identity, three_positive, unreadable
-from connectomics.io.stored import StoredVolume, info_of, layout_of, row_chunk
+from connectomics.io.stored import StoredVolume, info_of, layout_of, require_small_chunks, row_chunk
 from connectomics.io.volume import Array, Nanometres
 
 DEFAULT_DATASET = "main"
 VOXEL_SIZE_ATTRIBUTES = {"voxel_size_nm": 1.0, "resolution": 1.0, "element_size_um": 1000.0}
 """Attributes (z, y, x) that state the voxel size, with the nanometres of their unit, the first found wins."""
+
+MOST_OBJECTS = 10_000
+DEEPEST = 64
+"""Objects and levels of groups that are looked through for a dataset."""
+PACKED_SPARE_BYTES = 1 << 16
+"""Filters may lengthen a chunk by a little, never to more than double its size and this."""
 
 
 def open_hdf5(source: Source) -> StoredVolume:
@@ -35,6 +43,7 @@ def open_hdf5(source: Source) -> StoredVolume:
             identity["dataset"] = dataset.name
             layout = layout_of(source, dataset.shape, None)
             chunk = dataset.chunks or row_chunk(dataset.shape, dataset.dtype.itemsize)
+            require_small_chunks(source, chunk, dataset.dtype.itemsize)
             info = info_of(source, layout, dataset.dtype, chunk, voxel_size_nm=_voxel_size(file, dataset))
             opened.pop_all()
     except READ_ERRORS as error:
@@ -43,6 +52,7 @@ def open_hdf5(source: Source) -> StoredVolume:
 
     def fetch(index: tuple[slice, ...]) -> Array:
         with lock:
+            _refuse_bombs(dataset, index)
             block: Array = dataset[index]
         return block
 
@@ -57,13 +67,12 @@ def _dataset(source: Source, file: Any) -> Any:
     wanted = source.inner or DEFAULT_DATASET
     node = file.get(wanted)
     if isinstance(node, h5py.Dataset):
-        return _with_shape(source, node)
-    names: list[str] = []
-    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        return _usable(source, node)
+    names = _names(source, file)
     if not names:
         raise VolumeError(f"{source.uri}: the HDF5 file holds no dataset.")
     if source.inner is None and len(names) == 1:
-        return _with_shape(source, file[names[0]])
+        return _usable(source, file[names[0]])
     listed = ", ".join(sorted(names)[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     raise VolumeError(
         f"{source.uri}: no dataset {wanted!r}; the file holds {listed}. Name one of them as "
@@ -71,10 +80,55 @@ def _dataset(source: Source, file: Any) -> Any:
     )
 
 
-def _with_shape(source: Source, dataset: Any) -> Any:
+def _names(source: Source, file: Any) -> list[str]:
+    """Names of all datasets."""
+    names: list[str] = []
+    visited = itertools.count()
+
+    def visit(name: str, item: object) -> bool | None:
+        if isinstance(item, h5py.Dataset):
+            names.append(name)
+        return next(visited) >= MOST_OBJECTS or name.count("/") >= DEEPEST or None
+
+    if file.visititems(visit):
+        raise VolumeError(
+            f"{source.uri}: more than {MOST_OBJECTS} objects or {DEEPEST} levels of groups; name the dataset as "
+            f"{source.path.name}::dataset."
+        )
+    return names
+
+
+def _usable(source: Source, dataset: Any) -> Any:
     if dataset.shape is None:
         raise VolumeError(f"{source.uri}: dataset {dataset.name} is a null dataset without voxels.")
+    if dataset.is_virtual and any(_is_virtual(source, part) for part in dataset.virtual_sources()):
+        raise VolumeError(
+            f"{source.uri}: dataset {dataset.name} is made of parts that are virtual themselves, which may lead in a "
+            "circle; copy the voxels into a dataset of their own."
+        )
     return dataset
+
+
+def _is_virtual(source: Source, part: Any) -> bool:
+    """Whether a part of a virtual dataset is virtual too, as in one that contains itself: HDF5 crashes on it."""
+    path = source.path if part.file_name == "." else source.path.parent / part.file_name
+    if not path.is_file():
+        return False  # such parts are the fill value
+    with h5py.File(path, "r", locking="best-effort") as file:
+        node = file.get(part.dset_name)
+        return isinstance(node, h5py.Dataset) and bool(node.is_virtual)
+
+
+def _refuse_bombs(dataset: Any, index: tuple[slice, ...]) -> None:
+    """Refuse packed chunks that are longer than what they should unpack to: HDF5 would unpack them whatever comes."""
+    if not dataset.chunks or not dataset.id.get_create_plist().get_nfilters():
+        return
+    largest = 2 * math.prod(dataset.chunks) * dataset.dtype.itemsize + PACKED_SPARE_BYTES
+    starts = [range(s.start - s.start % n, s.stop, n) for s, n in zip(index, dataset.chunks, strict=True)]
+    for start in itertools.product(*starts):
+        found = dataset.id.get_chunk_info_by_coord(start).size
+        if found > largest:
+            raise ValueError(f"the chunk at {start} takes {found} bytes packed, expected at most {largest}")
 
 
 def _voxel_size(file: Any, dataset: Any) -> Nanometres | None:

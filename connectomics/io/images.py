@@ -41,6 +41,8 @@ _DECODERS: dict[bytes, type[ImageFile.ImageFile]] = {
     b"BM": BmpImagePlugin.BmpImageFile,
 }
 _TIFF_MAGIC = (b"II", b"MM")
+_LARGEST_RATIO = 1 << 14  # the best of these formats pack 8256 voxels into a byte
+_SMALL_VOXELS = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,11 +195,14 @@ def _words(header: _Header) -> str:
 def _header(source: Source, path: Path) -> _Header:
     """What the file says of its pixels, without decoding them."""
     try:
+        file_identity(path)  # refuses pipes, at which opening would wait for ever
         if _is_tiff(path):
             return _tiff_header(path)
         with _opened(path) as image:
             mode = ImageMode.getmode(_mode(image))
             width, height = image.size
+        if width * height > max(_SMALL_VOXELS, path.stat().st_size * _LARGEST_RATIO):
+            raise ValueError(f"its header promises {width} × {height} pixels, more than the file can hold")
     except READ_ERRORS as error:
         raise unreadable(source, f"an image ({path.name})", error) from error
     return _Header(len(mode.bands), height, width, native_dtype(source, np.dtype(mode.typestr)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,9 @@ from connectomics.io.volume import Nanometres
 IMOD_STAMP = 1146047817
 IMOD_SIGNED_BYTES = 1
 IMOD_HALF_BYTES = 16
+EXTENDED_BYTES_AT, MAP_AT, BYTE_ORDER_AT = 92, 208, 212
+BIG_ENDIAN_STAMP = 0x11
+"""Offsets of the extended header's length, the word MAP and the machine stamp, whose first byte tells the order."""
 IMOD_FIELDS = slice(10, 12)
 """Where IMOD's stamp and flags stand among the integers of the header field ``extra2``."""
 
@@ -51,6 +56,7 @@ def open_mrc(source: Source) -> StoredVolume:
     try:
         with contextlib.ExitStack() as opened:
             identity = file_identity(source.path)
+            _require_extended_header(source.path)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about the extended header, which is not used
                 header = opened.enter_context(mrcfile.open(source.path, header_only=True)).header
@@ -64,6 +70,17 @@ def open_mrc(source: Source) -> StoredVolume:
     except READ_ERRORS as error:
         raise unreadable(source, "MRC", error) from error
     return StoredVolume(source, info, layout, fetch=array.fetch, identity=lambda: identity, release=release)
+
+
+def _require_extended_header(path: Path) -> None:
+    """Refuse a file that is shorter than its extended header: mrcfile would make room for it before it looks."""
+    with path.open("rb") as stream:
+        block = stream.read(BYTE_ORDER_AT + 1)
+    if block[MAP_AT:BYTE_ORDER_AT].startswith(b"MAP") and len(block) > BYTE_ORDER_AT:
+        order = ">" if block[BYTE_ORDER_AT] == BIG_ENDIAN_STAMP else "<"
+        (extended,) = struct.unpack_from(f"{order}i", block, EXTENDED_BYTES_AT)
+        if extended > path.stat().st_size:
+            raise ValueError(f"its header promises an extended header of {extended} bytes, more than the file has")
 
 
 def _letters(header: Any, dimensions: int) -> str:

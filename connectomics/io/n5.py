@@ -5,7 +5,6 @@ N5 counts axes from the fastest: without further word they are x, y, z, c.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,11 +19,13 @@ from connectomics.io.source import (
     READ_ERRORS,
     Source,
     files_below,
+    first_visit,
     folded_identity,
+    json_at,
     three_positive,
     unreadable,
 )
-from connectomics.io.stored import StoredVolume, info_of, layout_of
+from connectomics.io.stored import StoredVolume, info_of, layout_of, require_small_chunks
 from connectomics.io.volume import Array, Nanometres
 
 LETTERS = {2: "xy", 3: "xyz", 4: "xyzc"}
@@ -59,6 +60,7 @@ def open_n5(source: Source) -> StoredVolume:
         _require_known(source, attributes)
         array = ts.open(spec, open=True, read=True, write=False, context=ts.Context()).result()
         chunk: tuple[Any, ...] = array.chunk_layout.read_chunk.shape or array.shape
+        require_small_chunks(source, chunk, array.dtype.numpy_dtype.itemsize)
         frame = _frame(folder, attributes, source.path)
         info = info_of(
             source,
@@ -87,7 +89,7 @@ def open_n5(source: Source) -> StoredVolume:
 
 def _attributes(folder: Path) -> dict[str, Any]:
     path = folder / ATTRIBUTES
-    content = json.loads(path.read_bytes()) if path.exists() else {}
+    content = json_at(path) if path.exists() else {}
     if not isinstance(content, dict):
         raise ValueError(f"{ATTRIBUTES} in {folder.name} is not a JSON object")
     return content
@@ -102,7 +104,7 @@ def _choose(source: Source) -> Path:
     for candidate in (root / inner, root / inner / "s0"):
         if "dimensions" in _attributes(candidate):
             return candidate
-    names = sorted(str(path.relative_to(root)) for path in _arrays(root, DEEPEST))
+    names = sorted(str(path.relative_to(root)) for path in _arrays(root, DEEPEST, set()))
     within = [name for name in names if PurePosixPath(name).is_relative_to(inner)]
     levels = [name for name in within if PurePosixPath(name).name == "s0"]
     only = within if len(within) == 1 else levels
@@ -115,20 +117,22 @@ def _choose(source: Source) -> Path:
     raise VolumeError(f"{source.uri}: {what}; the folder holds {listed}. Name one as {root.name}::array.")
 
 
-def _arrays(folder: Path, depth: int) -> Iterator[Path]:
-    """Folders of arrays below a group, not looking inside arrays."""
+def _arrays(folder: Path, depth: int, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """Folders of arrays below a group, each once, not looking inside arrays."""
+    if not first_visit(folder, seen):
+        return
     if "dimensions" in _attributes(folder):
         yield folder
     elif depth > 0:
         for child in folder.iterdir():
             if child.is_dir():
-                yield from _arrays(child, depth - 1)
+                yield from _arrays(child, depth - 1, seen)
 
 
 def _dimensions(source: Source, attributes: dict[str, Any]) -> list[int]:
     found = attributes["dimensions"]
     if not isinstance(found, list) or not all(isinstance(n, int) for n in found):
-        raise VolumeError(f"{source.uri}: the N5 attributes state no usable dimensions, but {found!r}.")
+        raise VolumeError(f"{source.uri}: the N5 attributes state no usable dimensions, but {found!r:.80}.")
     return found
 
 
@@ -138,7 +142,7 @@ def _require_known(source: Source, attributes: dict[str, Any]) -> None:
     for what, found, known in (("type", attributes.get("dataType"), TYPES), ("compression", kind, COMPRESSIONS)):
         if found not in known:
             raise VolumeError(
-                f"{source.uri}: N5 {what} {found!r} cannot be read; expected one of {', '.join(known)}. "
+                f"{source.uri}: N5 {what} {found!r:.80} cannot be read; expected one of {', '.join(known)}. "
                 "Write the array again in one of them."
             )
 

@@ -37,6 +37,7 @@ MILLIMETRES_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
 HEADER_BYTES = 540
 RAS = "ras"
 PIECE_BYTES = 4 << 20
+LARGEST_RATIO = 1040  # gzip packs 1032 bytes into one at best
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ def open_nifti(source: Source) -> VolumeReader:
             native_dtype(source, header.dtype)
             layout = layout_of(source, header.shape, LETTERS.get(len(header.shape)))
             array: _Unpacked | MappedArray
+            if packed and header.total_bytes > LARGEST_RATIO * source.path.stat().st_size:
+                raise ValueError(f"its header promises {header.total_bytes} bytes, more than the file can hold")
             if packed:
                 array = _Unpacked(source, header)
                 opened.callback(array.close)
@@ -129,6 +132,8 @@ def _header(path: Path, packed: bool) -> _Header:
     slope, intercept = header.get_slope_inter()
     if (slope, intercept) == (1.0, 0.0):
         slope = None
+    with np.errstate(over="ignore", invalid="ignore"):
+        affine = header.get_best_affine()
     return _Header(
         tuple(int(n) for n in header.get_data_shape()),
         header.get_data_dtype(),
@@ -138,7 +143,7 @@ def _header(path: Path, packed: bool) -> _Header:
         tuple(float(zoom) for zoom in header.get_zooms()),
         str(header.get_xyzt_units()[0]),
         kind is Nifti1Header,
-        header.get_best_affine(),
+        affine,
     )
 
 
@@ -204,11 +209,14 @@ class _Unpacked:
             )
         with contextlib.ExitStack() as opened:
             stream: IO[bytes] = opened.enter_context(tempfile.TemporaryFile())
-            left = header.total_bytes
+            left, surplus = header.total_bytes, 0
             with gzip.open(self._source.path) as packed:
                 while piece := packed.read(PIECE_BYTES):  # to the end, where gzip's checksum is
                     stream.write(piece[:left])
+                    surplus += max(0, len(piece) - left)
                     left -= min(left, len(piece))
+                    if surplus > header.total_bytes + PIECE_BYTES:
+                        raise ValueError(f"it goes on beyond the {header.total_bytes} bytes that its header promises")
             stream.flush()
             array = MappedArray(stream, header.dtype, header.shape, header.offset, "F")
             self._stream = stream

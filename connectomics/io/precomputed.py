@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,8 +10,16 @@ import numpy as np
 import tensorstore as ts
 
 from connectomics.errors import VolumeError
-from connectomics.io.source import READ_ERRORS, Source, files_below, folded_identity, three_positive, unreadable
-from connectomics.io.stored import StoredVolume, info_of, layout_of
+from connectomics.io.source import (
+    READ_ERRORS,
+    Source,
+    files_below,
+    folded_identity,
+    json_at,
+    three_positive,
+    unreadable,
+)
+from connectomics.io.stored import StoredVolume, info_of, layout_of, require_small_chunks
 from connectomics.io.volume import Array
 
 PACKED_SUFFIXES = (".gz", ".br", ".zst", ".zstd", ".xz", ".lzma")
@@ -42,6 +49,7 @@ def open_precomputed(source: Source) -> StoredVolume:
         array = opened[ts.d[:].translate_to[0]]
         chunk: tuple[Any, ...] = array.chunk_layout.read_chunk.shape or array.shape
         layout = layout_of(source, array.shape, "xyzc")
+        require_small_chunks(source, chunk, array.dtype.numpy_dtype.itemsize)
         x, y, z = three_positive(scale.get("resolution")) or (np.nan,) * 3
         size = three_positive((z, y, x))
         offset = [float(n) for n in opened.domain.origin[:3]]
@@ -68,7 +76,7 @@ def open_precomputed(source: Source) -> StoredVolume:
 
 
 def _scales(source: Source) -> list[dict[str, Any]]:
-    content = json.loads((source.path / "info").read_bytes())
+    content = json_at(source.path / "info")
     scales = content.get("scales") if isinstance(content, dict) else None
     if not isinstance(scales, list) or not scales:
         raise VolumeError(
@@ -77,10 +85,9 @@ def _scales(source: Source) -> list[dict[str, Any]]:
         )
     if not all(isinstance(scale, dict) and isinstance(scale.get("key"), str) for scale in scales):
         raise VolumeError(f"{source.uri}: a scale in its info file has no key; write the info file again.")
-    if content.get("data_type") not in TYPES:
-        raise VolumeError(
-            f"{source.uri}: voxels of type {content.get('data_type')!r} cannot be read; expected {', '.join(TYPES)}."
-        )
+    kind = content.get("data_type")
+    if kind not in TYPES:
+        raise VolumeError(f"{source.uri}: voxels of type {kind!r:.80} cannot be read; expected {', '.join(TYPES)}.")
     return scales
 
 
@@ -102,15 +109,15 @@ def _folder(source: Source, scale: dict[str, Any]) -> Path:
     """The folder of a scale's chunks, present, of a known encoding and not packed file by file."""
     key = PurePosixPath(scale["key"])
     if key.is_absolute() or ".." in key.parts:
-        raise VolumeError(f"{source.uri}: the scale {scale['key']!r} lies outside its folder; name one inside.")
+        raise VolumeError(f"{source.uri}: the scale {scale['key']!r:.80} lies outside its folder; name one inside.")
     if scale.get("encoding") not in ENCODINGS:
         raise VolumeError(
-            f"{source.uri}: encoding {scale.get('encoding')!r} cannot be read; expected {', '.join(ENCODINGS)}. "
+            f"{source.uri}: encoding {scale.get('encoding')!r:.80} cannot be read; expected {', '.join(ENCODINGS)}. "
             "Write the volume again in one of them."
         )
     folder = source.path / key
     if not folder.is_dir():
-        raise VolumeError(f"{source.uri}: the folder of scale {scale['key']!r} is absent; copy it too.")
+        raise VolumeError(f"{source.uri}: the folder of scale {scale['key']!r:.80} is absent; copy it too.")
     packed = next((p for p in itertools.islice(folder.iterdir(), LOOKED_AT) if p.suffix in PACKED_SUFFIXES), None)
     if packed is not None:
         raise VolumeError(

@@ -5,6 +5,7 @@ Every file of a format imports this; it knows nothing about arrays.
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import struct
@@ -12,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +37,12 @@ READ_ERRORS = (
     zlib.error,
 )
 """What the storage libraries raise on a file that is damaged, missing or not theirs."""
+
+LARGEST_JSON_BYTES = 1 << 26
+BELIEVED_BYTES = 1 << 44
+"""A volume up to this size may be stored as nothing, because chunks that are absent are zeros."""
+BELIEVED_RATIO = 1 << 20
+"""A larger one takes at least this part of its size on disk."""
 
 PRECOMPUTED_PREFIXES = ("precomputed://file://", "precomputed://")
 """What may stand before the path of a precomputed volume, longest first."""
@@ -113,7 +121,7 @@ def reason(error: BaseException) -> str:
     """The first line of an error, short enough for one sentence; libraries put the cause at its start or its end."""
     if isinstance(error, PermissionError):
         return "permission denied; make it readable for this user"
-    lines = str(error).strip().splitlines()
+    lines = str(error).partition(" [tensorstore_spec=")[0].strip().splitlines()
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 200 else f"{text[:90]} … {text[-110:]}"
 
@@ -168,6 +176,8 @@ def is_folder(source: Source) -> bool:
 def file_identity(path: Path, name: str | None = None) -> dict[str, object]:
     """Name, size and modification time of a file; they change when its content may have changed."""
     found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"{name or path.name} is neither a file nor a folder")
     return {"name": name or path.name, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
@@ -177,11 +187,68 @@ def folded_identity(name: str, files: Sequence[tuple[str, Path]]) -> dict[str, o
     return {"name": name, "files": len(parts), "sha256": key_of({"files": parts})}
 
 
-def files_below(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
-    """All files below a folder with their relative names, in a fixed order; TensorStore's locks are left out."""
+def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
+    """All files below a folder with their relative names, in a fixed order; TensorStore's locks are left out.
+
+    A folder that links lead to again is left out, so that circles end.
+    """
+    yield from _below(folder, "", set())
+
+
+def _below(folder: Path, prefix: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, Path]]:
+    if not first_visit(folder, seen):
+        return
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.is_dir():
-                yield from files_below(Path(entry.path), f"{prefix}{entry.name}/")
+                yield from _below(Path(entry.path), f"{prefix}{entry.name}/", seen)
             elif not entry.name.endswith("__lock"):
                 yield prefix + entry.name, Path(entry.path)
+
+
+def first_visit(folder: Path, seen: set[tuple[int, int]]) -> bool:
+    """Whether a folder is not in ``seen`` yet, under whatever name; it is afterwards."""
+    found = folder.stat()
+    place = (found.st_dev, found.st_ino)
+    if place in seen:
+        return False
+    seen.add(place)
+    return True
+
+
+def json_at(path: Path) -> Any:
+    """The JSON value in a metadata file; nothing is waited for and no bomb is read.
+
+    Raises
+    ------
+    OSError, ValueError, RecursionError
+        If it is no file, too large, or not JSON.
+    """
+    file_identity(path)  # refuses pipes, at which opening would wait for ever
+    with path.open("rb") as stream:
+        text = stream.read(LARGEST_JSON_BYTES + 1)
+    if len(text) > LARGEST_JSON_BYTES:
+        raise ValueError(f"{path.name} is larger than {LARGEST_JSON_BYTES} bytes, too large for metadata")
+    return json.loads(text)
+
+
+def require_believable(source: Source, claimed_bytes: int) -> None:
+    """Refuse a volume that claims to be vast while next to nothing of it is stored.
+
+    Raises
+    ------
+    VolumeError
+        If the files at the path are too small for it.
+    """
+    if claimed_bytes <= BELIEVED_BYTES:
+        return
+    stored = 0
+    files = files_below(source.path) if source.path.is_dir() else [("", source.path)]
+    for _, path in files:
+        stored += path.stat().st_size
+        if stored * BELIEVED_RATIO >= claimed_bytes:
+            return
+    raise VolumeError(
+        f"{source.uri}: its metadata promise {float(claimed_bytes):.3g} bytes of voxels, but only {stored} bytes are "
+        "stored; the shape is damaged or files are missing, so copy or write it again."
+    )

@@ -16,13 +16,15 @@ import numpy as np
 
 from connectomics.errors import VolumeError
 from connectomics.geometry import Box, Vec3, pieces, vec3
-from connectomics.io.source import READ_ERRORS, Source, reason
+from connectomics.io.source import READ_ERRORS, Source, reason, require_believable
 from connectomics.io.volume import Array, Nanometres, Spacing, VolumeInfo
 
 AXES = "czyx"
 CACHE_BYTES = 64 << 20
 READ_BYTES = 16 << 20
 PIECE_BYTES = 1 << 20
+LARGEST_CHUNK_BYTES = 1 << 32
+"""Chunks, strips and tiles are unpacked whole, so larger ones are refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +93,18 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None) -> Layou
     letters = source.axes or found or default
     if letters is None:
         raise VolumeError(
-            f"{source.uri}: the array has {len(shape)} axes, shape {shape}; a volume has 2 (y, x), 3 (z, "
+            f"{source.uri}: the array has {len(shape)} axes, shape {shape!s:.80}; a volume has 2 (y, x), 3 (z, "
             "y, x) or 4 (c, z, y, x). Name an array of fewer axes or state the axes."
         )
     if len(letters) != len(shape):
         raise VolumeError(
             f"{source.uri}: the axes {letters!r} name {len(letters)} axes, but the stored array has "
-            f"{len(shape)}, shape {shape}; give one letter for each of them."
+            f"{len(shape)}, shape {shape!s:.80}; give one letter for each of them."
         )
     if min(shape) < 1:
-        raise VolumeError(f"{source.uri}: the array of shape {shape} has an axis without voxels; nothing to read.")
+        raise VolumeError(
+            f"{source.uri}: the array of shape {shape!s:.80} has an axis without voxels; nothing to read."
+        )
     for letter, length in zip(letters, shape, strict=True):
         if letter in "t?" and length > 1:
             kind = "a time axis" if letter == "t" else "an axis of unknown kind"
@@ -152,15 +156,32 @@ def info_of(
     Raises
     ------
     VolumeError
-        If the dtype cannot be used or the requested voxel size is not positive.
+        If the dtype cannot be used, the requested voxel size is not positive, or the shape is beyond belief.
     """
     native = native_dtype(source, dtype)
+    require_believable(source, math.prod(layout.stored) * dtype.itemsize)
     stated = source.voxel_size_nm
     try:
         chunk = layout.chunk(stored_chunk)
         return VolumeInfo(layout.shape, native, chunk, stated or voxel_size_nm, origin_nm, spacing)
     except ValueError as error:
         raise VolumeError(f"{source.uri}: {error}") from error
+
+
+def require_small_chunks(source: Source, stored_chunk: Sequence[int], itemsize: int) -> None:
+    """Refuse an array whose chunks are too large to be unpacked.
+
+    Raises
+    ------
+    VolumeError
+        If one takes more than ``LARGEST_CHUNK_BYTES``.
+    """
+    found = math.prod(int(n) for n in stored_chunk) * itemsize
+    if found > LARGEST_CHUNK_BYTES:
+        raise VolumeError(
+            f"{source.uri}: its chunks {tuple(stored_chunk)} take {float(found):.3g} bytes each, expected at most "
+            f"{LARGEST_CHUNK_BYTES}; write the array again in smaller chunks."
+        )
 
 
 def row_chunk(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:

@@ -19,7 +19,15 @@ import tifffile
 
 from connectomics.errors import VolumeError
 from connectomics.io.source import NM_PER_UNIT, READ_ERRORS, Source, file_identity, three_positive, unreadable
-from connectomics.io.stored import Layout, RecentArrays, StoredVolume, info_of, layout_of, row_chunk
+from connectomics.io.stored import (
+    Layout,
+    RecentArrays,
+    StoredVolume,
+    info_of,
+    layout_of,
+    require_small_chunks,
+    row_chunk,
+)
 from connectomics.io.volume import Array, Nanometres, Spacing
 
 LETTERS = {"S": "c", "C": "c", "Q": "z", "I": "z", "Z": "z", "Y": "y", "X": "x", "T": "t"}
@@ -145,6 +153,9 @@ class _Pages:
         self._y = self._key.axes.index("Y")
         self._x = self._key.axes.index("X")
         self._pieces = _Pieces.of(self._key)
+        if not self._key.is_final:
+            piece = (self._pieces.height, self._pieces.width, self._key.samplesperpixel)
+            require_small_chunks(source, piece, self._key.dtype.itemsize)
         self._decode = self._key.decode
         self._recent = RecentArrays()
         self._lock = threading.Lock()
@@ -210,9 +221,9 @@ class _Pages:
 
         def decode() -> Array:
             offset, count = page.dataoffsets[piece], page.databytecounts[piece]
+            if offset + count > os.fstat(self._descriptor).st_size:
+                raise EOFError(f"page {number} has {count} bytes at offset {offset}, beyond the end of the file")
             data = os.pread(self._descriptor, count, offset)
-            if len(data) < count:
-                raise EOFError(f"page {number} is cut after {len(data)} of {count} bytes at offset {offset}")
             tables: dict[str, Any] = {}
             if self._key.compression in JPEG_COMPRESSIONS:
                 tables = {"jpegtables": page.jpegtables, "jpegheader": self._key.jpegheader}

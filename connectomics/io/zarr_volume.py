@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,11 +16,13 @@ from connectomics.io.source import (
     READ_ERRORS,
     Source,
     files_below,
+    first_visit,
     folded_identity,
+    json_at,
     three_positive,
     unreadable,
 )
-from connectomics.io.stored import StoredVolume, info_of, layout_of
+from connectomics.io.stored import StoredVolume, info_of, layout_of, require_small_chunks
 from connectomics.io.volume import Array, Nanometres
 
 METADATA_FILES = ("zarr.json", ".zarray", ".zgroup")
@@ -64,11 +65,13 @@ def open_zarr(source: Source) -> StoredVolume:
         layout = layout_of(source, _shape(source, node), frame.letters if frame else _dimension_names(node))
         _require_plain(source, node)
         array = open_array(node.path, node.version)
+        chunk = array.chunk_layout.read_chunk.shape
+        require_small_chunks(source, chunk, array.dtype.numpy_dtype.itemsize)
         info = info_of(
             source,
             layout,
             array.dtype.numpy_dtype,
-            array.chunk_layout.read_chunk.shape,
+            chunk,
             voxel_size_nm=frame.voxel_size_nm if frame else None,
             origin_nm=frame.origin_nm if frame else (0.0, 0.0, 0.0),
         )
@@ -100,14 +103,14 @@ def open_array(path: Path, version: int, *, writable: bool = False) -> Any:
 
 def _node(path: Path) -> _Node | None:
     """The array or group in a folder, or None where there is neither."""
-    found = {name: json.loads((path / name).read_bytes()) for name in METADATA_FILES if (path / name).exists()}
+    found = {name: json_at(path / name) for name in METADATA_FILES if (path / name).exists()}
     if any(not isinstance(metadata, dict) for metadata in found.values()):
         raise ValueError(f"the metadata in {path} are not a JSON object")
     if "zarr.json" in found:
         metadata = found["zarr.json"]
         return _Node(path, 3, metadata.get("node_type") == "array", metadata, metadata.get("attributes") or {})
     if found:
-        attributes = json.loads((path / ".zattrs").read_bytes()) if (path / ".zattrs").exists() else {}
+        attributes = json_at(path / ".zattrs") if (path / ".zattrs").exists() else {}
         return _Node(path, 2, ".zarray" in found, found.get(".zarray", {}), attributes)
     return None
 
@@ -127,8 +130,10 @@ def _choose(source: Source) -> _Node:
             chosen = None if ".." in level.parts or level.is_absolute() else _node(node.path / level)
             if chosen is not None and chosen.is_array:
                 return chosen
-            raise VolumeError(f"{source.uri}: the multiscales metadata name the array {level}, which is absent.")
-    names = sorted(str(path.relative_to(root)) for path in _arrays(root, DEEPEST))
+            raise VolumeError(
+                f"{source.uri}: the multiscales metadata name the array {str(level)[:80]}, which is absent."
+            )
+    names = sorted(str(path.relative_to(root)) for path in _arrays(root, DEEPEST, set()))
     within = [name for name in names if PurePosixPath(name).is_relative_to(inner)]
     only = _node(root / within[0]) if len(within) == 1 and node is not None else None
     if only is not None:
@@ -140,15 +145,17 @@ def _choose(source: Source) -> _Node:
     raise VolumeError(f"{source.uri}: {what}; the folder holds {listed}. Name one as {root.name}::array.")
 
 
-def _arrays(folder: Path, depth: int) -> Iterator[Path]:
-    """Folders of arrays below a group, not looking inside arrays."""
+def _arrays(folder: Path, depth: int, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """Folders of arrays below a group, each once, not looking inside arrays."""
+    if not first_visit(folder, seen):
+        return
     node = _node(folder)
     if node is not None and node.is_array:
         yield folder
     elif depth > 0:
         for child in folder.iterdir():
             if child.is_dir():
-                yield from _arrays(child, depth - 1)
+                yield from _arrays(child, depth - 1, seen)
 
 
 def _multiscale(node: _Node) -> dict[str, Any]:
@@ -166,7 +173,7 @@ def _datasets(node: _Node) -> list[dict[str, Any]]:
 def _shape(source: Source, node: _Node) -> list[int]:
     shape = node.metadata.get("shape")
     if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
-        raise VolumeError(f"{source.uri}: the Zarr metadata state no usable shape, but {shape!r}.")
+        raise VolumeError(f"{source.uri}: the Zarr metadata state no usable shape, but {shape!r:.80}.")
     return shape
 
 
@@ -180,7 +187,7 @@ def _require_plain(source: Source, node: _Node) -> None:
         plain = isinstance(name, str) and name[1:2] in set("biuf")
     if not plain:
         raise VolumeError(
-            f"{source.uri}: voxels of type {name!r} cannot be read as intensities or labels; expected "
+            f"{source.uri}: voxels of type {name!r:.80} cannot be read as intensities or labels; expected "
             "bool, integers or floats."
         )
 

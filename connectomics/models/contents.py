@@ -182,9 +182,15 @@ def _read_fold(path: Path, trust_code: bool) -> Fold:
     axes = content.get("inference_allowed_mirroring_axes") or ()
     if not isinstance(axes, (list, tuple)) or any(type(a) is not int for a in axes) or len(set(axes)) < len(axes):
         raise ModelError(f"{path}: inference_allowed_mirroring_axes are {axes!r:.60}, expected distinct axis numbers")
+    size = path.stat().st_size
     for name, tensor in weights.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ModelError(f"{path}: network_weights hold {name!r:.60} that is not a tensor; the file is not usable")
+        if tensor.numel() * tensor.itemsize > size:
+            raise ModelError(
+                f"{path}: the weight {name!r:.60} of shape {list(tensor.shape)!r:.60} is larger than the file of "
+                f"{size} bytes, so one number stands for many; it is not what nnU-Net writes, so use another checkpoint"
+            )
     return Fold(path, content["trainer_name"], init_args["configuration"], tuple(axes), init_args, weights)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +213,8 @@ def check_file(folder: Path, name: str, manifest: Manifest) -> None:
         If it is missing, unreadable or differs.
     """
     try:
+        if not stat.S_ISREG((folder / name).stat().st_mode):
+            raise ModelError(f"{folder / name}: is no file; {_AGAIN}")
         found = sha256_of_file(folder / name)
     except OSError as error:
         raise ModelError(f"{folder / name}: cannot be read ({error.strerror}); {_AGAIN}") from error

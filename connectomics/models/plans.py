@@ -41,6 +41,7 @@ _RESAMPLING: dict[str, dict[str, Any]] = {  # nnU-Net's functions with the defau
     NO_RESAMPLING: {},
 }
 _MODES = {"nearest-exact": 0, "linear": 1}  # torch's names of spline orders
+_LARGEST_BYTES = 1 << 26
 _LARGEST_PATCH = 4096
 _LARGEST_PAINTED = 32767  # nnU-Net paints regions in int16
 _RESTORE = "restore the file that nnU-Net wrote for this model"
@@ -97,14 +98,18 @@ def read_json(path: Path) -> PlanText:
         If the file cannot be read or is not a JSON object; the message names the line.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            text = stream.read(_LARGEST_BYTES + 1)
+        if len(text) > _LARGEST_BYTES:
+            raise ValueError(f"larger than {_LARGEST_BYTES} bytes")
+        values = json.loads(text.decode())
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     except json.JSONDecodeError as error:
         raise ModelError(
             f"{path}: broken JSON at line {error.lineno}, column {error.colno} ({error.msg}); {_RESTORE}"
         ) from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not a JSON text file ({error!s:.80}); {_RESTORE}") from error
     return _as_object(values, str(path))
 

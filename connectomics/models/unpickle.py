@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ import torch
 from connectomics.errors import ModelError, UnsafeModelError
 
 _NUMPY_CORES = ("numpy._core", "numpy.core")
+_LARGEST_PICKLE_BYTES = 1 << 24  # everything but the weights, which lie beside it
+_LONGEST_READ_BYTES = 1 << 20
 _PLAIN_DTYPE = re.compile(r"[<>|=]?[biufc]\d{1,2}")
 
 _DAMAGE = (
@@ -90,11 +92,26 @@ _ALLOWED = frozenset(
 )
 
 
+class _Cautious:
+    """A stream that never gives more at once than a plain checkpoint needs, whatever length a pickle states."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+
+    def read(self, count: int) -> bytes:
+        """Up to ``count`` bytes, but not more than ``_LONGEST_READ_BYTES``."""
+        return self._stream.read(min(count, _LONGEST_READ_BYTES))
+
+    def readline(self) -> bytes:
+        """A line, or as much of it as is given at once."""
+        return self._stream.readline(_LONGEST_READ_BYTES)
+
+
 def _named_globals(stream: IO[bytes]) -> list[str]:
     """Names of the functions and classes a pickle asks for, found by reading its instructions only."""
     names: list[str] = []
     strings: list[str] = []
-    for opcode, argument, _ in pickletools.genops(stream):
+    for opcode, argument, _ in pickletools.genops(cast(IO[bytes], _Cautious(stream))):
         if isinstance(argument, str):
             strings.append(argument)
         if opcode.name in ("GLOBAL", "INST"):
@@ -124,8 +141,13 @@ def _check_names(path: Path) -> None:
             "bytes, no zip archive); copy it again and compare its sha256 with the source's"
         )
     with zipfile.ZipFile(path) as archive:
-        pickles = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
+        pickles = [info for info in archive.infolist() if info.filename.rpartition("/")[2] == "data.pkl"]
         for entry in pickles:
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > _LARGEST_PICKLE_BYTES:
+                raise ModelError(
+                    f"{path}: its {entry.filename:.80} is packed or takes {entry.file_size} bytes, expected at most "
+                    f"{_LARGEST_PICKLE_BYTES} as they are; it is not a checkpoint written by torch.save"
+                )
             with archive.open(entry) as stream:
                 for name in _named_globals(stream):
                     if name not in _ALLOWED:

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -378,9 +379,9 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]] = {
     "nifti: packed array cut": (lambda f: nii(f, "a.nii.gz", dim=[3, 6, 40, 51, 1, 1, 1, 1]), "it was cut", {}),
     "nifti: not packed": (lambda f: nii(f).rename(f / "a.nii.gz"), "as NIfTI: Not a gzipped", {}),
     "nifti: packed as plain": (lambda f: nii(f, "a.nii.gz").rename(f / "a.nii"), "NIfTI header", {}),
-    "nifti: larger than the disk": (
+    "nifti: more than gzip can pack": (
         lambda f: nii(f, "a.nii.gz", dim=[4, 32767, 32767, 32767, 32767, 1, 1, 1]),
-        "set TMPDIR",
+        "more than the file can hold",
         {},
     ),
     "nifti: pair": (lambda f: nii(f, magic=b"ni1"), "in another file", {}),
@@ -481,6 +482,13 @@ def read_all(uri: str, **options: Any) -> np.ndarray:
         return reader.read(Box.of_shape(reader.info.extent))
     finally:
         reader.close()
+
+
+def test_a_packed_file_larger_than_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = nii(tmp_path, "a.nii.gz")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=10))
+    with pytest.raises(VolumeError, match=r"unpacked it takes \d+ bytes, but .* has 10 free; set TMPDIR"):
+        read_all(str(path))
 
 
 @pytest.mark.parametrize("name", list(BROKEN))

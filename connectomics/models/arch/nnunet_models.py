@@ -210,7 +210,7 @@ def _classes_resolved(plan: NetworkPlan) -> dict[str, Any]:
     for key in plan.imports:
         if not isinstance(key, str) or key not in arguments:
             raise ModelError(
-                f"{plan.where}: _kw_requires_import names '{key}', which is not in arch_kwargs; {_RESTORE}"
+                f"{plan.where}: _kw_requires_import names '{key!s:.80}', which is not in arch_kwargs; {_RESTORE}"
             )
         if arguments[key] is None:
             continue
@@ -228,7 +228,7 @@ def _trusted(name: str, key: str, plan: NetworkPlan) -> Any:
     """Import a class outside of the allow-list if the user said so."""
     if not plan.trust_code:
         raise UnsafeModelError(
-            f"{plan.where}: '{key}' names '{name}', which is not among the networks and layers nnU-Net's "
+            f"{plan.where}: '{key!s:.80}' names '{name!s:.120}', which is not among the networks and layers nnU-Net's "
             "plans use; nothing of it was run; if you trust where the file comes from, set "
             "model.trust_code=true"
         )
@@ -237,7 +237,8 @@ def _trusted(name: str, key: str, plan: NetworkPlan) -> Any:
         return operator.attrgetter(attribute)(_module_or_class(module))
     except (ImportError, AttributeError, ValueError) as error:
         raise ModelError(
-            f"{plan.where}: '{key}' names '{name}', which cannot be imported ({error}); install the package it is in"
+            f"{plan.where}: '{key}' names '{name!s:.120}', which cannot be imported ({error}); install "
+            "the package it is in"
         ) from error
 
 
@@ -273,7 +274,7 @@ def _check_arguments(plan: NetworkPlan, network_class: Any, arguments: Mapping[s
             for number in _flat(value):
                 if not isinstance(number, int) or not 1 <= number <= _LARGEST[key]:
                     raise ModelError(
-                        f"{plan.where}: '{key}' holds {number!r}, expected whole numbers from 1 to "
+                        f"{plan.where}: '{key}' holds {number!r:.80}, expected whole numbers from 1 to "
                         f"{_LARGEST[key]}; {_RESTORE}"
                     )
     _check_strides(plan, arguments)

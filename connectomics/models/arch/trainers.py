@@ -113,7 +113,7 @@ def own_network_trainer(name: str, *, where: str, trust_code: bool) -> Any | Non
     outside = _external_module(name)
     if outside is None:
         raise ModelError(
-            f"{where}: unknown trainer '{name}', not among the {len(stock_trainers())} of the installed "
+            f"{where}: unknown trainer '{name:.80}', not among the {len(stock_trainers())} of the installed "
             "nnunetv2; custom trainers come with model.trust_code=true and the environment variable "
             "nnUNet_extTrainer naming their folder"
         )
