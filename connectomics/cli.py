@@ -23,15 +23,18 @@ if TYPE_CHECKING:
     from connectomics.build.engine import Engine
     from connectomics.config.schema import Config
     from connectomics.io.listing import VolumeSource
+    from connectomics.lightning.evaluation import Scores
     from connectomics.lightning.inference import VolumeOutcome
 
 FAILED = 3
+_INSTANCES = "test.evaluation.metrics=[ap,f1,pq,voi,arand]"
 INTERRUPTED = 128  # plus the signal's number
 EXAMPLES = """\
 examples:
   connectomics infer-volume --checkpoint MODEL inference.volume_mode.file_pattern='data/*.h5' \\
       inference.data.output_path=out/
   connectomics test --config tutorials/nnunet_mito_inference.yaml --checkpoint MODEL
+  connectomics evaluate out/NAME_labels.h5 TRUTH
   connectomics inspect MODEL
   connectomics convert MODEL OUTPUT
   connectomics doctor --checkpoint MODEL
@@ -54,10 +57,11 @@ def script_main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mode", required=True, choices=["test", "infer-volume"], help="what to do")
+    parser.add_argument("--mode", required=True, choices=["test", "infer-volume", "evaluate"], help="what to do")
     _add_run_words(parser)
     words = _parsed(parser, arguments)
     words.command = words.mode
+    vars(words).update(prediction=None, truth=None, ignore=None, instances=False, json=False)
     return _guarded(words)
 
 
@@ -75,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         ("doctor", "check versions, device, memory, disk, model and volumes"),
     ):
         _add_run_words(commands.add_parser(name, help=text, description=text))
+    _add_evaluate_words(commands)
     inspect = commands.add_parser("inspect", help="say what a checkpoint is, without running anything it brings")
     inspect.add_argument("model", type=Path, help="training folder, fold folder, exported .zip or .pth file")
     inspect.add_argument("--json", action="store_true", help="print JSON")
@@ -131,6 +136,20 @@ def _add_run_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. system.device=cuda:0")
 
 
+def _add_evaluate_words(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "measure labels or objects against their truth; no model is needed"
+    evaluate = commands.add_parser("evaluate", help=text, description=text)
+    evaluate.add_argument("prediction", help="a volume of labels or, with --instances, of ids")
+    evaluate.add_argument("truth", help="a volume of the same shape; format, type and chunks may differ")
+    evaluate.add_argument("--ignore", metavar="VOLUME", help="where it is not 0, voxels are not counted")
+    text = f"short for {_INSTANCES}: compare objects by their ids"
+    evaluate.add_argument("--instances", action="store_true", help=text)
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.add_argument("--config", type=Path, help="YAML file; see tutorials/nnunet_mito_inference.yaml")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. test.evaluation.…")
+    evaluate.set_defaults(checkpoint=None)
+
+
 def _add_nnunet_words(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``nnUNetv2_predict`` and ``nnUNetv2_predict_from_modelfolder``, with their defaults."""
     add = parser.add_argument
@@ -151,7 +170,7 @@ def _add_nnunet_words(parser: argparse.ArgumentParser) -> None:
     add("-part_id", type=int, default=0, help="which of them, from 0 on; default: %(default)s")
     add("-device", choices=["cuda", "cpu", "mps"], default="cuda", help="default: %(default)s")
     add("--disable_progress_bar", action="store_true", help="no progress")
-    add("-prev_stage_predictions", metavar="FOLDER", help="refused: cascades are not supported yet")
+    add("-prev_stage_predictions", type=Path, metavar="FOLDER", help="labels CASE.png of a cascade's first stage")
     for word in ("-npp", "-nps"):
         add(word, type=int, help="ignored: no processes are needed for reading and writing")
     for word in ("--verbose", "--not_on_device"):
@@ -252,7 +271,7 @@ def _test(words: argparse.Namespace) -> int:
     config = _configured(words)
     from connectomics.build.engine import build_engine
     from connectomics.build.volumes import named_sources
-    from connectomics.lightning.evaluation import check_truths, evaluate_outcomes, score_table
+    from connectomics.lightning.evaluation import check_known_answers, evaluate_outcomes
 
     images = config.test.data.test_image
     if not images:
@@ -261,15 +280,40 @@ def _test(words: argparse.Namespace) -> int:
     sources = named_sources(images, engine.spec.channels)
     labels = config.test.data.test_label if config.test.evaluation.enabled else None
     if labels:
-        check_truths(sources, labels)
+        check_known_answers(config, sources)
     outcomes = _run(config, engine, sources)
     code = _ended(outcomes)
     if labels:
-        scores = evaluate_outcomes(config, engine, outcomes, labels)
-        print(score_table(scores))
-        print(scores.path)
-        code = code or (FAILED if scores.failures else 0)
+        code = max(code, _print_scores(evaluate_outcomes(config, engine, outcomes), as_json=False))
     return code
+
+
+def _evaluate(words: argparse.Namespace) -> int:
+    from connectomics.config.load import load_config
+
+    stated = [_INSTANCES] if words.instances else []
+    config = load_config(words.config, [*stated, *words.overrides])
+    from connectomics.evaluate.volumes import Comparison
+    from connectomics.lightning.evaluation import evaluate_volumes, stated_comparisons
+    from connectomics.lightning.inference import check_output_folder
+
+    if words.checkpoint is not None:
+        raise ConfigError(f"--checkpoint {words.checkpoint}: volumes are compared without a model; leave it out")
+    named = words.prediction is not None  # the script's mode takes them from test.data
+    one = [Comparison(words.prediction, words.prediction, words.truth, words.ignore)]
+    jobs = one if named else stated_comparisons(config)
+    check_output_folder(Path(config.inference.data.output_path))
+    return _print_scores(evaluate_volumes(config, jobs), words.json)
+
+
+def _print_scores(scores: Scores, as_json: bool) -> int:
+    """Print a table or JSON, and where the files are; the exit code."""
+    from connectomics.lightning.score_table import score_table
+
+    print(json.dumps(scores.content, indent=1) if as_json else score_table(scores))
+    for path in () if as_json else (*scores.matches, scores.path):
+        print(path)
+    return FAILED if scores.failures else 0
 
 
 def _inspect(words: argparse.Namespace) -> int:
@@ -390,6 +434,7 @@ def _from_nnunet(words: argparse.Namespace) -> int:
         num_parts=words.num_parts,
         part_id=words.part_id,
         device=words.device,
+        previous_folder=words.prev_stage_predictions,
     )
     prediction = FolderPrediction(call, words.overrides)
     for deviation in prediction.deviations:
@@ -406,8 +451,6 @@ def _from_nnunet(words: argparse.Namespace) -> int:
 
 def _model_of(words: argparse.Namespace) -> Path:
     """The training folder that nnU-Net's arguments mean."""
-    if words.prev_stage_predictions is not None:
-        raise ConfigError("-prev_stage_predictions: cascades are not supported yet; use nnU-Net itself for this model")
     if words.m is not None and (words.d or words.c):
         raise ConfigError("-m and -d or -c both name the model; give -m FOLDER, or -d DATASET -c CONFIGURATION")
     if words.m is not None:
@@ -422,6 +465,7 @@ def _model_of(words: argparse.Namespace) -> Path:
 _COMMANDS = {
     "infer-volume": _infer_volume,
     "test": _test,
+    "evaluate": _evaluate,
     "inspect": _inspect,
     "verify": _verify,
     "reproduce": _reproduce,

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from connectomics.build.cascade import check_previous_stage
 from connectomics.build.engine import build_engine, device_name, memory_budget_bytes
 from connectomics.build.volumes import list_sources, open_source, share_of
 from connectomics.config.schema import Config
@@ -120,6 +121,7 @@ def _model_and_volumes(config: Config, checkpoint: Path | None) -> list[Finding]
         return findings
     try:
         sources = share_of(config, list_sources(config, spec.channels))
+        check_previous_stage(config, engine.specs, sources)
     except ConnectomicsError as error:
         return [*findings, Finding("volumes", False, str(error), "mend inference.volume_mode")]
     for source in sources[:VOLUMES_OPENED]:

@@ -5,6 +5,7 @@ Everything is in voxels, axis order (z, y, x), half open. Used by every layer ab
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -258,3 +259,35 @@ class BlockGrid:
         for i, block in enumerate(self):
             if i >= start_index and (i - start_index) % step == 0:
                 yield block
+
+
+def pieces(box: Box, unit: Vec3, voxels: int) -> Iterator[Box]:
+    """Cut a box where whole units end, as many units together as hold at most ``voxels``, in raster order.
+
+    Parameters
+    ----------
+    box
+        What is cut.
+    unit
+        Shape (z, y, x) of what is not cut; units begin at the origin. Neighbours along x are joined first.
+    voxels
+        Bound of a piece; one unit is a piece even where it is larger.
+
+    Examples
+    --------
+    >>> [piece.shape for piece in pieces(Box((0, 1, 0), (1, 7, 8)), (1, 4, 4), 32)]
+    [(1, 3, 8), (1, 3, 8)]
+    """
+    if not box.voxels:
+        return
+    shape = list(unit)
+    for axis in (2, 1, 0):
+        first, last = box.start[axis] // unit[axis], -(-box.stop[axis] // unit[axis])
+        most = max(1, voxels // math.prod(shape))
+        shape[axis] *= last - first if last - first <= most else most
+    spans = [
+        [(max(a, at), min(b, at + step)) for at in range(a - a % unit, b, step)]
+        for a, b, unit, step in zip(box.start, box.stop, unit, shape, strict=True)
+    ]
+    for z, y, x in itertools.product(*spans):
+        yield Box((z[0], y[0], x[0]), (z[1], y[1], x[1]))

@@ -19,6 +19,7 @@ from rich.progress import (
 from connectomics.lightning.inference import VolumeOutcome
 
 PLAIN_EVERY_S = 30.0  # seconds between lines where there is no terminal
+ESTIMATED_OVER_S = 86_400.0  # blocks take minutes each, and rich looks back over half a minute only
 
 
 class ProgressBar:
@@ -34,12 +35,14 @@ class ProgressBar:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
+            speed_estimate_period=ESTIMATED_OVER_S,
             disable=not self._console.is_terminal,
         )
         self._volumes: TaskID | None = None
         self._blocks: TaskID | None = None
         self._began = self._said = time.monotonic()
         self._count = self._total = 0
+        self._first: tuple[int, float] | None = None  # blocks of this volume that were finished before, and when
 
     def __enter__(self) -> ProgressBar:
         self._bars.start()
@@ -59,6 +62,7 @@ class ProgressBar:
 
     def began(self, name: str) -> None:
         """A volume begins."""
+        self._first = None
         if self._blocks is not None:
             self._bars.reset(self._blocks, description=name[-40:], total=None, visible=False)
 
@@ -66,7 +70,7 @@ class ProgressBar:
         """A block of the current volume is on disk."""
         if self._blocks is not None:
             self._bars.update(self._blocks, completed=finished, total=planned, visible=planned > 1)
-        self._say(f"block {finished}/{planned}")
+        self._say(f"block {finished}/{planned}", self._left_of_volume(finished, planned))
 
     def ended(self, outcome: VolumeOutcome) -> None:
         """A volume has ended."""
@@ -77,13 +81,23 @@ class ProgressBar:
             self._bars.advance(self._volumes)
         if outcome.state == "failed":
             self._console.print(f"failed: {outcome.name}: {outcome.reason}", style="red", soft_wrap=True)
-        self._say(f"volume {self._count}/{self._total}")
+        left = (time.monotonic() - self._began) / self._count * (self._total - self._count)
+        self._say(f"volume {self._count}/{self._total}", f", {left:.0f} s left")
 
-    def _say(self, text: str) -> None:
+    def _left_of_volume(self, finished: int, planned: int) -> str:
+        """How long the blocks that are left will take, judged by those computed since the volume began."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (finished, now)
+        before, since = self._first
+        if finished == before:
+            return ""
+        return f", {(now - since) / (finished - before) * (planned - finished):.0f} s left in this volume"
+
+    def _say(self, text: str, left: str) -> None:
         """Where nothing is drawn, a line now and then."""
         now = time.monotonic()
         if self._console.is_terminal or now - self._said < PLAIN_EVERY_S:
             return
         self._said = now
-        left = f", {(now - self._began) / self._count * (self._total - self._count):.0f} s left" if self._count else ""
         self._console.print(f"{text}, {now - self._began:.0f} s{left}")

@@ -66,9 +66,11 @@ def make_plans(
     axis_order: Sequence[int] = (0, 1, 2),
     masked: Sequence[bool] = (),
     resampling: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    previous_stage: str | None = None,
 ) -> dict[str, Any]:
-    """Plans as nnunetv2 2.8's planner writes them, with one configuration (``2d`` or ``3d_fullres``)."""
-    name = "2d" if dimensions == 2 else "3d_fullres"
+    """Plans as nnunetv2 2.8's planner writes them; of their configurations the first is the model's."""
+    name = name or ("2d" if dimensions == 2 else "3d_fullres")
     resample = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
     stages = len(features)
     strides = [[1] * dimensions] + [[2] * dimensions] * (stages - 1)
@@ -91,6 +93,11 @@ def make_plans(
         "batch_dice": dimensions == 2,
         **(resampling or {}),
     }
+    configurations = {name: configuration}
+    if previous_stage is not None:
+        kind, _, rest = name.partition("_")
+        second = {"inherits_from": name, "previous_stage": previous_stage}
+        configurations = {f"{kind}_cascade_{rest}".rstrip("_"): second, name: configuration}
     intensities = {"max": 250.0, "mean": 120.0, "median": 118.0, "min": 0.0, "std": 40.0}
     intensities |= {"percentile_00_5": 20.0, "percentile_99_5": 230.0}
     return {
@@ -101,7 +108,7 @@ def make_plans(
         "image_reader_writer": reader,
         "transpose_forward": list(axis_order),
         "transpose_backward": [list(axis_order).index(axis) for axis in range(3)],
-        "configurations": {name: configuration},
+        "configurations": configurations,
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": {str(c): dict(intensities) for c in range(channels)},
@@ -149,6 +156,8 @@ def make_model(
     axis_order: Sequence[int] = (0, 1, 2),
     masked: Sequence[bool] = (),
     resampling: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    previous_stage: str | None = None,
 ) -> Path:
     """Write a nnU-Net training folder and return it; weights are random unless ``give_weights`` sets others.
 
@@ -180,6 +189,11 @@ def make_model(
         ``use_mask_for_norm`` of each channel; empty: False for all.
     resampling
         Keys of the configuration that replace the planner's own resampling.
+    name
+        Of the configuration, where it is not ``2d`` or ``3d_fullres``.
+    previous_stage
+        Makes it the second stage of a cascade after the configuration of this name: of ``3d_fullres`` it makes
+        ``3d_cascade_fullres``.
     """
     plans = make_plans(
         dimensions=dimensions,
@@ -193,6 +207,8 @@ def make_model(
         axis_order=axis_order,
         masked=masked,
         resampling=resampling,
+        name=name,
+        previous_stage=previous_stage,
     )
     dataset = make_dataset(
         channels=channels, classes=classes, reader=reader, labels=labels, regions_class_order=regions_class_order
@@ -263,7 +279,7 @@ def _nnunet_folders(plans: dict[str, Any], configuration: str) -> Iterator[None]
     names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
     before = {name: os.environ.get(name) for name in names}
     data = folder / "nnUNet_preprocessed" / plans["dataset_name"]
-    data /= plans["configurations"][configuration]["data_identifier"]
+    data /= list(plans["configurations"].values())[-1]["data_identifier"]
     data.mkdir(parents=True)
     (data / "case.b2nd").touch()  # the trainer infers its data format from one file's ending
     try:

@@ -113,6 +113,7 @@ def predict(
     summaries: Sequence[ChannelSummary] | None = None,
     probabilities: bool = False,
     spacing: Sequence[float] | None = None,
+    previous: np.ndarray | None = None,
 ) -> Any:
     """nnU-Net's segmentation (z, y, x) of one case, and its probabilities (k, z, y, x) on request.
 
@@ -126,6 +127,8 @@ def predict(
         Statistics to use instead of nnU-Net's own.
     spacing
         Of the image (z, y, x); that of the plan, so that nothing is resampled, where it is not given.
+    previous
+        Labels (z, y, x) of the previous stage of a cascade, which nnU-Net's readers give as float32.
     """
     properties = {"spacing": list(spacing or planned_spacing(predictor))}
     with contextlib.ExitStack() as stack:
@@ -136,7 +139,8 @@ def predict(
             stack.enter_context(float32_accumulators())
         if summaries is not None:
             stack.enter_context(injected(summaries))
-        return predictor.predict_single_npy_array(image, properties, None, None, probabilities)
+        stage = None if previous is None else previous[None].astype(np.float32)
+        return predictor.predict_single_npy_array(image, properties, stage, None, probabilities)
 
 
 @contextlib.contextmanager
@@ -165,6 +169,7 @@ def predict_cases(
     *,
     exact: bool = True,
     inject: bool = False,
+    previous: np.ndarray | None = None,
 ) -> Answer:
     """nnU-Net's labels (from logits) and probabilities of a volume that is one case, or a case for each section.
 
@@ -174,6 +179,7 @@ def predict_cases(
     for case in cases:
         part = image[(slice(None), *case.region.slices)]
         options: dict[str, Any] = {"exact": exact, "summaries": case.channels if inject else None, "spacing": spacing}
+        options["previous"] = None if previous is None else previous[case.region.slices]
         with computed_once(predictor):
             labels.append(predict(predictor, part, **options))
             probabilities.append(predict(predictor, part, **options, probabilities=True)[1])

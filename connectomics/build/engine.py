@@ -11,25 +11,35 @@ from pathlib import Path
 
 import psutil
 
+from connectomics.build.cascade import check_first_stage, first_stage_config
 from connectomics.build.models import load_members
 from connectomics.build.rules import check_activation, label_rule, probability_rule
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError
+from connectomics.errors import ConfigError, ModelError
 from connectomics.geometry import AxisOrder
 from connectomics.inference.predictor import Predictor, RollingPredictor, SlidingWindow
 from connectomics.inference.resample import check_rules
 from connectomics.inference.windows import as_patch
 from connectomics.models.backends.contract import Backend
-from connectomics.models.backends.torch_eager import TorchBackend
+from connectomics.models.backends.torch_eager import TorchBackend, free_device_bytes, window_bytes
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 from connectomics.pipeline.finish import Filters
+from connectomics.pipeline.memory import share_freed_memory
 from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.run import RunSettings
 
 NNUNET_STEP = 0.5
-PROVENANCE_LIBRARIES = ("connectomics", "nnunetv2", "torch", "numpy", "scipy", "tensorstore")
 NNUNET_THREADS = 8  # nnU-Net's own upper bound of threads in a forward pass
+PACKAGES = (
+    "connectomics",
+    "nnunetv2",
+    "torch",
+    "numpy",
+    "scipy",
+    "scikit-image",
+    "tensorstore",
+)  # that compute or write
 BUDGET_SHARE = 0.5  # of the machine's memory, where no budget is stated
 
 
@@ -45,11 +55,14 @@ class EngineModel:
         What it is.
     window
         Window, step, blending, mirroring.
+    window_bytes
+        What its network takes for a window beside input and logits.
     """
 
     checkpoint: Path
     spec: ModelSpec
     window: SlidingWindow
+    window_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +83,12 @@ class Engine:
         Settings that decide the result, for result keys and provenance.
     deviations
         In which ways this is not nnU-Net's own inference; empty when it is.
+    base_bytes
+        Host memory of the process with the program and the models, before the first volume.
+    device_bytes
+        Free memory of the device beside the models, None where they are in the host's.
+    previous
+        The first stage of a cascade, where a model gives its labels.
     """
 
     models: tuple[EngineModel, ...]
@@ -78,11 +97,19 @@ class Engine:
     settings: RunSettings
     facts: Mapping[str, object]
     deviations: tuple[str, ...]
+    base_bytes: int
+    device_bytes: int | None
+    previous: Engine | None = None
 
     @property
     def spec(self) -> ModelSpec:
         """The first model; all of an ensemble have its channels and labels."""
         return self.models[0].spec
+
+    @property
+    def specs(self) -> tuple[ModelSpec, ...]:
+        """All models."""
+        return tuple(model.spec for model in self.models)
 
 
 def program_version() -> str:
@@ -90,9 +117,10 @@ def program_version() -> str:
     return f"connectomics {importlib.metadata.version('connectomics')}"
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of this program and of the libraries that decide its numbers, for the provenance."""
-    return {name: importlib.metadata.version(name) for name in PROVENANCE_LIBRARIES}
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that compute, for provenance."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def memory_budget_bytes(config: Config) -> int:
@@ -143,8 +171,9 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     ConfigError, ModelError, DeviceError
         If the configuration, the model or the device does not fit.
     """
+    share_freed_memory()
     loaded = load_members(config, checkpoint)
-    models = tuple(EngineModel(path, model.spec, _window(config, model.spec)) for path, model in loaded)
+    models = tuple(_engine_model(config, path, model) for path, model in loaded)
     spec = models[0].spec
     backends = [_backends(config, model, m.window) for m, (_, model) in zip(models, loaded, strict=True)]
     weights = config.model.ensemble_weights or [1.0] * len(models)
@@ -166,7 +195,28 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         max(1, config.system.inference.num_workers or 1),
     )
     facts = _facts(config, models, segmenter, filters)
-    return Engine(models, segmenter, filters, settings, facts, _deviations(config, models, segmenter))
+    previous = _first_stage(config, models)
+    deviations = _deviations(config, models, segmenter)
+    if previous is not None:
+        deviations += tuple(f"the previous stage: {text}" for text in previous.deviations)
+    base_bytes = psutil.Process().memory_info().rss
+    free = free_device_bytes(backends[0][0].device)
+    return Engine(models, segmenter, filters, settings, facts, deviations, base_bytes, free, previous)
+
+
+def _first_stage(config: Config, models: tuple[EngineModel, ...]) -> Engine | None:
+    specs = [model.spec for model in models]
+    own = first_stage_config(config, specs)
+    if own is None:
+        return None
+    engine = build_engine(own)
+    check_first_stage(config, specs, engine.spec)
+    return engine
+
+
+def _engine_model(config: Config, path: Path, model: LoadedModel) -> EngineModel:
+    window = _window(config, model.spec)
+    return EngineModel(path, model.spec, window, window_bytes(model.networks[0], window.patch))
 
 
 def _backends(config: Config, model: LoadedModel, window: SlidingWindow) -> tuple[TorchBackend, ...]:
@@ -178,8 +228,17 @@ def _member(config: Config, model: EngineModel, backends: tuple[TorchBackend, ..
     spec = model.spec
     by_slice = spec.slice_case if config.inference.case == "auto" else config.inference.case == "slice"
     check_resampling(config, spec, by_slice=by_slice)
+    if by_slice and spec.previous_stage is not None and any(scheme.masked for scheme in spec.normalisations):
+        raise ModelError(
+            f"configuration '{spec.configuration}' is the second stage of a cascade, normalises within a mask "
+            "(use_mask_for_norm), and each section is a case; that is not supported: set inference.case=volume, or use "
+            "nnU-Net itself for it"
+        )
     predictor = _predictor(config, backends, model.window, spec)
-    return Member(predictor, spec.normalisations, by_slice, AxisOrder(spec.axis_order), weight=weight)
+    values = () if spec.previous_stage is None else spec.foreground_labels
+    return Member(
+        predictor, spec.normalisations, by_slice, AxisOrder(spec.axis_order), weight=weight, previous_values=values
+    )
 
 
 def check_resampling(config: Config, spec: ModelSpec, *, by_slice: bool) -> None:
@@ -191,7 +250,7 @@ def check_resampling(config: Config, spec: ModelSpec, *, by_slice: bool) -> None
             "inference.resample=plan: each section is a case of its own here, and nnU-Net gives 2D images no "
             "spacing to resample by; set inference.resample=off"
         )
-    check_rules(spec.resampling_data, spec.resampling_probabilities)
+    check_rules(spec.resampling_data, spec.resampling_probabilities, spec.resampling_labels)
 
 
 def _window(config: Config, spec: ModelSpec) -> SlidingWindow:
@@ -272,6 +331,8 @@ def _deviations(config: Config, models: tuple[EngineModel, ...], segmenter: Segm
     tests = [
         (inference.sliding_window.engine != "nnunet", "MONAI's window grid"),
         (inference.postprocessing.binary.enabled, "labels by a threshold"),
+        (inference.roi is not None, "background outside inference.roi"),
+        (inference.mask is not None, "background outside inference.mask"),
         (len({m.weight for m in segmenter.members}) > 1, "a weighted mean of probabilities"),
     ]
     for model, member in zip(models, segmenter.members, strict=True):

@@ -52,19 +52,29 @@ def load_members(config: Config, checkpoint: Path | None) -> list[tuple[Path, Lo
     paths = [checkpoint_path(config, checkpoint), *map(Path, config.model.ensemble or ())]
     loaded = [(path, load(config, path)) for path in paths]
     for path, other in loaded[1:]:
-        ours, theirs = loaded[0][1].spec, other.spec
-        for what, expected, found in (
-            ("channels", ours.channel_names, theirs.channel_names),
-            ("labels", ours.label_names, theirs.label_names),
-            ("regions", ours.regions, theirs.regions),
-            ("classes", ours.class_values, theirs.class_values),
-        ):
-            if expected != found:
-                raise ModelError(
-                    f"{path}: its {what} are {found}, but those of {paths[0]} are {expected}; the models of an "
-                    "ensemble must be trained on the same channels and labels"
-                )
+        check_alike(loaded[0][1].spec, other.spec, str(path), str(paths[0]), "the models of an ensemble")
     return loaded
+
+
+def check_alike(ours: ModelSpec, theirs: ModelSpec, path: str, first: str, what_they_are: str) -> None:
+    """Refuse a model at ``path`` that does not segment the same labels of the same channels as the first.
+
+    Raises
+    ------
+    ModelError
+        Naming what differs.
+    """
+    for what, expected, found in (
+        ("channels", ours.channel_names, theirs.channel_names),
+        ("labels", ours.label_names, theirs.label_names),
+        ("regions", ours.regions, theirs.regions),
+        ("classes", ours.class_values, theirs.class_values),
+    ):
+        if expected != found:
+            raise ModelError(
+                f"{path}: its {what} are {found}, but those of {first} are {expected}; {what_they_are} must be trained "
+                "on the same channels and labels"
+            )
 
 
 def model_request(config: Config, path: Path) -> ModelRequest:
@@ -113,6 +123,7 @@ def describe(config: Config, checkpoint: Path) -> dict[str, object]:
         "normalisation": ", ".join(n.scheme + " (nonzero mask)" * n.masked for n in spec.normalisations),
         "labels": ", ".join(f"{value}={name}" for name, value in spec.label_names),
         "regions": ", ".join(f"{name}={'+'.join(map(str, values))}" for name, values in spec.regions) or "none",
+        "previous stage": spec.previous_stage or "none",
         "case": "each section" if spec.slice_case else "the whole volume",
         "mirror axes": "".join(axes[a] for a in spec.mirror_axes) or "none",
         "image reader": spec.image_reader,

@@ -4,35 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from connectomics.build.engine import Engine, EngineModel, library_versions
+from connectomics.build.cascade import checked_labels, first_stage_config, open_previous
+from connectomics.build.engine import Engine, EngineModel, versions
+from connectomics.build.plan import plan_volume
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, VolumeError
 from connectomics.fingerprint import key_of
-from connectomics.geometry import vec3
-from connectomics.inference.mask import check_mask_memory, mask_bytes
+from connectomics.geometry import Box, Vec3, vec3
+from connectomics.inference.case import ReadBox
 from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.io.export import export_path
 from connectomics.io.listing import VolumeSource, expand, group, refuse_collisions, without_results
 from connectomics.io.opening import open_channels, open_volume
-from connectomics.io.volume import Nanometres, Spacing, VolumeInfo, VolumeReader
+from connectomics.io.volume import Nanometres, Spacing, VolumeReader
 from connectomics.models.spec import NO_RESAMPLING
 from connectomics.pipeline.finish import Output
-from connectomics.pipeline.planning import (
-    BlockPlan,
-    common_plan,
-    forced_plan,
-    plan_blocks,
-    whole_plan,
-    with_logits_in_memory,
-)
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segmenter
 from connectomics.pipeline.run import VolumeJob
+from connectomics.pipeline.wanted import Wanted, require_inside
 
+PREVIOUS = "previous_stage"  # folder in RUN where the labels of a cascade's first stage are kept
 # keys that a reproducing command states in another way, or that only say where and which
 ELSEWHERE = (
     "model.nnunet_checkpoint",
@@ -134,23 +129,51 @@ def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: Vol
     names = final_names(config, engine, source)
     resampling = _resampling_facts(segmenter_of(config, engine, reader.info.spacing))
     facts = dict(engine.facts) | {"input": reader.identity, "resample": resampling}
-    outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1])]
+    facts |= _previous_facts(config, engine, source, reader) | _wanted_facts(config)
+    pyramid = config.inference.output.pyramid
+    outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1], pyramid)]
     rule = engine.segmenter.probabilities
     if rule is not None:
         kept = {"channels": list(rule.channels), "activation": rule.activation, "scale": rule.scale}
         key = key_of(facts | {"probabilities": kept | {"dtype": rule.dtype.str}})
         stem, formats = names[PROBABILITIES]
-        outputs.append(Output(PROBABILITIES, stem, key, formats))
+        outputs.append(Output(PROBABILITIES, stem, key, formats, pyramid))
     return tuple(outputs)
 
 
-def segmenter_of(config: Config, engine: Engine, own: Spacing | None) -> Segmenter:
+def first_stage_of(config: Config, engine: Engine, source: VolumeSource) -> tuple[Config, Engine]:
+    """Configuration and engine of the first stage of a cascade, whose labels of a volume are kept in its RUN folder."""
+    assert engine.previous is not None
+    folder = run_folder(config, source) / PREVIOUS
+    own = first_stage_config(config, engine.specs)
+    assert own is not None
+    data = dataclasses.replace(own.inference.data, output_path=str(folder))
+    own = dataclasses.replace(own, inference=dataclasses.replace(own.inference, data=data))
+    settings = dataclasses.replace(engine.previous.settings, folder=folder)
+    return own, dataclasses.replace(engine.previous, settings=settings)
+
+
+def _previous_facts(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> dict[str, object]:
+    """What decides the labels of the previous stage: its own result key, or the identity of the given volume."""
+    if all(spec.previous_stage is None for spec in engine.specs):
+        return {}
+    if engine.previous is not None:
+        labels, *_ = outputs_of(*first_stage_of(config, engine, source), source, reader)
+        return {"previous_stage": labels.result_key}
+    given = open_previous(config, source, reader)
+    given.close()
+    return {"previous_stage": given.identity}
+
+
+def segmenter_of(config: Config, engine: Engine, own: Spacing | None, previous: ReadBox | None = None) -> Segmenter:
     """The engine's segmenter for a volume of this spacing.
 
     Parameters
     ----------
     own
         Spacing (z, y, x) that the volume itself states, in the plan's unit; ``inference.spacing`` goes first.
+    previous
+        Gives the labels of the previous stage (1, z, y, x), for second stages of a cascade.
 
     Raises
     ------
@@ -160,7 +183,11 @@ def segmenter_of(config: Config, engine: Engine, own: Spacing | None) -> Segment
         If this program cannot resample as the plans want it.
     """
     members = (
-        dataclasses.replace(member, resampling=_resampling_of(config, model, member, own))
+        dataclasses.replace(
+            member,
+            resampling=_resampling_of(config, model, member, own),
+            previous=previous and checked_labels(previous, model.spec, "the labels of the previous stage"),
+        )
         for member, model in zip(engine.segmenter.members, engine.models, strict=True)
     )
     return dataclasses.replace(engine.segmenter, members=tuple(members))
@@ -181,7 +208,7 @@ def _resampling_of(config: Config, model: EngineModel, member: Member, own: Spac
     spacing = member.order.turn(spacing)
     target = (spacing[0] if spec.spacing[0] is None else spec.spacing[0], spec.spacing[1], spec.spacing[2])
     check_ratio(spacing, target, allowed=stated.allow_large_resampling)
-    return Resampling(spacing, target, spec.resampling_data, spec.resampling_probabilities)
+    return Resampling(spacing, target, spec.resampling_data, spec.resampling_probabilities, spec.resampling_labels)
 
 
 def _resampling_facts(segmenter: Segmenter) -> object:
@@ -193,8 +220,63 @@ def _resampling_facts(segmenter: Segmenter) -> object:
     return facts[0] if len(facts) == 1 else facts
 
 
-def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> VolumeJob:
+def wanted_of(config: Config, extent: Vec3, name: str) -> Wanted | None:
+    """What ``inference.roi`` and ``inference.mask`` leave of a volume, or None where they do not restrict it.
+
+    Parameters
+    ----------
+    extent
+        Of the volume (z, y, x).
+    name
+        Of the volume, for messages.
+
+    Raises
+    ------
+    VolumeError
+        If the box lies outside the volume, or the mask cannot be opened or belongs to another one.
+    """
+    roi, mask = config.inference.roi, config.inference.mask
+    if roi is None and mask is None:
+        return None
+    box = Box.of_shape(extent) if roi is None else Box(vec3(roi[0]), vec3(roi[1]))
+    require_inside(box, extent, name)
+    if mask is None:
+        return Wanted(extent, box)
+    reader = open_volume(mask)
+    try:
+        return Wanted(extent, box, reader, f"inference.mask={mask}, for {name}")
+    except VolumeError:
+        reader.close()
+        raise
+
+
+def _wanted_facts(config: Config) -> dict[str, object]:
+    """What restricts a volume, for result keys and provenance; nothing where nothing does."""
+    roi, mask = config.inference.roi, config.inference.mask
+    facts: dict[str, object] = {} if roi is None else {"roi": roi}
+    if mask is not None:
+        reader = open_volume(mask)
+        facts["mask"] = reader.identity
+        reader.close()
+    return {"wanted": facts} if facts else {}
+
+
+def job_of(
+    config: Config,
+    engine: Engine,
+    source: VolumeSource,
+    reader: VolumeReader,
+    previous: VolumeReader | None = None,
+    wanted: Wanted | None = None,
+) -> VolumeJob:
     """All that running one volume needs.
+
+    Parameters
+    ----------
+    previous
+        The labels of the previous stage of a cascade.
+    wanted
+        What ``wanted_of`` gives.
 
     Raises
     ------
@@ -202,11 +284,12 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
         If the memory budget cannot hold one block's work, or the mask that the model normalises within.
     """
     outputs = outputs_of(config, engine, source, reader)
-    segmenter = segmenter_of(config, engine, reader.info.spacing)
+    segmenter = segmenter_of(config, engine, reader.info.spacing, None if previous is None else previous.read)
+    plan, readers = plan_volume(config, engine, segmenter, reader.info)
     described = [_described(model) for model in engine.models]
     provenance: dict[str, object] = {
         "program": engine.settings.program,
-        "versions": library_versions(),
+        "versions": versions(),
         "experiment_name": config.experiment_name,
         "description": config.description,
         "input": reader.identity,
@@ -215,7 +298,7 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
         "regions": {name: list(values) for name, values in engine.spec.regions},
         "resample": _resampling_facts(segmenter),
         "seed": config.system.seed,
-    }
+    } | _wanted_facts(config)
     return VolumeJob(
         source.name,
         run_folder(config, source),
@@ -223,10 +306,23 @@ def job_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeR
         segmenter,
         engine.filters,
         outputs,
-        _plan(config, engine, segmenter, reader),
-        provenance | (described[0] if len(described) == 1 else {"models": described}) | dict(engine.facts),
+        plan,
+        provenance
+        | (described[0] if len(described) == 1 else {"models": described})
+        | dict(engine.facts)
+        | _previous_provenance(engine, previous),
         _command(config, engine, source),
+        readers,
+        wanted,
     )
+
+
+def _previous_provenance(engine: Engine, previous: VolumeReader | None) -> dict[str, object]:
+    if previous is None:
+        return {}
+    if engine.previous is None:
+        return {"previous_stage": previous.identity}
+    return {"previous_stage": _described(engine.previous.models[0]) | dict(engine.previous.facts)}
 
 
 def _described(model: EngineModel) -> dict[str, object]:
@@ -254,41 +350,3 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
-
-
-def _plan(config: Config, engine: Engine, segmenter: Segmenter, reader: VolumeReader) -> BlockPlan:
-    """Blocks in the volume's axes; every model's windows and the probabilities of an ensemble fit the budget."""
-    info, budget = reader.info, engine.settings.budget_bytes
-    masks = sum(member.keeps_mask for member in segmenter.members)
-    if masks:
-        check_mask_memory(info.extent, budget)
-    kept = masks * mask_bytes(info.extent)
-    plans = [
-        _model_plan(config, model, member, info, budget, kept)
-        for model, member in zip(engine.models, segmenter.members, strict=True)
-    ]
-    if len(plans) == 1:
-        return plans[0]
-    means = 2 * segmenter.classes  # the mean and a member's own
-    return with_logits_in_memory(common_plan(plans), means, 1.0, budget - kept)
-
-
-def _model_plan(
-    config: Config, model: EngineModel, member: Member, info: VolumeInfo, budget: int, kept: int
-) -> BlockPlan:
-    """One model's blocks, planned in its own axes, where windows lie."""
-    order = member.order
-    extent, patch = order.turn(info.extent), model.window.patch
-    stated = config.inference.block_shape
-    if config.inference.sliding_window.engine == "monai":
-        plan = whole_plan(extent, patch, model.spec.classes, info.channels, budget, kept)
-    elif stated is not None:
-        plan = forced_plan(extent, patch, order.turn(vec3(stated)))
-    else:
-        accumulated = model.spec.classes * len(model.spec.folds) + 1
-        plan = plan_blocks(extent, patch, accumulated, info.channels, budget, kept)
-        if member.resampling is not None:
-            pairs = zip(member.resampling.spacing, member.resampling.target, strict=True)
-            finer = math.prod(n / m for n, m in pairs)
-            plan = with_logits_in_memory(plan, model.spec.classes, finer, budget - kept)
-    return BlockPlan(order.inverse.turn(plan.block_shape), order.inverse.turn(plan.chunk_shape))

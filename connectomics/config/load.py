@@ -28,6 +28,7 @@ _FILE_LIST = "inference.volume_mode.file_list"
 _INTERPOLATION = re.compile(r"\$\{(?:[\w.]+|oc\.env:[^${}]+)\}")
 _ALIKE = 1.1  # of 2: at most 1 from the whole key and 1 from its last part
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_NESTED = "a list of lists, each of whole numbers"  # the one kind of nested list there is
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -214,9 +215,13 @@ def _put(config: DictConfig, key: str, value: object) -> None:
     optional = isinstance(kind, types.UnionType)
     kind = typing.get_args(kind)[0] if optional else kind
     is_list = typing.get_origin(kind) is list
+    inner = typing.get_args(kind)[0] if is_list else kind
+    nested = typing.get_origin(inner) is list
     if is_list and isinstance(value, str | int | float):
         value = [value]
     parts = value if is_list and isinstance(value, list) else [value]
+    if nested:
+        parts = [number for part in parts for number in (part if isinstance(part, list) else [part])]
     scalars = all(isinstance(part, str | int | float) and part != "???" for part in parts)
     try:
         if scalars or value is None:  # "???" is OmegaConf's sign for a missing value
@@ -224,7 +229,8 @@ def _put(config: DictConfig, key: str, value: object) -> None:
             return
     except OmegaConfBaseException:
         pass
-    expected = f"a list, each {_TYPE_NAMES[typing.get_args(kind)[0]]}" if is_list else _TYPE_NAMES[kind]
+    one = _NESTED if nested else _TYPE_NAMES[inner]
+    expected = f"a list, each {one}" if is_list and not nested else one
     raise ConfigError(f"{key} is {shown(value)}, expected {expected}{', or null' if optional else ''}")
 
 

@@ -55,6 +55,7 @@ class Model:
     checkpoint_name: str = "checkpoint_final.pth"
     ensemble: list[str] | None = None
     ensemble_weights: list[float] | None = None
+    previous_stage: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,18 +134,24 @@ class Output:
     """``inference.output``: which files are left."""
 
     formats: list[str] = field(default_factory=lambda: ["h5"])
+    pyramid: bool = True
     save_probabilities: bool = False
     overwrite: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """``inference``: how volumes become labels. ``voxel_size_nm`` and ``block_shape`` are (z, y, x)."""
+    """``inference``: how volumes become labels. ``voxel_size_nm`` and ``block_shape`` are (z, y, x).
+
+    ``roi`` is the first voxel that is wanted and the one after the last, each (z, y, x); ``mask`` names a volume.
+    """
 
     case: str = "auto"
     voxel_size_nm: list[float] | None = None
     axes: str | None = None
     block_shape: list[int] | None = None
+    roi: list[list[int]] | None = None
+    mask: str | None = None
     resample: str = "off"
     spacing: list[float] | None = None
     allow_large_resampling: bool = False
@@ -158,10 +165,12 @@ class Inference:
 
 @dataclass(frozen=True, slots=True)
 class KnownVolumes:
-    """``test.data``: volumes of ``--mode test`` and, in the same order, their labels."""
+    """``test.data``: volumes of ``--mode test``, or results of ``--mode evaluate``; in the same order, their truth."""
 
     test_image: list[str] | None = None
+    test_prediction: list[str] | None = None
     test_label: list[str] | None = None
+    test_ignore: list[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +179,9 @@ class Evaluation:
 
     enabled: bool = True
     metrics: list[str] = field(default_factory=lambda: ["dice", "iou", "precision", "recall"])
+    foreground: bool = False
+    ignore_label: int | None = None
+    size_bounds: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

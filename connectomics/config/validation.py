@@ -9,11 +9,14 @@ import math
 import re
 from collections.abc import Sequence
 
-from connectomics.config.schema import Config, Inference, KnownAnswers, Model, System
+from connectomics.config.schema import Config, Evaluation, Inference, KnownAnswers, Model, System
 from connectomics.errors import ConfigError
 
-FORMATS = ("h5", "zarr", "tiff", "png")
-METRICS = ("dice", "iou", "precision", "recall")
+FORMATS = ("h5", "zarr", "tiff", "png", "zarr2", "n5", "precomputed")
+SEMANTIC_METRICS = ("dice", "iou", "precision", "recall")
+INSTANCE_METRICS = ("ap", "f1", "pq", "voi", "arand")
+METRICS = SEMANTIC_METRICS + INSTANCE_METRICS
+LARGEST_WINDOW = 4096
 BLENDINGS = ("gaussian", "constant")
 ENGINES = ("nnunet", "monai")
 PADDINGS = ("constant", "reflect", "replicate", "circular")
@@ -46,6 +49,7 @@ def validate(config: Config) -> None:
     _expectations(config)
     _volumes(config.inference)
     _frame(config.inference)
+    _wanted(config.inference)
     _windows(config.inference)
     _mirroring(config.inference)
     _activation(config.inference)
@@ -137,6 +141,7 @@ def _model(model: Model, device: str) -> None:
     for fold in model.folds or ():
         rule = "a fold is a number from 0 on, or all"
         _require(fold == "all" or fold.isdecimal(), "model.folds", fold, rule)
+    _require(model.previous_stage != "", "model.previous_stage", "", "must be a path, or null")
     name = model.checkpoint_name
     rule = "must be a file name without folders, such as checkpoint_best.pth"
     _require(name not in ("", ".", "..") and not set(name) & set("/\\"), "model.checkpoint_name", name, rule)
@@ -212,6 +217,24 @@ def _frame(inference: Inference) -> None:
     rule = "must name the axes in the file's order by c, z, y, x, each at most once and y, x always"
     _require(possible, "inference.axes", axes, rule)
     _extents("inference.block_shape", inference.block_shape, (3,))
+
+
+def _wanted(inference: Inference) -> None:
+    roi, mask, binary = inference.roi, inference.mask, inference.postprocessing.binary
+    possible = roi is None or (len(roi) == 2 and len(roi[0]) == len(roi[1]) == 3)
+    possible = possible and (roi is None or all(0 <= a < b for a, b in zip(*roi, strict=True)))
+    rule = (
+        "must be [[z, y, x], [z, y, x]]: the first voxel and the one after the last, which lies beyond it on each axis"
+    )
+    _require(possible, "inference.roi", roi, rule)
+    _require(mask != "", "inference.mask", mask, "must name a volume, or be null")
+    key = "inference.postprocessing.binary"
+    rule = "inference.roi and inference.mask cut objects, and it needs whole ones; state one or the other"
+    whole = roi is None and mask is None
+    _require(
+        whole or binary.remove_small_objects == 0, f"{key}.remove_small_objects", binary.remove_small_objects, rule
+    )
+    _require(whole or not binary.fill_holes, f"{key}.fill_holes", binary.fill_holes, rule)
 
 
 def _windows(inference: Inference) -> None:
@@ -290,9 +313,29 @@ def _known_answers(test: KnownAnswers) -> None:
     _names("test.data.test_image", images)
     _distinct("test.data.test_image", images)
     _names("test.data.test_label", labels)
-    _require(labels is None or images is not None, "test.data.test_label", labels, "needs test.data.test_image")
-    metrics = test.evaluation.metrics
+    named = images is not None or test.data.test_prediction is not None
+    rule = "needs test.data.test_image or test.data.test_prediction"
+    _require(labels is None or named, "test.data.test_label", labels, rule)
+    _names("test.data.test_prediction", test.data.test_prediction)
+    _names("test.data.test_ignore", test.data.test_ignore)
+    rule = "needs test.data.test_label"
+    _require(test.data.test_ignore is None or labels is not None, "test.data.test_ignore", test.data.test_ignore, rule)
+    _evaluation(test.evaluation)
+
+
+def _evaluation(evaluation: Evaluation) -> None:
+    metrics = evaluation.metrics
     _subset_of(METRICS, "test.evaluation.metrics", metrics)
     rule = f"must name at least one of {', '.join(METRICS)}, or set test.evaluation.enabled=false"
-    possible = len(metrics) > 0 or not test.evaluation.enabled
+    possible = len(metrics) > 0 or not evaluation.enabled
     _require(possible, "test.evaluation.metrics", metrics, rule)
+    rule = f"it is about classes; name any of {', '.join(SEMANTIC_METRICS)} in test.evaluation.metrics"
+    possible = not evaluation.foreground or bool(set(metrics) & set(SEMANTIC_METRICS))
+    _require(possible, "test.evaluation.foreground", evaluation.foreground, rule)
+    _at_least(0, "test.evaluation.ignore_label", evaluation.ignore_label)
+    bounds = evaluation.size_bounds
+    rule = "must be whole numbers of 1 or more, ascending, in voxels"
+    possible = bounds is None or (len(bounds) > 0 and bounds == sorted(set(bounds)) and bounds[0] >= 1)
+    _require(possible, "test.evaluation.size_bounds", bounds, rule)
+    rule = "it is about average precision; name ap in test.evaluation.metrics"
+    _require(bounds is None or "ap" in metrics, "test.evaluation.size_bounds", bounds, rule)

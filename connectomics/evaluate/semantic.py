@@ -1,7 +1,4 @@
-"""Semantic metrics from a streaming confusion matrix: add up blocks, then compute Dice and its kin once.
-
-The pipeline makes one ``Confusion`` per block and adds them; integer counts, so the order does not matter.
-"""
+"""Semantic metrics: the confusion matrix of a ``Contingency``, and Dice and its kin from it."""
 
 from __future__ import annotations
 
@@ -10,15 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from connectomics.errors import ConfigError, VolumeError
+from connectomics.evaluate.contingency import Contingency, Counts, Ids, listing
 
-Counts = npt.NDArray[np.int64]
-Array = npt.NDArray[Any]
-
-_MOST_LISTED = 10
-_PIECE = 2**20  # voxels counted at once: bounds the int64 copies
+MOST_CLASSES = 1 << 11  # a confusion matrix of this many takes 32 MiB
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,32 +43,26 @@ class Confusion:
         return cls(np.zeros((classes, classes), np.int64))
 
     @classmethod
-    def from_arrays(cls, prediction: Array, truth: Array, classes: int) -> Confusion:
-        """Count one block.
+    def of(cls, table: Contingency, classes: int) -> Confusion:
+        """The matrix of a table of pairs.
 
         Parameters
         ----------
-        prediction, truth
-            Labels, of one shape and any integer, boolean or whole-numbered float dtype.
+        table
+            Counts of a block or a volume.
         classes
             Number of labels k; allowed values are 0 to k - 1.
 
         Raises
         ------
         VolumeError
-            If the shapes differ, or a value is not a known label.
+            If a value is not a known label.
         """
-        if prediction.shape != truth.shape:
-            raise VolumeError(
-                f"prediction is {prediction.shape} and truth {truth.shape}; give a truth of the same shape"
-            )
-        counts = np.zeros(classes * classes, np.int64)
-        for start in range(0, truth.size, _PIECE):
-            piece = slice(start, start + _PIECE)
-            true = _as_labels(truth.reshape(-1)[piece], classes, "truth")
-            given = _as_labels(prediction.reshape(-1)[piece], classes, "prediction")
-            counts += np.bincount(true * classes + given, minlength=classes * classes)
-        return cls(counts.reshape(classes, classes))
+        _require_labels(table.prediction, classes, "prediction")
+        _require_labels(table.truth, classes, "truth")
+        counts = np.zeros((classes, classes), np.int64)
+        counts[table.truth.astype(np.intp), table.prediction.astype(np.intp)] = table.counts
+        return cls(counts)
 
     def __add__(self, other: Confusion) -> Confusion:
         if self.counts.shape != other.counts.shape:
@@ -83,19 +70,29 @@ class Confusion:
         return Confusion(self.counts + other.counts)
 
 
-def _as_labels(array: Array, classes: int, role: str) -> Counts:
-    known = (array >= 0) & (array < classes)
-    if array.dtype.kind == "f":
-        known &= np.floor(array) == array
-    if not known.all():
-        strange = np.unique(array[~known])
-        listed = ", ".join(str(value) for value in strange[:_MOST_LISTED])
-        more = f" and {len(strange) - _MOST_LISTED} more" if len(strange) > _MOST_LISTED else ""
+def _require_labels(values: Ids, classes: int, role: str) -> None:
+    if (values >= classes).any():
         raise VolumeError(
-            f"the {role} holds values that are no label: {listed}{more}; expected 0 to {classes - 1} "
-            "(a 0/255 mask must be saved as 0/1)"
+            f"the {role} holds values that are no label: {listing(values[values >= classes])}; expected 0 to "
+            f"{classes - 1} (a 0/255 mask must be saved as 0/1)"
         )
-    return array.astype(np.int64)
+
+
+def labels_found(tables: Sequence[Contingency]) -> int:
+    """One more than the highest label of prediction and truth, at least 2.
+
+    Raises
+    ------
+    VolumeError
+        If there are too many to be classes.
+    """
+    highest = max((int(side.max()) for t in tables for side in (t.prediction, t.truth) if side.size), default=1)
+    if highest >= MOST_CLASSES:
+        raise VolumeError(
+            f"labels go up to {highest}, expected classes below {MOST_CLASSES}; compare ids of objects with "
+            "--instances, and masks with test.evaluation.foreground=true"
+        )
+    return max(highest, 1) + 1
 
 
 def _quotient(numerator: int, denominator: int) -> float | None:
@@ -131,7 +128,7 @@ def scores(confusion: Confusion, classes: Mapping[str, Sequence[int]], metrics: 
     -------
     dict
         ``{"labels": {name: {metric: value, "tp": n, "fp": n, "fn": n}}, "mean_foreground": {metric: value},
-        "voxels": n}``.
+        "confusion": [[n, …], …], "voxels": n}``; the confusion's rows are true labels, its columns predicted ones.
 
     Raises
     ------
@@ -154,7 +151,12 @@ def scores(confusion: Confusion, classes: Mapping[str, Sequence[int]], metrics: 
         table[name] = {metric: _FORMULAS[metric](tp, fp, fn) for metric in metrics}
         table[name] |= {"tp": tp, "fp": fp, "fn": fn}
     means = {metric: _mean([table[name][metric] for name in list(classes)[1:]]) for metric in metrics}
-    return {"labels": table, "mean_foreground": means, "voxels": int(confusion.counts.sum())}
+    return {
+        "labels": table,
+        "mean_foreground": means,
+        "confusion": confusion.counts.tolist(),
+        "voxels": int(confusion.counts.sum()),
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -57,7 +57,7 @@ class WindowSource(Protocol):
         ...
 
     def get(self, box: Box) -> Array:
-        """float32 (c, z, y, x) of any box, zeros outside ``self.box``."""
+        """A new float32 array (c, z, y, x) of any box, zeros outside ``self.box``."""
         ...
 
 
@@ -102,10 +102,11 @@ class CaseInput:
     def _normalised(self, box: Box) -> Array:
         raw = self.read(box)
         mask = self._mask(raw, box) if any(scheme.masked for scheme in self.schemes) else None
-        result: Array = np.empty(raw.shape, np.float32)
-        for c, (scheme, summary) in enumerate(zip(self.schemes, self.case.channels, strict=True)):
-            result[c] = normalise(raw[c], scheme, summary, mask if scheme.masked else None)
-        return result
+        wanted = zip(raw, self.schemes, self.case.channels, strict=True)
+        channels = [
+            normalise(values, scheme, summary, mask if scheme.masked else None) for values, scheme, summary in wanted
+        ]
+        return channels[0][None] if len(channels) == 1 else np.stack(channels)
 
     def _mask(self, raw: Array, box: Box) -> Array:
         whole = self.case.mask

@@ -147,11 +147,14 @@ def _paint(probabilities: torch.Tensor, values: tuple[int, ...]) -> torch.Tensor
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
-    """Index (int16) of the largest of [k, ...], the first of equals; several times faster than ``torch.argmax`` over
-    the first axis, which walks through memory voxel by voxel."""
+    """Index (int16, bool of two) of the largest of [k, ...], the first of equals; several times faster than
+    ``torch.argmax`` over the first axis, which walks through memory voxel by voxel."""
+    if len(logits) == 2:
+        return logits[1] > logits[0]
     winner = torch.zeros(logits.shape[1:], dtype=torch.int16, device=logits.device)
     best = logits[0]
     for c in range(1, len(logits)):
         winner.masked_fill_(logits[c] > best, c)
-        best = torch.maximum(best, logits[c])
+        if c + 1 < len(logits):
+            best = torch.maximum(best, logits[c])
     return winner

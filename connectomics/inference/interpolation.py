@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from connectomics.geometry import Box, vec3
 from connectomics.io.volume import Array
 
 HALO = 24  # voxels around a part: a cubic spline's reach, the pole 0.268 to the power of 24 is 2e-14
@@ -48,13 +49,26 @@ class AxisResampling:
 
     def _taps(self, start: int, stop: int) -> tuple[Array, Array, Array]:
         """The two old voxels that each new one lies between, and the share of the second in float64."""
-        positions = self._positions(start, stop)
         if self.order == 0:
-            upper = (positions + 0.5).astype(np.float32) if self.single else positions + 0.5
-            nearest = np.minimum(np.floor(upper).astype(np.int64), self.old - 1)
+            nearest = self.nearest(start, stop)
             return nearest, nearest, np.zeros(len(nearest))
+        positions = self._positions(start, stop)
         lower = np.minimum(np.floor(positions).astype(np.int64), self.old - 1)
         return lower, np.minimum(lower + 1, self.old - 1), np.minimum(positions - lower, 1)
+
+    def nearest(self, start: int, stop: int) -> Array:
+        """The old voxel whose centre is nearest to each new one's, as order 0 takes it."""
+        positions = self._positions(start, stop)
+        upper = (positions + 0.5).astype(np.float32) if self.single else positions + 0.5
+        result: Array = np.minimum(np.floor(upper).astype(np.int64), self.old - 1)
+        return result
+
+    def weighted_taps(self, start: int, stop: int, first: int) -> list[tuple[Array, Array]]:
+        """Index from ``first`` on, and weight in float64, of the two voxels of order 1, bit for bit scipy's weights."""
+        positions = self._positions(start, stop)
+        lower = np.minimum(np.floor(positions).astype(np.int64), self.old - 1)
+        below = 1.0 - (positions - lower)
+        return [(lower - first, below), (np.minimum(lower + 1, self.old - 1) - first, 1.0 - below)]
 
     def reach(self, start: int, stop: int) -> tuple[int, int]:
         """First and last + 1 of the old voxels that the new ones ``start`` to ``stop`` are made of."""
@@ -88,6 +102,21 @@ class AxisResampling:
         # torch rounds the second product, then adds the first in one step; both factors have 24 bits
         second = above * part.float()
         return (below.double() * (1 - part).float().double() + second.double()).float()
+
+
+def reach_of(axes: Sequence[AxisResampling], box: Box) -> Box:
+    """The part of the old grid that the voxels of ``box`` are made of."""
+    spans = [axis.reach(a, b) for axis, a, b in zip(axes, box.start, box.stop, strict=True)]
+    return Box(vec3([a for a, _ in spans]), vec3([b for _, b in spans]))
+
+
+def interpolated(
+    values: torch.Tensor, axes: Sequence[AxisResampling], order: Sequence[int], box: Box, near: Box
+) -> torch.Tensor:
+    """The voxels of ``box`` along some axes, one after the other, from values [c, z, y, x] that begin at ``near``."""
+    for axis in order:
+        values = axes[axis].interpolate(values, axis, box.start[axis], box.stop[axis], near.start[axis])
+    return values
 
 
 def _rows(values: torch.Tensor, axis: int, index: Array, dtype: torch.dtype) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The mask that models with nnU-Net's ``use_mask_for_norm`` are normalised within: nonzero voxels, holes filled.
 
+The labels of a cascade's previous stage are resampled within it too.
 The survey makes it of a case that is a volume. A section has no holes: along z, all of it lies at the border.
 """
 
@@ -34,7 +35,7 @@ def check_mask_memory(extent: Vec3, budget_bytes: int) -> None:
     need = mask_bytes(extent) + extent[1] * extent[2] * SECTION_BYTES
     if need > budget_bytes:
         raise ResourceError(
-            "the model normalises within the mask of nonzero voxels (use_mask_for_norm), which is kept whole: for "
+            "the model needs the mask of nonzero voxels whole (use_mask_for_norm, or a cascade that is resampled): for "
             f"{extent} voxels it needs {need / 1e9:.3f} GB, the memory budget is {budget_bytes / 1e9:.3f} GB; raise "
             "system.memory_budget_gb, or label a cropped copy of the volume"
         )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from connectomics.errors import ModelError
-from connectomics.geometry import Box, Vec3, vec3
+from connectomics.geometry import Box, Vec3, pieces, vec3
 from connectomics.inference.case import WindowSource
 from connectomics.inference.tta import forward_mirrored, mirror_combinations
 from connectomics.inference.windows import WindowGrid, constant_weight, gaussian_weight
@@ -22,6 +22,8 @@ from connectomics.io.volume import Array
 from connectomics.models.backends.contract import Backend
 
 Logits = torch.Tensor
+FINISHED_VALUES = 1 << 20
+"""Logits handed out at once: bounds what is made of them, probabilities and labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +161,12 @@ class _Accumulator:
         count = position - self._first
         held = self._span(self._first, position)
         finished = held.intersect(self._core)
-        if finished.voxels:
-            rows = finished.relative_to(held).slices
-            yield finished, self._finish(rows)
-        self._drop(count)
-        self._first = position
+        for part in pieces(Box.of_shape(finished.shape), (1, 1, 1), max(1, FINISHED_VALUES // self._logits.shape[1])):
+            box = part.shift(finished.start)
+            yield box, self._finish(box.relative_to(held).slices)
+        if position < self._core.stop[self._axis]:
+            self._drop(count)
+            self._first = position
 
     def _finish(self, rows: tuple[slice, slice, slice]) -> Logits:
         weights = self._weights[rows]
@@ -172,7 +175,8 @@ class _Accumulator:
             mean += fold[(slice(None), *rows)] / weights
         if len(self._logits) > 1:
             mean /= len(self._logits)
-        if not bool(torch.isfinite(mean).all()):
+        finite = bool(torch.isfinite(mean.sum()))  # one pass; a sum that overflows says nothing of its parts
+        if not finite and not bool(torch.isfinite(mean).all()):
             raise ModelError(
                 f"the network gave infinite or undefined logits in {self._core}; the weights or the precision do not "
                 "fit these intensities: try system.device=cpu, which computes in float32"
@@ -183,8 +187,9 @@ class _Accumulator:
         depth = self._weights.shape[self._axis]
         kept = max(0, depth - count)
         for tensor, axis in ((self._logits, self._axis + 2), (self._weights, self._axis)):
-            if kept:
-                tensor.narrow(axis, 0, kept).copy_(tensor.narrow(axis, depth - kept, kept).clone())
+            for i in range(0, kept, count):  # in steps that do not overlap, so nothing is copied aside
+                rows = min(count, kept - i)
+                tensor.narrow(axis, i, rows).copy_(tensor.narrow(axis, i + count, rows))
             tensor.narrow(axis, kept, depth - kept).zero_()
 
     def _span(self, start: int, stop: int) -> Box:
@@ -219,21 +224,30 @@ class _Lane:
         high = [s[-1] + p for s, p in zip(starts, patch, strict=True)]
         high[axis] = low[axis]
         self._box = Box(vec3(low), vec3(high))
-        self._data: Array = np.zeros((source.channels, *self._box.shape), np.float32)
+        self._data: Array = np.empty((source.channels, 0, 0, 0), np.float32)
 
     def advance(self, position: int) -> None:
         """Hold the rows ``position`` to ``position`` + patch."""
         low, high = list(self._box.start), list(self._box.stop)
-        fresh_low = list(low)
-        fresh_low[self._axis] = max(position, high[self._axis])
+        count, kept = position - low[self._axis], max(0, high[self._axis] - position)
+        for i in range(0, kept, count or 1):  # in steps that do not overlap, so nothing is copied aside
+            stop = min(i + count, kept)
+            self._rows(i, stop)[...] = self._rows(i + count, stop + count)
+        fresh = list(low)
+        fresh[self._axis] = position + kept
         low[self._axis], high[self._axis] = position, position + self._depth
-        kept = max(0, self._box.stop[self._axis] - position)
-        fresh = self._source.get(Box(vec3(fresh_low), vec3(high)))
+        rows = self._source.get(Box(vec3(fresh), vec3(high)))
         if kept:
-            index = [slice(None)] * 4
-            index[self._axis + 1] = slice(self._data.shape[self._axis + 1] - kept, None)
-            fresh = np.concatenate([self._data[tuple(index)], fresh], axis=self._axis + 1)
-        self._box, self._data = Box(vec3(low), vec3(high)), fresh
+            self._rows(kept, self._depth)[...] = rows
+        else:
+            self._data = rows
+        self._box = Box(vec3(low), vec3(high))
+
+    def _rows(self, start: int, stop: int) -> Array:
+        index = [slice(None)] * 4
+        index[self._axis + 1] = slice(start, stop)
+        view: Array = self._data[tuple(index)]
+        return view
 
     def window(self, box: Box) -> Array:
         """float32 (c, z, y, x) of a window inside the held rows."""

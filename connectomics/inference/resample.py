@@ -13,8 +13,10 @@ import torch
 
 from connectomics.errors import ModelError, VolumeError
 from connectomics.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.inference.case import CaseInput, Range
-from connectomics.inference.interpolation import AxisResampling, spline
+from connectomics.inference.cascade import PreviousLabels, StackedInput
+from connectomics.inference.case import CaseInput, Range, WindowSource
+from connectomics.inference.interpolation import AxisResampling, interpolated, reach_of, spline
+from connectomics.inference.label_resampling import LabelResampling
 from connectomics.inference.normalise import normalise
 from connectomics.inference.predictor import Logits, Predictor
 from connectomics.io.volume import Array, Spacing
@@ -23,6 +25,7 @@ from connectomics.models.spec import DEFAULT_RESAMPLING, NO_RESAMPLING, TORCH_RE
 TILE: Vec3 = (32, 128, 128)  # network voxels computed at once
 CUBIC = 3  # the highest order of images
 LINEAR = 1  # the highest order of logits: splines are clipped to the range of all of them, which nobody knows before
+ImageSource = CaseInput | StackedInput[CaseInput, PreviousLabels]  # a case on the image's grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,8 @@ class Resampling:
         Of the volume along the model's axes (z, y, x), in the unit of the plans.
     target
         Of the network's grid (z, y, x), in the same unit; z of a 2D model is that of the volume.
-    data, probabilities
-        The plan's rules for intensities and for logits.
+    data, probabilities, labels
+        The plan's rules for intensities, for logits and, in a cascade, for the labels of the previous stage.
 
     Raises
     ------
@@ -48,9 +51,10 @@ class Resampling:
     target: Spacing
     data: ResamplingRule
     probabilities: ResamplingRule
+    labels: ResamplingRule | None = None
 
     def __post_init__(self) -> None:
-        check_rules(self.data, self.probabilities)
+        check_rules(self.data, self.probabilities, self.labels)
 
     def network_shape(self, shape: Vec3) -> Vec3:
         """Extent of a case of ``shape`` on the network's grid, by nnU-Net's own rule.
@@ -79,6 +83,12 @@ class Resampling:
     def to_network(self, image: Vec3, network: Vec3) -> tuple[AxisResampling, ...]:
         """How each axis of a case of extent ``image`` is brought to the network's grid of extent ``network``."""
         return _axes(self.data, self.data_axis, image, network)
+
+    def labels_to_network(self, image: Vec3, network: Vec3) -> LabelResampling:
+        """How the labels of a previous stage are brought to the network's grid."""
+        assert self.labels is not None, "only second stages of a cascade have labels"
+        separate = _separate_axis(self.labels, self.spacing, self.target)
+        return LabelResampling(_axes(self.labels, separate, image, network), separate)
 
     def to_image(self, image: Vec3, network: Vec3) -> tuple[AxisResampling, ...]:
         """How each axis of the logits is brought back."""
@@ -149,13 +159,13 @@ class ResampledInput:
         return result
 
     def _compute(self, tile: Box) -> Array:
-        near = _reach(self._axes, tile)
+        near = reach_of(self._axes, tile)
         values = torch.from_numpy(self.source.get(near.shift(self.source.box.start)))
         within = [axis for axis in range(3) if axis != self._separate]
         if self._axes[within[0]].order > LINEAR:
             values = torch.from_numpy(self._splines(values.numpy(), within, tile, near))
         else:
-            values = _interpolated(values, self._axes, within[::-1], tile, near)
+            values = interpolated(values, self._axes, within[::-1], tile, near)
         if self._separate is not None:
             values = self._along(values, self._separate, tile, near)
         result: Array = values.numpy().astype(np.float32)
@@ -184,12 +194,57 @@ class ResampledInput:
     def _along(self, values: torch.Tensor, axis: int, tile: Box, near: Box) -> torch.Tensor:
         """Across the sections, which stand on the network's grid already."""
         if self._axes[axis].order <= LINEAR:
-            return _interpolated(values, self._axes, [axis], tile, near)
+            return interpolated(values, self._axes, [axis], tile, near)
         image = np.moveaxis(values.double().numpy(), axis + 1, 1)
         axes = [self._axes[axis], *(AxisResampling(n, n, LINEAR) for n in image.shape[2:])]
         corners = [tile.start[axis], 0, 0], [tile.stop[axis], *image.shape[2:]], [near.start[axis], 0, 0]
         result = np.stack([spline(channel, axes, *corners) for channel in image])
         return torch.from_numpy(np.moveaxis(result, 1, axis + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class ResampledLabels:
+    """The labels of a previous stage on the network's grid, a channel each.
+
+    Parameters
+    ----------
+    source
+        The labels on the image's grid.
+    resampling
+        The rules.
+    """
+
+    source: PreviousLabels
+    resampling: Resampling
+
+    @property
+    def box(self) -> Box:
+        """The network's grid."""
+        return Box.of_shape(self.resampling.network_shape(self.source.box.shape))
+
+    @property
+    def channels(self) -> int:
+        """Number of labels."""
+        return self.source.channels
+
+    def get(self, box: Box) -> Array:
+        """float32 (k, z, y, x) of a box of the network's grid: 1 where the label is, zeros outside."""
+        result: Array = np.zeros((self.channels, *box.shape), np.float32)
+        whole = self.box
+        rule = self.resampling.labels_to_network(self.source.box.shape, whole.shape)
+        inner = box.intersect(whole)
+        for piece in BlockGrid(inner.shape, TILE) if inner.voxels else ():
+            part = piece.core.shift(inner.start)
+            near = rule.reach(part)
+            labels = rule.apply(self.source.within_mask(near.shift(self.source.box.start)), part, near)
+            self.source.mark(labels, result[(slice(None), *part.relative_to(box).slices)])
+        return result
+
+
+def _on_network_grid(source: ImageSource, resampling: Resampling) -> WindowSource:
+    if isinstance(source, CaseInput):
+        return ResampledInput(source, resampling)
+    return StackedInput(ResampledInput(source.image, resampling), ResampledLabels(source.labels, resampling))
 
 
 class ResampledPredictor:
@@ -206,21 +261,23 @@ class ResampledPredictor:
     def __init__(self, inner: Predictor, resampling: Resampling) -> None:
         self._inner, self._resampling = inner, resampling
 
-    def windows(self, source: CaseInput, core: Box) -> int:
+    def windows(self, source: ImageSource, core: Box) -> int:
         """Number of windows that ``predict`` computes."""
-        resampled = ResampledInput(source, self._resampling)
+        resampled = _on_network_grid(source, self._resampling)
         if resampled.box.shape == source.box.shape:
             return self._inner.windows(source, core)
-        return self._inner.windows(resampled, _reach(self._back(resampled), core.relative_to(source.box)))
+        axes = self._resampling.to_image(source.box.shape, resampled.box.shape)
+        return self._inner.windows(resampled, reach_of(axes, core.relative_to(source.box)))
 
-    def predict(self, source: CaseInput, core: Box) -> Iterator[tuple[Box, Logits]]:
+    def predict(self, source: ImageSource, core: Box) -> Iterator[tuple[Box, Logits]]:
         """Logits of ``core`` at the image's spacing; see ``Predictor``."""
-        resampled = ResampledInput(source, self._resampling)
+        resampled = _on_network_grid(source, self._resampling)
         if resampled.box.shape == source.box.shape:
             yield from self._inner.predict(source, core)
             return
-        axes, local = self._back(resampled), core.relative_to(source.box)
-        needed = _reach(axes, local)
+        axes = self._resampling.to_image(source.box.shape, resampled.box.shape)
+        local = core.relative_to(source.box)
+        needed = reach_of(axes, local)
         network: Logits | None = None
         for box, logits in self._inner.predict(resampled, needed):
             if network is None:
@@ -229,28 +286,10 @@ class ResampledPredictor:
         assert network is not None
         for z in range(local.start[0], local.stop[0]):
             plane = Box((z, *local.start[1:]), (z + 1, *local.stop[1:]))
-            near = _reach(axes, plane)
+            near = reach_of(axes, plane)
             values = network[(slice(None), *near.relative_to(needed).slices)]
             order = (2, 1, 0) if axes[0].single else (0, 1, 2)  # torch's sums begin with x; fewest voxels else
-            yield plane.shift(source.box.start), _interpolated(values, axes, order, plane, near).float()
-
-    def _back(self, resampled: ResampledInput) -> tuple[AxisResampling, ...]:
-        return self._resampling.to_image(resampled.source.box.shape, resampled.box.shape)
-
-
-def _interpolated(
-    values: torch.Tensor, axes: Sequence[AxisResampling], order: Sequence[int], box: Box, near: Box
-) -> torch.Tensor:
-    """The voxels of ``box`` along some axes, one after the other, from values that begin at ``near``."""
-    for axis in order:
-        values = axes[axis].interpolate(values, axis, box.start[axis], box.stop[axis], near.start[axis])
-    return values
-
-
-def _reach(axes: Sequence[AxisResampling], box: Box) -> Box:
-    """The part of the old grid that the voxels of ``box`` are made of."""
-    spans = [axis.reach(a, b) for axis, a, b in zip(axes, box.start, box.stop, strict=True)]
-    return Box(vec3([a for a, _ in spans]), vec3([b for _, b in spans]))
+            yield plane.shift(source.box.start), interpolated(values, axes, order, plane, near).float()
 
 
 def _blocks_over(grid: BlockGrid, box: Box) -> Iterator[Vec3]:
@@ -260,7 +299,7 @@ def _blocks_over(grid: BlockGrid, box: Box) -> Iterator[Vec3]:
     yield from ((z, y, x) for z in spans[0] for y in spans[1] for x in spans[2])
 
 
-def check_rules(data: ResamplingRule, probabilities: ResamplingRule) -> None:
+def check_rules(data: ResamplingRule, probabilities: ResamplingRule, labels: ResamplingRule | None = None) -> None:
     """Refuse resampling that this program cannot do as nnU-Net does it, or that makes no sense.
 
     Raises
@@ -269,7 +308,8 @@ def check_rules(data: ResamplingRule, probabilities: ResamplingRule) -> None:
         If the plans name another function, argument or order, or leave logits on the network's grid.
     """
     advice = "bring the volume to the plan's spacing yourself and set inference.resample=off"
-    for what, rule, highest in (("images", data, CUBIC), ("logits", probabilities, LINEAR)):
+    stages = [] if labels is None else [("labels of the previous stage", labels, LINEAR)]
+    for what, rule, highest in (("images", data, CUBIC), ("logits", probabilities, LINEAR), *stages):
         problem = rule.problem and f" and {rule.problem}, which is not supported"
         if rule.function not in (DEFAULT_RESAMPLING, TORCH_RESAMPLING, NO_RESAMPLING):
             problem = f", expected {DEFAULT_RESAMPLING}, {TORCH_RESAMPLING} or {NO_RESAMPLING}"
@@ -277,6 +317,16 @@ def check_rules(data: ResamplingRule, probabilities: ResamplingRule) -> None:
             problem = f" of order {rule.order} (across sections {rule.order_z}), supported are orders up to {highest}"
         if problem:
             raise ModelError(f"the plans resample {what} with {rule.function}{problem}; {advice}")
+    if labels is not None and (labels.function == NO_RESAMPLING) != (data.function == NO_RESAMPLING):
+        raise ModelError(
+            f"the plans resample images with {data.function} and labels of the previous stage with {labels.function}, "
+            f"so that they would not fit together; expected functions that bring both to one spacing; {advice}"
+        )
+    if labels is not None and labels.function == DEFAULT_RESAMPLING and labels.order_z > 0:
+        raise ModelError(
+            f"the plans resample labels of the previous stage across sections with order {labels.order_z}, supported "
+            f"is order 0; {advice}"
+        )
     if probabilities.function == NO_RESAMPLING != data.function:
         raise ModelError(
             f"the plans resample images with {data.function} and logits with {NO_RESAMPLING}, so that labels would not "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ VALUE_SCALE = 10.0  # nnU-Net scales its Gaussian to a maximum of 10
 SIGMA_SHARE = 1.0 / 8.0  # of the patch, along each axis
 
 
-def window_starts(extent: int, patch: int, step: float) -> tuple[int, ...]:
+def window_starts(extent: int, patch: int, step: float, near: tuple[int, int] | None = None) -> tuple[int, ...]:
     """First voxels of the windows along one axis, spread evenly over the whole extent.
 
     Parameters
@@ -26,6 +27,8 @@ def window_starts(extent: int, patch: int, step: float) -> tuple[int, ...]:
         Voxels of a window along the axis; windows one voxel deep visit each voxel once.
     step
         Largest distance between neighbours as a share of ``patch``, in (0, 1].
+    near
+        Only windows that share a voxel with ``near[0]`` to ``near[1]``; None: all.
 
     Raises
     ------
@@ -44,14 +47,18 @@ def window_starts(extent: int, patch: int, step: float) -> tuple[int, ...]:
     """
     if extent < patch:
         raise ValueError(f"{extent} voxels hold no window of {patch}; pad first")
-    if patch == 1:
-        return tuple(range(extent))
     last = extent - patch
-    intervals = math.ceil(last / (patch * step))
-    if intervals == 0:
-        return (0,)
-    distance = last / intervals
-    return tuple(round(distance * i) for i in range(intervals + 1))
+    intervals = last if patch == 1 else math.ceil(last / (patch * step))
+    distance = last / max(1, intervals)
+
+    def start(i: int) -> int:
+        return round(distance * i)
+
+    numbers = range(intervals + 1)  # starts ascend, so the near ones are found without making all
+    if near is not None:
+        first = bisect_right(numbers, near[0] - patch, key=start)
+        numbers = range(first, bisect_left(numbers, near[1], lo=first, key=start))
+    return tuple(start(i) for i in numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +80,20 @@ class WindowGrid:
     patch: Vec3
     step: float
 
-    def starts(self, axis: int) -> tuple[int, ...]:
-        """First voxels of all windows along ``axis``, in volume coordinates, ascending."""
+    def starts(self, axis: int, near: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """First voxels of the windows along ``axis`` that share a voxel with ``near`` (None: all), ascending.
+
+        All in volume coordinates.
+        """
         extent, patch = self.box.shape[axis], self.patch[axis]
         padding = max(0, patch - extent)
         first = self.box.start[axis] - padding // 2
-        return tuple(first + s for s in window_starts(extent + padding, patch, self.step))
+        wanted = None if near is None else (near[0] - first, near[1] - first)
+        return tuple(first + s for s in window_starts(extent + padding, patch, self.step, wanted))
 
     def touching(self, box: Box) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Along each axis, the starts of the windows that share a voxel with ``box``."""
-        z, y, x = (
-            tuple(s for s in self.starts(a) if s < box.stop[a] and s + self.patch[a] > box.start[a]) for a in range(3)
-        )
+        z, y, x = (self.starts(axis, (box.start[axis], box.stop[axis])) for axis in range(3))
         return z, y, x
 
     def count(self, box: Box) -> int:

@@ -1,6 +1,6 @@
 """The working store: an OME-Zarr 0.5 group with one sharded Zarr v3 array, one shard for each block's core.
 
-The pipeline writes finished cores into it and reads them back; ``export`` turns it into the final output. A
+The pipeline writes finished cores into it and reads them back; the final outputs are made from it. A
 shard is one file that TensorStore writes under a temporary name and renames, so it is whole or absent.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from connectomics.errors import OutputError, VolumeError
 from connectomics.fingerprint import sha256_of_file
 from connectomics.geometry import Box, Vec3, vec3
 from connectomics.io.atomic import replacing, write_text
+from connectomics.io.levels import Level
+from connectomics.io.ome import multiscale
 from connectomics.io.source import READ_ERRORS, Source, reason
 from connectomics.io.stored import StoredVolume
 from connectomics.io.volume import Array, VolumeInfo
@@ -165,9 +168,9 @@ def create_store(path: Path, info: VolumeInfo, *, shard_shape: Vec3, attributes:
         with replacing(path) as temporary:
             (temporary / ARRAY).mkdir(parents=True)
             (temporary / METADATA).write_text(
-                json.dumps(_group(path.stem, info, attributes), indent=2, allow_nan=False)
+                json.dumps(_group(path.stem, info, [Level(info.extent)], attributes), indent=2, allow_nan=False)
             )
-            (temporary / ARRAY / METADATA).write_text(json.dumps(_array_metadata(info, shard_shape), indent=2))
+            (temporary / ARRAY / METADATA).write_text(json.dumps(array_metadata(info, shard_shape), indent=2))
     except OSError as error:
         raise OutputError(
             f"cannot make a working store at {path}: {reason(error)}. Choose another output folder or mend this one."
@@ -198,18 +201,18 @@ def discard_locks(path: Path) -> None:
         lock.unlink(missing_ok=True)
 
 
-def stamp_store(path: Path, stamp: dict[str, object], name: str) -> None:
-    """Keep ``stamp`` with the store at ``path`` and call its image ``name``, whole or not at all.
+def stamp_store(path: Path, stamp: dict[str, object], name: str, levels: Sequence[Level]) -> None:
+    """Keep ``stamp`` with the store at ``path``, call its image ``name`` and name its levels, whole or not at all.
 
     Raises
     ------
     OSError
         If the metadata cannot be read or written.
     """
-    group = json.loads((path / METADATA).read_text())
-    group["attributes"][ATTRIBUTES][STAMP] = stamp
-    group["attributes"]["ome"]["multiscales"][0]["name"] = name
-    write_text(path / METADATA, json.dumps(group, indent=2, allow_nan=False))
+    reader = open_zarr(Source(str(path), path, ARRAY))
+    attributes = json.loads((path / METADATA).read_text())["attributes"][ATTRIBUTES] | {STAMP: stamp}
+    write_text(path / METADATA, json.dumps(_group(name, reader.info, levels, attributes), indent=2, allow_nan=False))
+    reader.close()
 
 
 def stamp_of_store(path: Path) -> object:
@@ -217,23 +220,13 @@ def stamp_of_store(path: Path) -> object:
     return json.loads((path / METADATA).read_text())["attributes"][ATTRIBUTES][STAMP]
 
 
-def _group(name: str, info: VolumeInfo, attributes: dict[str, object]) -> dict[str, object]:
-    unit = {} if info.voxel_size_nm is None else {"unit": "nanometer"}
-    channel = [] if info.channels == 1 else [{"name": "c", "type": "channel"}]
-    transformations = [
-        {"type": "scale", "scale": [1.0] * len(channel) + list(info.voxel_size_nm or (1.0, 1.0, 1.0))},
-        {"type": "translation", "translation": [0.0] * len(channel) + list(info.origin_nm)},
-    ]
-    multiscale = {
-        "name": name,
-        "axes": channel + [{"name": axis, "type": "space", **unit} for axis in "zyx"],
-        "datasets": [{"path": ARRAY, "coordinateTransformations": transformations}],
-    }
-    ome = {"version": "0.5", "multiscales": [multiscale]}
+def _group(name: str, info: VolumeInfo, levels: Sequence[Level], attributes: dict[str, object]) -> dict[str, object]:
+    ome = {"version": "0.5", "multiscales": [multiscale(name, info, levels)]}
     return {"zarr_format": 3, "node_type": "group", "attributes": {"ome": ome, ATTRIBUTES: attributes}}
 
 
-def _array_metadata(info: VolumeInfo, shard_shape: Vec3) -> dict[str, object]:
+def array_metadata(info: VolumeInfo, shard_shape: Vec3) -> dict[str, object]:
+    """``zarr.json`` of a sharded array of all the channels; ``info.chunk_shape`` divides ``shard_shape``."""
     several = info.channels > 1
     size = info.dtype.itemsize
     little = {"name": "bytes", "configuration": {"endian": "little"}}

@@ -6,6 +6,7 @@ knows about transposing.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from connectomics.errors import VolumeError
-from connectomics.geometry import Box, Vec3, vec3
+from connectomics.geometry import Box, Vec3, pieces, vec3
 from connectomics.io.source import READ_ERRORS, Source, reason
 from connectomics.io.volume import Array, Nanometres, Spacing, VolumeInfo
 
 AXES = "czyx"
-CACHE_BYTES = 128 << 20
+CACHE_BYTES = 64 << 20
+READ_BYTES = 16 << 20
 PIECE_BYTES = 1 << 20
 
 
@@ -167,6 +169,17 @@ def row_chunk(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
     return (*(1,) * (len(shape) - 2), min(shape[-2], rows), shape[-1])
 
 
+def reading_bytes(info: VolumeInfo) -> int:
+    """Most memory that reading takes beside what it returns: pieces as stored and decoded, and recent ones kept.
+
+    A read is made of pieces of whole chunks of about ``READ_BYTES``, so one chunk that is larger decides.
+    """
+    voxel_bytes = info.channels * info.dtype.itemsize
+    chunk = math.prod(info.chunk_shape) * voxel_bytes
+    volume = math.prod(info.extent) * voxel_bytes
+    return 3 * min(volume, max(chunk, READ_BYTES)) + min(volume, max(chunk, CACHE_BYTES))
+
+
 class RecentArrays:
     """The arrays decoded last, so that reading stripe by stripe decodes each piece once; bounded in bytes."""
 
@@ -262,11 +275,20 @@ class StoredVolume:
             raise VolumeError(f"cannot read {where}: outside the volume of (z, y, x) = {self._info.extent}.")
         if box.voxels == 0:
             return np.empty((self._info.channels, *box.shape), self._info.dtype)
+        voxel_bytes = self._info.channels * self._info.dtype.itemsize
         try:
-            block = self._layout.arrange(self._fetch(self._layout.index(box)))
+            result: Array | None = None
+            for part in pieces(box, self._info.chunk_shape, READ_BYTES // voxel_bytes):
+                block = self._layout.arrange(self._fetch(self._layout.index(part)))
+                if part == box:
+                    return np.asarray(block, dtype=self._info.dtype, order="C")
+                if result is None:
+                    result = np.empty((self._info.channels, *box.shape), self._info.dtype)
+                result[(slice(None), *part.relative_to(box).slices)] = block
+            assert result is not None, "a box that is not empty has parts"
         except READ_ERRORS as error:
             raise VolumeError(f"cannot read {where}: {reason(error)}. Check that the file is complete.") from error
-        return np.asarray(block, dtype=self._info.dtype, order="C")
+        return result
 
     def close(self) -> None:
         """Release the storage; closing twice is harmless."""

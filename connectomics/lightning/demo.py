@@ -13,8 +13,9 @@ from connectomics.evaluate.montage import montage
 from connectomics.geometry import Box
 from connectomics.io.opening import open_volume
 from connectomics.io.volume import Array
-from connectomics.lightning.evaluation import evaluate_outcomes, score_table
+from connectomics.lightning.evaluation import evaluate_outcomes
 from connectomics.lightning.inference import Observer, VolumeProcessor
+from connectomics.lightning.score_table import score_table
 
 VOLUME = "phantom:6x512x512?seed=7"
 TRUTH = f"{VOLUME}&what=label"
@@ -42,13 +43,14 @@ def run_demo(folder: Path, observer: Observer) -> list[str]:
         If the volume could not be finished.
     """
     words = ["experiment_name=demo", "inference.output.formats=[h5,png]", "inference.output.overwrite=true"]
+    words += [f"test.data.test_image='{VOLUME}'", f"test.data.test_label='{TRUTH}'"]
     config = load_config(None, [f"inference.data.output_path={folder}", *words])
     with as_file(files("connectomics") / "example" / "phantom_mito_2d") as model:
         engine = build_engine(config, model)
     outcomes = VolumeProcessor(config, engine, observer).run(named_sources([VOLUME], engine.spec.channels))
     if outcomes[0].state == "failed":
         raise ConnectomicsError(outcomes[0].reason)
-    scores = evaluate_outcomes(config, engine, outcomes, [TRUTH])
+    scores = evaluate_outcomes(config, engine, outcomes)
     labels = outcomes[0].paths[0]
     picture = folder / "montage.png"
     montage(_section(VOLUME), _section(str(labels)), _section(TRUTH), picture)

@@ -1,26 +1,32 @@
-"""What ``--mode test`` does once the labels are there: compare them with the truth piece by piece, keep the scores."""
+"""``evaluate``, and what ``test`` does once the labels are there: compare volumes with their truth, keep the scores."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from connectomics.build.engine import Engine
-from connectomics.config.schema import Config
-from connectomics.errors import ConfigError, ConnectomicsError, VolumeError
-from connectomics.evaluate.semantic import Confusion, scores
-from connectomics.geometry import BlockGrid, Vec3, vec3
+from connectomics.config.schema import Config, Evaluation
+from connectomics.config.validation import INSTANCE_METRICS, SEMANTIC_METRICS
+from connectomics.errors import ConfigError, ConnectomicsError
+from connectomics.evaluate.contingency import Contingency, side_by_side
+from connectomics.evaluate.instances import instance_scores
+from connectomics.evaluate.objects import Overlaps, match_table, write_matches
+from connectomics.evaluate.semantic import Confusion, labels_found, scores
+from connectomics.evaluate.volumes import Comparison, Within, compare
 from connectomics.io.atomic import write_text
-from connectomics.io.listing import VolumeSource
+from connectomics.io.listing import VolumeSource, refuse_collisions, stem_of
 from connectomics.io.opening import open_volume
-from connectomics.io.volume import VolumeInfo, VolumeReader
-from connectomics.lightning.inference import VolumeOutcome
 
-PIECE: Vec3 = (16, 1024, 1024)  # voxels compared at once
+if TYPE_CHECKING:
+    from connectomics.build.engine import Engine
+    from connectomics.lightning.inference import VolumeOutcome
+
 BINARY = 2
+Entries = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,101 +37,186 @@ class Scores:
     volumes: Mapping[str, Mapping[str, Any]]
     pooled: Mapping[str, Any]
     failures: Mapping[str, str]
+    matches: tuple[Path, ...] = ()
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What ``scores.json`` holds."""
+        return {"pooled": self.pooled, "volumes": self.volumes, "failed": self.failures}
 
 
-def check_truths(sources: Sequence[VolumeSource], truths: Sequence[str]) -> None:
-    """Refuse, before the work, a list of truths that does not match the volumes.
+@dataclass(frozen=True, slots=True)
+class Labelling:
+    """What the labels of both sides mean.
+
+    Parameters
+    ----------
+    classes
+        Name and labels of each class, the background first.
+    count
+        Labels are 0 to ``count`` - 1; of two, everything above 0 is the second.
+    ignored
+        Voxels with this label in the truth are not counted.
+    """
+
+    classes: Mapping[str, Sequence[int]]
+    count: int
+    ignored: int | None = None
+
+
+def check_known_answers(config: Config, sources: Sequence[VolumeSource]) -> None:
+    """Refuse, before the work, truths that do not match the volumes, and scores that labels do not have.
 
     Raises
     ------
     ConfigError
-        If there is not one truth a volume.
+        If there is not one truth (and mask) a volume, or metrics of objects are asked for.
     """
-    if len(truths) != len(sources):
+    _require_as_many(config, "test_image", len(sources))
+    objects = [metric for metric in config.test.evaluation.metrics if metric in INSTANCE_METRICS]
+    if objects:
         raise ConfigError(
-            f"test.data.test_label names {len(truths)} volumes, test.data.test_image {len(sources)}; state one label "
-            "volume for each image, in the same order"
+            f"test.evaluation.metrics names {', '.join(objects)}, which are for ids of objects, and a test run gives "
+            "classes; make objects of its result and compare them with `connectomics evaluate --instances`"
         )
 
 
-def evaluate_outcomes(
-    config: Config, engine: Engine, outcomes: Sequence[VolumeOutcome], truths: Sequence[str]
-) -> Scores:
+def _require_as_many(config: Config, images: str, count: int) -> None:
+    data = config.test.data
+    for key, found in (("test_label", data.test_label or ()), ("test_ignore", data.test_ignore)):
+        if found is not None and len(found) != count:
+            raise ConfigError(
+                f"test.data.{key} names {len(found)} volumes, test.data.{images} {count}; state one "
+                "volume for each image, in the same order"
+            )
+
+
+def stated_comparisons(config: Config) -> list[Comparison]:
+    """Those of ``test.data``: predictions, truths and masks.
+
+    Raises
+    ------
+    ConfigError
+        If no prediction is named, there is not one truth (and mask) for each, or names collide.
+    """
+    data = config.test.data
+    if not data.test_prediction:
+        raise ConfigError("test.data.test_prediction names no volume; set it to a path or a list of paths")
+    _require_as_many(config, "test_prediction", len(data.test_prediction))
+    refuse_collisions([VolumeSource(uri, stem_of(uri), (uri,)) for uri in data.test_prediction])
+    masks = _masks(config)
+    return [Comparison(p, p, t, m) for p, t, m in zip(data.test_prediction, data.test_label or (), masks, strict=True)]
+
+
+def _masks(config: Config) -> Sequence[str | None]:
+    """One for each truth."""
+    data = config.test.data
+    return data.test_ignore or [None for _ in data.test_label or ()]
+
+
+def evaluate_outcomes(config: Config, engine: Engine, outcomes: Sequence[VolumeOutcome]) -> Scores:
     """Compare finished labels with their truths; saves ``scores.json`` in the output folder.
 
     Parameters
     ----------
     outcomes
-        Of the volumes, in the order of ``test.data.test_image``; those after a stop are not there.
-    truths
-        A volume of labels for each, same extent; with two classes everything above 0 is foreground. Voxels with the
-        model's ignore label are not counted.
+        Of the volumes, in the order of ``test.data.test_image``; those after a stop are not there. Their truths are
+        ``test.data.test_label``: with two classes everything above 0 is foreground. Voxels with the model's ignore
+        label are not counted, nor are those outside ``inference.roi`` and ``inference.mask``.
     """
-    classes, spec = engine.spec.class_labels, engine.spec
-    count = 1 + max(*(v for values in classes.values() for v in values), *spec.class_values)
-    metrics = config.test.evaluation.metrics
-    pooled, volumes, failures = Confusion.zero(count), {}, {}
-    for outcome, truth in zip(outcomes, truths, strict=False):
-        if outcome.state == "failed":
-            continue
+    spec, data = engine.spec, config.test.data
+    masks = _masks(config)
+    count = 1 + max(*(v for values in spec.class_labels.values() for v in values), *spec.class_values)
+    with ExitStack() as opened:
+        jobs = [
+            Comparison(outcome.name, str(outcome.paths[0]), truth, mask, _within(config, outcome, opened))
+            for outcome, truth, mask in zip(outcomes, data.test_label or (), masks, strict=False)
+            if outcome.state != "failed"
+        ]
+        return evaluate_volumes(config, jobs, Labelling(spec.class_labels, count, spec.ignored_label))
+
+
+def _within(config: Config, outcome: VolumeOutcome, opened: ExitStack) -> Within | None:
+    """Gives the voxels of a box that were wanted, or None where all were."""
+    from connectomics.build.volumes import wanted_of
+
+    with closing(open_volume(str(outcome.paths[0]))) as labels:
+        wanted = wanted_of(config, labels.info.extent, outcome.name)
+    return None if wanted is None else opened.enter_context(closing(wanted)).within
+
+
+def evaluate_volumes(config: Config, jobs: Sequence[Comparison], labelling: Labelling | None = None) -> Scores:
+    """Compare predictions with truths; saves ``scores.json`` and tables of matches in the output folder.
+
+    Parameters
+    ----------
+    jobs
+        The volumes, named differently; what cannot be measured is named in the result, and the rest is.
+    labelling
+        What labels mean; None: each label that is found is a class.
+    """
+    wanted, folder = config.test.evaluation, Path(config.inference.data.output_path)
+    ignored = (wanted.ignore_label, labelling.ignored if labelling else None)
+    tables: dict[str, Contingency] = {}
+    failures: dict[str, str] = {}
+    for job in jobs:
         try:
-            confusion = compare(outcome.paths[0], truth, count, spec.ignored_label)
+            table = compare(job)
         except ConnectomicsError as error:
-            failures[outcome.name] = str(error)
+            failures[job.name] = str(error)
             continue
-        volumes[outcome.name] = scores(confusion, classes, metrics)
-        pooled += confusion
-    result = Scores(engine.settings.folder / "scores.json", volumes, scores(pooled, classes, metrics), failures)
-    content = {"pooled": result.pooled, "volumes": volumes, "failed": failures}
-    write_text(result.path, json.dumps(content, indent=1) + "\n")
+        for label in ignored:
+            table = table if label is None else table.without_truth(label)
+        tables[job.name] = table
+    semantic, pooled_semantic = _semantic(tables, wanted, labelling, failures)
+    tables = {name: table for name, table in tables.items() if name not in failures}
+    instances, pooled_instances = _instances(tables, wanted)
+    volumes = {name: semantic.get(name, {}) | instances.get(name, {}) for name in tables}
+    paths = []
+    for job in jobs if instances else ():
+        if job.name in tables:
+            columns = match_table(Overlaps.of(tables[job.name]))
+            paths.append(write_matches(columns, folder, stem_of(job.prediction)))
+    result = Scores(folder / "scores.json", volumes, pooled_semantic | pooled_instances, failures, tuple(paths))
+    write_text(result.path, json.dumps(result.content, indent=1) + "\n")
     return result
 
 
-def compare(prediction: Path, truth: str, labels: int, ignored: int | None = None) -> Confusion:
-    """Confusion of two volumes of labels 0 to ``labels`` - 1, read piece by piece, without ``ignored`` voxels.
-
-    Raises
-    ------
-    VolumeError
-        If one cannot be read, their extents differ, or a truth of several classes has unknown values.
-    """
-    given, true = open_volume(str(prediction)), open_volume(truth)
-    try:
-        return _streamed(given, true, truth, labels, ignored)
-    finally:
-        given.close()
-        true.close()
-
-
-def _streamed(given: VolumeReader, true: VolumeReader, name: str, labels: int, ignored: int | None) -> Confusion:
-    if true.info.shape != given.info.shape:
-        raise VolumeError(
-            f"{name}: has shape (c, z, y, x) {true.info.shape}, the prediction {given.info.shape}; state the label "
-            "volume of this image"
-        )
-    total = Confusion.zero(labels)
-    for block in BlockGrid(true.info.extent, _piece(true.info)):
-        found, expected = given.read(block.core), true.read(block.core)
-        if ignored is not None:
-            found, expected = found[expected != ignored], expected[expected != ignored]
-        if labels == BINARY:
-            expected = (expected != 0).astype("u1")
-        total += Confusion.from_arrays(found, expected, labels)
-    return total
+def _semantic(
+    tables: Mapping[str, Contingency], wanted: Evaluation, labelling: Labelling | None, failures: dict[str, str]
+) -> tuple[Entries, dict[str, Any]]:
+    """Entries of each volume and of all pooled; volumes with unknown labels are added to ``failures``."""
+    metrics = [metric for metric in wanted.metrics if metric in SEMANTIC_METRICS]
+    if not metrics:
+        return {}, {}
+    if wanted.foreground:
+        labelling = Labelling({"background": (0,), "foreground": (1,)}, BINARY)
+    if labelling is None:
+        count = labels_found(list(tables.values()))
+        names = {"background": (0,)} | {f"label_{n}": (n,) for n in range(1, count)}
+        labelling = Labelling(names, count)
+    elif labelling.count == BINARY:
+        tables = {name: table.as_foreground() for name, table in tables.items()}
+    entries, pooled = {}, Confusion.zero(labelling.count)
+    for name, table in tables.items():
+        try:
+            confusion = Confusion.of(table, labelling.count)
+        except ConnectomicsError as error:
+            failures[name] = str(error)
+            continue
+        entries[name] = scores(confusion, labelling.classes, metrics)
+        pooled += confusion
+    return entries, scores(pooled, labelling.classes, metrics)
 
 
-def _piece(info: VolumeInfo) -> Vec3:
-    return vec3([min(n, p) for n, p in zip(info.extent, PIECE, strict=True)])
+def _instances(tables: Mapping[str, Contingency], wanted: Evaluation) -> tuple[Entries, dict[str, Any]]:
+    """Entries of each volume and of all beside each other, as if they were one."""
+    metrics = [metric for metric in wanted.metrics if metric in INSTANCE_METRICS]
+    if not metrics:
+        return {}, {}
 
+    def entry(table: Contingency) -> dict[str, Any]:
+        found = instance_scores(table, metrics, size_bounds=wanted.size_bounds or ())
+        return {"instances": found, "voxels": table.voxels}
 
-def score_table(result: Scores) -> str:
-    """The scores as text: a line per volume and class, pooled last."""
-    rows = [*result.volumes.items(), ("all volumes", result.pooled)]
-    metrics = [m for m in next(iter(result.pooled["labels"].values())) if m not in ("tp", "fp", "fn")]
-    lines = [f"{'volume':32} {'class':16} " + " ".join(f"{m:>10}" for m in metrics)]
-    for name, entry in rows:
-        for label, values in list(entry["labels"].items())[1:]:
-            numbers = (f"{values[m]:>10.4f}" if values[m] is not None else f"{'undefined':>10}" for m in metrics)
-            lines.append(f"{name[-32:]:32} {label:16} " + " ".join(numbers))
-    lines += [f"not measured: {name}: {reason}" for name, reason in result.failures.items()]
-    return "\n".join(lines)
+    return {name: entry(table) for name, table in tables.items()}, entry(side_by_side(list(tables.values())))

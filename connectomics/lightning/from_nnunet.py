@@ -61,6 +61,8 @@ class NnunetCall:
         This call predicts every ``num_parts``-th case, from number ``part_id`` on.
     device
         cpu, cuda or mps.
+    previous_folder
+        For the second stage of a cascade the labels of the first, under the names of ``output_folder``.
     """
 
     input_folder: Path
@@ -75,8 +77,11 @@ class NnunetCall:
     num_parts: int
     part_id: int
     device: str
+    previous_folder: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.previous_folder is not None and not self.previous_folder.is_dir():
+            raise ConfigError(f"-prev_stage_predictions {self.previous_folder}: is no folder; give that of the labels")
         if not 0 < self.step_size <= 1:
             raise ConfigError(f"-step_size is {self.step_size:g}, expected a number above 0 and at most 1")
         if not 0 <= self.part_id < self.num_parts:
@@ -107,6 +112,11 @@ class FolderPrediction:
         self._sources = list_cases(call.input_folder, self._kind)[call.part_id :: call.num_parts]
         self._config = _configured(call, self._kind, overrides)
         self._engine = build_engine(self._config, call.model)
+        if self._engine.spec.previous_stage is not None and call.previous_folder is None:
+            raise ConfigError(
+                f"the model is the second stage of a cascade; give -prev_stage_predictions, the folder of what "
+                f"{self._engine.spec.previous_stage} predicted"
+            )
 
     @property
     def deviations(self) -> tuple[str, ...]:
@@ -225,10 +235,17 @@ class _Relay:
 def _configured(call: NnunetCall, kind: FileKind, overrides: Sequence[str]) -> Config:
     stated = load_config(None, overrides)
     inference = stated.inference
+    first = call.previous_folder
+    previous = None if first is None else f"{first}/*{kind.ending}{kind.inner}"
     config = dataclasses.replace(
         stated,
         system=dataclasses.replace(stated.system, device=call.device),
-        model=dataclasses.replace(stated.model, folds=list(call.folds), checkpoint_name=call.checkpoint_name),
+        model=dataclasses.replace(
+            stated.model,
+            folds=list(call.folds),
+            checkpoint_name=call.checkpoint_name,
+            previous_stage=previous,
+        ),
         inference=dataclasses.replace(
             inference,
             axes=kind.axes,

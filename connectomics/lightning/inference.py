@@ -14,15 +14,26 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from connectomics.build.cascade import check_previous_stage
 from connectomics.build.engine import Engine, build_engine
-from connectomics.build.volumes import final_paths, job_of, open_source, outputs_of, run_folder, segmenter_of
+from connectomics.build.volumes import (
+    final_paths,
+    job_of,
+    open_source,
+    outputs_of,
+    run_folder,
+    segmenter_of,
+    wanted_of,
+)
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ConnectomicsError, OutputError, VolumeError
 from connectomics.executors.serial import SerialExecutor
 from connectomics.geometry import Box
+from connectomics.inference.case import ReadBox
 from connectomics.io.listing import VolumeSource
 from connectomics.io.volume import Array, Spacing, VolumeInfo
+from connectomics.lightning.cascade import previous_labels
 from connectomics.pipeline.contracts import RunReport
 from connectomics.pipeline.finish import check_names
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter
@@ -75,11 +86,11 @@ class InferenceManager:
         """Load a model with nnU-Net's own settings, changed by ``key=value`` words of the configuration."""
         return cls(load_config(None, overrides), Path(checkpoint))
 
-    def segmenter(self, spacing: Spacing | None = None) -> Segmenter:
-        """The engine's segmenter for an image of this spacing."""
-        return segmenter_of(self._config, self.engine, spacing)
+    def segmenter(self, spacing: Spacing | None = None, previous: ReadBox | None = None) -> Segmenter:
+        """The engine's segmenter for an image of this spacing; ``previous`` gives the labels of a previous stage."""
+        return segmenter_of(self._config, self.engine, spacing, previous)
 
-    def predict(self, image: Array, spacing: Spacing | None = None) -> Prediction:
+    def predict(self, image: Array, spacing: Spacing | None = None, previous: Array | None = None) -> Prediction:
         """Label one image.
 
         Parameters
@@ -88,11 +99,17 @@ class InferenceManager:
             Raw intensities, any real dtype: (c, z, y, x), (z, y, x) for one channel, or (y, x).
         spacing
             Of the image (z, y, x) in the plan's unit, for ``inference.resample=plan`` without ``inference.spacing``.
+        previous
+            For the second stage of a cascade the labels of the first, (z, y, x) or (y, x); without them those of the
+            model ``model.previous_stage``.
 
         Raises
         ------
+        ConfigError
+            If labels of a previous stage are needed and neither given nor made by a model.
         VolumeError
-            If the shape, dtype or number of channels does not fit the model, or a value is not finite.
+            If the shape, dtype or number of channels does not fit the model, a value is not finite, or
+            ``inference.roi`` or ``inference.mask`` does not fit the image.
         """
         if image.ndim not in (2, 3, 4) or image.size == 0 or image.dtype.kind not in "uifb":
             raise VolumeError(
@@ -105,14 +122,41 @@ class InferenceManager:
                 f"the image has {reader.info.channels} channels, the model expects {self.engine.spec.channels} "
                 f"({', '.join(self.engine.spec.channel_names)})"
             )
-        segmenter = self.segmenter(spacing)
-        surveyed = segmenter.survey(reader, "the image")
-        arrays = segmenter.segment(reader.read, surveyed, Box.of_shape(reader.info.extent))
+        segmenter, whole = (
+            self.segmenter(spacing, self._previous(reader, spacing, previous)),
+            Box.of_shape(reader.info.extent),
+        )
+        wanted = wanted_of(self._config, reader.info.extent, "the image")
+        with contextlib.closing(wanted) if wanted is not None else contextlib.nullcontext():
+            surveyed = segmenter.survey(reader, "the image")
+            arrays, _ = segmenter.segment_wanted(reader.read, surveyed, whole, wanted)
         labels = self.engine.filters.apply(arrays[LABELS][0])
         probabilities = arrays.get(PROBABILITIES)
         if image.ndim == 2:
             return Prediction(labels[0], None if probabilities is None else probabilities[:, 0])
         return Prediction(labels, probabilities)
+
+    def _previous(self, reader: _ArrayReader, spacing: Spacing | None, given: Array | None) -> ReadBox | None:
+        """Reads the labels of the previous stage, where the model has one."""
+        if all(spec.previous_stage is None for spec in self.engine.specs):
+            return None
+        if given is not None:
+            labels = given.reshape((1,) * (4 - given.ndim) + given.shape)
+        elif self.engine.previous is not None:
+            first = segmenter_of(self._config, self.engine.previous, spacing)
+            surveyed = first.survey(reader, "the image")
+            labels = first.segment(reader.read, surveyed, Box.of_shape(reader.info.extent))[LABELS]
+        else:
+            raise ConfigError(
+                "the model is the second stage of a cascade; give the labels of the first (previous=…), or set "
+                "model.previous_stage to its model"
+            )
+        if labels.shape != (1, *reader.info.extent):
+            raise VolumeError(
+                f"the labels of the previous stage have shape {labels.shape}, expected {reader.info.extent}; give "
+                "those of this image"
+            )
+        return _ArrayReader(labels).read
 
 
 class _ArrayReader:
@@ -206,6 +250,7 @@ class VolumeProcessor:
             One per volume in the given order; with ``stop_on_error`` the list ends at the first failure. When the disk
             of the results refuses, volumes that are not finished are not begun any more.
         """
+        check_previous_stage(self._config, self._engine.specs, sources)
         finished = {s.name: paths for s in sources if (paths := self._finished(s)) is not None}
         self._observer.listed(len(sources), len(finished))
         outcomes: list[VolumeOutcome] = []
@@ -261,13 +306,18 @@ class VolumeProcessor:
 
     def _process(self, source: VolumeSource) -> tuple[tuple[Path, ...], RunReport]:
         settings = self._engine.settings
-        reader = open_source(self._config, self._engine, source)
-        try:
-            job = job_of(self._config, self._engine, source, reader)
+        with contextlib.ExitStack() as opened:
+            reader = open_source(self._config, self._engine, source)
+            opened.callback(reader.close)
+            wanted = wanted_of(self._config, reader.info.extent, source.name)  # refused before a first stage is run
+            if wanted is not None:
+                opened.callback(wanted.close)
+            previous = opened.enter_context(
+                previous_labels(self._config, self._engine, source, reader, self._observer.block)
+            )
+            job = job_of(self._config, self._engine, source, reader, previous, wanted)
             check_names(job.outputs, settings.folder, overwrite=self._config.inference.output.overwrite)
             report = run_volume(job, settings, SerialExecutor(), self._observer.block)
-        finally:
-            reader.close()
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import json
 import warnings
@@ -15,20 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from connectomics.build.engine import Engine
+from connectomics.build.cascade import check_previous_stage, first_stage_config, open_previous
+from connectomics.build.engine import Engine, versions
 from connectomics.build.models import load
 from connectomics.build.volumes import named_sources, open_source, segmenter_of
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ModelError, VolumeError
 from connectomics.geometry import Box, Vec3, vec3
 from connectomics.io.atomic import write_text
+from connectomics.io.listing import VolumeSource
 from connectomics.io.opening import open_volume
 from connectomics.io.volume import Array, VolumeReader
 from connectomics.lightning.inference import InferenceManager
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.pipeline.survey import nonzero_box
-
-PACKAGES = ("connectomics", "nnunetv2", "torch", "numpy", "scipy", "scikit-image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ class Reference:
             configuration.network_arch_class_name,
             configuration.network_arch_init_kwargs,
             configuration.network_arch_init_kwargs_req_import,
-            model.spec.channels,
+            model.spec.input_channels,
             labels.num_segmentation_heads,
             allow_init=False,
             deep_supervision=False,
@@ -124,12 +123,16 @@ class Reference:
             network, plans, configuration, states, dict(model.dataset), model.spec.trainer_name, axes
         )
 
-    def predict(self, image: Array, spacing: Sequence[float]) -> Array:
-        """nnU-Net's labels (z, y, x) of one case (c, z, y, x) of raw intensities."""
+    def predict(self, image: Array, spacing: Sequence[float], previous: Array | None = None) -> Array:
+        """nnU-Net's labels (z, y, x) of one case (c, z, y, x) of raw intensities.
+
+        ``previous`` are the labels (z, y, x) of the previous stage of a cascade.
+        """
+        stage = None if previous is None else previous[None].astype(np.float32)  # the type its readers give
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             labels: Array = self._predictor.predict_single_npy_array(
-                image, {"spacing": list(spacing)}, None, None, False
+                image, {"spacing": list(spacing)}, stage, None, False
             )
         return labels
 
@@ -167,10 +170,12 @@ def verify(
     Raises
     ------
     ConfigError
-        If the configuration names an ensemble.
+        If the configuration names an ensemble, or restricts the volume.
     VolumeError
         If the volume or the output cannot be read or compared.
     """
+    if config.inference.roi is not None or config.inference.mask is not None:
+        raise ConfigError("inference.roi and inference.mask: verify compares whole samples; leave both null")
     if config.model.ensemble:
         raise ConfigError("model.ensemble: an ensemble is the mean of its models, so verify them one by one")
     manager = InferenceManager(config, checkpoint)
@@ -178,14 +183,16 @@ def verify(
     model = load(config, checkpoint)
     reference = Reference(model, mirror=config.inference.test_time_augmentation.enabled)
     (source,) = named_sources([volume], engine.spec.channels)
+    check_previous_stage(config, engine.specs, [source])
     reader = open_source(config, engine, source)
+    first = _FirstStage(config, engine, source, reader)
     existing = None if output is None else _opened(output, reader)
     found = []
     for scope, box in _samples(reader, engine, samples, largest):
         image = reader.read(box)
-        theirs = reference.predict(image, _spacing(config, engine, reader))
+        theirs = reference.predict(image, _spacing(config, engine, reader), first.theirs(image, box))
         if existing is None:
-            ours = manager.predict(image, reader.info.spacing).labels
+            ours = manager.predict(image, reader.info.spacing, first.given(box)).labels
         elif scope == "crop":
             raise VolumeError(
                 f"{volume}: is larger than {largest} voxels, so only a crop could be compared, whose "
@@ -198,6 +205,29 @@ def verify(
     write_text(certificate, json.dumps(_content(engine, result, volume, output, reader), indent=1) + "\n")
     reader.close()
     return result
+
+
+class _FirstStage:
+    """What nnU-Net's second stage of a cascade is given: its own first stage's labels, or those of the given volume."""
+
+    def __init__(self, config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> None:
+        self._labels: VolumeReader | None = None
+        self._reference: Reference | None = None
+        own = first_stage_config(config, engine.specs)
+        if own is not None and engine.previous is not None:
+            model = load(own, engine.previous.models[0].checkpoint)
+            self._reference = Reference(model, mirror=config.inference.test_time_augmentation.enabled)
+            self._spacing = _spacing(own, engine.previous, reader)
+        elif engine.spec.previous_stage is not None:
+            self._labels = open_previous(config, source, reader)
+
+    def given(self, box: Box) -> Array | None:
+        """Labels (z, y, x) of the given volume, where one is."""
+        return None if self._labels is None else self._labels.read(box)[0]
+
+    def theirs(self, image: Array, box: Box) -> Array | None:
+        """Labels (z, y, x) for nnU-Net's second stage; None for models that are none."""
+        return self.given(box) if self._reference is None else self._reference.predict(image, self._spacing)
 
 
 def _opened(output: Path, reader: VolumeReader) -> VolumeReader:
@@ -267,7 +297,7 @@ def _content(
         "settings": dict(engine.facts),
         "deviations": list(engine.deviations),
         "numeric_class": dict(engine.settings.numeric_class),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         "samples": [asdict(a) for a in result.agreements],
     }
 

@@ -29,6 +29,7 @@ from connectomics.models.plans import (
     labels,
     normalisations,
     patch_and_spacing,
+    previous_stage,
     resampling_rule,
     resolve_configuration,
 )
@@ -131,6 +132,7 @@ def _describe(member: Fold, plans: PlanText, dataset: PlanText, trust_code: bool
             "checkpoint"
         )
     network = PlanText(configuration.get("architecture", dict, "the network"), configuration.where)
+    previous = previous_stage(configuration)
     reader = plans.get("image_reader_writer", str, "the name of an image reader")
     spec = ModelSpec(
         configuration=member.configuration,
@@ -157,11 +159,13 @@ def _describe(member: Fold, plans: PlanText, dataset: PlanText, trust_code: bool
         parameters=0,
         regions=table.regions,
         axis_order=axis_order(plans),
+        previous_stage=previous,
+        resampling_labels=None if previous is None else resampling_rule(configuration, "resampling_fn_seg"),
     )
     plan = NetworkPlan(
         trainer_name=member.trainer_name,
         dimensions=dimensions,
-        channels=len(channels),
+        channels=spec.input_channels,
         classes=len(table.class_values),
         network_class=network.get("network_class_name", str, "the dotted name of a class"),
         arguments=network.get("arch_kwargs", dict, "the network's arguments"),

@@ -182,19 +182,33 @@ def check_supported(plans: PlanText, configuration: PlanText) -> None:
     Raises
     ------
     ModelError
-        For cascades, custom preprocessors and label managers.
+        For custom preprocessors and label managers.
     """
     reason: str | None = None
     preprocessor = configuration.values.get("preprocessor_name", "DefaultPreprocessor")
     manager = plans.values.get("label_manager", "LabelManager")
-    if configuration.values.get("previous_stage") is not None:
-        reason = f"it is the second stage of a cascade (previous_stage {configuration.values['previous_stage']!r})"
-    elif preprocessor != "DefaultPreprocessor":
+    if preprocessor != "DefaultPreprocessor":
         reason = f"it uses the preprocessor {preprocessor!r:.60}, expected DefaultPreprocessor"
     elif manager != "LabelManager":
         reason = f"it uses the label manager {manager!r:.60}, expected LabelManager"
     if reason is not None:
         raise ModelError(f"{configuration.where}: this model is not supported yet: {reason}; use nnU-Net itself for it")
+
+
+def previous_stage(configuration: PlanText) -> str | None:
+    """The configuration whose labels a second stage is given besides the image, or None.
+
+    Raises
+    ------
+    ModelError
+        If it is no name.
+    """
+    stated = configuration.values.get("previous_stage")
+    if stated is not None and (not isinstance(stated, str) or not stated):
+        raise ModelError(
+            f"{configuration.where}: 'previous_stage' is {stated!r:.60}, expected a configuration's name; {_RESTORE}"
+        )
+    return stated
 
 
 def axis_order(plans: PlanText) -> Vec3:
@@ -379,7 +393,10 @@ def resampling_rule(configuration: PlanText, key: str) -> ResamplingRule:
         raise ModelError(f"{configuration.where}: '{key}' is {function!r:.60}, expected a function's name; {_RESTORE}")
     known = _RESAMPLING.get(function, {})
     values = known | stated
-    strange = {name for name in stated if name not in known} | ({"is_seg"} if values.get("is_seg") else set())
+    labels_ = key == "resampling_fn_seg"
+    strange = {name for name in stated if name not in known}
+    strange |= {"is_seg"} if known and bool(values.get("is_seg")) != labels_ else set()
+    strange |= {"memefficient_seg_resampling"} if labels_ and values.get("memefficient_seg_resampling") else set()
     orders = [values.get("order", 0), values.get("order_z", 0)]
     if "mode" in known:
         orders = [_MODES.get(str(values[name]), 0) for name in ("mode", "aniso_axis_mode")]

@@ -113,6 +113,11 @@ class ModelSpec:
         (name, label values) of the region that each output channel stands for; empty for plain labels.
     axis_order
         nnU-Net's ``transpose_forward``: which axis of the volume (0 = z, 1 = y, 2 = x) each axis of the model is.
+    previous_stage
+        For the second stage of a cascade the configuration of the first, else None. Its network sees a channel for each
+        of ``foreground_labels`` after those of the image: where the first stage found that label.
+    resampling_labels
+        For a second stage, how nnU-Net brings those labels to the network's spacing.
     """
 
     configuration: str
@@ -139,11 +144,25 @@ class ModelSpec:
     parameters: int
     regions: tuple[tuple[str, tuple[int, ...]], ...] = ()
     axis_order: Vec3 = (0, 1, 2)
+    previous_stage: str | None = None
+    resampling_labels: ResamplingRule | None = None
 
     @property
     def channels(self) -> int:
-        """Number of input channels."""
+        """Number of the image's channels."""
         return len(self.channel_names)
+
+    @property
+    def input_channels(self) -> int:
+        """Number of the network's input channels."""
+        return self.channels + (0 if self.previous_stage is None else len(self.foreground_labels))
+
+    @property
+    def foreground_labels(self) -> tuple[int, ...]:
+        """Distinct values of the labels, of regions those they are made of, without background and ignore."""
+        stated = [value for _, values in self.regions for value in values]
+        values = stated or [value for name, value in self.label_names if name != "ignore"]
+        return tuple(sorted(set(values) - {0}))
 
     @property
     def classes(self) -> int:

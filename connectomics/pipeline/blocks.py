@@ -43,6 +43,10 @@ class BlocksDone:
     failures: tuple[BlockFailure, ...]
 
 
+RunStage = Callable[[Task, Ledger], BlocksDone]
+"""``run_blocks`` with whoever runs blocks here."""
+
+
 def attempt(task: Task, block: Block) -> BlockRecord | BlockFailure:
     """Process a block, a second time when it fails; what fails again is told, not raised.
 
@@ -118,7 +122,7 @@ def run_blocks(task: Task, ledger: Ledger, executor: Executor, worker: Worker, o
     QuarantineError
         If one block after the other fails.
     """
-    planned, before = len(ledger.grid), ledger.finished
+    planned, before = ledger.planned, ledger.finished
     on_block(before, planned)
     log.info("%s: %d blocks planned, %d finished before", task.name, planned, before)
     failures: dict[str, BlockFailure] = {}
@@ -134,7 +138,7 @@ def run_blocks(task: Task, ledger: Ledger, executor: Executor, worker: Worker, o
             ledger.append(result)
             _quarantine_file(ledger.folder, result.block).unlink(missing_ok=True)
             done, windows, in_a_row = done + 1, windows + result.windows, 0
-            log.info("block %s: %d windows, %.2f s", result.block, result.windows, result.seconds)
+            log.info("%s, block %s: %d windows, %.2f s", task.name, result.block, result.windows, result.seconds)
             on_block(ledger.finished, planned)
         worker.release(_lease(task, result.block))
     left = tuple(f for key, f in failures.items() if not ledger.is_done(ledger.block(key)))

@@ -1,4 +1,4 @@
-"""The last stage of a run: filters on the whole volume, exports under final names, stamps."""
+"""The last stage of a run: filters on the whole volume, pyramids and exports under final names, stamps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ import numpy as np
 from connectomics.decode.filters import fill_holes, remove_small_objects
 from connectomics.errors import OutputError, ResourceError
 from connectomics.geometry import BlockGrid, Box, Vec3
-from connectomics.io.atomic import discard, fsync_path
-from connectomics.io.export import export_path, export_volume, read_stamp
+from connectomics.io.atomic import discard, fsync_path, put_in_place
+from connectomics.io.export import PYRAMIDS, export_file, export_path, multiscale_of, read_stamp, require_exportable
+from connectomics.io.source import reason
 from connectomics.io.store import Store, create_store, open_store
-from connectomics.io.volume import Array
+from connectomics.io.volume import Array, VolumeInfo
+from connectomics.pipeline.blocks import RunStage
+from connectomics.pipeline.predict import LABELS
+from connectomics.pipeline.pyramid import Pyramid, discard_ledgers, fill_pyramid
 
 log = logging.getLogger(__name__)
 FILTER_COPIES = 12  # bytes a voxel that labelling components needs at once: 4 to 8 of ids, masks, the volume twice
@@ -63,12 +67,15 @@ class Output:
         sha256 of all that decides its content.
     formats
         In which it is wanted.
+    pyramid
+        Whether chunked formats get coarser levels, too.
     """
 
     name: str
     stem: str
     result_key: str
     formats: tuple[str, ...]
+    pyramid: bool = True
 
     def paths(self, folder: Path) -> dict[str, Path]:
         """Final path of each format."""
@@ -139,16 +146,69 @@ def filter_store(store: Store, grid: BlockGrid, target: Path, filters: Filters) 
     return open_store(target)
 
 
-def export_output(store: Store, output: Output, folder: Path, stamp: dict[str, object]) -> list[Path]:
-    """Write what is missing of an output; return all its final paths.
+def check_exportable(output: Output, info: VolumeInfo, folder: Path, budget_bytes: int) -> None:
+    """Refuse formats that cannot hold an output, before any work is done.
 
     Raises
     ------
     OutputError
-        If the disk refuses or a written file does not read back equal.
+        Saying which can.
+    """
+    for form, path in output.paths(folder).items():
+        require_exportable(info, path, form, budget_bytes)
+
+
+def export_output(
+    store: Store, output: Output, folder: Path, stamp: dict[str, object], work: Path, run: RunStage
+) -> None:
+    """Write what is missing of an output.
+
+    Parameters
+    ----------
+    store
+        The complete working store; a zarr output is made of it, so it is gone then.
+    folder
+        Of the final outputs.
+    stamp
+        Facts that each carries, beside its result key.
+    work
+        Where chunked outputs are built.
+    run
+        Runs their blocks.
+
+    Raises
+    ------
+    OutputError
+        If the disk refuses or what is written does not read back equal.
     """
     paths = output.paths(folder)
     for form in output.missing(folder):
-        export_volume(store, paths[form], form, stamp | {"result_key": output.result_key})
+        full = stamp | {"result_key": output.result_key}
+        if form in PYRAMIDS:
+            _export_pyramid(store, output, form, paths[form], full, work, run)
+        else:
+            export_file(store, paths[form], form, full)
         log.info("wrote %s", paths[form])
-    return list(paths.values())
+
+
+def _export_pyramid(
+    store: Store, output: Output, form: str, path: Path, stamp: dict[str, object], work: Path, run: RunStage
+) -> None:
+    """Build a chunked output in the work folder, stamp it and move it to its final name."""
+    labels, most = output.name == LABELS, None if output.pyramid else 1
+    image = multiscale_of(form, store.info, path, labels=labels, levels=most)
+    itself = form == "zarr"
+    place = store.path if itself else work / f"{output.name}.{form}"
+    pyramid = Pyramid(f"{output.name}.{form}", image, place, 1 if itself else 0, labels)
+    fill_pyramid(pyramid, store, work, run, output.result_key)
+    if itself:
+        store.close()
+    try:
+        image.stamp(place, stamp, output.stem)
+        put_in_place(place, path)
+        discard_ledgers(pyramid, work)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {reason(error)}. Free disk space or mend the permission, then run again; the "
+            f"computed blocks are kept in {place}."
+        ) from error

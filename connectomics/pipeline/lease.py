@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from connectomics.io.atomic import discard, temporary_beside
+from connectomics.io.atomic import discard, discard_temporaries, temporary_beside
 from connectomics.io.process import is_dead, new_mark
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ STALE_S = 60.0  # a heartbeat this old is that of a process that is no more; on 
 FIRST_PAUSE_S = 0.02
 LAST_PAUSE_S = 1.0
 HEARTBEAT = ".worker"
+CLOCK = "clock"  # touched to learn the time of the file system
 LEASE = ".lease"
 BREAKING = ".breaking"
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # what a file system says that knows no symbolic links
@@ -60,9 +61,7 @@ class Worker:
         who = {"host": socket.gethostname(), "pid": os.getpid(), "since": int(time.time())}
         self._heartbeat.write_text(json.dumps(who))
         self._thread.start()
-        for path in self._folder.glob("*" + HEARTBEAT):
-            if is_dead(path.stem):
-                path.unlink(missing_ok=True)
+        _sweep(self._folder, (HEARTBEAT,))
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -72,6 +71,7 @@ class Worker:
             for name in list(self._held):
                 self.release(name)
             self._heartbeat.unlink(missing_ok=True)
+            _sweep(self._folder)
 
     def _beat(self) -> None:
         while not self._ended.wait(self._beat_s):
@@ -179,6 +179,16 @@ def living(folder: Path, stale_s: float = STALE_S) -> list[str]:
     return sorted(found)
 
 
+def _sweep(folder: Path, endings: tuple[str, ...] = (HEARTBEAT, LEASE, BREAKING)) -> None:
+    """Remove what processes of this machine left that are dead for sure."""
+    for ending in endings:
+        for path in folder.glob("*" + ending):
+            holder = path.name if ending == HEARTBEAT else _holder(path)
+            if holder is not None and is_dead(holder.removesuffix(HEARTBEAT)):
+                path.unlink(missing_ok=True)
+    discard_temporaries(folder / CLOCK)
+
+
 def tidy(folder: Path) -> bool:
     """Remove the heartbeats and leases of the dead, unless somebody is alive.
 
@@ -192,12 +202,13 @@ def tidy(folder: Path) -> bool:
     for ending in (HEARTBEAT, LEASE, BREAKING):
         for path in folder.glob("*" + ending):
             path.unlink(missing_ok=True)
+    discard_temporaries(folder / CLOCK)
     return True
 
 
 def _now(folder: Path) -> float:
     """The time on the file system's clock; this machine's where the folder may not be written to."""
-    probe = temporary_beside(folder / "clock")
+    probe = temporary_beside(folder / CLOCK)
     try:
         probe.touch()
         return probe.stat().st_mtime

@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from connectomics.errors import LedgerError
 from connectomics.geometry import Block, BlockGrid, Vec3, vec3
 from connectomics.io.atomic import write_once, write_text
@@ -86,6 +89,7 @@ class Ledger:
         self._own: LineFile | None = None
         self._read: dict[str, _Read] = {}
         self._voided: set[RecordName] = set()
+        self._chosen: npt.NDArray[np.bool_] | None = None
         self._header: dict[str, Any] = {
             "ledger": VERSION,
             "run_key": run_key,
@@ -154,6 +158,11 @@ class Ledger:
         return bool(self._header["mixed"]) or any(c != classes[0] for c in classes)
 
     @property
+    def planned(self) -> int:
+        """Number of blocks that have something to do."""
+        return int(self._header.get("planned", len(self.grid)))
+
+    @property
     def finished(self) -> int:
         """Number of blocks that are done."""
         return self._finished
@@ -166,11 +175,20 @@ class Ledger:
         """The block of a key."""
         return self.grid.block(_index(key))
 
+    def choose(self, flags: npt.NDArray[np.bool_]) -> None:
+        """Leave out the blocks whose flag (bool of ``grid.counts``) is not set: they have nothing to do."""
+        self._chosen = flags.reshape(-1)
+        planned = int(np.count_nonzero(flags))
+        if planned != self.planned:
+            self._header["planned"] = planned
+            write_text(self._folder / HEADER, json.dumps(self._header))
+
     def unfinished(self) -> Iterator[Block]:
-        """Blocks that are not done when their turn comes, in raster order."""
+        """Blocks that have something to do and are not done when their turn comes, in raster order."""
         number = self._counts.find(0)
         while number >= 0:
-            yield self.grid.numbered(number)
+            if self._chosen is None or self._chosen[number]:
+                yield self.grid.numbered(number)
             number = self._counts.find(0, number + 1)
 
     def append(self, record: BlockRecord) -> None:

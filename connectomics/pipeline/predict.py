@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from connectomics.geometry import AxisOrder, Block, BlockGrid, Box
+from connectomics.geometry import AxisOrder, Block, BlockGrid, Box, Vec3, pieces, vec3
+from connectomics.inference.cascade import PreviousLabels, StackedInput
 from connectomics.inference.case import Case, CaseInput, ReadBox
 from connectomics.inference.head import LabelRule, ProbabilityRule
-from connectomics.inference.predictor import Logits, Predictor
-from connectomics.inference.resample import ResampledPredictor, Resampling
+from connectomics.inference.predictor import FINISHED_VALUES, Logits, Predictor
+from connectomics.inference.resample import ImageSource, ResampledPredictor, Resampling
 from connectomics.io.store import Store
 from connectomics.io.volume import Array, VolumeReader
 from connectomics.models.spec import ChannelNormalisation
@@ -21,6 +22,7 @@ from connectomics.pipeline.blocks import write_block
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.retry import PAUSES_S
 from connectomics.pipeline.survey import keeps_mask, survey
+from connectomics.pipeline.wanted import Wanted
 
 Surveyed = Sequence[Sequence[Case]]  # the cases of each member
 LABELS = "labels"
@@ -44,6 +46,10 @@ class Member:
         How cases are brought to the plan's spacing, or None.
     weight
         Share in the mean of several members.
+    previous_values
+        Of the second stage of a cascade: the labels of the first stage that have an input channel.
+    previous
+        Gives these labels (1, z, y, x), checked, of any box of the volume; set where the volume is known.
     """
 
     predictor: Predictor
@@ -52,17 +58,24 @@ class Member:
     order: AxisOrder = field(default_factory=AxisOrder)
     resampling: Resampling | None = None
     weight: float = 1.0
+    previous_values: tuple[int, ...] = ()
+    previous: ReadBox | None = None
 
     @property
     def keeps_mask(self) -> bool:
         """Whether its case carries a mask as large as the volume."""
-        return keeps_mask(self.schemes, by_slice=self.by_slice)
+        return keeps_mask(self.schemes, by_slice=self.by_slice) or self.resamples_labels
 
     @property
-    def plane_axis(self) -> int:
-        """The volume's axis (0 = z, 1 = y, 2 = x) along which cases must know the range of each plane."""
+    def resamples_labels(self) -> bool:
+        """Whether labels of a previous stage are resampled, which nnU-Net does within the mask."""
+        return bool(self.previous_values) and self.resampling is not None
+
+    @property
+    def plane_axis(self) -> int | None:
+        """The volume's axis (0 = z, 1 = y, 2 = x) along which cases must know the range of each plane, or None."""
         axis = None if self.resampling is None else self.resampling.data_axis
-        return 0 if axis is None else self.order.axes[axis]
+        return None if axis is None else self.order.axes[axis]
 
     def view(self, array: Array) -> Array:
         """An array (c, z, y, x) of the volume's axes, seen in the model's."""
@@ -85,17 +98,25 @@ class Member:
     def _engine(self) -> Predictor | ResampledPredictor:
         return self.predictor if self.resampling is None else ResampledPredictor(self.predictor, self.resampling)
 
-    def _parts(self, read: ReadBox, cases: Sequence[Case], core: Box) -> Iterator[tuple[CaseInput, Box]]:
+    def _parts(self, read: ReadBox, cases: Sequence[Case], core: Box) -> Iterator[tuple[ImageSource, Box]]:
         """Each case that touches ``core``, and the part that it shares; both in the model's axes."""
-        turned = read if self.order.identity else self._turned(read)
         for case in cases_in(cases, core):
             region, box = self.order.turn_box(case.region), self.order.turn_box(case.box)
             part = self.order.turn_box(core).intersect(box)
             if part.voxels:
                 mask = None if case.mask is None else case.mask.transpose(self.order.axes)
-                yield CaseInput(Case(region, box, case.channels, case.plane_ranges, mask), self.schemes, turned), part
+                yield self._source(Case(region, box, case.channels, case.plane_ranges, mask), read), part
+
+    def _source(self, case: Case, read: ReadBox) -> ImageSource:
+        image = CaseInput(case, self.schemes, self._turned(read))
+        if not self.previous_values:
+            return image
+        assert self.previous is not None, "the labels of the previous stage are set with the volume"
+        return StackedInput(image, PreviousLabels(case, self.previous_values, self._turned(self.previous)))
 
     def _turned(self, read: ReadBox) -> ReadBox:
+        if self.order.identity:
+            return read
         back = self.order.inverse
         return lambda box: np.ascontiguousarray(read(back.turn_box(box)).transpose(self.order.of_array))
 
@@ -126,11 +147,18 @@ class Segmenter:
     def survey(self, reader: VolumeReader, name: str, workers: int = 1) -> Surveyed:
         """The cases of a volume for each member; the volume is read once for members that see it alike."""
         found: dict[object, Sequence[Case]] = {}
-        keys = [(m.schemes, m.by_slice, m.plane_axis) for m in self.members]
+        keys = [(m.schemes, m.by_slice, m.plane_axis, m.keeps_mask, m.previous_values) for m in self.members]
         for m, key in zip(self.members, keys, strict=True):
             if key not in found:
                 found[key] = survey(
-                    reader, name, m.schemes, by_slice=m.by_slice, workers=workers, plane_axis=m.plane_axis
+                    reader,
+                    name,
+                    m.schemes,
+                    by_slice=m.by_slice,
+                    workers=workers,
+                    plane_axis=m.plane_axis,
+                    with_mask=m.keeps_mask,
+                    previous=m.previous if any(scheme.masked for scheme in m.schemes) else None,
                 )
         return tuple(found[key] for key in keys)
 
@@ -154,16 +182,39 @@ class Segmenter:
         if len(self.members) > 1:
             return self._kept(self._mean(read, surveyed, core))
         (member,), (cases,) = self.members, surveyed
-        result: dict[str, Array] = {LABELS: np.zeros((1, *core.shape), self.labels.dtype)}
-        if self.probabilities is not None:
-            outside = self.probabilities.background().reshape(-1, 1, 1, 1)
-            result[PROBABILITIES] = np.broadcast_to(outside, (len(outside), *core.shape)).copy()
+        result = self.outside(core.shape)
         for box, logits in member.logits(read, cases, core):
             index = (slice(None), *box.slices)
             member.view(result[LABELS])[index] = self.labels.apply(logits)
             if self.probabilities is not None:
                 member.view(result[PROBABILITIES])[index] = self.probabilities.apply(logits)
         return result
+
+    def outside(self, shape: Vec3) -> dict[str, Array]:
+        """What stands where nothing is computed, as ``segment`` returns it: label 0, the background's probabilities."""
+        result: dict[str, Array] = {LABELS: np.zeros((1, *shape), self.labels.dtype)}
+        if self.probabilities is not None:
+            values = self.probabilities.background().reshape(-1, 1, 1, 1)
+            result[PROBABILITIES] = np.broadcast_to(values, (len(values), *shape)).copy()
+        return result
+
+    def segment_wanted(
+        self, read: ReadBox, surveyed: Surveyed, core: Box, wanted: Wanted | None
+    ) -> tuple[dict[str, Array], int]:
+        """As ``segment`` where voxels are wanted, and background elsewhere; the number of windows computed.
+
+        Only windows that touch the smallest box around the wanted voxels are computed; None wants every voxel.
+        """
+        part, flags = (core, None) if wanted is None else wanted.within(core)
+        if part == core and flags is None:
+            return self.segment(read, surveyed, core), self.windows(read, surveyed, core)
+        result = self.outside(core.shape)
+        if not part.voxels:
+            return result, 0
+        index = (slice(None), *part.relative_to(core).slices)
+        for name, array in self.segment(read, surveyed, part).items():
+            np.copyto(result[name][index], array, where=True if flags is None else flags)
+        return result, self.windows(read, surveyed, part)
 
     def windows(self, read: ReadBox, surveyed: Surveyed, core: Box) -> int:
         """Number of windows that ``segment`` computes."""
@@ -178,14 +229,19 @@ class Segmenter:
                 values[0] = 1  # outside the nonzero box all is background
             for box, logits in member.logits(read, cases, core):
                 member.view(values)[(slice(None), *box.slices)] = self.labels.activate(logits)
-            mean += values * np.float32(member.weight)
+            values *= np.float32(member.weight)
+            mean += values
         mean /= np.float32(sum(m.weight for m in self.members))
         return mean
 
     def _kept(self, mean: Array) -> dict[str, Array]:
-        result = {LABELS: self.labels.of_probabilities(mean)[None]}
-        if self.probabilities is not None:
-            result[PROBABILITIES] = self.probabilities.of_probabilities(mean)
+        core = Box.of_shape(vec3(mean.shape[1:]))
+        result = self.outside(core.shape)
+        for part in pieces(core, (1, 1, 1), max(1, FINISHED_VALUES // len(mean))):
+            index = (slice(None), *part.slices)
+            result[LABELS][index] = self.labels.of_probabilities(mean[index])
+            if self.probabilities is not None:
+                result[PROBABILITIES][index] = self.probabilities.of_probabilities(mean[index])
         return result
 
 
@@ -208,6 +264,7 @@ class PredictTask:
     read: ReadBox
     stores: Mapping[str, Store]
     pauses_s: tuple[float, ...] = PAUSES_S
+    wanted: Wanted | None = None
 
     @property
     def name(self) -> str:
@@ -217,7 +274,6 @@ class PredictTask:
     def process(self, block: Block) -> BlockRecord:
         """Compute a block, write its shards, return their checksums."""
         began = time.perf_counter()
-        arrays = self.segmenter.segment(self.read, self.surveyed, block.core)
+        arrays, windows = self.segmenter.segment_wanted(self.read, self.surveyed, block.core, self.wanted)
         checksums = dict(write_block(store, block, arrays[name], self.pauses_s) for name, store in self.stores.items())
-        windows = self.segmenter.windows(self.read, self.surveyed, block.core)
         return BlockRecord(block.key, checksums, windows, round(time.perf_counter() - began, 3))

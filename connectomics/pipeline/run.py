@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,9 @@ from connectomics.io.atomic import discard, write_text
 from connectomics.io.digests import write_digests
 from connectomics.io.store import Store, create_store, discard_locks, open_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
-from connectomics.pipeline.blocks import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
+from connectomics.pipeline.blocks import BlocksDone, OnBlock, RunStage, failure_message, run_blocks, void_lost
 from connectomics.pipeline.contracts import Executor, RunReport
-from connectomics.pipeline.finish import Filters, Output, check_memory, export_output, filter_store
+from connectomics.pipeline.finish import Filters, Output, check_exportable, check_memory, export_output, filter_store
 from connectomics.pipeline.lease import STALE_S, Worker, tidy
 from connectomics.pipeline.ledger import Ledger, plan_of
 from connectomics.pipeline.planning import BlockPlan
@@ -31,6 +32,7 @@ from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter, Survey
 from connectomics.pipeline.retry import PAUSES_S, PatientReader
 from connectomics.pipeline.run_folder import FILTERED, HOUSE, LEDGER, SURVEY, WORKERS, checksums_of
 from connectomics.pipeline.survey import load_survey, save_survey
+from connectomics.pipeline.wanted import Wanted
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class RunSettings:
     allow_mixed
         Resume although the numeric class differs.
     readers
-        Threads that read ahead in the survey.
+        Threads that may read ahead in the survey, as far as memory goes.
     stale_s
         Age of the heartbeat of another machine's process from which on it counts as dead.
     pauses_s
@@ -71,7 +73,7 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True)
 class VolumeJob:
-    """One volume and what is wanted of it."""
+    """One volume and what is wanted of it: ``readers`` threads survey it; without ``wanted`` every voxel is."""
 
     name: str
     run_folder: Path
@@ -82,6 +84,8 @@ class VolumeJob:
     plan: BlockPlan
     provenance: Mapping[str, object]
     command: tuple[str, ...]
+    readers: int = 1
+    wanted: Wanted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,22 +123,33 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     """
     began = time.perf_counter()
     check_memory(job.filters, job.reader.info.extent, job.segmenter.labels.dtype, settings.budget_bytes)
+    for output in job.outputs:
+        check_exportable(output, _info_of(job, output.name, job.plan), settings.folder, settings.budget_bytes)
     work = _work_folder(job.run_folder, job.outputs, settings.program)
     _make_work_folder(work)
     reader = PatientReader(job.reader, job.name, settings.pauses_s)
+    if job.wanted is not None:
+        job = replace(job, wanted=job.wanted.patiently(settings.pauses_s))
     with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
         with worker.alone(HOUSE):
             prepared = _prepare(work, job, reader, settings, worker)
         ledger = prepared.ledger
         try:
             task = PredictTask(
-                ledger.grid, job.segmenter, prepared.surveyed, reader.read, prepared.stores, settings.pauses_s
+                ledger.grid,
+                job.segmenter,
+                prepared.surveyed,
+                reader.read,
+                prepared.stores,
+                settings.pauses_s,
+                job.wanted,
             )
-            blocks = run_blocks(task, ledger, executor, worker, on_block)
+            run = functools.partial(run_blocks, executor=executor, worker=worker, on_block=on_block)
+            blocks = run(task, ledger)
             if not blocks.failures:
                 with worker.alone(HOUSE):
                     worker.wait_until_free(f"{task.name}.")
-                    _finish(prepared, job, settings)
+                    _finish(prepared, job, settings, run)
             return _report(job, prepared, blocks, began)
         finally:
             ledger.close()
@@ -155,6 +170,8 @@ def _prepare(work: Path, job: VolumeJob, reader: PatientReader, settings: RunSet
         if not worker.others():
             for store in stores.values():
                 discard_locks(store.path)
+        if job.wanted is not None:
+            _choose_blocks(ledger, job, job.wanted)
         if pending:
             void_lost(ledger, work, [store.path.name for store in stores.values()])
     except BaseException:
@@ -163,7 +180,7 @@ def _prepare(work: Path, job: VolumeJob, reader: PatientReader, settings: RunSet
     return _Prepared(work, run_key, ledger, surveyed, pending, stores)
 
 
-def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings) -> None:
+def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, run: RunStage) -> None:
     """Write what is still missing of the outputs, and remove the working stores."""
     pending = [o for o in prepared.pending if o.missing(settings.folder)]  # another process may have been first
     prepared.ledger.refresh()
@@ -178,7 +195,7 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings) -> None:
         record = stamp | {"result_keys": _result_keys(job), "command": list(job.command)}
         write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
     for output in pending:
-        _export(prepared, job, output, settings, stamp)
+        _export(prepared, job, output, settings, stamp, run)
     _seal(job.run_folder, job.outputs, settings.folder)
     for store in prepared.stores.values():
         store.close()
@@ -186,7 +203,12 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings) -> None:
 
 
 def _export(
-    prepared: _Prepared, job: VolumeJob, output: Output, settings: RunSettings, stamp: dict[str, object]
+    prepared: _Prepared,
+    job: VolumeJob,
+    output: Output,
+    settings: RunSettings,
+    stamp: dict[str, object],
+    run: RunStage,
 ) -> None:
     store, filtered = prepared.stores[output.name], prepared.work / FILTERED
     source = store
@@ -195,7 +217,7 @@ def _export(
     discard_locks(source.path)
     for form in output.missing(settings.folder):  # what stands there is replaced
         checksums_of(job.run_folder, output.paths(settings.folder)[form]).unlink(missing_ok=True)
-    export_output(source, output, settings.folder, stamp)
+    export_output(source, output, settings.folder, stamp, prepared.work, run)
     source.close()
     store.close()
     discard(filtered)
@@ -238,7 +260,7 @@ def _seal(run_folder: Path, outputs: Sequence[Output], folder: Path) -> None:
 
 def _discard_stores(work: Path) -> None:
     for path in list(work.iterdir()):
-        if path.is_dir() and (path.suffix == ".zarr" or path.name.startswith(".")):
+        if path.is_dir() and not path.name.startswith((LEDGER, WORKERS)):
             discard(path)
 
 
@@ -268,12 +290,24 @@ def _make_work_folder(work: Path) -> None:
         )
 
 
+def _choose_blocks(ledger: Ledger, job: VolumeJob, wanted: Wanted) -> None:
+    """Leave blocks without wanted voxels out: an absent shard reads as 0, which is right where the outside is 0."""
+    flags = wanted.blocks(ledger.grid)
+    count = int(np.count_nonzero(flags))
+    log.info("%d of %d blocks hold wanted voxels", count, len(ledger.grid))
+    if count == 0:
+        log.warning("%s: no voxel is wanted (inference.mask is zero everywhere), so all becomes background", job.name)
+    outside = job.segmenter.outside((1, 1, 1))
+    if not any(outside[o.name].any() for o in job.outputs):
+        ledger.choose(flags)
+
+
 def _surveyed(work: Path, job: VolumeJob, reader: VolumeReader, settings: RunSettings) -> Surveyed:
     path = work / SURVEY
     kept = not any(m.keeps_mask for m in job.segmenter.members)  # a mask is as large as the volume: it is found again
     surveyed: Surveyed | None = load_survey(path) if kept else None
     if surveyed is None:
-        surveyed = job.segmenter.survey(reader, job.name, settings.readers)
+        surveyed = job.segmenter.survey(reader, job.name, job.readers)
         if kept:
             save_survey(surveyed, path)
         log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
@@ -287,13 +321,17 @@ def _store(path: Path, job: VolumeJob, name: str, plan: BlockPlan) -> Store:
             return store
         store.close()  # its ledger was lost, and now the volume is cut in another way
         discard(path)
+    return create_store(path, _info_of(job, name, plan), shard_shape=plan.block_shape, attributes={})
+
+
+def _info_of(job: VolumeJob, name: str, plan: BlockPlan) -> VolumeInfo:
+    """The volume that an output is."""
     source = job.reader.info
     rule = job.segmenter.probabilities
     if name == LABELS or rule is None:
         channels, dtype = 1, job.segmenter.labels.dtype
     else:
         channels, dtype = len(rule.channels), rule.dtype
-    info = VolumeInfo(
+    return VolumeInfo(
         (channels, *source.extent), np.dtype(dtype), plan.chunk_shape, source.voxel_size_nm, source.origin_nm
     )
-    return create_store(path, info, shard_shape=plan.block_shape, attributes={})

@@ -143,7 +143,7 @@ def _stage(work: Path, folder: Path, alive: list[str]) -> StageStatus:
                 rate += len(recent) / seconds
     quarantined = (path.stem for path in sorted((folder / QUARANTINE).glob("*.txt")))
     ago = None if last is None else max(0.0, time.time() - last)
-    return StageStatus(work.name, stage_of(folder), len(ledger.grid), ledger.finished, tuple(quarantined), rate, ago)
+    return StageStatus(work.name, stage_of(folder), ledger.planned, ledger.finished, tuple(quarantined), rate, ago)
 
 
 def _process(mark: str) -> str:

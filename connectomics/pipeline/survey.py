@@ -5,11 +5,12 @@ Tiles depend on the input's own chunks only, never on blocks or workers, and mer
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import itertools
 import json
 import math
-import operator
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -19,14 +20,16 @@ import numpy as np
 
 from connectomics.errors import VolumeError
 from connectomics.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.inference.case import Case, Range
+from connectomics.inference.case import Case, Range, ReadBox
 from connectomics.inference.mask import fill_holes
-from connectomics.inference.normalise import ChannelSummary, IntensityStats, check_intensities
-from connectomics.io.atomic import write_text
+from connectomics.inference.normalise import ChannelSummary, IntensityStats, check_intensities, is_exact
+from connectomics.inference.section_cases import SectionCases
+from connectomics.io.atomic import replacing
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 from connectomics.models.spec import ChannelNormalisation
 
 TILE_VOXELS = 1 << 23
+STATISTICS_BYTES = 48 << 20  # float64 and index copies of the values that are summed at once
 
 
 def tile_shape(info: VolumeInfo) -> Vec3:
@@ -49,58 +52,77 @@ def tile_shape(info: VolumeInfo) -> Vec3:
 
 
 class _Tally:
-    """What is known of one section so far."""
+    """What is known of some voxels: statistics of each channel, the nonzero box, voxels inside the mask."""
 
-    def __init__(self, channels: int) -> None:
-        self.stats: list[IntensityStats | None] = [None] * channels
+    def __init__(self, channels: int, exact: bool) -> None:
+        self.stats = [IntensityStats(0, exact, 0, 0)] * channels
         self.box: Box | None = None
-        self.inside = 0  # voxels in the mask
+        self.inside = 0
 
-    def count(self, tile: Array) -> None:
-        for c, values in enumerate(tile):
-            stats, before = IntensityStats.of(values), self.stats[c]
-            self.stats[c] = stats if before is None else before + stats
+    def add_tile(self, tile: Array, mask: Array, origin: Box) -> None:
+        """Add a part (c, z, y, x) of a section, whose first voxel is that of ``origin``."""
+        found = nonzero_box(mask[None])
+        box = None if found is None else found.shift(origin.start)
+        self._merge([IntensityStats.of(values) for values in tile], box, int(np.count_nonzero(mask)))
 
-    def add(self, tile: Array, mask: Array, origin: Box) -> None:
-        self.count(tile)
-        self.inside += int(np.count_nonzero(mask))
-        box = nonzero_box(mask[None])
+    def add(self, other: _Tally) -> None:
+        """Add what is known of other voxels."""
+        self._merge(other.stats, other.box, other.inside)
+
+    def _merge(self, stats: list[IntensityStats], box: Box | None, inside: int) -> None:
+        self.stats = [mine + theirs for mine, theirs in zip(self.stats, stats, strict=True)]
+        self.inside += inside
         if box is not None:
-            box = box.shift(origin.start)
             self.box = box if self.box is None else _hull(self.box, box)
 
-    def known(self) -> list[IntensityStats]:
-        """Statistics of each channel, every tile having been added."""
-        return [s for s in self.stats if s is not None]
+    def case(self, region: Box, schemes: Sequence[ChannelNormalisation]) -> Case:
+        """The case that these voxels are."""
+        box = self.box or region
+        found = zip(schemes, self.stats, strict=True)
+        summaries = (stats.summary(self.inside if scheme.masked else box.voxels) for scheme, stats in found)
+        return Case(region, box, tuple(summaries))
 
 
-def _case_of(
-    sections: Sequence[_Tally],
-    region: Box,
-    schemes: Sequence[ChannelNormalisation],
-    planes: Sequence[_Tally],
-    axis: int = 0,
-    mask: Array | None = None,
-) -> Case:
-    """The case made of some sections: their statistics merged in order, their boxes joined, ranges of its planes."""
-    boxes = [t.box for t in sections if t.box is not None]
-    box = functools.reduce(_hull, boxes) if boxes else region
-    inside = sum(t.inside for t in sections)
-    channels = zip(schemes, zip(*(t.known() for t in sections), strict=True), strict=True)
-    summaries = tuple(
-        functools.reduce(operator.add, stats).summary(inside if scheme.masked else box.voxels)
-        for scheme, stats in channels
-    )
-    plane = box.voxels // box.shape[axis]
-    ranges = tuple(
-        tuple(
-            _range(stats, summary, t.inside if scheme.masked else plane, plane)
-            for scheme, stats, summary in zip(schemes, t.known(), summaries, strict=True)
-        )
-        for t in planes[box.start[axis] - region.start[axis] : box.stop[axis] - region.start[axis]]
-    )
-    part = None if mask is None else mask[box.slices]
-    return Case(region, box, summaries, ranges, part)
+class _Planes:
+    """Number, minimum and maximum of the nonzero voxels of each section along one axis; 24 bytes for each channel."""
+
+    def __init__(self, extent: int, channels: int, axis: int) -> None:
+        self._axis = axis
+        self._others = tuple(a + 1 for a in range(3) if a != axis)
+        self._nonzero = np.zeros((extent, channels), np.int64)
+        self._low = np.full((extent, channels), math.inf)
+        self._high = np.full((extent, channels), -math.inf)
+
+    def add(self, tile: Array, box: Box) -> None:
+        """Add a tile (c, z, y, x) that stands at ``box``."""
+        nonzero = tile != 0
+        counts = nonzero.sum(self._others).T
+        limits = np.finfo(tile.dtype) if tile.dtype.kind == "f" else np.iinfo(tile.dtype)
+        low = tile.min(self._others, initial=limits.max, where=nonzero).T
+        high = tile.max(self._others, initial=limits.min, where=nonzero).T
+        here = slice(box.start[self._axis], box.stop[self._axis])
+        self._nonzero[here] += counts
+        self._low[here] = np.where(counts > 0, np.minimum(self._low[here], low), self._low[here])
+        self._high[here] = np.where(counts > 0, np.maximum(self._high[here], high), self._high[here])
+
+    def ranges(self, case: Case, schemes: Sequence[ChannelNormalisation]) -> tuple[tuple[Range, ...], ...]:
+        """Limits of each section inside the case's box, by channel."""
+        start, stop = case.box.start[self._axis], case.box.stop[self._axis]
+        voxels = case.box.voxels // (stop - start)
+        result = []
+        for p in range(start, stop):
+            inside = voxels
+            if case.mask is not None:
+                inside = int(np.count_nonzero(case.mask.take(p - start, self._axis)))
+            found = zip(self._nonzero[p].tolist(), self._low[p].tolist(), self._high[p].tolist(), strict=True)
+            plane = [IntensityStats(n, True, 0, 0, low, high) for n, low, high in found]
+            result.append(
+                tuple(
+                    _range(stats, summary, inside if scheme.masked else voxels, voxels)
+                    for stats, summary, scheme in zip(plane, case.channels, schemes, strict=True)
+                )
+            )
+        return tuple(result)
 
 
 def _range(stats: IntensityStats, summary: ChannelSummary, inside: int, voxels: int) -> Range:
@@ -111,7 +133,9 @@ def _range(stats: IntensityStats, summary: ChannelSummary, inside: int, voxels: 
 
 def nonzero_box(array: Array) -> Box | None:
     """The smallest box around the voxels of a (c, z, y, x) array that are not zero in every channel, or None."""
-    mask = (array != 0).any(axis=0)
+    mask = array[0] != 0 if len(array) == 1 else (array != 0).any(axis=0)
+    if all(face.any() for face in (mask[0], mask[-1], mask[:, 0], mask[:, -1], mask[..., 0], mask[..., -1])):
+        return Box.of_shape(vec3(mask.shape))
     planes = mask.any(axis=0)
     lines = (mask.any(axis=(1, 2)), planes.any(axis=1), planes.any(axis=0))
     if not lines[1].any():
@@ -133,9 +157,11 @@ def survey(
     *,
     by_slice: bool,
     workers: int = 1,
-    plane_axis: int = 0,
-) -> tuple[Case, ...]:
-    """Read the whole volume once and describe its cases.
+    plane_axis: int | None = 0,
+    with_mask: bool = False,
+    previous: ReadBox | None = None,
+) -> Sequence[Case]:
+    """Read the whole volume once and describe its cases; memory holds a few tiles and a table of the sections.
 
     Parameters
     ----------
@@ -150,41 +176,86 @@ def survey(
     workers
         Threads that read ahead; the result does not depend on them.
     plane_axis
-        The axis (0 = z, 1 = y, 2 = x) whose sections' ranges are gathered; z where each section is a case.
+        The axis (0 = z, 1 = y, 2 = x) along which the range of each section of a volume is gathered; None: of none.
+    with_mask
+        Whether the case of a volume is given its mask although no channel is normalised within it.
+    previous
+        Gives labels (1, z, y, x) of a cascade's previous stage, which nnU-Net counts as within the mask.
 
     Raises
     ------
     VolumeError
         If a voxel is not a finite number, or intensities do not fit the normalisation.
     """
-    info = reader.info
-    whole = Box.of_shape(info.extent)
-    sections = [_Tally(info.channels) for _ in range(info.extent[0])]
-    planes = sections if plane_axis == 0 else [_Tally(info.channels) for _ in range(info.extent[plane_axis])]
-    mask = np.zeros(info.extent, bool) if keeps_mask(schemes, by_slice=by_slice) else None
-    for box, tile in _tiles(reader, workers):
-        _check_finite(tile, box, name)
-        nonzero = (tile != 0).any(axis=0)
-        if mask is not None:
-            mask[box.slices] = nonzero
-        for i, z in enumerate(range(box.start[0], box.stop[0])):
-            sections[z].add(tile[:, i : i + 1], nonzero[i : i + 1], box.shift((i, 0, 0)))
-        if planes is not sections:
-            for i, p in enumerate(range(box.start[plane_axis], box.stop[plane_axis])):
-                planes[p].count(tile.take(i, plane_axis + 1))
+    if by_slice:
+        cases = _section_cases(reader, name, schemes, workers)
+        return SectionCases.of(cases, reader.info.extent[0], reader.info.channels)
+    masked = with_mask or keeps_mask(schemes, by_slice=False)
+    mask = np.zeros(reader.info.extent, bool) if masked else None
+    planes = None if plane_axis is None else _Planes(reader.info.extent[plane_axis], reader.info.channels, plane_axis)
+    whole = _volume_tally(reader, name, workers, mask, planes)
     if mask is not None:
         fill_holes(mask)
-        for tallies, axis in ((sections, 0), (planes, plane_axis)):
-            for i, tally in enumerate(tallies):
-                tally.inside = int(np.count_nonzero(mask.take(i, axis)))
-    if by_slice:
-        cases = tuple(_case_of([t], region, schemes, [t]) for t, region in zip(sections, _sections(whole), strict=True))
-    else:
-        cases = (_case_of(sections, whole, schemes, planes, plane_axis, mask),)
-    for case in cases:
-        for c, (scheme, summary) in enumerate(zip(schemes, case.channels, strict=True)):
-            check_intensities(scheme, summary, f"{name}, channel {c}, voxels {case.box.start} to {case.box.stop}")
-    return cases
+        if previous is not None:
+            _include(previous, mask, whole.box or Box.of_shape(reader.info.extent), tile_shape(reader.info))
+        whole.inside = int(np.count_nonzero(mask))
+    case = _checked(whole.case(Box.of_shape(reader.info.extent), schemes), name, schemes)
+    case = dataclasses.replace(case, mask=None if mask is None else mask[case.box.slices])
+    return (case if planes is None else dataclasses.replace(case, plane_ranges=planes.ranges(case, schemes)),)
+
+
+def _section_cases(
+    reader: VolumeReader, name: str, schemes: Sequence[ChannelNormalisation], workers: int
+) -> Iterator[Case]:
+    for z, tally in enumerate(_tallies(reader, name, workers, lambda tile, nonzero, box: None)):
+        region = Box((z, 0, 0), (z + 1, *reader.info.extent[1:]))
+        yield _checked(tally.case(region, schemes), name, schemes)
+
+
+def _volume_tally(reader: VolumeReader, name: str, workers: int, mask: Array | None, planes: _Planes | None) -> _Tally:
+    """What is known of a whole volume; ``mask`` is set where it is not zero, ``planes`` learn of each section."""
+
+    def see(tile: Array, nonzero: Array, box: Box) -> None:
+        if mask is not None:
+            mask[box.slices] = nonzero
+        if planes is not None:
+            planes.add(tile, box)
+
+    whole = _Tally(reader.info.channels, is_exact(reader.info.dtype))
+    for tally in _tallies(reader, name, workers, see):
+        whole.add(tally)
+    return whole
+
+
+def _tallies(
+    reader: VolumeReader, name: str, workers: int, see: Callable[[Array, Array, Box], None]
+) -> Iterator[_Tally]:
+    """What is known of each section, in order of z; ``see`` gets each tile, which of it is not zero, and its box."""
+    channels, exact = reader.info.channels, is_exact(reader.info.dtype)
+    band: list[_Tally] = []  # the sections of the tiles at one z
+    for box, tile in _tiles(reader, workers):
+        if box.start[1:] == (0, 0):
+            yield from band
+            band = [_Tally(channels, exact) for _ in range(box.shape[0])]
+        _check_finite(tile, box, name)
+        nonzero = tile[0] != 0 if channels == 1 else (tile != 0).any(axis=0)
+        see(tile, nonzero, box)
+        for i, tally in enumerate(band):
+            tally.add_tile(tile[:, i : i + 1], nonzero[i : i + 1], box.shift((i, 0, 0)))
+    yield from band
+
+
+def _checked(case: Case, name: str, schemes: Sequence[ChannelNormalisation]) -> Case:
+    for c, (scheme, summary) in enumerate(zip(schemes, case.channels, strict=True)):
+        check_intensities(scheme, summary, f"{name}, channel {c}, voxels {case.box.start} to {case.box.stop}")
+    return case
+
+
+def _include(labels: ReadBox, mask: Array, box: Box, tile: Vec3) -> None:
+    """Add what is labelled to the mask, within the nonzero box."""
+    for block in BlockGrid(box.shape, tile):
+        part = block.core.shift(box.start)
+        mask[part.slices] |= labels(part)[0] != 0
 
 
 def keeps_mask(schemes: Sequence[ChannelNormalisation], *, by_slice: bool) -> bool:
@@ -192,21 +263,16 @@ def keeps_mask(schemes: Sequence[ChannelNormalisation], *, by_slice: bool) -> bo
     return not by_slice and any(scheme.masked for scheme in schemes)
 
 
-def _sections(whole: Box) -> list[Box]:
-    _, y, x = whole.shape
-    return [Box((z, 0, 0), (z + 1, y, x)) for z in range(whole.shape[0])]
-
-
 def _tiles(reader: VolumeReader, workers: int) -> Iterator[tuple[Box, Array]]:
     """Tiles in raster order, ``workers`` of them read ahead."""
-    boxes = [block.core for block in BlockGrid(reader.info.extent, tile_shape(reader.info))]
+    boxes = (block.core for block in BlockGrid(reader.info.extent, tile_shape(reader.info)))
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        pending = [pool.submit(reader.read, box) for box in boxes[:workers]]
-        for i, box in enumerate(boxes):
-            tile = pending.pop(0).result()
-            if i + workers < len(boxes):
-                pending.append(pool.submit(reader.read, boxes[i + workers]))
-            yield box, tile
+        pending = deque((box, pool.submit(reader.read, box)) for box in itertools.islice(boxes, workers))
+        while pending:
+            box, tile = pending.popleft()
+            values = tile.result()
+            pending.extend((ahead, pool.submit(reader.read, ahead)) for ahead in itertools.islice(boxes, 1))
+            yield box, values
 
 
 def _check_finite(tile: Array, box: Box, name: str) -> None:
@@ -224,17 +290,45 @@ def _check_finite(tile: Array, box: Box, name: str) -> None:
     )
 
 
+def survey_bytes(info: VolumeInfo, workers: int) -> int:
+    """Most memory that a survey takes: tiles read ahead and looked at, sums of pieces, the table of sections."""
+    tile = math.prod(tile_shape(info))
+    waiting = tile * info.channels * info.dtype.itemsize * (workers + 2)
+    return waiting + tile * (2 + info.channels) + STATISTICS_BYTES + info.extent[0] * (32 + 64 * info.channels)
+
+
 def save_survey(surveyed: Sequence[Sequence[Case]], path: Path) -> None:
-    """Keep the cases of each member beside the ledger, so that a rerun need not read the volume again."""
-    write_text(path, json.dumps([[asdict(case) for case in cases] for cases in surveyed]))
+    """Keep the cases of each member beside the ledger, so that a rerun need not read the volume again.
+
+    The first line says how many cases each member has, each following one is a case; they are never all in memory.
+    """
+    heads = [
+        {"cases": len(cases), "channels": len(cases[0].channels), "sections": isinstance(cases, SectionCases)}
+        for cases in surveyed
+    ]
+    with replacing(path) as temporary, temporary.open("w") as stream:
+        stream.write(json.dumps(heads) + "\n")
+        for case in itertools.chain.from_iterable(surveyed):
+            stream.write(json.dumps(asdict(case)) + "\n")
 
 
-def load_survey(path: Path) -> tuple[tuple[Case, ...], ...] | None:
+def load_survey(path: Path) -> tuple[Sequence[Case], ...] | None:
     """What is kept at ``path``, or None where there is nothing that is whole."""
     try:
-        return tuple(tuple(_case(entry) for entry in entries) for entries in json.loads(path.read_text())) or None
+        with path.open() as stream:
+            return tuple(_cases(stream, **head) for head in json.loads(stream.readline())) or None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _cases(stream: Iterator[str], cases: int, channels: int, sections: bool) -> Sequence[Case]:
+    found = (_case(json.loads(line)) for line in itertools.islice(stream, cases))
+    if sections:
+        return SectionCases.of(found, cases, channels)
+    result = tuple(found)
+    if len(result) != cases:
+        raise ValueError(f"expected {cases} cases, found {len(result)}")
+    return result
 
 
 def _case(entry: dict[str, Any]) -> Case:

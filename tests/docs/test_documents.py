@@ -12,6 +12,7 @@ import dataclasses
 import doctest
 import functools
 import io
+import json
 import os
 import re
 import shlex
@@ -288,3 +289,7 @@ def test_the_tutorial_runs_in_both_modes(workplace: Path) -> None:
     assert code == 0, printed
     assert re.search(r"done\s+2\n", printed)
     assert {path.name for path in Path("out").glob("*.h5")} == {"cell_1_labels.h5", "cell_2_labels.h5"}
+    guide = GUIDE.read_text()
+    for name in ("report.json", "provenance.json"):
+        told = json.loads((Path("out") / "cell_1_labels.run" / name).read_text())
+        assert [key for key in told if f"`{key}`" not in guide] == [], name

@@ -25,6 +25,21 @@ OVERRIDES: list[tuple[list[str], list[str]]] = [
     (["inference.output={format:[h5]}"], ["nearest known key is inference.output.formats"]),
     (["quark=1"], ["no known key is like it", "inference"]),
     (["system.seed@run=1"], ["nearest known key is system.seed"]),
+    # boxes and masks
+    (["inference.roi=[]"], ["inference.roi is []", "[[z, y, x], [z, y, x]]"]),
+    (["inference.roi=[[0,0],[1,2]]"], ["inference.roi", "[[z, y, x], [z, y, x]]"]),
+    (["inference.roi=[[0,0,0],[1,2,3],[4,5,6]]"], ["inference.roi", "[[z, y, x], [z, y, x]]"]),
+    (["inference.roi=[[0,0,-1],[1,2,3]]"], ["inference.roi", "the first voxel and the one after the last"]),
+    (["inference.roi=[[0,2,0],[1,2,3]]"], ["inference.roi", "the first voxel and the one after the last"]),
+    (["inference.mask="], ["inference.mask is ''", "must name a volume"]),
+    (
+        ["inference.mask=m.h5", f"{BINARY}.enabled=true", f"{BINARY}.remove_small_objects=9"],
+        [f"{BINARY}.remove_small_objects is 9", "inference.mask", "whole ones"],
+    ),
+    (
+        ["inference.roi=[[0,0,0],[1,2,3]]", f"{BINARY}.enabled=true", f"{BINARY}.fill_holes=true"],
+        [f"{BINARY}.fill_holes is true", "inference.roi", "whole ones"],
+    ),
     # grammar
     (["system.seed"], ["cannot be read", "key=value"]),
     (["system.seed=1,2"], ["several runs"]),
@@ -36,6 +51,11 @@ OVERRIDES: list[tuple[list[str], list[str]]] = [
     (["system.seed='a\nb"], ["cannot be read"]),
     # types
     (["system.seed=many"], ["system.seed is 'many'", "a whole number"]),
+    (["inference.roi=[0,0,0,1,2,3]"], ["inference.roi is [0, 0, 0, 1, 2, 3]", "a list of lists", "or null"]),
+    (["inference.roi=[[0,0,a],[1,2,3]]"], ["inference.roi", "a list of lists", "whole numbers"]),
+    (["inference.roi=[[0,0,1.5],[1,2,3]]"], ["inference.roi", "a list of lists", "whole numbers"]),
+    (["inference.roi=[['???',0,0],[1,2,3]]"], ["inference.roi", "a list of lists"]),
+    (["inference.roi=4"], ["inference.roi is [4]", "a list of lists"]),
     (["system.seed=1.5"], ["system.seed is 1.5", "a whole number"]),
     (["system.seed=null"], ["system.seed is null", "a whole number"]),
     (["system.seed=[1]"], ["system.seed is [1]", "a whole number"]),

@@ -322,10 +322,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ..
         (),
         ("missing",),
     ),
-    "cascade": (
+    "called a cascade": (
         lambda m: edit_plans(m, lambda p: p["configurations"]["2d"].update(previous_stage="3d_lowres")),
         (),
-        ("cascade",),
+        ("weights do not fit",),
     ),
     "no folds": (lambda m: shutil.rmtree(m / "fold_0"), (), ("fold",)),
     "no such fold": (lambda m: None, ("model.folds=[3]",), ("fold_3",)),

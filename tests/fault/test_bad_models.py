@@ -491,12 +491,21 @@ BROKEN = [
     ),
 ]
 
-UNSUPPORTED = [
+CASCADES = [
     Case(
-        "cascade",
-        lambda r: edit_configuration(r, lambda c: c.update(previous_stage="3d_lowres")),
-        ("plans.json", "not supported yet", "cascade", "3d_lowres"),
+        "previous stage without a name",
+        lambda r: edit_configuration(r, lambda c: c.update(previous_stage=3)),
+        ("plans.json", "'previous_stage' is 3", "configuration's name"),
     ),
+    Case(
+        "first stage called a second",
+        lambda r: edit_configuration(r, lambda c: c.update(previous_stage="3d_lowres")),
+        ("weights do not fit", "plans.json"),
+        path=CHECKPOINT,
+    ),
+]
+
+UNSUPPORTED = [
     Case(
         "custom preprocessor",
         lambda r: edit_configuration(r, lambda c: c.update(preprocessor_name="MyPreprocessor")),
@@ -556,6 +565,7 @@ MISPLACED = [
             (HOSTILE, UnsafeModelError),
             (BROKEN, ModelError),
             (UNSUPPORTED, ModelError),
+            (CASCADES, ModelError),
             (MISPLACED, ModelError),
         )
         for case in cases

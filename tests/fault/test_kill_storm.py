@@ -35,13 +35,20 @@ STAGES = {  # text in the paths of a stage's file operations, and how many kills
     "tiff": (".tif", 1),
     "png": ("_png", 1),
     "zarr": ("zarr.json", 1),
+    "arrays": (".zarr/", 1),
+    "levels": ("/ledger_", 2),
+    "zarr2": (".zarr2", 1),
+    "zarr2 in place": (".v2.zarr", 1),
+    "n5": (".n5", 1),
+    "precomputed": (".precomputed", 1),
     "checksums": ("/checksums", 1),
     "provenance": ("provenance.json", 1),
     "report": ("report.json", 1),
 }
 SETTINGS = (
     "inference.block_shape=[1,24,32]",
-    "inference.output.formats=[h5,zarr,tiff,png]",
+    "inference.output.formats=[h5,zarr,tiff,png,zarr2,n5,precomputed]",
+    "inference.voxel_size_nm=[40,4,4]",
     "inference.output.save_probabilities=true",
     "inference.test_time_augmentation.select_channel=[1]",
     "inference.test_time_augmentation.flip_axes=[1]",
@@ -50,9 +57,8 @@ SETTINGS = (
     "inference.postprocessing.binary.enabled=true",
     "inference.postprocessing.binary.remove_small_objects=6",
 )
-FINAL_NAMES = {
-    f"v_labels{kind}{ending}" for kind in ("", "_probabilities") for ending in (".h5", ".zarr", ".tif", "_png")
-}
+ENDINGS = (".h5", ".zarr", ".tif", "_png", ".v2.zarr", ".n5", ".precomputed")
+FINAL_NAMES = {f"v_labels{kind}{ending}" for kind in ("", "_probabilities") for ending in ENDINGS}
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def require_resumed(storm: Storm, output: Path) -> None:
     lines = ledger_lines(run)
     assert sorted(line["block"] for line in lines) == sorted(storm.windows)
     assert {line["block"]: line["windows"] for line in lines} == storm.windows
-    computed = re.findall(r"block (\S+): (\d+) windows", log.read_text()[logged:])
+    computed = re.findall(r"predict, block (\S+): (\d+) windows", log.read_text()[logged:])
     missing = {key: windows for key, windows in storm.windows.items() if key not in recorded}
     assert dict(computed) == {key: str(windows) for key, windows in missing.items()}
     assert len(computed) == len(missing)

@@ -140,10 +140,11 @@ def change(job: Job, what: str) -> tuple[list[str], dict[str, Any]]:
     if what == "input":
         os.utime(make_volume(job.volume, seed=5))
     model = job.bench.other_model if what == "model" else None
-    return (["inference.sliding_window.overlap=0.25"] if what == "setting" else []), {"model": model}
+    words = {"setting": ["inference.sliding_window.overlap=0.25"], "box": ["inference.roi=[[1,0,0],[3,20,60]]"]}
+    return words.get(what, []), {"model": model}
 
 
-@pytest.mark.parametrize("what", ["model", "setting", "input"])
+@pytest.mark.parametrize("what", ["model", "setting", "input", "box"])
 def test_a_final_output_of_something_else_is_refused_unless_overwritten(job: Job, what: str) -> None:
     job.run()
     before = finals(job.output)
@@ -161,7 +162,7 @@ def test_a_final_output_of_something_else_is_refused_unless_overwritten(job: Job
     assert "Skipped 1/1" in job.run(*more, **how).stderr
 
 
-@pytest.mark.parametrize("what", ["model", "setting", "input"])
+@pytest.mark.parametrize("what", ["model", "setting", "input", "box"])
 def test_unfinished_work_of_something_else_is_neither_used_nor_touched(job: Job, what: str) -> None:
     job.interrupt()
     begun = job.work
@@ -170,10 +171,30 @@ def test_unfinished_work_of_something_else_is_neither_used_nor_touched(job: Job,
 
     ended = job.run(*more, **how)
     assert ended.code == 0
-    assert job.report()["done"] == BLOCKS
+    assert (job.report()["done"], job.report()["skipped"]) == (4 if what == "box" else BLOCKS, 0)
     assert f"unfinished work of other settings ({begun.name})" in ended.stderr
     assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == before
     assert not (labels(job.output) == labels(job.bench.folder / "undisturbed")).all()
+
+
+@pytest.mark.parametrize("saved", ["false", "true"], ids=["labels", "probabilities"])
+def test_work_on_a_part_is_continued(job: Job, saved: str) -> None:
+    """Four blocks hold wanted voxels; the others are written too where background is not 0."""
+    mask = np.zeros((3, 12, 16), np.uint8)
+    mask[:2, 3:8, 5:12] = 1
+    words = [f"inference.mask='{write_h5(job.output.parent / 'mask.h5', mask)}'"]
+    words.append(f"inference.output.save_probabilities={saved}")
+    undisturbed = Job(job.bench, job.volume, job.output.parent / "undisturbed")
+    assert undisturbed.run(*words).code == 0
+    planned = undisturbed.report()["planned"]
+    assert planned == (BLOCKS if saved == "true" else 4)
+    job.interrupt(*words)
+    recorded = len(ledger_lines(job.run_folder))
+    ended = job.run(*words)
+    assert ended.code == 0, ended.stderr
+    assert finals(job.output) == finals(undisturbed.output)
+    assert 0 < recorded < planned
+    assert (job.report()["skipped"], job.report()["done"]) == (recorded, planned - recorded)
 
 
 def test_another_numeric_class_is_refused_unless_allowed(job: Job) -> None:

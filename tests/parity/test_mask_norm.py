@@ -8,6 +8,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -262,7 +263,8 @@ def test_blocks_leave_room_for_the_mask(tmp_path: Path) -> None:
     (source,) = named_sources([str(tmp_path / "v.h5")], 1)
     plans = []
     for masked in (False, True):
-        config = load_config(None, [*WORDS, "system.memory_budget_gb=2.1"])
+        budget = psutil.Process().memory_info().rss / 1e9 + 2.9
+        config = load_config(None, [*WORDS, f"system.memory_budget_gb={budget:.2f}"])
         engine = build_engine(config, model_of(Trial(3, (masked,)), tmp_path / str(masked)))
         reader = open_source(config, engine, source)
         plans.append(job_of(config, engine, source, reader).plan.block_shape)

@@ -21,7 +21,6 @@ from connectomics.inference.interpolation import AxisResampling
 from connectomics.inference.resample import Resampling
 from connectomics.lightning.inference import InferenceManager
 from connectomics.models.spec import DEFAULT_RESAMPLING, NO_RESAMPLING, TORCH_RESAMPLING, ResamplingRule
-from connectomics.pipeline.planning import BlockPlan, with_logits_in_memory
 from connectomics.pipeline.survey import survey
 
 import oracle
@@ -341,10 +340,3 @@ def test_what_the_plans_want_otherwise_is_refused(name: str, tmp_path: Path) -> 
     loaded = InferenceManager.from_checkpoint(next(tmp_path.iterdir()), WORDS).engine.spec
     with pytest.raises(ModelError, match=text):
         Resampling(trial.image, trial.image, loaded.resampling_data, loaded.resampling_probabilities)
-
-
-def test_blocks_shrink_until_their_logits_fit() -> None:
-    plan = BlockPlan((256, 512, 512), (64, 64, 64))
-    assert with_logits_in_memory(plan, 2, 1.0, 1 << 40) == plan
-    assert with_logits_in_memory(plan, 2, 1.0, 1 << 29).block_shape == (128, 512, 512)
-    assert with_logits_in_memory(plan, 2, 1.0, 1).block_shape == (64, 512, 512)

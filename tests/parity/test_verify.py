@@ -13,7 +13,7 @@ from PIL import Image
 from connectomics.cli import main
 
 from nnunet_models import make_model
-from parity_table import scene
+from parity_table import displaced, scene, train_second_stage
 
 CPU = ["system.device=cpu", "system.num_cpus=1"]
 
@@ -118,6 +118,32 @@ def test_transposed_plans_are_told_the_spacing_of_the_volume(tmp_path: Path, wor
         file["main"] = (scene(1, (20, 26, 12), 4)[0][0] * 255).astype(np.uint8)
     code, _ = verified(tmp_path, str(model), str(tmp_path / "v.h5"), "--threshold", "1e-2", *words)
     assert code == 0
+
+
+@pytest.mark.parametrize("given", ["model", "volume"])
+def test_a_second_stage_is_verified_with_its_first(tmp_path: Path, given: str) -> None:
+    common: dict[str, object] = {"dimensions": 3, "patch": (8, 16, 16), "classes": 3, "reader": "SimpleITKIO"}
+    first = make_model(tmp_path / "first", name="3d_lowres", seed=5, spacing=(2.0, 1.0, 1.0), **common)  # type: ignore[arg-type]
+    second = make_model(
+        tmp_path / "second",
+        previous_stage="3d_lowres",
+        give_weights=train_second_stage,
+        **common,  # type: ignore[arg-type]
+    )
+    image, classes = scene(1, (12, 20, 24), 4)
+    for name, array in (("v", image[0] * 255), ("labels", displaced(classes)), ("wrong", displaced(classes)[::-1])):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["main"] = array.astype(np.uint8)
+    previous = f"model.previous_stage='{first if given == 'model' else tmp_path / 'labels.h5'}'"
+    words = [str(second), str(tmp_path / "v.h5"), "--threshold", "1e-2", "inference.resample=plan"]
+    words += ["inference.spacing=[1.3,0.9,1.1]", "inference.test_time_augmentation.enabled=false"]
+    assert verified(tmp_path, *words, previous)[0] == 0
+    place = f"inference.data.output_path={tmp_path}/out"
+    volume = f"inference.volume_mode.file_list=['{tmp_path}/v.h5']"
+    other = f"model.previous_stage='{tmp_path / 'wrong.h5'}'"
+    assert main(["infer-volume", "--checkpoint", str(second), *CPU, *words[4:], volume, place, other]) == 0
+    assert verified(tmp_path, *words, previous, str(tmp_path / "out" / "v_labels.h5"))[0] == 3
+    assert verified(tmp_path, *words)[0] == 2
 
 
 def test_an_output_of_another_shape_is_refused(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
+import tracemalloc
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -17,6 +19,7 @@ from nnunetv2.preprocessing.normalization import default_normalization_schemes a
 from connectomics.errors import VolumeError
 from connectomics.geometry import Box
 from connectomics.inference.normalise import IntensityStats, check_intensities, normalise
+from connectomics.inference.section_cases import SectionCases
 from connectomics.io.volume import VolumeInfo
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline import survey as survey_module
@@ -118,6 +121,48 @@ def test_tiles_are_whole_chunks_of_bounded_size() -> None:
     assert shape[2] == 30000
     assert np.prod(shape) <= survey_module.TILE_VOXELS
     assert tile_shape(VolumeInfo((1, 9, 64, 64), np.dtype(np.uint8), (4, 16, 16))) == (9, 64, 64)
+
+
+@pytest.mark.parametrize("by_slice", [True, False])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_statistics_of_planes_read_in_pieces_are_numpys_of_the_whole(dtype: str, by_slice: bool) -> None:
+    """Sections hundreds of times larger than a tile, as one of 100,000 × 100,000 voxels is."""
+    image = array_of(dtype, 12, (3, 300, 700))[None]
+    image[:, :, :41] = image[..., 590:] = 0
+    volume = ArrayVolume(image)
+    volume.info = VolumeInfo(image.shape, image.dtype, (1, 64, 64))
+    with mock.patch.object(survey_module, "TILE_VOXELS", 500):
+        cases = survey(volume, "image", [ChannelNormalisation("ZScoreNormalization")], by_slice=by_slice, workers=3)
+    for case in cases:
+        inside = image[(0, *case.box.slices)].astype(np.float64)
+        assert (case.channels[0].minimum, case.channels[0].maximum) == (inside.min(), inside.max())
+        assert case.channels[0].mean == pytest.approx(inside.mean(), rel=1e-12)
+        assert case.channels[0].std == pytest.approx(inside.std(), rel=1e-12)
+
+
+@given(values=hnp.arrays(np.uint8, st.integers(0, 99)), step=st.integers(1, 2))
+def test_pairs_of_bytes_are_counted_as_bytes(values: np.ndarray, step: int) -> None:
+    seen = values[::step]
+    stats = IntensityStats.of(seen)
+    assert (stats.nonzero, stats.first) == (np.count_nonzero(seen), seen.sum(dtype=int))
+    assert stats.second == (seen.astype(int) ** 2).sum()
+
+
+def test_sections_take_less_than_200_bytes_each(tmp_path: Path) -> None:
+    image = array_of("uint8", 4, (1, 2, 8, 9))
+    two = survey(ArrayVolume(image), "image", [ChannelNormalisation("ZScoreNormalization")], by_slice=True)
+    tracemalloc.start()
+    try:
+        cases = SectionCases.of((two[z % 2] for z in range(4_000)), 4_000, 1)
+        save_survey([cases], tmp_path / "survey.json")
+        loaded = load_survey(tmp_path / "survey.json")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert loaded == (cases,)
+    assert peak < 2 * 200 * 4_000  # two tables, one saved and one loaded
+    assert cases[3_999].region == Box((3_999, 0, 0), (4_000, 8, 9))
+    assert cases[-1].channels == two[1].channels
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

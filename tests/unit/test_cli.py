@@ -64,7 +64,8 @@ def test_help_is_quick_and_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["infer-volume", "test", "inspect", "convert", "verify", "reproduce", "doctor", "demo", "from-nnunet"]
+    "command",
+    ["infer-volume", "test", "evaluate", "inspect", "convert", "verify", "reproduce", "doctor", "demo", "from-nnunet"],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -279,6 +280,40 @@ def test_the_first_block_has_no_estimate_yet(monkeypatch: pytest.MonkeyPatch) ->
         clock[0] += 31
         bar.block(1, 4)
     assert stream.getvalue().splitlines()[1] == "block 1/4, 31 s"
+
+
+def test_one_large_volume_has_an_estimate_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that an earlier run finished say nothing of the speed."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    console, stream = text_of(terminal=False)
+    with progress.ProgressBar(console) as bar:
+        bar.listed(1, 0)
+        bar.began("large")
+        clock[0] += 100  # the survey
+        bar.block(40, 100)
+        for finished in (41, 42):
+            clock[0] += 60
+            bar.block(finished, 100)
+    assert stream.getvalue().splitlines()[1:] == [
+        "block 40/100, 100 s",
+        "block 41/100, 160 s, 3540 s left in this volume",
+        "block 42/100, 220 s, 3480 s left in this volume",
+    ]
+
+
+def test_blocks_of_minutes_have_an_estimate_on_a_terminal() -> None:
+    clock = [0.0]
+    console, stream = text_of(terminal=True)
+    with progress.ProgressBar(console) as bar:
+        bar._bars.get_time = lambda: clock[0]
+        bar.listed(1, 0)
+        bar.began("large")
+        for finished in range(4):
+            clock[0] += 90
+            bar.block(finished, 10)
+        bar._bars.refresh()
+    assert "0:10:30" in stream.getvalue()
 
 
 @pytest.mark.parametrize("terminal", [True, False])

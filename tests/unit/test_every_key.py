@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.cli import main
+from connectomics.cli import main, script_main
 from connectomics.config.load import known_keys
 from connectomics.models.backends import torch_eager
 from connectomics.pipeline import survey
 
 from nnunet_models import make_model
+from parity_table import train_second_stage
 from small_jobs import em_like, final_names, infer_words, quick_folder, write_h5
 
 WINDOW = "inference.sliding_window"
@@ -102,12 +103,14 @@ class World:
             words = [word for word in words if not word.startswith(MODE)]
         if not checkpoint:
             words = words[:1] + words[3:]
+        if command == "evaluate":
+            return self._called(["--mode", command, *words[3:], *more], output, script_main)
         return self._called([command, *words[1:], *more], output)
 
-    def _called(self, words: Sequence[str], output: Path) -> Result:
+    def _called(self, words: Sequence[str], output: Path, entry: Callable[[Sequence[str]], int] = main) -> Result:
         assert self.capture is not None
         self.capture.readouterr()
-        code = main(words)
+        code = entry(words)
         out, err = self.capture.readouterr()
         return Result(code, out, err, output)
 
@@ -319,6 +322,25 @@ def axes(world: World) -> bool:
     return np.array_equal(result.read().shape, (2, 32, 24))
 
 
+def inside(*words: str) -> Check:
+    """Labels of section 0, rows 4 to 19 and columns 8 to 23 are those of the full run, all others background."""
+
+    def check(world: World) -> bool:
+        full, part = world.run(), world.run(*words)
+        expected = np.zeros_like(labels(full))
+        expected[:1, 4:20, 8:24] = labels(full)[:1, 4:20, 8:24]
+        return np.array_equal(labels(part), expected) and expected.any() and windows(part) < windows(full)
+
+    return check
+
+
+def mask(world: World) -> bool:
+    """At a quarter of y and an eighth of x."""
+    wanted = np.zeros((2, 6, 4), np.uint8)
+    wanted[:1, 1:5, 1:3] = 7
+    return inside(f"inference.mask='{write_h5(world.folder / 'mask.h5', wanted)}'")(world)
+
+
 SPACED = "inference.spacing=[5,1.5,1.5]"
 AS_VOLUME = "inference.case=volume"
 
@@ -369,6 +391,38 @@ def evaluation(world: World) -> bool:
 def metrics(world: World) -> bool:
     some, all_of_them = scores(measured("test.evaluation.metrics=[iou]")(world)), scores(measured()(world))
     return "iou" in some and "dice" not in some and {"dice", "iou", "precision", "recall"} <= set(all_of_them)
+
+
+def evaluated(world: World, *words: str) -> Result:
+    """``--mode evaluate`` of the truth with itself."""
+    named = f"test.data.test_prediction='{world.truth}'"
+    return world.run(named, f"test.data.test_label='{world.truth}'", *words, command="evaluate")
+
+
+def masked(world: World) -> bool:
+    everything = measured(f"test.data.test_ignore='{world.volume}'")(world)
+    return scores(everything)["dice"] is None and scores(measured()(world))["dice"] is not None
+
+
+def known_prediction(world: World) -> bool:
+    alone = world.run(command="evaluate").refused("test.data.test_prediction")
+    return alone and scores(evaluated(world))["dice"] == 1
+
+
+def bounded(world: World) -> bool:
+    result = evaluated(world, "test.evaluation.metrics=[ap]", "test.evaluation.size_bounds=[9]")
+    content = json.loads((result.output / "scores.json").read_text())
+    return [row["up_to_voxels"] for row in content["pooled"]["instances"]["ap_by_size"]] == [9, None]
+
+
+def foreground(world: World) -> bool:
+    content = json.loads((measured("test.evaluation.foreground=true")(world).output / "scores.json").read_text())
+    return list(content["pooled"]["labels"]) == ["background", "foreground"]
+
+
+def ignored(world: World) -> bool:
+    found = scores(measured("test.evaluation.ignore_label=1")(world))
+    return found["tp"] + found["fn"] == 0 < scores(measured()(world))["fn"] + scores(measured()(world))["tp"]
 
 
 def fewer_objects(world: World) -> bool:
@@ -443,6 +497,26 @@ def ensemble(world: World) -> bool:
     return changes(probabilities, f"model.ensemble=['{world.other}']", given=[SAVE])(world)
 
 
+def previous_stage(world: World) -> bool:
+    """The labels that a second stage is given decide its own."""
+    second = make_model(
+        world.folder / "second",
+        dimensions=2,
+        classes=3,
+        patch=(16, 16),
+        previous_stage="2d_lowres",
+        give_weights=train_second_stage,
+    )
+
+    def found(number: int) -> Any:
+        given = write_h5(world.folder / f"given_{number}.h5", np.full((2, 24, 32), number, np.uint8))
+        output = world.folder / f"second_{number}"
+        assert main(infer_words(second, output, world.volume, f"model.previous_stage='{given}'")) == 0
+        return Result(0, "", "", output).read()
+
+    return not np.array_equal(found(0), found(2))
+
+
 def ensemble_weights(world: World) -> bool:
     given = [SAVE, f"model.ensemble=['{world.other}']"]
     return changes(probabilities, "model.ensemble_weights=[1,3]", given=given)(world)
@@ -482,6 +556,7 @@ TABLE: Mapping[str, Check] = {
         refuses("model.checkpoint_name=checkpoint_best.pth", "checkpoint_best.pth"),
     ),
     "model.ensemble": ensemble,
+    "model.previous_stage": both(previous_stage, refuses("model.previous_stage=x", "is no second stage of a cascade")),
     "model.ensemble_weights": both(
         ensemble_weights, refuses("model.ensemble_weights=[1,2]", "must be 1 positive numbers", "model.ensemble")
     ),
@@ -495,6 +570,8 @@ TABLE: Mapping[str, Check] = {
     "inference.voxel_size_nm": changes(voxel_size, "inference.voxel_size_nm=[30,8,8]"),
     "inference.axes": axes,
     "inference.block_shape": changes(lambda r: r.report["planned"], "inference.block_shape=[1,24,16]"),
+    "inference.roi": inside("inference.roi=[[0,4,8],[1,20,24]]"),
+    "inference.mask": mask,
     "inference.resample": changes(probabilities, "inference.resample=plan", SPACED, given=[SAVE, AS_VOLUME]),
     "inference.spacing": changes(
         probabilities, "inference.spacing=[5,1.2,1.5]", given=[SAVE, AS_VOLUME, "inference.resample=plan", SPACED]
@@ -534,13 +611,23 @@ TABLE: Mapping[str, Check] = {
         names_of(world.run("inference.output.formats=[zarr,tiff,png]"))
         == {"v_labels.zarr", "v_labels.tif", "v_labels_png"}
     ),
+    "inference.output.pyramid": changes(
+        lambda result: len([path for path in (result.output / "v_labels.n5").iterdir() if path.is_dir()]),
+        "inference.output.pyramid=false",
+        given=["inference.output.formats=[n5]", "inference.block_shape=[1,16,16]"],
+    ),
     "inference.output.save_probabilities": lambda world: (
         names_of(world.run(SAVE)) == {"v_labels.h5", "v_labels_probabilities.h5"}
     ),
     "inference.output.overwrite": overwrite,
     "test.data.test_image": known_image,
     "test.data.test_label": known_label,
+    "test.data.test_prediction": known_prediction,
+    "test.data.test_ignore": masked,
     "test.evaluation.enabled": evaluation,
+    "test.evaluation.foreground": foreground,
+    "test.evaluation.ignore_label": ignored,
+    "test.evaluation.size_bounds": bounded,
     "test.evaluation.metrics": metrics,
 }
 

@@ -12,17 +12,18 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
-import zarr
 from PIL import Image
 
 from connectomics.errors import OutputError
 from connectomics.geometry import BlockGrid, Box
-from connectomics.io import export
-from connectomics.io.export import FORMATS, _Sink, export_path, export_volume, read_stamp, require_exportable
+from connectomics.io import export_files
+from connectomics.io.export import FORMATS, export_file, export_path, read_stamp, require_exportable
+from connectomics.io.export_files import _Sink
 from connectomics.io.opening import open_volume
 from connectomics.io.store import Store, create_store
 from connectomics.io.volume import VolumeInfo
 
+FILES = ("h5", "tiff", "png")
 RNG = np.random.default_rng(5)
 SHARD = (4, 32, 32)
 STAMP: dict[str, object] = {"result_key": "ab" * 32, "facts": {"unit µ": [1, 2.5, None]}}
@@ -43,20 +44,18 @@ def by_others(path: Path, format: str) -> np.ndarray:
             return np.asarray(file["main"][:])
     if format == "tiff":
         return np.asarray(tifffile.imread(path))
-    if format == "png":
-        return np.stack([np.asarray(Image.open(file)) for file in sorted(path.glob("*.png"))])
-    return np.asarray(zarr.open_group(path, mode="r")["0"][:])
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(path.glob("*.png"))])
 
 
 def exported(tmp_path: Path, format: str, shape: tuple[int, int, int, int], dtype: str) -> tuple[Path, np.ndarray]:
     store, voxels = filled(tmp_path / "work.zarr", shape, dtype)
     path = export_path(tmp_path, "a_seg", format)
-    export_volume(store, path, format, STAMP)
-    assert (tmp_path / "work.zarr").exists() == (format != "zarr")
+    export_file(store, path, format, STAMP)
+    assert (tmp_path / "work.zarr").exists()
     return path, voxels
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FILES)
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -112,7 +111,7 @@ def test_tiff_has_a_page_for_each_section_and_states_its_axes(tmp_path: Path) ->
 
 
 def test_large_tiff_is_bigtiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "CLASSIC_TIFF_BYTES", 100)
+    monkeypatch.setattr(export_files, "CLASSIC_TIFF_BYTES", 100)
     path, _ = exported(tmp_path, "tiff", (1, 4, 33, 30), "uint8")
     with tifffile.TiffFile(path) as tif:
         assert tif.is_bigtiff
@@ -121,7 +120,7 @@ def test_large_tiff_is_bigtiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_png_names_are_padded_and_bytes_repeat(tmp_path: Path) -> None:
     store, _ = filled(tmp_path / "work.zarr", (1, 12, 20, 20), "uint16")
     for name in ("one", "two"):
-        export_volume(store, tmp_path / name, "png", STAMP)
+        export_file(store, tmp_path / name, "png", STAMP)
     names = sorted(p.name for p in (tmp_path / "one").iterdir())
     assert names == [f"{z:04}.png" for z in range(12)] + ["connectomics.json"]
     assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in names)
@@ -131,23 +130,16 @@ def test_png_names_are_padded_and_bytes_repeat(tmp_path: Path) -> None:
 def test_exports_repeat_byte_for_byte(tmp_path: Path, format: str) -> None:
     store, _ = filled(tmp_path / "work.zarr", (1, 12, 50, 40), "uint16")
     for name in ("one", "two"):
-        export_volume(store, tmp_path / name, format, STAMP)
+        export_file(store, tmp_path / name, format, STAMP)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-def test_zarr_is_the_store_itself_with_name_and_stamp(tmp_path: Path) -> None:
-    path, _ = exported(tmp_path, "zarr", (1, 10, 50, 40), "uint8")
-    attributes = zarr.open_group(path, mode="r").attrs
-    assert attributes["connectomics"] == {"run": "abc", "stamp": STAMP}
-    assert attributes["ome"]["multiscales"][0]["name"] == "a_seg"
-
-
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FILES)
 def test_what_stood_there_is_replaced(tmp_path: Path, format: str) -> None:
     path = export_path(tmp_path, "a", format)
     for value in ("first", "second"):
         store, voxels = filled(tmp_path / "work.zarr" / value, (1, 3, 20, 20), "uint8")
-        export_volume(store, path, format, {"result_key": value})
+        export_file(store, path, format, {"result_key": value})
     np.testing.assert_array_equal(by_others(path, format), voxels[0])
     assert read_stamp(path, format) == {"result_key": "second"}
 
@@ -156,8 +148,8 @@ def test_what_stood_there_is_replaced(tmp_path: Path, format: str) -> None:
 def test_png_refuses_what_it_cannot_hold(tmp_path: Path, channels: int, dtype: str) -> None:
     store, _ = filled(tmp_path / "work.zarr", (channels, 2, 20, 20), dtype)
     path = tmp_path / "a_png"
-    with pytest.raises(OutputError, match="use h5, tiff or zarr"):
-        export_volume(store, path, "png", STAMP)
+    with pytest.raises(OutputError, match=r"another of inference\.output\.formats"):
+        export_file(store, path, "png", STAMP)
     assert not path.exists()
     require_exportable(store.info, path, "tiff")
 
@@ -169,18 +161,26 @@ def test_unknown_format_names_the_known() -> None:
 
 def test_names() -> None:
     names = [export_path(Path("out"), "a.b_seg", f).name for f in FORMATS]
-    assert names == ["a.b_seg.h5", "a.b_seg.tif", "a.b_seg_png", "a.b_seg.zarr"]
+    assert names == [
+        "a.b_seg.h5",
+        "a.b_seg.tif",
+        "a.b_seg_png",
+        "a.b_seg.zarr",
+        "a.b_seg.v2.zarr",
+        "a.b_seg.n5",
+        "a.b_seg.precomputed",
+    ]
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FILES)
 @pytest.mark.parametrize("state", ["absent", "without stamp", "damaged", "not a mapping"])
 def test_no_stamp_where_there_is_none(tmp_path: Path, format: str, state: str) -> None:
     path = export_path(tmp_path, "a", format)
-    folder = format in ("png", "zarr")
+    folder = format == "png"
     if state != "absent":
         store, _ = filled(tmp_path / "work.zarr", (1, 2, 20, 20), "uint8")
-        export_volume(store, path, format, STAMP)
-    file = {"png": path / "connectomics.json", "zarr": path / "zarr.json"}.get(format, path)
+        export_file(store, path, format, STAMP)
+    file = path / "connectomics.json" if folder else path
     if state == "damaged":
         file.write_bytes(file.read_bytes()[:40] if folder else b"garbage")
     if state == "without stamp":
@@ -189,24 +189,16 @@ def test_no_stamp_where_there_is_none(tmp_path: Path, format: str, state: str) -
                 del opened.attrs["connectomics"]
         elif format == "tiff":
             tifffile.imwrite(path, np.zeros((2, 20, 20), np.uint8))
-        elif format == "png":
-            file.unlink()
         else:
-            group = json.loads(file.read_text())
-            del group["attributes"]["connectomics"]["stamp"]
-            file.write_text(json.dumps(group))
+            file.unlink()
     if state == "not a mapping":
         if format == "h5":
             with h5py.File(path, "a") as opened:
                 opened.attrs["connectomics"] = "[1]"
         elif format == "tiff":
             tifffile.imwrite(path, np.zeros((2, 20, 20), np.uint8), metadata={"connectomics": [1]})
-        elif format == "png":
-            file.write_text("[1]")
         else:
-            group = json.loads(file.read_text())
-            group["attributes"]["connectomics"]["stamp"] = [1]
-            file.write_text(json.dumps(group))
+            file.write_text("[1]")
     assert read_stamp(path, format) is None
 
 
@@ -227,7 +219,7 @@ def test_other_voxels_read_back_are_noticed_before_the_name_appears(
 
     monkeypatch.setattr(Store, "read", flipping)
     with pytest.raises(OutputError, match="reads back with other voxels in"):
-        export_volume(store, path, format, STAMP)
+        export_file(store, path, format, STAMP)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["work.zarr"]
 
 
@@ -237,13 +229,14 @@ def test_another_shape_read_back_is_noticed(tmp_path: Path, monkeypatch: pytest.
     def short(source: Store, path: Path, stamp: dict[str, object]) -> None:
         tifffile.imwrite(path, np.zeros((5, 40, 40), np.uint8), photometric="minisblack")
 
-    monkeypatch.setitem(export._FILES, "tiff", (short, export._FILES["tiff"][1]))
+    monkeypatch.setitem(export_files._FILES, "tiff", (short, export_files._FILES["tiff"][1]))
     with pytest.raises(OutputError, match=r"reads back as \(1, 5, 40, 40\)"):
-        export_volume(store, tmp_path / "a.tif", "tiff", STAMP)
+        export_file(store, tmp_path / "a.tif", "tiff", STAMP)
 
 
 def test_memory_holds_a_slab_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "SLAB_BYTES", 50 * 40)
+    monkeypatch.setattr(export_files, "SLAB_BYTES", 50 * 40)
+    monkeypatch.setattr(export_files, "TILE", 32)
     store, _ = filled(tmp_path / "work.zarr", (1, 10, 50, 40), "uint8")
     read, largest = Store.read, []
 
@@ -253,25 +246,60 @@ def test_memory_holds_a_slab_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Store, "read", watched)
     for format in ("h5", "tiff", "png"):
-        export_volume(store, export_path(tmp_path, "a", format), format, STAMP)
+        export_file(store, export_path(tmp_path, "a", format), format, STAMP)
     assert max(largest) <= 4 * 32 * 32
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 3, 50, 41), "uint16"), ((2, 2, 33, 48), "float32"), ((1, 2, 16, 100), "uint8")]
+)
+def test_tiff_of_large_sections_is_tiled(
+    tmp_path: Path, shape: tuple[int, int, int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_files, "SLAB_BYTES", 1100)
+    monkeypatch.setattr(export_files, "TILE", 16)
+    read, largest = Store.read, []
+
+    def watched(self: Store, box: Box) -> np.ndarray:
+        block = read(self, box)
+        largest.append(block.nbytes)
+        return block
+
+    monkeypatch.setattr(Store, "read", watched)
+    path, voxels = exported(tmp_path, "tiff", shape, dtype)
+    assert max(largest) <= 2 * 2 * 16 * 16 * np.dtype(dtype).itemsize * shape[0]
+    with tifffile.TiffFile(path) as tif:
+        assert tif.pages.first.is_tiled and len(tif.pages) == shape[0] * shape[1]
+    np.testing.assert_array_equal(tifffile.imread(path).reshape(shape), voxels)
+    assert read_stamp(path, "tiff") == STAMP
+
+
+def test_hdf5_takes_no_space_for_pieces_of_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_files, "SLAB_BYTES", 2 * 16 * 16)
+    info = VolumeInfo((1, 8, 64, 64), np.dtype("uint8"), (2, 16, 16))
+    store = create_store(tmp_path / "work.zarr", info, shard_shape=SHARD, attributes={})
+    store.write(Box((4, 0, 32), (8, 32, 64)), np.ones((1, 4, 32, 32), np.uint8))
+    export_file(store, tmp_path / "a.h5", "h5", STAMP)
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file["main"].id.get_num_chunks() == 8
+        assert file["main"][:].sum() == 4 * 32 * 32 == file["main"][4:, :32, 32:].sum()
 
 
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from connectomics.errors import OutputError
-from connectomics.io.export import _Sink, export_path, export_volume
+from connectomics.io.export import export_file, export_path
 from connectomics.io.store import open_store
 folder = Path(sys.argv[1])
 store = open_store(folder / "work.zarr")
-export_volume(store, folder / "warm.h5", "h5", {})
+export_file(store, folder / "warm.h5", "h5", {})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), unlimited[1]))
 path = export_path(folder, "a", sys.argv[2])
 try:
-    export_volume(store, path, sys.argv[2], {})
+    export_file(store, path, sys.argv[2], {})
 except OutputError as error:
     assert str(path) in str(error) and "File too large" in str(error), error
     print("refused")
@@ -292,10 +320,10 @@ def test_a_disk_that_takes_no_more_is_an_error_not_a_crash(tmp_path: Path, forma
 
 def test_a_missing_folder_is_an_output_error(tmp_path: Path) -> None:
     store, _ = filled(tmp_path / "work.zarr", (1, 2, 20, 20), "uint8")
-    for format in FORMATS:
+    for format in FILES:
         path = export_path(tmp_path / "absent", "a", format)
         with pytest.raises(OutputError, match="absent"):
-            export_volume(store, path, format, STAMP)
+            export_file(store, path, format, STAMP)
 
 
 def test_the_file_below_hdf5_remembers_a_refused_truncation(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
@@ -13,13 +14,35 @@ from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_sco
 from connectomics.build.engine import build_engine
 from connectomics.build.volumes import named_sources
 from connectomics.config.load import load_config
-from connectomics.errors import ConfigError, ConnectomicsError, VolumeError
+from connectomics.config.schema import Config
+from connectomics.errors import ConfigError, ConnectomicsError
+from connectomics.evaluate.volumes import Comparison
 from connectomics.lightning import demo
-from connectomics.lightning.evaluation import check_truths, compare, evaluate_outcomes, score_table
+from connectomics.lightning.evaluation import Labelling, check_known_answers, evaluate_outcomes, evaluate_volumes
 from connectomics.lightning.inference import Silence, VolumeOutcome, VolumeProcessor
+from connectomics.lightning.score_table import score_table
 
 from nnunet_models import make_model
 from parity_table import scene
+
+
+def listed(*paths: str) -> str:
+    return "[" + ",".join(f"'{path}'" for path in paths) + "]"
+
+
+def known_answers(images: Sequence[str], truths: Sequence[str], folder: Path, *words: str) -> Config:
+    """A configuration of ``--mode test``."""
+    return load_config(
+        None,
+        [
+            "system.device=cpu",
+            "system.num_cpus=1",
+            f"inference.data.output_path={folder}",
+            f"test.data.test_image={listed(*images)}",
+            f"test.data.test_label={listed(*truths)}",
+            *words,
+        ],
+    )
 
 
 def h5(path: Path, array: np.ndarray) -> str:
@@ -39,10 +62,10 @@ def test_scores_are_scikit_learns(model: Path, tmp_path: Path) -> None:
         image, classes = scene(1, (2, 40, 51), i)
         uris.append(h5(tmp_path / f"image{i}.h5", (image[0] * 255).astype(np.uint8)))
         truths.append(h5(tmp_path / f"truth{i}.h5", classes.astype(np.uint8)))
-    config = load_config(None, ["system.device=cpu", "system.num_cpus=1", f"inference.data.output_path={tmp_path}/out"])
+    config = known_answers(uris, truths, tmp_path / "out")
     engine = build_engine(config, model)
     outcomes = VolumeProcessor(config, engine).run(named_sources(uris, 1))
-    result = evaluate_outcomes(config, engine, outcomes, truths)
+    result = evaluate_outcomes(config, engine, outcomes)
     given, true = [], []
     for outcome, truth in zip(outcomes, truths, strict=True):
         with h5py.File(outcome.paths[0]) as a, h5py.File(truth) as b:
@@ -64,22 +87,33 @@ def test_scores_are_scikit_learns(model: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_measured_is_named_and_the_rest_is(model: Path, tmp_path: Path) -> None:
-    config = load_config(None, ["system.device=cpu", f"inference.data.output_path={tmp_path}"])
-    engine = build_engine(config, model)
     labels = h5(tmp_path / "labels.h5", np.ones((2, 8, 9), np.uint8))
+    other = h5(tmp_path / "other.h5", np.ones((2, 8, 8), np.uint8))
+    config = known_answers(["a", "b", "c"], [labels, labels, other], tmp_path)
+    engine = build_engine(config, model)
     outcomes = [
         VolumeOutcome("a", "done", paths=(Path(labels),)),
         VolumeOutcome("b", "failed", "broken"),
         VolumeOutcome("c", "skipped", paths=(Path(labels),)),
     ]
-    other = h5(tmp_path / "other.h5", np.ones((2, 8, 8), np.uint8))
-    result = evaluate_outcomes(config, engine, outcomes, [labels, labels, other])
+    result = evaluate_outcomes(config, engine, outcomes)
     assert list(result.volumes) == ["a"]
     assert "has shape" in result.failures["c"]
     assert "not measured: c" in score_table(result)
     assert result.volumes["a"]["labels"]["label_1"]["dice"] == 1.0
-    with pytest.raises(ConfigError, match="one label volume for each image"):
-        check_truths(named_sources([labels], 1), [labels, labels])
+    with pytest.raises(ConfigError, match=r"names 3 volumes, test.data.test_image 1; state one volume for each image"):
+        check_known_answers(config, named_sources([labels], 1))
+    objects = known_answers([labels], [labels], tmp_path, "test.evaluation.metrics=[dice,pq]")
+    with pytest.raises(ConfigError, match="evaluate --instances"):
+        check_known_answers(objects, named_sources([labels], 1))
+
+
+def confusion(folder: Path, prediction: str, truth: str, count: int, ignored: int | None = None) -> object:
+    """The confusion matrix that is found, or why there is none."""
+    names = {str(n): (n,) for n in range(count)}
+    config = load_config(None, [f"inference.data.output_path={folder}"])
+    result = evaluate_volumes(config, [Comparison("v", prediction, truth)], Labelling(names, count, ignored))
+    return result.failures["v"] if result.failures else result.volumes["v"]["confusion"]
 
 
 def test_a_mask_of_two_classes_may_be_0_255_but_more_classes_must_be_labels(tmp_path: Path) -> None:
@@ -87,20 +121,18 @@ def test_a_mask_of_two_classes_may_be_0_255_but_more_classes_must_be_labels(tmp_
     mask[:, 5:9] = 255
     prediction = h5(tmp_path / "p.h5", (mask > 0).astype(np.uint8))
     truth = h5(tmp_path / "t.h5", mask)
-    assert compare(Path(prediction), truth, 2).counts.tolist() == [[mask.size - 3 * 4 * 30, 0], [0, 3 * 4 * 30]]
-    with pytest.raises(VolumeError, match="255"):
-        compare(Path(prediction), truth, 3)
+    assert confusion(tmp_path, prediction, truth, 2) == [[mask.size - 3 * 4 * 30, 0], [0, 3 * 4 * 30]]
+    assert "255" in confusion(tmp_path, prediction, truth, 3)
 
 
 def test_regions_are_scored_and_ignored_voxels_are_left_out(tmp_path: Path) -> None:
     labels: dict[str, int | list[int]] = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
     folder = make_model(tmp_path, dimensions=2, patch=(16, 24), labels=labels, regions_class_order=[1, 2])
-    config = load_config(None, ["system.device=cpu", f"inference.data.output_path={tmp_path}"])
-    engine = build_engine(config, folder)
     truth = np.array([[[0, 1, 2, 2, 3, 3, 0, 1]]], np.uint8)
     given = np.array([[[0, 2, 1, 2, 1, 0, 1, 1]]], np.uint8)
     outcome = VolumeOutcome("a", "done", paths=(Path(h5(tmp_path / "given.h5", given)),))
-    result = evaluate_outcomes(config, engine, [outcome], [h5(tmp_path / "truth.h5", truth)])
+    config = known_answers(["a"], [h5(tmp_path / "truth.h5", truth)], tmp_path)
+    result = evaluate_outcomes(config, build_engine(config, folder), [outcome])
     assert result.pooled["voxels"] == 6
     rows = result.pooled["labels"]
     assert list(rows) == ["background", "whole", "core"]
@@ -111,7 +143,7 @@ def test_regions_are_scored_and_ignored_voxels_are_left_out(tmp_path: Path) -> N
 def test_ignored_voxels_of_a_binary_truth_are_no_foreground(tmp_path: Path) -> None:
     given = h5(tmp_path / "given.h5", np.array([[[0, 1, 1, 0]]], np.uint8))
     truth = h5(tmp_path / "truth.h5", np.array([[[0, 1, 2, 2]]], np.uint8))
-    assert compare(Path(given), truth, 2, 2).counts.tolist() == [[1, 0], [0, 1]]
+    assert confusion(tmp_path, given, truth, 2, 2) == [[1, 0], [0, 1]]
 
 
 def test_the_demo_labels_its_phantom_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from connectomics.errors import LedgerError, StorageError
@@ -336,3 +337,17 @@ def test_memory_holds_a_byte_a_block(folder: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < READ_BYTES + 200_000
+
+
+def test_blocks_that_are_left_out_are_neither_planned_nor_unfinished(folder: Path) -> None:
+    flags = np.zeros(GRID.counts, bool)
+    flags[0, :2] = True
+    ledger = opened(folder)
+    assert ledger.planned == len(GRID)
+    ledger.choose(flags)
+    assert [block.key for block in ledger.unfinished()] == [b.key for b, f in zip(GRID, flags.flat, strict=True) if f]
+    ledger.append(RECORDS[1])
+    ledger.close()
+    again = Ledger.existing(folder)
+    assert (again.planned, again.finished) == (int(flags.sum()), 1)
+    again.close()

@@ -1,18 +1,26 @@
+"""Blocks are whole chunks that fit the budget; a budget that cannot work is refused with the smallest that can."""
+
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from connectomics.errors import ResourceError
-from connectomics.geometry import vec3
+from connectomics.geometry import AxisOrder, Vec3, vec3
 from connectomics.inference.windows import window_starts
-from connectomics.pipeline.planning import forced_plan, plan_blocks, whole_plan
+from connectomics.pipeline.memory import LIBRARY_BYTES, Budget, Work
+from connectomics.pipeline.planning import plan_blocks
 
 GIB = 2**30
 EXTENT = st.tuples(st.integers(1, 400), st.integers(1, 30000), st.integers(1, 30000))
+FLAT = Work((1, 256, 256), classes=2, folds=1, channels=1, voxel_bytes=1, stored_bytes=1)
+DEEP = replace(FLAT, patch=(32, 128, 128))
+ROOMY = Budget(512 * GIB)
 
 
 def windows_computed(extent: int, patch: int, block: int) -> float:
@@ -22,18 +30,21 @@ def windows_computed(extent: int, patch: int, block: int) -> float:
     return computed / len(starts)
 
 
-@given(extent=EXTENT, flat=st.booleans())
-def test_blocks_are_whole_chunks_and_never_larger_than_needed(extent: tuple[int, int, int], flat: bool) -> None:
-    patch = (1, 256, 256) if flat else (32, 128, 128)
-    plan = plan_blocks(extent, patch, 3, 1, 64 * GIB)
+@given(extent=EXTENT, work=st.sampled_from([FLAT, DEEP]), gigabytes=st.sampled_from([2, 8, 512]))
+def test_blocks_are_whole_chunks_that_fit_and_never_larger_than_needed(
+    extent: Vec3, work: Work, gigabytes: int
+) -> None:
+    budget = Budget(gigabytes * GIB)
+    plan = plan_blocks(extent, [work], budget)
     for b, c, n in zip(plan.block_shape, plan.chunk_shape, extent, strict=True):
         assert b % c == 0
         assert b < n + c
+    assert budget.host_need(work.footprint(plan.block_shape, extent)) <= gigabytes * GIB
 
 
 def test_sections_are_grouped_and_large_planes_are_cut_into_full_width_stripes() -> None:
-    assert plan_blocks((100, 1024, 1024), (1, 256, 256), 3, 1, GIB).block_shape == (4, 1024, 1024)
-    large = plan_blocks((100, 20000, 20000), (1, 384, 512), 3, 1, 4 * GIB)
+    assert plan_blocks((100, 1024, 1024), [FLAT], ROOMY).block_shape == (4, 1024, 1024)
+    large = plan_blocks((100, 20000, 20000), [replace(FLAT, patch=(1, 384, 512))], Budget(4 * GIB))
     depth, rows, width = large.block_shape
     assert depth == 1
     assert width >= 20000
@@ -41,42 +52,135 @@ def test_sections_are_grouped_and_large_planes_are_cut_into_full_width_stripes()
     assert windows_computed(20000, 384, rows) < 1.10
 
 
+def test_planes_whose_rows_exceed_the_budget_are_cut_along_x_too() -> None:
+    """Of a section of 100,000² not even the rows of one window fit."""
+    extent, work = (1, 100_000, 100_000), replace(FLAT, patch=(1, 512, 512), classes=8)
+    plan = plan_blocks(extent, [work], Budget(2 * GIB))
+    assert plan.block_shape[2] < 100_000
+    assert plan.block_shape[1] >= 512
+    assert work.footprint((1, 512, 100_352), extent).host_bytes > 2 * GIB
+
+
 def test_volumes_are_cut_along_z_until_the_budget_asks_for_more() -> None:
-    extent, patch = (512, 2048, 2048), (128, 128, 128)
-    roomy = plan_blocks(extent, patch, 3, 1, 64 * GIB)
-    assert roomy.block_shape == (512, 2048, 2048)
-    tight = plan_blocks(extent, patch, 21, 1, 8 * GIB)
+    extent, work = (512, 2048, 2048), replace(DEEP, patch=(128, 128, 128))
+    assert plan_blocks(extent, [work], ROOMY).block_shape == (512, 2048, 2048)
+    tight = plan_blocks(extent, [replace(work, classes=20)], Budget(8 * GIB))
     assert math.prod(tight.block_shape[1:]) < 2048 * 2048
     assert all(b % c == 0 for b, c in zip(tight.block_shape, tight.chunk_shape, strict=True))
 
 
-def test_what_is_kept_beside_the_blocks_counts() -> None:
-    extent, patch = (512, 2048, 2048), (128, 128, 128)
-    assert plan_blocks(extent, patch, 3, 1, 64 * GIB, 56 * GIB) == plan_blocks(extent, patch, 3, 1, 8 * GIB)
-    with pytest.raises(ResourceError, match=r"needs 64\.844 GB"):
-        plan_blocks(extent, patch, 3, 1, 60 * GIB, 60 * GIB)
-    with pytest.raises(ResourceError, match="use engine=nnunet"):
-        whole_plan((9, 30, 40), (8, 16, 16), 2, 1, GIB, GIB)
+BASIC = replace(DEEP, patch=(64, 64, 64))
 
 
-def test_a_budget_that_cannot_work_is_refused_with_one_that_can() -> None:
-    with pytest.raises(ResourceError, match=r"raise system\.memory_budget_gb to at least"):
-        plan_blocks((64, 512, 512), (64, 128, 128), 3, 1, 10_000_000)
+@pytest.mark.parametrize(
+    "more",
+    [
+        replace(BASIC, classes=8),
+        replace(BASIC, folds=5),
+        replace(BASIC, channels=3),
+        replace(BASIC, voxel_bytes=8),
+        replace(BASIC, stored_bytes=60),
+        replace(BASIC, window_bytes=GIB),
+        replace(BASIC, batch=64),
+        replace(BASIC, mean_classes=4),
+        replace(BASIC, ratio=(1.0, 1.5, 1.5)),
+        replace(BASIC, patch=(128, 64, 64)),
+        replace(BASIC, whole=True),
+    ],
+)
+def test_whatever_takes_memory_counts(more: Work) -> None:
+    block, extent = (256, 512, 512), (1024, 2048, 2048)
+    assert more.footprint(block, extent).host_bytes > BASIC.footprint(block, extent).host_bytes
+
+
+def test_the_sums_are_those_the_predictor_allocates() -> None:
+    """Classes times folds and the weights, in float32, for the depth of one window."""
+    one, five = (replace(BASIC, folds=n).footprint((256, 512, 512), (1024, 2048, 2048)) for n in (1, 5))
+    assert five.host_bytes - one.host_bytes == pytest.approx(4 * 2 * 64 * 512 * 512 * 4 * 1.1, rel=1e-6)
+
+
+def test_what_is_kept_beside_the_blocks_counts_and_so_do_other_stages() -> None:
+    extent, work = (512, 2048, 2048), replace(DEEP, patch=(128, 128, 128))
+    assert plan_blocks(extent, [work], Budget(64 * GIB, 56 * GIB)) == plan_blocks(extent, [work], Budget(8 * GIB))
+    with pytest.raises(ResourceError, match=r"1\.000 GB of it for the program"):
+        plan_blocks(extent, [work], Budget(GIB, 10**9))
+    with pytest.raises(ResourceError, match=r"at least 7\.2"):
+        plan_blocks(extent, [work], Budget(GIB, 0, 7 * 10**9))
+
+
+@pytest.mark.parametrize("work", [FLAT, DEEP, replace(DEEP, classes=40, stored_bytes=161)])
+def test_the_smallest_budget_that_is_named_works_and_a_smaller_one_does_not(work: Work) -> None:
+    extent, base = (64, 2000, 2000), 400_000_000
+    with pytest.raises(ResourceError) as refused:
+        plan_blocks(extent, [work], Budget(10_000_000, base))
+    named = float(re.findall(r"raise system\.memory_budget_gb to at least ([\d.]+)", str(refused.value))[0])
+    plan_blocks(extent, [work], Budget(int(named * 1e9), base))
+    with pytest.raises(ResourceError):
+        plan_blocks(extent, [work], Budget(int(named * 1e9) - 25_000_000, base))
+
+
+def test_input_that_can_only_be_read_whole_is_named() -> None:
+    budget = Budget(8 * GIB, 40 * GIB, input_chunk=(1, 100_000, 100_000))
+    with pytest.raises(
+        ResourceError, match=r"stored in pieces of \(1, 100000, 100000\) voxels that can only be read whole"
+    ):
+        plan_blocks((1, 100_000, 100_000), [FLAT], budget)
+
+
+def test_blocks_shrink_until_the_logits_that_resampling_keeps_fit() -> None:
+    extent, resampled = (512, 512, 512), replace(BASIC, ratio=(1.0, 1.0, 1.0))
+    assert plan_blocks(extent, [resampled], ROOMY).block_shape == (256, 512, 512)
+    tight = Budget(GIB)
+    assert plan_blocks(extent, [BASIC], tight).block_shape == (256, 512, 512)
+    cut = plan_blocks(extent, [resampled], tight)
+    assert math.prod(cut.block_shape) < 256 * 512 * 512
+    assert tight.holds(resampled.footprint(cut.block_shape, extent))
+
+
+def test_a_devices_memory_decides_too() -> None:
+    extent, work = (512, 2048, 2048), replace(DEEP, classes=20, on_device=True)
+    wide = plan_blocks(extent, [work], replace(ROOMY, device_bytes=80 * GIB))
+    cut = plan_blocks(extent, [work], replace(ROOMY, device_bytes=4 * GIB))
+    assert math.prod(cut.block_shape[1:]) < math.prod(wide.block_shape[1:])
+    assert work.footprint(cut.block_shape, extent).device_bytes <= 4 * GIB
+    with pytest.raises(
+        ResourceError, match=r"of the device's memory, of which 0\.001 GB are free; .*system\.device=cpu"
+    ):
+        plan_blocks(extent, [work], replace(ROOMY, device_bytes=10**6))
+
+
+def test_models_of_an_ensemble_share_blocks_that_fit_the_largest() -> None:
+    extent, large = (512, 2048, 2048), replace(DEEP, classes=20, mean_classes=20)
+    budget = Budget(8 * GIB)
+    plan = plan_blocks(extent, [replace(FLAT, mean_classes=20), large], budget)
+    assert plan.chunk_shape == (64, 64, 64)
+    assert budget.holds(large.footprint(plan.block_shape, extent))
+
+
+def test_models_that_turn_the_axes_are_cut_along_their_own() -> None:
+    order = AxisOrder((2, 0, 1))
+    turned = plan_blocks((2048, 2048, 512), [replace(DEEP, patch=(128, 128, 128), order=order)], ROOMY)
+    assert turned.block_shape == (2048, 2048, 512)
+    turned = plan_blocks((2048, 2048, 5120), [replace(DEEP, patch=(128, 128, 128), order=order)], ROOMY)
+    assert turned.block_shape == (2048, 2048, 512)
 
 
 @given(extent=st.tuples(*[st.integers(1, 200)] * 3), block=st.tuples(*[st.integers(1, 300)] * 3))
-def test_a_stated_block_shape_is_kept_up_to_whole_chunks(
-    extent: tuple[int, int, int], block: tuple[int, int, int]
-) -> None:
-    plan = forced_plan(extent, (16, 16, 16), vec3(block))
+def test_a_stated_block_shape_is_kept_up_to_whole_chunks(extent: Vec3, block: Vec3) -> None:
+    plan = plan_blocks(extent, [replace(DEEP, patch=(16, 16, 16))], ROOMY, vec3(block))
     for b, c, n, stated in zip(plan.block_shape, plan.chunk_shape, extent, block, strict=True):
         assert b % c == 0
         assert b >= min(stated, n)
         assert b < min(stated, n) + c
 
 
+def test_a_stated_block_shape_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ResourceError, match=r"set inference\.block_shape=null or raise"):
+        plan_blocks((512, 2048, 2048), [DEEP], Budget(GIB), (512, 2048, 2048))
+
+
 def test_an_engine_that_does_not_cut_gets_whole_sections_or_volumes_that_fit() -> None:
-    assert whole_plan((9, 300, 400), (1, 64, 64), 2, 1, GIB).block_shape == (1, 300, 400)
-    assert whole_plan((9, 30, 40), (8, 16, 16), 2, 1, GIB).block_shape == (9, 30, 40)
-    with pytest.raises(ResourceError, match="use engine=nnunet"):
-        whole_plan((900, 1000, 1000), (32, 64, 64), 2, 1, GIB)
+    assert plan_blocks((9, 300, 400), [replace(FLAT, whole=True)], ROOMY).block_shape == (1, 300, 400)
+    assert plan_blocks((9, 30, 40), [replace(DEEP, whole=True)], ROOMY).block_shape == (9, 30, 40)
+    with pytest.raises(ResourceError, match="engine=nnunet"):
+        plan_blocks((900, 1000, 1000), [replace(DEEP, whole=True)], Budget(LIBRARY_BYTES + GIB))

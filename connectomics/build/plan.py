@@ -1,0 +1,78 @@
+"""How a volume is cut: what each model's work on it takes, and what memory there is."""
+
+from __future__ import annotations
+
+import math
+
+from connectomics.build.engine import Engine, EngineModel
+from connectomics.config.schema import Config
+from connectomics.geometry import vec3
+from connectomics.inference.mask import check_mask_memory, mask_bytes
+from connectomics.io.export import exporting_bytes
+from connectomics.io.stored import READ_BYTES, reading_bytes
+from connectomics.io.volume import VolumeInfo
+from connectomics.pipeline.memory import Budget, Work
+from connectomics.pipeline.planning import BlockPlan, plan_blocks
+from connectomics.pipeline.predict import Member, Segmenter
+from connectomics.pipeline.survey import survey_bytes
+
+
+def plan_volume(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo) -> tuple[BlockPlan, int]:
+    """Blocks in the volume's axes, and how many threads may read ahead in the survey.
+
+    Raises
+    ------
+    ResourceError
+        If the memory budget cannot hold the smallest blocks, or the mask that the model normalises within.
+    """
+    pairs = zip(engine.models, segmenter.members, strict=True)
+    works = [_work(config, engine, segmenter, model, member, info) for model, member in pairs]
+    stated = config.inference.block_shape
+    budget, readers = _budget(config, engine, segmenter, info, works[0].stored_bytes)
+    return plan_blocks(info.extent, works, budget, None if stated is None else vec3(stated)), readers
+
+
+def _work(
+    config: Config, engine: Engine, segmenter: Segmenter, model: EngineModel, member: Member, info: VolumeInfo
+) -> Work:
+    ratio = None
+    if member.resampling is not None:
+        (z, y, x), (zn, yn, xn) = member.resampling.spacing, member.resampling.target
+        ratio = (z / zn, y / yn, x / xn)
+    kept = segmenter.probabilities
+    probabilities = 0 if kept is None else len(kept.channels) * kept.dtype.itemsize
+    return Work(
+        model.window.patch,
+        model.spec.classes,
+        len(model.spec.folds),
+        model.spec.input_channels,
+        info.dtype.itemsize,
+        segmenter.labels.dtype.itemsize + probabilities,
+        model.window.batch,
+        model.window_bytes,
+        segmenter.classes if len(segmenter.members) > 1 else 0,
+        ratio,
+        member.order,
+        whole=config.inference.sliding_window.engine == "monai",
+        on_device=engine.device_bytes is not None,
+    )
+
+
+def _budget(
+    config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo, stored_bytes: int
+) -> tuple[Budget, int]:
+    """What there is and what is taken; threads that read ahead are as many as asked for and as fit half of the rest."""
+    host = engine.settings.budget_bytes
+    masks = sum(member.keeps_mask for member in segmenter.members)
+    if masks:
+        check_mask_memory(info.extent, host)
+    reading = reading_bytes(info)
+    taken = engine.base_bytes + reading + masks * mask_bytes(info.extent)
+    readers = engine.settings.readers
+    while readers > 1 and survey_bytes(info, readers) > (host - taken) // 2:
+        readers -= 1
+    exporting = exporting_bytes(info.extent, stored_bytes, config.inference.output.formats)
+    passing = max(survey_bytes(info, readers), exporting)
+    chunk_bytes = math.prod(info.chunk_shape) * info.channels * info.dtype.itemsize
+    decides = info.chunk_shape if chunk_bytes > READ_BYTES else None
+    return Budget(host, taken, passing, engine.device_bytes, decides), readers

@@ -1,0 +1,144 @@
+"""Pyramids on disk: what every chunked output format offers, and one level of it as a (c, z, y, x) array.
+
+``pipeline.pyramid`` fills the levels; the formats are the files ``multiscale_*``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tensorstore as ts
+
+from connectomics.errors import OutputError, VolumeError
+from connectomics.geometry import Box, Vec3, vec3
+from connectomics.io.levels import Level
+from connectomics.io.source import READ_ERRORS, reason
+from connectomics.io.volume import Array
+
+UNIT_BYTES = 32 << 20
+"""Uncompressed size of what is written at once, a shard where the format has them."""
+CHUNK_BYTES = 4 << 20
+"""Uncompressed size of a chunk where the format has no shards and each chunk is a file."""
+STAMP_FILE = "connectomics.json"
+
+
+class LevelArray:
+    """One level of a pyramid on disk.
+
+    Parameters
+    ----------
+    path
+        Folder of the pyramid, for messages.
+    stored
+        TensorStore handle with axes (c, z, y, x) or (z, y, x).
+    unit_shape
+        (z, y, x) that is written at once, whole chunks and shards; None for those of the storage.
+    """
+
+    def __init__(self, path: Path, stored: Any, unit_shape: Vec3 | None = None) -> None:
+        self._path = path
+        self._stored = stored
+        self._unit = unit_shape or vec3(stored.chunk_layout.write_chunk.shape[-3:])
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(c, z, y, x) in voxels."""
+        shape = tuple(int(n) for n in self._stored.shape)
+        c, z, y, x = shape if len(shape) == 4 else (1, *shape)
+        return (c, z, y, x)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the stored voxels."""
+        dtype: np.dtype[Any] = self._stored.dtype.numpy_dtype
+        return dtype
+
+    @property
+    def chunk_shape(self) -> Vec3:
+        """(z, y, x) of the unit of compression."""
+        return vec3(self._stored.chunk_layout.read_chunk.shape[-3:])
+
+    @property
+    def unit_shape(self) -> Vec3:
+        """(z, y, x) that is written at once; units at the far faces are clipped."""
+        return self._unit
+
+    def read(self, box: Box) -> Array:
+        """Voxels of ``box`` as a new (c, z, y, x) array; 0 where nothing was written.
+
+        Raises
+        ------
+        VolumeError
+            If the storage cannot be read.
+        """
+        try:
+            voxels: Array = self._stored[self._index(box)].read().result()
+        except READ_ERRORS as error:
+            raise VolumeError(
+                f"cannot read voxels {box.start} to {box.stop} of {self._path}: {reason(error)}. Remove it and "
+                "run again."
+            ) from error
+        return np.ascontiguousarray(voxels.reshape(self.shape[0], *box.shape))
+
+    def write(self, box: Box, voxels: Array) -> None:
+        """Write whole units, (c, z, y, x); on return they are on the disk, each file whole.
+
+        Raises
+        ------
+        OutputError
+            If the storage refuses.
+        """
+        try:
+            with ts.Transaction() as transaction:  # so that the chunks of a shard arrive together
+                target = self._stored.with_transaction(transaction)[self._index(box)]
+                target.write(voxels.reshape(target.shape)).result()
+        except READ_ERRORS as error:
+            raise OutputError(
+                f"cannot write voxels {box.start} to {box.stop} of {self._path}: {reason(error)}. Free disk space or "
+                "mend the permission, then run again; finished blocks are kept."
+            ) from error
+
+    def _index(self, box: Box) -> tuple[slice, ...]:
+        return box.slices if self._stored.rank == 3 else (slice(None), *box.slices)
+
+
+class Multiscale(Protocol):
+    """A pyramid in one format: the layout of a folder that does not hold it yet, or does."""
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """From level 0 on."""
+        ...
+
+    def exists(self, folder: Path) -> bool:
+        """Whether the folder holds the arrays, empty or filled."""
+        ...
+
+    def create(self, folder: Path) -> None:
+        """Make the arrays, empty; what was there is discarded."""
+        ...
+
+    def open(self, folder: Path, level: int) -> LevelArray:
+        """A level, for reading and writing."""
+        ...
+
+    def stamp(self, folder: Path, stamp: dict[str, object], name: str) -> None:
+        """Complete the metadata: the facts that ``read_stamp`` gives back, and the image's name."""
+        ...
+
+
+def open_driver(driver: str, folder: Path, **more: object) -> Any:
+    """TensorStore's handle of an array on disk whose metadata are there.
+
+    Raises
+    ------
+    OutputError
+        If they are damaged or gone.
+    """
+    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"}, **more}
+    try:
+        return ts.open(spec, open=True, read=True, write=True, context=ts.Context()).result()
+    except READ_ERRORS as error:
+        raise OutputError(f"cannot open {folder}: {reason(error)}. Remove it and run again.") from error

@@ -1,0 +1,61 @@
+"""The first stage of a cascade: its labels of a volume, computed before the second stage begins and kept in RUN."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+from connectomics.build.cascade import open_labels, open_previous
+from connectomics.build.engine import Engine
+from connectomics.build.volumes import first_stage_of, job_of
+from connectomics.config.schema import Config
+from connectomics.executors.serial import SerialExecutor
+from connectomics.io.listing import VolumeSource
+from connectomics.io.volume import VolumeReader
+from connectomics.pipeline.blocks import OnBlock
+from connectomics.pipeline.finish import check_names
+from connectomics.pipeline.run import run_volume
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def previous_labels(
+    config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader, on_block: OnBlock
+) -> Iterator[VolumeReader | None]:
+    """The labels of the previous stage of a volume while the context is open; None where the model has no such stage.
+
+    Where a model gives them they are a volume of their own with its own ledger and result key, in the RUN folder, so
+    that a run which is killed in either stage continues there.
+
+    Raises
+    ------
+    ConnectomicsError
+        If they cannot be computed or read, or do not fit the volume.
+    """
+    if all(spec.previous_stage is None for spec in engine.specs):
+        yield None
+        return
+    if engine.previous is None:
+        labels = open_previous(config, source, reader)
+    else:
+        labels = open_labels(_computed(config, engine, source, reader, on_block), reader)
+    try:
+        yield labels
+    finally:
+        labels.close()
+
+
+def _computed(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader, on_block: OnBlock) -> str:
+    """Path of the first stage's labels, which are computed if they are not there."""
+    own, first = first_stage_of(config, engine, source)
+    job = job_of(own, first, source, reader)
+    (output,) = job.outputs
+    folder = first.settings.folder
+    if output.missing(folder):
+        log.info("the previous stage, configuration %s", first.spec.configuration)
+        check_names(job.outputs, folder, overwrite=True)
+        run_volume(job, first.settings, SerialExecutor(), on_block)
+    (path,) = output.paths(folder).values()
+    return str(path)

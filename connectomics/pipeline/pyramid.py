@@ -1,0 +1,232 @@
+"""Chunked final outputs: each level of a pyramid is a task of its own, block by block under a ledger of its own.
+
+``finish`` calls ``export_pyramid``. A level is made from the one before, so memory holds a block whatever the volume,
+and a killed run goes on with the block it was at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import time
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from connectomics.decode.downsample import mean, mode
+from connectomics.errors import OutputError, QuarantineError, VolumeError
+from connectomics.fingerprint import key_of
+from connectomics.geometry import Block, BlockGrid, Box, vec3
+from connectomics.io.atomic import discard
+from connectomics.io.levels import Level
+from connectomics.io.multiscale import LevelArray, Multiscale
+from connectomics.io.source import reason
+from connectomics.io.volume import Array
+from connectomics.pipeline.blocks import RunStage, failure_message
+from connectomics.pipeline.contracts import BlockRecord
+from connectomics.pipeline.ledger import Ledger
+from connectomics.pipeline.planning import BlockPlan
+from connectomics.pipeline.run_folder import LEDGER
+
+log = logging.getLogger(__name__)
+CHECKED_BLOCKS = 16  # recorded blocks of a level that are read again on resume
+
+
+class Readable(Protocol):
+    """Whatever boxes of voxels (c, z, y, x) can be read from."""
+
+    def read(self, box: Box) -> Array: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LevelTask:
+    """Copies or downsamples one level from the one before; a block is a unit of its storage.
+
+    Parameters
+    ----------
+    name
+        For messages and records.
+    before
+        The level before; for level 0, which has a step of 1, the working store.
+    extent_before
+        (z, y, x) of that.
+    level
+        What is made.
+    target
+        Where it is written.
+    labels
+        Whether windows become their mode instead of their mean.
+    """
+
+    name: str
+    before: Readable
+    extent_before: Box
+    level: Level
+    target: LevelArray
+    labels: bool
+
+    @property
+    def grid(self) -> BlockGrid:
+        """One block for each unit of the storage."""
+        return BlockGrid(self.level.extent, self.target.unit_shape)
+
+    def process(self, block: Block) -> BlockRecord:
+        """Make a block, write it and compare what is read back.
+
+        Raises
+        ------
+        OutputError
+            If the disk refuses or gives other voxels.
+        """
+        began = time.perf_counter()
+        voxels = np.empty((self.target.shape[0], *block.core.shape), self.target.dtype)
+        for piece in BlockGrid(block.core.shape, self.target.chunk_shape):
+            box = piece.core.shift(block.core.start)
+            voxels[(slice(None), *piece.core.slices)] = self._made(box)
+        self.target.write(block.core, voxels)
+        if self.target.read(block.core).tobytes() != voxels.tobytes():
+            raise OutputError(
+                f"{self.name} reads back with other voxels in {block.core.start} to {block.core.stop} than were "
+                "written; check the disk and run again, finished blocks are kept."
+            )
+        return BlockRecord(block.key, {self.name: sha256(voxels.tobytes()).hexdigest()}, 0, time.perf_counter() - began)
+
+    def whole(self, record: BlockRecord) -> bool:
+        """Whether the voxels on disk are those of the record."""
+        z, y, x = (int(index) for index in record.block.split("-"))
+        try:
+            voxels = self.target.read(self.grid.block((z, y, x)).core)
+        except VolumeError:
+            return False
+        return sha256(voxels.tobytes()).hexdigest() == record.checksums.get(self.name)
+
+    def _made(self, box: Box) -> Array:
+        """The voxels of a box; windows that the volume's faces cut are filled by repeating the face.
+
+        A window has two voxels an axis at most, so repeating counts each remaining voxel alike.
+        """
+        step, phase = self.level.step, self.level.phase
+        wanted = Box(
+            vec3([a * s - p for a, s, p in zip(box.start, step, phase, strict=True)]),
+            vec3([b * s - p for b, s, p in zip(box.stop, step, phase, strict=True)]),
+        )
+        inside = wanted.intersect(self.extent_before)
+        voxels = self.before.read(inside)
+        if step == (1, 1, 1):
+            return voxels
+        edges = zip(wanted.start, inside.start, inside.stop, wanted.stop, strict=True)
+        padded = np.pad(voxels, [(0, 0), *((b - a, d - c) for a, b, c, d in edges)], mode="edge")
+        return (mode if self.labels else mean)(padded, step)
+
+
+@dataclass(frozen=True, slots=True)
+class Pyramid:
+    """A chunked output that is being made.
+
+    Parameters
+    ----------
+    name
+        In its ledgers' names; no other output of the volume has it.
+    image
+        Its format and levels.
+    place
+        Where it is built.
+    first
+        First level to be made: 1 where the working store itself is level 0.
+    labels
+        Whether it is a segmentation.
+    """
+
+    name: str
+    image: Multiscale
+    place: Path
+    first: int
+    labels: bool
+
+
+def fill_pyramid(pyramid: Pyramid, source: Readable, work: Path, run: RunStage, key: str) -> None:
+    """Make all levels, continuing what a killed run left; the caller is the only one who does.
+
+    Parameters
+    ----------
+    source
+        The complete working store.
+    work
+        Folder for the ledgers.
+    run
+        Runs the blocks.
+    key
+        Of the result; a ledger of another is refused.
+
+    Raises
+    ------
+    OutputError
+        If the disk refuses or gives other voxels.
+    QuarantineError
+        If blocks failed.
+    """
+    _prepare(pyramid, work, anew=not pyramid.image.exists(pyramid.place))
+    tasks = _tasks(pyramid, source)
+    if not all(_intact(task, _ledger_folder(pyramid, work, k), key) for k, task in tasks.items()):
+        log.warning("%s: recorded blocks are missing or damaged on disk and it is made again", pyramid.place.name)
+        _prepare(pyramid, work, anew=True)
+        tasks = _tasks(pyramid, source)
+    for k, task in tasks.items():
+        with contextlib.closing(_ledger(task, _ledger_folder(pyramid, work, k), key)) as ledger:
+            blocks = run(task, ledger)
+            if blocks.failures:
+                raise QuarantineError(failure_message(blocks.failures, blocks.planned, ledger.folder))
+
+
+def discard_ledgers(pyramid: Pyramid, work: Path) -> None:
+    """Forget how far the levels are."""
+    for k in range(len(pyramid.image.levels)):
+        discard(_ledger_folder(pyramid, work, k))
+
+
+def _ledger_folder(pyramid: Pyramid, work: Path, level: int) -> Path:
+    return work / f"{LEDGER}_{pyramid.name}.{level}"
+
+
+def _prepare(pyramid: Pyramid, work: Path, *, anew: bool) -> None:
+    """Arrays, empty where they are made anew."""
+    try:
+        if anew:
+            discard_ledgers(pyramid, work)
+            pyramid.image.create(pyramid.place)
+        for lock in pyramid.place.rglob("*.__lock"):  # of killed writers; a longer one would leave its tail in a file
+            lock.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"cannot make {pyramid.place}: {reason(error)}. Free disk space or mend the permission, then run again."
+        ) from error
+
+
+def _tasks(pyramid: Pyramid, source: Readable) -> dict[int, LevelTask]:
+    """By level, in the order in which they are to be done."""
+    levels, tasks, before = pyramid.image.levels, {}, source
+    for k in range(pyramid.first, len(levels)):
+        target = pyramid.image.open(pyramid.place, k)
+        extent = Box.of_shape(levels[max(0, k - 1)].extent)
+        tasks[k] = LevelTask(f"{pyramid.place.name} level {k}", before, extent, levels[k], target, pyramid.labels)
+        before = target
+    return tasks
+
+
+def _ledger(task: LevelTask, folder: Path, key: str) -> Ledger:
+    unit, chunk = task.target.unit_shape, task.target.chunk_shape
+    level_key = key_of({"result_key": key, "level": task.name, "unit": list(unit), "chunk": list(chunk)})
+    return Ledger(folder, level_key, {}, BlockPlan(unit, chunk), task.level.extent)
+
+
+def _intact(task: LevelTask, folder: Path, key: str) -> bool:
+    """Whether a sample of the blocks that a level's ledger has is on disk as it was written."""
+    if not folder.exists():
+        return True
+    with contextlib.closing(_ledger(task, folder, key)) as ledger:
+        stride = max(1, ledger.finished // CHECKED_BLOCKS)
+        return all(task.whole(record) for record in itertools.islice(ledger.records(), 0, None, stride))

@@ -1,0 +1,120 @@
+"""A run's memory stays within system.memory_budget_gb; one that is too small is refused with one that works."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+import subprocess
+import sys
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import tifffile
+import zarr
+
+from connectomics.errors import ResourceError
+from connectomics.geometry import Box
+from connectomics.io.opening import open_volume
+from connectomics.io.stored import reading_bytes
+from connectomics.pipeline.memory import Budget, Work
+from connectomics.pipeline.planning import plan_blocks
+
+from nnunet_models import make_model
+from small_jobs import em_like, infer_words, write_h5
+
+# refused at first, then run with the budget that was named; prints it and the most memory the process ever had
+RUN = """
+import contextlib, io, re, sys
+from pathlib import Path
+from connectomics.cli import main
+words, said = sys.argv[1:], io.StringIO()
+with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    assert main([*words, "system.memory_budget_gb=0.01"]) == 3
+named = re.search(r"raise system.memory_budget_gb to at least ([0-9.]+)", " ".join(said.getvalue().split())).group(1)
+code = main([*words, f"system.memory_budget_gb={named}"])
+peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+print(code, named, peak * 1024)
+"""
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "patch", "classes", "extent"),
+    [(2, (256, 256), 40, (1, 700, 1000)), (3, (32, 64, 64), 20, (64, 64, 192))],
+    ids=["2D with many classes", "3D"],
+)
+def test_memory_stays_within_the_smallest_budget_that_a_refusal_names(
+    dimensions: int, patch: tuple[int, ...], classes: int, extent: tuple[int, int, int], tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "model", dimensions=dimensions, classes=classes, patch=patch, seed=2)
+    words = infer_words(
+        model,
+        tmp_path / "out",
+        write_h5(tmp_path / "v.h5", em_like(extent)),
+        "inference.sliding_window.overlap=0",
+        "inference.output.save_probabilities=true",
+        "inference.output.formats=[zarr]",
+    )
+    ended = subprocess.run([sys.executable, "-c", RUN, *words], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    code, named, peak = ended.stdout.splitlines()[-1].split()
+    assert code == "0", ended.stdout + ended.stderr
+    assert int(peak) <= float(named) * 1e9
+    report = json.loads((tmp_path / "out" / "v_labels.run" / "report.json").read_text())
+    assert report["planned"] > 1  # where memory does not matter, the volume is one block
+
+
+def test_a_section_that_can_only_be_decoded_whole_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """A PNG of 100,000 × 100,000 pixels; of this one the header alone is there."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
+    (tmp_path / "v.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+        + struct.pack(">I", 4)
+        + b"IDAT0000"
+        + struct.pack(">I", zlib.crc32(b"IDAT0000"))
+    )
+    volume = open_volume(str(tmp_path / "v.png"))
+    work, budget = Work((1, 512, 512), 2, 1, 1, 1, 1), Budget(8 * 2**30, reading_bytes(volume.info))
+    with pytest.raises(ResourceError, match=r"need 4\d\.\d+ GB"):
+        plan_blocks(volume.info.extent, [work], budget)
+
+
+@pytest.mark.parametrize("kind", ["zarr", "h5", "tiff tiles", "tiff strips"])
+def test_formats_in_pieces_are_read_piece_by_piece(kind: str, tmp_path: Path) -> None:
+    """A section of 16 megapixels, of which a read of some rows takes the memory of some pieces."""
+    box = Box((0, 1000, 0), (1, 1064, 4096))
+    with contextlib.closing(open_volume(str(written(kind, tmp_path)))) as volume:
+        assert reading_bytes(volume.info) < 120e6
+        volume.read(box)
+        tracemalloc.start()
+        try:
+            found = volume.read(box)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 6 * found.nbytes + (4 << 20)
+    np.testing.assert_array_equal(found[0, 0], SECTION[1000:1064])
+
+
+SECTION = em_like((4096, 4096))
+
+
+def written(kind: str, folder: Path) -> Path:
+    if kind == "h5":
+        with h5py.File(folder / "v.h5", "w") as file:
+            file.create_dataset("main", data=SECTION[None], chunks=(1, 256, 256))
+        return folder / "v.h5"
+    if kind == "zarr":
+        zarr.create_array(folder / "v.zarr", data=SECTION[None], chunks=(1, 256, 256))
+        return folder / "v.zarr"
+    pieces = {"tile": (256, 256)} if kind == "tiff tiles" else {"rowsperstrip": 64}
+    tifffile.imwrite(folder / "v.tif", SECTION, compression="zlib", **pieces)
+    return folder / "v.tif"
