@@ -98,7 +98,7 @@ def require_mended(bench: Bench, output: Path, *, lost: int = 0) -> None:
     assert recorded - lost <= skipped <= recorded
 
 
-@pytest.mark.parametrize("kilobytes", [8, 60, 220, 420, pytest.param(600, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kilobytes", [8, 30, 60, 420, pytest.param(220, marks=pytest.mark.long)])
 def test_a_disk_that_fills_up(bench: Bench, kilobytes: int) -> None:
     """With so much room left the disk is full in the ledger's folder, in the blocks, in a filter or in an export."""
     output = bench.disk / "out"
