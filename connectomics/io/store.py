@@ -173,7 +173,8 @@ def create_store(path: Path, info: VolumeInfo, *, shard_shape: Vec3, attributes:
             (temporary / ARRAY / METADATA).write_text(json.dumps(array_metadata(info, shard_shape), indent=2))
     except OSError as error:
         raise OutputError(
-            f"cannot make a working store at {path}: {reason(error)}. Choose another output folder or mend this one."
+            f"cannot make a working store at {path}: {reason(error)}. Choose another output folder, or mend this one "
+            "and run again."
         ) from error
     return open_store(path)
 

@@ -108,6 +108,7 @@ class Ledger:
                 f"{folder.parent} to start this volume over"
             )
         self.grid = grid_of(found)
+        self._extent = self.grid.counts
         self._counts = bytearray(len(self.grid))
         self._finished = 0
         self.refresh()
@@ -271,18 +272,26 @@ class Ledger:
             if state.bytes == 0:
                 state.numeric_class = dict(fields["numeric_class"])
                 return True
-            number = self.grid.number(_index(fields["block"]))
+            number = self._number(fields["block"])
             if "void" in fields:
                 name = RecordName(str(fields["void"][0]), int(fields["void"][1]))
                 self._void(name, number)
             else:
-                _record(fields)
-                if RecordName(file, state.lines) not in self._voided:
+                _require_whole(fields)
+                if not self._voided or RecordName(file, state.lines) not in self._voided:
                     self._count(number, 1)
         except (ValueError, KeyError, TypeError, IndexError):
             return False
         state.lines += 1
         return True
+
+    def _number(self, key: str) -> int:
+        """As ``grid.number``, a million times a few seconds sooner."""
+        z, y, x = map(int, key.split("-"))
+        nz, ny, nx = self._extent
+        if not (0 <= z < nz and 0 <= y < ny and 0 <= x < nx):
+            raise IndexError(key)
+        return (z * ny + y) * nx + x
 
     def _void(self, name: RecordName, number: int) -> None:
         if name not in self._voided:
@@ -340,6 +349,14 @@ def grid_of(header: Mapping[str, Any]) -> BlockGrid:
 
 def _index(key: str) -> Vec3:
     return vec3([int(part) for part in key.split("-")])
+
+
+def _require_whole(fields: Mapping[str, Any]) -> None:
+    """Raise what ``_record`` would, without making one."""
+    if not isinstance(fields["checksums"], dict):
+        raise TypeError("checksums")
+    int(fields["windows"])
+    float(fields["seconds"])
 
 
 def _record(fields: Mapping[str, Any]) -> BlockRecord:

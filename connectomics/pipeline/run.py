@@ -187,6 +187,7 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, run: Run
     stamp = dict(job.provenance) | {
         "numeric_class": "mixed" if prepared.ledger.mixed else dict(settings.numeric_class),
         "run_key": prepared.run_key,
+        "filtered": job.filters.active,
         "cases": len(prepared.surveyed[0]),
         "statistics": [asdict(c) for c in prepared.surveyed[0][0].channels],
     }

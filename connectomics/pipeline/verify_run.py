@@ -112,7 +112,9 @@ def _verify_output(run: Path, works: list[Path], record: Path, sample: int | Non
 
 def _reopened(output: Path, works: list[Path], damaged: dict[str, str]) -> bool:
     """Make a Zarr output a working store again and undo its damaged blocks; False where blocks alone cannot mend it."""
-    stamp = read_stamp(output, "zarr") or {}
+    stamp = read_stamp(output, "zarr")
+    if stamp is None or stamp.get("filtered") is not False:
+        return False  # the ledger tells of blocks before they were filtered
     for work in works:
         for folder in ledger_folders(work):
             if read_header(folder)["run_key"] != stamp.get("run_key"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -16,6 +17,8 @@ import h5py
 import numpy as np
 import pytest
 from fork_server import Ended, ForkServer
+
+from connectomics.io.export import FORMATS, export_path, read_stamp
 
 from nnunet_models import make_model
 from small_jobs import em_like, final_names, finals, infer_words, ledger_lines, quick_folder, write_h5
@@ -406,3 +409,23 @@ def test_a_full_disk_is_named_and_the_run_continues(job: Job, limit_bytes: int, 
     ended = job.run(*more)
     assert ended.code == 0
     assert job.report()["skipped"] == recorded
+
+
+def test_every_format_tells_how_it_was_made(job: Job) -> None:
+    ended = job.run(f"inference.output.formats=[{','.join(FORMATS)}]", "inference.voxel_size_nm=[30,8,8]")
+    assert ended.code == 0, ended.stdout + ended.stderr
+    provenance = json.loads((job.run_folder / "provenance.json").read_text())
+    told = {"program", "versions", "run_key", "model_sha256", "model_weights_sha256", "mirror_axes", "tile_step_size"}
+    told |= {"window_size", "case", "statistics", "numeric_class", "input", "nnunet", "threshold", "resample", "seed"}
+    for form in FORMATS:
+        stamp = read_stamp(export_path(job.output, "v_labels", form), form)
+        assert stamp is not None, form
+        assert told <= set(stamp), form
+        assert stamp["result_key"] == provenance["result_keys"]["labels"]
+        assert {key: provenance[key] for key in told} == {key: stamp[key] for key in told}, form
+    assert provenance["versions"] == {
+        name: importlib.metadata.version(name)
+        for name in ("connectomics", "nnunetv2", "torch", "numpy", "scipy", "tensorstore")
+    }
+    assert provenance["numeric_class"]["threads"] == 1
+    assert provenance["input"]["name"] == "v.h5"

@@ -1,0 +1,260 @@
+"""status and verify-run: what a RUN folder tells, damage of blocks and results found, mended by the next run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from connectomics.cli import main
+from connectomics.errors import QuarantineError, VolumeError
+from connectomics.io.store import open_store
+from connectomics.pipeline.finish import Filters, Output
+from connectomics.pipeline.lease import Worker
+from connectomics.pipeline.predict import LABELS
+from connectomics.pipeline.run import VolumeJob
+from connectomics.pipeline.status import status_of
+from connectomics.pipeline.verify_run import verify_run
+
+from small_jobs import finals, quick_folder
+from small_runs import BLOCKS, EXPECTED, Failing, Reader, cores, job_in, labels, run
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with quick_folder() as place:
+        yield place
+
+
+def job(folder: Path, *formats: str, **changes: Any) -> VolumeJob:
+    return job_in(folder, outputs=(Output(LABELS, "v_labels", "k", formats or ("h5",)),), **changes)
+
+
+def run_folder(folder: Path) -> Path:
+    return folder / "v_labels.run"
+
+
+def interrupted(folder: Path, blocks: int = 5) -> None:
+    with pytest.raises(VolumeError):
+        run(folder, job(folder), Failing(after=blocks))
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+DAMAGES: list[Callable[[Path], None]] = [flip_a_byte, Path.unlink, lambda path: os.truncate(path, 9)]
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("labels.zarr/0/c/*/*/*") if path.is_file())
+
+
+def checked(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    code = main(["verify-run", str(run_folder(folder)), *words])
+    return code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_blocks_of_an_unfinished_run_are_found_and_computed_again(
+    folder: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(folder)
+    code, out = checked(folder, capsys)
+    assert (code, "blocks of predict: 5 read, 0 damaged\n" in out) == (0, True)
+    damage(shards(folder)[1])
+    code, out = checked(folder, capsys, "--all")
+    assert code == 3
+    assert "5 read, 1 damaged\n  damaged: 0-0-1\n  the next run mends them\n" in out
+    code, out = checked(folder, capsys)
+    assert (code, "4 read, 0 damaged" in out) == (0, True), "it is undone now"
+    again = job(folder)
+    assert run(folder, again).done == BLOCKS - 4
+    assert (labels(folder) == EXPECTED).all()
+
+
+def test_a_sample_reads_so_many_evenly(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    interrupted(folder, blocks=15)
+    code, out = checked(folder, capsys, "--sample", "3")
+    assert (code, "blocks of predict: 3 read, 0 damaged" in out) == (0, True)
+    assert main(["verify-run", str(run_folder(folder)), "--sample", "0"]) == 2
+
+
+@pytest.mark.parametrize("form", ["h5", "tiff", "png"])
+def test_a_damaged_result_is_set_aside_and_made_again(
+    folder: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(folder, job(folder, form))
+    reference = finals(folder)
+    assert checked(folder, capsys)[0] == 0
+    name = sorted(reference)[0]
+    flip_a_byte(folder / name)
+    top = name.partition("/")[0]
+    code, out = checked(folder, capsys)
+    assert code == 3
+    assert f"{top}, files: {len(reference)} read, 1 damaged\n  damaged: {name}\n" in out
+    assert f"it was renamed {top}.damaged; the next run makes it again" in out
+    assert not (folder / top).exists()
+    shutil.rmtree(folder / f"{top}.damaged") if (folder / f"{top}.damaged").is_dir() else (
+        folder / f"{top}.damaged"
+    ).unlink()
+    run(folder, job(folder, form))
+    assert finals(folder) == reference
+    assert checked(folder, capsys)[0] == 0
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_of_a_damaged_zarr_result_only_the_damaged_blocks_are_computed_again(
+    folder: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(folder, job(folder, "h5", "zarr"))
+    reference = finals(folder)
+    for index in ("0/0/1", "3/1/1"):
+        damage(folder / "v_labels.zarr" / "0" / "c" / index)
+    code, out = checked(folder, capsys)
+    assert code == 3
+    assert "2 damaged" in out and "moved back into v_labels.run; the next run mends these blocks" in out
+    assert (folder / "v_labels.h5").exists()
+    again = job(folder, "h5", "zarr")
+    assert run(folder, again).done == len(cores(again)) == 2
+    assert finals(folder) == reference
+    assert checked(folder, capsys)[0] == 0
+
+
+@pytest.mark.parametrize("what", ["metadata", "filtered"])
+def test_a_zarr_result_that_blocks_alone_cannot_mend_is_made_again_whole(
+    folder: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filters = Filters(minimum_voxels=3) if what == "filtered" else Filters()
+    run(folder, job(folder, "zarr", filters=filters))
+    reference = finals(folder)
+    flip_a_byte(folder / "v_labels.zarr" / "0" / ("c/0/0/0" if what == "filtered" else "zarr.json"))
+    code, out = checked(folder, capsys)
+    assert (code, "renamed v_labels.zarr.damaged" in out) == (3, True)
+    assert run(folder, job(folder, "zarr", filters=filters)).done == BLOCKS
+    shutil.rmtree(folder / "v_labels.zarr.damaged")
+    assert finals(folder) == reference
+
+
+def test_a_result_that_is_gone_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(folder, job(folder))
+    (folder / "v_labels.h5").unlink()
+    code, out = checked(folder, capsys)
+    assert (code, "it is not there; the next run makes it again" in out) == (3, True)
+    run(folder, job(folder))
+    assert checked(folder, capsys)[0] == 0
+
+
+def test_the_checksums_are_those_of_sha256sum(folder: Path) -> None:
+    run(folder, job(folder, "h5", "zarr"))
+    records = sorted((run_folder(folder) / "checksums").iterdir())
+    assert [path.name for path in records] == ["v_labels.h5.sha256", "v_labels.zarr.sha256"]
+    for record in records:
+        command = ["sha256sum", "--check", "--strict", "--quiet", str(record)]
+        assert subprocess.run(command, cwd=folder, check=False).returncode == 0
+        flip_a_byte(folder / record.read_text().splitlines()[0].split("  ")[1])
+        assert subprocess.run(command, cwd=folder, check=False, capture_output=True).returncode == 1
+
+
+def test_the_filtered_store_of_damaged_blocks_is_removed(folder: Path) -> None:
+    interrupted(folder)
+    (work,) = (path.parent for path in run_folder(folder).glob("*/ledger"))
+    shutil.copytree(work / "labels.zarr", work / "filtered.zarr")
+    flip_a_byte(shards(folder)[0])
+    (finding,) = verify_run(run_folder(folder))
+    assert finding.damaged == ("0-0-0",)
+    assert not (work / "filtered.zarr").exists()
+    open_store(work / "labels.zarr").close()
+
+
+def test_many_damaged_blocks_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    interrupted(folder, blocks=15)
+    for shard in shards(folder):
+        flip_a_byte(shard)
+    code, out = checked(folder, capsys)
+    assert code == 3
+    assert out.count("damaged: ") == 10 and "  … and 5 more\n" in out
+
+
+def test_what_is_no_run_folder_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("status", "verify-run"):
+        assert main([command, str(folder)]) == 2
+        assert "is not the RUN folder of a run" in capsys.readouterr().err
+
+
+def status(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    """The JSON and the lines."""
+    assert main(["status", str(run_folder(folder)), "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert main(["status", str(run_folder(folder))]) == 0
+    return found, capsys.readouterr().out
+
+
+def test_status_of_an_interrupted_and_of_a_finished_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    interrupted(folder)
+    found, out = status(folder, capsys)
+    (stage,) = found["stages"]
+    assert (stage["stage"], stage["planned"], stage["done"]) == ("predict", BLOCKS, 5)
+    assert (stage["blocks_per_s"], stage["left_s"], found["workers"]) == (0.0, None, [])
+    assert 0 <= stage["last_block_s_ago"] < 60
+    assert found["surveyed"] and not found["finished"] and found["last_error"] is None
+    assert "predict      5/16 blocks (31.2%), last block" in out
+    assert "workers      none" in out
+    run(folder, job(folder))
+    found, out = status(folder, capsys)
+    assert found["stages"][0]["done"] == BLOCKS
+    assert found["finished"] == ["v_labels.h5"]
+    assert "finished     v_labels.h5" in out
+
+
+def test_status_tells_of_workers_rate_and_time_left(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    interrupted(folder)
+    (ledger,) = run_folder(folder).glob("*/ledger/*.jsonl")
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    slow = "\n".join(json.dumps(line | {"seconds": 2.0} if "block" in line else line) for line in lines)
+    ledger.write_text(slow + "\n")
+    with Worker(ledger.parent.parent / "workers"):
+        found, out = status(folder, capsys)
+    (worker,) = found["workers"]
+    assert worker["pid"] == os.getpid()
+    assert found["stages"][0]["blocks_per_s"] == pytest.approx(0.5)
+    assert found["stages"][0]["left_s"] == pytest.approx(22)
+    assert "0.5 blocks/s, about 22 s left" in out
+    assert f"process {os.getpid()}, since 20" in out
+
+
+def test_status_tells_of_quarantined_blocks_and_the_last_error(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Torn(Reader):
+        def read(self, box: Any) -> Any:
+            if box.start == (2, 0, 10):
+                raise VolumeError("the section is torn")
+            return super().read(box)
+
+    with pytest.raises(QuarantineError):
+        run(folder, job(folder, reader=Torn()))
+    log = run_folder(folder) / "run.log"
+    log.write_text("1 INFO a: b\n2 7 ERROR connectomics: block 2-0-1 is quarantined\n3 INFO c: d\n")
+    found, out = status(folder, capsys)
+    assert found["stages"][0]["quarantined"] == ["2-0-1"]
+    assert "15/16 blocks (93.8%), 1 quarantined" in out and "quarantined: 2-0-1" in out
+    assert found["last_error"] == "2 7 ERROR connectomics: block 2-0-1 is quarantined"
+    assert "last error   2 7 ERROR" in out
+
+
+def test_long_times_are_told_in_minutes_and_hours(folder: Path) -> None:
+    interrupted(folder)
+    found = status_of(run_folder(folder))
+    for rate, text in ((1.0, "11 s"), (0.1, "2 min"), (0.001, "3.1 h")):
+        stages = (replace(found.stages[0], blocks_per_s=rate),)
+        assert f"about {text} left" in "\n".join(replace(found, stages=stages).lines())
