@@ -131,7 +131,7 @@ def _choose(source: Source) -> _Node:
             if chosen is not None and chosen.is_array:
                 return chosen
             raise VolumeError(
-                f"{source.uri}: the multiscales metadata name the array {str(level)[:80]}, which is absent."
+                f"{source.uri}: the multiscales metadata name the array {str(level)!r:.80}, which is absent."
             )
     names = sorted(str(path.relative_to(root)) for path in _arrays(root, DEEPEST, set()))
     within = [name for name in names if PurePosixPath(name).is_relative_to(inner)]
