@@ -237,8 +237,8 @@ def _trusted(name: str, key: str, plan: NetworkPlan) -> Any:
         return operator.attrgetter(attribute)(_module_or_class(module))
     except (ImportError, AttributeError, ValueError) as error:
         raise ModelError(
-            f"{plan.where}: '{key}' names '{name!s:.120}', which cannot be imported ({error}); install "
-            "the package it is in"
+            f"{plan.where}: '{key}' names '{name!s:.120}', which cannot be imported ({error}); install the package "
+            "it is in"
         ) from error
 
 
