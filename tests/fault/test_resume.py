@@ -423,9 +423,7 @@ def test_every_format_tells_how_it_was_made(job: Job) -> None:
         assert told <= set(stamp), form
         assert stamp["result_key"] == provenance["result_keys"]["labels"]
         assert {key: provenance[key] for key in told} == {key: stamp[key] for key in told}, form
-    assert provenance["versions"] == {
-        name: importlib.metadata.version(name)
-        for name in ("connectomics", "nnunetv2", "torch", "numpy", "scipy", "tensorstore")
-    }
+    for name in ("connectomics", "nnunetv2", "torch", "numpy", "scipy", "tensorstore"):
+        assert provenance["versions"][name] == importlib.metadata.version(name)
     assert provenance["numeric_class"]["threads"] == 1
     assert provenance["input"]["name"] == "v.h5"
