@@ -1,0 +1,193 @@
+"""The steps of ``decoding``: connected components, filters. Each is a frozen value with a name and a ``run``.
+
+``build.decoding`` makes them from the configuration; ``pipeline.decode`` runs them one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from connectomics.decode.components import Connectivity
+from connectomics.decode.merge import OBJECTS
+from connectomics.decode.pieces import FIXED_POINT
+from connectomics.decode.selection import NUMBERS, Holes, Selection, absorb, inherit
+from connectomics.errors import VolumeError
+from connectomics.geometry import Box
+from connectomics.io.atomic import replacing
+from connectomics.io.volume import Array, VolumeInfo, VolumeReader
+from connectomics.pipeline.decode import Scene, Workshop
+from connectomics.pipeline.pieces import PiecesTask
+
+EVERYTHING = Selection()
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What of a volume is labelled.
+
+    Parameters
+    ----------
+    volume
+        Labels, ids or probabilities.
+    channel
+        Which of its channels.
+    threshold
+        Foreground is what exceeds it; None where the volume holds labels.
+    joined
+        Whether all labels count as one.
+    """
+
+    volume: VolumeReader
+    channel: int = 0
+    threshold: float | None = None
+    joined: bool = False
+
+    def __call__(self, box: Box) -> Array:
+        """bool or unsigned integers (z, y, x) of a box."""
+        values: Array = self.volume.read(box)[self.channel]
+        if self.threshold is not None:
+            return np.greater(values, self.threshold)
+        if self.joined or values.dtype.kind == "b":
+            return np.not_equal(values, 0)
+        if values.dtype.kind == "i":
+            if values.min() < 0:
+                raise VolumeError(
+                    f"labels in voxels {box.start} to {box.stop} (z, y, x) go down to {values.min()}; labels are 0 for "
+                    "the background and positive numbers"
+                )
+            return values.view(values.dtype.str.replace("i", "u"))
+        return values
+
+    def probabilities(self, box: Box) -> Array:
+        """The channel as it is (z, y, x)."""
+        values: Array = self.volume.read(box)[self.channel]
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectedComponents:
+    """Objects are connected voxels; numbered 1, 2, … by their first voxel in raster order.
+
+    Parameters
+    ----------
+    connectivity
+        6, 18 or 26; 4 or 8 within sections.
+    threshold
+        Foreground of probabilities is what exceeds it; None for labels.
+    channel
+        Of a volume of probabilities.
+    per_class
+        Whether voxels of different labels are different objects.
+    selection
+        Which objects stay.
+    """
+
+    connectivity: int = 26
+    threshold: float | None = None
+    channel: int = 0
+    per_class: bool = True
+    selection: Selection = EVERYTHING
+
+    @property
+    def name(self) -> str:
+        """As in the configuration."""
+        return "connected_components"
+
+    def run(self, scene: Scene, shop: Workshop) -> Scene:
+        """Label the scene's volume."""
+        connectivity = Connectivity(self.connectivity)
+        values = Values(scene.volume, self.channel, self.threshold, not self.per_class)
+        likely, scale = scene.probabilities, scene.frame.probability_scale
+        if self.threshold is not None:
+            likely, scale = values.probabilities, probability_scale(scene.volume.info)
+        task = PiecesTask(shop.grid, shop.folder / "pieces", values, connectivity, likely)
+        shop.pieces(task)
+        tables, count, largest = shop.objects(task.folder, self.selection, joined=True)
+        store = shop.paint(task.folder, tables, scene.volume.info, largest)
+        frame = dataclasses.replace(scene.frame, probability_scale=scale, flat=connectivity.by_section)
+        return Scene(store, frame, likely, tables, count)
+
+
+def probability_scale(info: VolumeInfo) -> int:
+    """What a voxel of probability 1 adds to an object's sum; integers are shares of their type's largest value."""
+    return FIXED_POINT if info.dtype.kind == "f" else int(np.iinfo(info.dtype).max)
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Drop whole objects, then fill the holes of those that stay; ids do not change.
+
+    Parameters
+    ----------
+    selection
+        Which objects stay.
+    fill_holes
+        None, or the connectivity of the background: 6 for holes in the volume, 4 for holes within sections.
+    """
+
+    selection: Selection = EVERYTHING
+    fill_holes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As in the configuration."""
+        return "filters"
+
+    def run(self, scene: Scene, shop: Workshop) -> Scene:
+        """Filter the scene's objects; where it has none yet, all voxels of one value are one object."""
+        if self.selection.active or scene.tables is None:
+            scene = self._selected(scene, dataclasses.replace(shop, folder=shop.folder / "selected"))
+        if self.fill_holes is None:
+            return scene
+        return _filled(scene, self.fill_holes, dataclasses.replace(shop, folder=shop.folder / "filled"))
+
+    def _selected(self, scene: Scene, shop: Workshop) -> Scene:
+        task = PiecesTask(
+            shop.grid, shop.folder / "pieces", Values(scene.volume), None, scene.probabilities, flat=scene.frame.flat
+        )
+        shop.pieces(task)
+        rule = dataclasses.replace(self.selection, by_value=True)
+        tables, count, largest = shop.objects(task.folder, rule, joined=False)
+        store = shop.paint(task.folder, tables, scene.volume.info, largest)
+        if scene.tables is None:
+            frame = dataclasses.replace(scene.frame, classes=False)
+            return dataclasses.replace(scene, volume=store, frame=frame, tables=tables, count=count)
+        final, before = shop.folder / "tables", (scene.tables, scene.count)
+        _derived(final, tables, lambda copy: inherit(copy, count, *before))
+        return dataclasses.replace(scene, volume=store, tables=final, count=count)
+
+
+def _filled(scene: Scene, connectivity: int, shop: Workshop) -> Scene:
+    assert scene.tables is not None
+    values = Values(scene.volume)
+    task = PiecesTask(
+        shop.grid, shop.folder / "pieces", values, Connectivity(connectivity), scene.probabilities, holes=True
+    )
+    shop.pieces(task)
+    holes, found, _ = shop.objects(task.folder, Holes(), joined=True)
+    store = shop.paint(task.folder, holes, scene.volume.info, _largest(scene.volume), under=values)
+    final, count = shop.folder / "tables", scene.count
+    _derived(final, scene.tables, lambda copy: absorb(copy, count, holes, found))
+    return dataclasses.replace(scene, volume=store, tables=final)
+
+
+def _largest(volume: VolumeReader) -> int:
+    """The largest number that the volume's type can hold; holes take numbers that are there already."""
+    return int(np.iinfo(volume.info.dtype).max)
+
+
+def _derived(path: Path, tables: Path, change: Callable[[Path], None]) -> None:
+    """A changed copy of the tables of objects, whole or not at all."""
+    if path.exists():
+        return
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        for name in (OBJECTS, NUMBERS):
+            shutil.copyfile(tables / name, temporary / name)
+        change(temporary)
