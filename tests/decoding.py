@@ -104,8 +104,8 @@ def decode_array(
     """Run steps on a volume in memory with stores, tables and ledgers in a folder."""
     grid = BlockGrid(values.shape, block)
     read = None if probabilities is None else lambda box: probabilities[box.slices]
-    scale = None if probabilities is None else 255
-    scene = Scene(Volume(values), Frame(VOXEL_SIZE_NM, probability_scale=scale), read)
+    units = None if probabilities is None else (255.0, 255.0)
+    scene = Scene(Volume(values), Frame(VOXEL_SIZE_NM, probability_units=units), read)
     for number, step in enumerate(steps):
         shop = Workshop(
             folder / str(number), BlockPlan(block, block), grid, "0" * 64, SerialExecutor(), lambda done, planned: None

@@ -13,6 +13,7 @@ from connectomics.config.schema import Config, Inference, KnownAnswers, Model, S
 from connectomics.errors import ConfigError
 
 FORMATS = ("h5", "zarr", "tiff", "png")
+TABLES = ("parquet", "csv", "none")
 METRICS = ("dice", "iou", "precision", "recall")
 BLENDINGS = ("gaussian", "constant")
 ENGINES = ("nnunet", "monai")
@@ -283,6 +284,7 @@ def _output(inference: Inference) -> None:
     rule = f"must name at least one of {', '.join(FORMATS)}"
     _require(len(output.formats) > 0, "inference.output.formats", output.formats, rule)
     _subset_of(FORMATS, "inference.output.formats", output.formats)
+    _one_of(TABLES, "inference.output.table", output.table)
 
 
 def _known_answers(test: KnownAnswers) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from connectomics.decode.merge import OBJECTS, spans
-from connectomics.decode.pieces import FIXED_POINT
 from connectomics.decode.selection import NUMBERS
 from connectomics.errors import OutputError
 from connectomics.io.atomic import replacing
@@ -49,9 +48,8 @@ class Frame:
         (z, y, x), or None when nothing states it.
     origin_nm
         Position of the first voxel's centre (z, y, x).
-    probability_scale
-        Sum of one voxel of probability 1 in the rows: ``FIXED_POINT``, the largest value of an integer type, or None
-        without probabilities.
+    probability_units
+        What a voxel of probability 1 adds to the sum in a row, and its value as a minimum; None without probabilities.
     flat
         Whether objects lie in sections, so that the equivalent diameter is a circle's.
     classes
@@ -60,7 +58,7 @@ class Frame:
 
     voxel_size_nm: tuple[float, float, float] | None = None
     origin_nm: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    probability_scale: int | None = None
+    probability_units: tuple[float, float] | None = None
     flat: bool = False
     classes: bool = True
 
@@ -97,10 +95,10 @@ def columns_of(rows: Array, numbers: Array, frame: Frame) -> Columns:
         area = volume / frame.voxel_size_nm[0]
         diameter = np.sqrt(4 * area / math.pi) if frame.flat else np.cbrt(6 * volume / math.pi)
         columns["equivalent_diameter_nm"] = diameter
-    if frame.probability_scale is not None:
-        columns["mean_probability"] = rows["probability"] / voxels / frame.probability_scale
-        scale = 1 if frame.probability_scale == FIXED_POINT else frame.probability_scale
-        columns["minimum_probability"] = rows["least"] / scale
+    if frame.probability_units is not None:
+        of_sums, of_minima = frame.probability_units
+        columns["mean_probability"] = rows["probability"] / voxels / of_sums
+        columns["minimum_probability"] = rows["least"] / of_minima
     return columns
 
 

@@ -236,7 +236,7 @@ class VolumeProcessor:
         """Run one volume; whatever goes wrong is its outcome, never another volume's."""
         began = time.perf_counter()
         try:
-            with _RunLog(run_folder(self._config, source)):
+            with RunLog(run_folder(self._config, source)):
                 paths, report = self._process(source)
         except Exception as error:  # noqa: BLE001 - the runner's one broad catch: a failure stays with its volume
             reason = " ".join((str(error) or "out of memory").split())
@@ -266,7 +266,7 @@ class _LogFile(logging.FileHandler):
         """Let the line go."""
 
 
-class _RunLog:
+class RunLog:
     """While open, everything the package logs also goes to ``run.log`` in a RUN folder."""
 
     def __init__(self, folder: Path) -> None:

@@ -230,7 +230,7 @@ class DecodeJob:
         Name and version, part of the run key.
     provenance
         What is stamped on the output.
-    probabilities, scale
+    probabilities, probability_units
         Probabilities (z, y, x) of a box for the table, and how they are summed; None without.
     """
 
@@ -243,7 +243,7 @@ class DecodeJob:
     program: str
     provenance: Mapping[str, object]
     probabilities: Read | None = None
-    scale: int | None = None
+    probability_units: tuple[float, float] | None = None
 
     @property
     def work(self) -> Path:
@@ -275,7 +275,7 @@ def run_decode(job: DecodeJob, folder: Path, executor: Executor, on_block: OnBlo
     grid = BlockGrid(job.volume.info.extent, plan.block_shape)
     run_key = key_of({"result": job.output.result_key, "grid": list(grid.block_shape), "program": job.program})
     info = job.volume.info
-    scene = Scene(job.volume, Frame(info.voxel_size_nm, info.origin_nm, job.scale), job.probabilities)
+    scene = Scene(job.volume, Frame(info.voxel_size_nm, info.origin_nm, job.probability_units), job.probabilities)
     for number, step in enumerate(job.steps, 1):
         shop = Workshop(job.work / f"{number}_{step.name}", plan, grid, run_key, executor, on_block)
         scene = step.run(scene, shop)

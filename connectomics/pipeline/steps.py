@@ -64,7 +64,7 @@ class Values:
             return values.view(values.dtype.str.replace("i", "u"))
         return values
 
-    def probabilities(self, box: Box) -> Array:
+    def raw(self, box: Box) -> Array:
         """The channel as it is (z, y, x)."""
         values: Array = self.volume.read(box)[self.channel]
         return values
@@ -103,20 +103,68 @@ class ConnectedComponents:
         """Label the scene's volume."""
         connectivity = Connectivity(self.connectivity)
         values = Values(scene.volume, self.channel, self.threshold, not self.per_class)
-        likely, scale = scene.probabilities, scene.frame.probability_scale
+        likely, units = scene.probabilities, scene.frame.probability_units
         if self.threshold is not None:
-            likely, scale = values.probabilities, probability_scale(scene.volume.info)
+            likely, units = values.raw, probability_units(scene.volume.info)
         task = PiecesTask(shop.grid, shop.folder / "pieces", values, connectivity, likely)
         shop.pieces(task)
         tables, count, largest = shop.objects(task.folder, self.selection, joined=True)
         store = shop.paint(task.folder, tables, scene.volume.info, largest)
-        frame = dataclasses.replace(scene.frame, probability_scale=scale, flat=connectivity.by_section)
+        frame = dataclasses.replace(scene.frame, probability_units=units, flat=connectivity.by_section)
         return Scene(store, frame, likely, tables, count)
 
 
-def probability_scale(info: VolumeInfo) -> int:
-    """What a voxel of probability 1 adds to an object's sum; integers are shares of their type's largest value."""
-    return FIXED_POINT if info.dtype.kind == "f" else int(np.iinfo(info.dtype).max)
+def probability_units(info: VolumeInfo, certain: float | None = None) -> tuple[float, float]:
+    """What a voxel of probability 1 adds to a row's sum, and its value as a minimum.
+
+    Parameters
+    ----------
+    info
+        Of the volume of probabilities.
+    certain
+        The stored value of probability 1; None for 1 in fractions and for the largest value of integers.
+    """
+    if info.dtype.kind == "f":
+        return FIXED_POINT * (certain or 1.0), certain or 1.0
+    largest = float(certain or np.iinfo(info.dtype).max)
+    return largest, largest
+
+
+@dataclass(frozen=True, slots=True)
+class ClassProbabilities:
+    """The probability of each voxel's own label.
+
+    Parameters
+    ----------
+    probabilities
+        One channel, or one for each label from 0 on.
+    labels
+        What the labels are.
+    """
+
+    probabilities: VolumeReader
+    labels: Values
+
+    def __call__(self, box: Box) -> Array:
+        """Probabilities (z, y, x) of a box.
+
+        Raises
+        ------
+        VolumeError
+            If a label has no channel.
+        """
+        found = self.probabilities.read(box)
+        if len(found) == 1:
+            only: Array = found[0]
+            return only
+        labels = self.labels.raw(box)
+        if labels.max() >= len(found):
+            raise VolumeError(
+                f"label {labels.max()} in voxels {box.start} to {box.stop} (z, y, x) has no channel among the "
+                f"{len(found)} of the probabilities; give one channel, or one for each label from 0 on"
+            )
+        chosen: Array = np.take_along_axis(found, labels[None].astype(np.intp), axis=0)[0]
+        return chosen
 
 
 @dataclass(frozen=True, slots=True)
