@@ -120,7 +120,7 @@ class Workshop:
             self.on_block(len(ledger.records), len(self.grid))
             for record in self.executor.run(task, (b for b in self.grid if b.key not in ledger.records)):
                 ledger.append(record)
-                log.info("%s block %s: %.2f s", name, record.block, record.seconds)
+                log.info("%s: %s block %s: %.2f s", self.folder.name, name, record.block, record.seconds)
                 self.on_block(len(ledger.records), len(self.grid))
         finally:
             ledger.close()
@@ -128,11 +128,11 @@ class Workshop:
     def pieces(self, task: PiecesTask) -> None:
         """Cut all blocks into pieces and, where they are joined over faces, find which touch."""
         task.folder.mkdir(parents=True, exist_ok=True)
-        self.run(task, f"{task.folder.name}_ledger")
+        self.run(task, task.folder.name)
         if task.connectivity is not None:
             joins = self.joins_of(task.folder)
             joins.mkdir(exist_ok=True)
-            self.run(JoinTask(self.grid, task.folder, joins, task.connectivity), f"{joins.name}_ledger")
+            self.run(JoinTask(self.grid, task.folder, joins, task.connectivity), joins.name)
 
     @staticmethod
     def joins_of(pieces: Path) -> Path:
@@ -163,7 +163,7 @@ class Workshop:
     def paint(self, pieces: Path, tables: Path, info: VolumeInfo, largest: int, under: Read | None = None) -> Store:
         """Write the objects of all blocks."""
         store = self.store(info, largest)
-        self.run(PaintTask(self.grid, pieces, tables, store, under), "paint_ledger")
+        self.run(PaintTask(self.grid, pieces, tables, store, under), "objects")
         return store
 
     def store(self, info: VolumeInfo, largest: int) -> Store:
