@@ -1,0 +1,314 @@
+"""Out-of-core labelling against cc3d on the whole volume and dask-image, in one run; the merge of 10^7 face pairs.
+
+    python benchmarks/decode.py [--quick] [--json FILE] [--folder FOLDER]
+
+Both sides read the same Zarr store and write the same kind of store; every side is a process of its own, so that its
+peak memory is its own, and the best of --rounds counts. "Real" is the shared dense segmentation, tiled; "mask" is
+the phantom's ground truth, tiled, as a mask. Labels are compared voxel by voxel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cc3d
+import numpy as np
+
+from connectomics.decode.components import Connectivity
+from connectomics.decode.merge import Cuts, merge
+from connectomics.decode.pieces import Pieces, nothing, save
+from connectomics.decode.selection import Selection
+from connectomics.executors.serial import SerialExecutor
+from connectomics.geometry import BlockGrid, Box, Vec3, vec3
+from connectomics.io.opening import open_volume
+from connectomics.io.store import Store, create_store, open_store
+from connectomics.io.volume import VolumeInfo
+from connectomics.pipeline.decode import Workshop
+from connectomics.pipeline.pieces import JoinTask, PaintTask, PiecesTask
+from connectomics.pipeline.planning import BlockPlan
+from connectomics.pipeline.steps import Values
+
+BLOCK: Vec3 = (256, 256, 256)
+CHUNK: Vec3 = (64, 64, 64)
+PLAN = BlockPlan(BLOCK, CHUNK)
+SPAWN = multiprocessing.get_context("spawn")  # TensorStore's threads do not survive a fork
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Wall and processor seconds, and peak memory above what importing takes."""
+
+    seconds: float
+    processor_s: float
+    peak_mb: float
+
+
+def repository_data() -> Path:
+    stated = os.environ.get("CONNECTOMICS_SHARED_DATA")
+    return Path(stated) if stated else Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def real_labels() -> Any:
+    """The shared segmentation of neurons (z, y, x), 512 voxels each way."""
+    import crackle
+
+    packed = repository_data() / "em" / "labels" / "cc3d_connectomics" / "connectomics.npy.ckl.gz"
+    return np.ascontiguousarray(crackle.decompress(gzip.decompress(packed.read_bytes())).T)
+
+
+def phantom_mask() -> Any:
+    """The phantom's mitochondria as a mask (z, y, x), 256 voxels each way."""
+    reader = open_volume("phantom:256x256x256?seed=3&what=label")
+    return (reader.read(Box.of_shape((256, 256, 256)))[0] > 0).astype(np.uint8)
+
+
+def tiled(tile: Any, shape: Vec3, path: Path) -> Store:
+    """A store filled with a tile over and over."""
+    store = create_store(path, VolumeInfo((1, *shape), tile.dtype, CHUNK), shard_shape=BLOCK, attributes={})
+    for block in BlockGrid(shape, BLOCK):
+        at = [np.arange(a, b) % n for a, b, n in zip(block.core.start, block.core.stop, tile.shape, strict=True)]
+        store.write(block.core, np.ascontiguousarray(tile[np.ix_(*at)])[None])
+    return store
+
+
+def target(source: Store, path: Path, dtype: Any) -> Store:
+    info = VolumeInfo(source.info.shape, np.dtype(dtype), CHUNK)
+    return open_store(path) if path.exists() else create_store(path, info, shard_shape=BLOCK, attributes={})
+
+
+def in_memory(source_path: Path, folder: Path, connectivity: int) -> None:
+    """What one would write without blocks: read all, cc3d, write all."""
+    source = open_store(source_path)
+    whole = source.read(Box.of_shape(source.info.extent))[0]
+    found = cc3d.connected_components(whole, connectivity=connectivity, out_dtype=np.uint32)
+    store = target(source, folder / "memory.zarr", np.uint32)
+    for block in BlockGrid(source.info.extent, BLOCK):
+        store.write(block.core, found[None][(slice(None), *block.core.slices)])
+
+
+def by_blocks(source_path: Path, folder: Path, connectivity: int) -> None:
+    """The program's own way, with ledgers, in one process."""
+    source = open_store(source_path)
+    grid = BlockGrid(source.info.extent, BLOCK)
+    shop = Workshop(folder / "work", PLAN, grid, "0" * 64, SerialExecutor(), lambda done, planned: None)
+    task = PiecesTask(grid, shop.folder / "pieces", Values(source), Connectivity(connectivity))
+    shop.pieces(task)
+    tables, _, largest = shop.objects(task.folder, Selection(), joined=True)
+    shop.paint(task.folder, tables, source.info, largest)
+
+
+def share(source_path: Path, folder: Path, connectivity: int, part: int, gate: Any) -> None:
+    """One of two processes that share the blocks; the first one merges."""
+    source = open_store(source_path)
+    grid, how = BlockGrid(source.info.extent, BLOCK), Connectivity(connectivity)
+    shop = Workshop(folder / "work", PLAN, grid, "0" * 64, SerialExecutor(), lambda done, planned: None)
+    pieces = shop.folder / "pieces"
+    for path in (pieces, shop.joins_of(pieces)):
+        path.mkdir(parents=True, exist_ok=True)
+    cut = PiecesTask(grid, pieces, Values(source), how)
+    gate.wait()
+    for task in (cut, JoinTask(grid, pieces, shop.joins_of(pieces), how)):
+        for block in grid.shard(part, 2):
+            task.process(block)
+        gate.wait()
+    if part == 0:
+        _, _, largest = shop.objects(pieces, Selection(), joined=True)
+        shop.store(source.info, largest).close()
+    gate.wait()
+    tables, _, largest = shop.objects(pieces, Selection(), joined=True)
+    paint = PaintTask(grid, pieces, tables, shop.store(source.info, largest))
+    for block in grid.shard(part, 2):
+        paint.process(block)
+    gate.wait()
+
+
+def two_processes(source_path: Path, folder: Path, connectivity: int) -> Spent:
+    """The same, shared by two processes; without ledgers."""
+    gate = SPAWN.Barrier(3)
+    workers = [SPAWN.Process(target=share, args=(source_path, folder, connectivity, part, gate)) for part in range(2)]
+    for worker in workers:
+        worker.start()
+    gate.wait()
+    began = time.perf_counter()
+    for _ in range(4):
+        gate.wait()
+    seconds = time.perf_counter() - began
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise SystemExit("a worker failed")
+    return Spent(seconds, math.nan, math.nan)
+
+
+def measured(job: Callable[..., None], *arguments: Any) -> Spent:
+    """What a job takes in a process of its own."""
+    receiver, sender = SPAWN.Pipe(duplex=False)
+    process = SPAWN.Process(target=_measure, args=(sender, job, *arguments))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{job.__name__} failed")
+    found: Spent = receiver.recv()
+    return found
+
+
+def _measure(sender: Any, job: Callable[..., None], *arguments: Any) -> None:
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began, processor = time.perf_counter(), time.process_time()
+    job(*arguments)
+    seconds, busy = time.perf_counter() - began, time.process_time() - processor
+    sender.send(Spent(seconds, busy, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - own) / 1024))
+
+
+def same(a: Store, b: Store) -> bool:
+    """Whether two stores hold the same voxels."""
+    return all(np.array_equal(a.read(block.core), b.read(block.core)) for block in BlockGrid(a.info.extent, BLOCK))
+
+
+def labelling(name: str, source: Store, folder: Path, connectivity: int, rounds: int) -> dict[str, Any]:
+    """Times, ratios and peak memory of one volume."""
+    spent: dict[str, list[Spent]] = {}
+    for _ in range(rounds):
+        for job in (in_memory, by_blocks, two_processes):
+            place = folder / job.__name__
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            found = job(source.path, place, connectivity) if job is two_processes else None
+            spent.setdefault(job.__name__, []).append(found or measured(job, source.path, place, connectivity))
+    best = {job: min(times, key=lambda t: t.seconds) for job, times in spent.items()}
+    expected = open_store(folder / "in_memory" / "memory.zarr")
+    equal = all(same(expected, open_store(folder / job / "work" / "objects.zarr")) for job in list(best)[1:])
+    voxels = math.prod(source.info.extent)
+    memory, blocks, two = best.values()
+    ratio, shared, busy = (
+        blocks.seconds / memory.seconds,
+        two.seconds / memory.seconds,
+        blocks.processor_s / memory.processor_s,
+    )
+    part = blocks.peak_mb / (voxels * 4 / 2**20)
+    print(
+        f"{name:5} {voxels / 1e9:.3f} gigavoxel, connectivity {connectivity:2}: cc3d in memory {memory.seconds:.1f} s "
+        f"({memory.peak_mb:.0f} MB); by blocks x{ratio:.2f} (processor time x{busy:.2f}), two processes x{shared:.2f}; "
+        f"peak {blocks.peak_mb:.0f} MB, {100 * part:.1f} % of the ids; equal: {equal}",
+        flush=True,
+    )
+    return {
+        "volume": name,
+        "shape": list(source.info.extent),
+        "connectivity": connectivity,
+        "seconds": {job: round(each.seconds, 2) for job, each in best.items()},
+        "one_process_ratio": round(ratio, 3),
+        "processor_time_ratio": round(busy, 3),
+        "two_processes_ratio": round(shared, 3),
+        "peak_mb": {"in_memory": round(memory.peak_mb), "by_blocks": round(blocks.peak_mb)},
+        "share_of_volume": round(part, 4),
+        "equal": equal,
+    }
+
+
+def against_dask(source: Store, folder: Path) -> dict[str, Any]:
+    """The same small mask and blocks with dask-image, which is 6-connected; it gets them in memory."""
+    import dask.array
+    from dask_image.ndmeasure import label
+
+    whole = source.read(Box.of_shape(source.info.extent))[0]
+    began = time.perf_counter()
+    numbered, _ = label(dask.array.from_array(whole, chunks=(64, 64, 64)))
+    found = numbered.compute(scheduler="synchronous")
+    theirs = time.perf_counter() - began
+    place = folder / "against_dask"
+    place.mkdir()
+    grid, how = BlockGrid(vec3(whole.shape), (64, 64, 64)), Connectivity(6)
+    small = create_store(place / "s.zarr", source.info, shard_shape=(64, 64, 64), attributes={})
+    for block in grid:
+        small.write(block.core, whole[None][(slice(None), *block.core.slices)])
+    began = time.perf_counter()
+    shop = Workshop(
+        place / "work",
+        BlockPlan((64, 64, 64), (64, 64, 64)),
+        grid,
+        "0" * 64,
+        SerialExecutor(),
+        lambda done, planned: None,
+    )
+    task = PiecesTask(grid, shop.folder / "pieces", Values(small), how)
+    shop.pieces(task)
+    tables, count, largest = shop.objects(task.folder, Selection(), joined=True)
+    shop.paint(task.folder, tables, small.info, largest)
+    ours = time.perf_counter() - began
+    result = {"voxels": whole.size, "dask_image_s": round(theirs, 2), "ours_s": round(ours, 3), "objects": count}
+    result["times_faster"] = round(theirs / ours, 1)
+    print(
+        f"dask-image, {whole.size / 1e6:.1f} megavoxel in blocks of 64: {theirs:.1f} s, ours {ours:.2f} s with reading "
+        f"and writing: x{theirs / ours:.0f} faster; {int(found.max())} and {count} objects"
+    )
+    return result
+
+
+def many_pairs(pairs: int, folder: Path) -> dict[str, Any]:
+    """A chain of blocks with random pairs between neighbours, as many as stated."""
+    blocks, generator = 64, np.random.default_rng(0)
+    nodes = pairs // blocks
+    place = folder / "pairs"
+    place.mkdir()
+    for block in range(blocks):
+        rows = nothing(nodes)
+        rows["first"] = block * 2**40 + np.arange(nodes)
+        rows["voxels"], rows["value"] = 1, 1
+        joints = np.arange(1, nodes + 1, dtype=np.uint32)
+        Pieces(rows, np.zeros(0, np.uint8), np.zeros(0, np.uint8), joints, {}).save(place / f"p{block}.npz")
+        last = block == blocks - 1
+        count = 0 if last else pairs // (blocks - 1)
+        here, there = generator.integers(0, nodes, (2, count))
+        save(place / f"j{block}.npz", here=here, there=there, other=np.full(count, block + 1))
+    spent = measured(merge_pairs, place, blocks)
+    total = pairs // (blocks - 1) * (blocks - 1)
+    print(f"merge of {total:,} face pairs of {nodes * blocks:,} pieces: {spent.seconds:.1f} s, {spent.peak_mb:.0f} MB")
+    return {"pairs": total, "seconds": round(spent.seconds, 1), "peak_mb": round(spent.peak_mb)}
+
+
+def merge_pairs(place: Path, blocks: int) -> None:
+    """The merge alone."""
+    tables = place / "tables"
+    tables.mkdir()
+    merge(Cuts(blocks, 1, lambda i: place / f"p{i}.npz", lambda i: place / f"j{i}.npz"), tables)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="an eighth of the volume, a tenth of the pairs, one round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where the stores go; default: the temporary folder")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    words = parser.parse_args()
+    shape: Vec3 = (512, 512, 512) if words.quick else (1024, 1024, 1024)
+    rounds = 1 if words.quick else words.rounds
+    with tempfile.TemporaryDirectory(dir=words.folder) as name:
+        folder = Path(name)
+        mask = tiled(phantom_mask(), shape, folder / "mask.zarr")
+        results: dict[str, Any] = {"cpus": os.cpu_count(), "labelling": [labelling("mask", mask, folder, 26, rounds)]}
+        if repository_data().is_dir():
+            real = tiled(real_labels(), shape, folder / "real.zarr")
+            results["labelling"] += [labelling("real", real, folder, n, rounds) for n in (26, 6)]
+        small = tiled(phantom_mask(), (128, 256, 256), folder / "small.zarr")
+        results["dask_image"] = against_dask(small, folder)
+        results["merge"] = many_pairs(10**6 if words.quick else 10**7, folder)
+    if words.json:
+        words.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
