@@ -15,7 +15,6 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import shutil
 import tempfile
 import time
@@ -36,10 +35,10 @@ from connectomics.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.io.opening import open_volume
 from connectomics.io.store import Store, create_store, open_store
 from connectomics.io.volume import VolumeInfo
-from connectomics.pipeline.decode import Workshop
-from connectomics.pipeline.pieces import JoinTask, PaintTask, PiecesTask
+from connectomics.pipeline.pieces import JoinTask, PaintTask, PiecesTask, smallest_dtype
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.steps import Values
+from connectomics.pipeline.workshop import Workshop
 
 BLOCK: Vec3 = (256, 256, 256)
 CHUNK: Vec3 = (64, 64, 64)
@@ -107,7 +106,7 @@ def by_blocks(source_path: Path, folder: Path, connectivity: int) -> None:
     task = PiecesTask(grid, shop.folder / "pieces", Values(source), Connectivity(connectivity))
     shop.pieces(task)
     tables, _, largest = shop.objects(task.folder, Selection(), joined=True)
-    shop.paint(task.folder, tables, source.info, largest)
+    shop.paint(task.folder, tables, source.info, smallest_dtype(largest))
 
 
 def share(source_path: Path, folder: Path, connectivity: int, part: int, gate: Any) -> None:
@@ -126,10 +125,10 @@ def share(source_path: Path, folder: Path, connectivity: int, part: int, gate: A
         gate.wait()
     if part == 0:
         _, _, largest = shop.objects(pieces, Selection(), joined=True)
-        shop.store(source.info, largest).close()
+        shop.store(source.info, smallest_dtype(largest)).close()
     gate.wait()
     tables, _, largest = shop.objects(pieces, Selection(), joined=True)
-    paint = PaintTask(grid, pieces, tables, shop.store(source.info, largest))
+    paint = PaintTask(grid, pieces, tables, shop.store(source.info, smallest_dtype(largest)))
     for block in grid.shard(part, 2):
         paint.process(block)
     gate.wait()
@@ -165,12 +164,18 @@ def measured(job: Callable[..., None], *arguments: Any) -> Spent:
     return found
 
 
+def peak_mb() -> float:
+    """Largest resident memory of this program so far; ``getrusage`` would count its parent's, too."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
 def _measure(sender: Any, job: Callable[..., None], *arguments: Any) -> None:
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    own = peak_mb()
     began, processor = time.perf_counter(), time.process_time()
     job(*arguments)
     seconds, busy = time.perf_counter() - began, time.process_time() - processor
-    sender.send(Spent(seconds, busy, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - own) / 1024))
+    sender.send(Spent(seconds, busy, peak_mb() - own))
 
 
 def same(a: Store, b: Store) -> bool:
@@ -247,7 +252,7 @@ def against_dask(source: Store, folder: Path) -> dict[str, Any]:
     task = PiecesTask(grid, shop.folder / "pieces", Values(small), how)
     shop.pieces(task)
     tables, count, largest = shop.objects(task.folder, Selection(), joined=True)
-    shop.paint(task.folder, tables, small.info, largest)
+    shop.paint(task.folder, tables, small.info, smallest_dtype(largest))
     ours = time.perf_counter() - began
     result = {"voxels": whole.size, "dask_image_s": round(theirs, 2), "ours_s": round(ours, 3), "objects": count}
     result["times_faster"] = round(theirs / ours, 1)

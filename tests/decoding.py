@@ -17,9 +17,9 @@ from connectomics.decode.objects import Frame
 from connectomics.executors.serial import SerialExecutor
 from connectomics.geometry import BlockGrid, Box, Vec3
 from connectomics.io.volume import VolumeInfo
-from connectomics.pipeline.decode import Scene, Step, Workshop
 from connectomics.pipeline.pieces import JoinTask, PiecesTask, block_file, painted_block
 from connectomics.pipeline.planning import BlockPlan
+from connectomics.pipeline.workshop import Scene, Step, Workshop
 
 Array = npt.NDArray[Any]
 VOXEL_SIZE_NM = (40.0, 8.0, 6.0)

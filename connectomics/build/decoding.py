@@ -20,8 +20,9 @@ from connectomics.io.listing import stem_of
 from connectomics.io.opening import open_volume
 from connectomics.io.volume import Nanometres, VolumeInfo, VolumeReader
 from connectomics.pipeline import steps
-from connectomics.pipeline.decode import DecodeJob, Step, decode_plan
+from connectomics.pipeline.decode import DecodeJob
 from connectomics.pipeline.finish import Output
+from connectomics.pipeline.workshop import Step, decode_plan
 
 OBJECTS = "objects"
 SUFFIX = "_instances"

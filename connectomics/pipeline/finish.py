@@ -6,20 +6,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from connectomics.decode.filters import fill_holes, remove_small_objects
-from connectomics.errors import OutputError, ResourceError
-from connectomics.geometry import BlockGrid, Box, Vec3
-from connectomics.io.atomic import discard, fsync_path
+from connectomics.errors import OutputError
+from connectomics.geometry import BlockGrid
 from connectomics.io.export import export_path, export_volume, read_stamp
-from connectomics.io.store import Store, create_store, open_store
+from connectomics.io.store import Store, open_store
 from connectomics.io.volume import Array
+from connectomics.pipeline.filtering import filter_labels
 
 log = logging.getLogger(__name__)
-FILTER_COPIES = 12  # bytes a voxel that labelling components needs at once: 4 to 8 of ids, masks, the volume twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,38 +101,11 @@ def check_names(outputs: Sequence[Output], folder: Path, *, overwrite: bool) -> 
         )
 
 
-def check_memory(filters: Filters, extent: Vec3, dtype: np.dtype[Any], budget_bytes: int) -> None:
-    """Refuse filters whose volume does not fit the memory budget, before any work is done.
-
-    Raises
-    ------
-    ResourceError
-        Saying what they need.
-    """
-    need = Box.of_shape(extent).voxels * (dtype.itemsize * 2 + FILTER_COPIES)
-    if filters.active and need > budget_bytes:
-        raise ResourceError(
-            f"removing small objects and filling holes needs the whole volume of {extent} voxels in memory, about "
-            f"{need / 1e9:.2f} GB, the budget is {budget_bytes / 1e9:.2f} GB; raise system.memory_budget_gb or set "
-            "inference.postprocessing.binary.remove_small_objects=0 and fill_holes=false"
-        )
-
-
 def filter_store(store: Store, grid: BlockGrid, target: Path, filters: Filters) -> Store:
     """Apply whole-volume filters to a store of labels; the filtered one stands at ``target``."""
     if target.exists():
         return open_store(target)
-    info = store.info
-    labels = filters.apply(store.read(Box.of_shape(info.extent))[0])
-    partial = target.with_name(target.name + ".partial")
-    discard(partial)
-    filtered = create_store(partial, info, shard_shape=grid.block_shape, attributes={})
-    for block in grid:
-        filtered.write(block.core, labels[None][(slice(None), *block.core.slices)])
-    filtered.close()
-    partial.replace(target)
-    fsync_path(target.parent)
-    return open_store(target)
+    return filter_labels(store, grid, target, minimum_voxels=filters.minimum_voxels, fill_holes=filters.fill_holes)
 
 
 def export_output(store: Store, output: Output, folder: Path, stamp: dict[str, object]) -> list[Path]:

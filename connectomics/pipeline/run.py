@@ -21,7 +21,7 @@ from connectomics.io.atomic import discard, write_text
 from connectomics.io.store import Store, create_store, open_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
 from connectomics.pipeline.contracts import BlockRecord, Executor, RunReport
-from connectomics.pipeline.finish import Filters, Output, check_memory, export_output, filter_store
+from connectomics.pipeline.finish import Filters, Output, export_output, filter_store
 from connectomics.pipeline.ledger import Ledger, plan_of
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter, Surveyed
@@ -96,7 +96,6 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
         If the volume cannot be finished; finished blocks are kept and a rerun continues.
     """
     began = time.perf_counter()
-    check_memory(job.filters, job.reader.info.extent, job.segmenter.labels.dtype, settings.budget_bytes)
     facts: dict[str, object] = {o.name: o.result_key for o in job.outputs}
     work = _work_folder(job.run_folder, job.outputs, settings.program)
     _make_work_folder(work)

@@ -21,8 +21,8 @@ from connectomics.errors import VolumeError
 from connectomics.geometry import Box
 from connectomics.io.atomic import replacing
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader
-from connectomics.pipeline.decode import Scene, Workshop
-from connectomics.pipeline.pieces import PiecesTask
+from connectomics.pipeline.pieces import PiecesTask, smallest_dtype
+from connectomics.pipeline.workshop import Scene, Workshop
 
 EVERYTHING = Selection()
 
@@ -109,7 +109,7 @@ class ConnectedComponents:
         task = PiecesTask(shop.grid, shop.folder / "pieces", values, connectivity, likely)
         shop.pieces(task)
         tables, count, largest = shop.objects(task.folder, self.selection, joined=True)
-        store = shop.paint(task.folder, tables, scene.volume.info, largest)
+        store = shop.paint(task.folder, tables, scene.volume.info, smallest_dtype(largest))
         frame = dataclasses.replace(scene.frame, probability_units=units, flat=connectivity.by_section)
         return Scene(store, frame, likely, tables, count)
 
@@ -202,7 +202,7 @@ class Filters:
         shop.pieces(task)
         rule = dataclasses.replace(self.selection, by_value=True)
         tables, count, largest = shop.objects(task.folder, rule, joined=False)
-        store = shop.paint(task.folder, tables, scene.volume.info, largest)
+        store = shop.paint(task.folder, tables, scene.volume.info, smallest_dtype(largest))
         if scene.tables is None:
             frame = dataclasses.replace(scene.frame, classes=False)
             return dataclasses.replace(scene, volume=store, frame=frame, tables=tables, count=count)
@@ -219,15 +219,10 @@ def _filled(scene: Scene, connectivity: int, shop: Workshop) -> Scene:
     )
     shop.pieces(task)
     holes, found, _ = shop.objects(task.folder, Holes(), joined=True)
-    store = shop.paint(task.folder, holes, scene.volume.info, _largest(scene.volume), under=values)
+    store = shop.paint(task.folder, holes, scene.volume.info, scene.volume.info.dtype, under=values)
     final, count = shop.folder / "tables", scene.count
     _derived(final, scene.tables, lambda copy: absorb(copy, count, holes, found))
     return dataclasses.replace(scene, volume=store, tables=final)
-
-
-def _largest(volume: VolumeReader) -> int:
-    """The largest number that the volume's type can hold; holes take numbers that are there already."""
-    return int(np.iinfo(volume.info.dtype).max)
 
 
 def _derived(path: Path, tables: Path, change: Callable[[Path], None]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.errors import OutputError, ResourceError, VolumeError
+from connectomics.errors import OutputError, VolumeError
 from connectomics.executors.serial import SerialExecutor
 from connectomics.geometry import Block, Box
 from connectomics.inference.case import CaseInput
@@ -256,13 +256,6 @@ def test_filters_see_the_whole_volume(tmp_path: Path) -> None:
     run(tmp_path, job_in(tmp_path, filters=Filters(minimum_voxels=10**6)))
     assert not labels(tmp_path).any()
     assert not [path for path in tmp_path.glob("v_labels.run/*/*") if path.is_dir()]
-
-
-def test_filters_beyond_the_budget_are_refused_before_any_work(tmp_path: Path) -> None:
-    job = job_in(tmp_path, filters=Filters(fill_holes=True))
-    with pytest.raises(ResourceError, match=r"system\.memory_budget_gb"):
-        run(tmp_path, job, budget_bytes=1000)
-    assert not cores(job)
 
 
 def test_another_key_or_program_is_work_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

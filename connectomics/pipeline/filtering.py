@@ -1,0 +1,78 @@
+"""The filters of ``inference.postprocessing.binary`` on a store of labels of any size: small objects, holes.
+
+``finish.filter_store`` calls it. The same tasks and tables as for decoding; labels stay labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from connectomics.decode.components import Connectivity
+from connectomics.decode.selection import Holes, Selection
+from connectomics.fingerprint import key_of
+from connectomics.geometry import Block, BlockGrid
+from connectomics.io.atomic import discard, put_in_place
+from connectomics.io.store import Store, open_store
+from connectomics.pipeline.contracts import BlockRecord, Task
+from connectomics.pipeline.pieces import PiecesTask
+from connectomics.pipeline.planning import BlockPlan
+from connectomics.pipeline.steps import Values
+from connectomics.pipeline.workshop import BLOCK_VOXELS, VOXEL_BYTES, Workshop, decode_plan
+
+OBJECTS, BACKGROUND = Connectivity(26), Connectivity(6)
+
+
+def filter_labels(store: Store, grid: BlockGrid, target: Path, *, minimum_voxels: int, fill_holes: bool) -> Store:
+    """Write filtered labels, block by block, continuing what an earlier run left.
+
+    Parameters
+    ----------
+    store
+        Labels.
+    grid
+        How the volume was cut; blocks that are too large for labelling are cut smaller.
+    target
+        Where the filtered store stands once it is complete; beside it lies what is unfinished.
+    minimum_voxels
+        Components (26-connected, of one label) of fewer voxels become background; 0 for none.
+    fill_holes
+        Whether background (6-connected) that one label encloses takes this label.
+    """
+    plan = BlockPlan(grid.block_shape, store.info.chunk_shape)
+    if grid.block((0, 0, 0)).core.voxels > BLOCK_VOXELS:
+        plan = decode_plan(store.info, BLOCK_VOXELS * VOXEL_BYTES)
+    work = target.with_name(target.name + ".work")
+    key = key_of({"small": minimum_voxels, "holes": fill_holes})
+    shops = [
+        Workshop(work / name, plan, BlockGrid(grid.volume, plan.block_shape), key, _InOrder(), _unseen)
+        for name in ("small", "holes")
+    ]
+    current = store
+    if minimum_voxels > 0:
+        task = PiecesTask(shops[0].grid, shops[0].folder / "pieces", Values(current), OBJECTS)
+        shops[0].pieces(task)
+        rule = Selection(minimum_voxels, by_value=True)
+        tables, _, _ = shops[0].objects(task.folder, rule, joined=True)
+        current = shops[0].paint(task.folder, tables, store.info, store.info.dtype)
+    if fill_holes:
+        values = Values(current)
+        task = PiecesTask(shops[1].grid, shops[1].folder / "pieces", values, BACKGROUND, holes=True)
+        shops[1].pieces(task)
+        tables, _, _ = shops[1].objects(task.folder, Holes(), joined=True)
+        current = shops[1].paint(task.folder, tables, store.info, store.info.dtype, under=values)
+    current.close()
+    put_in_place(current.path, target)
+    discard(work)
+    return open_store(target)
+
+
+class _InOrder:
+    """Blocks one after the other: the stage is single-handed."""
+
+    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord]:
+        return (task.process(block) for block in blocks)
+
+
+def _unseen(done: int, planned: int) -> None:
+    """Progress counts predicted blocks only."""
