@@ -27,8 +27,9 @@ import cc3d
 import numpy as np
 
 from connectomics.decode.components import Connectivity
+from connectomics.decode.members import save
 from connectomics.decode.merge import Cuts, merge
-from connectomics.decode.pieces import Pieces, nothing, save
+from connectomics.decode.pieces import Pieces, nothing
 from connectomics.decode.selection import Selection
 from connectomics.executors.serial import SerialExecutor
 from connectomics.geometry import BlockGrid, Box, Vec3, vec3
@@ -235,7 +236,7 @@ def against_dask(source: Store, folder: Path) -> dict[str, Any]:
     found = numbered.compute(scheduler="synchronous")
     theirs = time.perf_counter() - began
     place = folder / "against_dask"
-    place.mkdir()
+    place.mkdir(parents=True)
     grid, how = BlockGrid(vec3(whole.shape), (64, 64, 64)), Connectivity(6)
     small = create_store(place / "s.zarr", source.info, shard_shape=(64, 64, 64), attributes={})
     for block in grid:
@@ -274,11 +275,11 @@ def many_pairs(pairs: int, folder: Path) -> dict[str, Any]:
         rows["first"] = block * 2**40 + np.arange(nodes)
         rows["voxels"], rows["value"] = 1, 1
         joints = np.arange(1, nodes + 1, dtype=np.uint32)
-        Pieces(rows, np.zeros(0, np.uint8), np.zeros(0, np.uint8), joints, {}).save(place / f"p{block}.npz")
+        Pieces(rows, np.zeros(0, np.uint8), np.zeros(0, np.uint8), joints, {}).save(place / f"p{block}.members")
         last = block == blocks - 1
         count = 0 if last else pairs // (blocks - 1)
         here, there = generator.integers(0, nodes, (2, count))
-        save(place / f"j{block}.npz", here=here, there=there, other=np.full(count, block + 1))
+        save(place / f"j{block}.members", here=here, there=there, other=np.full(count, block + 1))
     spent = measured(merge_pairs, place, blocks)
     total = pairs // (blocks - 1) * (blocks - 1)
     print(f"merge of {total:,} face pairs of {nodes * blocks:,} pieces: {spent.seconds:.1f} s, {spent.peak_mb:.0f} MB")
@@ -289,7 +290,7 @@ def merge_pairs(place: Path, blocks: int) -> None:
     """The merge alone."""
     tables = place / "tables"
     tables.mkdir()
-    merge(Cuts(blocks, 1, lambda i: place / f"p{i}.npz", lambda i: place / f"j{i}.npz"), tables)
+    merge(Cuts(blocks, 1, lambda i: place / f"p{i}.members", lambda i: place / f"j{i}.members"), tables)
 
 
 def main() -> None:
@@ -308,8 +309,9 @@ def main() -> None:
         if repository_data().is_dir():
             real = tiled(real_labels(), shape, folder / "real.zarr")
             results["labelling"] += [labelling("real", real, folder, n, rounds) for n in (26, 6)]
-        small = tiled(phantom_mask(), (128, 256, 256), folder / "small.zarr")
-        results["dask_image"] = against_dask(small, folder)
+        small = tiled(phantom_mask(), (128 if words.quick else 256, 256, 256), folder / "small.zarr")
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as memory:
+            results["dask_image"] = against_dask(small, Path(memory))  # which works in memory
         results["merge"] = many_pairs(10**6 if words.quick else 10**7, folder)
     if words.json:
         words.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -14,10 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from connectomics.decode.components import Connectivity, connected_components
-from connectomics.errors import LedgerError
+from connectomics.decode.members import save
 from connectomics.geometry import Box, Vec3, vec3
-from connectomics.io.atomic import replacing
-from connectomics.io.source import READ_ERRORS, reason
 
 Array = npt.NDArray[Any]
 FIXED_POINT = 1 << 24  # probabilities are summed as whole multiples of its inverse, so that no order matters
@@ -87,29 +85,6 @@ class Pieces:
             joint_values=self.rows["value"][self.joints.astype(np.int64) - 1],
             **self.planes,
         )
-
-
-def save(path: Path, **members: Array) -> None:
-    """Write arrays to one file, whole or not at all."""
-    with replacing(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, allow_pickle=False, **members)
-
-
-def load(path: Path, *names: str) -> tuple[Array, ...]:
-    """Members of a saved file, in the order of their names.
-
-    Raises
-    ------
-    LedgerError
-        If the file is absent or damaged.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return tuple(file[name] for name in names)
-    except READ_ERRORS as error:
-        raise LedgerError(
-            f"{path}: cannot be read ({reason(error)}); remove the folder {path.parent.parent} to decode anew"
-        ) from error
 
 
 def nothing(count: int) -> Array:

@@ -15,16 +15,15 @@ import numpy as np
 
 from connectomics.decode.components import Connectivity
 from connectomics.decode.faces import block_number, directions, first_axis, neighbour, pairs
+from connectomics.decode.members import SUFFIX, load, save
 from connectomics.decode.merge import IDS, OFFSETS
 from connectomics.decode.pieces import (
     Cut,
     Pieces,
     component_pieces,
     hole_pieces,
-    load,
     painted,
     plane_name,
-    save,
     value_pieces,
 )
 from connectomics.errors import OutputError
@@ -40,7 +39,7 @@ Read = Callable[[Box], Array]
 
 def block_file(folder: Path, block: Block) -> Path:
     """Where a block's result lies."""
-    return folder / f"{block.key}.npz"
+    return folder / f"{block.key}{SUFFIX}"
 
 
 @dataclass(frozen=True, slots=True)
