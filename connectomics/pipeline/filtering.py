@@ -8,17 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from connectomics.decode.components import Connectivity
 from connectomics.decode.selection import Holes, Selection
 from connectomics.fingerprint import key_of
-from connectomics.geometry import Block, BlockGrid
+from connectomics.geometry import Block, BlockGrid, vec3
 from connectomics.io.atomic import discard, put_in_place
 from connectomics.io.store import Store, open_store
+from connectomics.io.volume import Array, VolumeInfo
 from connectomics.pipeline.contracts import BlockRecord, Task
-from connectomics.pipeline.pieces import PiecesTask
+from connectomics.pipeline.pieces import PiecesTask, painted_block
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.steps import Values
-from connectomics.pipeline.workshop import BLOCK_VOXELS, VOXEL_BYTES, Workshop, decode_plan
+from connectomics.pipeline.workshop import BLOCK_VOXELS, CHUNK, VOXEL_BYTES, Workshop, decode_plan
 
 OBJECTS, BACKGROUND = Connectivity(26), Connectivity(6)
 
@@ -65,6 +68,33 @@ def filter_labels(store: Store, grid: BlockGrid, target: Path, *, minimum_voxels
     put_in_place(current.path, target)
     discard(work)
     return open_store(target)
+
+
+def fill_mask(mask: Array, folder: Path, *, block_voxels: int = BLOCK_VOXELS) -> None:
+    """Fill the holes of a mask in place, in memory for one block: equal to scipy's ``binary_fill_holes``.
+
+    Parameters
+    ----------
+    mask
+        bool (z, y, x); may be mapped from a file.
+    folder
+        Empty folder for what blocks leave in between; removed at the end.
+    block_voxels
+        Voxels of a block.
+    """
+    extent = vec3(mask.shape)
+    if min(extent) == 1:
+        discard(folder)
+        return  # all of it lies at the border
+    whole = VolumeInfo((1, *extent), mask.dtype, vec3([min(n, CHUNK) for n in extent]))
+    plan = decode_plan(whole, block_voxels * VOXEL_BYTES)
+    shop = Workshop(folder, plan, BlockGrid(extent, plan.block_shape), key_of({}), _InOrder(), _unseen)
+    task = PiecesTask(shop.grid, folder / "pieces", lambda box: np.logical_not(mask[box.slices]), BACKGROUND)
+    shop.pieces(task)
+    tables, _, _ = shop.objects(task.folder, Selection(off_border=True, by_value=True), joined=True)
+    for block in shop.grid:
+        mask[block.core.slices] |= painted_block(shop.grid, block, task.folder, tables, np.dtype(np.bool_))
+    discard(folder)
 
 
 class _InOrder:
