@@ -309,7 +309,7 @@ def main() -> None:
         if repository_data().is_dir():
             real = tiled(real_labels(), shape, folder / "real.zarr")
             results["labelling"] += [labelling("real", real, folder, n, rounds) for n in (26, 6)]
-        small = tiled(phantom_mask(), (128 if words.quick else 256, 256, 256), folder / "small.zarr")
+        small = tiled(phantom_mask(), (256, 256, 256), folder / "small.zarr")
         with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as memory:
             results["dask_image"] = against_dask(small, Path(memory))  # which works in memory
         results["merge"] = many_pairs(10**6 if words.quick else 10**7, folder)
