@@ -136,6 +136,8 @@ class ForkServer:
             "kill_at": ("", 0),
             "file_limit_bytes": None,
             "unprivileged": False,
+            "memory_bytes": None,
+            "working_folder": str(Path.cwd()),
         }
         return self._answers([request | {"kill_at": kill_first_at or ("", 0)}, *[request] * (count - 1)])
 
