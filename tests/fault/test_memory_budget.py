@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import struct
 import subprocess
 import sys
 import tracemalloc
-import zlib
 from pathlib import Path
 
 import h5py
@@ -21,11 +19,12 @@ from connectomics.errors import ResourceError
 from connectomics.geometry import Box
 from connectomics.io.opening import open_volume
 from connectomics.io.stored import reading_bytes
+from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline.memory import Budget, Work
 from connectomics.pipeline.planning import plan_blocks
 
 from nnunet_models import make_model
-from small_jobs import em_like, infer_words, write_h5
+from small_jobs import em_like, infer_words, write_h5, write_png
 
 # refused at first, then run with the budget that was named; prints it and the most memory the process ever had
 RUN = """
@@ -70,21 +69,13 @@ def test_memory_stays_within_the_smallest_budget_that_a_refusal_names(
 
 
 def test_a_section_that_can_only_be_decoded_whole_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    """A PNG of 100,000 × 100,000 pixels; of this one the header alone is there."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
-    (tmp_path / "v.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + struct.pack(">I", 13)
-        + header
-        + struct.pack(">I", zlib.crc32(header))
-        + struct.pack(">I", 4)
-        + b"IDAT0000"
-        + struct.pack(">I", zlib.crc32(b"IDAT0000"))
-    )
-    volume = open_volume(str(tmp_path / "v.png"))
-    work, budget = Work((1, 512, 512), 2, 1, 1, 1, 1), Budget(8 * 2**30, reading_bytes(volume.info))
+    """A PNG is one piece, and of 100,000 × 100,000 pixels that is more than the budget."""
+    small = open_volume(str(write_png(tmp_path / "v.png"))).info
+    assert small.chunk_shape == small.extent
+    info = VolumeInfo((1, 1, 100_000, 100_000), small.dtype, (1, 100_000, 100_000))
+    work, budget = Work((1, 512, 512), 2, 1, 1, 1, 1), Budget(8 * 2**30, reading_bytes(info))
     with pytest.raises(ResourceError, match=r"need 4\d\.\d+ GB"):
-        plan_blocks(volume.info.extent, [work], budget)
+        plan_blocks(info.extent, [work], budget)
 
 
 @pytest.mark.parametrize("kind", ["zarr", "h5", "tiff tiles", "tiff strips"])
