@@ -118,7 +118,7 @@ def output_of(config: Config, source: Decodable, volume: VolumeReader) -> Output
     return Output(OBJECTS, source.stem, key_of(facts), _formats(config), config.inference.output.pyramid)
 
 
-def _known(uri: str) -> object:
+def _known(uri: str) -> dict[str, object]:
     reader = open_volume(uri)
     try:
         return _identity(uri, reader)
@@ -126,14 +126,14 @@ def _known(uri: str) -> object:
         reader.close()
 
 
-def _identity(uri: str, reader: VolumeReader) -> object:
+def _identity(uri: str, reader: VolumeReader) -> dict[str, object]:
     """The result key of what a run made, which another run may make again; of other volumes what the file says."""
     path = Path(uri)
     for form in FORMATS:
         if path.name.endswith(export_path(Path(), "", form).name):
             key = (read_stamp(path, form) or {}).get("result_key")
             if key is not None:
-                return key
+                return {"result_key": key}
     return reader.identity
 
 
@@ -211,10 +211,8 @@ def decode_job(config: Config, source: Decodable, volume: VolumeReader, likely: 
         "program": program_version(),
         "experiment_name": config.experiment_name,
         "description": config.description,
-        "input": volume.identity,
+        "input": _identity(source.uri, volume),
         "decoding": [dataclasses.asdict(step) for step in config.decoding],
-        "result_keys": {OBJECTS: output.result_key},
-        "command": _command(config, source),
     }
     probabilities, units = None, None
     if likely is not None:
@@ -234,6 +232,7 @@ def decode_job(config: Config, source: Decodable, volume: VolumeReader, likely: 
         plan,
         program_version(),
         provenance,
+        _command(config, source),
         probabilities,
         units,
     )
@@ -245,7 +244,7 @@ def stated_probabilities(config: Config, source: Decodable) -> str | None:
     return named[0] if named else source.probabilities
 
 
-def _command(config: Config, source: Decodable) -> list[str]:
+def _command(config: Config, source: Decodable) -> tuple[str, ...]:
     """Words of the command that makes this result again, but for where it goes."""
     stated = {
         "decoding": [dataclasses.asdict(step) for step in config.decoding],
@@ -254,7 +253,7 @@ def _command(config: Config, source: Decodable) -> list[str]:
         "inference.output.formats": list(_formats(config)),
         "inference.output.table": config.inference.output.table,
     }
-    return ["decode", source.uri, *(f"{key}={written(value)}" for key, value in stated.items() if value is not None)]
+    return ("decode", source.uri, *(f"{key}={written(value)}" for key, value in stated.items() if value is not None))
 
 
 def _steps(stated: list[DecodingStep], info: VolumeInfo) -> tuple[Step, ...]:

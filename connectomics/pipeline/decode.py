@@ -39,7 +39,7 @@ from connectomics.pipeline.pieces import Read
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.retry import PAUSES_S, PatientReader, retried
 from connectomics.pipeline.run_folder import HOUSE, WORKERS
-from connectomics.pipeline.workshop import Scene, Step, Workshop, kept_plan
+from connectomics.pipeline.workshop import PLAN, Scene, Step, Workshop, kept_plan
 
 HERE = "decoder"  # the lease of each process that still needs what unfinished work has left
 
@@ -66,6 +66,8 @@ class DecodeJob:
         Name and version, part of the run key.
     provenance
         What is stamped on the output.
+    command
+        That makes the result again.
     probabilities, probability_units
         Probabilities (z, y, x) of a box for the table, and how they are summed; None without.
     """
@@ -78,6 +80,7 @@ class DecodeJob:
     plan: BlockPlan
     program: str
     provenance: Mapping[str, object]
+    command: tuple[str, ...]
     probabilities: Read | None = None
     probability_units: tuple[float, float] | None = None
 
@@ -144,7 +147,7 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
     with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
         here = f"{HERE}.{new_mark()}"
         with worker.alone(HOUSE):
-            plan = kept_plan(work / "plan.json", job.plan)
+            plan = kept_plan(work / PLAN, job.plan)
             finished = job.is_finished(settings.folder)
             if not finished:
                 worker.acquire(here)
@@ -201,7 +204,8 @@ def _finish(job: DecodeJob, scene: Scene, run_key: str, folder: Path, run: RunSt
         discard_locks(scene.volume.path)
         for form in job.output.missing(folder):
             unseal(job.run_folder, job.output.paths(folder)[form])
-        write_text(job.run_folder / "provenance.json", json.dumps(stamp, indent=1) + "\n")
+        record = stamp | {"result_keys": {job.output.name: job.output.result_key}, "command": list(job.command)}
+        write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
         export_output(scene.volume, job.output, folder, stamp, job.work, run)
     scene.volume.close()
     seal(job.run_folder, job.paths(folder))

@@ -28,6 +28,7 @@ from connectomics.pipeline.workshop import (
     BLOCK_VOXELS,
     CHUNK,
     CUT,
+    PLAN,
     VOXEL_BYTES,
     Workshop,
     decode_plan,
@@ -83,7 +84,7 @@ def filter_labels(store: Store, grid: BlockGrid, room: Room, *, minimum_voxels: 
         plan = BlockPlan(grid.block_shape, store.info.chunk_shape)
         if grid.block((0, 0, 0)).core.voxels > min(BLOCK_VOXELS, room.block_bytes // VOXEL_BYTES):
             plan = decode_plan(store.info, room.block_bytes)
-        plan = kept_plan(work / f"{FILTER}.plan.json", plan)
+        plan = kept_plan(work / f"{FILTER}.{PLAN}", plan)
         facts = {"small": minimum_voxels, "holes": fill_holes, "block": list(plan.block_shape)}
         cut = BlockGrid(grid.volume, plan.block_shape)
         shop = Workshop(work, FILTER, plan, cut, key_of(facts), room.run)

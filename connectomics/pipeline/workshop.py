@@ -37,6 +37,7 @@ VOXEL_BYTES = 40  # of a block: values, components, runs, probabilities as they 
 CHUNK = 64
 CUT = "cut"
 JOIN = "join"
+PLAN = "ledgers.json"  # the plan of all ledgers of a decoding
 SUMMARY = "summary.json"
 
 

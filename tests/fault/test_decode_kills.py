@@ -48,9 +48,9 @@ class Storm:
         assert ended.code == 0, ended.stderr + ended.stdout
         assert finals(output) == self.reference
         assert {p.name for p in output.iterdir()} == NAMES | {"v_instances.run"}
-        (work,) = (path.parent for path in (output / "v_instances.run").glob("*/plan.json"))
+        (work,) = (path.parent for path in (output / "v_instances.run").glob("*/ledgers.json"))
         left_there = {path.name for path in work.iterdir() if not path.name.startswith("ledger_")}
-        assert left_there == {"plan.json", "workers"} and not list(work.glob("workers/*")), "unfinished work is left"
+        assert left_there == {"ledgers.json", "workers"} and not list(work.glob("workers/*")), "unfinished work is left"
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +88,12 @@ def test_killed_several_times_and_finished_blocks_are_kept(storm: Storm) -> None
     for stage, moment in ((CUT, 0.3), (JOIN, 0.2), (PAINTED, 0.15), (".filled.", 0.3)):
         killed(storm, output, stage, moment)
     storm.require_resumed(output)
-    done = re.findall(r"([\w.]+), block (\S+):", log.read_text())
+    done = re.findall(r": (\S+), block (\S+):", log.read_text())
     stages = {stage for stage, _ in done}
     assert len(stages) == 6, stages  # cut, join, paint of the components and of the holes
-    assert sorted(done) == sorted({(stage, f"{z}-{y}-{x}") for stage in stages for z, y, x in np.ndindex(2, 2, 2)})
+    every = {(stage, f"{z}-{y}-{x}") for stage in stages for z, y, x in np.ndindex(2, 2, 2)}
+    assert len(done) == len(set(done)) and set(done) <= every
+    assert len(every) - len(done) <= 4, "a kill leaves one block at most that is recorded and not yet logged"
 
 
 @pytest.mark.long

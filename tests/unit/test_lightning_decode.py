@@ -73,7 +73,7 @@ def test_a_file_becomes_objects_and_a_table(folder: Path, labels: Array, decode:
     assert table["id"].to_pylist() == list(range(1, int(ids.max()) + 1))
     assert table["volume_nm3"].null_count == len(table)
     run = folder / "out" / "v_instances.run"
-    (work,) = (path.parent for path in run.glob("*/plan.json"))
+    (work,) = (path.parent for path in run.glob("*/ledgers.json"))
     assert {path.name for path in run.iterdir()} == {
         "run.log",
         "report.json",
@@ -82,7 +82,7 @@ def test_a_file_becomes_objects_and_a_table(folder: Path, labels: Array, decode:
         work.name,
     }
     stages = [f"ledger_1_connected_components.{stage}" for stage in ("cut", "join", "paint")]
-    assert sorted(path.name for path in work.iterdir()) == [*stages, "plan.json", "workers"]
+    assert sorted(path.name for path in work.iterdir()) == [*stages, "ledgers.json", "workers"]
     provenance = json.loads((run / "provenance.json").read_text())
     assert provenance["objects"] == ids.max()
     assert provenance["decoding"][0]["name"] == "connected_components"
