@@ -6,10 +6,11 @@ scene to the next; whatever it leaves on disk is whole or absent, so that a reru
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from connectomics.pipeline.finish import (
     unseal,
     work_folder,
 )
-from connectomics.pipeline.lease import STALE_S, Worker
+from connectomics.pipeline.lease import STALE_S, Worker, pauses
 from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.pieces import Read
 from connectomics.pipeline.planning import BlockPlan
@@ -163,12 +164,25 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
             if not finished:
                 scene, run_key = _objects(job, plan, settings, run, worker)
                 worker.release(here)
-                with worker.alone(HOUSE):
-                    worker.wait_until_free(HERE)  # others read what is removed then; they find all of it done
+                with _last(worker):
                     _finish(job, scene, run_key, settings.folder, run)
         finally:
             report = _report(job, stages, began)
     return report
+
+
+@contextlib.contextmanager
+def _last(worker: Worker) -> Iterator[None]:
+    """Wait until nobody else needs what unfinished work has left, and keep everybody out meanwhile.
+
+    Who still needs it may be waiting for the house, so it is not held while one waits.
+    """
+    for pause in pauses():
+        with worker.alone(HOUSE):
+            if worker.is_free(HERE):
+                yield
+                return
+        time.sleep(pause)
 
 
 def _objects(
