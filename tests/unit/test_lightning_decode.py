@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ import pyarrow.parquet
 import pytest
 
 from connectomics.cli import main
+from connectomics.geometry import Block
+from connectomics.pipeline.contracts import BlockRecord
+from connectomics.pipeline.pieces import PiecesTask
 
 from decoding import whole_components
 from nnunet_models import make_model
@@ -230,3 +234,40 @@ def test_signed_and_bool_labels_are_taken(folder: Path, decode: Run) -> None:
     write_h5(folder / "v.h5", values)
     assert decode(COMPONENTS, CSV)[0] == 0
     assert np.array_equal(read(folder / "out" / "v_instances.h5"), whole_components(values.astype(np.uint8), 6))
+
+
+def test_a_block_that_keeps_failing_is_quarantined_and_done_by_the_next_run(
+    folder: Path, labels: Array, decode: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = PiecesTask.process
+
+    def fails(self: PiecesTask, block: Block) -> BlockRecord:
+        if block.key == "1-0-0":
+            raise ValueError("a mistake of ours")
+        return process(self, block)
+
+    cut = "inference.block_shape=[2,20,24]"
+    monkeypatch.setattr(PiecesTask, "process", fails)
+    code, printed = decode(COMPONENTS, cut)
+    assert code == 3 and "1 of 3 blocks failed and are quarantined (1-0-0, voxels (2, 0, 0) to (4, 20, 24)" in printed
+    run = folder / "out" / "v_instances.run"
+    (trace,) = run.glob("*/ledger_1_connected_components.cut/quarantine/1-0-0.txt")
+    assert "a mistake of ours" in trace.read_text()
+    report = json.loads((run / "report.json").read_text())
+    assert (report["planned"], report["done"], report["failed"]) == (3, 2, 1)
+    monkeypatch.undo()
+    assert decode(COMPONENTS, cut)[0] == 0 and not trace.exists()
+    assert np.array_equal(read(folder / "out" / "v_instances.h5"), whole_components(labels, 6))
+
+
+def test_a_budget_that_cannot_work_names_the_smallest_that_can(labels: Array, decode: Run) -> None:
+    code, printed = decode(COMPONENTS, "system.memory_budget_gb=0.01")
+    least = re.search(r"raise system.memory_budget_gb to at least (\S+)", printed)
+    assert code == 3 and least is not None
+    assert decode(COMPONENTS, f"system.memory_budget_gb={float(least[1]) + 0.1}")[0] == 0
+
+
+def test_precomputed_without_voxel_size_is_refused_before_the_work(labels: Array, decode: Run, folder: Path) -> None:
+    code, printed = decode(COMPONENTS, "inference.output.formats=[h5,precomputed]")
+    assert code == 3 and "precomputed states voxel sizes" in printed
+    assert not list((folder / "out").glob("v_instances.run/*/*.cut"))
