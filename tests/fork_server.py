@@ -146,7 +146,10 @@ class ForkServer:
         named = [request | {"output": str(self._folder / f"child{i}_")} for i, request in enumerate(requests)]
         self._process.stdin.write(json.dumps(named) + "\n")
         self._process.stdin.flush()
-        answers = json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the fork server has ended with {self._process.wait()}")
+        answers = json.loads(line)
         ended = []
         for request, answer in zip(named, answers, strict=True):
             out, err, touched = (Path(request["output"] + name).read_text() for name in ("stdout", "stderr", "touched"))
