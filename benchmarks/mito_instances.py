@@ -6,8 +6,11 @@ at on them. The published truth is a binary mask, not objects: truth and predict
 
 ``sections`` takes each section by itself (8-connected): sections are 45 nm thick and pixels 4.6 nm, so what touches
 from one section to the next is often not one object. ``stack`` takes all 16 sections as a volume (26-connected), of
-which fold 0 has seen 12 in training: its scores are for comparing, not for judging the model. Components of fewer than
-``--smallest`` voxels are removed on both sides. CONNECTOMICS_SHARED_DATA names the data, which are CC BY-NC-SA 3.0
+which fold 0 has seen 12 in training: its scores are for comparing, not for judging the model. ``phantom`` takes 16
+sections of the phantom (seed 21, which the embedded model was not trained on), whose truth is objects; it needs no data
+and makes the picture of the README. Objects of fewer than ``--smallest`` voxels are removed on both sides.
+
+CONNECTOMICS_SHARED_DATA names the data, which are CC BY-NC-SA 3.0
 (Gerhard et al. 2013) and not part of the project; keep pictures of them out of it too.
 """
 
@@ -29,43 +32,73 @@ import numpy.typing as npt
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from connectomics import InferenceManager  # noqa: E402
+from connectomics import Box, InferenceManager, open_volume  # noqa: E402
 from connectomics.evaluate.contingency import Contingency, side_by_side  # noqa: E402
 from connectomics.evaluate.instances import instance_scores  # noqa: E402
 from connectomics.evaluate.montage import montage  # noqa: E402
-from connectomics.evaluate.objects import Overlaps, match_table, write_matches  # noqa: E402
+from connectomics.evaluate.objects import MATCHED, Overlaps, match_table, write_matches  # noqa: E402
 from connectomics.evaluate.semantic import Confusion  # noqa: E402
 from connectomics.evaluate.semantic import scores as semantic_scores  # noqa: E402
 from connectomics.lightning.evaluation import Scores  # noqa: E402
 from connectomics.lightning.score_table import score_table  # noqa: E402
 
 UNSEEN = (0, 7, 8, 11)
+EMBEDDED = REPOSITORY / "connectomics" / "example" / "phantom_mito_2d"
+PHANTOM = "phantom:16x512x512?seed=21"
 Array = npt.NDArray[Any]
 CLASSES = {"background": (0,), "mitochondrion": (1,)}
+SHOWN = 3  # section of a stack
+CORNER = (slice(0, 440), slice(0, 440))  # pixels of the picture
 METRICS = ("dice", "iou", "precision", "recall")
 
 
-def predicted(shared: Path, sections: list[int]) -> tuple[Array, Array, Array]:
+def predicted(model: Path, folds: str, raw: Array) -> Array:
+    """Foreground (z, y, x) of sections (z, y, x), one forward pass after the other."""
+    words = [f"model.folds={folds}", "system.device=cpu", "system.num_cpus=1"]
+    manager = InferenceManager.from_checkpoint(model, words)
+    found: Array = np.concatenate([manager.predict(section[None]).labels for section in raw]) > 0
+    return found
+
+
+def real(shared: Path, sections: list[int]) -> tuple[Array, Array, Array]:
     """Raw, predicted and true foreground, (z, y, x)."""
-    words = ["model.folds=[0]", "system.device=cpu", "system.num_cpus=1"]
-    manager = InferenceManager.from_checkpoint(shared / "models" / "vnc_mito_2d", words)
     raw = np.stack([iio.imread(shared / f"em/vnc/raw/{n:02}.png") for n in sections])
     truth = np.stack([iio.imread(shared / f"em/vnc/mito/{n:02}.png") > 0 for n in sections])
-    given = np.concatenate([manager.predict(section[None]).labels for section in raw])
-    return raw, given > 0, truth
+    return raw, predicted(shared / "models" / "vnc_mito_2d", "[0]", raw), truth
 
 
-def objects(mask: Array, smallest: int) -> Array:
-    """Components of a section (8-connected) or a stack (26-connected)."""
-    flat = mask[0] if len(mask) == 1 else mask
-    found = cc3d.connected_components(flat, connectivity=8 if flat.ndim == 2 else 26)
-    kept: Array = cc3d.dust(found, threshold=smallest, connectivity=8 if flat.ndim == 2 else 26)
-    return kept.reshape(mask.shape)
+def phantom() -> tuple[Array, Array, Array]:
+    """Raw, predicted foreground and true ids, (z, y, x)."""
+    raw, truth = (
+        reader.read(Box.of_shape(reader.info.extent))[0]
+        for reader in (open_volume(f"{PHANTOM}&what={what}") for what in ("image", "instances"))
+    )
+    return raw, predicted(EMBEDDED, "[all]", raw), truth
+
+
+def objects(labels: Array, smallest: int) -> Array:
+    """Components of a section (8-connected) or a stack (26-connected), of a mask; ids stay what they are."""
+    if labels.dtype == bool:
+        flat = labels[0] if len(labels) == 1 else labels
+        labels = cc3d.connected_components(flat, connectivity=8 if flat.ndim == 2 else 26).reshape(labels.shape)
+    ids, sizes = np.unique(labels, return_counts=True)
+    kept: Array = np.where(np.isin(labels, ids[sizes >= smallest]), labels, 0)
+    return kept
+
+
+def painted_as_truth(given: Array, truth: Array) -> Array:
+    """Predicted ids, those of matched objects replaced by their partners', so that a picture gives both one colour."""
+    rows = match_table(Overlaps.of(Contingency.from_arrays(given, truth)))
+    matched = rows["kind"] == MATCHED
+    partner = dict(zip(rows["prediction"][matched].tolist(), rows["truth"][matched].tolist(), strict=True))
+    painted: Array = np.vectorize(lambda n: partner.get(n, n + int(truth.max()) if n else 0), otypes=[np.int64])(given)
+    return painted
 
 
 def entry(ids: Contingency, given: Array, truth: Array) -> dict[str, Any]:
     """Scores of classes and of objects."""
-    found = semantic_scores(Confusion.of(Contingency.from_arrays(given, truth), 2), CLASSES, METRICS)
+    table = Contingency.from_arrays(given, truth).as_foreground()
+    found = semantic_scores(Confusion.of(table, 2), CLASSES, METRICS)
     return found | {"instances": instance_scores(ids)}
 
 
@@ -87,14 +120,14 @@ def measured(given: Array, truth: Array, names: list[str], smallest: int, folder
 def main() -> None:
     """Predict, label, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--labelled", choices=["sections", "stack"], default="sections")
+    parser.add_argument("--labelled", choices=["sections", "stack", "phantom"], default="sections")
     parser.add_argument("--smallest", type=int, default=100, metavar="VOXELS", help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder for tables of matches and a picture; outside the project")
     parser.add_argument("--json", action="store_true", help="print JSON")
     words = parser.parse_args()
-    shared = Path(os.environ["CONNECTOMICS_SHARED_DATA"])
     sections = list(UNSEEN) if words.labelled == "sections" else list(range(16))
-    raw, given, truth = predicted(shared, sections)
+    whole = words.labelled == "phantom"
+    raw, given, truth = phantom() if whole else real(Path(os.environ["CONNECTOMICS_SHARED_DATA"]), sections)
     with tempfile.TemporaryDirectory() as place:
         folder = words.output or Path(place)
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,10 +135,14 @@ def main() -> None:
             names = [f"section {n:02}" for n in sections]
             result = measured(given[:, None], truth[:, None], names, words.smallest, folder)
         else:
-            result = measured(given[None], truth[None], ["16 sections"], words.smallest, folder)
+            names = ["16 sections"]
+            result = measured(given[None], truth[None], names, words.smallest, folder)
         if words.output:
-            shown = [objects(mask[1:2], words.smallest)[0] for mask in (given, truth)]
-            montage(raw[1], shown[0], shown[1], folder / "mito_instances.png")
+            cut = slice(None) if len(names) == 1 else slice(1, 2)
+            found, expected = objects(given[cut], words.smallest), objects(truth[cut], words.smallest)
+            place = min(SHOWN, len(found) - 1)
+            panels = (raw[cut][place], painted_as_truth(found, expected)[place], expected[place])
+            montage(*(panel[CORNER] for panel in panels), path=folder / "mito_instances.png")
     if words.json:
         print(json.dumps(result.content, indent=1))
         return

@@ -194,8 +194,9 @@ def test_files_that_are_named_exist(path: Path) -> None:
         assert (REPOSITORY / name).exists(), f"{path.name} names {name}, which is absent"
 
 
-def test_the_readmes_picture_is_small() -> None:
-    picture = REPOSITORY / "docs" / "images" / "demo.png"
+@pytest.mark.parametrize("name", ["demo.png", "instances.png"])
+def test_the_readmes_pictures_are_small(name: str) -> None:
+    picture = REPOSITORY / "docs" / "images" / name
     assert picture.stat().st_size < 500_000
     with Image.open(picture) as image:
         image.verify()
