@@ -174,10 +174,7 @@ def verify(
     VolumeError
         If the volume or the output cannot be read or compared.
     """
-    if config.inference.roi is not None or config.inference.mask is not None:
-        raise ConfigError("inference.roi and inference.mask: verify compares whole samples; leave both null")
-    if config.model.ensemble:
-        raise ConfigError("model.ensemble: an ensemble is the mean of its models, so verify them one by one")
+    _require_comparable(config)
     manager = InferenceManager(config, checkpoint)
     engine = manager.engine
     model = load(config, checkpoint)
@@ -187,17 +184,18 @@ def verify(
     reader = open_source(config, engine, source)
     first = _FirstStage(config, engine, source, reader)
     existing = None if output is None else _opened(output, reader)
+    boxes = _samples(reader, engine, samples, largest)
+    if existing is not None and any(scope == "crop" for scope, _ in boxes):
+        raise VolumeError(
+            f"{volume}: is larger than {largest} voxels, so only a crop could be compared, whose "
+            f"statistics are not those of {output}; raise --max-voxels, or verify without an output"
+        )
     found = []
-    for scope, box in _samples(reader, engine, samples, largest):
+    for scope, box in boxes:
         image = reader.read(box)
         theirs = reference.predict(image, _spacing(config, engine, reader), first.theirs(image, box))
         if existing is None:
             ours = manager.predict(image, reader.info.spacing, first.given(box)).labels
-        elif scope == "crop":
-            raise VolumeError(
-                f"{volume}: is larger than {largest} voxels, so only a crop could be compared, whose "
-                f"statistics are not those of {output}; raise --max-voxels, or verify without an output"
-            )
         else:
             ours = existing.read(box)[0]
         found.append(_agreement(scope, box, ours, theirs))
@@ -205,6 +203,13 @@ def verify(
     write_text(certificate, json.dumps(_content(engine, result, volume, output, reader), indent=1) + "\n")
     reader.close()
     return result
+
+
+def _require_comparable(config: Config) -> None:
+    if config.inference.roi is not None or config.inference.mask is not None:
+        raise ConfigError("inference.roi and inference.mask: verify compares whole samples; leave both null")
+    if config.model.ensemble:
+        raise ConfigError("model.ensemble: an ensemble is the mean of its models, so verify them one by one")
 
 
 class _FirstStage:
