@@ -39,6 +39,7 @@ examples:
   connectomics convert MODEL OUTPUT
   connectomics doctor --checkpoint MODEL
   connectomics verify MODEL VOLUME
+  connectomics decode out/NAME_labels.run 'decoding=[{name: connected_components}]' inference.data.output_path=out/
   connectomics reproduce out/NAME_labels.h5
   connectomics status out/NAME_labels.run
   connectomics verify-run out/NAME_labels.run
@@ -94,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--certificate", type=Path, default=Path("certificate.json"), help="JSON file to write")
     text = "labels of the whole volume that a run wrote (else ours are computed), and configuration of ours"
     verify.add_argument("overrides", nargs="*", metavar="OUTPUT, key=value", help=text)
+    text = "turn labels or probabilities into objects: the steps of decoding, a volume of ids and a table"
+    decode = commands.add_parser("decode", help=text, description=text)
+    decode.add_argument("volume", help="a volume, or the RUN folder of an earlier run")
+    decode.add_argument("--config", type=Path, help="YAML file; see tutorials/nnunet_mito_inference.yaml")
+    decode.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. decoding=[…]")
     text = "print the command that made an output"
     again = commands.add_parser("reproduce", help=text, description=text)
     again.add_argument("output", type=Path, help="a final output; its RUN folder lies beside it")
@@ -249,8 +255,17 @@ def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> lis
     for deviation in engine.deviations:
         print(f"not nnU-Net: {deviation}", file=sys.stderr)
     check_output_folder(engine.settings.folder)
+    if not config.decoding:
+        with ProgressBar() as bar:
+            return VolumeProcessor(config, engine, bar).run(sources)
+    from connectomics.build.decoding import check_decoding
+    from connectomics.lightning.decode import decode_outcomes
+
+    check_decoding(config)
     with ProgressBar() as bar:
-        return VolumeProcessor(config, engine, bar).run(sources)
+        outcomes = VolumeProcessor(config, engine, bar).run(sources)
+    with ProgressBar() as bar:
+        return decode_outcomes(config, engine, outcomes, bar)
 
 
 def _ended(outcomes: Sequence[VolumeOutcome]) -> int:
@@ -352,6 +367,19 @@ def _verify(words: argparse.Namespace) -> int:
     )
     print("\n".join(report(result)))
     return 0 if result.passed else FAILED
+
+
+def _decode(words: argparse.Namespace) -> int:
+    config = _configured(words)
+    from connectomics.build.decoding import decodable
+    from connectomics.lightning.decode import Decoder
+    from connectomics.lightning.inference import check_output_folder
+    from connectomics.progress import ProgressBar
+
+    source = decodable(words.volume)
+    check_output_folder(Path(config.inference.data.output_path))
+    with ProgressBar() as bar:
+        return _ended(Decoder(config, bar).run([source]))
 
 
 def _reproduce(words: argparse.Namespace) -> int:
@@ -468,6 +496,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "inspect": _inspect,
     "verify": _verify,
+    "decode": _decode,
     "reproduce": _reproduce,
     "status": _status,
     "verify-run": _verify_run,

@@ -211,12 +211,14 @@ def _import_everything(model: Path) -> None:
     import encodings.latin_1
     import encodings.utf_8_sig  # noqa: F401
 
+    import pyarrow.parquet  # noqa: F401
     from PIL import Image
 
     from connectomics import doctor, progress  # noqa: F401
     from connectomics.build.models import load
     from connectomics.config.load import load_config
     from connectomics.io import hdf5, images, phantom, tiff, zarr_volume  # noqa: F401
+    from connectomics.lightning import decode  # noqa: F401
 
     Image.init()
     load(load_config(None, ["system.device=cpu"]), model)

@@ -6,15 +6,17 @@ import math
 
 from connectomics.build.engine import Engine, EngineModel
 from connectomics.config.schema import Config
+from connectomics.errors import ResourceError
 from connectomics.geometry import vec3
 from connectomics.inference.mask import check_mask_memory, mask_bytes
 from connectomics.io.export import exporting_bytes
 from connectomics.io.stored import READ_BYTES, reading_bytes
 from connectomics.io.volume import VolumeInfo
-from connectomics.pipeline.memory import Budget, Work
-from connectomics.pipeline.planning import BlockPlan, plan_blocks
+from connectomics.pipeline.memory import LIBRARY_BYTES, Budget, Work
+from connectomics.pipeline.planning import REFUSAL_STEP_BYTES, BlockPlan, plan_blocks
 from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.survey import survey_bytes
+from connectomics.pipeline.workshop import CHUNK, VOXEL_BYTES
 
 
 def plan_volume(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo) -> tuple[BlockPlan, int]:
@@ -76,3 +78,32 @@ def _budget(
     chunk_bytes = math.prod(info.chunk_shape) * info.channels * info.dtype.itemsize
     decides = info.chunk_shape if chunk_bytes > READ_BYTES else None
     return Budget(host, taken, passing, engine.device_bytes, decides), readers
+
+
+def decoding_bytes(info: VolumeInfo, budget_bytes: int, base_bytes: int) -> int:
+    """Host memory that a block may take whose objects are found.
+
+    Parameters
+    ----------
+    info
+        What is read.
+    budget_bytes
+        Of the process.
+    base_bytes
+        What it takes before.
+
+    Raises
+    ------
+    ResourceError
+        If it does not suffice for the smallest blocks.
+    """
+    taken = base_bytes + reading_bytes(info) + LIBRARY_BYTES
+    least = VOXEL_BYTES * CHUNK**3
+    if budget_bytes < taken + least:
+        steps = -(-(taken + least) // REFUSAL_STEP_BYTES) + 1
+        raise ResourceError(
+            f"finding objects needs {(taken + least) / 1e9:.3f} GB, {taken / 1e9:.3f} GB of it for the program and for "
+            f"reading; the memory budget is {budget_bytes / 1e9:.3f} GB; raise system.memory_budget_gb to at least "
+            f"{steps * REFUSAL_STEP_BYTES / 1e9:.2f}"
+        )
+    return budget_bytes - taken

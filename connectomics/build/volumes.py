@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from connectomics.build.cascade import checked_labels, first_stage_config, open_previous
 from connectomics.build.engine import Engine, EngineModel, versions
-from connectomics.build.plan import plan_volume
+from connectomics.build.plan import decoding_bytes, plan_volume
+from connectomics.config.load import written
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, VolumeError
 from connectomics.fingerprint import key_of
@@ -314,6 +314,7 @@ def job_of(
         _command(config, engine, source),
         readers,
         wanted,
+        decoding_bytes(reader.info, engine.settings.budget_bytes, engine.base_bytes),
     )
 
 
@@ -341,7 +342,7 @@ def _command(config: Config, engine: Engine, source: VolumeSource) -> tuple[str,
     stated, default = _leaves(dataclasses.asdict(config)), _leaves(dataclasses.asdict(Config()))
     changed = {k: v for k, v in stated.items() if v != default[k] and not k.startswith(ELSEWHERE)}
     changed["inference.volume_mode.file_list"] = list(source.uris)
-    words = (f"{key}={json.dumps(value)}" for key, value in sorted(changed.items()))
+    words = (f"{key}={written(value)}" for key, value in sorted(changed.items()))
     return ("infer-volume", "--checkpoint", str(engine.models[0].checkpoint), *words)
 
 

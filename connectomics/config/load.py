@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import json
 import re
 import types
 import typing
@@ -21,11 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from connectomics.config.decoding import read_steps
 from connectomics.config.schema import Config
 from connectomics.config.validation import shown, validate
 from connectomics.errors import ConfigError
 
 _FILE_LIST = "inference.volume_mode.file_list"
+_DECODING = "decoding"
 _INTERPOLATION = re.compile(r"\$\{(?:[\w.]+|oc\.env:[^${}]+)\}")
 _LARGEST_BYTES = 1 << 20
 _MOST_VALUES = 100_000
@@ -228,8 +231,25 @@ def _typed(values: Mapping[str, object]) -> Config:
         if dataclasses.is_dataclass(kind):
             OmegaConf.set_readonly(OmegaConf.select(config, key), False)
     for key, value in values.items():
-        _put(config, key, _read_file_list(value) if key == _FILE_LIST else value)
-    return typing.cast(Config, OmegaConf.to_object(config))
+        if key != _DECODING:
+            _put(config, key, _read_file_list(value) if key == _FILE_LIST else value)
+    steps = read_steps(values.get(_DECODING, []))
+    return dataclasses.replace(typing.cast(Config, OmegaConf.to_object(config)), decoding=steps)
+
+
+def written(value: object) -> str:
+    """A value as it stands behind ``key=`` on the command line.
+
+    Examples
+    --------
+    >>> written([{"name": "filters", "min_voxels": 3, "max_voxels": None}])
+    '[{name: "filters", min_voxels: 3, max_voxels: null}]'
+    """
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {written(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(written, value)) + "]"
+    return json.dumps(value)
 
 
 def _put(config: DictConfig, key: str, value: object) -> None:

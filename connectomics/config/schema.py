@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,7 @@ class Output:
 
     formats: list[str] = field(default_factory=lambda: ["h5"])
     pyramid: bool = True
+    table: str = "parquet"
     save_probabilities: bool = False
     overwrite: bool = False
 
@@ -202,4 +204,5 @@ class Config:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     inference: Inference = field(default_factory=Inference)
+    decoding: list[Any] = field(default_factory=list)  # of ``config.decoding.DecodingStep``
     test: KnownAnswers = field(default_factory=KnownAnswers)

@@ -17,6 +17,7 @@ SEMANTIC_METRICS = ("dice", "iou", "precision", "recall")
 INSTANCE_METRICS = ("ap", "f1", "pq", "voi", "arand")
 METRICS = SEMANTIC_METRICS + INSTANCE_METRICS
 LARGEST_WINDOW = 4096
+TABLES = ("parquet", "csv", "none")
 BLENDINGS = ("gaussian", "constant")
 ENGINES = ("nnunet", "monai")
 PADDINGS = ("constant", "reflect", "replicate", "circular")
@@ -310,6 +311,7 @@ def _output(inference: Inference) -> None:
     rule = f"must name at least one of {', '.join(FORMATS)}"
     _require(len(output.formats) > 0, "inference.output.formats", output.formats, rule)
     _subset_of(FORMATS, "inference.output.formats", output.formats)
+    _one_of(TABLES, "inference.output.table", output.table)
 
 
 def _known_answers(test: KnownAnswers) -> None:

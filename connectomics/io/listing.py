@@ -185,7 +185,7 @@ def without_results(uris: Sequence[str], suffix: str) -> list[str]:
     """Leave out what an earlier run wrote into the same folder: ``STEM_<suffix>`` beside ``STEM``."""
     stems = {_place(u) for u in uris}
     stems |= {(folder, match["stem"]) for folder, stem in stems if (match := CHANNEL.match(stem))}
-    names = (f"_{suffix}", f"_{suffix}_probabilities")
+    names = (f"_{suffix}", f"_{suffix}_probabilities", f"_{suffix}_instances")
     endings = (*names, *(f"{name}_png" for name in names))
 
     def is_result(uri: str) -> bool:

@@ -35,10 +35,10 @@ from connectomics.io.listing import VolumeSource
 from connectomics.io.volume import Array, Spacing, VolumeInfo
 from connectomics.lightning.cascade import previous_labels
 from connectomics.pipeline.contracts import RunReport
-from connectomics.pipeline.finish import check_names
+from connectomics.pipeline.finish import check_names, settle, work_folder
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter
 from connectomics.pipeline.retry import SYSTEMIC, errno_of
-from connectomics.pipeline.run import run_volume, settle
+from connectomics.pipeline.run import run_volume
 
 NOT_BEGUN = "not begun, because the disk of the results refused; mend that and run again"
 EXPECTED = (ConnectomicsError, OSError, MemoryError)  # what may go wrong without a mistake of ours
@@ -285,23 +285,19 @@ class VolumeProcessor:
             return None
         if any(o.missing(settings.folder) for o in outputs):
             return None
-        settle(run_folder(self._config, source), outputs, settings)
-        return tuple(p for o in outputs for p in o.paths(settings.folder).values())
+        folder = run_folder(self._config, source)
+        paths = tuple(p for o in outputs for p in o.paths(settings.folder).values())
+        settle(folder, work_folder(folder, outputs, settings.program), paths)
+        return paths
 
     def _attempt(self, source: VolumeSource) -> VolumeOutcome:
         """Run one volume; whatever goes wrong is its outcome, never another volume's."""
         began = time.perf_counter()
         try:
-            with _RunLog(run_folder(self._config, source)):
+            with RunLog(run_folder(self._config, source)):
                 paths, report = self._process(source)
-        except Exception as error:  # noqa: BLE001 - the runner's one broad catch: a failure stays with its volume
-            reason = " ".join((str(error) or "out of memory").split())
-            if isinstance(error, OSError):
-                reason += "; free the disk or mend the permission, then run again"
-            if not isinstance(error, EXPECTED):
-                reason = f"{type(error).__name__}: {reason} (unexpected; the traceback is in run.log)"
-            storage = not isinstance(error, VolumeError) and errno_of(error) in SYSTEMIC
-            return VolumeOutcome(source.name, "failed", reason, seconds=time.perf_counter() - began, storage=storage)
+        except Exception as error:  # noqa: BLE001 - the runner's broad catch: a failure stays with its volume
+            return failed_outcome(source.name, error, time.perf_counter() - began)
         return VolumeOutcome(source.name, "done", "", paths, report, time.perf_counter() - began)
 
     def _process(self, source: VolumeSource) -> tuple[tuple[Path, ...], RunReport]:
@@ -321,6 +317,17 @@ class VolumeProcessor:
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report
 
 
+def failed_outcome(name: str, error: Exception, seconds: float) -> VolumeOutcome:
+    """The outcome of a volume that an error ended."""
+    reason = " ".join((str(error) or "out of memory").split())
+    if isinstance(error, OSError):
+        reason += "; free the disk or mend the permission, then run again"
+    if not isinstance(error, EXPECTED):
+        reason = f"{type(error).__name__}: {reason} (unexpected; the traceback is in run.log)"
+    storage = not isinstance(error, VolumeError) and errno_of(error) in SYSTEMIC
+    return VolumeOutcome(name, "failed", reason, seconds=seconds, storage=storage)
+
+
 class _LogFile(logging.FileHandler):
     """A log that stays silent when its line cannot be written: the disk is full, and the run will say so."""
 
@@ -328,7 +335,7 @@ class _LogFile(logging.FileHandler):
         """Let the line go."""
 
 
-class _RunLog:
+class RunLog:
     """While open, everything the package logs also goes to ``run.log`` in a RUN folder."""
 
     def __init__(self, folder: Path) -> None:

@@ -1,29 +1,30 @@
-"""The last stage of a run: filters on the whole volume, pyramids and exports under final names, stamps."""
+"""The last stage of a run: filters of whole objects, pyramids and exports under final names, stamps, checksums."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from connectomics.decode.filters import fill_holes, remove_small_objects
-from connectomics.errors import OutputError, ResourceError
-from connectomics.geometry import BlockGrid, Box, Vec3
-from connectomics.io.atomic import discard, fsync_path, put_in_place
+from connectomics.errors import OutputError
+from connectomics.fingerprint import key_of
+from connectomics.geometry import BlockGrid
+from connectomics.io.atomic import discard, put_in_place
+from connectomics.io.digests import write_digests
 from connectomics.io.export import PYRAMIDS, export_file, export_path, multiscale_of, read_stamp, require_exportable
 from connectomics.io.source import reason
-from connectomics.io.store import Store, create_store, open_store
+from connectomics.io.store import Store
 from connectomics.io.volume import Array, VolumeInfo
 from connectomics.pipeline.blocks import RunStage
-from connectomics.pipeline.predict import LABELS
+from connectomics.pipeline.filtering import Room, filter_labels
+from connectomics.pipeline.lease import tidy
+from connectomics.pipeline.predict import PROBABILITIES
 from connectomics.pipeline.pyramid import Pyramid, discard_ledgers, fill_pyramid
+from connectomics.pipeline.run_folder import LEDGER, WORKERS, checksums_of
 
 log = logging.getLogger(__name__)
-FILTER_COPIES = 12  # bytes a voxel that labelling components needs at once: 4 to 8 of ids, masks, the volume twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Output:
     Parameters
     ----------
     name
-        Of the working store: ``labels`` or ``probabilities``.
+        Of the working store: ``labels``, ``probabilities`` or ``objects``.
     stem
         Final file name without its suffix.
     result_key
@@ -112,38 +113,9 @@ def check_names(outputs: Sequence[Output], folder: Path, *, overwrite: bool) -> 
         )
 
 
-def check_memory(filters: Filters, extent: Vec3, dtype: np.dtype[Any], budget_bytes: int) -> None:
-    """Refuse filters whose volume does not fit the memory budget, before any work is done.
-
-    Raises
-    ------
-    ResourceError
-        Saying what they need.
-    """
-    need = Box.of_shape(extent).voxels * (dtype.itemsize * 2 + FILTER_COPIES)
-    if filters.active and need > budget_bytes:
-        raise ResourceError(
-            f"removing small objects and filling holes needs the whole volume of {extent} voxels in memory, about "
-            f"{need / 1e9:.2f} GB, the budget is {budget_bytes / 1e9:.2f} GB; raise system.memory_budget_gb or set "
-            "inference.postprocessing.binary.remove_small_objects=0 and fill_holes=false"
-        )
-
-
-def filter_store(store: Store, grid: BlockGrid, target: Path, filters: Filters) -> Store:
-    """Apply whole-volume filters to a store of labels; the filtered one stands at ``target``."""
-    if target.exists():
-        return open_store(target)
-    info = store.info
-    labels = filters.apply(store.read(Box.of_shape(info.extent))[0])
-    partial = target.with_name(target.name + ".partial")
-    discard(partial)
-    filtered = create_store(partial, info, shard_shape=grid.block_shape, attributes={})
-    for block in grid:
-        filtered.write(block.core, labels[None][(slice(None), *block.core.slices)])
-    filtered.close()
-    partial.replace(target)
-    fsync_path(target.parent)
-    return open_store(target)
+def filter_store(store: Store, grid: BlockGrid, room: Room, filters: Filters) -> Store:
+    """Apply filters of whole objects to a store of labels."""
+    return filter_labels(store, grid, room, minimum_voxels=filters.minimum_voxels, fill_holes=filters.fill_holes)
 
 
 def check_exportable(output: Output, info: VolumeInfo, folder: Path, budget_bytes: int) -> None:
@@ -195,7 +167,7 @@ def _export_pyramid(
     store: Store, output: Output, form: str, path: Path, stamp: dict[str, object], work: Path, run: RunStage
 ) -> None:
     """Build a chunked output in the work folder, stamp it and move it to its final name."""
-    labels, most = output.name == LABELS, None if output.pyramid else 1
+    labels, most = output.name != PROBABILITIES, None if output.pyramid else 1
     image = multiscale_of(form, store.info, path, labels=labels, levels=most)
     itself = form == "zarr"
     place = store.path if itself else work / f"{output.name}.{form}"
@@ -212,3 +184,36 @@ def _export_pyramid(
             f"cannot write {path}: {reason(error)}. Free disk space or mend the permission, then run again; the "
             f"computed blocks are kept in {place}."
         ) from error
+
+
+def work_folder(run_folder: Path, outputs: Sequence[Output], program: str) -> Path:
+    """Where the unfinished work on these results lies."""
+    facts: dict[str, object] = {o.name: o.result_key for o in outputs}
+    return run_folder / key_of(facts | {"program": program})[:16]
+
+
+def unseal(run_folder: Path, path: Path) -> None:
+    """Forget the checksums of a final output that is about to be replaced."""
+    checksums_of(run_folder, path).unlink(missing_ok=True)
+
+
+def seal(run_folder: Path, paths: Iterable[Path]) -> None:
+    """Keep the checksums of final outputs that have none yet."""
+    for path in paths:
+        if path.exists() and not checksums_of(run_folder, path).exists():
+            write_digests(path, checksums_of(run_folder, path))
+
+
+def discard_stores(work: Path) -> None:
+    """Remove all that lies in a work folder but ledgers and leases."""
+    for path in list(work.iterdir()):
+        if path.is_dir() and not path.name.startswith((LEDGER, WORKERS)):
+            discard(path)
+
+
+def settle(run_folder: Path, work: Path, paths: Iterable[Path]) -> None:
+    """Do for finished outputs what a kill after the last export left undone: checksums, tidying."""
+    if not work.is_dir() or not tidy(work / WORKERS):
+        return
+    seal(run_folder, paths)
+    discard_stores(work)

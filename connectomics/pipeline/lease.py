@@ -124,10 +124,14 @@ class Worker:
     def wait_until_free(self, prefix: str) -> None:
         """Wait while another living worker holds a lease whose name begins so."""
         for pause in pauses():
-            leases = [(lease, _holder(lease)) for lease in self._folder.glob(f"{prefix}*{LEASE}")]
-            if all(h is None or h == self._heartbeat.name or self._is_stale(p, h) for p, h in leases):
+            if self.is_free(prefix):
                 return
             time.sleep(pause)
+
+    def is_free(self, prefix: str) -> bool:
+        """Whether no other living worker holds a lease whose name begins so."""
+        leases = [(lease, _holder(lease)) for lease in self._folder.glob(f"{prefix}*{LEASE}")]
+        return all(h is None or h == self._heartbeat.name or self._is_stale(p, h) for p, h in leases)
 
     def _path(self, name: str) -> Path:
         return self._folder / (name + LEASE)

@@ -9,7 +9,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,20 +19,31 @@ from connectomics.errors import OutputError, QuarantineError
 from connectomics.fingerprint import key_of
 from connectomics.geometry import Box
 from connectomics.io.atomic import discard, write_text
-from connectomics.io.digests import write_digests
 from connectomics.io.store import Store, create_store, discard_locks, open_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
 from connectomics.pipeline.blocks import BlocksDone, OnBlock, RunStage, failure_message, run_blocks, void_lost
 from connectomics.pipeline.contracts import Executor, RunReport
-from connectomics.pipeline.finish import Filters, Output, check_exportable, check_memory, export_output, filter_store
-from connectomics.pipeline.lease import STALE_S, Worker, tidy
+from connectomics.pipeline.filtering import Room
+from connectomics.pipeline.finish import (
+    Filters,
+    Output,
+    check_exportable,
+    discard_stores,
+    export_output,
+    filter_store,
+    seal,
+    unseal,
+    work_folder,
+)
+from connectomics.pipeline.lease import STALE_S, Worker
 from connectomics.pipeline.ledger import Ledger, plan_of
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter, Surveyed
 from connectomics.pipeline.retry import PAUSES_S, PatientReader
-from connectomics.pipeline.run_folder import FILTERED, HOUSE, LEDGER, SURVEY, WORKERS, checksums_of
+from connectomics.pipeline.run_folder import FILTERED, HOUSE, LEDGER, SURVEY, WORKERS
 from connectomics.pipeline.survey import load_survey, save_survey
 from connectomics.pipeline.wanted import Wanted
+from connectomics.pipeline.workshop import BLOCK_VOXELS, VOXEL_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +84,10 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True)
 class VolumeJob:
-    """One volume and what is wanted of it: ``readers`` threads survey it; without ``wanted`` every voxel is."""
+    """One volume and what is wanted of it: ``readers`` threads survey it; without ``wanted`` every voxel is.
+
+    ``filter_block_bytes`` is what filtering a block may take.
+    """
 
     name: str
     run_folder: Path
@@ -86,6 +100,7 @@ class VolumeJob:
     command: tuple[str, ...]
     readers: int = 1
     wanted: Wanted | None = None
+    filter_block_bytes: int = BLOCK_VOXELS * VOXEL_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +137,9 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
         If the volume cannot be finished; finished blocks are kept and a rerun continues.
     """
     began = time.perf_counter()
-    check_memory(job.filters, job.reader.info.extent, job.segmenter.labels.dtype, settings.budget_bytes)
     for output in job.outputs:
         check_exportable(output, _info_of(job, output.name, job.plan), settings.folder, settings.budget_bytes)
-    work = _work_folder(job.run_folder, job.outputs, settings.program)
+    work = work_folder(job.run_folder, job.outputs, settings.program)
     _make_work_folder(work)
     reader = PatientReader(job.reader, job.name, settings.pauses_s)
     if job.wanted is not None:
@@ -196,10 +210,10 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, run: Run
         write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
     for output in pending:
         _export(prepared, job, output, settings, stamp, run)
-    _seal(job.run_folder, job.outputs, settings.folder)
+    seal(job.run_folder, (p for o in job.outputs for p in o.paths(settings.folder).values()))
     for store in prepared.stores.values():
         store.close()
-    _discard_stores(prepared.work)
+    discard_stores(prepared.work)
 
 
 def _export(
@@ -213,10 +227,11 @@ def _export(
     store, filtered = prepared.stores[output.name], prepared.work / FILTERED
     source = store
     if output.name == LABELS and job.filters.active:
-        source = filter_store(store, prepared.ledger.grid, filtered, job.filters)
+        room = Room(prepared.work, run, job.filter_block_bytes)
+        source = filter_store(store, prepared.ledger.grid, room, job.filters)
     discard_locks(source.path)
     for form in output.missing(settings.folder):  # what stands there is replaced
-        checksums_of(job.run_folder, output.paths(settings.folder)[form]).unlink(missing_ok=True)
+        unseal(job.run_folder, output.paths(settings.folder)[form])
     export_output(source, output, settings.folder, stamp, prepared.work, run)
     source.close()
     store.close()
@@ -242,35 +257,8 @@ def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: floa
     return report
 
 
-def settle(run_folder: Path, outputs: Sequence[Output], settings: RunSettings) -> None:
-    """Do for finished outputs what a kill after the last export left undone: checksums, tidying."""
-    work = _work_folder(run_folder, outputs, settings.program)
-    if not work.is_dir() or not tidy(work / WORKERS):
-        return
-    _seal(run_folder, outputs, settings.folder)
-    _discard_stores(work)
-
-
-def _seal(run_folder: Path, outputs: Sequence[Output], folder: Path) -> None:
-    """Keep the checksums of final outputs that have none yet."""
-    for path in (path for output in outputs for path in output.paths(folder).values()):
-        if path.exists() and not checksums_of(run_folder, path).exists():
-            write_digests(path, checksums_of(run_folder, path))
-
-
-def _discard_stores(work: Path) -> None:
-    for path in list(work.iterdir()):
-        if path.is_dir() and not path.name.startswith((LEDGER, WORKERS)):
-            discard(path)
-
-
 def _result_keys(job: VolumeJob) -> dict[str, object]:
     return {o.name: o.result_key for o in job.outputs}
-
-
-def _work_folder(run_folder: Path, outputs: Sequence[Output], program: str) -> Path:
-    facts: dict[str, object] = {o.name: o.result_key for o in outputs}
-    return run_folder / key_of(facts | {"program": program})[:16]
 
 
 def _make_work_folder(work: Path) -> None:

@@ -78,22 +78,23 @@ class RunStatus:
 
     def lines(self) -> list[str]:
         """For the screen."""
-        lines = [f"{'survey':12} {'done' if self.surveyed else 'not kept'}"]
+        wide = max(12, *(len(s.stage) for s in self.stages))
+        lines = [f"{'survey':{wide}} {'done' if self.surveyed else 'not kept'}"]
         for s in self.stages:
-            line = f"{s.stage:12} {s.done}/{s.planned} blocks ({s.done / s.planned:.1%})"
+            line = f"{s.stage:{wide}} {s.done}/{s.planned} blocks ({s.done / s.planned:.1%})"
             line += f", {len(s.quarantined)} quarantined" if s.quarantined else ""
             if s.left_s is not None:
                 line += f", {s.blocks_per_s:.3g} blocks/s, about {_duration(s.left_s)} left"
             if s.last_block_s_ago is not None:
                 line += f", last block {_duration(s.last_block_s_ago)} ago"
             lines.append(line)
-            lines += [f"{'':12} quarantined: {key}" for key in s.quarantined[:SHOWN]]
-        lines += [f"{'worker':12} {w['host']}, process {w['pid']}, since {_date(w['since'])}" for w in self.workers]
+            lines += [f"{'':{wide}} quarantined: {key}" for key in s.quarantined[:SHOWN]]
+        lines += [f"{'worker':{wide}} {w['host']}, process {w['pid']}, since {_date(w['since'])}" for w in self.workers]
         if not self.workers:
-            lines.append(f"{'workers':12} none")
-        lines += [f"{'finished':12} {name}" for name in self.finished]
+            lines.append(f"{'workers':{wide}} none")
+        lines += [f"{'finished':{wide}} {name}" for name in self.finished]
         if self.last_error:
-            lines.append(f"{'last error':12} {self.last_error}")
+            lines.append(f"{'last error':{wide}} {self.last_error}")
         return lines
 
 

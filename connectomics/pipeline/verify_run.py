@@ -14,6 +14,7 @@ from connectomics.io.atomic import discard
 from connectomics.io.digests import SUFFIX, digests, is_intact
 from connectomics.io.export import read_stamp
 from connectomics.pipeline.blocks import is_kept
+from connectomics.pipeline.filtering import discard_unfinished
 from connectomics.pipeline.lease import Worker
 from connectomics.pipeline.ledger import Ledger, read_header
 from connectomics.pipeline.run_folder import CHECKSUMS, FILTERED, HOUSE, WORKERS, ledger_folders, stage_of, work_folders
@@ -63,7 +64,7 @@ def verify_run(run: Path, sample: int | None = None) -> list[Finding]:
 
 
 def _verify_blocks(work: Path, sample: int | None) -> Iterator[Finding]:
-    stores = {path.name for path in work.glob("*.zarr")}
+    stores = {path.name for path in work.iterdir() if path.is_dir()}
     with Worker(work / WORKERS) as worker, worker.alone(HOUSE):
         for folder in ledger_folders(work):
             ledger = Ledger.existing(folder)
@@ -79,6 +80,7 @@ def _verify_blocks(work: Path, sample: int | None) -> Iterator[Finding]:
             ledger.close()
             if damaged:
                 discard(work / FILTERED)
+                discard_unfinished(work)
             if read:
                 yield Finding(
                     f"{work.name}, blocks of {stage_of(folder)}", read, tuple(damaged), "the next run mends them"
@@ -129,7 +131,7 @@ def _reopened(output: Path, works: list[Path], damaged: dict[str, str]) -> bool:
                             wanted[file] = (name, record.block)
                             store = path.partition("/")[0]
                 if set(wanted) != set(damaged):
-                    return False
+                    continue  # of another stage
                 with Worker(work / WORKERS) as worker, worker.alone(HOUSE):
                     for name, block in wanted.values():
                         ledger.void(name, block)

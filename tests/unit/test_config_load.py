@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from connectomics.config.decoding import Filters
 from connectomics.config.load import known_keys, load_config
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError
@@ -109,8 +110,10 @@ KEYS: list[tuple[str, str, object, tuple[str, ...]]] = [
     ),
     ("inference.output.formats", "[h5,zarr,tiff,png]", ["h5", "zarr", "tiff", "png"], ()),
     ("inference.output.pyramid", "false", False, ()),
+    ("inference.output.table", "csv", "csv", ()),
     ("inference.output.save_probabilities", "true", True, ()),
     ("inference.output.overwrite", "true", True, ()),
+    ("decoding", "[{name: filters, min_voxels: 3}]", [dataclasses.asdict(Filters(min_voxels=3))], ()),
     ("test.data.test_image", "a.h5", ["a.h5"], ()),
     ("test.data.test_label", "[b.h5]", ["b.h5"], ("test.data.test_image=a.h5",)),
     ("test.data.test_prediction", "[a.h5,b.h5]", ["a.h5", "b.h5"], ()),

@@ -527,6 +527,24 @@ def voxel_size(result: Result) -> Any:
         return list(file["main"].attrs.get("voxel_size_nm", []))
 
 
+DECODED = "decoding=[{name: connected_components, connectivity: 6}, {name: filters, min_voxels: 3}]"
+
+
+def decoded(world: World) -> bool:
+    """Objects of the labels, numbered and filtered; the table has the probabilities that were saved."""
+    import cc3d
+    import pyarrow.parquet
+
+    result = world.run(DECODED, SAVE)
+    ids = cc3d.connected_components(result.read(), connectivity=6)
+    sizes = np.bincount(ids.ravel())
+    kept = np.where(sizes[ids] >= 3, ids, 0)
+    table = pyarrow.parquet.read_table(result.output / "v_labels_instances.parquet").to_pydict()
+    likely = [result.probabilities[1][kept == i].mean() for i in table["id"]]
+    assert 0 < len(table["id"]) < ids.max()
+    return np.array_equal(result.read("v_labels_instances"), kept) and np.allclose(table["mean_probability"], likely)
+
+
 TABLE: Mapping[str, Check] = {
     "experiment_name": changes(provenance("experiment_name"), "experiment_name=mine"),
     "description": changes(provenance("description"), "description='of mine'"),
@@ -616,10 +634,19 @@ TABLE: Mapping[str, Check] = {
         "inference.output.pyramid=false",
         given=["inference.output.formats=[n5]", "inference.block_shape=[1,16,16]"],
     ),
+    "inference.output.table": lambda world: (
+        names_of(world.run(DECODED, "inference.output.table=csv"))
+        == {
+            "v_labels.h5",
+            "v_labels_instances.h5",
+            "v_labels_instances.csv",
+        }
+    ),
     "inference.output.save_probabilities": lambda world: (
         names_of(world.run(SAVE)) == {"v_labels.h5", "v_labels_probabilities.h5"}
     ),
     "inference.output.overwrite": overwrite,
+    "decoding": decoded,
     "test.data.test_image": known_image,
     "test.data.test_label": known_label,
     "test.data.test_prediction": known_prediction,

@@ -11,14 +11,14 @@ from pathlib import Path
 import h5py
 import pytest
 
-from connectomics.errors import OutputError, ResourceError, VolumeError
+from connectomics.errors import OutputError, VolumeError
 from connectomics.executors.serial import SerialExecutor
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.finish import Filters, Output
+from connectomics.pipeline.finish import Filters, Output, settle, work_folder
 from connectomics.pipeline.lease import Worker
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, Member
-from connectomics.pipeline.run import VolumeJob, run_volume, settle
+from connectomics.pipeline.run import RunSettings, VolumeJob, run_volume
 
 from small_runs import (
     BLOCKS,
@@ -155,13 +155,6 @@ def test_filters_see_the_whole_volume(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("v_labels.run/*/*.zarr"))
 
 
-def test_filters_beyond_the_budget_are_refused_before_any_work(tmp_path: Path) -> None:
-    job = job_in(tmp_path, filters=Filters(fill_holes=True))
-    with pytest.raises(ResourceError, match=r"system\.memory_budget_gb"):
-        run(tmp_path, job, budget_bytes=1000)
-    assert not cores(job)
-
-
 def test_formats_that_cannot_hold_an_output_are_refused_before_any_work(tmp_path: Path) -> None:
     for form, budget, finding in (
         ("precomputed", 1 << 30, r"v_labels\.precomputed: precomputed states voxel sizes"),
@@ -206,6 +199,12 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         run(tmp_path, job_in(tmp_path))
 
 
+def settled(job: VolumeJob, settings: RunSettings) -> None:
+    """As the next run finds the outputs complete."""
+    work = work_folder(job.run_folder, job.outputs, settings.program)
+    settle(job.run_folder, work, (path for o in job.outputs for path in o.paths(settings.folder).values()))
+
+
 def test_what_a_kill_after_the_last_export_left_is_settled_and_other_work_stays(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     job, other = job_in(tmp_path), job_in(tmp_path, key="other")
@@ -214,12 +213,12 @@ def test_what_a_kill_after_the_last_export_left_is_settled_and_other_work_stays(
             run(tmp_path, unfinished, Failing(after=1))
     assert len(list(tmp_path.glob("v_labels.run/*/labels.zarr"))) == 2
     (tmp_path / "v_labels.h5").write_bytes(b"finished")
-    settle(job.run_folder, job.outputs, settings)
+    settled(job, settings)
     assert len(list(tmp_path.glob("v_labels.run/*/labels.zarr"))) == 1
     assert len(list(tmp_path.glob("v_labels.run/*/ledger/header.json"))) == 2
     record = tmp_path / "v_labels.run" / "checksums" / "v_labels.h5.sha256"
     assert record.read_text() == f"{hashlib.sha256(b'finished').hexdigest()}  v_labels.h5\n"
-    settle(tmp_path / "absent.run", job.outputs, settings)
+    settled(replace(job, run_folder=tmp_path / "absent.run"), settings)
     assert not (tmp_path / "absent.run").exists()
 
 
@@ -229,5 +228,5 @@ def test_the_work_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
         run(tmp_path, job, Failing(after=1))
     (work,) = (path for path in job.run_folder.iterdir() if path.is_dir())
     with Worker(work / "workers"):
-        settle(job.run_folder, job.outputs, settings_in(tmp_path))
+        settled(job, settings_in(tmp_path))
         assert (work / "labels.zarr").is_dir()

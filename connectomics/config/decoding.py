@@ -1,0 +1,143 @@
+"""``decoding``: the list of steps that turn labels into objects, each with keys of its own.
+
+``connectomics.config.load`` reads the list with ``read_steps``; ``build`` reads the steps. A further step is one more
+class here, in ``STEPS``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from connectomics.config.validation import shown
+from connectomics.errors import ConfigError
+
+CONNECTIVITIES = (4, 8, 6, 18, 26)
+HOLES = ("off", "2d", "3d")
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectedComponents:
+    """Objects are connected voxels of one label, numbered by their first voxel.
+
+    ``connectivity`` is 6, 18 or 26, or 4 or 8 within sections. ``threshold`` makes foreground of probabilities, of
+    ``channel``. With ``per_class`` false all labels count as one. ``probabilities`` names a volume for the table.
+    """
+
+    name: str = "connected_components"
+    connectivity: int = 26
+    threshold: float | None = None
+    channel: int = 0
+    per_class: bool = True
+    probabilities: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Whole objects are dropped by size, border and rank, then holes of the others are filled."""
+
+    name: str = "filters"
+    min_voxels: int = 0
+    max_voxels: int | None = None
+    min_volume_nm3: float | None = None
+    max_volume_nm3: float | None = None
+    drop_border: bool = False
+    keep_largest: int | None = None
+    fill_holes: str = "off"
+
+
+DecodingStep = ConnectedComponents | Filters
+STEPS: Mapping[str, type[DecodingStep]] = {"connected_components": ConnectedComponents, "filters": Filters}
+
+
+def read_steps(value: object) -> list[DecodingStep]:
+    """The steps of a list of mappings.
+
+    Raises
+    ------
+    ConfigError
+        If it is no such list, a name or key is unknown, or a value has the wrong type or is impossible.
+    """
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        raise ConfigError(
+            f"decoding is {shown(value)}, expected a list of steps, such as [{{name: connected_components}}]"
+        )
+    steps = [_step(f"decoding[{i}]", item) for i, item in enumerate(value)]
+    for i, step in enumerate(steps):
+        for key, (possible, rule) in _RULES[type(step)](step).items():
+            if not possible:
+                found = shown(dataclasses.asdict(step)[key])
+                raise ConfigError(f"decoding[{i}].{key} is {found}, but {rule}")
+    return steps
+
+
+def _step(where: str, stated: Mapping[str, object]) -> DecodingStep:
+    name = stated.get("name")
+    if name not in STEPS:
+        near = _nearest(str(name), STEPS)
+        raise ConfigError(f"{where}.name is {shown(name)}, known steps are {', '.join(STEPS)}{near}")
+    kind = STEPS[str(name)]
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, value in stated.items():
+        if key not in hints:
+            raise ConfigError(
+                f"{where}: unknown key {shown(key)} of {name}, which has {', '.join(hints)}{_nearest(key, hints)}"
+            )
+        values[key] = _typed(f"{where}.{key}", hints[key], value)
+    return kind(**values)
+
+
+def _nearest(word: str, known: Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _typed(key: str, hint: Any, value: object) -> Any:
+    optional = isinstance(hint, types.UnionType)
+    kind = typing.get_args(hint)[0] if optional else hint
+    if value is None and optional:
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{key} is {shown(value)}, expected {_TYPE_NAMES[kind]}{', or null' if optional else ''}")
+    return str(value) if kind is str else value  # Hydra's quoted text is a class of its own
+
+
+Rules = Mapping[str, tuple[bool, str]]
+
+
+def _component_rules(step: Any) -> Rules:
+    return {
+        "connectivity": (step.connectivity in CONNECTIVITIES, f"must be one of {', '.join(map(str, CONNECTIVITIES))}"),
+        "channel": (step.channel >= 0, "must be 0 or more"),
+        "probabilities": (step.probabilities is None or step.threshold is None, "the threshold's volume has them"),
+    }
+
+
+def _filter_rules(step: Any) -> Rules:
+    def at_least(minimum: float, value: float | None) -> bool:
+        return value is None or value >= minimum
+
+    most, least = step.max_voxels, step.min_voxels
+    return {
+        "min_voxels": (least >= 0, "must be 0 or more"),
+        "max_voxels": (at_least(max(least, 0), most), "must be min_voxels or more"),
+        "min_volume_nm3": (at_least(0, step.min_volume_nm3), "must be 0 or more"),
+        "max_volume_nm3": (at_least(step.min_volume_nm3 or 0, step.max_volume_nm3), "must be min_volume_nm3 or more"),
+        "keep_largest": (at_least(1, step.keep_largest), "must be 1 or more"),
+        "fill_holes": (step.fill_holes in HOLES, f"must be one of {', '.join(HOLES)}"),
+    }
+
+
+_RULES: Mapping[type[DecodingStep], Callable[[Any], Rules]] = {
+    ConnectedComponents: _component_rules,
+    Filters: _filter_rules,
+}

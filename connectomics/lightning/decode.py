@@ -1,0 +1,157 @@
+"""``Decoder``: brings volumes of labels to objects; finished ones are skipped, unfinished ones continued."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from connectomics.build.decoding import (
+    Decodable,
+    check_decoding,
+    decode_job,
+    open_decodable,
+    output_of,
+    run_folder_of,
+    stated_probabilities,
+    table_of,
+)
+from connectomics.build.engine import Engine, memory_budget_bytes, program_version
+from connectomics.config.schema import Config
+from connectomics.errors import ConnectomicsError
+from connectomics.executors.serial import SerialExecutor
+from connectomics.io.opening import open_volume
+from connectomics.io.volume import VolumeReader
+from connectomics.lightning.inference import NOT_BEGUN, Observer, RunLog, Silence, VolumeOutcome, failed_outcome
+from connectomics.pipeline.contracts import RunReport
+from connectomics.pipeline.decode import DecodeSettings, run_decode
+from connectomics.pipeline.finish import Output, check_names, settle, work_folder
+
+
+class Decoder:
+    """Decodes volumes.
+
+    Parameters
+    ----------
+    config
+        The configuration; ``decoding`` holds the steps.
+    observer
+        Hears of progress.
+
+    Raises
+    ------
+    ConfigError, OutputError
+        If there are no steps, or what they leave cannot be written.
+    """
+
+    def __init__(self, config: Config, observer: Observer | None = None) -> None:
+        check_decoding(config)
+        self._config = config
+        self._observer = observer or Silence()
+        self._folder = Path(config.inference.data.output_path)
+
+    def run(self, sources: Sequence[Decodable]) -> list[VolumeOutcome]:
+        """Bring volumes to their objects; one outcome each, in the given order."""
+        finished = {source.uri: paths for source in sources if (paths := self._finished(source)) is not None}
+        self._observer.listed(len(sources), len(finished))
+        outcomes: list[VolumeOutcome] = []
+        for source in sources:
+            if source.uri in finished:
+                outcome = VolumeOutcome(source.uri, "skipped", paths=finished[source.uri])
+            elif any(earlier.storage for earlier in outcomes):
+                outcome = VolumeOutcome(source.uri, "failed", NOT_BEGUN, storage=True)
+            else:
+                self._observer.began(source.uri)
+                outcome = self._attempt(source)
+            self._observer.ended(outcome)
+            outcomes.append(outcome)
+        return outcomes
+
+    def _finished(self, source: Decodable) -> tuple[Path, ...] | None:
+        """Final paths of a volume that is done, or None; a volume that cannot be opened is not done."""
+        try:
+            with contextlib.closing(open_decodable(self._config, source)) as volume:
+                output = output_of(self._config, source, volume)
+        except (ConnectomicsError, OSError):
+            return None
+        table = table_of(self._config, source)
+        if output.missing(self._folder) or (table is not None and not table.exists()):
+            return None
+        folder, paths = run_folder_of(self._config, source), self._paths(source, output)
+        settle(folder, work_folder(folder, (output,), program_version()), paths)
+        return paths
+
+    def _paths(self, source: Decodable, output: Output) -> tuple[Path, ...]:
+        table = table_of(self._config, source)
+        return (*output.paths(self._folder).values(), *([table] if table is not None else []))
+
+    def _attempt(self, source: Decodable) -> VolumeOutcome:
+        """Decode one volume; whatever goes wrong is its outcome, never another volume's."""
+        began = time.perf_counter()
+        try:
+            with RunLog(run_folder_of(self._config, source)):
+                paths, report = self._process(source)
+        except Exception as error:  # noqa: BLE001 - the runner's broad catch: a failure stays with its volume
+            return failed_outcome(source.uri, error, time.perf_counter() - began)
+        return VolumeOutcome(source.uri, "done", "", paths, report, time.perf_counter() - began)
+
+    def _process(self, source: Decodable) -> tuple[tuple[Path, ...], RunReport]:
+        with (
+            contextlib.closing(open_decodable(self._config, source)) as volume,
+            _opened(stated_probabilities(self._config, source)) as likely,
+        ):
+            job = decode_job(self._config, source, volume, likely)
+            check_names((job.output,), self._folder, overwrite=self._config.inference.output.overwrite)
+            settings = DecodeSettings(self._folder, memory_budget_bytes(self._config))
+            report = run_decode(job, settings, SerialExecutor(), self._observer.block)
+        return self._paths(source, job.output), report
+
+
+@contextlib.contextmanager
+def _opened(uri: str | None) -> Iterator[VolumeReader | None]:
+    if uri is None:
+        yield None
+        return
+    with contextlib.closing(open_volume(uri)) as reader:
+        yield reader
+
+
+def decode_outcomes(
+    config: Config, engine: Engine, outcomes: Sequence[VolumeOutcome], observer: Observer | None = None
+) -> list[VolumeOutcome]:
+    """Decode the labels that a run has left; each outcome then has the paths of its objects too, or their failure.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    engine
+        Of the run; it knows what its probabilities are.
+    outcomes
+        Of the volumes.
+    observer
+        Hears of progress.
+    """
+    decoder = Decoder(config, observer)
+    done = [i for i, outcome in enumerate(outcomes) if outcome.state != "failed"]
+    decoded = decoder.run([_labels_of(engine, outcomes[i]) for i in done])
+    result = list(outcomes)
+    for i, objects in zip(done, decoded, strict=True):
+        before = outcomes[i]
+        state = next(state for state in ("failed", "done", "skipped") if state in (before.state, objects.state))
+        paths = (*before.paths, *objects.paths)
+        result[i] = replace(before, state=state, reason=objects.reason, paths=paths)
+    return result
+
+
+def _labels_of(engine: Engine, outcome: VolumeOutcome) -> Decodable:
+    """The labels of a finished volume, with its probabilities where they are of all labels."""
+    rule = engine.segmenter.probabilities
+    every = tuple(range(engine.spec.classes))
+    labels = outcome.paths[0]
+    if rule is None or rule.activation == "none" or rule.channels != every or engine.spec.regions:
+        return Decodable(str(labels))
+    likely = [path for path in outcome.paths if path.stem.endswith("_probabilities")]
+    return Decodable(str(labels), str(likely[0]) if likely else None, rule.scale)

@@ -1,0 +1,247 @@
+"""From labels or probabilities to objects: steps one after the other, then the final volume and its table.
+
+``lightning.decode`` calls ``run_decode`` for each volume. A step is a frozen value with a name and a ``run`` from one
+scene to the next; whatever it leaves on disk is whole or absent, so that a rerun continues.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from connectomics.decode.objects import Frame, write_table
+from connectomics.fingerprint import key_of
+from connectomics.geometry import BlockGrid, Box
+from connectomics.io.atomic import write_text
+from connectomics.io.process import new_mark
+from connectomics.io.store import Store, discard_locks
+from connectomics.io.volume import VolumeInfo, VolumeReader
+from connectomics.pipeline.blocks import BlocksDone, OnBlock, RunStage, run_blocks
+from connectomics.pipeline.contracts import Executor, RunReport, Task
+from connectomics.pipeline.finish import (
+    Output,
+    check_exportable,
+    discard_stores,
+    export_output,
+    seal,
+    unseal,
+    work_folder,
+)
+from connectomics.pipeline.lease import STALE_S, Worker, pauses
+from connectomics.pipeline.ledger import Ledger
+from connectomics.pipeline.pieces import Read
+from connectomics.pipeline.planning import BlockPlan
+from connectomics.pipeline.retry import PAUSES_S, PatientReader, retried
+from connectomics.pipeline.run_folder import HOUSE, WORKERS
+from connectomics.pipeline.workshop import PLAN, Scene, Step, Workshop, kept_plan
+
+HERE = "decoder"  # the lease of each process that still needs what unfinished work has left
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeJob:
+    """One volume and what is wanted of it.
+
+    Parameters
+    ----------
+    run_folder
+        RUN.
+    volume
+        Labels, ids or probabilities.
+    steps
+        In order.
+    output
+        The final volume.
+    table
+        Final name of the table of objects, or None.
+    plan
+        How the volume is cut.
+    program
+        Name and version, part of the run key.
+    provenance
+        What is stamped on the output.
+    command
+        That makes the result again.
+    probabilities, probability_units
+        Probabilities (z, y, x) of a box for the table, and how they are summed; None without.
+    """
+
+    run_folder: Path
+    volume: VolumeReader
+    steps: tuple[Step, ...]
+    output: Output
+    table: Path | None
+    plan: BlockPlan
+    program: str
+    provenance: Mapping[str, object]
+    command: tuple[str, ...]
+    probabilities: Read | None = None
+    probability_units: tuple[float, float] | None = None
+
+    @property
+    def work(self) -> Path:
+        """Folder of unfinished work."""
+        return work_folder(self.run_folder, (self.output,), self.program)
+
+    def paths(self, folder: Path) -> tuple[Path, ...]:
+        """Final names in a folder."""
+        return (*self.output.paths(folder).values(), *([] if self.table is None else [self.table]))
+
+    def is_finished(self, folder: Path) -> bool:
+        """Whether all that is wanted is there."""
+        return not self.output.missing(folder) and (self.table is None or self.table.exists())
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSettings:
+    """How volumes are decoded; nothing here changes a voxel.
+
+    Parameters
+    ----------
+    folder
+        Where final outputs go.
+    budget_bytes
+        Host memory.
+    stale_s, pauses_s
+        See ``run.RunSettings``.
+    """
+
+    folder: Path
+    budget_bytes: int
+    stale_s: float = STALE_S
+    pauses_s: tuple[float, ...] = PAUSES_S
+
+
+def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_block: OnBlock) -> RunReport:
+    """Bring one volume to its objects, continuing whatever an earlier run of the same result left.
+
+    Several processes may do so at the same time: they share the blocks of each stage, one of them makes what is made
+    of all blocks at once, and each returns when all is done.
+
+    Parameters
+    ----------
+    job
+        The volume.
+    settings
+        Folder and budget.
+    executor
+        Runs the blocks.
+    on_block
+        Called with (finished, planned) blocks of each stage.
+
+    Raises
+    ------
+    ConnectomicsError
+        If it cannot be finished; finished blocks are kept and a rerun continues.
+    """
+    began = time.perf_counter()
+    check_exportable(job.output, _info_of(job, job.plan), settings.folder, settings.budget_bytes)
+    work, stages = job.work, list[BlocksDone]()
+    work.mkdir(parents=True, exist_ok=True)
+    with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
+        here = f"{HERE}.{new_mark()}"
+        with worker.alone(HOUSE):
+            plan = kept_plan(work / PLAN, job.plan)
+            finished = job.is_finished(settings.folder)
+            if not finished:
+                worker.acquire(here)
+            if not worker.others():
+                for path in work.glob("*.zarr"):
+                    discard_locks(path)
+
+        def run(task: Task, ledger: Ledger) -> BlocksDone:
+            stages.append(run_blocks(task, ledger, executor, worker, on_block))
+            return stages[-1]
+
+        try:
+            if not finished:
+                scene, run_key = _objects(job, plan, settings, run, worker)
+                worker.release(here)
+                with _last(worker):
+                    _finish(job, scene, run_key, settings.folder, run)
+        finally:
+            report = _report(job, stages, began)
+    return report
+
+
+@contextlib.contextmanager
+def _last(worker: Worker) -> Iterator[None]:
+    """Wait until nobody else needs what unfinished work has left, and keep everybody out meanwhile.
+
+    Who still needs it may be waiting for the house, so it is not held while one waits.
+    """
+    for pause in pauses():
+        with worker.alone(HOUSE):
+            if worker.is_free(HERE):
+                yield
+                return
+        time.sleep(pause)
+
+
+def _objects(
+    job: DecodeJob, plan: BlockPlan, settings: DecodeSettings, run: RunStage, worker: Worker
+) -> tuple[Scene, str]:
+    """What the last step leaves, and the run key."""
+    grid = BlockGrid(job.volume.info.extent, plan.block_shape)
+    run_key = key_of({"result": job.output.result_key, "grid": list(grid.block_shape), "program": job.program})
+    info, likely = job.volume.info, job.probabilities
+    scene = Scene(
+        PatientReader(job.volume, job.output.stem, settings.pauses_s),
+        Frame(info.voxel_size_nm, info.origin_nm, job.probability_units),
+        None if likely is None else _patiently(likely, job.output.stem, settings.pauses_s),
+    )
+    alone = functools.partial(worker.alone, HOUSE)
+    for number, step in enumerate(job.steps, 1):
+        scene = step.run(scene, Workshop(job.work, f"{number}_{step.name}", plan, grid, run_key, run, alone))
+    return scene, run_key
+
+
+def _patiently(read: Read, name: str, pauses_s: tuple[float, ...]) -> Read:
+    return lambda box: retried(lambda: read(box), f"reading probabilities of {name}", pauses_s)
+
+
+def _finish(job: DecodeJob, scene: Scene, run_key: str, folder: Path, run: RunStage) -> None:
+    """Write what is still missing, and remove what is not needed any more."""
+    assert isinstance(scene.volume, Store), "every step leaves a store"
+    if not job.is_finished(folder):  # else another process was first
+        stamp = dict(job.provenance) | {"run_key": run_key, "objects": scene.count}
+        if job.table is not None and scene.tables is not None:
+            unseal(job.run_folder, job.table)
+            write_table(scene.tables, scene.count, job.table, scene.frame, job.output.result_key)
+        discard_locks(scene.volume.path)
+        for form in job.output.missing(folder):
+            unseal(job.run_folder, job.output.paths(folder)[form])
+        record = stamp | {"result_keys": {job.output.name: job.output.result_key}, "command": list(job.command)}
+        write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
+        export_output(scene.volume, job.output, folder, stamp, job.work, run)
+    scene.volume.close()
+    seal(job.run_folder, job.paths(folder))
+    discard_stores(job.work)
+
+
+def _report(job: DecodeJob, stages: Sequence[BlocksDone], began: float) -> RunReport:
+    """What this process did, of all stages; also in RUN."""
+    report = RunReport(
+        sum(stage.planned for stage in stages),
+        sum(stage.skipped for stage in stages),
+        sum(stage.done for stage in stages),
+        sum(len(stage.failures) for stage in stages),
+        0,
+        Box.of_shape(job.volume.info.extent).voxels,
+        round(time.perf_counter() - began, 3),
+    )
+    write_text(job.run_folder / "report.json", json.dumps(asdict(report), indent=1) + "\n")
+    return report
+
+
+def _info_of(job: DecodeJob, plan: BlockPlan) -> VolumeInfo:
+    """The volume of ids, of the larger of their two types."""
+    info = job.volume.info
+    return VolumeInfo((1, *info.extent), np.dtype(np.uint64), plan.chunk_shape, info.voxel_size_nm, info.origin_nm)

@@ -1,0 +1,244 @@
+"""The blockwise tasks of decoding: cut blocks into pieces, find which touch, paint the objects.
+
+``pipeline.workshop`` runs them in this order, each under a ledger of its own; a block leaves one file, which is whole
+or absent. A stage is called as the folder that it fills, in the work folder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from connectomics.decode.components import Connectivity
+from connectomics.decode.faces import block_number, directions, first_axis, neighbour, pairs
+from connectomics.decode.members import SUFFIX, load, save
+from connectomics.decode.merge import IDS, OFFSETS
+from connectomics.decode.pieces import (
+    Cut,
+    Pieces,
+    component_pieces,
+    hole_pieces,
+    painted,
+    plane_name,
+    value_pieces,
+)
+from connectomics.errors import OutputError
+from connectomics.fingerprint import sha256_of_file
+from connectomics.geometry import Block, BlockGrid, Box
+from connectomics.io.source import reason
+from connectomics.io.store import Store
+from connectomics.io.volume import Array
+from connectomics.pipeline.blocks import write_block
+from connectomics.pipeline.contracts import BlockRecord
+from connectomics.pipeline.retry import PAUSES_S, retried
+
+Read = Callable[[Box], Array]
+PAINT = "paint"
+
+
+def block_file(folder: Path, block: Block) -> Path:
+    """Where a block's result lies."""
+    return folder / f"{block.key}{SUFFIX}"
+
+
+@dataclass(frozen=True, slots=True)
+class PiecesTask:
+    """Cut each block into pieces and measure them.
+
+    Parameters
+    ----------
+    grid
+        Blocks of the volume.
+    folder
+        Where the results go.
+    read
+        Values (z, y, x) of a box: bool or unsigned integers.
+    connectivity
+        Which voxels are neighbours; None where all voxels of one value are one object.
+    probabilities
+        Probabilities (z, y, x) of a box, or None.
+    holes
+        Whether the pieces are of the background, with the labels beside them.
+    flat
+        Whether objects lie in sections, so that z has no border.
+    """
+
+    grid: BlockGrid
+    folder: Path
+    read: Read
+    connectivity: Connectivity | None
+    probabilities: Read | None = None
+    holes: bool = False
+    flat: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the stage."""
+        return self.folder.name
+
+    def process(self, block: Block) -> BlockRecord:
+        """Cut a block; its file is on disk on return."""
+        began = time.perf_counter()
+        return _saved(self._pieces(block), block_file(self.folder, block), block, began)
+
+    def _pieces(self, block: Block) -> Pieces:
+        cut = Cut(block.core, self.grid.volume)
+        likely = None if self.probabilities is None else self.probabilities(block.core)
+        if self.connectivity is None:
+            return value_pieces(self.read(block.core), cut, likely, by_section=self.flat)
+        if not self.holes:
+            return component_pieces(self.read(block.core), self.connectivity, cut, likely)
+        box = block.core.grow((1, 1, 1)).clip(self.grid.volume)
+        return hole_pieces(self.read(box), box, self.connectivity, cut, likely)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinTask:
+    """Find which pieces of each block touch pieces of its later neighbours.
+
+    Parameters
+    ----------
+    grid
+        Blocks of the volume.
+    pieces
+        Where their pieces lie.
+    folder
+        Where the results go.
+    connectivity
+        Which voxels are neighbours.
+    """
+
+    grid: BlockGrid
+    pieces: Path
+    folder: Path
+    connectivity: Connectivity
+
+    @property
+    def name(self) -> str:
+        """Of the stage."""
+        return self.folder.name
+
+    def process(self, block: Block) -> BlockRecord:
+        """Compare a block's planes with those of its neighbours; its file is on disk on return."""
+        began = time.perf_counter()
+        counts = self.grid.counts
+        found = {"here": [_NONE], "there": [_NONE], "other": [_NONE]}
+        own: dict[int, tuple[Array, Array]] = {}
+        for direction in directions(self.connectivity):
+            index = neighbour(block.index, direction, counts)
+            if index is None:
+                continue
+            axis = first_axis(direction)
+            if axis not in own:
+                own[axis] = self._side(block, axis, high=True)
+            plane, values = own[axis]
+            other, others = self._side(self.grid.block(index), axis, high=False)
+            touching = pairs(plane, other, direction, self.connectivity, values, others)
+            found["here"].append(touching[:, 0].astype(np.int64))
+            found["there"].append(touching[:, 1].astype(np.int64))
+            found["other"].append(np.full(len(touching), block_number(index, counts), np.int64))
+        joins = Joins(**{name: np.concatenate(parts) for name, parts in found.items()})
+        return _saved(joins, block_file(self.folder, block), block, began)
+
+    def _side(self, block: Block, axis: int, *, high: bool) -> tuple[Array, Array]:
+        """A block's outermost plane, and the value of each of its joints."""
+        plane, values = load(block_file(self.pieces, block), plane_name(axis, high), "joint_values")
+        return plane, values
+
+
+_NONE = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Joins:
+    """Which joints of a block touch which joints of which other block; int64 [n] each."""
+
+    here: Array
+    there: Array
+    other: Array
+
+    def save(self, path: Path) -> None:
+        """Write whole or not at all."""
+        save(path, here=self.here, there=self.there, other=self.other)
+
+
+@dataclass(frozen=True, slots=True)
+class PaintTask:
+    """Write each block with its objects' numbers.
+
+    Parameters
+    ----------
+    grid
+        Blocks of the volume.
+    pieces
+        Where their pieces lie.
+    tables
+        Where the objects' numbers lie.
+    store
+        What is written.
+    under
+        Values (z, y, x) of a box that are kept where no object is painted, or None.
+    """
+
+    grid: BlockGrid
+    pieces: Path
+    tables: Path
+    store: Store
+    under: Read | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the stage."""
+        return f"{self.store.path.stem}.{PAINT}"
+
+    def process(self, block: Block) -> BlockRecord:
+        """Paint a block; its shard is on disk on return."""
+        began = time.perf_counter()
+        voxels = painted_block(self.grid, block, self.pieces, self.tables, self.store.info.dtype)
+        if self.under is not None:
+            np.copyto(voxels, self.under(block.core).astype(voxels.dtype, copy=False), where=voxels == 0)
+        shard, checksum = write_block(self.store, block, voxels[None])
+        return BlockRecord(block.key, {shard: checksum}, 0, round(time.perf_counter() - began, 3))
+
+
+def painted_block(grid: BlockGrid, block: Block, pieces: Path, tables: Path, dtype: np.dtype[Any]) -> Array:
+    """A block (z, y, x) with what the tables say is painted for its pieces; 0 elsewhere."""
+    lengths, labels = load(block_file(pieces, block), "lengths", "labels")
+    offsets = np.load(tables / OFFSETS, mmap_mode="r")
+    number = block_number(block.index, grid.counts)
+    ids = np.load(tables / IDS, mmap_mode="r")[offsets[number] : offsets[number + 1]]
+    numbers = np.zeros(len(ids) + 1, dtype)
+    numbers[1:] = ids
+    return painted(lengths, labels, numbers, block.core.shape)
+
+
+def _saved(result: Pieces | Joins, path: Path, block: Block, began: float) -> BlockRecord:
+    def written() -> str:
+        result.save(path)
+        return sha256_of_file(path)
+
+    try:
+        checksum = retried(written, f"writing {path}", PAUSES_S)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {reason(error)}. Free disk space or mend the permission, then run again; finished "
+            "blocks are kept."
+        ) from error
+    name = path.relative_to(path.parents[1]).as_posix()
+    return BlockRecord(block.key, {name: checksum}, 0, round(time.perf_counter() - began, 3))
+
+
+def smallest_dtype(largest: int) -> np.dtype[Any]:
+    """uint32, or uint64 where the largest id needs it.
+
+    Examples
+    --------
+    >>> smallest_dtype(2**32 - 1), smallest_dtype(2**32)
+    (dtype('uint32'), dtype('uint64'))
+    """
+    return np.dtype(np.uint32 if largest <= np.iinfo(np.uint32).max else np.uint64)

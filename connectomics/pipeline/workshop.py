@@ -1,0 +1,223 @@
+"""Where the steps of decoding work: stages of blocks under ledgers, tables and stores that are whole or absent.
+
+``pipeline.decode`` and ``pipeline.filtering`` make a workshop for each step; ``pipeline.steps`` are what is done in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from connectomics.decode.merge import Cuts, merge
+from connectomics.decode.objects import Frame
+from connectomics.decode.selection import Rule, select
+from connectomics.errors import QuarantineError
+from connectomics.geometry import BlockGrid, vec3
+from connectomics.io.atomic import replacing, write_once
+from connectomics.io.store import Store, create_store, open_store
+from connectomics.io.volume import VolumeInfo, VolumeReader
+from connectomics.pipeline.blocks import RunStage, failure_message, void_lost
+from connectomics.pipeline.contracts import Task
+from connectomics.pipeline.ledger import Ledger
+from connectomics.pipeline.pieces import JoinTask, PaintTask, PiecesTask, Read, block_file
+from connectomics.pipeline.planning import BlockPlan
+from connectomics.pipeline.run_folder import LEDGER
+
+log = logging.getLogger(__name__)
+BLOCK_VOXELS = 1 << 24
+VOXEL_BYTES = 40  # of a block: values, components, runs, probabilities as they are summed
+CHUNK = 64
+CUT = "cut"
+JOIN = "join"
+PLAN = "ledgers.json"  # the plan of all ledgers of a decoding
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a step is given and gives.
+
+    Parameters
+    ----------
+    volume
+        Labels, ids or probabilities.
+    frame
+        Its voxel size, and how probabilities are summed.
+    probabilities
+        Probabilities (z, y, x) of a box, for the table, or None.
+    tables
+        Tables of its objects, or None where it has none yet.
+    count
+        Objects in them.
+    """
+
+    volume: VolumeReader
+    frame: Frame
+    probabilities: Read | None = None
+    tables: Path | None = None
+    count: int = 0
+
+
+class Step(Protocol):
+    """One step of ``decoding``."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self, scene: Scene, shop: Workshop) -> Scene:
+        """Make the next scene, continuing whatever an earlier run left in the shop."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """Where a step works, and who does its blocks.
+
+    Parameters
+    ----------
+    work
+        Work folder; all that a step leaves in it is called NAME.SOMETHING, its ledgers ``ledger_NAME.STAGE``.
+    name
+        Of this step.
+    plan
+        How the volume is cut.
+    grid
+        The cut volume.
+    run_key
+        Of the whole decoding.
+    run
+        Brings the blocks of a stage into its ledger.
+    alone
+        Held while something is made that one process alone may make.
+    """
+
+    work: Path
+    name: str
+    plan: BlockPlan
+    grid: BlockGrid
+    run_key: str
+    run: RunStage
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def part(self, name: str) -> Workshop:
+        """The workshop of a part of the step."""
+        return dataclasses.replace(self, name=f"{self.name}.{name}")
+
+    def place(self, kind: str) -> Path:
+        """Where the step's result of this kind is."""
+        return self.work / f"{self.name}.{kind}"
+
+    def made(self, kind: str, make: Callable[[Path], None]) -> Path:
+        """The step's result of this kind, which ``make`` puts in place whole unless it is there."""
+        path = self.place(kind)
+        if not path.exists():
+            with self.alone():
+                if not path.exists():  # another process may have been first
+                    make(path)
+        return path
+
+    def do(self, task: Task, kept: Path) -> None:
+        """Do all blocks of a task whose results in the folder ``kept`` are not recorded, or not there any more.
+
+        Raises
+        ------
+        QuarantineError
+            If blocks failed.
+        """
+        folder = self.work / f"{LEDGER}_{task.name}"
+        with closing(Ledger(folder, self.run_key, {}, self.plan, self.grid.volume)) as ledger:
+            void_lost(ledger, self.work, [kept.name])
+            blocks = self.run(task, ledger)
+            if blocks.failures:
+                raise QuarantineError(failure_message(blocks.failures, blocks.planned, folder))
+
+    def pieces(self, task: PiecesTask) -> None:
+        """Cut all blocks into pieces and, where they are joined over faces, find which touch."""
+        task.folder.mkdir(parents=True, exist_ok=True)
+        self.do(task, task.folder)
+        if task.connectivity is not None:
+            joins = self.place(JOIN)
+            joins.mkdir(exist_ok=True)
+            self.do(JoinTask(self.grid, task.folder, joins, task.connectivity), joins)
+
+    def objects(self, pieces: Path, rule: Rule, *, joined: bool) -> tuple[Path, int, int]:
+        """Tables of the objects that stay, how many they are, and the largest number that is painted."""
+        _, ny, nx = self.grid.counts
+        joins = self.place(JOIN)
+        cuts = Cuts(
+            len(self.grid),
+            ny * nx,
+            lambda number: block_file(pieces, self.grid.numbered(number)),
+            (lambda number: block_file(joins, self.grid.numbered(number))) if joined else None,
+        )
+        tables = self.made("tables", lambda path: _merge(cuts, rule, path))
+        summary = json.loads((tables / SUMMARY).read_text())
+        return tables, int(summary["kept"]), int(summary["largest"])
+
+    def paint(
+        self, pieces: Path, tables: Path, info: VolumeInfo, dtype: np.dtype[Any], under: Read | None = None
+    ) -> Store:
+        """Write the objects of all blocks."""
+        store = self.store(info, dtype)
+        self.do(PaintTask(self.grid, pieces, tables, store, under), store.path)
+        return store
+
+    def store(self, info: VolumeInfo, dtype: np.dtype[Any]) -> Store:
+        """The working store of the step's result."""
+        kept = VolumeInfo((1, *info.extent), dtype, self.plan.chunk_shape, info.voxel_size_nm, info.origin_nm)
+
+        def make(path: Path) -> None:
+            create_store(path, kept, shard_shape=self.plan.block_shape, attributes={}).close()
+
+        return open_store(self.made("zarr", make))
+
+
+def _merge(cuts: Cuts, rule: Rule, path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        found = merge(cuts, temporary)
+        kept, largest = select(temporary, found, rule)
+        (temporary / SUMMARY).write_text(json.dumps({"found": found, "kept": kept, "largest": largest}))
+        log.info("%s: %d of %d objects stay", path.stem, kept, found)
+
+
+def kept_plan(path: Path, plan: BlockPlan) -> BlockPlan:
+    """The plan that work was begun with and that is kept in the file ``path``: this one, where it begins now."""
+    write_once(path, json.dumps(asdict(plan)))
+    kept: dict[str, list[int]] = json.loads(path.read_text())
+    return BlockPlan(vec3(kept["block_shape"]), vec3(kept["chunk_shape"]))
+
+
+def decode_plan(info: VolumeInfo, budget_bytes: int) -> BlockPlan:
+    """Blocks of whole input chunks where they fit, of up to ``BLOCK_VOXELS`` voxels, in chunks of about ``CHUNK``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> decode_plan(VolumeInfo((1, 100, 4096, 4096), np.dtype(np.uint8), (1, 512, 512)), 8 << 30)
+    BlockPlan(block_shape=(64, 512, 512), chunk_shape=(64, 64, 64))
+    """
+    most = max(1, min(BLOCK_VOXELS, budget_bytes // VOXEL_BYTES))
+    shape = [min(c, n) for c, n in zip(info.chunk_shape, info.extent, strict=True)]
+    while shape[0] * shape[1] * shape[2] > most:
+        axis = max(range(3), key=lambda a: shape[a])
+        shape[axis] = -(-shape[axis] // 2)
+    while True:
+        growing = [a for a in range(3) if shape[a] < info.extent[a]]
+        axis = min(growing, key=lambda a: shape[a], default=0)
+        if not growing or shape[0] * shape[1] * shape[2] * 2 > most:
+            break
+        shape[axis] *= 2
+    chunk = list(shape)
+    for axis in range(3):
+        while chunk[axis] > CHUNK and chunk[axis] % 2 == 0:
+            chunk[axis] //= 2
+    return BlockPlan(vec3(shape), vec3(chunk))

@@ -1,0 +1,122 @@
+"""Decoding for the tests: a volume in memory cut into blocks, with the real tasks and tables, and references."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cc3d
+import numpy as np
+import numpy.typing as npt
+
+from connectomics.decode.components import Connectivity
+from connectomics.decode.merge import AT_ONCE, FIRST_ID, Cuts, merge
+from connectomics.decode.objects import Frame
+from connectomics.executors.serial import SerialExecutor
+from connectomics.geometry import BlockGrid, Box, Vec3
+from connectomics.io.volume import VolumeInfo
+from connectomics.pipeline.blocks import BlocksDone, run_blocks
+from connectomics.pipeline.contracts import Task
+from connectomics.pipeline.lease import Worker
+from connectomics.pipeline.ledger import Ledger
+from connectomics.pipeline.pieces import JoinTask, PiecesTask, block_file, painted_block
+from connectomics.pipeline.planning import BlockPlan
+from connectomics.pipeline.workshop import Scene, Step, Workshop
+
+Array = npt.NDArray[Any]
+VOXEL_SIZE_NM = (40.0, 8.0, 6.0)
+
+
+class Volume:
+    """A reader of an array (z, y, x) in memory."""
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self.info = VolumeInfo((1, *array.shape), array.dtype, array.shape, VOXEL_SIZE_NM)
+        self.identity: dict[str, object] = {}
+
+    def read(self, box: Box) -> Array:
+        return self._array[(None, *box.slices)].copy()
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def canonical(numbered: Array) -> Array:
+    """Numbers 1, 2, … by the first voxel in raster order, by numpy alone; 0 stays."""
+    found, first, inverse = np.unique(numbered, return_index=True, return_inverse=True)
+    order = np.argsort(np.where(found == 0, -1, first))
+    rank = np.empty(len(found), np.uint64)
+    rank[order] = np.arange(len(found)) + (0 if 0 in found else 1)
+    return rank[inverse].reshape(numbered.shape)
+
+
+def whole_components(values: Array, neighbours: int) -> Array:
+    """cc3d on the whole volume, or on each whole section, in canonical numbers."""
+    values = values.view(np.uint8) if values.dtype == np.bool_ else values
+    if neighbours not in (4, 8):
+        return canonical(cc3d.connected_components(values, connectivity=neighbours))
+    result, count = np.zeros(values.shape, np.uint64), 0
+    for section, target in zip(values, result, strict=True):
+        found = cc3d.connected_components(section, connectivity=neighbours)
+        target[:] = np.where(found > 0, canonical(found) + np.uint64(count), 0)
+        count += int(found.max())
+    return result
+
+
+def components_by_blocks(
+    values: Array, neighbours: int, block: Vec3, folder: Path, *, first_id: int = FIRST_ID, at_once: int = AT_ONCE
+) -> Array:
+    """Components of all blocks, joined and numbered: uint64 (z, y, x)."""
+    connectivity, grid = Connectivity(neighbours), BlockGrid(values.shape, block)
+    pieces, joins, tables = folder / "pieces", folder / "joins", folder / "tables"
+    for path in (pieces, joins, tables):
+        path.mkdir(parents=True)
+    blocks = list(grid)
+    for task in (
+        PiecesTask(grid, pieces, lambda box: values[box.slices], connectivity),
+        JoinTask(grid, pieces, joins, connectivity),
+    ):
+        for each in blocks:
+            task.process(each)
+    cuts = Cuts(
+        len(grid),
+        grid.counts[1] * grid.counts[2],
+        lambda number: block_file(pieces, blocks[number]),
+        lambda number: block_file(joins, blocks[number]),
+    )
+    merge(cuts, tables, first_id=first_id, at_once=at_once)
+    result = np.zeros(values.shape, np.uint64)
+    for each in blocks:
+        result[each.core.slices] = painted_block(grid, each, pieces, tables, np.dtype(np.uint64))
+    return result
+
+
+def in_order(task: Task, ledger: Ledger) -> BlocksDone:
+    """Run a stage without other processes."""
+    with Worker(ledger.folder.parent / "workers") as worker:
+        return run_blocks(task, ledger, SerialExecutor(), worker, lambda done, planned: None)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What steps left: the ids (z, y, x), and the last scene."""
+
+    ids: Array
+    scene: Scene
+
+
+def decode_array(
+    values: Array, steps: Sequence[Step], block: Vec3, folder: Path, probabilities: Array | None = None
+) -> Decoded:
+    """Run steps on a volume in memory with stores, tables and ledgers in a folder."""
+    grid = BlockGrid(values.shape, block)
+    read = None if probabilities is None else lambda box: probabilities[box.slices]
+    units = None if probabilities is None else (255.0, 255.0)
+    scene = Scene(Volume(values), Frame(VOXEL_SIZE_NM, probability_units=units), read)
+    for number, step in enumerate(steps):
+        shop = Workshop(folder, str(number), BlockPlan(block, block), grid, "0" * 64, in_order)
+        scene = step.run(scene, shop)
+    return Decoded(scene.volume.read(Box.of_shape(values.shape))[0], scene)

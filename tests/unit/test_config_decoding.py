@@ -1,0 +1,58 @@
+"""The list ``decoding``: typed steps, each refusal a sentence that says where and what would be right."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from connectomics import load_config
+from connectomics.config.decoding import ConnectedComponents, Filters
+from connectomics.config.load import written
+from connectomics.errors import ConfigError
+
+REFUSED = {
+    "decoding=connected_components": ("expected a list of steps",),
+    "decoding=[connected_components]": ("expected a list of steps",),
+    "decoding=[{name: conected_components}]": ("decoding[0].name", "did you mean connected_components?"),
+    "decoding=[{connectivity: 6}]": ("decoding[0].name is null", "connected_components, filters"),
+    "decoding=[{name: filters}, {name: filters, min_voxel: 3}]": ("decoding[1]", "did you mean min_voxels?"),
+    "decoding=[{name: filters, xyz: 3}]": ("unknown key 'xyz' of filters, which has name, min_voxels",),
+    "decoding=[{name: connected_components, connectivity: 7}]": ("connectivity is 7", "4, 8, 6, 18, 26"),
+    "decoding=[{name: connected_components, connectivity: six}]": ("'six', expected a whole number",),
+    "decoding=[{name: connected_components, connectivity: true}]": ("expected a whole number",),
+    "decoding=[{name: connected_components, threshold: high}]": ("expected a number, or null",),
+    "decoding=[{name: connected_components, threshold: 0.5, probabilities: p.h5}]": ("probabilities is 'p.h5'",),
+    "decoding=[{name: filters, min_voxels: null}]": ("min_voxels is null, expected a whole number",),
+    "decoding=[{name: filters, min_voxels: 5, max_voxels: 4}]": ("max_voxels is 4, but must be min_voxels or more",),
+    "decoding=[{name: filters, min_volume_nm3: 5, max_volume_nm3: 4}]": ("must be min_volume_nm3 or more",),
+    "decoding=[{name: filters, keep_largest: 0}]": ("keep_largest is 0, but must be 1 or more",),
+    "decoding=[{name: filters, fill_holes: 4d}]": ("fill_holes is '4d', but must be one of off, 2d, 3d",),
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_refusals(word: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, [word])
+    assert "\n" not in str(refused.value)
+    for part in REFUSED[word]:
+        assert part in str(refused.value)
+
+
+def test_steps_in_a_file_and_on_the_command_line_are_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "decoding:\n  - {name: connected_components, threshold: 1}\n  - name: filters\n    keep_largest: 2\n"
+    )
+    steps = [ConnectedComponents(threshold=1.0), Filters(keep_largest=2)]
+    assert load_config(file).decoding == steps
+    word = "decoding=[{name: connected_components, threshold: 1}, {name: filters, keep_largest: 2}]"
+    assert load_config(None, [word]).decoding == steps
+
+
+def test_what_is_written_is_read_again() -> None:
+    steps = [ConnectedComponents(probabilities="a b/p,q.h5"), Filters(min_volume_nm3=2.5e6, drop_border=True)]
+    text = written([dataclasses.asdict(step) for step in steps])
+    assert load_config(None, [f"decoding={text}"]).decoding == steps
