@@ -8,7 +8,6 @@ from connectomics.build.engine import Engine, EngineModel
 from connectomics.config.schema import Config
 from connectomics.errors import ResourceError
 from connectomics.geometry import vec3
-from connectomics.inference.mask import check_mask_memory, mask_bytes
 from connectomics.io.export import exporting_bytes
 from connectomics.io.stored import READ_BYTES, reading_bytes
 from connectomics.io.volume import VolumeInfo
@@ -25,7 +24,7 @@ def plan_volume(config: Config, engine: Engine, segmenter: Segmenter, info: Volu
     Raises
     ------
     ResourceError
-        If the memory budget cannot hold the smallest blocks, or the mask that the model normalises within.
+        If the memory budget cannot hold the smallest blocks.
     """
     pairs = zip(engine.models, segmenter.members, strict=True)
     works = [_work(config, engine, segmenter, model, member, info) for model, member in pairs]
@@ -65,11 +64,8 @@ def _budget(
 ) -> tuple[Budget, int]:
     """What there is and what is taken; threads that read ahead are as many as asked for and as fit half of the rest."""
     host = engine.settings.budget_bytes
-    masks = sum(member.keeps_mask for member in segmenter.members)
-    if masks:
-        check_mask_memory(info.extent, host)
     reading = reading_bytes(info)
-    taken = engine.base_bytes + reading + masks * mask_bytes(info.extent)
+    taken = engine.base_bytes + reading
     readers = engine.settings.readers
     while readers > 1 and survey_bytes(info, readers) > (host - taken) // 2:
         readers -= 1

@@ -68,8 +68,7 @@ class PreviousLabels:
         mask = self.case.mask
         if mask is None:
             return labels
-        inside = mask[box.relative_to(self.case.box).slices]
-        return np.where((labels == 0) & ~inside, labels.dtype.type(OUTSIDE), labels)
+        return np.where((labels == 0) & ~mask(box)[0], labels.dtype.type(OUTSIDE), labels)
 
 
 @dataclass(frozen=True, slots=True)

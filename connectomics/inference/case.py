@@ -33,14 +33,15 @@ class Case:
         Minimum and maximum of each section and channel inside ``box``, along the axis the survey was asked for; where a
         mask leaves voxels out, which become 0, it includes the mean, which does too.
     mask
-        bool (z, y, x) of ``box``'s extent, of a volume with masked channels; the mask of a section is what is not zero.
+        Of a volume with masked channels: gives bool (1, z, y, x) of any box inside ``box``; the mask of a section is
+        what is not zero.
     """
 
     region: Box
     box: Box
     channels: tuple[ChannelSummary, ...]
     plane_ranges: tuple[tuple[Range, ...], ...] = ()
-    mask: Array | None = None
+    mask: ReadBox | None = None
 
 
 class WindowSource(Protocol):
@@ -109,6 +110,5 @@ class CaseInput:
         return channels[0][None] if len(channels) == 1 else np.stack(channels)
 
     def _mask(self, raw: Array, box: Box) -> Array:
-        whole = self.case.mask
-        mask: Array = (raw != 0).any(axis=0) if whole is None else whole[box.relative_to(self.case.box).slices]
+        mask: Array = (raw != 0).any(axis=0) if self.case.mask is None else self.case.mask(box)[0]
         return mask

@@ -5,31 +5,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from connectomics.decode.components import Connectivity
 from connectomics.decode.selection import Holes, Selection
 from connectomics.fingerprint import key_of
-from connectomics.geometry import BlockGrid, vec3
+from connectomics.geometry import BlockGrid
 from connectomics.io.atomic import discard, put_in_place
 from connectomics.io.store import Store, open_store
-from connectomics.io.volume import Array, VolumeInfo
-from connectomics.pipeline.blocks import BlocksDone, RunStage
-from connectomics.pipeline.contracts import Task
-from connectomics.pipeline.ledger import Ledger
-from connectomics.pipeline.pieces import PiecesTask, painted_block
+from connectomics.pipeline.pieces import PiecesTask
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.run_folder import FILTERED, LEDGER
 from connectomics.pipeline.steps import Values
 from connectomics.pipeline.workshop import (
     BLOCK_VOXELS,
-    CHUNK,
     CUT,
     PLAN,
     VOXEL_BYTES,
+    Room,
     Workshop,
     decode_plan,
     kept_plan,
@@ -37,25 +30,6 @@ from connectomics.pipeline.workshop import (
 
 OBJECTS, BACKGROUND = Connectivity(26), Connectivity(6)
 FILTER = "filter"
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Where a filter works, and with what.
-
-    Parameters
-    ----------
-    work
-        Work folder; the filtered store and all that is unfinished lie in it.
-    run
-        Brings the blocks of a stage into its ledger.
-    block_bytes
-        Host memory that a block may take.
-    """
-
-    work: Path
-    run: RunStage
-    block_bytes: int
 
 
 def filter_labels(store: Store, grid: BlockGrid, room: Room, *, minimum_voxels: int, fill_holes: bool) -> Store:
@@ -118,37 +92,3 @@ def _without_holes(store: Store, shop: Workshop) -> Store:
     shop.pieces(task)
     tables, _, _ = shop.objects(task.folder, Holes(), joined=True)
     return shop.paint(task.folder, tables, store.info, store.info.dtype, under=values)
-
-
-def fill_mask(mask: Array, folder: Path, *, block_voxels: int = BLOCK_VOXELS) -> None:
-    """Fill the holes of a mask in place, in memory for one block: equal to scipy's ``binary_fill_holes``.
-
-    Parameters
-    ----------
-    mask
-        bool (z, y, x); may be mapped from a file.
-    folder
-        Empty folder for what blocks leave in between; removed at the end.
-    block_voxels
-        Voxels of a block.
-    """
-    extent = vec3(mask.shape)
-    if min(extent) == 1:
-        discard(folder)
-        return  # all of it lies at the border
-    whole = VolumeInfo((1, *extent), mask.dtype, vec3([min(n, CHUNK) for n in extent]))
-    plan = decode_plan(whole, block_voxels * VOXEL_BYTES)
-    shop = Workshop(folder, "mask", plan, BlockGrid(extent, plan.block_shape), key_of({}), _in_order)
-    task = PiecesTask(shop.grid, shop.place(CUT), lambda box: np.logical_not(mask[box.slices]), BACKGROUND)
-    shop.pieces(task)
-    tables, _, _ = shop.objects(task.folder, Selection(off_border=True, by_value=True), joined=True)
-    for block in shop.grid:
-        mask[block.core.slices] |= painted_block(shop.grid, block, task.folder, tables, np.dtype(np.bool_))
-    discard(folder)
-
-
-def _in_order(task: Task, ledger: Ledger) -> BlocksDone:
-    """Blocks one after the other, without any retry: what fails is begun anew with the mask."""
-    for block in ledger.unfinished():
-        ledger.append(task.process(block))
-    return BlocksDone(ledger.planned, 0, ledger.finished, 0, ())

@@ -18,11 +18,12 @@ from connectomics.io.source import reason
 from connectomics.io.store import Store
 from connectomics.io.volume import Array, VolumeInfo
 from connectomics.pipeline.blocks import RunStage
-from connectomics.pipeline.filtering import Room, filter_labels
+from connectomics.pipeline.filtering import filter_labels
 from connectomics.pipeline.lease import tidy
 from connectomics.pipeline.predict import PROBABILITIES
 from connectomics.pipeline.pyramid import Pyramid, discard_ledgers, fill_pyramid
 from connectomics.pipeline.run_folder import LEDGER, WORKERS, checksums_of
+from connectomics.pipeline.workshop import Room
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,9 +20,11 @@ from connectomics.io.volume import Array, VolumeReader
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.blocks import write_block
 from connectomics.pipeline.contracts import BlockRecord
+from connectomics.pipeline.mask import make_mask
 from connectomics.pipeline.retry import PAUSES_S
 from connectomics.pipeline.survey import keeps_mask, survey
 from connectomics.pipeline.wanted import Wanted
+from connectomics.pipeline.workshop import Room
 
 Surveyed = Sequence[Sequence[Case]]  # the cases of each member
 LABELS = "labels"
@@ -63,8 +65,13 @@ class Member:
 
     @property
     def keeps_mask(self) -> bool:
-        """Whether its case carries a mask as large as the volume."""
+        """Whether its case carries the mask of a volume."""
         return keeps_mask(self.schemes, by_slice=self.by_slice) or self.resamples_labels
+
+    @property
+    def labels_in_mask(self) -> ReadBox | None:
+        """The labels of a previous stage, where nnU-Net counts them as within the mask."""
+        return self.previous if any(scheme.masked for scheme in self.schemes) else None
 
     @property
     def resamples_labels(self) -> bool:
@@ -104,7 +111,7 @@ class Member:
             region, box = self.order.turn_box(case.region), self.order.turn_box(case.box)
             part = self.order.turn_box(core).intersect(box)
             if part.voxels:
-                mask = None if case.mask is None else case.mask.transpose(self.order.axes)
+                mask = None if case.mask is None else self._turned(case.mask)
                 yield self._source(Case(region, box, case.channels, case.plane_ranges, mask), read), part
 
     def _source(self, case: Case, read: ReadBox) -> ImageSource:
@@ -144,8 +151,11 @@ class Segmenter:
         """Names of what ``segment`` returns."""
         return (LABELS,) if self.probabilities is None else (LABELS, PROBABILITIES)
 
-    def survey(self, reader: VolumeReader, name: str, workers: int = 1) -> Surveyed:
-        """The cases of a volume for each member; the volume is read once for members that see it alike."""
+    def survey(self, reader: VolumeReader, name: str, workers: int = 1, room: Room | None = None) -> Surveyed:
+        """The cases of a volume for each member; the volume is read once for members that see it alike.
+
+        Masks are kept in the work folder of ``room``, in memory without one.
+        """
         found: dict[object, Sequence[Case]] = {}
         keys = [(m.schemes, m.by_slice, m.plane_axis, m.keeps_mask, m.previous_values) for m in self.members]
         for m, key in zip(self.members, keys, strict=True):
@@ -158,9 +168,19 @@ class Segmenter:
                     workers=workers,
                     plane_axis=m.plane_axis,
                     with_mask=m.keeps_mask,
-                    previous=m.previous if any(scheme.masked for scheme in m.schemes) else None,
+                    previous=m.labels_in_mask,
+                    room=room,
                 )
         return tuple(found[key] for key in keys)
+
+    def masked(self, surveyed: Surveyed, reader: VolumeReader, room: Room) -> Surveyed:
+        """Cases that were kept without their masks, with them."""
+        return tuple(
+            tuple(replace(c, mask=make_mask(reader, c.box, m.labels_in_mask, room)) for c in cases)
+            if m.keeps_mask
+            else cases
+            for m, cases in zip(self.members, surveyed, strict=True)
+        )
 
     def segment(self, read: ReadBox, surveyed: Surveyed, core: Box) -> dict[str, Array]:
         """Label a box of a volume.

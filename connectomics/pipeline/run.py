@@ -21,9 +21,8 @@ from connectomics.geometry import Box
 from connectomics.io.atomic import discard, write_text
 from connectomics.io.store import Store, create_store, discard_locks, open_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
-from connectomics.pipeline.blocks import BlocksDone, OnBlock, RunStage, failure_message, run_blocks, void_lost
+from connectomics.pipeline.blocks import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
 from connectomics.pipeline.contracts import Executor, RunReport
-from connectomics.pipeline.filtering import Room
 from connectomics.pipeline.finish import (
     Filters,
     Output,
@@ -43,7 +42,7 @@ from connectomics.pipeline.retry import PAUSES_S, PatientReader
 from connectomics.pipeline.run_folder import FILTERED, HOUSE, LEDGER, SURVEY, WORKERS
 from connectomics.pipeline.survey import load_survey, save_survey
 from connectomics.pipeline.wanted import Wanted
-from connectomics.pipeline.workshop import BLOCK_VOXELS, VOXEL_BYTES
+from connectomics.pipeline.workshop import BLOCK_VOXELS, VOXEL_BYTES, Room
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ class RunSettings:
 class VolumeJob:
     """One volume and what is wanted of it: ``readers`` threads survey it; without ``wanted`` every voxel is.
 
-    ``filter_block_bytes`` is what filtering a block may take.
+    ``filter_block_bytes`` is what a block may take whose filters, or the holes of whose mask, are worked out.
     """
 
     name: str
@@ -145,8 +144,10 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     if job.wanted is not None:
         job = replace(job, wanted=job.wanted.patiently(settings.pauses_s))
     with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
+        run = functools.partial(run_blocks, executor=executor, worker=worker, on_block=on_block)
+        room = Room(work, run, job.filter_block_bytes)
         with worker.alone(HOUSE):
-            prepared = _prepare(work, job, reader, settings, worker)
+            prepared = _prepare(room, job, reader, settings, worker)
         ledger = prepared.ledger
         try:
             task = PredictTask(
@@ -158,23 +159,23 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
                 settings.pauses_s,
                 job.wanted,
             )
-            run = functools.partial(run_blocks, executor=executor, worker=worker, on_block=on_block)
             blocks = run(task, ledger)
             if not blocks.failures:
                 with worker.alone(HOUSE):
                     worker.wait_until_free(f"{task.name}.")
-                    _finish(prepared, job, settings, run)
+                    _finish(prepared, job, settings, room)
             return _report(job, prepared, blocks, began)
         finally:
             ledger.close()
 
 
-def _prepare(work: Path, job: VolumeJob, reader: PatientReader, settings: RunSettings, worker: Worker) -> _Prepared:
+def _prepare(room: Room, job: VolumeJob, reader: PatientReader, settings: RunSettings, worker: Worker) -> _Prepared:
     """Survey, ledger and stores; records whose shards were lost are undone."""
+    work = room.work
     plan = plan_of(work / LEDGER) or job.plan  # a rerun elsewhere cuts the volume as it was begun
     facts = _result_keys(job) | {"grid": list(plan.block_shape), "program": settings.program}
     run_key, extent = key_of(facts), reader.info.extent
-    surveyed = _surveyed(work, job, reader, settings)
+    surveyed = _surveyed(job, reader, room)
     ledger = Ledger(
         work / LEDGER, run_key, settings.numeric_class, plan, extent, allow_other_class=settings.allow_mixed
     )
@@ -194,7 +195,7 @@ def _prepare(work: Path, job: VolumeJob, reader: PatientReader, settings: RunSet
     return _Prepared(work, run_key, ledger, surveyed, pending, stores)
 
 
-def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, run: RunStage) -> None:
+def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, room: Room) -> None:
     """Write what is still missing of the outputs, and remove the working stores."""
     pending = [o for o in prepared.pending if o.missing(settings.folder)]  # another process may have been first
     prepared.ledger.refresh()
@@ -209,7 +210,7 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, run: Run
         record = stamp | {"result_keys": _result_keys(job), "command": list(job.command)}
         write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
     for output in pending:
-        _export(prepared, job, output, settings, stamp, run)
+        _export(prepared, job, output, settings, stamp, room)
     seal(job.run_folder, (p for o in job.outputs for p in o.paths(settings.folder).values()))
     for store in prepared.stores.values():
         store.close()
@@ -222,17 +223,16 @@ def _export(
     output: Output,
     settings: RunSettings,
     stamp: dict[str, object],
-    run: RunStage,
+    room: Room,
 ) -> None:
     store, filtered = prepared.stores[output.name], prepared.work / FILTERED
     source = store
     if output.name == LABELS and job.filters.active:
-        room = Room(prepared.work, run, job.filter_block_bytes)
         source = filter_store(store, prepared.ledger.grid, room, job.filters)
     discard_locks(source.path)
     for form in output.missing(settings.folder):  # what stands there is replaced
         unseal(job.run_folder, output.paths(settings.folder)[form])
-    export_output(source, output, settings.folder, stamp, prepared.work, run)
+    export_output(source, output, settings.folder, stamp, prepared.work, room.run)
     source.close()
     store.close()
     discard(filtered)
@@ -290,15 +290,14 @@ def _choose_blocks(ledger: Ledger, job: VolumeJob, wanted: Wanted) -> None:
         ledger.choose(flags)
 
 
-def _surveyed(work: Path, job: VolumeJob, reader: VolumeReader, settings: RunSettings) -> Surveyed:
-    path = work / SURVEY
-    kept = not any(m.keeps_mask for m in job.segmenter.members)  # a mask is as large as the volume: it is found again
-    surveyed: Surveyed | None = load_survey(path) if kept else None
-    if surveyed is None:
-        surveyed = job.segmenter.survey(reader, job.name, job.readers)
-        if kept:
-            save_survey(surveyed, path)
-        log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
+def _surveyed(job: VolumeJob, reader: VolumeReader, room: Room) -> Surveyed:
+    path = room.work / SURVEY
+    kept = load_survey(path)
+    if kept is not None:
+        return job.segmenter.masked(kept, reader, room)
+    surveyed = job.segmenter.survey(reader, job.name, job.readers, room)
+    save_survey(surveyed, path)
+    log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
     return surveyed
 
 

@@ -21,12 +21,13 @@ import numpy as np
 from connectomics.errors import VolumeError
 from connectomics.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.inference.case import Case, Range, ReadBox
-from connectomics.inference.mask import fill_holes
 from connectomics.inference.normalise import ChannelSummary, IntensityStats, check_intensities, is_exact
 from connectomics.inference.section_cases import SectionCases
 from connectomics.io.atomic import replacing
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 from connectomics.models.spec import ChannelNormalisation
+from connectomics.pipeline.mask import is_inside, make_mask, sections_of
+from connectomics.pipeline.workshop import Room
 
 TILE_VOXELS = 1 << 23
 STATISTICS_BYTES = 48 << 20  # float64 and index copies of the values that are summed at once
@@ -105,20 +106,20 @@ class _Planes:
         self._low[here] = np.where(counts > 0, np.minimum(self._low[here], low), self._low[here])
         self._high[here] = np.where(counts > 0, np.maximum(self._high[here], high), self._high[here])
 
-    def ranges(self, case: Case, schemes: Sequence[ChannelNormalisation]) -> tuple[tuple[Range, ...], ...]:
-        """Limits of each section inside the case's box, by channel."""
+    def ranges(
+        self, case: Case, schemes: Sequence[ChannelNormalisation], inside: Array | None
+    ) -> tuple[tuple[Range, ...], ...]:
+        """Limits of each section inside the case's box, by channel; ``inside``: voxels of each in the mask."""
         start, stop = case.box.start[self._axis], case.box.stop[self._axis]
         voxels = case.box.voxels // (stop - start)
         result = []
         for p in range(start, stop):
-            inside = voxels
-            if case.mask is not None:
-                inside = int(np.count_nonzero(case.mask.take(p - start, self._axis)))
+            counted = voxels if inside is None else int(inside[p])
             found = zip(self._nonzero[p].tolist(), self._low[p].tolist(), self._high[p].tolist(), strict=True)
             plane = [IntensityStats(n, True, 0, 0, low, high) for n, low, high in found]
             result.append(
                 tuple(
-                    _range(stats, summary, inside if scheme.masked else voxels, voxels)
+                    _range(stats, summary, counted if scheme.masked else voxels, voxels)
                     for stats, summary, scheme in zip(plane, case.channels, schemes, strict=True)
                 )
             )
@@ -133,10 +134,10 @@ def _range(stats: IntensityStats, summary: ChannelSummary, inside: int, voxels: 
 
 def nonzero_box(array: Array) -> Box | None:
     """The smallest box around the voxels of a (c, z, y, x) array that are not zero in every channel, or None."""
-    mask = array[0] != 0 if len(array) == 1 else (array != 0).any(axis=0)
+    mask = is_inside(array)
     if all(face.any() for face in (mask[0], mask[-1], mask[:, 0], mask[:, -1], mask[..., 0], mask[..., -1])):
         return Box.of_shape(vec3(mask.shape))
-    planes = mask.any(axis=0)
+    planes = np.asarray(mask.any(axis=0))
     lines = (mask.any(axis=(1, 2)), planes.any(axis=1), planes.any(axis=0))
     if not lines[1].any():
         return None
@@ -160,6 +161,7 @@ def survey(
     plane_axis: int | None = 0,
     with_mask: bool = False,
     previous: ReadBox | None = None,
+    room: Room | None = None,
 ) -> Sequence[Case]:
     """Read the whole volume once and describe its cases; memory holds a few tiles and a table of the sections.
 
@@ -181,6 +183,8 @@ def survey(
         Whether the case of a volume is given its mask although no channel is normalised within it.
     previous
         Gives labels (1, z, y, x) of a cascade's previous stage, which nnU-Net counts as within the mask.
+    room
+        Where the mask is kept; None: in memory, whole.
 
     Raises
     ------
@@ -190,34 +194,30 @@ def survey(
     if by_slice:
         cases = _section_cases(reader, name, schemes, workers)
         return SectionCases.of(cases, reader.info.extent[0], reader.info.channels)
-    masked = with_mask or keeps_mask(schemes, by_slice=False)
-    mask = np.zeros(reader.info.extent, bool) if masked else None
     planes = None if plane_axis is None else _Planes(reader.info.extent[plane_axis], reader.info.channels, plane_axis)
-    whole = _volume_tally(reader, name, workers, mask, planes)
-    if mask is not None:
-        fill_holes(mask)
-        if previous is not None:
-            _include(previous, mask, whole.box or Box.of_shape(reader.info.extent), tile_shape(reader.info))
-        whole.inside = int(np.count_nonzero(mask))
-    case = _checked(whole.case(Box.of_shape(reader.info.extent), schemes), name, schemes)
-    case = dataclasses.replace(case, mask=None if mask is None else mask[case.box.slices])
-    return (case if planes is None else dataclasses.replace(case, plane_ranges=planes.ranges(case, schemes)),)
+    whole, region = _volume_tally(reader, name, workers, planes), Box.of_shape(reader.info.extent)
+    mask, inside = None, None
+    if with_mask or keeps_mask(schemes, by_slice=False):
+        mask = make_mask(reader, whole.box or region, previous, room)
+        inside = sections_of(mask, reader.info, plane_axis or 0)
+        whole.inside = int(inside.sum())
+    case = dataclasses.replace(_checked(whole.case(region, schemes), name, schemes), mask=mask)
+    ranges = () if planes is None else planes.ranges(case, schemes, inside)
+    return (dataclasses.replace(case, plane_ranges=ranges),)
 
 
 def _section_cases(
     reader: VolumeReader, name: str, schemes: Sequence[ChannelNormalisation], workers: int
 ) -> Iterator[Case]:
-    for z, tally in enumerate(_tallies(reader, name, workers, lambda tile, nonzero, box: None)):
+    for z, tally in enumerate(_tallies(reader, name, workers, lambda tile, box: None)):
         region = Box((z, 0, 0), (z + 1, *reader.info.extent[1:]))
         yield _checked(tally.case(region, schemes), name, schemes)
 
 
-def _volume_tally(reader: VolumeReader, name: str, workers: int, mask: Array | None, planes: _Planes | None) -> _Tally:
-    """What is known of a whole volume; ``mask`` is set where it is not zero, ``planes`` learn of each section."""
+def _volume_tally(reader: VolumeReader, name: str, workers: int, planes: _Planes | None) -> _Tally:
+    """What is known of a whole volume; ``planes`` learn of each section."""
 
-    def see(tile: Array, nonzero: Array, box: Box) -> None:
-        if mask is not None:
-            mask[box.slices] = nonzero
+    def see(tile: Array, box: Box) -> None:
         if planes is not None:
             planes.add(tile, box)
 
@@ -227,10 +227,8 @@ def _volume_tally(reader: VolumeReader, name: str, workers: int, mask: Array | N
     return whole
 
 
-def _tallies(
-    reader: VolumeReader, name: str, workers: int, see: Callable[[Array, Array, Box], None]
-) -> Iterator[_Tally]:
-    """What is known of each section, in order of z; ``see`` gets each tile, which of it is not zero, and its box."""
+def _tallies(reader: VolumeReader, name: str, workers: int, see: Callable[[Array, Box], None]) -> Iterator[_Tally]:
+    """What is known of each section, in order of z; ``see`` gets each tile and its box."""
     channels, exact = reader.info.channels, is_exact(reader.info.dtype)
     band: list[_Tally] = []  # the sections of the tiles at one z
     for box, tile in _tiles(reader, workers):
@@ -238,8 +236,8 @@ def _tallies(
             yield from band
             band = [_Tally(channels, exact) for _ in range(box.shape[0])]
         _check_finite(tile, box, name)
-        nonzero = tile[0] != 0 if channels == 1 else (tile != 0).any(axis=0)
-        see(tile, nonzero, box)
+        nonzero = is_inside(tile)
+        see(tile, box)
         for i, tally in enumerate(band):
             tally.add_tile(tile[:, i : i + 1], nonzero[i : i + 1], box.shift((i, 0, 0)))
     yield from band
@@ -251,15 +249,8 @@ def _checked(case: Case, name: str, schemes: Sequence[ChannelNormalisation]) -> 
     return case
 
 
-def _include(labels: ReadBox, mask: Array, box: Box, tile: Vec3) -> None:
-    """Add what is labelled to the mask, within the nonzero box."""
-    for block in BlockGrid(box.shape, tile):
-        part = block.core.shift(box.start)
-        mask[part.slices] |= labels(part)[0] != 0
-
-
 def keeps_mask(schemes: Sequence[ChannelNormalisation], *, by_slice: bool) -> bool:
-    """Whether the survey finds a mask that stays in memory: masked channels and a volume that is one case."""
+    """Whether the survey makes a mask: masked channels and a volume that is one case."""
     return not by_slice and any(scheme.masked for scheme in schemes)
 
 
@@ -301,6 +292,7 @@ def save_survey(surveyed: Sequence[Sequence[Case]], path: Path) -> None:
     """Keep the cases of each member beside the ledger, so that a rerun need not read the volume again.
 
     The first line says how many cases each member has, each following one is a case; they are never all in memory.
+    Masks are stores of their own.
     """
     heads = [
         {"cases": len(cases), "channels": len(cases[0].channels), "sections": isinstance(cases, SectionCases)}
@@ -309,7 +301,7 @@ def save_survey(surveyed: Sequence[Sequence[Case]], path: Path) -> None:
     with replacing(path) as temporary, temporary.open("w") as stream:
         stream.write(json.dumps(heads) + "\n")
         for case in itertools.chain.from_iterable(surveyed):
-            stream.write(json.dumps(asdict(case)) + "\n")
+            stream.write(json.dumps(asdict(dataclasses.replace(case, mask=None))) + "\n")
 
 
 def load_survey(path: Path) -> tuple[Sequence[Case], ...] | None:

@@ -78,6 +78,25 @@ class Step(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """Where work that one process alone looks after is done, and with what.
+
+    Parameters
+    ----------
+    work
+        Work folder; the result and all that is unfinished lie in it.
+    run
+        Brings the blocks of a stage into its ledger.
+    block_bytes
+        Host memory that a block may take.
+    """
+
+    work: Path
+    run: RunStage
+    block_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Workshop:
     """Where a step works, and who does its blocks.
 

@@ -23,9 +23,10 @@ from nnunet_models import make_model
 from small_jobs import em_like, final_names, finals, infer_words, ledger_lines, quick_folder, write_h5
 
 BLOCKS = 12
-SHARD = ".zarr/0/c/"  # in the path of a working store's shard, which is opened for its checksum
+SHARD = "s.zarr/0/c/"  # in the path of a shard of labels, probabilities or components, which is opened for its checksum
 STAGES = {  # text in the paths of a stage's file operations, and how many kills are spread over them
     "survey": ("survey.json", 1),
+    "mask": ("mask", 1),
     "ledger": ("ledger", 1),
     "leases": ("/workers", 1),
     "stores": (".zarr.", 1),
@@ -89,8 +90,12 @@ class Storm:
 @pytest.fixture(scope="module")
 def storm() -> Iterator[Storm]:
     with quick_folder() as folder:
-        model = make_model(folder / "model", dimensions=2, patch=(16, 16), features=(4, 8))
-        volume = write_h5(folder / "v.h5", em_like((3, 48, 64)))
+        model = make_model(
+            folder / "model", dimensions=2, patch=(16, 16), features=(4, 8), reader="SimpleITKIO", masked=(True,)
+        )
+        image = em_like((3, 48, 64))
+        image[1, 20:26, 30:38] = 0  # a hole in the mask that is normalised within
+        volume = write_h5(folder / "v.h5", image)
         with ForkServer(model, folder) as server:
             output = folder / "undisturbed"
             ended = server.run(infer_words(model, output, volume, *SETTINGS), watched=output)

@@ -8,7 +8,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,19 +16,22 @@ from hypothesis.extra import numpy as hnp
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from scipy.ndimage import binary_fill_holes
 
-from connectomics.build.engine import build_engine
-from connectomics.build.volumes import job_of, named_sources, open_source
 from connectomics.cli import main
-from connectomics.config.load import load_config
-from connectomics.geometry import AxisOrder, BlockGrid, Vec3
+from connectomics.errors import OutputError
+from connectomics.geometry import AxisOrder, BlockGrid, Box, Vec3, vec3
 from connectomics.inference.case import CaseInput
-from connectomics.inference.mask import fill_holes
 from connectomics.inference.resample import ResampledInput
 from connectomics.io.volume import VolumeInfo
 from connectomics.lightning.inference import InferenceManager
+from connectomics.pipeline import mask as masks
+from connectomics.pipeline.mask import make_mask
+from connectomics.pipeline.planning import BlockPlan
+from connectomics.pipeline.predict import Segmenter
 from connectomics.pipeline.survey import survey
+from connectomics.pipeline.workshop import VOXEL_BYTES, Room
 
 import oracle
+from decoding import in_order
 from nnunet_models import make_model
 from parity_table import ArrayVolume, scene
 
@@ -214,27 +216,59 @@ def test_the_mask_does_not_depend_on_the_volumes_chunks(name: str, chunk: Vec3, 
     assert [replace(case, mask=None) for case in again] == [replace(case, mask=None) for case in whole]
     for a, b in zip(again, whole, strict=True):
         assert (a.mask is None) == trial.by_slice
-        np.testing.assert_array_equal(a.mask, b.mask)
+        if not trial.by_slice:
+            np.testing.assert_array_equal(a.mask(a.box), b.mask(b.box))
 
 
-@settings(max_examples=200, deadline=None)
+class Watched(ArrayVolume):
+    """Remembers how many voxels were read at once."""
+
+    most = 0
+
+    def read(self, box: Box) -> np.ndarray:
+        self.most = max(self.most, box.voxels)
+        return super().read(box)
+
+
+def filled(mask: np.ndarray, room: Room | None = None) -> np.ndarray:
+    """Our mask of a volume that is not zero where ``mask`` says so; with ``room`` a block is read at once, no more."""
+    volume = Watched(mask[None].astype(np.uint8))
+    box = Box.of_shape(vec3(mask.shape))
+    found = make_mask(volume, box, None, room)
+    assert room is None or volume.most <= room.block_bytes // VOXEL_BYTES
+    return found(box)[0]
+
+
+@settings(max_examples=60, deadline=None)
 @given(hnp.arrays(bool, st.tuples(*(st.integers(1, 7),) * 3), elements=st.sampled_from([True, True, False])))
 def test_holes_are_filled_as_scipy_fills_them(mask: np.ndarray) -> None:
-    expected = binary_fill_holes(mask)
-    fill_holes(mask)
-    np.testing.assert_array_equal(mask, expected)
+    np.testing.assert_array_equal(filled(mask), binary_fill_holes(mask))
 
 
-def test_a_winding_way_out_is_followed() -> None:
+def test_a_winding_way_out_is_followed_from_block_to_block(tmp_path: Path) -> None:
     mask = np.ones((9, 9, 9), bool)
     mask[1:8, 1, 1] = mask[7, 1:4, 1] = mask[2:8, 3, 1] = mask[2, 3:6, 1] = mask[2:8, 5, 1] = False
-    closed, opened = mask.copy(), mask.copy()
+    opened = mask.copy()
     opened[7, 5, 0] = False
-    fill_holes(closed)
-    assert closed.all()
-    expected = opened.copy()
-    fill_holes(opened)
-    np.testing.assert_array_equal(opened, expected)
+    np.testing.assert_array_equal(binary_fill_holes(opened), opened)
+    for name, holed, expected in (("closed", mask, np.ones_like(mask)), ("opened", opened, opened)):
+        (tmp_path / name).mkdir()
+        room = Room(tmp_path / name, in_order, 30 * (VOXEL_BYTES + 1))  # of 30 voxels
+        np.testing.assert_array_equal(filled(holed, room), expected)
+        assert len(list((tmp_path / name / "mask.cut").iterdir())) > 20
+
+
+@pytest.mark.parametrize("shape", [(9, 22, 20), (1, 30, 40), (2, 2, 2), (16, 5, 33)])
+def test_a_mask_in_blocks_is_filled_as_scipy_fills_it(shape: Vec3, tmp_path: Path) -> None:
+    for seed in range(3):
+        random = np.random.default_rng(seed)
+        mask = random.random(shape) < 0.7
+        mask[-1] |= seed == 1  # the outside is left through some faces only
+        expected = binary_fill_holes(mask)
+        work = tmp_path / str(seed)
+        work.mkdir()
+        np.testing.assert_array_equal(filled(mask, Room(work, in_order, 600 * VOXEL_BYTES)), expected)
+        assert shape[0] < 9 or (expected != mask).any(), "the example must hold holes"
 
 
 @pytest.mark.parametrize("name", ["3D, one channel of two", "2D of a volume, resampled", "2D slices"])
@@ -257,31 +291,28 @@ def test_volumes_on_disk_get_the_same_labels(name: str, tmp_path: Path) -> None:
         assert main(["verify", str(model), str(tmp_path / "v.h5"), *words, *certificate]) == 0
 
 
-def test_blocks_leave_room_for_the_mask(tmp_path: Path) -> None:
+def test_the_mask_is_kept_and_a_lost_block_of_it_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is interrupted after the survey; then the same with a block of the mask gone."""
+    trial = TRIALS["3D"]
+    model, image = model_of(trial, tmp_path / "model"), image_of(trial)
     with h5py.File(tmp_path / "v.h5", "w") as file:
-        file.create_dataset("main", (2000, 1000, 1000), np.uint8, chunks=(64, 64, 64))
-    (source,) = named_sources([str(tmp_path / "v.h5")], 1)
-    plans = []
-    for masked in (False, True):
-        budget = psutil.Process().memory_info().rss / 1e9 + 2.9
-        config = load_config(None, [*WORDS, f"system.memory_budget_gb={budget:.2f}"])
-        engine = build_engine(config, model_of(Trial(3, (masked,)), tmp_path / str(masked)))
-        reader = open_source(config, engine, source)
-        plans.append(job_of(config, engine, source, reader).plan.block_shape)
-        reader.close()
-    assert np.prod(plans[1]) < np.prod(plans[0])
+        file["main"] = image[0]
+    monkeypatch.setattr(masks, "decode_plan", lambda info, budget: BlockPlan((4, 16, 16), (4, 16, 16)))
+    files = [f"inference.volume_mode.file_list=['{tmp_path}/v.h5']", f"inference.data.output_path={tmp_path}"]
+    words = ["infer-volume", "--checkpoint", str(model), *WORDS[:2], *files, "inference.block_shape=[6,31,20]"]
 
+    def interrupted(*_: object) -> None:
+        raise OutputError("interrupted")
 
-def test_a_mask_above_the_budget_is_refused_before_anything_is_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = model_of(TRIALS["3D"], tmp_path / "model")
-    with h5py.File(tmp_path / "v.h5", "w") as file:
-        file.create_dataset("main", (2000, 1000, 1000), np.uint8, chunks=(64, 64, 64))
-    words = [f"inference.volume_mode.file_list=['{tmp_path}/v.h5']", f"inference.data.output_path={tmp_path}"]
-    monkeypatch.setattr("connectomics.pipeline.predict.survey", lambda *a, **k: pytest.fail("read the volume"))
-    assert main(["infer-volume", "--checkpoint", str(model), *WORDS, *words, "system.memory_budget_gb=1.5"]) == 3
-    said = capsys.readouterr()
-    text = " ".join((said.out + said.err).split())
-    assert "needs 2.024 GB, the memory budget is" in text
-    assert "use_mask_for_norm" in text and "system.memory_budget_gb" in text
+    with monkeypatch.context() as patch:
+        patch.setattr(Segmenter, "segment_wanted", interrupted)
+        assert main(words) == 3
+    (store,) = tmp_path.glob("v_labels.run/*/mask.zarr")
+    next(path for path in sorted(store.glob("0/c/*/*/*"))[1:]).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("connectomics.pipeline.predict.survey", lambda *a, **k: pytest.fail("surveyed again"))
+        assert main(words) == 0
+    with h5py.File(tmp_path / "v_labels.h5") as file:
+        expected = InferenceManager.from_checkpoint(model, trial.words).predict(image).labels
+        np.testing.assert_array_equal(file["main"][:], expected)
+    assert not list(tmp_path.glob("v_labels.run/*/mask*.zarr"))

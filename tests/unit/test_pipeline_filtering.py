@@ -14,8 +14,9 @@ from connectomics.geometry import BlockGrid, Box, Vec3
 from connectomics.io.store import Store, create_store
 from connectomics.io.volume import Array, VolumeInfo
 from connectomics.pipeline import filtering
-from connectomics.pipeline.filtering import Room, fill_mask, filter_labels
+from connectomics.pipeline.filtering import filter_labels
 from connectomics.pipeline.planning import BlockPlan
+from connectomics.pipeline.workshop import Room
 
 from decoding import in_order
 from small_jobs import quick_folder
@@ -78,19 +79,3 @@ def test_blocks_too_large_for_labelling_are_cut_smaller(folder: Path, monkeypatc
     filtered = filter_labels(store, grid, Room(folder, in_order, 1 << 30), minimum_voxels=12, fill_holes=True)
     assert filtered.shard_shape == (4, 8, 10)
     assert np.array_equal(filtered.read(Box.of_shape((8, 24, 20)))[0], whole(labels, 12, fill=True))
-
-
-@pytest.mark.parametrize("shape", [(9, 22, 20), (1, 30, 40), (2, 2, 2), (16, 5, 33)])
-def test_a_mapped_mask_is_filled_as_scipy_fills_it(shape: Vec3, folder: Path) -> None:
-    for seed in range(3):
-        filled = mask(shape, seed).astype(bool)
-        filled[-1] |= seed == 1  # the outside is left through some faces only
-        expected = ndimage.binary_fill_holes(filled)
-        mapped = np.memmap(folder / f"mask_{seed}", bool, "w+", shape=shape)
-        mapped[:] = filled
-        work = folder / f"work_{seed}"
-        work.mkdir()
-        fill_mask(mapped, work, block_voxels=600)
-        assert np.array_equal(mapped, expected)
-        assert shape[0] < 9 or (expected != filled).any(), "the example must hold holes"
-        assert not work.exists()

@@ -100,7 +100,6 @@ def test_the_mask_is_the_same_after_a_failure(tmp_path: Path, by_slice: bool) ->
                 run(folder, job, Failing(after=after))
         run(folder, job)
         results.append(labels(folder))
-        assert len(list(folder.glob("v_labels.run/*/survey.json"))) == by_slice
     assert results[0].tobytes() == results[1].tobytes()
     inside = labels(tmp_path / "whole")[1:3, 6:8, 5:9]
     assert (inside == by_slice).all(), "a hole is normalised in a volume, and has no part in a section's mask"
