@@ -14,10 +14,20 @@ from connectomics.io.atomic import discard
 from connectomics.io.digests import SUFFIX, digests, is_intact
 from connectomics.io.export import read_stamp
 from connectomics.pipeline.blocks import is_kept
-from connectomics.pipeline.filtering import discard_unfinished
 from connectomics.pipeline.lease import Worker
 from connectomics.pipeline.ledger import Ledger, read_header
-from connectomics.pipeline.run_folder import CHECKSUMS, FILTERED, HOUSE, WORKERS, ledger_folders, stage_of, work_folders
+from connectomics.pipeline.mask import MASK
+from connectomics.pipeline.predict import LABELS, PROBABILITIES
+from connectomics.pipeline.run_folder import (
+    CHECKSUMS,
+    HOUSE,
+    LEDGER,
+    SURVEY,
+    WORKERS,
+    ledger_folders,
+    stage_of,
+    work_folders,
+)
 
 SHOWN = 10
 
@@ -65,6 +75,7 @@ def verify_run(run: Path, sample: int | None = None) -> list[Finding]:
 
 def _verify_blocks(work: Path, sample: int | None) -> Iterator[Finding]:
     stores = {path.name for path in work.iterdir() if path.is_dir()}
+    suspect: list[str] = []  # stages with damaged blocks
     with Worker(work / WORKERS) as worker, worker.alone(HOUSE):
         for folder in ledger_folders(work):
             ledger = Ledger.existing(folder)
@@ -78,13 +89,30 @@ def _verify_blocks(work: Path, sample: int | None) -> Iterator[Finding]:
                         damaged.append(record.block)
                         ledger.void(name, record.block)
             ledger.close()
-            if damaged:
-                discard(work / FILTERED)
-                discard_unfinished(work)
+            suspect += [stage_of(folder)] if damaged else []
             if read:
                 yield Finding(
                     f"{work.name}, blocks of {stage_of(folder)}", read, tuple(damaged), "the next run mends them"
                 )
+        for stage in suspect:
+            _forget_derived(work, stage)
+
+
+def _forget_derived(work: Path, stage: str) -> None:
+    """Remove what may have been made of damaged blocks: of predicted ones the filtered labels and pyramids.
+
+    Of the mask everything is made, and decoding begins anew, which costs little.
+    """
+    predicted = (work / LEDGER).exists() and not stage.startswith(MASK)
+    kept: tuple[str, ...] = (WORKERS,)
+    if predicted:
+        kept += (LEDGER, f"{LABELS}.zarr", f"{PROBABILITIES}.zarr")
+    else:
+        discard(work / SURVEY)
+    of_mask = (MASK, f"{LEDGER}_{MASK}")
+    for path in list(work.iterdir()):
+        if path.is_dir() and path.name not in kept and not (predicted and path.name.startswith(of_mask)):
+            discard(path)
 
 
 def _verify_output(run: Path, works: list[Path], record: Path, sample: int | None) -> Finding:

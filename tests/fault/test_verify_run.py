@@ -16,15 +16,16 @@ import pytest
 from connectomics.cli import main
 from connectomics.errors import QuarantineError, VolumeError
 from connectomics.io.store import open_store
+from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.finish import Filters, Output
 from connectomics.pipeline.lease import Worker
-from connectomics.pipeline.predict import LABELS
+from connectomics.pipeline.predict import LABELS, Member
 from connectomics.pipeline.run import VolumeJob
 from connectomics.pipeline.status import status_of
 from connectomics.pipeline.verify_run import verify_run
 
 from small_jobs import finals, quick_folder
-from small_runs import BLOCKS, EXPECTED, Failing, Reader, cores, job_in, labels, run
+from small_runs import BLOCKS, EXPECTED, IMAGE, Failing, NotNegative, Reader, cores, job_in, labels, run
 
 
 @pytest.fixture
@@ -165,15 +166,39 @@ def test_the_checksums_are_those_of_sha256sum(folder: Path) -> None:
         assert subprocess.run(command, cwd=folder, check=False, capture_output=True).returncode == 1
 
 
-def test_the_filtered_store_of_damaged_blocks_is_removed(folder: Path) -> None:
+def test_what_was_made_of_damaged_blocks_is_removed(folder: Path) -> None:
     interrupted(folder)
     (work,) = (path.parent for path in run_folder(folder).glob("*/ledger"))
     shutil.copytree(work / "labels.zarr", work / "filtered.zarr")
+    shutil.copytree(work / "labels.zarr", work / "labels.n5")
+    shutil.copytree(work / "ledger", work / "ledger_labels.n5.1")
     flip_a_byte(shards(folder)[0])
-    (finding,) = verify_run(run_folder(folder))
-    assert finding.damaged == ("0-0-0",)
-    assert not (work / "filtered.zarr").exists()
+    findings = verify_run(run_folder(folder))
+    assert {finding.damaged for finding in findings} == {("0-0-0",)}
+    assert {path.name for path in work.iterdir() if path.is_dir()} == {"ledger", "workers", "labels.zarr"}
     open_store(work / "labels.zarr").close()
+
+
+def test_all_is_made_again_that_was_made_with_a_damaged_mask(folder: Path, tmp_path: Path) -> None:
+    image = IMAGE.copy()
+    image[:, :, :4] = image[:, 1:3, 6:8, 5:9] = 0
+    scheme = ChannelNormalisation("ZScoreNormalization", masked=True)
+
+    def masked(place: Path) -> VolumeJob:
+        made = job(place, reader=Reader(image))
+        return replace(made, segmenter=replace(made.segmenter, members=(Member(NotNegative(), (scheme,)),)))
+
+    run(tmp_path, masked(tmp_path))
+    with pytest.raises(VolumeError):
+        run(folder, masked(folder), Failing(after=len(["cut", "join", "paint"]) + 5))
+    (mask,) = folder.rglob("mask.zarr/0/c/0/0/0")
+    flip_a_byte(mask)
+    damaged = [finding.subject for finding in verify_run(run_folder(folder)) if finding.damaged]
+    assert len(damaged) == 1 and damaged[0].endswith("blocks of mask.paint")
+    (work,) = (path.parent for path in run_folder(folder).glob("*/workers"))
+    assert {path.name for path in work.iterdir() if path.name != "mask.ledgers.json"} == {"workers"}
+    assert run(folder, masked(folder)).done == BLOCKS
+    assert labels(folder).tobytes() == labels(tmp_path).tobytes()
 
 
 def test_many_damaged_blocks_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
