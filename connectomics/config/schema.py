@@ -172,6 +172,7 @@ class KnownVolumes:
     test_image: list[str] | None = None
     test_prediction: list[str] | None = None
     test_label: list[str] | None = None
+    test_instances: list[str] | None = None
     test_ignore: list[str] | None = None
 
 

@@ -323,9 +323,10 @@ def _known_answers(test: KnownAnswers) -> None:
     rule = "needs test.data.test_image or test.data.test_prediction"
     _require(labels is None or named, "test.data.test_label", labels, rule)
     _names("test.data.test_prediction", test.data.test_prediction)
-    _names("test.data.test_ignore", test.data.test_ignore)
     rule = "needs test.data.test_label"
-    _require(test.data.test_ignore is None or labels is not None, "test.data.test_ignore", test.data.test_ignore, rule)
+    for key, names in (("test_instances", test.data.test_instances), ("test_ignore", test.data.test_ignore)):
+        _names(f"test.data.{key}", names)
+        _require(names is None or labels is not None, f"test.data.{key}", names, rule)
     _evaluation(test.evaluation)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from connectomics.build.decoding import (
+    SUFFIX,
     Decodable,
     check_decoding,
     decode_job,
@@ -22,6 +23,7 @@ from connectomics.build.engine import Engine, memory_budget_bytes, program_versi
 from connectomics.config.schema import Config
 from connectomics.errors import ConnectomicsError
 from connectomics.executors.serial import SerialExecutor
+from connectomics.io.listing import stem_of
 from connectomics.io.opening import open_volume
 from connectomics.io.volume import VolumeReader
 from connectomics.lightning.inference import NOT_BEGUN, Observer, RunLog, Silence, VolumeOutcome, failed_outcome
@@ -144,6 +146,11 @@ def decode_outcomes(
         paths = (*before.paths, *objects.paths)
         result[i] = replace(before, state=state, reason=objects.reason, paths=paths)
     return result
+
+
+def objects_of(outcome: VolumeOutcome) -> Path:
+    """The first volume of objects of an outcome of ``decode_outcomes``."""
+    return next(path for path in outcome.paths if stem_of(str(path)).endswith(SUFFIX))
 
 
 def _labels_of(engine: Engine, outcome: VolumeOutcome) -> Decodable:

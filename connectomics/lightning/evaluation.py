@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from connectomics.evaluate.volumes import Comparison, Within, compare
 from connectomics.io.atomic import write_text
 from connectomics.io.listing import VolumeSource, refuse_collisions, stem_of
 from connectomics.io.opening import open_volume
+from connectomics.lightning.decode import objects_of
 
 if TYPE_CHECKING:
     from connectomics.build.engine import Engine
@@ -65,25 +66,35 @@ class Labelling:
 
 
 def check_known_answers(config: Config, sources: Sequence[VolumeSource]) -> None:
-    """Refuse, before the work, truths that do not match the volumes, and scores that labels do not have.
+    """Refuse, before the work, truths that do not match the volumes, and scores of objects that there are not.
 
     Raises
     ------
     ConfigError
-        If there is not one truth (and mask) a volume, or metrics of objects are asked for.
+        If there is not one truth (and mask) a volume, or metrics of objects are asked for without objects.
     """
     _require_as_many(config, "test_image", len(sources))
-    objects = [metric for metric in config.test.evaluation.metrics if metric in INSTANCE_METRICS]
-    if objects:
+    metrics = _objects_wanted(config)
+    if metrics and not (config.decoding and config.test.data.test_instances):
         raise ConfigError(
-            f"test.evaluation.metrics names {', '.join(objects)}, which are for ids of objects, and a test run gives "
-            "classes; make objects of its result and compare them with `connectomics evaluate --instances`"
+            f"test.evaluation.metrics names {', '.join(metrics)}, which are for ids of objects; state how objects are "
+            "made, such as decoding=[{name: connected_components}], and the true ones, test.data.test_instances"
         )
+
+
+def _objects_wanted(config: Config) -> list[str]:
+    """Which metrics of objects are asked for."""
+    return [metric for metric in config.test.evaluation.metrics if metric in INSTANCE_METRICS]
 
 
 def _require_as_many(config: Config, images: str, count: int) -> None:
     data = config.test.data
-    for key, found in (("test_label", data.test_label or ()), ("test_ignore", data.test_ignore)):
+    wanted = {
+        "test_label": data.test_label or (),
+        "test_instances": data.test_instances,
+        "test_ignore": data.test_ignore,
+    }
+    for key, found in wanted.items():
         if found is not None and len(found) != count:
             raise ConfigError(
                 f"test.data.{key} names {len(found)} volumes, test.data.{images} {count}; state one "
@@ -122,18 +133,22 @@ def evaluate_outcomes(config: Config, engine: Engine, outcomes: Sequence[VolumeO
     outcomes
         Of the volumes, in the order of ``test.data.test_image``; those after a stop are not there. Their truths are
         ``test.data.test_label``: with two classes everything above 0 is foreground. Voxels with the model's ignore
-        label are not counted, nor are those outside ``inference.roi`` and ``inference.mask``.
+        label are not counted, nor are those outside ``inference.roi`` and ``inference.mask``. Where metrics of objects
+        are asked for, the objects that were decoded are compared with ``test.data.test_instances``.
     """
     spec, data = engine.spec, config.test.data
     masks = _masks(config)
     count = 1 + max(*(v for values in spec.class_labels.values() for v in values), *spec.class_values)
     with ExitStack() as opened:
-        jobs = [
-            Comparison(outcome.name, str(outcome.paths[0]), truth, mask, _within(config, outcome, opened))
-            for outcome, truth, mask in zip(outcomes, data.test_label or (), masks, strict=False)
-            if outcome.state != "failed"
-        ]
-        return evaluate_volumes(config, jobs, Labelling(spec.class_labels, count, spec.ignored_label))
+        jobs, objects = list[Comparison](), list[Comparison]()
+        for i, (outcome, truth, mask) in enumerate(zip(outcomes, data.test_label or (), masks, strict=False)):
+            if outcome.state == "failed":
+                continue
+            job = Comparison(outcome.name, str(outcome.paths[0]), truth, mask, _within(config, outcome, opened))
+            jobs.append(job)
+            if data.test_instances is not None and _objects_wanted(config):
+                objects.append(replace(job, prediction=str(objects_of(outcome)), truth=data.test_instances[i]))
+        return evaluate_volumes(config, jobs, Labelling(spec.class_labels, count, spec.ignored_label), objects)
 
 
 def _within(config: Config, outcome: VolumeOutcome, opened: ExitStack) -> Within | None:
@@ -145,7 +160,12 @@ def _within(config: Config, outcome: VolumeOutcome, opened: ExitStack) -> Within
     return None if wanted is None else opened.enter_context(closing(wanted)).within
 
 
-def evaluate_volumes(config: Config, jobs: Sequence[Comparison], labelling: Labelling | None = None) -> Scores:
+def evaluate_volumes(
+    config: Config,
+    jobs: Sequence[Comparison],
+    labelling: Labelling | None = None,
+    objects: Sequence[Comparison] | None = None,
+) -> Scores:
     """Compare predictions with truths; saves ``scores.json`` and tables of matches in the output folder.
 
     Parameters
@@ -154,11 +174,34 @@ def evaluate_volumes(config: Config, jobs: Sequence[Comparison], labelling: Labe
         The volumes, named differently; what cannot be measured is named in the result, and the rest is.
     labelling
         What labels mean; None: each label that is found is a class.
+    objects
+        The objects of the same volumes, in their order; None: the volumes themselves are ids.
     """
     wanted, folder = config.test.evaluation, Path(config.inference.data.output_path)
-    ignored = (wanted.ignore_label, labelling.ignored if labelling else None)
-    tables: dict[str, Contingency] = {}
     failures: dict[str, str] = {}
+    tables = _compared(jobs, (wanted.ignore_label, labelling.ignored if labelling else None), failures)
+    semantic, pooled_semantic = _semantic(tables, wanted, labelling, failures)
+    if objects is not None:
+        tables = _compared(objects, (wanted.ignore_label,), failures)
+    tables = {name: table for name, table in tables.items() if name not in failures}
+    instances, pooled_instances = _instances(tables, wanted)
+    names = [job.name for job in jobs if job.name not in failures]
+    volumes = {name: semantic.get(name, {}) | instances.get(name, {}) for name in names}
+    paths = []
+    for job in (jobs if objects is None else objects) if instances else ():
+        if job.name in tables:
+            columns = match_table(Overlaps.of(tables[job.name]))
+            paths.append(write_matches(columns, folder, stem_of(job.prediction)))
+    result = Scores(folder / "scores.json", volumes, pooled_semantic | pooled_instances, failures, tuple(paths))
+    write_text(result.path, json.dumps(result.content, indent=1) + "\n")
+    return result
+
+
+def _compared(
+    jobs: Sequence[Comparison], ignored: Sequence[int | None], failures: dict[str, str]
+) -> dict[str, Contingency]:
+    """What falls on what, by name; what cannot be compared is added to ``failures``."""
+    tables: dict[str, Contingency] = {}
     for job in jobs:
         try:
             table = compare(job)
@@ -168,18 +211,7 @@ def evaluate_volumes(config: Config, jobs: Sequence[Comparison], labelling: Labe
         for label in ignored:
             table = table if label is None else table.without_truth(label)
         tables[job.name] = table
-    semantic, pooled_semantic = _semantic(tables, wanted, labelling, failures)
-    tables = {name: table for name, table in tables.items() if name not in failures}
-    instances, pooled_instances = _instances(tables, wanted)
-    volumes = {name: semantic.get(name, {}) | instances.get(name, {}) for name in tables}
-    paths = []
-    for job in jobs if instances else ():
-        if job.name in tables:
-            columns = match_table(Overlaps.of(tables[job.name]))
-            paths.append(write_matches(columns, folder, stem_of(job.prediction)))
-    result = Scores(folder / "scores.json", volumes, pooled_semantic | pooled_instances, failures, tuple(paths))
-    write_text(result.path, json.dumps(result.content, indent=1) + "\n")
-    return result
+    return tables
 
 
 def _semantic(

@@ -178,6 +178,7 @@ OVERRIDES: list[tuple[list[str], list[str]]] = [
         ["test.evaluation.metrics is 'auc'", "dice, iou, precision, recall"],
     ),
     (["test.evaluation.metrics=[]"], ["test.evaluation.metrics is []", "enabled=false"]),
+    (["test.data.test_instances=i.h5"], ["test.data.test_instances is ['i.h5']", "needs test.data.test_label"]),
     (["test.data.test_ignore=m.h5"], ["test.data.test_ignore is ['m.h5']", "needs test.data.test_label"]),
     (["test.evaluation.ignore_label=-1"], ["test.evaluation.ignore_label is -1", "0 or more"]),
     (["test.evaluation.size_bounds=[5]"], ["test.evaluation.size_bounds is [5]", "name ap in test.evaluation.metrics"]),

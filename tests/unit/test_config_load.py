@@ -117,6 +117,7 @@ KEYS: list[tuple[str, str, object, tuple[str, ...]]] = [
     ("test.data.test_image", "a.h5", ["a.h5"], ()),
     ("test.data.test_label", "[b.h5]", ["b.h5"], ("test.data.test_image=a.h5",)),
     ("test.data.test_prediction", "[a.h5,b.h5]", ["a.h5", "b.h5"], ()),
+    ("test.data.test_instances", "i.h5", ["i.h5"], ("test.data.test_image=a.h5", "test.data.test_label=b.h5")),
     ("test.data.test_ignore", "m.h5", ["m.h5"], ("test.data.test_image=a.h5", "test.data.test_label=b.h5")),
     ("test.evaluation.enabled", "false", False, ()),
     ("test.evaluation.metrics", "[dice]", ["dice"], ()),

@@ -399,6 +399,14 @@ def evaluated(world: World, *words: str) -> Result:
     return world.run(named, f"test.data.test_label='{world.truth}'", *words, command="evaluate")
 
 
+def known_objects(world: World) -> bool:
+    words = ("decoding=[{name: connected_components}]", "test.evaluation.metrics=[dice,pq]")
+    found = measured(*words, f"test.data.test_instances='{world.truth}'")(world)
+    content = json.loads((found.output / "scores.json").read_text())
+    objects = "pq" in json.dumps(content["pooled"]["instances"]) and 0 < scores(found)["dice"] < 1
+    return objects and measured(*words)(world).refused("test.data.test_instances")
+
+
 def masked(world: World) -> bool:
     everything = measured(f"test.data.test_ignore='{world.volume}'")(world)
     return scores(everything)["dice"] is None and scores(measured()(world))["dice"] is not None
@@ -650,6 +658,7 @@ TABLE: Mapping[str, Check] = {
     "test.data.test_image": known_image,
     "test.data.test_label": known_label,
     "test.data.test_prediction": known_prediction,
+    "test.data.test_instances": known_objects,
     "test.data.test_ignore": masked,
     "test.evaluation.enabled": evaluation,
     "test.evaluation.foreground": foreground,

@@ -9,10 +9,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from skimage import measure
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 
 from connectomics.build.engine import build_engine
 from connectomics.build.volumes import named_sources
+from connectomics.cli import main
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ConnectomicsError
@@ -104,8 +106,33 @@ def test_what_cannot_be_measured_is_named_and_the_rest_is(model: Path, tmp_path:
     with pytest.raises(ConfigError, match=r"names 3 volumes, test.data.test_image 1; state one volume for each image"):
         check_known_answers(config, named_sources([labels], 1))
     objects = known_answers([labels], [labels], tmp_path, "test.evaluation.metrics=[dice,pq]")
-    with pytest.raises(ConfigError, match="evaluate --instances"):
+    with pytest.raises(ConfigError, match=r"test\.data\.test_instances"):
         check_known_answers(objects, named_sources([labels], 1))
+
+
+def test_decoded_objects_are_compared_with_true_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two runs with other blocks and formats; the numbers are those of ``evaluate`` on the files."""
+    model = make_model(tmp_path / "model", dimensions=2, patch=(16, 24), classes=2, seed=2)
+    image, classes = scene(1, (2, 40, 51), 0)
+    volume = h5(tmp_path / "v.h5", (image[0] * 255).astype(np.uint8))
+    truth = h5(tmp_path / "truth.h5", measure.label(classes > 0).astype(np.uint32))
+    for form, block in (("h5", "[2,40,51]"), ("zarr", "[1,20,26]")):
+        out = tmp_path / form
+        words = [
+            *("system.device=cpu", "system.num_cpus=1", f"inference.data.output_path={out}"),
+            *(f"test.data.test_image={volume}", f"test.data.test_label={truth}", f"test.data.test_instances={truth}"),
+            *("test.evaluation.metrics=[dice,ap,pq]", "decoding=[{name: connected_components, connectivity: 26}]"),
+            *(f"inference.output.formats=[{form}]", f"inference.block_shape={block}"),
+        ]
+        assert main(["test", "--checkpoint", str(model), *words]) == 0
+        scores = json.loads((out / "scores.json").read_text())["pooled"]
+        alone = f"inference.data.output_path={tmp_path / (form + '_alone')}"
+        assert main(["evaluate", str(out / f"v_labels_instances.{form}"), truth, "--instances", alone]) == 0
+        expected = json.loads((tmp_path / f"{form}_alone" / "scores.json").read_text())["pooled"]
+        assert {"ap", "pq"} <= set(scores["instances"])
+        assert {key: expected["instances"][key] for key in scores["instances"]} == scores["instances"]
+        assert 0 < scores["labels"]["label_1"]["dice"] < 1
+    assert "v_labels_instances" in capsys.readouterr().out
 
 
 def confusion(folder: Path, prediction: str, truth: str, count: int, ignored: int | None = None) -> object:
