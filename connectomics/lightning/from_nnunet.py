@@ -29,7 +29,15 @@ from connectomics.io.nnunet_folder import (
 )
 from connectomics.io.nnunet_nifti import NIFTI_READERS, Frame, frame_of
 from connectomics.io.opening import open_volume
-from connectomics.lightning.inference import EXPECTED, Observer, Silence, VolumeOutcome, VolumeProcessor
+from connectomics.lightning.inference import (
+    EXPECTED,
+    NOT_BEGUN,
+    Observer,
+    Silence,
+    VolumeOutcome,
+    VolumeProcessor,
+    failed_outcome,
+)
 
 log = logging.getLogger(__name__)
 OWN_FOLDER = "connectomics"  # within the output folder: HDF5 results, logs, provenance
@@ -140,10 +148,12 @@ class FolderPrediction:
         observer = observer or Silence()
         kept = {s.name: paths for s in self._sources if (paths := self._kept(s))}
         observer.listed(len(self._sources), len(kept))
-        outcomes = []
+        outcomes: list[VolumeOutcome] = []
         for source in self._sources:
             if source.name in kept:
                 outcome = VolumeOutcome(source.name, "skipped", paths=kept[source.name])
+            elif any(earlier.storage for earlier in outcomes):
+                outcome = VolumeOutcome(source.name, "failed", NOT_BEGUN, storage=True)
             else:
                 outcome = self._predict(source, observer)
             observer.ended(outcome)
@@ -174,7 +184,7 @@ class FolderPrediction:
                 outcome, state="done", paths=self._deliver(source, outcome.paths, spacing, frame)
             )
         except EXPECTED as error:
-            return VolumeOutcome(source.name, "failed", " ".join((str(error) or "out of memory").split()))
+            return failed_outcome(source.name, error, 0.0)
 
     def _deliver(
         self, source: VolumeSource, own: tuple[Path, ...], spacing: Spacing3, frame: Frame | None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import tifffile
 from PIL import Image
 
 from connectomics.cli import main
+from connectomics.lightning import from_nnunet
 from connectomics.lightning.inference import InferenceManager
 
 import oracle
@@ -61,6 +64,26 @@ def test_colours_are_channels_and_a_bad_case_leaves_the_others_be(
     expected = manager.predict(np.moveaxis(colours, -1, 0)[:, None]).labels
     assert (np.asarray(Image.open(tmp_path / "out" / "colour.png")) == expected[0]).all()
     assert not (tmp_path / "out" / "grey.png").exists()
+
+
+def test_no_case_is_begun_after_the_disk_is_full(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        tifffile.imwrite(tmp_path / f"{name}_0000.tif", em_like((5, 10, 11)))
+        (tmp_path / f"{name}.json").write_text('{"spacing": [1, 1, 1]}')
+    written: list[Path] = []
+
+    def full(labels: object, target: Path, *more: object) -> None:
+        written.append(target)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(from_nnunet, "write_labels", full)
+    assert main(words(folder, tmp_path, tmp_path / "out", reader="Tiff3DIO")) == 3
+    said = " ".join(capsys.readouterr().out.split())
+    assert [path.name for path in written] == ["a.tif"]
+    assert "failed 3" in said and "failed: a: [Errno 28] No space left on device" in said
+    assert said.count("not begun, because the disk of the results refused") == 2
 
 
 def test_a_wrong_spacing_fails_its_case(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
