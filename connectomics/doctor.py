@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from connectomics.build.backends import device_name
 from connectomics.build.cascade import check_previous_stage
-from connectomics.build.engine import build_engine, device_name, memory_budget_bytes
+from connectomics.build.engine import build_engine, memory_budget_bytes
 from connectomics.build.volumes import list_sources, open_source, share_of
 from connectomics.config.schema import Config
 from connectomics.errors import ConnectomicsError

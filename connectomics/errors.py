@@ -9,6 +9,7 @@ ConnectomicsError
 │   └── StorageError       ... because the disk is full, read-only, forbidden or gone: no block can be written
 ├── QuarantineError    blocks failed again and again and were set aside, all others are done
 ├── LedgerError        the record of a run is damaged or belongs to something else
+├── AgreementError     precision=fast changes more labels of this volume than are allowed
 ├── DeviceError        the requested device or backend is not available here
 └── ResourceError      the memory budget or the disk is too small
 """
@@ -54,6 +55,10 @@ class QuarantineError(ConnectomicsError):
 
 class LedgerError(ConnectomicsError):
     """The record of a run is damaged or belongs to other settings."""
+
+
+class AgreementError(ConnectomicsError):
+    """On this volume ``precision=fast`` changes more labels than are allowed."""
 
 
 class DeviceError(ConnectomicsError):

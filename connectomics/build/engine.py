@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from connectomics.build.backends import choose_backends, reference_backends
 from connectomics.build.cascade import check_first_stage, first_stage_config
 from connectomics.build.models import load_members
 from connectomics.build.rules import check_activation, label_rule, probability_rule
@@ -21,7 +21,7 @@ from connectomics.inference.predictor import Predictor, RollingPredictor, Slidin
 from connectomics.inference.resample import check_rules
 from connectomics.inference.windows import as_patch
 from connectomics.models.backends.contract import Backend
-from connectomics.models.backends.torch_eager import TorchBackend, free_device_bytes, window_bytes
+from connectomics.models.backends.torch_eager import free_device_bytes, window_bytes
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 from connectomics.pipeline.finish import Filters
@@ -30,7 +30,6 @@ from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.run import RunSettings
 
 NNUNET_STEP = 0.5
-NNUNET_THREADS = 8  # nnU-Net's own upper bound of threads in a forward pass
 PACKAGES = (
     "connectomics",
     "nnunetv2",
@@ -89,6 +88,10 @@ class Engine:
         Free memory of the device beside the models, None where they are in the host's.
     previous
         The first stage of a cascade, where a model gives its labels.
+    exact
+        Where the precision is fast, the segmenter it is held against: the same models in float32.
+    notes
+        Why backends that ``auto`` tried first were not taken.
     """
 
     models: tuple[EngineModel, ...]
@@ -100,6 +103,8 @@ class Engine:
     base_bytes: int
     device_bytes: int | None
     previous: Engine | None = None
+    exact: Segmenter | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def spec(self) -> ModelSpec:
@@ -129,33 +134,6 @@ def memory_budget_bytes(config: Config) -> int:
     return int(stated * 1e9) if stated is not None else int(psutil.virtual_memory().total * BUDGET_SHARE)
 
 
-def threads(config: Config) -> int:
-    """CPU threads of a forward pass: what is stated, else this process's CPUs, at most nnU-Net's own 8."""
-    stated = config.system.inference.num_cpus or config.system.num_cpus
-    available = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return stated or min(NNUNET_THREADS, available)
-
-
-def device_name(config: Config) -> str:
-    """The device the network runs on.
-
-    Raises
-    ------
-    ConfigError
-        If no GPU is allowed and one is asked for.
-    """
-    device = config.model.nnunet_device or config.system.device
-    gpus = config.system.inference.num_gpus
-    gpus = config.system.num_gpus if gpus is None else gpus
-    if gpus == 0 and device == "auto":
-        return "cpu"
-    if gpus == 0 and device != "cpu":
-        raise ConfigError(f"num_gpus=0 allows no GPU, but the device is '{device}'; set num_gpus=1 or device=cpu")
-    if gpus == 1 and device == "cpu":
-        raise ConfigError("num_gpus=1 asks for a GPU, but the device is 'cpu'; set system.device=cuda or num_gpus=0")
-    return "cuda" if gpus == 1 and device == "auto" else device
-
-
 def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     """Make everything that serves all volumes.
 
@@ -175,33 +153,45 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     loaded = load_members(config, checkpoint)
     models = tuple(_engine_model(config, path, model) for path, model in loaded)
     spec = models[0].spec
-    backends = [_backends(config, model, m.window) for m, (_, model) in zip(models, loaded, strict=True)]
-    weights = config.model.ensemble_weights or [1.0] * len(models)
     check_activation(config, spec)
-    segmenter = Segmenter(
-        tuple(_member(config, *each) for each in zip(models, backends, weights, strict=True)),
-        spec.classes,
-        label_rule(config, spec),
-        probability_rule(config, spec) if config.inference.output.save_probabilities else None,
-    )
+    given = [model for _, model in loaded], [model.window.patch for model in models]
+    chosen = choose_backends(config, *given)
+    segmenter, first = _segmenter(config, models, chosen.backends), chosen.backends[0][0]
+    fast = first.numeric_class.precision == "fast"
+    exact = _segmenter(config, models, reference_backends(config, *given).backends) if fast else None
     binary = config.inference.postprocessing.binary
     filters = Filters(binary.remove_small_objects, binary.fill_holes) if binary.enabled else Filters()
     settings = RunSettings(
         Path(config.inference.data.output_path),
         program_version(),
         memory_budget_bytes(config),
-        backends[0][0].numeric_class.as_dict(),
+        first.numeric_class.as_dict(),
         config.system.allow_mixed_devices,
         max(1, config.system.inference.num_workers or 1),
     )
-    facts = _facts(config, models, segmenter, filters)
+    facts = _facts(config, models, segmenter, filters, fast=fast)
     previous = _first_stage(config, models)
     deviations = _deviations(config, models, segmenter)
+    if fast and first.device.type == "cpu":
+        deviations += ("bfloat16 instead of float32 (inference.precision=fast)",)
     if previous is not None:
         deviations += tuple(f"the previous stage: {text}" for text in previous.deviations)
     base_bytes = psutil.Process().memory_info().rss
-    free = free_device_bytes(backends[0][0].device)
-    return Engine(models, segmenter, filters, settings, facts, deviations, base_bytes, free, previous)
+    free = free_device_bytes(first.device)
+    return Engine(
+        models, segmenter, filters, settings, facts, deviations, base_bytes, free, previous, exact, chosen.notes
+    )
+
+
+def _segmenter(config: Config, models: tuple[EngineModel, ...], backends: Sequence[tuple[Backend, ...]]) -> Segmenter:
+    spec = models[0].spec
+    weights = config.model.ensemble_weights or [1.0] * len(models)
+    return Segmenter(
+        tuple(_member(config, *each) for each in zip(models, backends, weights, strict=True)),
+        spec.classes,
+        label_rule(config, spec),
+        probability_rule(config, spec) if config.inference.output.save_probabilities else None,
+    )
 
 
 def _first_stage(config: Config, models: tuple[EngineModel, ...]) -> Engine | None:
@@ -219,12 +209,7 @@ def _engine_model(config: Config, path: Path, model: LoadedModel) -> EngineModel
     return EngineModel(path, model.spec, window, window_bytes(model.networks[0], window.patch))
 
 
-def _backends(config: Config, model: LoadedModel, window: SlidingWindow) -> tuple[TorchBackend, ...]:
-    device, cpus = device_name(config), threads(config)
-    return tuple(TorchBackend(network, device=device, batch=window.batch, threads=cpus) for network in model.networks)
-
-
-def _member(config: Config, model: EngineModel, backends: tuple[TorchBackend, ...], weight: float) -> Member:
+def _member(config: Config, model: EngineModel, backends: tuple[Backend, ...], weight: float) -> Member:
     spec = model.spec
     by_slice = spec.slice_case if config.inference.case == "auto" else config.inference.case == "slice"
     check_resampling(config, spec, by_slice=by_slice)
@@ -293,7 +278,7 @@ def _predictor(config: Config, backends: tuple[Backend, ...], window: SlidingWin
 
 
 def _facts(
-    config: Config, models: tuple[EngineModel, ...], segmenter: Segmenter, filters: Filters
+    config: Config, models: tuple[EngineModel, ...], segmenter: Segmenter, filters: Filters, *, fast: bool
 ) -> dict[str, object]:
     """Settings that decide labels and probabilities alike, as JSON values."""
     stated = config.inference
@@ -308,6 +293,8 @@ def _facts(
         "axes": stated.axes,
         "voxel_size_nm": stated.voxel_size_nm,
     }
+    if fast:
+        common["precision"] = "fast"
     own: list[dict[str, object]] = [
         {
             "model_sha256": model.spec.sha256,

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from connectomics.build.backends import kind_of
 from connectomics.build.cascade import checked_labels, first_stage_config, open_previous
+from connectomics.build.contract import fast_contract
 from connectomics.build.engine import Engine, EngineModel, versions
 from connectomics.build.plan import decoding_bytes, plan_volume
 from connectomics.config.load import written
@@ -21,6 +23,7 @@ from connectomics.io.export import export_path
 from connectomics.io.listing import VolumeSource, expand, group, refuse_collisions, without_results
 from connectomics.io.opening import open_channels, open_volume
 from connectomics.io.volume import Nanometres, Spacing, VolumeReader
+from connectomics.models.backends.choice import AUTO
 from connectomics.models.spec import NO_RESAMPLING
 from connectomics.pipeline.finish import Output
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segmenter
@@ -31,6 +34,7 @@ PREVIOUS = "previous_stage"  # folder in RUN where the labels of a cascade's fir
 # keys that a reproducing command states in another way, or that only say where and which
 ELSEWHERE = (
     "model.nnunet_checkpoint",
+    "system.cache_dir",
     "inference.data.output_path",
     "inference.volume_mode.file_",
     "inference.volume_mode.st",
@@ -165,7 +169,9 @@ def _previous_facts(config: Config, engine: Engine, source: VolumeSource, reader
     return {"previous_stage": given.identity}
 
 
-def segmenter_of(config: Config, engine: Engine, own: Spacing | None, previous: ReadBox | None = None) -> Segmenter:
+def segmenter_of(
+    config: Config, engine: Engine, own: Spacing | None, previous: ReadBox | None = None, *, exact: bool = False
+) -> Segmenter:
     """The engine's segmenter for a volume of this spacing.
 
     Parameters
@@ -174,6 +180,8 @@ def segmenter_of(config: Config, engine: Engine, own: Spacing | None, previous: 
         Spacing (z, y, x) that the volume itself states, in the plan's unit; ``inference.spacing`` goes first.
     previous
         Gives the labels of the previous stage (1, z, y, x), for second stages of a cascade.
+    exact
+        Where the engine is fast, that in float32.
 
     Raises
     ------
@@ -182,15 +190,16 @@ def segmenter_of(config: Config, engine: Engine, own: Spacing | None, previous: 
     ModelError
         If this program cannot resample as the plans want it.
     """
+    segmenter = engine.segmenter if engine.exact is None or not exact else engine.exact
     members = (
         dataclasses.replace(
             member,
             resampling=_resampling_of(config, model, member, own),
             previous=previous and checked_labels(previous, model.spec, "the labels of the previous stage"),
         )
-        for member, model in zip(engine.segmenter.members, engine.models, strict=True)
+        for member, model in zip(segmenter.members, engine.models, strict=True)
     )
-    return dataclasses.replace(engine.segmenter, members=tuple(members))
+    return dataclasses.replace(segmenter, members=tuple(members))
 
 
 def _resampling_of(config: Config, model: EngineModel, member: Member, own: Spacing | None) -> Resampling | None:
@@ -284,8 +293,11 @@ def job_of(
         If the memory budget cannot hold one block's work, or the mask that the model normalises within.
     """
     outputs = outputs_of(config, engine, source, reader)
-    segmenter = segmenter_of(config, engine, reader.info.spacing, None if previous is None else previous.read)
+    given = None if previous is None else previous.read
+    segmenter = segmenter_of(config, engine, reader.info.spacing, given)
     plan, readers = plan_volume(config, engine, segmenter, reader.info)
+    exact = segmenter_of(config, engine, reader.info.spacing, given, exact=True)
+    contract = fast_contract(config, engine, exact, plan.block_shape)
     described = [_described(model) for model in engine.models]
     provenance: dict[str, object] = {
         "program": engine.settings.program,
@@ -310,10 +322,12 @@ def job_of(
         provenance
         | (described[0] if len(described) == 1 else {"models": described})
         | dict(engine.facts)
+        | ({"backend_choice": list(engine.notes)} if engine.notes else {})
         | _previous_provenance(engine, previous),
         _command(config, engine, source),
         readers,
         wanted,
+        contract,
         decoding_bytes(reader.info, engine.settings.budget_bytes, engine.base_bytes),
     )
 
@@ -342,6 +356,8 @@ def _command(config: Config, engine: Engine, source: VolumeSource) -> tuple[str,
     stated, default = _leaves(dataclasses.asdict(config)), _leaves(dataclasses.asdict(Config()))
     changed = {k: v for k, v in stated.items() if v != default[k] and not k.startswith(ELSEWHERE)}
     changed["inference.volume_mode.file_list"] = list(source.uris)
+    if config.system.backend == AUTO:
+        changed["system.backend"] = kind_of(engine.settings.numeric_class)
     words = (f"{key}={written(value)}" for key, value in sorted(changed.items()))
     return ("infer-volume", "--checkpoint", str(engine.models[0].checkpoint), *words)
 

@@ -25,11 +25,14 @@ class System:
     """``system``: the machine.
 
     ``device`` is auto (the first CUDA device when there is one, otherwise the CPU), cpu, mps, cuda or cuda:N;
-    a named device that is missing is an error. ``num_cpus`` counts torch threads; ``memory_budget_gb`` limits
-    host memory, in 10^9 bytes.
+    a named device that is missing is an error. ``backend`` is torch (the reference), compile, openvino, or auto (the
+    fastest that is there). ``num_cpus`` counts threads of a forward pass; ``memory_budget_gb`` limits host memory, in
+    10^9 bytes. ``cache_dir`` keeps compiled networks.
     """
 
     device: str = "auto"
+    backend: str = "torch"
+    cache_dir: str | None = None
     seed: int = 0
     num_gpus: int | None = None
     num_cpus: int | None = None
@@ -146,9 +149,12 @@ class Inference:
     """``inference``: how volumes become labels. ``voxel_size_nm`` and ``block_shape`` are (z, y, x).
 
     ``roi`` is the first voxel that is wanted and the one after the last, each (z, y, x); ``mask`` names a volume.
+    ``precision`` is exact (float32) or fast, whose labels may differ in a share ``max_disagreement`` of a sample.
     """
 
     case: str = "auto"
+    precision: str | None = None
+    max_disagreement: float = 1e-4
     voxel_size_nm: list[float] | None = None
     axes: str | None = None
     block_shape: list[int] | None = None

@@ -23,6 +23,8 @@ ENGINES = ("nnunet", "monai")
 PADDINGS = ("constant", "reflect", "replicate", "circular")
 CASES = ("auto", "slice", "volume")
 RESAMPLINGS = ("off", "plan")
+BACKENDS = ("auto", "torch", "compile", "openvino")
+PRECISIONS = ("exact", "fast")
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 INTENSITY_DTYPES = ("uint8", "uint16", "float16", "float32")
 
@@ -53,6 +55,7 @@ def validate(config: Config) -> None:
     _expectations(config)
     _volumes(config.inference)
     _frame(config.inference)
+    _precision(config.inference)
     _wanted(config.inference)
     _windows(config.inference)
     _mirroring(config.inference)
@@ -103,6 +106,9 @@ def _device(key: str, value: str) -> None:
 
 def _system(system: System) -> None:
     _device("system.device", system.device)
+    _one_of(BACKENDS, "system.backend", system.backend)
+    rule = "must name a folder, or be null for the user's own cache"
+    _require(system.cache_dir != "", "system.cache_dir", system.cache_dir, rule)
     _at_least(0, "system.seed", system.seed)
     _at_least(1, "system.num_cpus", system.num_cpus)
     _at_least(1, "system.inference.num_cpus", system.inference.num_cpus)
@@ -203,6 +209,13 @@ def _volumes(inference: Inference) -> None:
     _require(bool(re.fullmatch(r"[A-Za-z0-9._-]+", suffix)), f"{key}.output_suffix", suffix, rule)
     path = inference.data.output_path
     _require(path != "", "inference.data.output_path", path, "must name a folder")
+
+
+def _precision(inference: Inference) -> None:
+    if inference.precision is not None:
+        _one_of(PRECISIONS, "inference.precision", inference.precision)
+    most = inference.max_disagreement
+    _require(0 <= most <= 1, "inference.max_disagreement", most, "must be a share from 0 to 1")
 
 
 def _frame(inference: Inference) -> None:

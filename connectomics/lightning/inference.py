@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from connectomics.build.cascade import check_previous_stage
+from connectomics.build.contract import fast_contract
 from connectomics.build.engine import Engine, build_engine
 from connectomics.build.volumes import (
     final_paths,
@@ -34,12 +35,14 @@ from connectomics.inference.case import ReadBox
 from connectomics.io.listing import VolumeSource
 from connectomics.io.volume import Array, Spacing, VolumeInfo
 from connectomics.lightning.cascade import previous_labels
+from connectomics.lightning.resume import Continuation
 from connectomics.pipeline.contracts import RunReport
 from connectomics.pipeline.finish import check_names, settle, work_folder
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter
 from connectomics.pipeline.retry import SYSTEMIC, errno_of
 from connectomics.pipeline.run import run_volume
 
+log = logging.getLogger(__name__)
 NOT_BEGUN = "not begun, because the disk of the results refused; mend that and run again"
 EXPECTED = (ConnectomicsError, OSError, MemoryError)  # what may go wrong without a mistake of ours
 
@@ -80,6 +83,7 @@ class InferenceManager:
         torch.manual_seed(config.system.seed)
         self.engine = build_engine(config, checkpoint)
         self._config = config
+        self._held = False  # whether a fast engine was held against exact already
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path | str, overrides: Sequence[str] = ()) -> InferenceManager:
@@ -107,6 +111,8 @@ class InferenceManager:
         ------
         ConfigError
             If labels of a previous stage are needed and neither given nor made by a model.
+        AgreementError
+            If the precision is fast and changes too many labels of the first image, which is labelled both ways.
         VolumeError
             If the shape, dtype or number of channels does not fit the model, a value is not finite, or
             ``inference.roi`` or ``inference.mask`` does not fit the image.
@@ -122,13 +128,17 @@ class InferenceManager:
                 f"the image has {reader.info.channels} channels, the model expects {self.engine.spec.channels} "
                 f"({', '.join(self.engine.spec.channel_names)})"
             )
-        segmenter, whole = (
-            self.segmenter(spacing, self._previous(reader, spacing, previous)),
-            Box.of_shape(reader.info.extent),
-        )
+        first = self._previous(reader, spacing, previous)
+        segmenter, whole = self.segmenter(spacing, first), Box.of_shape(reader.info.extent)
         wanted = wanted_of(self._config, reader.info.extent, "the image")
         with contextlib.closing(wanted) if wanted is not None else contextlib.nullcontext():
             surveyed = segmenter.survey(reader, "the image")
+            if not self._held:
+                exact = segmenter_of(self._config, self.engine, spacing, first, exact=True)
+                contract = fast_contract(self._config, self.engine, exact, reader.info.extent)
+                if contract is not None:
+                    contract.require(contract.measure(segmenter, reader.read, surveyed, whole, seed=0), "the image")
+                self._held = True
             arrays, _ = segmenter.segment_wanted(reader.read, surveyed, whole, wanted)
         labels = self.engine.filters.apply(arrays[LABELS][0])
         probabilities = arrays.get(PROBABILITIES)
@@ -240,6 +250,7 @@ class VolumeProcessor:
         self._config = config
         self._engine = engine
         self._observer = observer or Silence()
+        self._continuation = Continuation(config, engine)
 
     def run(self, sources: Sequence[VolumeSource]) -> list[VolumeOutcome]:
         """Bring volumes to their final outputs.
@@ -302,18 +313,19 @@ class VolumeProcessor:
 
     def _process(self, source: VolumeSource) -> tuple[tuple[Path, ...], RunReport]:
         settings = self._engine.settings
+        for note in self._engine.notes:
+            log.info("backend: %s", note)
         with contextlib.ExitStack() as opened:
             reader = open_source(self._config, self._engine, source)
             opened.callback(reader.close)
+            engine = self._continuation.engine(source, reader)
             wanted = wanted_of(self._config, reader.info.extent, source.name)  # refused before a first stage is run
             if wanted is not None:
                 opened.callback(wanted.close)
-            previous = opened.enter_context(
-                previous_labels(self._config, self._engine, source, reader, self._observer.block)
-            )
-            job = job_of(self._config, self._engine, source, reader, previous, wanted)
+            previous = opened.enter_context(previous_labels(self._config, engine, source, reader, self._observer.block))
+            job = job_of(self._config, engine, source, reader, previous, wanted)
             check_names(job.outputs, settings.folder, overwrite=self._config.inference.output.overwrite)
-            report = run_volume(job, settings, SerialExecutor(), self._observer.block)
+            report = run_volume(job, engine.settings, SerialExecutor(), self._observer.block)
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report
 
 

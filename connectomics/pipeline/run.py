@@ -9,7 +9,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from connectomics.geometry import Box
 from connectomics.io.atomic import discard, write_text
 from connectomics.io.store import Store, create_store, discard_locks, open_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
+from connectomics.pipeline import agreement as agreements
+from connectomics.pipeline.agreement import Agreement, FastContract
 from connectomics.pipeline.blocks import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
 from connectomics.pipeline.contracts import Executor, RunReport
 from connectomics.pipeline.finish import (
@@ -35,11 +37,11 @@ from connectomics.pipeline.finish import (
     work_folder,
 )
 from connectomics.pipeline.lease import STALE_S, Worker
-from connectomics.pipeline.ledger import Ledger, plan_of
+from connectomics.pipeline.ledger import HEADER, Ledger, plan_of, read_header
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter, Surveyed
 from connectomics.pipeline.retry import PAUSES_S, PatientReader
-from connectomics.pipeline.run_folder import FILTERED, HOUSE, LEDGER, SURVEY, WORKERS
+from connectomics.pipeline.run_folder import AGREEMENT, FILTERED, HOUSE, LEDGER, SURVEY, WORKERS
 from connectomics.pipeline.survey import load_survey, save_survey
 from connectomics.pipeline.wanted import Wanted
 from connectomics.pipeline.workshop import BLOCK_VOXELS, VOXEL_BYTES, Room
@@ -83,8 +85,9 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True)
 class VolumeJob:
-    """One volume and what is wanted of it: ``readers`` threads survey it; without ``wanted`` every voxel is.
+    """One volume and what is wanted of it.
 
+    ``readers`` threads survey it; without ``wanted`` every voxel is; ``contract`` is what a fast run is held to.
     ``filter_block_bytes`` is what a block may take whose filters, or the holes of whose mask, are worked out.
     """
 
@@ -99,6 +102,7 @@ class VolumeJob:
     command: tuple[str, ...]
     readers: int = 1
     wanted: Wanted | None = None
+    contract: FastContract | None = None
     filter_block_bytes: int = BLOCK_VOXELS * VOXEL_BYTES
 
 
@@ -112,6 +116,7 @@ class _Prepared:
     surveyed: Surveyed
     pending: tuple[Output, ...]
     stores: Mapping[str, Store]
+    agreement: Agreement | None
 
 
 def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_block: OnBlock) -> RunReport:
@@ -170,12 +175,13 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
 
 
 def _prepare(room: Room, job: VolumeJob, reader: PatientReader, settings: RunSettings, worker: Worker) -> _Prepared:
-    """Survey, ledger and stores; records whose shards were lost are undone."""
+    """Survey, agreement, ledger and stores; records whose shards were lost are undone."""
     work = room.work
     plan = plan_of(work / LEDGER) or job.plan  # a rerun elsewhere cuts the volume as it was begun
     facts = _result_keys(job) | {"grid": list(plan.block_shape), "program": settings.program}
     run_key, extent = key_of(facts), reader.info.extent
     surveyed = _surveyed(job, reader, room)
+    agreement = _agreement(work, job, reader, surveyed)
     ledger = Ledger(
         work / LEDGER, run_key, settings.numeric_class, plan, extent, allow_other_class=settings.allow_mixed
     )
@@ -192,7 +198,7 @@ def _prepare(room: Room, job: VolumeJob, reader: PatientReader, settings: RunSet
     except BaseException:
         ledger.close()
         raise
-    return _Prepared(work, run_key, ledger, surveyed, pending, stores)
+    return _Prepared(work, run_key, ledger, surveyed, pending, stores, agreement)
 
 
 def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, room: Room) -> None:
@@ -206,6 +212,8 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, room: Ro
         "cases": len(prepared.surveyed[0]),
         "statistics": [asdict(c) for c in prepared.surveyed[0][0].channels],
     }
+    if prepared.agreement is not None:
+        stamp |= {"agreement": asdict(prepared.agreement) | {"share": prepared.agreement.share}}
     if pending:
         record = stamp | {"result_keys": _result_keys(job), "command": list(job.command)}
         write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
@@ -257,6 +265,21 @@ def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: floa
     return report
 
 
+def begun_class(run_folder: Path, outputs: Sequence[Output], program: str) -> Mapping[str, object] | None:
+    """The numeric class in which unfinished work on these outputs was begun, or None where there is none.
+
+    Raises
+    ------
+    LedgerError
+        If what stands there is no ledger of this version.
+    """
+    ledger = work_folder(run_folder, outputs, program) / LEDGER
+    if not (ledger / HEADER).exists():
+        return None
+    begun: Mapping[str, object] = read_header(ledger)["numeric_class"]
+    return begun
+
+
 def _result_keys(job: VolumeJob) -> dict[str, object]:
     return {o.name: o.result_key for o in job.outputs}
 
@@ -299,6 +322,26 @@ def _surveyed(job: VolumeJob, reader: VolumeReader, room: Room) -> Surveyed:
     save_survey(surveyed, path)
     log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
     return surveyed
+
+
+def _agreement(work: Path, job: VolumeJob, reader: PatientReader, surveyed: Surveyed) -> Agreement | None:
+    """What a fast run changes in a sample of this volume; measured once a run, None where it is exact.
+
+    Raises
+    ------
+    AgreementError
+        If that is too much.
+    """
+    if job.contract is None:
+        return None
+    found = agreements.load(work / AGREEMENT)
+    if found is None:
+        wanted = Box.of_shape(reader.info.extent) if job.wanted is None else job.wanted.box
+        seed = int(job.outputs[0].result_key[:16], 16)
+        found = job.contract.measure(job.segmenter, reader.read, surveyed, wanted, seed)
+        agreements.save(found, work / AGREEMENT)
+    job.contract.require(found, job.name)
+    return found
 
 
 def _store(path: Path, job: VolumeJob, name: str, plan: BlockPlan) -> Store:

@@ -11,6 +11,7 @@ from connectomics.pipeline.ledger import HEADER
 LEDGER = "ledger"  # of the predict stage; those of other stages are called ledger_STAGE
 WORKERS = "workers"
 SURVEY = "survey.json"
+AGREEMENT = "agreement.json"  # of fast with exact
 FILTERED = "filtered.zarr"
 CHECKSUMS = "checksums"  # of final outputs
 LOG = "run.log"

@@ -1,21 +1,27 @@
-"""One contract for every backend, and what is particular to PyTorch's."""
+"""One contract for every backend, and what is particular to each."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from connectomics.errors import ConfigError, DeviceError
+from connectomics.models.backends import openvino as openvino_backend
+from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.contract import Backend
-from connectomics.models.backends.torch_eager import TorchBackend, _arithmetic, _capability, select_device
+from connectomics.models.backends.openvino import OpenVinoBackend
+from connectomics.models.backends.torch_compile import CompiledBackend
+from connectomics.models.backends.torch_eager import TorchBackend, _arithmetic, capability, select_device
 
 CHANNELS, CLASSES, PATCH = 2, 3, (4, 8, 8)
 
@@ -37,10 +43,17 @@ def windows(rows: int, device: torch.device) -> torch.Tensor:
     return torch.randn(rows, CHANNELS, *PATCH, generator=generator).to(device)
 
 
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is compiled once for all tests."""
+    return tmp_path_factory.mktemp("artefacts")
+
+
 class BackendContract:
     """What any backend promises; subclasses give ``backend`` (``small_network``, batch 4) and a tolerance."""
 
     tolerance = 0.0
+    precision = "exact"
 
     def test_logits_are_those_of_the_network(self, backend: Backend) -> None:
         batch = windows(4, backend.device)
@@ -82,7 +95,15 @@ class BackendContract:
         values = backend.numeric_class.as_dict()
         assert json.loads(json.dumps(values)) == values
         assert list(values) == ["backend", "precision", "batch", "threads", "device"]
-        assert values["batch"] == 4
+        assert (values["batch"], values["precision"]) == (4, self.precision)
+
+    def test_it_is_not_disturbed_by_inference_mode(self, backend: Backend) -> None:
+        batch = windows(3, backend.device)
+        expected = backend.forward(batch)
+        with torch.inference_mode():
+            found = backend.forward(windows(3, backend.device))
+            found += 1  # the predictor adds in place
+        assert torch.equal(found, expected + 1)
 
     def test_closing_twice_is_fine_and_ends_it(self, backend: Backend) -> None:
         backend.close()
@@ -104,25 +125,124 @@ class TestTorchOnCpu(BackendContract):
         assert numeric.device == f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device here")
-class TestTorchOnCuda(BackendContract):
-    tolerance = 2e-2  # autocast, as nnU-Net runs it
+class TestTorchFastOnCpu(BackendContract):
+    tolerance = 3e-2
+    precision = "fast"
 
     @pytest.fixture
     def backend(self) -> Iterator[Backend]:
-        made = TorchBackend(small_network(), device="cuda", batch=4, threads=1)
+        made = TorchBackend(small_network(), device="cpu", batch=4, threads=1, precision="fast")
         yield made
         made.close()
 
-    def test_cuda_is_called_fast(self, backend: Backend) -> None:
-        assert backend.numeric_class.precision == "fast"
+    def test_it_computes_in_bfloat16(self, backend: Backend) -> None:
+        batch = windows(4, backend.device)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            expected = small_network().eval()(batch)
+        assert expected.dtype == torch.bfloat16
+        assert torch.equal(backend.forward(batch), expected.float())
+
+
+class TestOpenVino(BackendContract):
+    tolerance = 5e-6
+
+    @pytest.fixture
+    def backend(self, artefacts: Path) -> Iterator[Backend]:
+        pytest.importorskip("openvino")
+        made = openvino(artefacts, self.precision)
+        yield made
+        made.close()
+
+    def test_the_numeric_class_names_version_and_threads(self, backend: Backend) -> None:
+        numeric = backend.numeric_class
+        version = pytest.importorskip("openvino").__version__.partition("-")[0]
+        assert (numeric.backend, numeric.threads) == (f"openvino {version}", 1)
+
+    def test_what_was_compiled_gives_the_same_bytes_when_it_is_taken_from_the_cache(
+        self, backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        batch = windows(4, backend.device)
+        expected = openvino(tmp_path, self.precision).forward(batch)
+        (kept,) = tmp_path.glob("*.compiled")
+        with monkeypatch.context() as patch:
+            patch.setattr(openvino_backend, "_converted", None)
+            again = openvino(tmp_path, self.precision)
+        assert torch.equal(again.forward(batch), expected)
+        kept.write_bytes(kept.read_bytes()[:-7])
+        mended = openvino(tmp_path, self.precision)
+        assert torch.equal(mended.forward(batch), expected)
+
+    def test_another_patch_is_refused(self, backend: Backend) -> None:
+        with pytest.raises(ValueError, match="compiled for batches of"):
+            backend.forward(torch.zeros(4, CHANNELS, 4, 8, 16))
+
+
+class TestOpenVinoFast(BackendContract):
+    tolerance = 3e-2
+    precision = "fast"
+
+    @pytest.fixture
+    def backend(self, artefacts: Path) -> Iterator[Backend]:
+        library = pytest.importorskip("openvino")
+        if "BF16" not in library.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            pytest.skip("this processor has no bfloat16")
+        made = openvino(artefacts, self.precision)
+        yield made
+        made.close()
+
+
+def openvino(folder: Path, precision: str) -> OpenVinoBackend:
+    return OpenVinoBackend(
+        small_network(),
+        shape=(4, CHANNELS, *PATCH),
+        threads=1,
+        precision=precision,
+        model="small",
+        artefacts=Artefacts(folder),
+    )
+
+
+@pytest.mark.long  # generating and compiling C++ takes a quarter of a minute
+class TestCompiledOnCpu(BackendContract):
+    tolerance = 5e-6
+
+    @pytest.fixture
+    def backend(self, artefacts: Path) -> Iterator[Backend]:
+        if shutil.which("g++") is None:
+            pytest.skip("there is no C++ compiler")
+        made = compiled(artefacts)
+        yield made
+        made.close()
+
+
+def compiled(folder: Path) -> CompiledBackend:
+    return CompiledBackend(
+        small_network(),
+        device="cpu",
+        shape=(4, CHANNELS, *PATCH),
+        threads=1,
+        precision="exact",
+        artefacts=Artefacts(folder),
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device here")
+class TestTorchOnCuda(BackendContract):
+    tolerance = 2e-2  # autocast, as nnU-Net runs it
+    precision = "fast"
+
+    @pytest.fixture
+    def backend(self) -> Iterator[Backend]:
+        made = TorchBackend(small_network(), device="cuda", batch=4, threads=1, precision="fast")
+        yield made
+        made.close()
 
 
 def test_on_cuda_nnunets_autocast_runs_with_repeatable_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(torch, "autocast", lambda kind: asked.append(kind) or contextlib.nullcontext())
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    with _arithmetic(torch.device("cuda")):
+    with _arithmetic(torch.device("cuda"), "fast"):
         assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (False, True)
     assert torch.backends.cudnn.benchmark
     assert asked == ["cuda"]
@@ -131,8 +251,8 @@ def test_on_cuda_nnunets_autocast_runs_with_repeatable_algorithms(monkeypatch: p
 def test_a_gpu_is_named_with_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    assert _capability(torch.device("cuda", 0)) == "cuda 9.0 NVIDIA H200"
-    assert _capability(torch.device("mps", 0)) == "mps"
+    assert capability(torch.device("cuda", 0)) == "cuda 9.0 NVIDIA H200"
+    assert capability(torch.device("mps", 0)) == "mps"
 
 
 def test_threads_are_pinned_before_each_batch() -> None:

@@ -226,6 +226,39 @@ def mixed_devices(world: World) -> bool:
     return refused.code == 3 and "system.allow_mixed_devices=true" in refused.out and allowed.code == 0
 
 
+OPENVINO = "system.backend=openvino"
+FAST = "inference.precision=fast"
+
+
+def backend(world: World) -> bool:
+    default, other = world.run(SAVE), world.run(SAVE, OPENVINO)
+    names = [result.provenance["numeric_class"]["backend"].split()[0] for result in (default, other)]
+    close = np.allclose(default.probabilities, other.probabilities, rtol=0, atol=1e-5)
+    return names == ["torch", "openvino"] and close and (labels(default) != labels(other)).mean() <= 1e-5
+
+
+def cache_dir(world: World) -> bool:
+    folder = world.folder / "cache"
+    result = world.again(world.folder / "cached", OPENVINO, f"system.cache_dir='{folder}'")
+    return result.code == 0 and len(list(folder.glob("*.compiled"))) == 2  # one a fold
+
+
+def precision(world: World) -> bool:
+    exact, fast = world.run(SAVE), world.run(SAVE, FAST, "inference.max_disagreement=1")
+    measured = fast.provenance["agreement"]
+    return (
+        fast.provenance["numeric_class"]["precision"] == "fast"
+        and not np.array_equal(exact.probabilities, fast.probabilities)
+        and (measured["voxels"], measured["differ"]) == (exact.read().size, (labels(exact) != labels(fast)).sum())
+        and f"{measured['differ']} of {measured['voxels']} sampled labels differ" in fast.err
+    )
+
+
+def max_disagreement(world: World) -> bool:
+    result = world.run(FAST, "inference.max_disagreement=0")
+    return result.code == 3 and "inference.precision=exact" in result.out and not final_names(result.output)
+
+
 def checkpoint(world: World) -> bool:
     without = world.run(checkpoint=False)
     named = world.run(f"model.nnunet_checkpoint='{world.model}'", checkpoint=False)
@@ -557,6 +590,8 @@ TABLE: Mapping[str, Check] = {
     "experiment_name": changes(provenance("experiment_name"), "experiment_name=mine"),
     "description": changes(provenance("description"), "description='of mine'"),
     "system.device": refuses("system.device=cuda:9", "device 'cuda:9' is not available"),
+    "system.backend": both(backend, refuses("system.backend=tvm", "must be one of auto, torch, compile, openvino")),
+    "system.cache_dir": cache_dir,
     "system.seed": both(seed, changes(provenance("seed"), "system.seed=77")),
     "system.num_gpus": refuses("system.num_gpus=1", "num_gpus=1 asks for a GPU"),
     "system.num_cpus": thread_count("system.num_cpus=3"),
@@ -593,6 +628,8 @@ TABLE: Mapping[str, Check] = {
         changes(probabilities, "inference.case=volume", given=[SAVE]),
         changes(provenance("case"), "inference.case=volume"),
     ),
+    "inference.precision": both(precision, refuses("inference.precision=half", "must be one of exact, fast")),
+    "inference.max_disagreement": max_disagreement,
     "inference.voxel_size_nm": changes(voxel_size, "inference.voxel_size_nm=[30,8,8]"),
     "inference.axes": axes,
     "inference.block_shape": changes(lambda r: r.report["planned"], "inference.block_shape=[1,24,16]"),

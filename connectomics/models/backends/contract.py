@@ -18,9 +18,9 @@ class NumericClass:
     Parameters
     ----------
     backend
-        Name of the backend, for example ``torch``.
+        Name of the backend, with the version of the compiler where it has one: ``torch``, ``openvino 2026.4.1``.
     precision
-        ``exact`` (float32 throughout) or ``fast`` (nnU-Net's autocast).
+        ``exact`` (float32 throughout) or ``fast`` (nnU-Net's autocast on CUDA, bfloat16 on the CPU).
     batch
         Rows of each batch the network sees.
     threads
@@ -38,6 +38,33 @@ class NumericClass:
     def as_dict(self) -> dict[str, str | int]:
         """The fields as plain JSON values."""
         return asdict(self)
+
+
+def whole_batch(batch: torch.Tensor, rows: int, device: torch.device) -> torch.Tensor:
+    """A batch of windows as a network sees it: checked, and filled up with zeros to ``rows``.
+
+    Parameters
+    ----------
+    batch
+        float32 [n, c, z, y, x] on ``device``, n from 1 to ``rows``; it is left as it is.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    if batch.dtype != torch.float32 or batch.device != device or batch.ndim != 5:
+        raise ValueError(
+            f"expected float32 [n, c, z, y, x] on {device}, got {batch.dtype} {list(batch.shape)} on {batch.device}"
+        )
+    found = batch.shape[0]
+    if not 1 <= found <= rows:
+        raise ValueError(f"a batch has 1 to {rows} rows, got {found}")
+    if found == rows:
+        return batch
+    filled = batch.new_zeros((rows, *batch.shape[1:]))
+    filled[:found] = batch
+    return filled
 
 
 class Backend(Protocol):

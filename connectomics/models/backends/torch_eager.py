@@ -1,6 +1,6 @@
-"""PyTorch, eager: the reference backend, float32 on CPU and MPS, nnU-Net's autocast on CUDA.
+"""PyTorch, eager: the reference backend, in float32 or fast: nnU-Net's autocast on CUDA, bfloat16 on the CPU.
 
-Made by the composition root; ``select_device`` is also asked by ``doctor``.
+Made by ``choice``; ``select_device`` is also asked by ``build`` and ``doctor``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from connectomics.errors import ConfigError, DeviceError
 from connectomics.geometry import Vec3
-from connectomics.models.backends.contract import NumericClass
+from connectomics.models.backends.contract import NumericClass, whole_batch
 
 ACTIVATIONS = 10  # float32 maps of the first features that are alive at once
 
@@ -69,7 +69,8 @@ def free_device_bytes(device: torch.device) -> int | None:
     return free
 
 
-def _capability(device: torch.device) -> str:
+def capability(device: torch.device) -> str:
+    """Kind of a device and what it can compute, as a numeric class names it."""
     if device.type == "cpu":
         return f"cpu {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda":
@@ -79,16 +80,15 @@ def _capability(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def _arithmetic(device: torch.device) -> Iterator[None]:
-    """nnU-Net's autocast on CUDA, float32 elsewhere."""
-    if device.type != "cuda":
-        yield
-        return
-    # cuDNN may pick another algorithm each time it measures; nnU-Net lets it, we want the same bits twice
-    with (
-        torch.autocast("cuda"),
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-    ):
+def _arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+    """float32, or the device's autocast where ``precision`` is fast."""
+    with contextlib.ExitStack() as entered:
+        if precision == "fast":  # half precision on CUDA as nnU-Net has it, bfloat16 on the CPU
+            entered.enter_context(torch.autocast(device.type))
+        if device.type == "cuda":
+            # cuDNN may pick another algorithm each time it measures; nnU-Net lets it, we want the same bits twice
+            flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+            entered.enter_context(flags)
         yield
 
 
@@ -105,21 +105,31 @@ class TorchBackend:
         Rows of each batch the network sees; fuller batches are refused, emptier ones filled with zeros.
     threads
         CPU threads within one operation (``torch.set_num_threads``, which holds for the whole process).
+    precision
+        ``exact`` or ``fast``.
+
+    Raises
+    ------
+    DeviceError
+        If the device is missing, or has no fast way.
     """
 
-    def __init__(self, network: nn.Module, *, device: str, batch: int, threads: int) -> None:
+    def __init__(self, network: nn.Module, *, device: str, batch: int, threads: int, precision: str = "exact") -> None:
         if batch < 1 or threads < 1:
             raise ValueError(f"batch and threads are at least 1, got {batch} and {threads}")
         self._device = select_device(device)
+        if precision == "fast" and self._device.type == "mps":
+            raise DeviceError("device 'mps' has no fast precision here; set inference.precision=exact")
+        self._precision = precision
         self._batch = batch
         self._threads = threads
         self._network: nn.Module | None = network.to(self._device).eval().requires_grad_(False)
         self._numeric_class = NumericClass(
             backend="torch",
-            precision="fast" if self._device.type == "cuda" else "exact",
+            precision=precision,
             batch=batch,
             threads=threads,
-            device=_capability(self._device),
+            device=capability(self._device),
         )
 
     @property
@@ -145,21 +155,11 @@ class TorchBackend:
         if self._network is None:
             raise RuntimeError("the backend is closed")
         rows = batch.shape[0]
-        if batch.dtype != torch.float32 or batch.device != self._device or batch.ndim != 5:
-            raise ValueError(
-                f"expected float32 [n, c, z, y, x] on {self._device}, got {batch.dtype} {list(batch.shape)} "
-                f"on {batch.device}"
-            )
-        if not 1 <= rows <= self._batch:
-            raise ValueError(f"a batch has 1 to {self._batch} rows, got {rows}")
-        if rows < self._batch:
-            padded = batch.new_zeros((self._batch, *batch.shape[1:]))
-            padded[:rows] = batch
-            batch = padded
+        batch = whole_batch(batch, self._batch, self._device)
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         # no_grad, not inference_mode: the caller flips and adds the logits in place outside of this call
-        with torch.no_grad(), _arithmetic(self._device):
+        with torch.no_grad(), _arithmetic(self._device, self._precision):
             logits: torch.Tensor = self._network(batch)
         return logits[:rows].float()
 

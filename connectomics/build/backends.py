@@ -1,0 +1,112 @@
+"""How the networks are run: backend, precision, threads and device, from the configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from connectomics.config.schema import Config
+from connectomics.errors import ConfigError
+from connectomics.geometry import Vec3
+from connectomics.models.backends.artefacts import Artefacts
+from connectomics.models.backends.choice import AUTO, Chosen, Networks, Terms, choose, default_precision
+from connectomics.models.checkpoint import LoadedModel
+
+NNUNET_THREADS = 8  # nnU-Net's own upper bound of threads in a forward pass
+REFERENCE = "torch"  # what fast is held against
+
+
+def threads(config: Config) -> int:
+    """CPU threads of a forward pass: what is stated, else this process's CPUs, at most nnU-Net's own 8."""
+    stated = config.system.inference.num_cpus or config.system.num_cpus
+    available = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return stated or min(NNUNET_THREADS, available)
+
+
+def device_name(config: Config) -> str:
+    """The device the network runs on.
+
+    Raises
+    ------
+    ConfigError
+        If no GPU is allowed and one is asked for.
+    """
+    device = config.model.nnunet_device or config.system.device
+    gpus = config.system.inference.num_gpus
+    gpus = config.system.num_gpus if gpus is None else gpus
+    if gpus == 0 and device == "auto":
+        return "cpu"
+    if gpus == 0 and device != "cpu":
+        raise ConfigError(f"num_gpus=0 allows no GPU, but the device is '{device}'; set num_gpus=1 or device=cpu")
+    if gpus == 1 and device == "cpu":
+        raise ConfigError("num_gpus=1 asks for a GPU, but the device is 'cpu'; set system.device=cuda or num_gpus=0")
+    return "cuda" if gpus == 1 and device == "auto" else device
+
+
+def precision(config: Config) -> str:
+    """``exact`` or ``fast``: what is stated, else fast on CUDA, as nnU-Net is, and exact elsewhere."""
+    return config.inference.precision or default_precision(device_name(config))
+
+
+def cache_folder(config: Config) -> Path | None:
+    """Where compiled networks are kept: what is stated, else in the user's own cache; None where there is no home."""
+    if config.system.cache_dir is not None:
+        return Path(config.system.cache_dir)
+    stated = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        base = Path(stated) if Path(stated).is_absolute() else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return base / "connectomics"
+
+
+def choose_backends(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> Chosen:
+    """Backends of all networks, of one kind.
+
+    Parameters
+    ----------
+    models, patches
+        The models, and the windows (z, y, x) each is given.
+
+    Raises
+    ------
+    ConfigError, DeviceError
+        If device or backend are not available, with the reason.
+    """
+    return choose(config.system.backend, _terms(config), _networks(models, patches), Artefacts(cache_folder(config)))
+
+
+def reference_backends(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> Chosen:
+    """As ``choose_backends``, in float32 by the reference backend: what fast is held against."""
+    terms = dataclasses.replace(_terms(config), precision="exact")
+    return choose(REFERENCE, terms, _networks(models, patches), Artefacts(None))
+
+
+def _terms(config: Config) -> Terms:
+    batch = config.inference.sliding_window.sw_batch_size
+    return Terms(device_name(config), precision(config), batch, threads(config))
+
+
+def _networks(models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Networks]:
+    return [
+        Networks(model.networks, model.spec.sha256, model.spec.input_channels, patch)
+        for model, patch in zip(models, patches, strict=True)
+    ]
+
+
+def as_begun(config: Config, begun: Mapping[str, object]) -> Config:
+    """The configuration with what it leaves to the machine as in a numeric class: the backend and the threads."""
+    system = config.system
+    if system.backend == AUTO:
+        system = dataclasses.replace(system, backend=kind_of(begun))
+    if system.num_cpus is None and system.inference.num_cpus is None:
+        system = dataclasses.replace(system, num_cpus=int(str(begun["threads"])))
+    return dataclasses.replace(config, system=system)
+
+
+def kind_of(numeric_class: Mapping[str, object]) -> str:
+    """Name of a numeric class's backend in the configuration, without the version."""
+    return str(numeric_class["backend"]).partition(" ")[0]

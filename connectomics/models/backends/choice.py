@@ -1,0 +1,152 @@
+"""Which backend runs the networks: the one that is named, or the first that this machine has.
+
+``build`` asks once, before the first block; all networks of a run are of one numeric class.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from connectomics.errors import ConfigError, DeviceError
+from connectomics.geometry import Vec3
+from connectomics.models.backends.artefacts import Artefacts
+from connectomics.models.backends.contract import Backend
+from connectomics.models.backends.torch_eager import TorchBackend, select_device
+
+log = logging.getLogger(__name__)
+AUTO = "auto"
+FIRST_ON_CPU = ("openvino", "torch")
+"""What auto tries. ``compile`` has to be named: it needs a C++ compiler and compiles for a quarter of a minute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """The networks of one model, one a fold.
+
+    Parameters
+    ----------
+    modules
+        Each takes float32 [n, c, z, y, x] and gives logits [n, k, z, y, x].
+    sha256
+        Identity of their weights and architecture.
+    channels, patch
+        Of their input; the patch (z, y, x) in voxels.
+    """
+
+    modules: tuple[nn.Module, ...]
+    sha256: str
+    channels: int
+    patch: Vec3
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How networks are to be run: device (a name ``select_device`` knows), precision, rows of a batch, CPU threads."""
+
+    device: str
+    precision: str
+    batch: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Backends of each model, one a fold, and why others that come first were not taken."""
+
+    backends: tuple[tuple[Backend, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def _torch(networks: Networks, fold: int, terms: Terms, artefacts: Artefacts) -> Backend:
+    return TorchBackend(
+        networks.modules[fold],
+        device=terms.device,
+        batch=terms.batch,
+        threads=terms.threads,
+        precision=terms.precision,
+    )
+
+
+def _compile(networks: Networks, fold: int, terms: Terms, artefacts: Artefacts) -> Backend:
+    from connectomics.models.backends.torch_compile import CompiledBackend
+
+    return CompiledBackend(
+        networks.modules[fold],
+        device=terms.device,
+        shape=(terms.batch, networks.channels, *networks.patch),
+        threads=terms.threads,
+        precision=terms.precision,
+        artefacts=artefacts,
+    )
+
+
+def _openvino(networks: Networks, fold: int, terms: Terms, artefacts: Artefacts) -> Backend:
+    from connectomics.models.backends.openvino import OpenVinoBackend
+
+    if select_device(terms.device).type != "cpu":
+        raise DeviceError(f"backend 'openvino' runs on the CPU, but the device is '{terms.device}'; use backend torch")
+    return OpenVinoBackend(
+        networks.modules[fold],
+        shape=(terms.batch, networks.channels, *networks.patch),
+        threads=terms.threads,
+        precision=terms.precision,
+        model=f"{networks.sha256} {fold}",
+        artefacts=artefacts,
+    )
+
+
+BACKENDS: Mapping[str, Callable[[Networks, int, Terms, Artefacts], Backend]] = {
+    "torch": _torch,
+    "compile": _compile,
+    "openvino": _openvino,
+}
+
+
+def choose(name: str, terms: Terms, models: Sequence[Networks], artefacts: Artefacts) -> Chosen:
+    """Backends for all networks of all models, of the one kind that is named.
+
+    Parameters
+    ----------
+    name
+        A key of ``BACKENDS``, or ``auto``: on the CPU the first of ``FIRST_ON_CPU`` that works, elsewhere torch.
+    terms
+        How they are run.
+    models
+        The networks.
+    artefacts
+        Where compiled networks are kept.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such backend.
+    DeviceError
+        If the backend that is named, or the last that auto tries, is not available here, with the reason.
+    """
+    if name not in (AUTO, *BACKENDS):
+        raise ConfigError(f"'{name}' is not a backend; use {AUTO}, {', '.join(BACKENDS)}")
+    names: tuple[str, ...] = (name,)
+    if name == AUTO:
+        names = FIRST_ON_CPU if select_device(terms.device).type == "cpu" else ("torch",)
+    notes: list[str] = []
+    for candidate in names[:-1]:
+        try:
+            return Chosen(_made(candidate, terms, models, artefacts), tuple(notes))
+        except DeviceError as error:
+            notes.append(f"{candidate} was not taken: {error}")
+            log.warning("system.backend=auto: %s", notes[-1])
+    return Chosen(_made(names[-1], terms, models, artefacts), tuple(notes))
+
+
+def _made(name: str, terms: Terms, models: Sequence[Networks], artefacts: Artefacts) -> tuple[tuple[Backend, ...], ...]:
+    make = BACKENDS[name]
+    return tuple(tuple(make(m, fold, terms, artefacts) for fold in range(len(m.modules))) for m in models)
+
+
+def default_precision(device: str) -> str:
+    """``fast`` on CUDA, where nnU-Net computes so, and ``exact`` elsewhere."""
+    return "fast" if select_device(device).type == "cuda" else "exact"

@@ -1,0 +1,209 @@
+"""OpenVINO on the CPU: float32, or bfloat16 where the processor has it. Needs ``pip install 'connectomics[openvino]'``.
+
+The network is traced with its one input shape and converted within this process; what was compiled is kept in
+``Artefacts``. Made by ``choice``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from connectomics.errors import DeviceError
+from connectomics.models.backends.artefacts import Artefacts
+from connectomics.models.backends.contract import NumericClass, whole_batch
+from connectomics.models.backends.torch_eager import capability
+
+CPU = torch.device("cpu")
+HINTS = {"exact": "f32", "fast": "bf16"}
+TELEMETRY = "openvino_telemetry"
+FAILURES = (  # OpenVINO's own errors, which have no common base
+    "GeneralFailure",
+    "InitializationFailure",
+    "NotImplementedFailure",
+    "OpConversionFailure",
+    "OpValidationFailure",
+)
+
+
+class OpenVinoBackend:
+    """Runs a network compiled by OpenVINO for one shape, on a fixed number of threads.
+
+    Parameters
+    ----------
+    network
+        Takes float32 [n, c, z, y, x], gives [n, k, z, y, x]; it is not needed any more afterwards.
+    shape
+        Of each batch the network sees: rows, channels, z, y, x. Emptier batches are filled with zeros.
+    threads
+        CPU threads of a forward pass.
+    precision
+        ``exact`` (float32 throughout) or ``fast`` (bfloat16).
+    model
+        Identity of the network's weights, under which what is compiled is kept.
+    artefacts
+        Where it is kept.
+
+    Raises
+    ------
+    DeviceError
+        If OpenVINO is not installed, cannot convert the network, or this processor has no bfloat16.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        shape: tuple[int, int, int, int, int],
+        threads: int,
+        precision: str,
+        model: str,
+        artefacts: Artefacts,
+    ) -> None:
+        openvino = load_openvino()
+        core = openvino.Core()
+        options: dict[str, object] = {
+            "INFERENCE_PRECISION_HINT": HINTS[precision],
+            "EXECUTION_MODE_HINT": "ACCURACY" if precision == "exact" else "PERFORMANCE",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,  # processes that share a machine would be pinned to the same cores
+        }
+        capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "fast" and "BF16" not in capabilities:
+            raise DeviceError(
+                "OpenVINO's fast precision is bfloat16, which this processor lacks; set inference.precision=exact"
+            )
+        facts: dict[str, object] = {
+            "openvino": openvino.__version__,
+            "torch": torch.__version__,
+            "processor": [core.get_property("CPU", "FULL_DEVICE_NAME"), sorted(capabilities), capability(CPU)],
+            "model": model,
+            "shape": list(shape),
+            "precision": precision,
+            "threads": threads,
+        }
+        self._shape = shape
+        self._model: Any = _compiled(core, network, shape, options, facts, artefacts)
+        self._request: Any = self._model.create_infer_request()
+        self._numeric_class = NumericClass(
+            backend=f"openvino {openvino.__version__.partition('-')[0]}",
+            precision=precision,
+            batch=shape[0],
+            threads=threads,
+            device=capability(CPU) + " BF16" * ("BF16" in capabilities),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return CPU
+
+    @property
+    def numeric_class(self) -> NumericClass:
+        """What decides the last bits of the logits."""
+        return self._numeric_class
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [n, k, z, y, x] of windows float32 [n, c, z, y, x].
+
+        Raises
+        ------
+        ValueError
+            If the batch has another dtype, device or shape than the network was compiled for, or too many rows.
+        RuntimeError
+            If the backend is closed.
+        """
+        if self._request is None:
+            raise RuntimeError("the backend is closed")
+        rows = batch.shape[0]
+        batch = whole_batch(batch, self._shape[0], CPU)
+        if tuple(batch.shape) != self._shape:
+            raise ValueError(f"compiled for batches of {list(self._shape)}, got {list(batch.shape)}")
+        found = self._request.infer([batch.contiguous().numpy()], share_inputs=True)
+        return torch.from_numpy(found[0][:rows])
+
+    def close(self) -> None:
+        """Let go of the network and its memory; twice is fine."""
+        self._request = self._model = None
+
+
+def load_openvino() -> Any:
+    """The library; its telemetry, which would send events without asking, is left out.
+
+    Raises
+    ------
+    DeviceError
+        If it is not installed or does not load.
+    """
+    absent = TELEMETRY not in sys.modules
+    if absent:
+        sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # an import of it fails, and OpenVINO goes on without
+    try:
+        openvino = importlib.import_module("openvino")
+    except (ImportError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DeviceError(
+            f"backend 'openvino' is not available: OpenVINO does not load ({reason}); "
+            "pip install 'connectomics[openvino]', or set system.backend=torch"
+        ) from error
+    finally:
+        if absent:
+            del sys.modules[TELEMETRY]
+    return openvino
+
+
+def _compiled(
+    core: Any,
+    network: nn.Module,
+    shape: tuple[int, ...],
+    options: dict[str, object],
+    facts: dict[str, object],
+    artefacts: Artefacts,
+) -> Any:
+    """The network for the CPU: as it was kept, else converted and kept."""
+    kept = artefacts.get(facts)
+    if kept is not None:
+        with contextlib.suppress(RuntimeError):  # of another build after all: it is compiled again
+            return core.import_model(kept, "CPU", options)
+    front = importlib.import_module("openvino.frontend")
+    refusals = (RuntimeError, TypeError, ValueError, *(getattr(front, name) for name in FAILURES))
+    try:
+        compiled = core.compile_model(_converted(front, network, shape), "CPU", options)
+    except refusals as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DeviceError(
+            f"backend 'openvino' cannot run this network ({type(error).__name__}: {reason}); set system.backend=torch"
+        ) from error
+    artefacts.put(facts, compiled.export_model().getvalue())
+    return compiled
+
+
+def _converted(front: Any, network: nn.Module, shape: tuple[int, ...]) -> Any:
+    """OpenVINO's model of the network, by its front end: its ``convert_model`` would change the root logger."""
+    decoders = importlib.import_module("openvino.frontend.pytorch.ts_decoder")
+    example = torch.zeros(shape)
+    with _silence(), torch.no_grad():
+        traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
+            network.to(CPU).eval(), example, check_trace=False
+        )
+        frontend = front.FrontEndManager().load_by_framework("pytorch")
+        decoder = decoders.TorchScriptPythonDecoder(traced, example_input=example)  # must outlive the conversion
+        model = frontend.convert(frontend.load(decoder))
+    model.reshape({model.input(0): list(shape)})
+    return model
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Tracing warns of what it always does: one shape, and that PyTorch would rather export."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,139 @@
+"""A run goes on with the backend and threads it was begun with, or is refused; fast is measured once a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from connectomics.cli import main
+from connectomics.pipeline.agreement import FastContract
+
+from nnunet_models import make_model
+from small_jobs import em_like, finals, infer_words, quick_folder, write_h5
+
+CUT = "inference.block_shape=[1,24,32]"
+AUTO = "system.backend=auto"
+FAST = ("inference.precision=fast", "inference.max_disagreement=1")
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with quick_folder() as made:
+        make_model(made / "model", dimensions=2, patch=(16, 16), features=(4, 8))
+        write_h5(made / "v.h5", em_like((2, 24, 32)))
+        yield made
+
+
+def run(folder: Path, output: Path, *words: str) -> int:
+    (model,) = (folder / "model").iterdir()
+    return main(infer_words(model, output, folder / "v.h5", CUT, *words))
+
+
+def provenance(output: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((output / "v_labels.run" / "provenance.json").read_text())
+    return content
+
+
+def begin(folder: Path, output: Path, *words: str) -> bytes:
+    """A run that was stopped before its last steps; what it would have written."""
+    assert run(folder, output, *words) == 0
+    written = (output / "v_labels.h5").read_bytes()
+    (output / "v_labels.h5").unlink()
+    return written
+
+
+def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "openvino"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+
+
+@pytest.fixture
+def openvino() -> None:
+    pytest.importorskip("openvino")
+
+
+@pytest.mark.usefixtures("openvino")
+@pytest.mark.parametrize("began_with", ["torch", "openvino"])
+def test_auto_goes_on_with_the_backend_the_run_was_begun_with(folder: Path, tmp_path: Path, began_with: str) -> None:
+    expected = begin(folder, tmp_path, f"system.backend={began_with}")
+    assert run(folder, tmp_path, AUTO) == 0
+    assert provenance(tmp_path)["numeric_class"]["backend"].startswith(began_with)
+    assert f'system.backend="{began_with}"' in provenance(tmp_path)["command"]
+    with h5py.File(tmp_path / "v_labels.h5") as file:
+        found = file["main"][:]
+    (tmp_path / "expected.h5").write_bytes(expected)
+    with h5py.File(tmp_path / "expected.h5") as file:
+        assert np.array_equal(found, file["main"][:])
+
+
+@pytest.mark.usefixtures("openvino")
+def test_another_named_backend_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(folder, tmp_path, "system.backend=torch")
+    assert run(folder, tmp_path, "system.backend=openvino") == 3
+    assert "system.allow_mixed_devices=true" in capsys.readouterr().out
+    assert run(folder, tmp_path, "system.backend=openvino", "system.allow_mixed_devices=true") == 0
+    assert provenance(tmp_path)["numeric_class"] == "mixed"
+
+
+@pytest.mark.usefixtures("openvino")
+def test_a_backend_that_is_gone_is_named_and_the_run_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(folder, tmp_path, AUTO)
+    before = provenance(tmp_path)["numeric_class"]["backend"]
+    without_openvino(monkeypatch)
+    capsys.readouterr()
+    assert run(folder, tmp_path, AUTO) == 3
+    said = capsys.readouterr().out
+    assert before.startswith("openvino 20") and before in said
+    assert "connectomics[openvino]" in said and "system.allow_mixed_devices=true" in said
+    assert finals(tmp_path) == {}
+    assert run(folder, tmp_path, AUTO, "system.allow_mixed_devices=true") == 0
+    assert provenance(tmp_path)["numeric_class"] == "mixed"
+    assert "openvino was not taken" in provenance(tmp_path)["backend_choice"][0]
+
+
+def test_threads_are_those_the_run_was_begun_with(folder: Path, tmp_path: Path) -> None:
+    begin(folder, tmp_path, "system.num_cpus=3")
+    assert run(folder, tmp_path, "system.num_cpus=null") == 0
+    assert provenance(tmp_path)["numeric_class"]["threads"] == 3
+
+
+def test_fast_is_measured_once_and_its_result_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(folder, tmp_path, *FAST)
+    found = provenance(tmp_path)["agreement"]
+    (kept,) = (tmp_path / "v_labels.run").glob("*/agreement.json")
+    assert json.loads(kept.read_text())["differ"] == found["differ"] > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(FastContract, "measure", None)
+        assert run(folder, tmp_path, *FAST) == 0
+        assert provenance(tmp_path)["agreement"] == found
+        capsys.readouterr()
+        assert run(folder, tmp_path, "inference.precision=fast", "inference.max_disagreement=0") == 0  # it is finished
+        (tmp_path / "v_labels.h5").unlink()
+        assert run(folder, tmp_path, "inference.precision=fast", "inference.max_disagreement=0") == 3
+    assert "inference.precision=exact" in capsys.readouterr().out
+    shutil.copy(kept, tmp_path / "kept.json")
+    kept.write_text('{"voxels": 1, ')
+    assert run(folder, tmp_path, *FAST) == 0
+    assert kept.read_bytes() == (tmp_path / "kept.json").read_bytes()
+
+
+def test_fast_and_exact_are_two_results(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, tmp_path) == 0
+    capsys.readouterr()
+    assert run(folder, tmp_path, *FAST) == 3
+    assert "overwrite=true" in capsys.readouterr().out
+    assert run(folder, tmp_path, *FAST, "inference.output.overwrite=true") == 0
+    assert "bfloat16 instead of float32" in provenance(tmp_path)["nnunet"]

@@ -1,0 +1,78 @@
+"""How the configuration decides backend, precision, threads and cache; and fast held to exact on arrays in memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from connectomics.build.backends import as_begun, cache_folder, kind_of, precision, threads
+from connectomics.config.load import load_config
+from connectomics.errors import AgreementError
+from connectomics.lightning.inference import InferenceManager
+from connectomics.pipeline.agreement import FastContract
+
+from nnunet_models import make_model
+from small_jobs import em_like
+
+BEGUN = {"backend": "openvino 2026.4.1", "precision": "exact", "batch": 1, "threads": 7, "device": "cpu AVX512"}
+
+
+def test_the_cache_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = load_config(None, [])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder(config) == tmp_path / "connectomics"
+    for unusable in ("", "relative/path"):
+        monkeypatch.setenv("XDG_CACHE_HOME", unusable)
+        monkeypatch.setenv("HOME", "/nowhere/user")
+        assert cache_folder(config) == Path("/nowhere/user/.cache/connectomics")
+    assert cache_folder(load_config(None, [f"system.cache_dir='{tmp_path}'"])) == tmp_path
+
+    def homeless() -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache_folder(config) is None
+
+
+def test_what_is_left_open_is_taken_from_what_was_begun_and_nothing_else() -> None:
+    system = as_begun(load_config(None, ["system.backend=auto"]), BEGUN).system
+    assert (system.backend, system.num_cpus) == ("openvino", 7)
+    for stated in ("system.num_cpus=2", "system.inference.num_cpus=2"):
+        config = load_config(None, ["system.backend=torch", stated])
+        assert as_begun(config, BEGUN) == config
+    assert kind_of(BEGUN) == "openvino"
+
+
+def test_precision_is_nnunets_where_it_is_not_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert precision(load_config(None, ["system.device=cpu"])) == "exact"
+    assert precision(load_config(None, ["system.device=cpu", "inference.precision=fast"])) == "fast"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert precision(load_config(None, [])) == "fast"
+    assert precision(load_config(None, ["inference.precision=exact"])) == "exact"
+
+
+def test_threads_are_those_of_this_process_and_at_most_nnunets(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert threads(load_config(None, ["system.num_cpus=11"])) == 11
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert threads(load_config(None, [])) == 8
+
+
+def test_arrays_are_held_to_the_contract_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(tmp_path, dimensions=2, patch=(16, 16), features=(4, 8))
+    words = ["system.device=cpu", "system.num_cpus=1", "inference.precision=fast"]
+    image = em_like((40, 50))
+    with pytest.raises(AgreementError, match=r"the image: .*set inference.precision=exact"):
+        InferenceManager.from_checkpoint(model, [*words, "inference.max_disagreement=0"]).predict(image)
+    lenient = InferenceManager.from_checkpoint(model, [*words, "inference.max_disagreement=1"])
+    labels = lenient.predict(image).labels
+    monkeypatch.setattr(FastContract, "measure", None)
+    assert np.array_equal(lenient.predict(image).labels, labels)
+    exact = InferenceManager.from_checkpoint(model, words[:2])
+    assert exact.engine.exact is None and "precision" not in exact.engine.facts
+    assert dict(lenient.engine.facts) == dict(exact.engine.facts) | {"precision": "fast"}
