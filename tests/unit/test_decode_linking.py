@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
@@ -98,7 +99,7 @@ def stack(seed: int) -> Array:
     shape = generator.integers((3, 8, 8), (10, 25, 25))
     smooth = ndimage.gaussian_filter(generator.random(shape), (generator.choice([0.4, 0.8]), 1.2, 1.2))
     values = (smooth > np.quantile(smooth, generator.choice([0.5, 0.7, 0.85]))).astype(np.uint8)
-    values[:, :, shape[2] // 2 :] *= generator.integers(1, 3)
+    values[:, :, shape[2] // 2 :] *= np.uint8(generator.integers(1, 3))
     for section in values:
         objects, count = ndimage.label(section)
         section[np.isin(objects, 1 + np.flatnonzero(generator.random(count) < 0.2))] = 0
@@ -124,7 +125,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Tables are read in parts of a few rows, sections counted line by line."""
 
     def small(at_once: int) -> None:
-        monkeypatch.setattr(links.link, "__kwdefaults__", {"at_once": at_once})
+        monkeypatch.setattr(linking, "link", functools.partial(links.link, at_once=at_once))
         monkeypatch.setattr(overlaps, "VOXELS_AT_ONCE", 30)
 
     yield small
