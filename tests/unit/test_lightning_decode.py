@@ -197,7 +197,7 @@ def test_every_key_of_slice_linking_takes_effect(folder: Path, decode: Run) -> N
     values[0, 5, 39] = 7
     write_h5(folder / "v.h5", values)
     found = []
-    for key, value in {"threshold": "0.25", **LINKING}.items():
+    for key, value in (("threshold", "0.25"), *LINKING.items()):
         step = f"decoding=[{{name: slice_linking, {key}: {value}}}, {{name: filters, min_voxels: 2}}]"
         code, printed = decode(step, CSV, "inference.output.overwrite=true")
         assert code == 0, printed
