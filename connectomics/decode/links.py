@@ -279,7 +279,7 @@ def _written(sections: Sections, classes: Array, numbers: Array, count: int, fol
     for span in spans(sections.count, max(1, at_once // WIDE)):
         rows = np.array(of_sections[span])
         rows["value"] = classes[span]
-        if sections.depth > 1:  # in a section z has no border, in the volume it has
+        if sections.depth > 1:  # components of sections know no border in z
             rows["border"] |= (rows["start"][:, 0] == 0) | (rows["stop"][:, 0] == sections.depth)
         rows, at = merged(rows, numbers[span])
         objects[at] = together(objects[at], rows)

@@ -164,7 +164,7 @@ class SliceLinking:
         of_rows: Callable[[Array], Array]
         if self.ids or scene.tables is not None:
             named = SectionIds(values, depth)
-            task = PiecesTask(shop.grid, cut, named, None, likely, flat=True)
+            task = PiecesTask(shop.grid, cut, named, None, likely)
             classes = classes and scene.tables is not None
             of_rows = _classes(scene, named) if classes else _no_class
         else:

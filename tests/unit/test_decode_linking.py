@@ -98,8 +98,8 @@ def stack(seed: int) -> Array:
     shape = generator.integers((3, 8, 8), (10, 25, 25))
     smooth = ndimage.gaussian_filter(generator.random(shape), (generator.choice([0.4, 0.8]), 1.2, 1.2))
     values = (smooth > np.quantile(smooth, generator.choice([0.5, 0.7, 0.85]))).astype(np.uint8)
-    values[:, :, shape[2] // 2 :] *= np.uint8(generator.integers(1, 3))
     for section in values:
+        section[:, shape[2] // 2 + generator.integers(-3, 4) :] *= np.uint8(1 + seed % 2)
         objects, count = ndimage.label(section)
         section[np.isin(objects, 1 + np.flatnonzero(generator.random(count) < 0.2))] = 0
     values[generator.random(shape[0]) < 0.15] = 0
@@ -179,6 +179,7 @@ def test_after_components_of_sections(folder: Path) -> None:
             section[np.isin(section, np.flatnonzero(np.bincount(section.ravel()) < 2))] = 0
         expected = linked(parts, rule, ids=True, classes=values)
         assert np.array_equal(decoded.ids, expected), (seed, rule)
+        assert decoded.scene.frame.classes and not decoded.scene.frame.flat
         classes = [int(values[expected == i].min()) for i in range(1, expected.max() + 1)]
         assert table_of(decoded, folder)["class"] == classes
 
