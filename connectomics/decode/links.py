@@ -261,7 +261,7 @@ def _numbered(rows: Array, parent: Array, count: int, folder: Path, at_once: int
         places = places[np.argsort(keys[places])]
         numbers[leaders[places]] = np.arange(following, following + len(places))
         following += len(places)
-    for span in spans(count, at_once):  # all of a group, so a leader may be written again with its own number
+    for span in spans(count, at_once):  # leaders keep theirs
         numbers[span] = numbers[parent[span]]
     return numbers, following
 
@@ -274,7 +274,7 @@ def _written(sections: Sections, classes: Array, numbers: Array, count: int, fol
     for span in spans(total, at_once):
         ids[span] = numbers[before[span].astype(np.int64) - FIRST_ID] + FIRST_ID
     of_sections, objects = np.load(sections.folder / OBJECTS, mmap_mode="r"), table(folder / OBJECTS, count, PIECE)
-    for span in spans(count, at_once):
+    for span in spans(count, max(1, at_once // WIDE)):
         objects[span] = nothing(span.stop - span.start)
     for span in spans(sections.count, max(1, at_once // WIDE)):
         rows = np.array(of_sections[span])

@@ -17,7 +17,7 @@ from connectomics.decode.members import load, save
 from connectomics.geometry import Vec3
 
 Array = npt.NDArray[Any]
-VOXELS_AT_ONCE = 1 << 22
+VOXELS_AT_ONCE = 1 << 20
 OVERLAP = np.dtype([("here", "i8"), ("there", "i8"), ("voxels", "i8")])
 """Voxels (y, x) that an object of one section and an object of a later one share."""
 COLUMNS = ("here", "there", "voxels")
