@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from connectomics.decode.merge import (
-    AT_ONCE,
     FIRST_ID,
     IDS,
     OBJECTS,
@@ -32,6 +31,7 @@ from connectomics.decode.overlaps import COLUMNS, OVERLAP, load_overlaps, summed
 from connectomics.decode.pieces import PIECE, merged, nothing, together
 
 Array = npt.NDArray[Any]
+AT_ONCE = 1 << 20  # rows or pairs that are in memory at a time
 IOU = "iou"
 CANDIDATE = np.dtype([*((name, "i8") for name in COLUMNS), ("distance", "i8"), ("measure", "f8")])
 NOBODY = -1
