@@ -23,7 +23,7 @@ from connectomics.errors import VolumeError
 from connectomics.geometry import Block, BlockGrid, Box
 from connectomics.io.volume import Array
 from connectomics.pipeline.contracts import BlockRecord
-from connectomics.pipeline.pieces import PiecesTask, block_file, recorded, smallest_dtype
+from connectomics.pipeline.pieces import PiecesTask, block_file, saved, smallest_dtype
 from connectomics.pipeline.steps import EVERYTHING, Values
 from connectomics.pipeline.workshop import CUT, TABLES, Scene, Workshop
 
@@ -118,7 +118,7 @@ class OverlapTask:
             rows["here"], rows["there"] = objects[rows["here"] - 1], self._objects(other)[rows["there"] - 1]
             found.append(rows)
         counted = Overlaps(summed(np.concatenate(found)))
-        return recorded(counted, block_file(self.folder, block), block, began)
+        return saved(counted, block_file(self.folder, block), block, began)
 
     def _runs(self, block: Block) -> Runs:
         lengths, labels = load(block_file(self.pieces, block), "lengths", "labels")
