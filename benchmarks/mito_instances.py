@@ -10,6 +10,10 @@ which fold 0 has seen 12 in training: its scores are for comparing, not for judg
 sections of the phantom (seed 21, which the embedded model was not trained on), whose truth is objects; it needs no data
 and makes the picture of the README. Objects of fewer than ``--smallest`` voxels are removed on both sides.
 
+``--linked`` compares ways to make objects of a stack or of the phantom: 26-connected, and sections linked over z by
+``slice_linking``; also with one section missing in the prediction. A true mask is labelled 26-connected and, as
+"alike", in the same way.
+
 CONNECTOMICS_SHARED_DATA names the data, which are CC BY-NC-SA 3.0
 (Gerhard et al. 2013) and not part of the project; keep pictures of them out of it too.
 """
@@ -25,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import cc3d
+import h5py
 import imageio.v3 as iio
 import numpy as np
 import numpy.typing as npt
@@ -32,13 +37,15 @@ import numpy.typing as npt
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from connectomics import Box, InferenceManager, open_volume  # noqa: E402
+from connectomics import Box, InferenceManager, load_config, open_volume  # noqa: E402
+from connectomics.build.decoding import Decodable  # noqa: E402
 from connectomics.evaluate.contingency import Contingency, side_by_side  # noqa: E402
 from connectomics.evaluate.instances import instance_scores  # noqa: E402
 from connectomics.evaluate.montage import montage  # noqa: E402
 from connectomics.evaluate.objects import MATCHED, Overlaps, match_table, write_matches  # noqa: E402
 from connectomics.evaluate.semantic import Confusion  # noqa: E402
 from connectomics.evaluate.semantic import scores as semantic_scores  # noqa: E402
+from connectomics.lightning.decode import Decoder  # noqa: E402
 from connectomics.lightning.evaluation import Scores  # noqa: E402
 from connectomics.lightning.score_table import score_table  # noqa: E402
 
@@ -50,6 +57,14 @@ CLASSES = {"background": (0,), "mitochondrion": (1,)}
 SHOWN = 3  # section of a stack
 CORNER = (slice(0, 440), slice(0, 440))  # pixels of the picture
 METRICS = ("dice", "iou", "precision", "recall")
+WAYS = {
+    "26-connected": "connected_components, connectivity: 26",
+    "linked": "slice_linking",
+    "linked, over a gap": "slice_linking, max_gap: 1",
+    "linked one to one": "slice_linking, one_to_one: true",
+    "linked by overlap": "slice_linking, measure: overlap, threshold: 0.5",
+}
+MISSING = 8  # section
 
 
 def predicted(model: Path, folds: str, raw: Array) -> Array:
@@ -84,6 +99,35 @@ def objects(labels: Array, smallest: int) -> Array:
     ids, sizes = np.unique(labels, return_counts=True)
     kept: Array = np.where(np.isin(labels, ids[sizes >= smallest]), labels, 0)
     return kept
+
+
+def decoded(mask: Array, step: str) -> Array:
+    """Ids of a mask's objects, by a step of ``decoding``."""
+    with tempfile.TemporaryDirectory() as place:
+        with h5py.File(f"{place}/v.h5", "w") as file:
+            file["main"] = mask.astype(np.uint8)
+        words = [f"decoding=[{{name: {step}}}]", f"inference.data.output_path='{place}'", "inference.output.table=none"]
+        (outcome,) = Decoder(load_config(None, words)).run([Decodable(f"{place}/v.h5")])
+        assert outcome.state == "done", outcome.reason
+        with h5py.File(outcome.paths[0]) as file:
+            ids: Array = file["main"][:]
+    return ids
+
+
+def compare_ways(given: Array, truth: Array, smallest: int) -> None:
+    """Print counts and average precisions of each way, of the whole prediction and without one section."""
+    without = given.copy()
+    without[MISSING] = False
+    print(f"{'':28}{'predicted':>10}{'true':>6}{'AP50':>7}{'AP75':>7}{'alike: true':>14}{'AP50':>7}{'AP75':>7}")
+    for title, mask in (("", given), (f", {MISSING} missing", without)):
+        for way, step in WAYS.items():
+            found, line = objects(decoded(mask, step), smallest), f"{way + title:28}"
+            alike = decoded(truth, step) if truth.dtype == bool else truth
+            for width, expected in ((6, objects(truth, smallest)), (14, objects(alike, smallest))):
+                scores = instance_scores(Contingency.from_arrays(found, expected), ["ap"])
+                line += f"{scores['prediction_objects']:10}" if width == 6 else ""
+                line += f"{scores['truth_objects']:{width}}{scores['ap50']:7.3f}{scores['ap75']:7.3f}"
+            print(line)
 
 
 def painted_as_truth(given: Array, truth: Array) -> Array:
@@ -123,11 +167,15 @@ def main() -> None:
     parser.add_argument("--labelled", choices=["sections", "stack", "phantom"], default="sections")
     parser.add_argument("--smallest", type=int, default=100, metavar="VOXELS", help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder for tables of matches and a picture; outside the project")
+    parser.add_argument("--linked", action="store_true", help="compare ways to make objects of sections, and stop")
     parser.add_argument("--json", action="store_true", help="print JSON")
     words = parser.parse_args()
     sections = list(UNSEEN) if words.labelled == "sections" else list(range(16))
     whole = words.labelled == "phantom"
     raw, given, truth = phantom() if whole else real(Path(os.environ["CONNECTOMICS_SHARED_DATA"]), sections)
+    if words.linked:
+        compare_ways(given, truth, words.smallest)
+        return
     with tempfile.TemporaryDirectory() as place:
         folder = words.output or Path(place)
         folder.mkdir(parents=True, exist_ok=True)

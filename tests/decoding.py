@@ -10,10 +10,11 @@ from typing import Any
 import cc3d
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet
 
 from connectomics.decode.components import Connectivity
 from connectomics.decode.merge import AT_ONCE, FIRST_ID, Cuts, merge
-from connectomics.decode.objects import Frame
+from connectomics.decode.objects import COLUMNS, Frame, write_table
 from connectomics.executors.serial import SerialExecutor
 from connectomics.geometry import BlockGrid, Box, Vec3
 from connectomics.io.volume import VolumeInfo
@@ -120,3 +121,13 @@ def decode_array(
         shop = Workshop(folder, str(number), BlockPlan(block, block), grid, "0" * 64, in_order)
         scene = step.run(scene, shop)
     return Decoded(scene.volume.read(Box.of_shape(values.shape))[0], scene)
+
+
+def table_of(decoded: Decoded, folder: Path) -> dict[str, list[Any]]:
+    """The table of the last scene's objects, written to a folder and read again."""
+    assert decoded.scene.tables is not None
+    path = folder / "objects.parquet"
+    write_table(decoded.scene.tables, decoded.scene.count, path, decoded.scene.frame, "key")
+    found: dict[str, list[Any]] = pyarrow.parquet.read_table(path).to_pydict()
+    assert list(found) == list(COLUMNS)
+    return found

@@ -11,9 +11,10 @@ import psutil
 
 from connectomics.build.engine import memory_budget_bytes, program_version
 from connectomics.build.plan import decoding_bytes
-from connectomics.config.decoding import ConnectedComponents, DecodingStep, Filters
+from connectomics.config.decoding import ConnectedComponents, DecodingStep, Filters, SliceLinking
 from connectomics.config.load import written
 from connectomics.config.schema import Config
+from connectomics.decode.links import Linking
 from connectomics.decode.objects import require_parquet
 from connectomics.decode.selection import Selection
 from connectomics.errors import ConfigError, VolumeError
@@ -22,7 +23,7 @@ from connectomics.io.export import FORMATS, export_path, read_stamp
 from connectomics.io.listing import stem_of
 from connectomics.io.opening import open_volume
 from connectomics.io.volume import Nanometres, VolumeInfo, VolumeReader
-from connectomics.pipeline import steps
+from connectomics.pipeline import linking, steps
 from connectomics.pipeline.decode import DecodeJob
 from connectomics.pipeline.finish import Output
 from connectomics.pipeline.workshop import Step, decode_plan
@@ -257,14 +258,19 @@ def _command(config: Config, source: Decodable) -> tuple[str, ...]:
 
 
 def _steps(stated: list[DecodingStep], info: VolumeInfo) -> tuple[Step, ...]:
-    """Steps with plain values; a selection right behind components is made with them, which spares a pass."""
+    """Steps with plain values; a selection right behind what finds objects is made with it, which spares a pass."""
     made: list[Step] = []
     for step in stated:
         if isinstance(step, ConnectedComponents):
             made.append(steps.ConnectedComponents(step.connectivity, step.threshold, step.channel, step.per_class))
             continue
+        if isinstance(step, SliceLinking):
+            rule = Linking(step.measure, step.threshold, step.max_gap, step.one_to_one)
+            made.append(linking.SliceLinking(rule, step.ids))
+            continue
         filters = steps.Filters(_selection(step, info), HOLES[step.fill_holes])
-        if made and isinstance(made[-1], steps.ConnectedComponents) and not made[-1].selection.active:
+        finders = (steps.ConnectedComponents, linking.SliceLinking)
+        if made and isinstance(made[-1], finders) and not made[-1].selection.active:
             made[-1] = dataclasses.replace(made[-1], selection=filters.selection)
             filters = steps.Filters(fill_holes=filters.fill_holes)
             if filters.fill_holes is None:

@@ -19,6 +19,7 @@ from connectomics.errors import ConfigError
 
 CONNECTIVITIES = (4, 8, 6, 18, 26)
 HOLES = ("off", "2d", "3d")
+MEASURES = ("iou", "overlap")
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -52,8 +53,28 @@ class Filters:
     fill_holes: str = "off"
 
 
-DecodingStep = ConnectedComponents | Filters
-STEPS: Mapping[str, type[DecodingStep]] = {"connected_components": ConnectedComponents, "filters": Filters}
+@dataclass(frozen=True, slots=True)
+class SliceLinking:
+    """Objects of sections are linked over z where they overlap by at least ``threshold``.
+
+    ``measure`` is iou, or overlap over the smaller of the two. Links leap up to ``max_gap`` sections. With ``ids`` a
+    volume that is given holds ids of objects in sections, not classes.
+    """
+
+    name: str = "slice_linking"
+    measure: str = "iou"
+    threshold: float = 0.25
+    max_gap: int = 0
+    one_to_one: bool = False
+    ids: bool = False
+
+
+DecodingStep = ConnectedComponents | Filters | SliceLinking
+STEPS: Mapping[str, type[DecodingStep]] = {
+    "connected_components": ConnectedComponents,
+    "filters": Filters,
+    "slice_linking": SliceLinking,
+}
 
 
 def read_steps(value: object) -> list[DecodingStep]:
@@ -137,7 +158,16 @@ def _filter_rules(step: Any) -> Rules:
     }
 
 
+def _linking_rules(step: Any) -> Rules:
+    return {
+        "measure": (step.measure in MEASURES, f"must be one of {', '.join(MEASURES)}"),
+        "threshold": (0 <= step.threshold <= 1, "must be 0 to 1"),
+        "max_gap": (step.max_gap >= 0, "must be 0 or more"),
+    }
+
+
 _RULES: Mapping[type[DecodingStep], Callable[[Any], Rules]] = {
     ConnectedComponents: _component_rules,
     Filters: _filter_rules,
+    SliceLinking: _linking_rules,
 }

@@ -136,8 +136,8 @@ def _gathered(cuts: Cuts, folder: Path) -> _Tables:
         folder,
         offsets,
         nodes,
-        _mapped(paths[0], total, np.uint64),
-        _mapped(paths[1], linked, np.int64),
+        mapped(paths[0], total, np.uint64),
+        mapped(paths[1], linked, np.int64),
         leads,
         table(folder / IDS, total, np.uint64),
         parent,
@@ -145,7 +145,8 @@ def _gathered(cuts: Cuts, folder: Path) -> _Tables:
     )
 
 
-def _mapped(path: Path, count: int, kind: npt.DTypeLike) -> Array:
+def mapped(path: Path, count: int, kind: npt.DTypeLike) -> Array:
+    """The rows of a file, mapped."""
     return np.memmap(path, kind, "r", shape=(count,)) if count else np.zeros(0, kind)
 
 
@@ -166,7 +167,7 @@ def _join(cuts: Cuts, tables: _Tables, folder: Path, at_once: int) -> None:
     for span in spans(count, at_once):
         smallest[span] = np.iinfo(np.uint64).max
     for span in spans(count, at_once):
-        tables.parent[span] = root = _roots(tables.parent, np.arange(span.start, span.stop))
+        tables.parent[span] = root = roots(tables.parent, np.arange(span.start, span.stop))
         np.minimum.at(smallest, root, tables.keys[tables.piece_of[span]])
     for span in spans(count, at_once):
         piece, root = tables.piece_of[span], tables.parent[span]
@@ -185,9 +186,9 @@ def unite(parent: Array, pairs: Array) -> None:
     pairs
         int64 [2, n].
     """
-    roots = _roots(parent, pairs.ravel())
-    parent[pairs.ravel()] = roots
-    nodes, position = np.unique(roots, return_inverse=True)
+    above = roots(parent, pairs.ravel())
+    parent[pairs.ravel()] = above
+    nodes, position = np.unique(above, return_inverse=True)
     here, there = position.reshape(pairs.shape)
     graph = coo_array((np.ones(len(here), np.bool_), (here, there)), shape=(len(nodes), len(nodes)))
     groups, group = connected_components(graph, directed=False)
@@ -196,7 +197,8 @@ def unite(parent: Array, pairs: Array) -> None:
     parent[nodes] = root[group]
 
 
-def _roots(parent: Array, nodes: Array) -> Array:
+def roots(parent: Array, nodes: Array) -> Array:
+    """The root of each node's set, see ``unite``: its smallest node."""
     found = parent[nodes]
     while True:
         above = parent[found]
@@ -211,7 +213,7 @@ def _numbered(cuts: Cuts, tables: _Tables, first_id: int, at_once: int) -> int:
     following = first_id
     for begin in range(0, cuts.count, layer):
         edges = tables.offsets[begin : begin + layer + 1]
-        for window in _windows(tables.keys, list(itertools.pairwise(edges)), at_once):
+        for window in windows(tables.keys, list(itertools.pairwise(edges)), at_once):
             pieces = np.concatenate([np.arange(a, b) for a, b in window])
             pieces = pieces[tables.leads[pieces]]
             keys, rank = np.unique(tables.keys[pieces], return_inverse=True)
@@ -223,7 +225,7 @@ def _numbered(cuts: Cuts, tables: _Tables, first_id: int, at_once: int) -> int:
 Span = tuple[int, int]
 
 
-def _windows(keys: Array, runs: Sequence[Span], at_once: int) -> Iterator[list[Span]]:
+def windows(keys: Array, runs: Sequence[Span], at_once: int) -> Iterator[list[Span]]:
     """Cut sorted runs of keys at common keys, until what lies between two cuts fits."""
     waiting = [[run for run in runs if run[1] > run[0]]]
     while waiting:

@@ -37,6 +37,7 @@ VOXEL_BYTES = 40  # of a block: values, components, runs, probabilities as they 
 CHUNK = 64
 CUT = "cut"
 JOIN = "join"
+TABLES = "tables"
 PLAN = "ledgers.json"  # the plan of all ledgers of a decoding
 SUMMARY = "summary.json"
 
@@ -167,7 +168,7 @@ class Workshop:
             joins.mkdir(exist_ok=True)
             self.do(JoinTask(self.grid, task.folder, joins, task.connectivity), joins)
 
-    def objects(self, pieces: Path, rule: Rule, *, joined: bool) -> tuple[Path, int, int]:
+    def objects(self, pieces: Path, rule: Rule, *, joined: bool, kind: str = TABLES) -> tuple[Path, int, int]:
         """Tables of the objects that stay, how many they are, and the largest number that is painted."""
         _, ny, nx = self.grid.counts
         joins = self.place(JOIN)
@@ -177,7 +178,20 @@ class Workshop:
             lambda number: block_file(pieces, self.grid.numbered(number)),
             (lambda number: block_file(joins, self.grid.numbered(number))) if joined else None,
         )
-        tables = self.made("tables", lambda path: _merge(cuts, rule, path))
+        return self.selected(kind, lambda folder: merge(cuts, folder), rule)
+
+    def selected(self, kind: str, find: Callable[[Path], int], rule: Rule) -> tuple[Path, int, int]:
+        """As ``objects``, of tables that ``find`` leaves in a folder; it gives the number of objects found."""
+
+        def make(path: Path) -> None:
+            with replacing(path) as temporary:
+                temporary.mkdir()
+                found = find(temporary)
+                kept, largest = select(temporary, found, rule)
+                (temporary / SUMMARY).write_text(json.dumps({"found": found, "kept": kept, "largest": largest}))
+                log.info("%s: %d of %d objects stay", path.stem, kept, found)
+
+        tables = self.made(kind, make)
         summary = json.loads((tables / SUMMARY).read_text())
         return tables, int(summary["kept"]), int(summary["largest"])
 
@@ -197,15 +211,6 @@ class Workshop:
             create_store(path, kept, shard_shape=self.plan.block_shape, attributes={}).close()
 
         return open_store(self.made("zarr", make))
-
-
-def _merge(cuts: Cuts, rule: Rule, path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.mkdir()
-        found = merge(cuts, temporary)
-        kept, largest = select(temporary, found, rule)
-        (temporary / SUMMARY).write_text(json.dumps({"found": found, "kept": kept, "largest": largest}))
-        log.info("%s: %d of %d objects stay", path.stem, kept, found)
 
 
 def kept_plan(path: Path, plan: BlockPlan) -> BlockPlan:

@@ -36,6 +36,7 @@ STAGES = {  # text in the paths of a stage's file operations, and how many kills
     "joins": ("_components.join", 1),
     "tables of objects": ("_components.tables", 1),
     "objects": ("_components.zarr", 1),
+    "linking": ("_linking.", 1),
     "table": (".parquet", 1),
     "h5": (".h5", 1),
     "tiff": (".tif", 1),
@@ -62,7 +63,7 @@ SETTINGS = (
     "inference.postprocessing.intensity_dtype=uint8",
     "inference.postprocessing.binary.enabled=true",
     "inference.postprocessing.binary.remove_small_objects=6",
-    "decoding=[{name: connected_components, connectivity: 26}]",
+    "decoding=[{name: connected_components, connectivity: 26}, {name: slice_linking, max_gap: 1}]",
 )
 ENDINGS = (".h5", ".zarr", ".tif", "_png", ".v2.zarr", ".n5", ".precomputed")
 OBJECTS = {f"v_labels_instances{ending}" for ending in (*ENDINGS, ".parquet") if ending != "_png"}

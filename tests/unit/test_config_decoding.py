@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from connectomics import load_config
-from connectomics.config.decoding import ConnectedComponents, Filters
+from connectomics.config.decoding import ConnectedComponents, Filters, SliceLinking
 from connectomics.config.load import written
 from connectomics.errors import ConfigError
 
@@ -28,6 +28,11 @@ REFUSED = {
     "decoding=[{name: filters, min_voxels: 5, max_voxels: 4}]": ("max_voxels is 4, but must be min_voxels or more",),
     "decoding=[{name: filters, min_volume_nm3: 5, max_volume_nm3: 4}]": ("must be min_volume_nm3 or more",),
     "decoding=[{name: filters, keep_largest: 0}]": ("keep_largest is 0, but must be 1 or more",),
+    "decoding=[{name: slice_linking, measure: dice}]": ("measure is 'dice', but must be one of iou, overlap",),
+    "decoding=[{name: slice_linking, threshold: 1.5}]": ("threshold is 1.5, but must be 0 to 1",),
+    "decoding=[{name: slice_linking, max_gap: -1}]": ("max_gap is -1, but must be 0 or more",),
+    "decoding=[{name: slice_linking, gap: 1}]": ("unknown key 'gap' of slice_linking", "did you mean max_gap?"),
+    "decoding=[{name: slice_linking, one_to_one: 1}]": ("one_to_one is 1, expected true or false",),
     "decoding=[{name: filters, fill_holes: 4d}]": ("fill_holes is '4d', but must be one of off, 2d, 3d",),
 }
 
@@ -53,6 +58,10 @@ def test_steps_in_a_file_and_on_the_command_line_are_the_same(tmp_path: Path) ->
 
 
 def test_what_is_written_is_read_again() -> None:
-    steps = [ConnectedComponents(probabilities="a b/p,q.h5"), Filters(min_volume_nm3=2.5e6, drop_border=True)]
+    steps = [
+        ConnectedComponents(probabilities="a b/p,q.h5"),
+        Filters(min_volume_nm3=2.5e6, drop_border=True),
+        SliceLinking(measure="overlap", threshold=0.1, max_gap=2),
+    ]
     text = written([dataclasses.asdict(step) for step in steps])
     assert load_config(None, [f"decoding={text}"]).decoding == steps

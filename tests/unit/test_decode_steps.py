@@ -11,16 +11,15 @@ from typing import Any
 import cc3d
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet
 import pytest
 from scipy import ndimage
 from skimage.measure import regionprops
 
-from connectomics.decode.objects import COLUMNS, write_table
+from connectomics.decode.objects import write_table
 from connectomics.decode.selection import Selection
 from connectomics.pipeline.steps import ConnectedComponents, Filters
 
-from decoding import VOXEL_SIZE_NM, Decoded, decode_array, whole_components
+from decoding import VOXEL_SIZE_NM, decode_array, table_of, whole_components
 from small_jobs import quick_folder
 
 Array = npt.NDArray[Any]
@@ -52,15 +51,6 @@ def shells() -> Array:
     volume[4, 16, 5] = 1
     volume[1:9, 12:21, 17:21] *= 2
     return volume
-
-
-def table_of(decoded: Decoded, folder: Path) -> dict[str, list[Any]]:
-    assert decoded.scene.tables is not None
-    path = folder / "objects.parquet"
-    write_table(decoded.scene.tables, decoded.scene.count, path, decoded.scene.frame, "key")
-    found: dict[str, list[Any]] = pyarrow.parquet.read_table(path).to_pydict()
-    assert list(found) == list(COLUMNS)
-    return found
 
 
 def test_the_table_is_regionprops(folder: Path) -> None:

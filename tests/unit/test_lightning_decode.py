@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import shlex
@@ -19,6 +20,7 @@ import pyarrow.parquet
 import pytest
 
 from connectomics.cli import main
+from connectomics.config.decoding import SliceLinking
 from connectomics.geometry import Block
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.pieces import PiecesTask
@@ -172,6 +174,39 @@ def test_a_run_is_decoded_and_resumes_from_its_labels(
     assert (folder / "stage" / "cell_labels_instances.h5").exists()
     assert main(words) == 0
     assert "Skipped 1/1" in capsys.readouterr().err
+
+
+LINKING = {  # of each key another value, which is seen
+    "measure": "overlap",
+    "threshold": "0.6",
+    "max_gap": "1",
+    "one_to_one": "true",
+    "ids": "true",
+}
+
+
+def test_every_key_of_slice_linking_takes_effect(folder: Path, decode: Run) -> None:
+    """On a column with a gap, a branch, a change of size and another of id; linked objects are filtered."""
+    assert {*LINKING, "name"} == {field.name for field in dataclasses.fields(SliceLinking)}
+    values = np.zeros((4, 6, 40), np.uint8)
+    values[[0, 1, 3], :, :6] = 1
+    values[:2, :, 8:20] = 1
+    values[1, :, 13] = 0
+    values[0, :, 22:32], values[1, :, 22:24] = 1, 1
+    values[0, :, 34:38], values[1, :, 34:38] = 1, 3
+    values[0, 5, 39] = 7
+    write_h5(folder / "v.h5", values)
+    found = []
+    for key, value in (("threshold", "0.25"), *LINKING.items()):
+        step = f"decoding=[{{name: slice_linking, {key}: {value}}}, {{name: filters, min_voxels: 2}}]"
+        code, printed = decode(step, CSV, "inference.output.overwrite=true")
+        assert code == 0, printed
+        found.append(read(folder / "out" / "v_instances.h5"))
+        assert found[-1][0, 5, 39] == 0
+    plain, *others = found
+    assert len(np.unique(plain)) == 8
+    for i, one in enumerate(others):
+        assert not any(np.array_equal(one, other) for other in (plain, *others[:i]))
 
 
 REFUSED = {
