@@ -127,6 +127,17 @@ class AxisOrder:
         if sorted(self.axes) != [0, 1, 2]:
             raise ValueError(f"expected a permutation of 0, 1, 2, got {self.axes}")
 
+    @classmethod
+    def across(cls, axis: int) -> AxisOrder:
+        """The order in which sections lie across ``axis`` of the volume, whose other axes keep theirs.
+
+        Examples
+        --------
+        >>> [AxisOrder.across(axis).axes for axis in range(3)]
+        [(0, 1, 2), (1, 0, 2), (2, 0, 1)]
+        """
+        return cls(vec3([axis, *(other for other in range(3) if other != axis)]))
+
     @property
     def identity(self) -> bool:
         """Whether nothing is permuted."""
@@ -136,6 +147,16 @@ class AxisOrder:
     def inverse(self) -> AxisOrder:
         """The order that undoes this one."""
         return AxisOrder(vec3([self.axes.index(axis) for axis in range(3)]))
+
+    def after(self, first: AxisOrder) -> AxisOrder:
+        """This order of a volume that ``first`` has turned before, as one order of the volume itself.
+
+        Examples
+        --------
+        >>> AxisOrder((0, 2, 1)).after(AxisOrder.across(1)).turn(("z", "y", "x"))
+        ('y', 'x', 'z')
+        """
+        return AxisOrder(self.turn(first.axes))
 
     @property
     def of_array(self) -> tuple[int, int, int, int]:

@@ -13,6 +13,7 @@ import psutil
 
 from connectomics.build.cascade import check_first_stage, first_stage_config
 from connectomics.build.models import load_members
+from connectomics.build.planes import check_planes, section_axes, stated_planes
 from connectomics.build.rules import check_activation, label_rule, probability_rule
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ModelError
@@ -72,7 +73,7 @@ class Engine:
     Parameters
     ----------
     models
-        The models, in the order of ``segmenter.members``.
+        The models, each of which is one of ``segmenter.members`` for each plane, one after the other.
     segmenter
         Predictors and rules for labels and probabilities.
     filters
@@ -110,6 +111,12 @@ class Engine:
     def specs(self) -> tuple[ModelSpec, ...]:
         """All models."""
         return tuple(model.spec for model in self.models)
+
+    @property
+    def of_members(self) -> tuple[EngineModel, ...]:
+        """The model of each of ``segmenter.members``."""
+        planes = len(self.segmenter.members) // len(self.models)
+        return tuple(model for model in self.models for _ in range(planes))
 
 
 def program_version() -> str:
@@ -179,7 +186,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     weights = config.model.ensemble_weights or [1.0] * len(models)
     check_activation(config, spec)
     segmenter = Segmenter(
-        tuple(_member(config, *each) for each in zip(models, backends, weights, strict=True)),
+        tuple(m for each in zip(models, backends, weights, strict=True) for m in _members(config, *each)),
         spec.classes,
         label_rule(config, spec),
         probability_rule(config, spec) if config.inference.output.save_probabilities else None,
@@ -224,8 +231,12 @@ def _backends(config: Config, model: LoadedModel, window: SlidingWindow) -> tupl
     return tuple(TorchBackend(network, device=device, batch=window.batch, threads=cpus) for network in model.networks)
 
 
-def _member(config: Config, model: EngineModel, backends: tuple[TorchBackend, ...], weight: float) -> Member:
+def _members(
+    config: Config, model: EngineModel, backends: tuple[TorchBackend, ...], weight: float
+) -> tuple[Member, ...]:
+    """A model along each plane."""
     spec = model.spec
+    check_planes(config, spec, model.checkpoint)
     by_slice = spec.slice_case if config.inference.case == "auto" else config.inference.case == "slice"
     check_resampling(config, spec, by_slice=by_slice)
     if by_slice and spec.previous_stage is not None and any(scheme.masked for scheme in spec.normalisations):
@@ -236,8 +247,17 @@ def _member(config: Config, model: EngineModel, backends: tuple[TorchBackend, ..
         )
     predictor = _predictor(config, backends, model.window, spec)
     values = () if spec.previous_stage is None else spec.foreground_labels
-    return Member(
-        predictor, spec.normalisations, by_slice, AxisOrder(spec.axis_order), weight=weight, previous_values=values
+    return tuple(
+        Member(
+            predictor,
+            spec.normalisations,
+            by_slice,
+            AxisOrder(spec.axis_order).after(AxisOrder.across(axis)),
+            weight=weight,
+            previous_values=values,
+            section_axis=axis,
+        )
+        for axis in section_axes(config)
     )
 
 
@@ -308,6 +328,7 @@ def _facts(
         "axes": stated.axes,
         "voxel_size_nm": stated.voxel_size_nm,
     }
+    each = _first_members(models, segmenter)
     own: list[dict[str, object]] = [
         {
             "model_sha256": model.spec.sha256,
@@ -317,25 +338,35 @@ def _facts(
             "mirror_axes": list(model.window.mirror_axes),
             "case": "slice" if member.by_slice else "volume",
         }
-        for model, member in zip(models, segmenter.members, strict=True)
+        for model, member in each
     ]
+    planes = stated_planes(config)
+    if planes != ["xy"]:
+        common["planes"] = planes
     if len(own) == 1:
         return common | own[0]
-    for facts, member in zip(own, segmenter.members, strict=True):
+    for facts, (_, member) in zip(own, each, strict=True):
         facts["weight"] = member.weight
     return common | {"ensemble": own}
 
 
+def _first_members(models: tuple[EngineModel, ...], segmenter: Segmenter) -> list[tuple[EngineModel, Member]]:
+    """Each model with its first member; the others differ in the plane alone."""
+    planes = len(segmenter.members) // len(models)
+    return list(zip(models, segmenter.members[::planes], strict=True))
+
+
 def _deviations(config: Config, models: tuple[EngineModel, ...], segmenter: Segmenter) -> tuple[str, ...]:
-    inference = config.inference
+    inference, planes = config.inference, stated_planes(config)
     tests = [
+        (planes != ["xy"], f"{'a mean over the planes' if len(planes) > 1 else 'the plane'} {', '.join(planes)}"),
         (inference.sliding_window.engine != "nnunet", "MONAI's window grid"),
         (inference.postprocessing.binary.enabled, "labels by a threshold"),
         (inference.roi is not None, "background outside inference.roi"),
         (inference.mask is not None, "background outside inference.mask"),
         (len({m.weight for m in segmenter.members}) > 1, "a weighted mean of probabilities"),
     ]
-    for model, member in zip(models, segmenter.members, strict=True):
+    for model, member in _first_members(models, segmenter):
         spec, window = model.spec, model.window
         of = f" of {model.checkpoint}" if len(models) > 1 else ""
         mirrored = inference.test_time_augmentation.enabled and window.mirror_axes != spec.mirror_axes

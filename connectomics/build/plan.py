@@ -25,7 +25,7 @@ def plan_volume(config: Config, engine: Engine, segmenter: Segmenter, info: Volu
     ResourceError
         If the memory budget cannot hold the smallest blocks, or the mask that the model normalises within.
     """
-    pairs = zip(engine.models, segmenter.members, strict=True)
+    pairs = zip(engine.of_members, segmenter.members, strict=True)
     works = [_work(config, engine, segmenter, model, member, info) for model, member in pairs]
     stated = config.inference.block_shape
     budget, readers = _budget(config, engine, segmenter, info, works[0].stored_bytes)
@@ -63,16 +63,20 @@ def _budget(
 ) -> tuple[Budget, int]:
     """What there is and what is taken; threads that read ahead are as many as asked for and as fit half of the rest."""
     host = engine.settings.budget_bytes
-    masks = sum(member.keeps_mask for member in segmenter.members)
+    masks = segmenter.masks
     if masks:
         check_mask_memory(info.extent, host)
     reading = reading_bytes(info)
     taken = engine.base_bytes + reading + masks * mask_bytes(info.extent)
     readers = engine.settings.readers
-    while readers > 1 and survey_bytes(info, readers) > (host - taken) // 2:
+
+    def surveying() -> int:
+        return max(survey_bytes(info, readers, m.section_axis if m.by_slice else 0) for m in segmenter.members)
+
+    while readers > 1 and surveying() > (host - taken) // 2:
         readers -= 1
     exporting = exporting_bytes(info.extent, stored_bytes, config.inference.output.formats)
-    passing = max(survey_bytes(info, readers), exporting)
+    passing = max(surveying(), exporting)
     chunk_bytes = math.prod(info.chunk_shape) * info.channels * info.dtype.itemsize
     decides = info.chunk_shape if chunk_bytes > READ_BYTES else None
     return Budget(host, taken, passing, engine.device_bytes, decides), readers

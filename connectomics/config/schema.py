@@ -143,10 +143,13 @@ class Output:
 class Inference:
     """``inference``: how volumes become labels. ``voxel_size_nm`` and ``block_shape`` are (z, y, x).
 
-    ``roi`` is the first voxel that is wanted and the one after the last, each (z, y, x); ``mask`` names a volume.
+    ``planes`` are those along which a 2D model runs. ``roi`` is the first voxel that is wanted and the one after the
+    last, each (z, y, x); ``mask`` names a volume.
     """
 
     case: str = "auto"
+    planes: list[str] = field(default_factory=lambda: ["xy"])
+    allow_anisotropic_planes: bool = False
     voxel_size_nm: list[float] | None = None
     axes: str | None = None
     block_shape: list[int] | None = None

@@ -50,6 +50,8 @@ class Member:
         Of the second stage of a cascade: the labels of the first stage that have an input channel.
     previous
         Gives these labels (1, z, y, x), checked, of any box of the volume; set where the volume is known.
+    section_axis
+        The volume's axis (0 = z, 1 = y, 2 = x) across which sections that are cases lie.
     """
 
     predictor: Predictor
@@ -60,6 +62,13 @@ class Member:
     weight: float = 1.0
     previous_values: tuple[int, ...] = ()
     previous: ReadBox | None = None
+    section_axis: int = 0
+
+    @property
+    def sees(self) -> tuple[object, ...]:
+        """What decides its cases; members that see a volume alike share them."""
+        cases = (self.by_slice, self.section_axis if self.by_slice else 0)
+        return (self.schemes, cases, self.plane_axis, self.keeps_mask, self.previous_values)
 
     @property
     def keeps_mask(self) -> bool:
@@ -100,7 +109,7 @@ class Member:
 
     def _parts(self, read: ReadBox, cases: Sequence[Case], core: Box) -> Iterator[tuple[ImageSource, Box]]:
         """Each case that touches ``core``, and the part that it shares; both in the model's axes."""
-        for case in cases_in(cases, core):
+        for case in cases_in(cases, core, self.section_axis):
             region, box = self.order.turn_box(case.region), self.order.turn_box(case.box)
             part = self.order.turn_box(core).intersect(box)
             if part.voxels:
@@ -144,23 +153,28 @@ class Segmenter:
         """Names of what ``segment`` returns."""
         return (LABELS,) if self.probabilities is None else (LABELS, PROBABILITIES)
 
+    @property
+    def masks(self) -> int:
+        """How many masks as large as the volume a survey keeps."""
+        return len({m.sees for m in self.members if m.keeps_mask})
+
     def survey(self, reader: VolumeReader, name: str, workers: int = 1) -> Surveyed:
         """The cases of a volume for each member; the volume is read once for members that see it alike."""
         found: dict[object, Sequence[Case]] = {}
-        keys = [(m.schemes, m.by_slice, m.plane_axis, m.keeps_mask, m.previous_values) for m in self.members]
-        for m, key in zip(self.members, keys, strict=True):
-            if key not in found:
-                found[key] = survey(
+        for m in self.members:
+            if m.sees not in found:
+                found[m.sees] = survey(
                     reader,
                     name,
                     m.schemes,
                     by_slice=m.by_slice,
+                    section_axis=m.section_axis,
                     workers=workers,
                     plane_axis=m.plane_axis,
                     with_mask=m.keeps_mask,
                     previous=m.previous if any(scheme.masked for scheme in m.schemes) else None,
                 )
-        return tuple(found[key] for key in keys)
+        return tuple(found[m.sees] for m in self.members)
 
     def segment(self, read: ReadBox, surveyed: Surveyed, core: Box) -> dict[str, Array]:
         """Label a box of a volume.
@@ -170,7 +184,7 @@ class Segmenter:
         read
             Raw voxels (c, z, y, x) of any box of the volume.
         surveyed
-            The cases of each member, in order of z.
+            The cases of each member, in order along its ``section_axis``.
         core
             The box.
 
@@ -245,11 +259,11 @@ class Segmenter:
         return result
 
 
-def cases_in(cases: Sequence[Case], box: Box) -> Sequence[Case]:
-    """The cases (in order of z) that share sections with ``box``."""
-    first = bisect_right(cases, box.start[0], key=lambda case: case.region.stop[0])
+def cases_in(cases: Sequence[Case], box: Box, axis: int) -> Sequence[Case]:
+    """The cases (in order along ``axis``) that share sections with ``box``."""
+    first = bisect_right(cases, box.start[axis], key=lambda case: case.region.stop[axis])
     last = first
-    while last < len(cases) and cases[last].region.start[0] < box.stop[0]:
+    while last < len(cases) and cases[last].region.start[axis] < box.stop[axis]:
         last += 1
     return cases[first:last]
 
