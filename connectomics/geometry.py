@@ -100,6 +100,30 @@ class Box:
         """The part that lies inside a volume of ``shape``."""
         return self.intersect(Box.of_shape(shape))
 
+    def without(self, other: Box) -> Iterator[Box]:
+        """Disjoint boxes that cover all of this box but for ``other``.
+
+        Examples
+        --------
+        >>> [box.shape for box in Box.of_shape((1, 4, 5)).without(Box((0, 1, 0), (1, 3, 2)))]
+        [(1, 1, 5), (1, 1, 5), (1, 2, 3)]
+        """
+        inner, rest = self.intersect(other), self
+        if not inner.voxels:
+            yield from (self,) if self.voxels else ()
+            return
+        for axis in range(3):
+            for low, high in ((rest.start[axis], inner.start[axis]), (inner.stop[axis], rest.stop[axis])):
+                if low < high:
+                    yield rest.with_span(axis, low, high)
+            rest = rest.with_span(axis, inner.start[axis], inner.stop[axis])
+
+    def with_span(self, axis: int, low: int, high: int) -> Box:
+        """This box from ``low`` to ``high`` along one axis."""
+        start, stop = list(self.start), list(self.stop)
+        start[axis], stop[axis] = low, high
+        return Box(vec3(start), vec3(stop))
+
     def contains(self, other: Box) -> bool:
         """Whether every voxel of ``other`` is in this box."""
         return self.intersect(other) == other

@@ -21,6 +21,7 @@ from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.blocks import write_block
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.retry import PAUSES_S
+from connectomics.pipeline.slabs import SlabReader
 from connectomics.pipeline.survey import keeps_mask, survey
 from connectomics.pipeline.wanted import Wanted
 
@@ -95,10 +96,18 @@ class Member:
 
         ``core`` is a box of the volume; the boxes that come out are of the model's axes.
         """
-        turned = self.order.turn_box(core)
+        turned, across = self.order.turn_box(core), self.order.axes[0]
+        if across != 0:
+            read = SlabReader(read, across, core.stop[across])
         for source, part in self._parts(read, cases, core):
             for box, logits in self._engine().predict(source, part):
                 yield box.relative_to(turned), logits
+
+    def outside(self, cases: Sequence[Case], core: Box) -> Iterator[Box]:
+        """Where ``logits`` gives nothing: disjoint boxes of the volume's axes, relative to ``core``."""
+        for case in cases_in(cases, core, self.section_axis):
+            for box in core.intersect(case.region).without(case.box):
+                yield box.relative_to(core)
 
     def windows(self, read: ReadBox, cases: Sequence[Case], core: Box) -> int:
         """Number of windows that ``logits`` computes."""
@@ -238,13 +247,11 @@ class Segmenter:
         """Weighted mean of the members' probabilities, float32 (k, z, y, x), added in their order."""
         mean: Array = np.zeros((self.classes, *core.shape), np.float32)
         for member, cases in zip(self.members, surveyed, strict=True):
-            values = np.zeros_like(mean)
-            if not self.labels.painted:
-                values[0] = 1  # outside the nonzero box all is background
+            weight = np.float32(member.weight)
+            for box in member.outside(cases, core) if not self.labels.painted else ():
+                mean[(0, *box.slices)] += weight  # all is background there
             for box, logits in member.logits(read, cases, core):
-                member.view(values)[(slice(None), *box.slices)] = self.labels.activate(logits)
-            values *= np.float32(member.weight)
-            mean += values
+                member.view(mean)[(slice(None), *box.slices)] += self.labels.activate(logits) * weight
         mean /= np.float32(sum(m.weight for m in self.members))
         return mean
 
