@@ -145,17 +145,18 @@ def test_any_blocks_give_the_same_bytes(models: dict[str, Path], image: np.ndarr
                 assert part[name].tobytes() == array[(slice(None), *block.core.slices)].tobytes()
 
 
-@pytest.mark.parametrize(("kind", "calls_before"), [("slices", 70), ("volume", 4)])
+@pytest.mark.parametrize(("kind", "shape", "calls_before"), [("slices", [10, 27, 17], 70), ("volume", [19, 14, 33], 4)])
 def test_a_run_on_disk_is_killed_continued_and_skipped(
     models: dict[str, Path],
     image: np.ndarray,
     kind: str,
+    shape: list[int],
     calls_before: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     volume, output = write_h5(tmp_path / "v.h5", image[0]), tmp_path / "out"
-    words = infer_words(models[kind], output, volume, ALL, WORDS[-1], "inference.block_shape=[10,27,17]")
+    words = infer_words(models[kind], output, volume, ALL, WORDS[-1], f"inference.block_shape={json.dumps(shape)}")
     predict, calls = RollingPredictor.predict, iter(range(1000))
 
     def breaking(self: RollingPredictor, *arguments: object) -> object:
@@ -170,11 +171,9 @@ def test_a_run_on_disk_is_killed_continued_and_skipped(
     assert begun == 1
     assert main(words) == 0
     report = json.loads((output / "v_labels.run" / "report.json").read_text())
-    assert report["planned"] == 4 and report["skipped"] == begun
-    expected = manager_of(models[kind], ALL).predict(image)
+    assert report["planned"] == (4 if kind == "slices" else 2) and report["skipped"] == begun
     with h5py.File(output / "v_labels.h5") as file, h5py.File(output / "v_labels_probabilities.h5") as shares:
-        np.testing.assert_array_equal(file["main"][:], expected.labels)
-        np.testing.assert_array_equal(shares["main"][:], expected.probabilities)
+        equal(Prediction(file["main"][:], shares["main"][:]), of_nnunet(models[kind], image, tuple(TRANSPOSED)))
     told = json.loads((output / "v_labels.run" / "provenance.json").read_text())
     assert told["planes"] == ["xy", "xz", "yz"] and "a mean over the planes xy, xz, yz" in told["nnunet"]
     written = (output / "v_labels.h5").stat().st_mtime_ns

@@ -50,6 +50,8 @@ KEYS: list[tuple[str, str, object, tuple[str, ...]]] = [
     ("data.in_channels", "1", 1, ()),
     ("data.out_channels", "3", 3, ()),
     ("inference.case", "slice", "slice", ()),
+    ("inference.planes", "[xy,xz,yz]", ["xy", "xz", "yz"], ()),
+    ("inference.allow_anisotropic_planes", "true", True, ("inference.planes=[xz]",)),
     ("inference.voxel_size_nm", "[30,8,8.5]", [30.0, 8.0, 8.5], ()),
     ("inference.axes", "xyz", "xyz", ()),
     ("inference.block_shape", "[1,64,64]", [1, 64, 64], ()),
