@@ -65,7 +65,7 @@ def test_memory_stays_within_the_smallest_budget_that_a_refusal_names(
 
 
 def test_so_does_that_of_planes_and_the_labels_are_those_of_the_whole_volume(tmp_path: Path) -> None:
-    image = em_like((64, 64, 192))
+    image = em_like((64, 64, 128))
     model = make_model(tmp_path / "model", dimensions=2, classes=40, patch=(64, 64), seed=2)
     settings = (
         "inference.planes=[xy,xz,yz]",

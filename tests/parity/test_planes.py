@@ -31,7 +31,7 @@ from small_jobs import infer_words, ledger_lines, write_h5
 WORDS = ("system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true")
 ALL = "inference.planes=[xy,xz,yz]"
 TRANSPOSED = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}  # sections, rows, columns, written down here again
-EXTENT = (19, 27, 33)
+EXTENT = (13, 20, 27)
 REGIONS: dict[str, int | list[int]] = {"background": 0, "whole": [1, 2], "core": 2}
 KINDS = {
     "slices": {"reader": "NaturalImage2DIO"},
@@ -136,7 +136,7 @@ def test_any_blocks_give_the_same_bytes(models: dict[str, Path], image: np.ndarr
     segmenter, reader = manager.engine.segmenter, ArrayVolume(image)
     surveyed = segmenter.survey(reader, "image")
     whole = segmenter.segment(reader.read, surveyed, Box.of_shape(EXTENT))
-    for shape in ((3, 27, 33), (19, 5, 33), (19, 27, 4), (8, 16, 9)):
+    for shape in ((5, 20, 27), (13, 20, 9), (8, 11, 14)):
         blocks = list(BlockGrid(EXTENT, shape))
         random.Random(0).shuffle(blocks)
         for block in blocks:
@@ -145,7 +145,7 @@ def test_any_blocks_give_the_same_bytes(models: dict[str, Path], image: np.ndarr
                 assert part[name].tobytes() == array[(slice(None), *block.core.slices)].tobytes()
 
 
-@pytest.mark.parametrize(("kind", "shape", "calls_before"), [("slices", [10, 27, 17], 70), ("volume", [19, 14, 33], 4)])
+@pytest.mark.parametrize(("kind", "shape", "calls_before"), [("slices", [7, 20, 14], 50), ("volume", [13, 11, 27], 4)])
 def test_a_run_on_disk_is_killed_continued_and_skipped(
     models: dict[str, Path],
     image: np.ndarray,
@@ -183,9 +183,9 @@ def test_a_run_on_disk_is_killed_continued_and_skipped(
 def test_a_box_of_the_volume_is_that_of_the_full_run(models: dict[str, Path], image: np.ndarray) -> None:
     full, part = (
         manager_of(models["slices"], ALL, *more).predict(image).labels
-        for more in ((), ("inference.roi=[[4,8,2],[15,20,30]]",))
+        for more in ((), ("inference.roi=[[4,8,2],[11,18,25]]",))
     )
-    box = (slice(4, 15), slice(8, 20), slice(2, 30))
+    box = (slice(4, 11), slice(8, 18), slice(2, 25))
     np.testing.assert_array_equal(part[box], full[box])
     assert full[box].any() and part.sum() == part[box].sum()
 
