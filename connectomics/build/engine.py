@@ -328,7 +328,8 @@ def _facts(
         "axes": stated.axes,
         "voxel_size_nm": stated.voxel_size_nm,
     }
-    each = _first_members(models, segmenter)
+    planes = stated_planes(config)
+    members = segmenter.members[:: len(planes)]  # of each model the first; the others differ in the plane alone
     own: list[dict[str, object]] = [
         {
             "model_sha256": model.spec.sha256,
@@ -338,22 +339,15 @@ def _facts(
             "mirror_axes": list(model.window.mirror_axes),
             "case": "slice" if member.by_slice else "volume",
         }
-        for model, member in each
+        for model, member in zip(models, members, strict=True)
     ]
-    planes = stated_planes(config)
     if planes != ["xy"]:
         common["planes"] = planes
     if len(own) == 1:
         return common | own[0]
-    for facts, (_, member) in zip(own, each, strict=True):
+    for facts, member in zip(own, members, strict=True):
         facts["weight"] = member.weight
     return common | {"ensemble": own}
-
-
-def _first_members(models: tuple[EngineModel, ...], segmenter: Segmenter) -> list[tuple[EngineModel, Member]]:
-    """Each model with its first member; the others differ in the plane alone."""
-    planes = len(segmenter.members) // len(models)
-    return list(zip(models, segmenter.members[::planes], strict=True))
 
 
 def _deviations(config: Config, models: tuple[EngineModel, ...], segmenter: Segmenter) -> tuple[str, ...]:
@@ -366,7 +360,7 @@ def _deviations(config: Config, models: tuple[EngineModel, ...], segmenter: Segm
         (inference.mask is not None, "background outside inference.mask"),
         (len({m.weight for m in segmenter.members}) > 1, "a weighted mean of probabilities"),
     ]
-    for model, member in _first_members(models, segmenter):
+    for model, member in zip(models, segmenter.members[:: len(planes)], strict=True):
         spec, window = model.spec, model.window
         of = f" of {model.checkpoint}" if len(models) > 1 else ""
         mirrored = inference.test_time_augmentation.enabled and window.mirror_axes != spec.mirror_axes

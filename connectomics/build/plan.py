@@ -69,14 +69,11 @@ def _budget(
     reading = reading_bytes(info)
     taken = engine.base_bytes + reading + masks * mask_bytes(info.extent)
     readers = engine.settings.readers
-
-    def surveying() -> int:
-        return max(survey_bytes(info, readers, m.section_axis if m.by_slice else 0) for m in segmenter.members)
-
-    while readers > 1 and surveying() > (host - taken) // 2:
+    axes = {member.section_axis if member.by_slice else 0 for member in segmenter.members}
+    while readers > 1 and max(survey_bytes(info, readers, axis) for axis in axes) > (host - taken) // 2:
         readers -= 1
     exporting = exporting_bytes(info.extent, stored_bytes, config.inference.output.formats)
-    passing = max(surveying(), exporting)
+    passing = max(exporting, *(survey_bytes(info, readers, axis) for axis in axes))
     chunk_bytes = math.prod(info.chunk_shape) * info.channels * info.dtype.itemsize
     decides = info.chunk_shape if chunk_bytes > READ_BYTES else None
     return Budget(host, taken, passing, engine.device_bytes, decides), readers
