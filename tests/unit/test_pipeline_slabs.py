@@ -48,6 +48,12 @@ def test_what_is_held_is_bounded(monkeypatch: pytest.MonkeyPatch, limit: int, wi
     assert (len(asked) < 60) == (limit > 300)
 
 
+def test_what_was_read_makes_room_for_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A section takes 324 bytes, so three are held; after the first, 19 more take seven times three reads."""
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 1000)
+    assert len(read_sections(1, (9,))[0]) == 3 + 7 * 3
+
+
 def test_thick_boxes_are_read_as_they_are() -> None:
     box = Box((0, 3, 0), (9, 5, 9))
     assert SlabReader(lambda asked: VOXELS[(slice(None), *asked.slices)], 1, 20)(box).shape == (2, 9, 2, 9)
