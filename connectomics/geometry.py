@@ -100,6 +100,30 @@ class Box:
         """The part that lies inside a volume of ``shape``."""
         return self.intersect(Box.of_shape(shape))
 
+    def without(self, other: Box) -> Iterator[Box]:
+        """Disjoint boxes that cover all of this box but for ``other``.
+
+        Examples
+        --------
+        >>> [box.shape for box in Box.of_shape((1, 4, 5)).without(Box((0, 1, 0), (1, 3, 2)))]
+        [(1, 1, 5), (1, 1, 5), (1, 2, 3)]
+        """
+        inner, rest = self.intersect(other), self
+        if not inner.voxels:
+            yield from (self,) if self.voxels else ()
+            return
+        for axis in range(3):
+            for low, high in ((rest.start[axis], inner.start[axis]), (inner.stop[axis], rest.stop[axis])):
+                if low < high:
+                    yield rest.with_span(axis, low, high)
+            rest = rest.with_span(axis, inner.start[axis], inner.stop[axis])
+
+    def with_span(self, axis: int, low: int, high: int) -> Box:
+        """This box from ``low`` to ``high`` along one axis."""
+        start, stop = list(self.start), list(self.stop)
+        start[axis], stop[axis] = low, high
+        return Box(vec3(start), vec3(stop))
+
     def contains(self, other: Box) -> bool:
         """Whether every voxel of ``other`` is in this box."""
         return self.intersect(other) == other
@@ -127,6 +151,17 @@ class AxisOrder:
         if sorted(self.axes) != [0, 1, 2]:
             raise ValueError(f"expected a permutation of 0, 1, 2, got {self.axes}")
 
+    @classmethod
+    def across(cls, axis: int) -> AxisOrder:
+        """The order in which sections lie across ``axis`` of the volume, whose other axes keep theirs.
+
+        Examples
+        --------
+        >>> [AxisOrder.across(axis).axes for axis in range(3)]
+        [(0, 1, 2), (1, 0, 2), (2, 0, 1)]
+        """
+        return cls(vec3([axis, *(other for other in range(3) if other != axis)]))
+
     @property
     def identity(self) -> bool:
         """Whether nothing is permuted."""
@@ -136,6 +171,16 @@ class AxisOrder:
     def inverse(self) -> AxisOrder:
         """The order that undoes this one."""
         return AxisOrder(vec3([self.axes.index(axis) for axis in range(3)]))
+
+    def after(self, first: AxisOrder) -> AxisOrder:
+        """This order of a volume that ``first`` has turned before, as one order of the volume itself.
+
+        Examples
+        --------
+        >>> AxisOrder((0, 2, 1)).after(AxisOrder.across(1)).turn(("z", "y", "x"))
+        ('y', 'x', 'z')
+        """
+        return AxisOrder(self.turn(first.axes))
 
     @property
     def of_array(self) -> tuple[int, int, int, int]:

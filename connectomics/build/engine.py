@@ -13,6 +13,7 @@ import psutil
 from connectomics.build.backends import choose_backends, reference_backends
 from connectomics.build.cascade import check_first_stage, first_stage_config
 from connectomics.build.models import load_members
+from connectomics.build.planes import check_planes, section_axes, stated_planes
 from connectomics.build.rules import check_activation, label_rule, probability_rule
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ModelError
@@ -71,7 +72,7 @@ class Engine:
     Parameters
     ----------
     models
-        The models, in the order of ``segmenter.members``.
+        The models, each of which is one of ``segmenter.members`` for each plane, one after the other.
     segmenter
         Predictors and rules for labels and probabilities.
     filters
@@ -115,6 +116,12 @@ class Engine:
     def specs(self) -> tuple[ModelSpec, ...]:
         """All models."""
         return tuple(model.spec for model in self.models)
+
+    @property
+    def of_members(self) -> tuple[EngineModel, ...]:
+        """The model of each of ``segmenter.members``."""
+        planes = len(self.segmenter.members) // len(self.models)
+        return tuple(model for model in self.models for _ in range(planes))
 
 
 def program_version() -> str:
@@ -187,7 +194,7 @@ def _segmenter(config: Config, models: tuple[EngineModel, ...], backends: Sequen
     spec = models[0].spec
     weights = config.model.ensemble_weights or [1.0] * len(models)
     return Segmenter(
-        tuple(_member(config, *each) for each in zip(models, backends, weights, strict=True)),
+        tuple(m for each in zip(models, backends, weights, strict=True) for m in _members(config, *each)),
         spec.classes,
         label_rule(config, spec),
         probability_rule(config, spec) if config.inference.output.save_probabilities else None,
@@ -209,8 +216,10 @@ def _engine_model(config: Config, path: Path, model: LoadedModel) -> EngineModel
     return EngineModel(path, model.spec, window, window_bytes(model.networks[0], window.patch))
 
 
-def _member(config: Config, model: EngineModel, backends: tuple[Backend, ...], weight: float) -> Member:
+def _members(config: Config, model: EngineModel, backends: tuple[Backend, ...], weight: float) -> tuple[Member, ...]:
+    """A model along each plane."""
     spec = model.spec
+    check_planes(config, spec, model.checkpoint)
     by_slice = spec.slice_case if config.inference.case == "auto" else config.inference.case == "slice"
     check_resampling(config, spec, by_slice=by_slice)
     if by_slice and spec.previous_stage is not None and any(scheme.masked for scheme in spec.normalisations):
@@ -221,8 +230,17 @@ def _member(config: Config, model: EngineModel, backends: tuple[Backend, ...], w
         )
     predictor = _predictor(config, backends, model.window, spec)
     values = () if spec.previous_stage is None else spec.foreground_labels
-    return Member(
-        predictor, spec.normalisations, by_slice, AxisOrder(spec.axis_order), weight=weight, previous_values=values
+    return tuple(
+        Member(
+            predictor,
+            spec.normalisations,
+            by_slice,
+            AxisOrder(spec.axis_order).after(AxisOrder.across(axis)),
+            weight=weight,
+            previous_values=values,
+            section_axis=axis,
+        )
+        for axis in section_axes(config)
     )
 
 
@@ -295,6 +313,8 @@ def _facts(
     }
     if fast:
         common["precision"] = "fast"
+    planes = stated_planes(config)
+    members = segmenter.members[:: len(planes)]  # of each model the first; the others differ in the plane alone
     own: list[dict[str, object]] = [
         {
             "model_sha256": model.spec.sha256,
@@ -304,25 +324,28 @@ def _facts(
             "mirror_axes": list(model.window.mirror_axes),
             "case": "slice" if member.by_slice else "volume",
         }
-        for model, member in zip(models, segmenter.members, strict=True)
+        for model, member in zip(models, members, strict=True)
     ]
+    if planes != ["xy"]:
+        common["planes"] = planes
     if len(own) == 1:
         return common | own[0]
-    for facts, member in zip(own, segmenter.members, strict=True):
+    for facts, member in zip(own, members, strict=True):
         facts["weight"] = member.weight
     return common | {"ensemble": own}
 
 
 def _deviations(config: Config, models: tuple[EngineModel, ...], segmenter: Segmenter) -> tuple[str, ...]:
-    inference = config.inference
+    inference, planes = config.inference, stated_planes(config)
     tests = [
+        (planes != ["xy"], f"{'a mean over the planes' if len(planes) > 1 else 'the plane'} {', '.join(planes)}"),
         (inference.sliding_window.engine != "nnunet", "MONAI's window grid"),
         (inference.postprocessing.binary.enabled, "labels by a threshold"),
         (inference.roi is not None, "background outside inference.roi"),
         (inference.mask is not None, "background outside inference.mask"),
         (len({m.weight for m in segmenter.members}) > 1, "a weighted mean of probabilities"),
     ]
-    for model, member in zip(models, segmenter.members, strict=True):
+    for model, member in zip(models, segmenter.members[:: len(planes)], strict=True):
         spec, window = model.spec, model.window
         of = f" of {model.checkpoint}" if len(models) > 1 else ""
         mirrored = inference.test_time_augmentation.enabled and window.mirror_axes != spec.mirror_axes

@@ -26,7 +26,7 @@ def plan_volume(config: Config, engine: Engine, segmenter: Segmenter, info: Volu
     ResourceError
         If the memory budget cannot hold the smallest blocks.
     """
-    pairs = zip(engine.models, segmenter.members, strict=True)
+    pairs = zip(engine.of_members, segmenter.members, strict=True)
     works = [_work(config, engine, segmenter, model, member, info) for model, member in pairs]
     stated = config.inference.block_shape
     budget, readers = _budget(config, engine, segmenter, info, works[0].stored_bytes)
@@ -67,10 +67,11 @@ def _budget(
     reading = reading_bytes(info)
     taken = engine.base_bytes + reading
     readers = engine.settings.readers
-    while readers > 1 and survey_bytes(info, readers) > (host - taken) // 2:
+    axes = {member.section_axis if member.by_slice else 0 for member in segmenter.members}
+    while readers > 1 and max(survey_bytes(info, readers, axis) for axis in axes) > (host - taken) // 2:
         readers -= 1
     exporting = exporting_bytes(info.extent, stored_bytes, config.inference.output.formats)
-    passing = max(survey_bytes(info, readers), exporting)
+    passing = max(exporting, *(survey_bytes(info, readers, axis) for axis in axes))
     chunk_bytes = math.prod(info.chunk_shape) * info.channels * info.dtype.itemsize
     decides = info.chunk_shape if chunk_bytes > READ_BYTES else None
     return Budget(host, taken, passing, engine.device_bytes, decides), readers

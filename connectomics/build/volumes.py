@@ -12,6 +12,7 @@ from connectomics.build.cascade import checked_labels, first_stage_config, open_
 from connectomics.build.contract import fast_contract
 from connectomics.build.engine import Engine, EngineModel, versions
 from connectomics.build.plan import decoding_bytes, plan_volume
+from connectomics.build.planes import check_isotropic
 from connectomics.config.load import written
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, VolumeError
@@ -81,7 +82,8 @@ def open_source(config: Config, engine: Engine, source: VolumeSource) -> VolumeR
     Raises
     ------
     VolumeError
-        If it cannot be read, lacks the file of a channel or has another number of channels.
+        If it cannot be read, lacks the file of a channel, has another number of channels, or voxels that do not fit
+        ``inference.planes``.
     """
     stated = config.inference.voxel_size_nm
     voxel_size: Nanometres | None = None if stated is None else (stated[0], stated[1], stated[2])
@@ -99,6 +101,11 @@ def open_source(config: Config, engine: Engine, source: VolumeSource) -> VolumeR
             f"({', '.join(engine.spec.channel_names)}); add the files of the other channels (NAME_0000, NAME_0001, …), "
             "choose the right volume, or state inference.axes"
         )
+    try:
+        check_isotropic(config, reader.info.voxel_size_nm or reader.info.spacing, source.name)
+    except VolumeError:
+        reader.close()
+        raise
     return reader
 
 
@@ -197,7 +204,7 @@ def segmenter_of(
             resampling=_resampling_of(config, model, member, own),
             previous=previous and checked_labels(previous, model.spec, "the labels of the previous stage"),
         )
-        for member, model in zip(segmenter.members, engine.models, strict=True)
+        for member, model in zip(segmenter.members, engine.of_members, strict=True)
     )
     return dataclasses.replace(segmenter, members=tuple(members))
 

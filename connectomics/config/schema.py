@@ -148,11 +148,14 @@ class Output:
 class Inference:
     """``inference``: how volumes become labels. ``voxel_size_nm`` and ``block_shape`` are (z, y, x).
 
-    ``roi`` is the first voxel that is wanted and the one after the last, each (z, y, x); ``mask`` names a volume.
-    ``precision`` is exact (float32) or fast, whose labels may differ in a share ``max_disagreement`` of a sample.
+    ``planes`` are those along which a 2D model runs. ``roi`` is the first voxel that is wanted and the one after the
+    last, each (z, y, x); ``mask`` names a volume. ``precision`` is exact (float32) or fast, whose labels may differ in
+    a share ``max_disagreement`` of a sample.
     """
 
     case: str = "auto"
+    planes: list[str] = field(default_factory=lambda: ["xy"])
+    allow_anisotropic_planes: bool = False
     precision: str | None = None
     max_disagreement: float = 1e-4
     voxel_size_nm: list[float] | None = None

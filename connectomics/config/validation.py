@@ -22,6 +22,7 @@ BLENDINGS = ("gaussian", "constant")
 ENGINES = ("nnunet", "monai")
 PADDINGS = ("constant", "reflect", "replicate", "circular")
 CASES = ("auto", "slice", "volume")
+PLANES = ("xy", "xz", "yz")
 RESAMPLINGS = ("off", "plan")
 BACKENDS = ("auto", "torch", "compile", "openvino")
 PRECISIONS = ("exact", "fast")
@@ -56,6 +57,7 @@ def validate(config: Config) -> None:
     _volumes(config.inference)
     _frame(config.inference)
     _precision(config.inference)
+    _planes(config.inference)
     _wanted(config.inference)
     _windows(config.inference)
     _mirroring(config.inference)
@@ -235,6 +237,23 @@ def _frame(inference: Inference) -> None:
     rule = "must name the axes in the file's order by c, z, y, x, each at most once and y, x always"
     _require(possible, "inference.axes", axes, rule)
     _extents("inference.block_shape", inference.block_shape, (3,))
+
+
+def _planes(inference: Inference) -> None:
+    """Several planes are averaged as the models of an ensemble are."""
+    planes, key = inference.planes, "inference.planes"
+    _require(len(planes) > 0, key, planes, f"must name at least one of {', '.join(PLANES)}")
+    _subset_of(PLANES, key, planes)
+    if planes == ["xy"]:
+        rule = f"takes effect only where {key} names xz or yz"
+        allowed = inference.allow_anisotropic_planes
+        _require(not allowed, "inference.allow_anisotropic_planes", allowed, rule)
+        return
+    engine = inference.sliding_window.engine
+    _require(engine == "nnunet", "inference.sliding_window.engine", engine, f"{key} other than [xy] needs nnunet")
+    act = inference.test_time_augmentation.act
+    rule = f"{key} averages probabilities, so there are no logits to keep; state null"
+    _require(len(planes) == 1 or act != "none", "inference.test_time_augmentation.act", act, rule)
 
 
 def _wanted(inference: Inference) -> None:

@@ -193,9 +193,7 @@ class _Accumulator:
             tensor.narrow(axis, kept, depth - kept).zero_()
 
     def _span(self, start: int, stop: int) -> Box:
-        low, high = list(self._core.start), list(self._core.stop)
-        low[self._axis], high[self._axis] = start, stop
-        return Box(vec3(low), vec3(high))
+        return self._core.with_span(self._axis, start, stop)
 
     def _common(self, window: Box) -> tuple[tuple[slice, slice, slice], tuple[slice, slice, slice]]:
         """Where a window and the held rows overlap: index into the accumulators, index into the window."""

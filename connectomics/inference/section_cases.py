@@ -11,45 +11,59 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.geometry import Box
+from connectomics.geometry import AxisOrder, Box
 from connectomics.inference.case import Case
 from connectomics.inference.normalise import ChannelSummary
 
 
 class SectionCases(Sequence[Case]):
-    """Cases of one section each, in order of z, kept as arrays; each is made when it is asked for.
+    """Cases of one section each, in order, kept as arrays; each is made when it is asked for.
 
     Parameters
     ----------
     first
-        z of the first section.
+        Where the first section stands along ``axis``.
     plane
-        Extent (y, x) of each section.
+        Extent of each section along the other two axes, here called rows and columns: of sections across z, y and x.
     boxes
-        int64 [n, 4]: y and x where the nonzero box starts, y and x where it stops.
+        int64 [n, 4]: row and column where the nonzero box starts, row and column where it stops.
     channels
         float64 [n, c, 4]: mean, standard deviation, minimum and maximum.
+    axis
+        The axis across which sections lie (0 = z, 1 = y, 2 = x).
     """
 
     def __init__(
-        self, first: int, plane: tuple[int, int], boxes: npt.NDArray[np.int64], channels: npt.NDArray[np.float64]
+        self,
+        first: int,
+        plane: tuple[int, int],
+        boxes: npt.NDArray[np.int64],
+        channels: npt.NDArray[np.float64],
+        axis: int = 0,
     ) -> None:
-        self._first, self._plane, self._boxes, self._channels = first, plane, boxes, channels
+        self._first, self._plane, self._boxes, self._channels, self._axis = first, plane, boxes, channels, axis
 
     @classmethod
-    def of(cls, cases: Iterable[Case], sections: int, channels: int) -> SectionCases:
-        """The table of ``sections`` cases that come one after the other, at least one."""
+    def of(cls, cases: Iterable[Case], sections: int, channels: int, axis: int = 0) -> SectionCases:
+        """The table of ``sections`` cases that come one after the other along ``axis``, at least one."""
+        order = AxisOrder.across(axis)
         boxes = np.empty((sections, 4), np.int64)
         values = np.empty((sections, channels, 4), np.float64)
         region, count = Box.of_shape((1, 1, 1)), 0
         for i, case in enumerate(cases):
-            region = case.region if i == 0 else region
-            boxes[i] = (*case.box.start[1:], *case.box.stop[1:])
+            region = order.turn_box(case.region) if i == 0 else region
+            box = order.turn_box(case.box)
+            boxes[i] = (*box.start[1:], *box.stop[1:])
             values[i] = [(c.mean, c.std, c.minimum, c.maximum) for c in case.channels]
             count = i + 1
         if count != sections:
             raise ValueError(f"expected {sections} sections, got {count}")
-        return cls(region.start[0], region.stop[1:], boxes, values)
+        return cls(region.start[0], region.stop[1:], boxes, values, axis)
+
+    @property
+    def axis(self) -> int:
+        """The axis across which sections lie (0 = z, 1 = y, 2 = x)."""
+        return self._axis
 
     @property
     def nbytes(self) -> int:
@@ -68,18 +82,19 @@ class SectionCases(Sequence[Case]):
             start, _, step = index.indices(len(self))
             if step != 1:
                 raise ValueError(f"sections are taken one after the other, not every {step}")
-            return SectionCases(self._first + start, self._plane, self._boxes[index], self._channels[index])
-        z = self._first + range(len(self))[index]
-        (y, x, bottom, right), (height, width) = self._boxes[index].tolist(), self._plane
-        region = Box((z, 0, 0), (z + 1, height, width))
+            return SectionCases(self._first + start, self._plane, self._boxes[index], self._channels[index], self._axis)
+        at = self._first + range(len(self))[index]
+        (top, left, bottom, right), (height, width) = self._boxes[index].tolist(), self._plane
+        back = AxisOrder.across(self._axis).inverse
+        region = back.turn_box(Box((at, 0, 0), (at + 1, height, width)))
         channels = tuple(ChannelSummary(*values) for values in self._channels[index].tolist())
-        return Case(region, Box((z, y, x), (z + 1, bottom, right)), channels)
+        return Case(region, back.turn_box(Box((at, top, left), (at + 1, bottom, right))), channels)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SectionCases):
             return NotImplemented
         return (
-            (self._first, self._plane) == (other._first, other._plane)
+            (self._first, self._plane, self._axis) == (other._first, other._plane, other._axis)
             and np.array_equal(self._boxes, other._boxes)
             and np.array_equal(self._channels, other._channels)
         )

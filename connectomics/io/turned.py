@@ -1,9 +1,9 @@
-"""A volume with its axes in another order and some of them reversed; for ``nifti`` and ``nnunet_folder``."""
+"""A volume with its axes in another order, some of them reversed; for NIfTI files, nnU-Net's folders and the survey."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,14 +22,24 @@ class Turn:
     Turn(reversed=(False, True, False), order=AxisOrder(axes=(1, 2, 0)))
     """
 
-    reversed: tuple[bool, bool, bool]
-    order: AxisOrder
+    reversed: tuple[bool, bool, bool] = (False, False, False)
+    order: AxisOrder = field(default_factory=AxisOrder)
 
     @property
     def inverse(self) -> Turn:
         """The turn that undoes this one."""
-        z, y, x = (self.reversed[axis] for axis in self.order.axes)
-        return Turn((z, y, x), self.order.inverse)
+        return Turn(self.order.turn(self.reversed), self.order.inverse)
+
+    def of_info(self, info: VolumeInfo) -> VolumeInfo:
+        """The description of the turned volume."""
+        (channels, *extent), order = info.shape, self.order
+        return dataclasses.replace(
+            info,
+            shape=(channels, *order.turn(vec3(extent))),
+            chunk_shape=order.turn(info.chunk_shape),
+            voxel_size_nm=None if info.voxel_size_nm is None else order.turn(info.voxel_size_nm),
+            spacing=None if info.spacing is None else order.turn(info.spacing),
+        )
 
 
 class TurnedVolume:
@@ -46,21 +56,7 @@ class TurnedVolume:
     def __init__(self, volume: VolumeReader, turn: Turn) -> None:
         self._volume = volume
         self._turn = turn
-        info, order = volume.info, turn.order
-        (channels, *extent) = info.shape
-        self._info = dataclasses.replace(
-            info,
-            shape=(channels, *order.turn(vec3(extent))),
-            chunk_shape=order.turn(info.chunk_shape),
-            voxel_size_nm=self._turned(info.voxel_size_nm),
-            spacing=self._turned(info.spacing),
-        )
-
-    def _turned(self, values: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
-        if values is None:
-            return None
-        z, y, x = (values[axis] for axis in self._turn.order.axes)
-        return (z, y, x)
+        self._info = turn.of_info(volume.info)
 
     @property
     def info(self) -> VolumeInfo:

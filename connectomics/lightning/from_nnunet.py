@@ -215,10 +215,10 @@ class FolderPrediction:
 
     def _config_at(self, spacing: Spacing3) -> Config:
         """The configuration for a case of this spacing: resampled where it differs from the plan's, as nnU-Net does."""
-        spec, by_slice = self._engine.spec, self._engine.segmenter.members[0].by_slice
-        turned = (spacing[axis] for axis in spec.axis_order)
-        same = all(p is None or p == s for p, s in zip(spec.spacing, turned, strict=True))
-        if by_slice or same:
+        spec, members = self._engine.spec, self._engine.segmenter.members
+        turned = [member.order.turn(spacing) for member in members]
+        same = all(p is None or p == s for own in turned for p, s in zip(spec.spacing, own, strict=True))
+        if members[0].by_slice or same:
             return self._config
         inference = dataclasses.replace(
             self._config.inference, resample="plan", spacing=list(spacing), allow_large_resampling=True

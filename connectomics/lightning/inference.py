@@ -17,6 +17,7 @@ import torch
 from connectomics.build.cascade import check_previous_stage
 from connectomics.build.contract import fast_contract
 from connectomics.build.engine import Engine, build_engine
+from connectomics.build.planes import check_isotropic
 from connectomics.build.volumes import (
     final_paths,
     job_of,
@@ -128,6 +129,7 @@ class InferenceManager:
                 f"the image has {reader.info.channels} channels, the model expects {self.engine.spec.channels} "
                 f"({', '.join(self.engine.spec.channel_names)})"
             )
+        check_isotropic(self._config, self._edges(spacing), "the image")
         first = self._previous(reader, spacing, previous)
         segmenter, whole = self.segmenter(spacing, first), Box.of_shape(reader.info.extent)
         wanted = wanted_of(self._config, reader.info.extent, "the image")
@@ -145,6 +147,11 @@ class InferenceManager:
         if image.ndim == 2:
             return Prediction(labels[0], None if probabilities is None else probabilities[:, 0])
         return Prediction(labels, probabilities)
+
+    def _edges(self, spacing: Spacing | None) -> Spacing | None:
+        """Edges of the image's voxels (z, y, x), as far as they are known."""
+        stated = self._config.inference.voxel_size_nm
+        return spacing if stated is None else (stated[0], stated[1], stated[2])
 
     def _previous(self, reader: _ArrayReader, spacing: Spacing | None, given: Array | None) -> ReadBox | None:
         """Reads the labels of the previous stage, where the model has one."""

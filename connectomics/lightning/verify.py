@@ -170,7 +170,7 @@ def verify(
     Raises
     ------
     ConfigError
-        If the configuration names an ensemble, or restricts the volume.
+        If the configuration names an ensemble or other planes, or restricts the volume.
     VolumeError
         If the volume or the output cannot be read or compared.
     """
@@ -208,6 +208,8 @@ def verify(
 def _require_comparable(config: Config) -> None:
     if config.inference.roi is not None or config.inference.mask is not None:
         raise ConfigError("inference.roi and inference.mask: verify compares whole samples; leave both null")
+    if config.inference.planes != ["xy"]:
+        raise ConfigError("inference.planes: nnU-Net runs a 2D model along xy only; verify with inference.planes=[xy]")
     if config.model.ensemble:
         raise ConfigError("model.ensemble: an ensemble is the mean of its models, so verify them one by one")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from connectomics.geometry import AxisOrder, Vec3, vec3
 from connectomics.inference.predictor import FINISHED_VALUES
+from connectomics.pipeline.slabs import SLAB_BYTES
 
 FLOAT_BYTES = 4
 DOUBLE_BYTES = 8
@@ -87,8 +88,10 @@ class Work:
         stored = math.prod(block) * self.stored_bytes
         own = self.order.turn(block)
         grid, whole = self._on_grid(own), self._on_grid(self.order.turn(extent))
-        near = stored + self._lane_bytes(grid, whole) + math.prod(block) * self.mean_classes * 2 * FLOAT_BYTES
+        near = stored + self._lane_bytes(grid, whole) + math.prod(block) * self.mean_classes * FLOAT_BYTES
         far = self._sums_bytes(grid) + self._window_bytes() + HEAD_COPIES * FLOAT_BYTES * FINISHED_VALUES
+        if self.patch[0] == 1 and self.order.axes[0] != 0:
+            near += SLAB_BYTES
         if self.ratio is not None:  # the block's logits, a plane of them brought back
             far += (math.prod(grid) * FLOAT_BYTES + 3 * own[1] * own[2] * DOUBLE_BYTES) * self.classes
             near += SPLINE_BYTES * self.channels
@@ -108,10 +111,14 @@ class Work:
         return held * (self.folds * self.classes + 1) * FLOAT_BYTES
 
     def _lane_bytes(self, block: Vec3, extent: Vec3) -> int:
-        """Normalised rows with the windows' overhang, the fresh ones twice, one channel more, and their raw voxels."""
+        """Normalised rows with the windows' overhang, the fresh ones twice, one channel more, and their raw voxels.
+
+        Where the axes are turned there are two of these.
+        """
         wide = (min(b + 2 * p, max(n, p)) for b, p, n in zip(block, self.patch, extent, strict=True))
         voxels = math.prod(self._rolled(vec3([*wide])))
-        return voxels * ((2 * self.channels + 1) * FLOAT_BYTES + self.channels * self.voxel_bytes)
+        raw = self.channels * self.voxel_bytes * (1 if self.order.identity else 2)
+        return voxels * ((2 * self.channels + 1) * FLOAT_BYTES + raw)
 
     def _rolled(self, shape: Vec3) -> Vec3:
         if self.whole:

@@ -17,6 +17,7 @@ STRIPE_ROWS = 2048
 STRIPE_PATCHES = 10.5  # patches a stripe is tall at least: two windows a cut, under 10 %, are computed twice
 BLOCK_VOXELS = 1 << 22  # voxels of a block of whole sections
 SLAB_PATCHES = 4  # patches a 3D slab is thick: a quarter of the windows are computed twice
+CUBE_PATCHES = 4  # patches a block has along each axis at most, where sections lie across several axes
 REFUSAL_STEP_BYTES = 10**7  # a budget that can work is named in such steps, one more than needed
 
 
@@ -50,10 +51,14 @@ def plan_blocks(extent: Vec3, works: Sequence[Work], budget: Budget, stated: Vec
     ResourceError
         If the budget cannot hold even the smallest blocks, or the stated ones; the message names one that can.
     """
-    chunk = max((_chunk(extent, work) for work in works), key=min)  # of a 3D model, of which a flat one has no part
+    crossed = len({work.order.axes[0] for work in works if work.patch[0] == 1}) > 1
+    chunk = max((_chunk(extent, work, crossed) for work in works), key=min)  # of a 3D model, or where sections cross
     if stated is not None:
         chunk = vec3([min(c, b) for c, b in zip(chunk, stated, strict=True)])
-    wanted = [_preferred(extent, work, chunk) if stated is None else stated for work in works]
+    if stated is not None:
+        wanted = [stated]
+    else:
+        wanted = [_cube(works, chunk)] if crossed else [_preferred(extent, work, chunk) for work in works]
     block = [_up(min(n, *lengths), c) for n, c, *lengths in zip(extent, chunk, *wanted, strict=True)]
 
     def need(shape: Sequence[int]) -> Footprint:
@@ -85,8 +90,19 @@ def _preferred(extent: Vec3, work: Work, chunk: Vec3) -> Vec3:
     return work.order.inverse.turn(vec3(block))
 
 
-def _chunk(extent: Vec3, work: Work) -> Vec3:
-    wanted = (1, PLANE_CHUNK, PLANE_CHUNK) if work.patch[0] == 1 else (CUBE_CHUNK,) * 3
+def _cube(works: Sequence[Work], chunk: Vec3) -> Vec3:
+    """Blocks where sections lie across several axes, so that no axis can be cut without windows computed twice."""
+    return vec3([_up(CUBE_PATCHES * _patch(works, axis), chunk[axis]) for axis in range(3)])
+
+
+def _patch(works: Sequence[Work], axis: int) -> int:
+    """Most voxels of a window along an axis of the volume."""
+    return max(work.order.inverse.turn(work.patch)[axis] for work in works)
+
+
+def _chunk(extent: Vec3, work: Work, crossed: bool) -> Vec3:
+    flat = work.patch[0] == 1 and not crossed
+    wanted = (1, PLANE_CHUNK, PLANE_CHUNK) if flat else (CUBE_CHUNK,) * 3
     return vec3([min(c, n) for c, n in zip(work.order.inverse.turn(wanted), extent, strict=True)])
 
 
@@ -112,7 +128,7 @@ def _axis_to_cut(block: list[int], chunk: Vec3, works: Sequence[Work], need: Nee
         cut[axis] = _half(block[axis], chunk[axis])
         after = need(cut)
         saved = (before.host_bytes + before.device_bytes) / (after.host_bytes + after.device_bytes)
-        patch = max(work.order.inverse.turn(work.patch)[axis] for work in works)
+        patch = _patch(works, axis)
         overlap = 0 if patch == 1 else patch
         cost = (1 + overlap / cut[axis]) / (1 + overlap / block[axis])
         if saved > 1 and (gain := math.log(saved) / (math.log(cost) + 0.01)) > best:

@@ -22,6 +22,7 @@ from connectomics.pipeline.blocks import write_block
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.mask import make_mask
 from connectomics.pipeline.retry import PAUSES_S
+from connectomics.pipeline.slabs import SlabReader
 from connectomics.pipeline.survey import keeps_mask, survey
 from connectomics.pipeline.wanted import Wanted
 from connectomics.pipeline.workshop import Room
@@ -52,6 +53,8 @@ class Member:
         Of the second stage of a cascade: the labels of the first stage that have an input channel.
     previous
         Gives these labels (1, z, y, x), checked, of any box of the volume; set where the volume is known.
+    section_axis
+        The volume's axis (0 = z, 1 = y, 2 = x) across which sections that are cases lie.
     """
 
     predictor: Predictor
@@ -62,6 +65,13 @@ class Member:
     weight: float = 1.0
     previous_values: tuple[int, ...] = ()
     previous: ReadBox | None = None
+    section_axis: int = 0
+
+    @property
+    def sees(self) -> tuple[object, ...]:
+        """What decides its cases; members that see a volume alike share them."""
+        cases = (self.by_slice, self.section_axis if self.by_slice else 0)
+        return (self.schemes, cases, self.plane_axis, self.keeps_mask, self.previous_values)
 
     @property
     def keeps_mask(self) -> bool:
@@ -93,10 +103,18 @@ class Member:
 
         ``core`` is a box of the volume; the boxes that come out are of the model's axes.
         """
-        turned = self.order.turn_box(core)
+        turned, across = self.order.turn_box(core), self.order.axes[0]
+        if across != 0:
+            read = SlabReader(read, across, core.stop[across])
         for source, part in self._parts(read, cases, core):
             for box, logits in self._engine().predict(source, part):
                 yield box.relative_to(turned), logits
+
+    def outside(self, cases: Sequence[Case], core: Box) -> Iterator[Box]:
+        """Where ``logits`` gives nothing: disjoint boxes of the volume's axes, relative to ``core``."""
+        for case in cases_in(cases, core, self.section_axis):
+            for box in core.intersect(case.region).without(case.box):
+                yield box.relative_to(core)
 
     def windows(self, read: ReadBox, cases: Sequence[Case], core: Box) -> int:
         """Number of windows that ``logits`` computes."""
@@ -107,7 +125,7 @@ class Member:
 
     def _parts(self, read: ReadBox, cases: Sequence[Case], core: Box) -> Iterator[tuple[ImageSource, Box]]:
         """Each case that touches ``core``, and the part that it shares; both in the model's axes."""
-        for case in cases_in(cases, core):
+        for case in cases_in(cases, core, self.section_axis):
             region, box = self.order.turn_box(case.region), self.order.turn_box(case.box)
             part = self.order.turn_box(core).intersect(box)
             if part.voxels:
@@ -157,21 +175,21 @@ class Segmenter:
         Masks are kept in the work folder of ``room``, in memory without one.
         """
         found: dict[object, Sequence[Case]] = {}
-        keys = [(m.schemes, m.by_slice, m.plane_axis, m.keeps_mask, m.previous_values) for m in self.members]
-        for m, key in zip(self.members, keys, strict=True):
-            if key not in found:
-                found[key] = survey(
+        for m in self.members:
+            if m.sees not in found:
+                found[m.sees] = survey(
                     reader,
                     name,
                     m.schemes,
                     by_slice=m.by_slice,
+                    section_axis=m.section_axis,
                     workers=workers,
                     plane_axis=m.plane_axis,
                     with_mask=m.keeps_mask,
                     previous=m.labels_in_mask,
                     room=room,
                 )
-        return tuple(found[key] for key in keys)
+        return tuple(found[m.sees] for m in self.members)
 
     def masked(self, surveyed: Surveyed, reader: VolumeReader, room: Room) -> Surveyed:
         """Cases that were kept without their masks, with them."""
@@ -190,7 +208,7 @@ class Segmenter:
         read
             Raw voxels (c, z, y, x) of any box of the volume.
         surveyed
-            The cases of each member, in order of z.
+            The cases of each member, in order along its ``section_axis``.
         core
             The box.
 
@@ -244,13 +262,11 @@ class Segmenter:
         """Weighted mean of the members' probabilities, float32 (k, z, y, x), added in their order."""
         mean: Array = np.zeros((self.classes, *core.shape), np.float32)
         for member, cases in zip(self.members, surveyed, strict=True):
-            values = np.zeros_like(mean)
-            if not self.labels.painted:
-                values[0] = 1  # outside the nonzero box all is background
+            weight = np.float32(member.weight)
+            for box in member.outside(cases, core) if not self.labels.painted else ():
+                mean[(0, *box.slices)] += weight  # all is background there
             for box, logits in member.logits(read, cases, core):
-                member.view(values)[(slice(None), *box.slices)] = self.labels.activate(logits)
-            values *= np.float32(member.weight)
-            mean += values
+                member.view(mean)[(slice(None), *box.slices)] += self.labels.activate(logits) * weight
         mean /= np.float32(sum(m.weight for m in self.members))
         return mean
 
@@ -265,11 +281,11 @@ class Segmenter:
         return result
 
 
-def cases_in(cases: Sequence[Case], box: Box) -> Sequence[Case]:
-    """The cases (in order of z) that share sections with ``box``."""
-    first = bisect_right(cases, box.start[0], key=lambda case: case.region.stop[0])
+def cases_in(cases: Sequence[Case], box: Box, axis: int) -> Sequence[Case]:
+    """The cases (in order along ``axis``) that share sections with ``box``."""
+    first = bisect_right(cases, box.start[axis], key=lambda case: case.region.stop[axis])
     last = first
-    while last < len(cases) and cases[last].region.start[0] < box.stop[0]:
+    while last < len(cases) and cases[last].region.start[axis] < box.stop[axis]:
         last += 1
     return cases[first:last]
 

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from connectomics.errors import VolumeError
-from connectomics.geometry import BlockGrid, Box, Vec3, vec3
+from connectomics.geometry import AxisOrder, BlockGrid, Box, Vec3, vec3
 from connectomics.inference.case import Case, Range, ReadBox
 from connectomics.inference.normalise import ChannelSummary, IntensityStats, check_intensities, is_exact
 from connectomics.inference.section_cases import SectionCases
 from connectomics.io.atomic import replacing
+from connectomics.io.turned import Turn, TurnedVolume
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.mask import is_inside, make_mask, sections_of
@@ -31,6 +32,8 @@ from connectomics.pipeline.workshop import Room
 
 TILE_VOXELS = 1 << 23
 STATISTICS_BYTES = 48 << 20  # float64 and index copies of the values that are summed at once
+TALLY_BYTES = 512  # of a section whose tiles are being read, and as much for each of its channels
+AS_THEY_ARE = AxisOrder()
 
 
 def tile_shape(info: VolumeInfo) -> Vec3:
@@ -157,6 +160,7 @@ def survey(
     schemes: Sequence[ChannelNormalisation],
     *,
     by_slice: bool,
+    section_axis: int = 0,
     workers: int = 1,
     plane_axis: int | None = 0,
     with_mask: bool = False,
@@ -175,6 +179,8 @@ def survey(
         Normalisation of each channel, which says whether a mask is needed.
     by_slice
         Whether each section is a case of its own, or the volume is one.
+    section_axis
+        The axis (0 = z, 1 = y, 2 = x) across which sections that are cases lie.
     workers
         Threads that read ahead; the result does not depend on them.
     plane_axis
@@ -192,8 +198,8 @@ def survey(
         If a voxel is not a finite number, or intensities do not fit the normalisation.
     """
     if by_slice:
-        cases = _section_cases(reader, name, schemes, workers)
-        return SectionCases.of(cases, reader.info.extent[0], reader.info.channels)
+        cases = _section_cases(reader, name, schemes, workers, section_axis)
+        return SectionCases.of(cases, reader.info.extent[section_axis], reader.info.channels, section_axis)
     planes = None if plane_axis is None else _Planes(reader.info.extent[plane_axis], reader.info.channels, plane_axis)
     whole, region = _volume_tally(reader, name, workers, planes), Box.of_shape(reader.info.extent)
     mask, inside = None, None
@@ -207,11 +213,16 @@ def survey(
 
 
 def _section_cases(
-    reader: VolumeReader, name: str, schemes: Sequence[ChannelNormalisation], workers: int
+    reader: VolumeReader, name: str, schemes: Sequence[ChannelNormalisation], workers: int, axis: int
 ) -> Iterator[Case]:
-    for z, tally in enumerate(_tallies(reader, name, workers, lambda tile, box: None)):
-        region = Box((z, 0, 0), (z + 1, *reader.info.extent[1:]))
-        yield _checked(tally.case(region, schemes), name, schemes)
+    """The case of each section across ``axis``; the volume is read with that axis as its first."""
+    order = AxisOrder.across(axis)
+    source = reader if order.identity else TurnedVolume(reader, Turn(order=order))
+    for i, tally in enumerate(_tallies(source, name, workers, lambda tile, box: None, order)):
+        region = Box((i, 0, 0), (i + 1, *source.info.extent[1:]))
+        turned = tally.case(region, schemes)
+        region, box = order.inverse.turn_box(turned.region), order.inverse.turn_box(turned.box)
+        yield _checked(Case(region, box, turned.channels), name, schemes)
 
 
 def _volume_tally(reader: VolumeReader, name: str, workers: int, planes: _Planes | None) -> _Tally:
@@ -227,15 +238,24 @@ def _volume_tally(reader: VolumeReader, name: str, workers: int, planes: _Planes
     return whole
 
 
-def _tallies(reader: VolumeReader, name: str, workers: int, see: Callable[[Array, Box], None]) -> Iterator[_Tally]:
-    """What is known of each section, in order of z; ``see`` gets each tile and its box."""
+def _tallies(
+    reader: VolumeReader,
+    name: str,
+    workers: int,
+    see: Callable[[Array, Box], None],
+    order: AxisOrder = AS_THEY_ARE,
+) -> Iterator[_Tally]:
+    """What is known of each section, in order of z; ``see`` gets each tile and its box.
+
+    ``order`` is how the volume was turned into what ``reader`` gives, for messages.
+    """
     channels, exact = reader.info.channels, is_exact(reader.info.dtype)
     band: list[_Tally] = []  # the sections of the tiles at one z
     for box, tile in _tiles(reader, workers):
         if box.start[1:] == (0, 0):
             yield from band
             band = [_Tally(channels, exact) for _ in range(box.shape[0])]
-        _check_finite(tile, box, name)
+        _check_finite(tile, box, name, order)
         nonzero = is_inside(tile)
         see(tile, box)
         for i, tally in enumerate(band):
@@ -266,7 +286,7 @@ def _tiles(reader: VolumeReader, workers: int) -> Iterator[tuple[Box, Array]]:
             yield box, values
 
 
-def _check_finite(tile: Array, box: Box, name: str) -> None:
+def _check_finite(tile: Array, box: Box, name: str, order: AxisOrder) -> None:
     if tile.dtype.kind != "f":
         return
     finite = np.isfinite(tile)
@@ -274,18 +294,25 @@ def _check_finite(tile: Array, box: Box, name: str) -> None:
         return
     bad = nonzero_box(~finite)
     assert bad is not None
-    bad = bad.shift(box.start)
+    bad = order.inverse.turn_box(bad.shift(box.start))
     raise VolumeError(
         f"{name}: NaN or infinite values in voxels (z, y, x) {bad.start} to {bad.stop}; nnU-Net cannot normalise them, "
         "replace them (for example by 0) and run again"
     )
 
 
-def survey_bytes(info: VolumeInfo, workers: int) -> int:
-    """Most memory that a survey takes: tiles read ahead and looked at, sums of pieces, the table of sections."""
-    tile = math.prod(tile_shape(info))
-    waiting = tile * info.channels * info.dtype.itemsize * (workers + 2)
-    return waiting + tile * (2 + info.channels) + STATISTICS_BYTES + info.extent[0] * (32 + 64 * info.channels)
+def survey_bytes(info: VolumeInfo, workers: int, section_axis: int = 0) -> int:
+    """Most memory that a survey takes: tiles read ahead and looked at, sums of pieces, the table of sections.
+
+    While a tile is turned there are two of it.
+    """
+    order = AxisOrder.across(section_axis)
+    info = Turn(order=order).of_info(info)
+    shape = tile_shape(info)
+    tile, held = math.prod(shape), workers + 2 if order.identity else 2 * workers + 2
+    waiting = tile * info.channels * info.dtype.itemsize * held
+    tables = info.extent[0] * (32 + 64 * info.channels) + shape[0] * TALLY_BYTES * (1 + info.channels)
+    return waiting + tile * (2 + info.channels) + STATISTICS_BYTES + tables
 
 
 def save_survey(surveyed: Sequence[Sequence[Case]], path: Path) -> None:
@@ -295,7 +322,11 @@ def save_survey(surveyed: Sequence[Sequence[Case]], path: Path) -> None:
     Masks are stores of their own.
     """
     heads = [
-        {"cases": len(cases), "channels": len(cases[0].channels), "sections": isinstance(cases, SectionCases)}
+        {
+            "cases": len(cases),
+            "channels": len(cases[0].channels),
+            "section_axis": cases.axis if isinstance(cases, SectionCases) else None,
+        }
         for cases in surveyed
     ]
     with replacing(path) as temporary, temporary.open("w") as stream:
@@ -313,10 +344,10 @@ def load_survey(path: Path) -> tuple[Sequence[Case], ...] | None:
         return None
 
 
-def _cases(stream: Iterator[str], cases: int, channels: int, sections: bool) -> Sequence[Case]:
+def _cases(stream: Iterator[str], cases: int, channels: int, section_axis: int | None) -> Sequence[Case]:
     found = (_case(json.loads(line)) for line in itertools.islice(stream, cases))
-    if sections:
-        return SectionCases.of(found, cases, channels)
+    if section_axis is not None:
+        return SectionCases.of(found, cases, channels, section_axis)
     result = tuple(found)
     if len(result) != cases:
         raise ValueError(f"expected {cases} cases, found {len(result)}")

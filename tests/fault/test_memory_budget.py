@@ -20,6 +20,7 @@ from connectomics.geometry import Box
 from connectomics.io.opening import open_volume
 from connectomics.io.stored import reading_bytes
 from connectomics.io.volume import VolumeInfo
+from connectomics.lightning.inference import InferenceManager
 from connectomics.pipeline.memory import Budget, Work
 from connectomics.pipeline.planning import plan_blocks
 
@@ -59,13 +60,39 @@ def test_memory_stays_within_the_smallest_budget_that_a_refusal_names(
         "inference.output.save_probabilities=true",
         "inference.output.formats=[zarr]",
     )
+    stays_within_the_named_budget(words)
+    assert planned(tmp_path) > 1  # where memory does not matter, the volume is one block
+
+
+def test_so_does_that_of_planes_and_the_labels_are_those_of_the_whole_volume(tmp_path: Path) -> None:
+    image = em_like((64, 64, 128))
+    model = make_model(tmp_path / "model", dimensions=2, classes=40, patch=(64, 64), seed=2)
+    settings = (
+        "inference.planes=[xy,xz,yz]",
+        "inference.sliding_window.overlap=0",
+        "inference.test_time_augmentation.enabled=false",
+        "inference.output.save_probabilities=true",
+    )
+    volume = write_h5(tmp_path / "v.h5", image)
+    words = infer_words(model, tmp_path / "out", volume, *settings, "inference.output.formats=[zarr]")
+    stays_within_the_named_budget(words)
+    assert planned(tmp_path) > 1
+    whole = InferenceManager.from_checkpoint(model, ["system.device=cpu", "system.num_cpus=1", *settings])
+    found = zarr.open_group(tmp_path / "out" / "v_labels.zarr", mode="r")["0"]
+    np.testing.assert_array_equal(found[:], whole.predict(image).labels)
+
+
+def stays_within_the_named_budget(words: list[str]) -> None:
     ended = subprocess.run([sys.executable, "-c", RUN, *words], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     code, named, peak = ended.stdout.splitlines()[-1].split()
     assert code == "0", ended.stdout + ended.stderr
     assert int(peak) <= float(named) * 1e9
-    report = json.loads((tmp_path / "out" / "v_labels.run" / "report.json").read_text())
-    assert report["planned"] > 1  # where memory does not matter, the volume is one block
+
+
+def planned(folder: Path) -> int:
+    count: int = json.loads((folder / "out" / "v_labels.run" / "report.json").read_text())["planned"]
+    return count
 
 
 def test_a_section_that_can_only_be_decoded_whole_is_refused_before_it_is_read(tmp_path: Path) -> None:

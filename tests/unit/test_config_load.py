@@ -55,6 +55,8 @@ KEYS: list[tuple[str, str, object, tuple[str, ...]]] = [
     ("inference.case", "slice", "slice", ()),
     ("inference.precision", "fast", "fast", ()),
     ("inference.max_disagreement", "1e-5", 1e-5, ()),
+    ("inference.planes", "[xy,xz,yz]", ["xy", "xz", "yz"], ()),
+    ("inference.allow_anisotropic_planes", "true", True, ("inference.planes=[xz]",)),
     ("inference.voxel_size_nm", "[30,8,8.5]", [30.0, 8.0, 8.5], ()),
     ("inference.axes", "xyz", "xyz", ()),
     ("inference.block_shape", "[1,64,64]", [1, 64, 64], ()),

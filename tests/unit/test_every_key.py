@@ -388,6 +388,16 @@ def large_resampling(world: World) -> bool:
     )
 
 
+def anisotropic(world: World) -> bool:
+    words = ["inference.planes=[xy,xz]", "inference.voxel_size_nm=[30,8,8]"]
+    refused = world.run(*words)
+    return (
+        refused.code == 3
+        and "stretched 3.75 times" in refused.out + refused.err
+        and world.run(*words, "inference.allow_anisotropic_planes=true").code == 0
+    )
+
+
 def output_path(world: World) -> bool:
     return world.run().output.joinpath("v_labels.h5").exists()
 
@@ -630,6 +640,11 @@ TABLE: Mapping[str, Check] = {
     ),
     "inference.precision": both(precision, refuses("inference.precision=half", "must be one of exact, fast")),
     "inference.max_disagreement": max_disagreement,
+    "inference.planes": both(
+        changes(probabilities, "inference.planes=[xy,xz,yz]", given=[SAVE]),
+        changes(provenance("nnunet"), "inference.planes=[xz]"),
+    ),
+    "inference.allow_anisotropic_planes": anisotropic,
     "inference.voxel_size_nm": changes(voxel_size, "inference.voxel_size_nm=[30,8,8]"),
     "inference.axes": axes,
     "inference.block_shape": changes(lambda r: r.report["planned"], "inference.block_shape=[1,24,16]"),

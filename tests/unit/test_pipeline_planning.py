@@ -15,6 +15,7 @@ from connectomics.geometry import AxisOrder, Vec3, vec3
 from connectomics.inference.windows import window_starts
 from connectomics.pipeline.memory import LIBRARY_BYTES, Budget, Work
 from connectomics.pipeline.planning import plan_blocks
+from connectomics.pipeline.slabs import SLAB_BYTES
 
 GIB = 2**30
 EXTENT = st.tuples(st.integers(1, 400), st.integers(1, 30000), st.integers(1, 30000))
@@ -69,6 +70,32 @@ def test_volumes_are_cut_along_z_until_the_budget_asks_for_more() -> None:
     assert all(b % c == 0 for b, c in zip(tight.block_shape, tight.chunk_shape, strict=True))
 
 
+PLANES = [replace(FLAT, patch=(1, 384, 512), mean_classes=2, order=AxisOrder.across(axis)) for axis in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("extent", "gigabytes", "most"), [(1024, 4, 2.2), (1024, 16, 1.0), (2048, 16, 1.6), (2048, 64, 1.3)]
+)
+def test_blocks_of_several_planes_are_as_thick_as_memory_allows(extent: int, gigabytes: int, most: float) -> None:
+    """A section across each axis: a block that is thin along one makes two planes compute their windows many times."""
+    budget = Budget(gigabytes * 10**9, 900_000_000)
+    plan = plan_blocks((extent,) * 3, PLANES, budget)
+    assert plan.chunk_shape == (64, 64, 64)
+    assert all(budget.holds(work.footprint(plan.block_shape, (extent,) * 3)) for work in PLANES)
+    computed = [
+        math.prod(map(windows_computed, (extent,) * 3, work.order.inverse.turn(work.patch), plan.block_shape))
+        for work in PLANES
+    ]
+    assert sum(computed) / 3 <= most
+
+
+def test_sections_that_all_lie_across_one_axis_are_cut_as_those_of_one_model() -> None:
+    extent = (300, 200, 1000)
+    alone = plan_blocks(extent, [PLANES[1]], ROOMY)
+    assert plan_blocks(extent, [PLANES[1], replace(PLANES[1], folds=2)], ROOMY) == alone
+    assert alone.block_shape[0] >= 300 and alone.chunk_shape == (300, 1, 512)
+
+
 BASIC = replace(DEEP, patch=(64, 64, 64))
 
 
@@ -86,11 +113,17 @@ BASIC = replace(DEEP, patch=(64, 64, 64))
         replace(BASIC, ratio=(1.0, 1.5, 1.5)),
         replace(BASIC, patch=(128, 64, 64)),
         replace(BASIC, whole=True),
+        replace(BASIC, order=AxisOrder((0, 2, 1))),
     ],
 )
 def test_whatever_takes_memory_counts(more: Work) -> None:
     block, extent = (256, 512, 512), (1024, 2048, 2048)
     assert more.footprint(block, extent).host_bytes > BASIC.footprint(block, extent).host_bytes
+
+
+def test_sections_across_the_files_own_hold_raw_voxels_of_several() -> None:
+    across, along = (PLANES[axis].footprint((512, 512, 512), (1024, 1024, 1024)).host_bytes for axis in (1, 0))
+    assert across - along > SLAB_BYTES
 
 
 def test_the_sums_are_those_the_predictor_allocates() -> None:
