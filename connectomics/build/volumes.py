@@ -365,6 +365,8 @@ def _command(config: Config, engine: Engine, source: VolumeSource) -> tuple[str,
     changed["inference.volume_mode.file_list"] = list(source.uris)
     if config.system.backend == AUTO:
         changed["system.backend"] = kind_of(engine.settings.numeric_class)
+    if engine.exact is not None:  # the device's default elsewhere may be another
+        changed["inference.precision"] = "fast"
     words = (f"{key}={written(value)}" for key, value in sorted(changed.items()))
     return ("infer-volume", "--checkpoint", str(engine.models[0].checkpoint), *words)
 
