@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -84,7 +84,7 @@ class PiecesTask:
     def process(self, block: Block) -> BlockRecord:
         """Cut a block; its file is on disk on return."""
         began = time.perf_counter()
-        return _saved(self._pieces(block), block_file(self.folder, block), block, began)
+        return saved(self._pieces(block), block_file(self.folder, block), block, began)
 
     def _pieces(self, block: Block) -> Pieces:
         cut = Cut(block.core, self.grid.volume)
@@ -143,7 +143,7 @@ class JoinTask:
             found["there"].append(touching[:, 1].astype(np.int64))
             found["other"].append(np.full(len(touching), block_number(index, counts), np.int64))
         joins = Joins(**{name: np.concatenate(parts) for name, parts in found.items()})
-        return _saved(joins, block_file(self.folder, block), block, began)
+        return saved(joins, block_file(self.folder, block), block, began)
 
     def _side(self, block: Block, axis: int, *, high: bool) -> tuple[Array, Array]:
         """A block's outermost plane, and the value of each of its joints."""
@@ -217,7 +217,23 @@ def painted_block(grid: BlockGrid, block: Block, pieces: Path, tables: Path, dty
     return painted(lengths, labels, numbers, block.core.shape)
 
 
-def _saved(result: Pieces | Joins, path: Path, block: Block, began: float) -> BlockRecord:
+class Savable(Protocol):
+    """What a block leaves behind."""
+
+    def save(self, path: Path) -> None:
+        """Write whole or not at all."""
+        ...
+
+
+def saved(result: Savable, path: Path, block: Block, began: float) -> BlockRecord:
+    """Write what a block leaves behind, trying again for a while, and the block's record.
+
+    Raises
+    ------
+    OutputError
+        If the storage refuses.
+    """
+
     def written() -> str:
         result.save(path)
         return sha256_of_file(path)

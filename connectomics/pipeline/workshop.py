@@ -8,15 +8,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from connectomics.decode.merge import Cuts, merge
+from connectomics.decode.numbering import number_by_first
 from connectomics.decode.objects import Frame
 from connectomics.decode.selection import Rule, select
 from connectomics.errors import QuarantineError
@@ -57,6 +58,8 @@ class Scene:
         Tables of its objects, or None where it has none yet.
     count
         Objects in them.
+    facts
+        What steps have to say in the provenance, by their names.
     """
 
     volume: VolumeReader
@@ -64,6 +67,7 @@ class Scene:
     probabilities: Read | None = None
     tables: Path | None = None
     count: int = 0
+    facts: Mapping[str, object] = field(default_factory=dict)
 
 
 class Step(Protocol):
@@ -148,8 +152,11 @@ class Workshop:
             joins.mkdir(exist_ok=True)
             self.do(JoinTask(self.grid, task.folder, joins, task.connectivity), joins)
 
-    def objects(self, pieces: Path, rule: Rule, *, joined: bool) -> tuple[Path, int, int]:
-        """Tables of the objects that stay, how many they are, and the largest number that is painted."""
+    def objects(self, pieces: Path, rule: Rule, *, joined: bool, by_first: bool = False) -> tuple[Path, int, int]:
+        """Tables of the objects that stay, how many they are, and the largest number that is painted.
+
+        Pieces are joined over faces, or else by value and numbered by it; with ``by_first`` by their first voxels.
+        """
         _, ny, nx = self.grid.counts
         joins = self.place(JOIN)
         cuts = Cuts(
@@ -158,7 +165,7 @@ class Workshop:
             lambda number: block_file(pieces, self.grid.numbered(number)),
             (lambda number: block_file(joins, self.grid.numbered(number))) if joined else None,
         )
-        tables = self.made("tables", lambda path: _merge(cuts, rule, path))
+        tables = self.made("tables", lambda path: _merge(cuts, rule, path, by_first=by_first))
         summary = json.loads((tables / SUMMARY).read_text())
         return tables, int(summary["kept"]), int(summary["largest"])
 
@@ -180,10 +187,12 @@ class Workshop:
         return open_store(self.made("zarr", make))
 
 
-def _merge(cuts: Cuts, rule: Rule, path: Path) -> None:
+def _merge(cuts: Cuts, rule: Rule, path: Path, *, by_first: bool) -> None:
     with replacing(path) as temporary:
         temporary.mkdir()
         found = merge(cuts, temporary)
+        if by_first:
+            number_by_first(temporary, found)
         kept, largest = select(temporary, found, rule)
         (temporary / SUMMARY).write_text(json.dumps({"found": found, "kept": kept, "largest": largest}))
         log.info("%s: %d of %d objects stay", path.stem, kept, found)

@@ -1,0 +1,166 @@
+"""Seeded watershed of one component, and which components need it.
+
+``pipeline.flooding`` calls it. A voxel's order in the flood depends on its component alone, so that a component is
+flooded alike in its own box and in the whole volume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from skimage import segmentation
+
+from connectomics.decode.components import Connectivity
+from connectomics.decode.members import load, save
+from connectomics.decode.merge import AT_ONCE, OBJECTS, spans, table
+from connectomics.geometry import BlockGrid, Vec3, vec3
+
+Array = npt.NDArray[Any]
+_watershed: Callable[..., Any] = segmentation.watershed
+SEED_COUNTS = "seed_counts.npy"
+MOST_VOXELS = 1 << 27  # of a flood: beyond, its order needs more than the 53 bits of a float64
+
+
+def flood(heights: Array, markers: Array, inside: Array, connectivity: Connectivity) -> Array:
+    """Flood from markers, highest voxels first: scikit-image's watershed of the heights turned upside down.
+
+    scikit-image leaves open which of two marked voxels of equal height comes first, and its choice changes with what
+    lies elsewhere in the array; here it is the first in raster order.
+
+    Parameters
+    ----------
+    heights
+        Numbers (z, y, x), at most 2^27.
+    markers
+        Unsigned integers (z, y, x); 0 where nothing is marked.
+    inside
+        bool (z, y, x): what is flooded.
+    connectivity
+        Which voxels are neighbours.
+
+    Returns
+    -------
+    array
+        Of the markers' dtype (z, y, x): 0 outside and where no marker is connected.
+    """
+    numbers, compact = np.unique(np.where(inside, markers, 0), return_inverse=True)
+    if numbers[0] != 0:
+        numbers, compact = np.concatenate([[0], numbers]).astype(markers.dtype), compact + 1
+    marked: Array = compact.astype(np.int32).reshape(inside.shape)
+    footprint = np.zeros((3, 3, 3), bool)
+    for step in ((0, 0, 0), *connectivity.steps):
+        footprint[vec3([1 + s for s in step])] = True
+    found = _watershed(flooding_order(heights, marked > 0, inside), marked, footprint, mask=inside)
+    flooded: Array = numbers[found]
+    return flooded
+
+
+def flooding_order(heights: Array, marked: Array, inside: Array) -> Array:
+    """When each voxel's turn is: by height, the highest first; of equal ones the marked first, in raster order.
+
+    Parameters
+    ----------
+    heights, marked, inside
+        Numbers, bool and bool (z, y, x).
+
+    Returns
+    -------
+    array
+        Whole numbers, float64 (z, y, x); equal for unmarked voxels of equal height, whose turn the flood decides.
+
+    Examples
+    --------
+    >>> flooding_order(np.array([[[5, 7, 5, 5]]]), np.array([[[1, 0, 1, 0]]]) > 0, np.ones((1, 1, 4), bool)).tolist()
+    [[[3.0, 2.0, 4.0, 5.0]]]
+    """
+    at = np.flatnonzero(inside)
+    values, rank = np.unique(heights.ravel()[at], return_inverse=True)
+    rank = len(values) - 1 - rank
+    (among,) = np.nonzero(marked.ravel()[at])
+    groups = rank[among]
+    in_groups = np.argsort(groups, kind="stable")
+    begins = np.flatnonzero(np.diff(groups[in_groups], prepend=-1))
+    sizes = np.diff(begins, append=len(among))
+    step = int(sizes.max(initial=0)) + 1
+    turn = rank * step + (step - 1)
+    turn[among[in_groups]] += np.arange(len(among)) - np.repeat(begins, sizes) - (step - 1)
+    order = np.zeros(inside.shape)
+    order.ravel()[at] = turn
+    return order
+
+
+def window_grid(volume: Vec3, most_voxels: int, connectivity: Connectivity) -> BlockGrid:
+    """The blocks in which components are flooded that are too large to be flooded whole.
+
+    A block with its halo has at most so many voxels: the volume halved along its longest axis until it fits; of an
+    axis that was halved, the halo is a quarter on each side.
+
+    Examples
+    --------
+    >>> window_grid((100, 400, 400), 10**6, Connectivity(26))
+    BlockGrid(volume=(100, 400, 400), block_shape=(100, 50, 50), halo=(0, 25, 25))
+    """
+    window = [1 if connectivity.by_section else volume[0], *volume[1:]]
+    while window[0] * window[1] * window[2] > most_voxels:
+        axis = max(range(3), key=lambda a: window[a])
+        window[axis] = -(-window[axis] // 2)
+    halo = vec3([w // 4 if w < v else 0 for w, v in zip(window, volume, strict=True)])
+    return BlockGrid(volume, vec3([w - 2 * h for w, h in zip(window, halo, strict=True)]), halo)
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Labels in raster order as runs of equal ones, and how many voxels are still without one."""
+
+    lengths: Array
+    labels: Array
+    left: int = 0
+
+    @classmethod
+    def loaded(cls, path: Path) -> Runs:
+        """What ``save`` has written."""
+        lengths, labels, left = load(path, "lengths", "labels", "left")
+        return cls(lengths, labels, int(left[0]))
+
+    @classmethod
+    def of(cls, labels: Array, left: int = 0) -> Runs:
+        """The runs of an array."""
+        flat = labels.ravel()
+        begins = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
+        return cls(np.diff(begins, append=flat.size), flat[begins].astype(np.uint64), left)
+
+    def array(self, shape: Vec3, dtype: npt.DTypeLike) -> Array:
+        """The labels (z, y, x)."""
+        return np.repeat(self.labels.astype(dtype), self.lengths).reshape(shape)
+
+    def save(self, path: Path) -> None:
+        """Write whole or not at all."""
+        save(path, lengths=self.lengths, labels=self.labels, left=np.array([self.left]))
+
+
+def count_seeds(seeds: Path, count: int, components: int, folder: Path, *, at_once: int = AT_ONCE) -> None:
+    """Write how many seeds each component has: ``seed_counts.npy`` u4.
+
+    Parameters
+    ----------
+    seeds
+        Tables of ``count`` seeds, whose values are their components.
+    count
+        Seeds in them.
+    components
+        How many there are, numbered from 1 on.
+    folder
+        Where the table goes.
+    at_once
+        Rows in memory at a time.
+    """
+    rows = np.load(seeds / OBJECTS, mmap_mode="r")
+    counts = table(folder / SEED_COUNTS, components, np.uint32)
+    for span in spans(count, at_once):
+        np.add.at(counts, rows["value"][span].astype(np.int64) - 1, 1)
+    counts.flush()
