@@ -295,7 +295,8 @@ class WindowTask:
     def process(self, block: Block) -> BlockRecord:
         """Flood a window; its file is on disk on return."""
         began = time.perf_counter()
-        return saved(self._flooded(block), block_file(self.folder, block), block, began)
+        window = self.grid.block(block.index)  # a ledger's blocks have no halo
+        return saved(self._flooded(window), block_file(self.folder, block), block, began)
 
     def _flooded(self, block: Block) -> Runs:
         if self.earlier is not None:
