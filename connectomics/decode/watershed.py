@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 from skimage import segmentation
 
 from connectomics.decode.components import Connectivity
@@ -48,15 +49,18 @@ def flood(heights: Array, markers: Array, inside: Array, connectivity: Connectiv
     array
         Of the markers' dtype (z, y, x): 0 outside and where no marker is connected.
     """
-    numbers, compact = np.unique(np.where(inside, markers, 0), return_inverse=True)
-    if numbers[0] != 0:
-        numbers, compact = np.concatenate([[0], numbers]).astype(markers.dtype), compact + 1
-    marked: Array = compact.astype(np.int32).reshape(inside.shape)
+    marked = (markers > 0) & inside
     footprint = np.zeros((3, 3, 3), bool)
     for step in ((0, 0, 0), *connectivity.steps):
         footprint[vec3([1 + s for s in step])] = True
-    found = _watershed(flooding_order(heights, marked > 0, inside), marked, footprint, mask=inside)
-    flooded: Array = numbers[found]
+    # what lies within markers has nothing to flood, and seeds are mostly large
+    flowing = ndimage.binary_dilation(inside & ~marked, footprint, mask=inside)
+    numbers, place = np.unique(markers[marked & flowing], return_inverse=True)
+    compact = np.zeros(inside.shape, np.int32)
+    compact[marked & flowing] = place + 1
+    found = _watershed(flooding_order(heights, marked, flowing), compact, footprint, mask=flowing)
+    flooded: Array = np.concatenate([np.zeros(1, markers.dtype), numbers])[found]
+    np.copyto(flooded, markers, where=marked)
     return flooded
 
 

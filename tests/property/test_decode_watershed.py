@@ -12,10 +12,8 @@ import pytest
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from connectomics.decode.components import Connectivity
-from connectomics.decode.distance import squared_distance
-from connectomics.decode.watershed import flooding_order, window_grid
-from connectomics.geometry import Box, Vec3, vec3
+from connectomics.decode.watershed import flooding_order
+from connectomics.geometry import Vec3, vec3
 from connectomics.pipeline.watershed import Watershed
 
 from decoding import VOXEL_SIZE_NM, canonical, decode_array
