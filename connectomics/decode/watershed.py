@@ -17,9 +17,8 @@ from scipy import ndimage
 from skimage import segmentation
 
 from connectomics.decode.components import Connectivity
-from connectomics.decode.members import load, save
 from connectomics.decode.merge import AT_ONCE, OBJECTS, spans, table
-from connectomics.geometry import BlockGrid, Vec3, vec3
+from connectomics.geometry import Vec3, vec3
 
 Array = npt.NDArray[Any]
 _watershed: Callable[..., Any] = segmentation.watershed
@@ -49,10 +48,7 @@ def flood(heights: Array, markers: Array, inside: Array, connectivity: Connectiv
     array
         Of the markers' dtype (z, y, x): 0 outside and where no marker is connected.
     """
-    marked = (markers > 0) & inside
-    footprint = np.zeros((3, 3, 3), bool)
-    for step in ((0, 0, 0), *connectivity.steps):
-        footprint[vec3([1 + s for s in step])] = True
+    marked, footprint = (markers > 0) & inside, footprint_of(connectivity)
     # what lies within markers has nothing to flood, and seeds are mostly large
     flowing = ndimage.binary_dilation(inside & ~marked, footprint, mask=inside)
     numbers, place = np.unique(markers[marked & flowing], return_inverse=True)
@@ -62,6 +58,14 @@ def flood(heights: Array, markers: Array, inside: Array, connectivity: Connectiv
     flooded: Array = np.concatenate([np.zeros(1, markers.dtype), numbers])[found]
     np.copyto(flooded, markers, where=marked)
     return flooded
+
+
+def footprint_of(connectivity: Connectivity) -> Array:
+    """A voxel and its neighbours, bool (3, 3, 3)."""
+    footprint = np.zeros((3, 3, 3), bool)
+    for step in ((0, 0, 0), *connectivity.steps):
+        footprint[vec3([1 + s for s in step])] = True
+    return footprint
 
 
 def flooding_order(heights: Array, marked: Array, inside: Array) -> Array:
@@ -98,53 +102,23 @@ def flooding_order(heights: Array, marked: Array, inside: Array) -> Array:
     return order
 
 
-def window_grid(volume: Vec3, most_voxels: int, connectivity: Connectivity) -> BlockGrid:
-    """The blocks in which components are flooded that are too large to be flooded whole.
-
-    A block with its halo has at most so many voxels: the volume halved along its longest axis until it fits; of an
-    axis that was halved, the halo is a quarter on each side.
-
-    Examples
-    --------
-    >>> window_grid((100, 400, 400), 10**6, Connectivity(26))
-    BlockGrid(volume=(100, 400, 400), block_shape=(100, 50, 50), halo=(0, 25, 25))
-    """
-    window = [1 if connectivity.by_section else volume[0], *volume[1:]]
-    while window[0] * window[1] * window[2] > most_voxels:
-        axis = max(range(3), key=lambda a: window[a])
-        window[axis] = -(-window[axis] // 2)
-    halo = vec3([w // 4 if w < v else 0 for w, v in zip(window, volume, strict=True)])
-    return BlockGrid(volume, vec3([w - 2 * h for w, h in zip(window, halo, strict=True)]), halo)
-
-
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Labels in raster order as runs of equal ones, and how many voxels are still without one."""
+    """Labels in raster order as runs of equal ones: lengths and u8 labels."""
 
     lengths: Array
     labels: Array
-    left: int = 0
 
     @classmethod
-    def loaded(cls, path: Path) -> Runs:
-        """What ``save`` has written."""
-        lengths, labels, left = load(path, "lengths", "labels", "left")
-        return cls(lengths, labels, int(left[0]))
-
-    @classmethod
-    def of(cls, labels: Array, left: int = 0) -> Runs:
+    def of(cls, labels: Array) -> Runs:
         """The runs of an array."""
         flat = labels.ravel()
         begins = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
-        return cls(np.diff(begins, append=flat.size), flat[begins].astype(np.uint64), left)
+        return cls(np.diff(begins, append=flat.size), flat[begins].astype(np.uint64))
 
     def array(self, shape: Vec3, dtype: npt.DTypeLike) -> Array:
         """The labels (z, y, x)."""
         return np.repeat(self.labels.astype(dtype), self.lengths).reshape(shape)
-
-    def save(self, path: Path) -> None:
-        """Write whole or not at all."""
-        save(path, lengths=self.lengths, labels=self.labels, left=np.array([self.left]))
 
 
 def count_seeds(seeds: Path, count: int, components: int, folder: Path, *, at_once: int = AT_ONCE) -> None:

@@ -1,6 +1,6 @@
-"""The blockwise tasks of the watershed: flood components whole, flood larger ones in windows, read what came out.
+"""Seeds, the floods of components that fit, and what came out, block by block.
 
-``pipeline.watershed`` runs them, each under a ledger of its own. A component is flooded by the block that holds its
+``pipeline.watershed`` runs ``FloodTask`` under a ledger of its own. A component is flooded by the block that holds its
 first voxel. A label is a component's number, or behind those the number of a seed.
 """
 
@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,34 +20,10 @@ from connectomics.decode.members import load, save
 from connectomics.decode.merge import IDS, OBJECTS, OFFSETS
 from connectomics.decode.watershed import SEED_COUNTS, Runs, flood
 from connectomics.geometry import Block, BlockGrid, Box, vec3
-from connectomics.io.store import Store
 from connectomics.io.volume import Array, Nanometres
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.pieces import Read, block_file, saved, smallest_dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """Components that were found in all blocks and painted.
-
-    Parameters
-    ----------
-    store
-        Their numbers.
-    tables
-        Their rows and pieces.
-    count
-        How many there are.
-    """
-
-    store: Store
-    tables: Path
-    count: int
-
-    def read(self, box: Box) -> Array:
-        """Numbers (z, y, x) of a box."""
-        found: Array = self.store.read(box)[0]
-        return found
+from connectomics.pipeline.windows import Labelled, Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +56,11 @@ class Distance:
         grown, inner = around(box, (0 if self.by_section else 1, 1, 1), self.grid.volume)
         return self._squared(grown)[inner.slices]
 
-    def exceeds(self, box: Box, distance_nm: float) -> Array:
-        """Which voxels of a box are farther than a distance from what is outside; bool (z, y, x), exact."""
+    def near(self, box: Box, distance_nm: float) -> Array:
+        """Distances of a box, float64 (z, y, x): exact up to this one, larger ones are larger than it."""
         margin = reach(distance_nm, self.voxel_size_nm, by_section=self.by_section)
         grown, inner = around(box, margin, self.grid.volume)
-        return beyond(self._squared(grown), distance_nm)[inner.slices]
+        return self._squared(grown)[inner.slices]
 
     def _squared(self, box: Box) -> Array:
         inside = self.inside(box)
@@ -117,7 +92,7 @@ class Seeds:
         components = self.ground.read(box)
         if components.any():
             high = (
-                self.heights.exceeds(box, self.floor)
+                beyond(self.heights.near(box, self.floor), self.floor)
                 if isinstance(self.heights, Distance)
                 else np.greater(self.heights(box), self.floor)
             )
@@ -257,79 +232,6 @@ class FloodTask:
 
 
 @dataclass(frozen=True, slots=True)
-class WindowTask:
-    """Flood what lies in a window of the components that are too large; of each window its core is kept.
-
-    Parameters
-    ----------
-    grid
-        Windows with halos.
-    folder
-        Where the results go.
-    ground, seeds
-        Components of the foreground and of the seeds.
-    large
-        Numbers of the components that are flooded so.
-    heights
-        What is flooded, the highest first.
-    connectivity
-        Which voxels are neighbours.
-    earlier
-        Results of the round before, from which what it left is flooded; None in the first.
-    """
-
-    grid: BlockGrid
-    folder: Path
-    ground: Labelled
-    seeds: Labelled
-    large: Array
-    heights: Read
-    connectivity: Connectivity
-    earlier: Path | None = None
-
-    @property
-    def name(self) -> str:
-        """Of the stage."""
-        return self.folder.name
-
-    def process(self, block: Block) -> BlockRecord:
-        """Flood a window; its file is on disk on return."""
-        began = time.perf_counter()
-        window = self.grid.block(block.index)  # a ledger's blocks have no halo
-        return saved(self._flooded(window), block_file(self.folder, block), block, began)
-
-    def _flooded(self, block: Block) -> Runs:
-        if self.earlier is not None:
-            before = Runs.loaded(block_file(self.earlier, block))
-            if not before.left:
-                return before
-        core = block.core.relative_to(block.read).slices
-        inside = np.isin(self.ground.read(block.read), self.large)
-        if not inside[core].any():
-            return Runs.of(np.zeros(block.core.shape, np.uint8))
-        markers = self.seeds.read(block.read)
-        if self.earlier is not None:
-            markers = windows_read(self.grid, self.earlier, block.read, markers.dtype)
-        found = flood(self.heights(block.read), markers, inside, self.connectivity)[core]
-        return Runs.of(found, int(np.count_nonzero(inside[core] & (found == 0))))
-
-
-def windows_read(grid: BlockGrid, folder: Path, box: Box, dtype: np.dtype[Any]) -> Array:
-    """Seeds (z, y, x) of a box as the windows of a round have left them; 0 elsewhere."""
-    result = np.zeros(box.shape, dtype)
-    low = [start // side for start, side in zip(box.start, grid.block_shape, strict=True)]
-    high = [-(-stop // side) for stop, side in zip(box.stop, grid.block_shape, strict=True)]
-    for index in np.ndindex(*(b - a for a, b in zip(low, high, strict=True))):
-        block = grid.block(vec3([a + i for a, i in zip(low, index, strict=True)]))
-        runs = Runs.loaded(block_file(folder, block))
-        if runs.labels.any():
-            common = block.core.intersect(box)
-            labels = runs.array(block.core.shape, dtype)[common.relative_to(block.core).slices]
-            result[common.relative_to(box).slices] = labels
-    return result
-
-
-@dataclass(frozen=True, slots=True)
 class Flooded:
     """The labels of a block: its components, and where they have several seeds the seeds that flooded them.
 
@@ -342,7 +244,7 @@ class Flooded:
     folder
         What was flooded whole.
     windows
-        Windows and the folder of what was flooded in them, or None.
+        What was flooded in windows, or None.
     keep_unseeded
         Whether components without a seed are objects.
     """
@@ -350,7 +252,7 @@ class Flooded:
     contests: Contests
     seeds: int
     folder: Path
-    windows: tuple[BlockGrid, Path] | None
+    windows: Windows | None
     keep_unseeded: bool
 
     def __call__(self, box: Box) -> Array:
@@ -372,6 +274,6 @@ class Flooded:
             parts = flooded[common.relative_to(whole).slices] + labels.dtype.type(ground.count)
             np.copyto(labels[within], parts, where=components[within] == component)
         if self.windows is not None:
-            parts = windows_read(*self.windows, box, labels.dtype)
+            parts = self.windows.read(box, labels.dtype)
             np.copyto(labels, parts + labels.dtype.type(ground.count), where=parts > 0)
         return labels

@@ -13,18 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
+from connectomics.decode.basins import window_grid
 from connectomics.decode.components import Connectivity
 from connectomics.decode.merge import AT_ONCE, OBJECTS, spans
 from connectomics.decode.selection import Selection
-from connectomics.decode.watershed import SEED_COUNTS, Runs, count_seeds, window_grid
+from connectomics.decode.watershed import SEED_COUNTS, count_seeds
 from connectomics.errors import ConfigError
 from connectomics.geometry import BlockGrid
 from connectomics.io.atomic import replacing
 from connectomics.io.volume import Array, VolumeInfo
-from connectomics.pipeline.flooding import Contests, Distance, Flooded, FloodTask, Labelled, Seeds, WindowTask
-from connectomics.pipeline.pieces import PiecesTask, Read, block_file, smallest_dtype
+from connectomics.pipeline.flooding import Contests, Distance, Flooded, FloodTask, Seeds
+from connectomics.pipeline.pieces import PiecesTask, Read, smallest_dtype
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.steps import EVERYTHING, Values, probability_units
+from connectomics.pipeline.windows import BasinTask, BridgeTask, Labelled, Windows, grow_trees
 from connectomics.pipeline.workshop import CUT, SUMMARY, Scene, Workshop
 
 log = logging.getLogger(__name__)
@@ -93,8 +95,9 @@ class Watershed:
         windows = None
         if len(large):
             grid = window_grid(shop.grid.volume, self.max_component_voxels, connectivity)
-            first = WindowTask(grid, task.folder, ground, seeds, large, heights, connectivity)
-            windows = grid, _in_windows(first, shop)
+            near = (lambda box: heights.near(box, floor)) if isinstance(heights, Distance) else heights
+            basins = BasinTask(grid, task.folder, ground, seeds, large, near, connectivity)
+            windows = _in_windows(basins, shop.part("windows"))
         flooded = Flooded(contests, seeds.count, task.folder, windows, self.keep_unseeded)
         last = shop.part("objects")
         pieces = PiecesTask(last.grid, last.place(CUT), flooded, None, likely, flat=connectivity.by_section)
@@ -160,18 +163,18 @@ def _counted(contests: Contests) -> tuple[dict[str, int], Array]:
     return {"components": count, "unseeded": unseeded, "flooded": contested, "cut": len(numbers)}, numbers
 
 
-def _in_windows(task: WindowTask, shop: Workshop) -> Path:
-    """Flood in windows, round after round from what the round before has reached, until nothing is left."""
-    number, left = 0, None
-    while left != 0:
-        number += 1
-        room = shop.part(f"windows_{number}")
-        room = dataclasses.replace(room, grid=task.grid, plan=BlockPlan(task.grid.block_shape, task.grid.block_shape))
-        earlier, task = task.folder if left is not None else None, dataclasses.replace(task, folder=room.place(FLOOD))
-        task = dataclasses.replace(task, earlier=earlier)
-        task.folder.mkdir(exist_ok=True)
-        room.do(task, task.folder)
-        now = sum(Runs.loaded(block_file(task.folder, block)).left for block in task.grid)
-        assert left is None or now < left, "a round reaches at least the next voxel"
-        left = now
-    return task.folder
+def _in_windows(task: BasinTask, shop: Workshop) -> Windows:
+    """Flood what is too large to be flooded whole."""
+    shop = dataclasses.replace(shop, grid=task.grid, plan=BlockPlan(task.grid.block_shape, task.grid.block_shape))
+    task = dataclasses.replace(task, folder=shop.place("basins"))
+    bridges = BridgeTask(task.grid, shop.place("bridges"), task.folder, task.connectivity)
+    for each in (task, bridges):
+        each.folder.mkdir(exist_ok=True)
+        shop.do(each, each.folder)
+
+    def make(path: Path) -> None:
+        with replacing(path) as temporary:
+            temporary.mkdir()
+            grow_trees(task.grid, task.folder, bridges.folder, task.seeds.count, temporary)
+
+    return Windows(task.grid, task.folder, shop.made("trees", make), task.seeds.count)
