@@ -19,7 +19,7 @@ from connectomics.errors import ConfigError
 
 CONNECTIVITIES = (4, 8, 6, 18, 26)
 HOLES = ("off", "2d", "3d")
-WINDOW_VOXELS = (512, 1 << 27)  # least and most of ``max_component_voxels``
+WINDOW_VOXELS = (4096, 1 << 27)  # least and most of ``max_component_voxels``
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 

@@ -1,8 +1,8 @@
 """Watershed of a component that is too large for one flood: basins of windows, and which seed reaches each first.
 
 A basin is what flows to one local maximum or seed. A flood that starts at the seeds enters every other basin over its
-highest saddle, so that the basins of a seed are a tree of a spanning forest over the saddles; only where a window ends
-or heights are equal may single voxels lie on another side than in one flood.
+highest saddle, so that the basins of a seed are a tree of a spanning forest over the saddles; only heights are
+equal may it enter over another. What lies around the faces of basins is then flooded anew, voxel by voxel.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def window_grid(volume: Vec3, most_voxels: int, connectivity: Connectivity) -> B
     Examples
     --------
     >>> window_grid((100, 400, 400), 10**6, Connectivity(26)).block_shape
-    (100, 100, 50)
+    (50, 100, 100)
     """
     side = [1 if connectivity.by_section else volume[0], *volume[1:]]
     while window(Box.of_shape(vec3(side)), volume, connectivity).voxels > most_voxels:
@@ -178,6 +178,29 @@ def window(core: Box, volume: Vec3, connectivity: Connectivity) -> Box:
     return Box(core.start, (z + (not connectivity.by_section), y + 1, x + 1)).clip(volume)
 
 
+def refining_grid(windows: BlockGrid) -> BlockGrid:
+    """Windows of about the same size whose outer quarters are halos, so that they see what is behind the others' faces.
+
+    Examples
+    --------
+    >>> refining_grid(BlockGrid((100, 400, 400), (100, 100, 50)))
+    BlockGrid(volume=(100, 400, 400), block_shape=(100, 50, 26), halo=(0, 25, 12))
+    """
+    halo = [s // 4 if s < n else 0 for s, n in zip(windows.block_shape, windows.volume, strict=True)]
+    core = [s - 2 * h for s, h in zip(windows.block_shape, halo, strict=True)]
+    return BlockGrid(windows.volume, vec3(core), vec3(halo))
+
+
+def ends_of(read: Box, volume: Vec3) -> Array:
+    """bool (z, y, x): the outermost planes of a window that do not lie at the border of the volume."""
+    ends = np.zeros(read.shape, bool)
+    for axis in range(3):
+        for plane, inner in ((0, read.start[axis] > 0), (-1, read.stop[axis] < volume[axis])):
+            if inner:
+                np.moveaxis(ends, axis, 0)[plane] = True
+    return ends
+
+
 def shared_with(core: Box, read: Box) -> tuple[Array, Array]:
     """Which voxels of a window other windows hold, too, and which of them are the others' own; bool (z, y, x) each."""
     own = np.zeros(read.shape, bool)
@@ -185,7 +208,7 @@ def shared_with(core: Box, read: Box) -> tuple[Array, Array]:
     shared = ~own
     for axis in range(3):
         if core.start[axis] > 0:
-            shared[tuple(slice(0, 1) if a == axis else slice(None) for a in range(3))] = True
+            np.moveaxis(shared, axis, 0)[0] = True
     return shared, ~own
 
 

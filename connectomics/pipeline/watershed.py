@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.decode.basins import window_grid
+from connectomics.decode.basins import refining_grid, window_grid
 from connectomics.decode.components import Connectivity
 from connectomics.decode.merge import AT_ONCE, OBJECTS, spans
 from connectomics.decode.selection import Selection
@@ -26,7 +26,7 @@ from connectomics.pipeline.flooding import Contests, Distance, Flooded, FloodTas
 from connectomics.pipeline.pieces import PiecesTask, Read, smallest_dtype
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.steps import EVERYTHING, Values, probability_units
-from connectomics.pipeline.windows import BasinTask, BridgeTask, Labelled, Windows, grow_trees
+from connectomics.pipeline.windows import BasinTask, BridgeTask, Labelled, RefineTask, Windows, grow_trees
 from connectomics.pipeline.workshop import CUT, SUMMARY, Scene, Workshop
 
 log = logging.getLogger(__name__)
@@ -165,16 +165,24 @@ def _counted(contests: Contests) -> tuple[dict[str, int], Array]:
 
 def _in_windows(task: BasinTask, shop: Workshop) -> Windows:
     """Flood what is too large to be flooded whole."""
-    shop = dataclasses.replace(shop, grid=task.grid, plan=BlockPlan(task.grid.block_shape, task.grid.block_shape))
     task = dataclasses.replace(task, folder=shop.place("basins"))
     bridges = BridgeTask(task.grid, shop.place("bridges"), task.folder, task.connectivity)
-    for each in (task, bridges):
-        each.folder.mkdir(exist_ok=True)
-        shop.do(each, each.folder)
+    _do(task, shop)
+    _do(bridges, shop)
 
     def make(path: Path) -> None:
         with replacing(path) as temporary:
             temporary.mkdir()
             grow_trees(task.grid, task.folder, bridges.folder, task.seeds.count, temporary)
 
-    return Windows(task.grid, task.folder, shop.made("trees", make), task.seeds.count)
+    coarse = Windows(task.grid, task.folder, task.seeds.count, shop.made("trees", make))
+    refine = RefineTask(refining_grid(task.grid), shop.place("refined"), task, coarse)
+    _do(refine, shop)
+    return Windows(refine.grid, refine.folder, task.seeds.count)
+
+
+def _do(task: BasinTask | BridgeTask | RefineTask, shop: Workshop) -> None:
+    """Do the windows of a task, which are cut by its own grid."""
+    task.folder.mkdir(exist_ok=True)
+    shape = task.grid.block_shape
+    dataclasses.replace(shop, grid=task.grid, plan=BlockPlan(shape, shape)).do(task, task.folder)

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.decode.basins import Saddles, basins_of, seeds_of_basins, shared_with, window
+from connectomics.decode.basins import Saddles, basins_of, ends_of, seeds_of_basins, shared_with, window
 from connectomics.decode.components import Connectivity
 from connectomics.decode.members import load, save
-from connectomics.decode.watershed import Runs
+from connectomics.decode.watershed import Runs, flood
 from connectomics.geometry import Block, BlockGrid, Box, vec3
 from connectomics.io.store import Store
 from connectomics.io.volume import Array
@@ -165,8 +165,8 @@ class BridgeTask:
         return saved(Members({"number": number, "other": other}), block_file(self.folder, block), block, began)
 
 
-def _runs(basins: Path, block: Block) -> Runs:
-    return Runs(*load(block_file(basins, block), "lengths", "labels"))
+def _runs(folder: Path, block: Block) -> Runs:
+    return Runs(*load(block_file(folder, block), "lengths", "labels"))
 
 
 def grow_trees(grid: BlockGrid, basins: Path, bridges: Path, seed_count: int, folder: Path) -> None:
@@ -209,33 +209,85 @@ class Windows:
     ----------
     grid
         The windows.
-    basins
-        Where their basins lie.
-    trees
-        Where the basins' seeds lie.
+    folder
+        Where their labels lie.
     seed_count
         Seeds in the volume.
+    trees
+        Where the seeds of basins lie, where the labels are basins, too.
     """
 
     grid: BlockGrid
-    basins: Path
-    trees: Path
+    folder: Path
     seed_count: int
+    trees: Path | None = None
 
     def read(self, box: Box, dtype: npt.DTypeLike) -> Array:
         """Seeds (z, y, x) of a box; 0 elsewhere."""
         result = np.zeros(box.shape, dtype)
-        firsts, seeds = (np.load(self.trees / name, mmap_mode="r") for name in (FIRSTS, SEEDS))
         low = [start // side for start, side in zip(box.start, self.grid.block_shape, strict=True)]
         high = [-(-stop // side) for stop, side in zip(box.stop, self.grid.block_shape, strict=True)]
         for index in itertools.product(*(range(a, b) for a, b in zip(low, high, strict=True))):
             block = self.grid.block(vec3(list(index)))
-            runs = _runs(self.basins, block)
-            labels = runs.labels.astype(np.int64)
-            basin = labels > self.seed_count
-            labels[basin] = seeds[labels[basin] - self.seed_count - 1 + firsts[self.grid.number(block.index)]]
-            if labels.any():
+            runs = self._seeds(block)
+            if runs.labels.any():
                 common = block.core.intersect(box)
-                found = Runs(runs.lengths, labels).array(block.core.shape, dtype)
-                result[common.relative_to(box).slices] = found[common.relative_to(block.core).slices]
+                found = runs.array(block.core.shape, dtype)[common.relative_to(block.core).slices]
+                result[common.relative_to(box).slices] = found
         return result
+
+    def _seeds(self, block: Block) -> Runs:
+        runs = _runs(self.folder, block)
+        basin = runs.labels > self.seed_count
+        if self.trees is not None and basin.any():
+            firsts, seeds = (np.load(self.trees / name, mmap_mode="r") for name in (FIRSTS, SEEDS))
+            at = runs.labels[basin].astype(np.int64) - self.seed_count - 1
+            runs.labels[basin] = seeds[at + firsts[self.grid.number(block.index)]]
+        return runs
+
+
+@dataclass(frozen=True, slots=True)
+class RefineTask:
+    """Flood windows anew, from seeds and from what the basins say at the ends of a halo; of each the core is kept.
+
+    Parameters
+    ----------
+    grid
+        Windows with halos.
+    folder
+        Where the results go.
+    cut
+        The task that has cut the basins.
+    coarse
+        The basins' seeds.
+    """
+
+    grid: BlockGrid
+    folder: Path
+    cut: BasinTask
+    coarse: Windows
+
+    @property
+    def name(self) -> str:
+        """Of the stage."""
+        return self.folder.name
+
+    def process(self, block: Block) -> BlockRecord:
+        """Flood a window; its file is on disk on return."""
+        began = time.perf_counter()
+        window = self.grid.block(block.index)  # a ledger's blocks have no halo
+        runs = Runs.of(self._flooded(window.core, window.read))
+        return saved(Members(asdict(runs)), block_file(self.folder, block), block, began)
+
+    def _flooded(self, core: Box, read: Box) -> Array:
+        cut, kept = self.cut, core.relative_to(read).slices
+        inside = np.isin(cut.ground.read(read), cut.large)
+        if not inside[kept].any():
+            return np.zeros(core.shape, np.uint8)
+        seeds = cut.seeds.read(read)
+        coarse = self.coarse.read(read, seeds.dtype)
+        markers = np.where(ends_of(read, self.grid.volume), coarse, seeds)
+        found = flood(cut.heights(read), markers, inside, cut.connectivity)
+        np.copyto(found, coarse, where=found == 0)  # what no marker of the window reaches
+        found[~inside] = 0
+        return found[kept]
