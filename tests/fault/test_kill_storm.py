@@ -35,6 +35,7 @@ STAGES = {  # text in the paths of a stage's file operations, and how many kills
     "joins": ("_components.join", 1),
     "tables of objects": ("_components.tables", 1),
     "objects": ("_components.zarr", 1),
+    "watershed": ("_watershed.", 1),
     "table": (".parquet", 1),
     "h5": (".h5", 1),
     "tiff": (".tif", 1),
@@ -61,7 +62,7 @@ SETTINGS = (
     "inference.postprocessing.intensity_dtype=uint8",
     "inference.postprocessing.binary.enabled=true",
     "inference.postprocessing.binary.remove_small_objects=6",
-    "decoding=[{name: connected_components, connectivity: 26}]",
+    "decoding=[{name: connected_components, connectivity: 26}, {name: watershed, seed_distance_nm: 5}]",
 )
 ENDINGS = (".h5", ".zarr", ".tif", "_png", ".v2.zarr", ".n5", ".precomputed")
 OBJECTS = {f"v_labels_instances{ending}" for ending in (*ENDINGS, ".parquet") if ending != "_png"}

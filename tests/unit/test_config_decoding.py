@@ -16,7 +16,7 @@ REFUSED = {
     "decoding=connected_components": ("expected a list of steps",),
     "decoding=[connected_components]": ("expected a list of steps",),
     "decoding=[{name: conected_components}]": ("decoding[0].name", "did you mean connected_components?"),
-    "decoding=[{connectivity: 6}]": ("decoding[0].name is null", "connected_components, filters"),
+    "decoding=[{connectivity: 6}]": ("decoding[0].name is null", "connected_components, filters, watershed"),
     "decoding=[{name: filters}, {name: filters, min_voxel: 3}]": ("decoding[1]", "did you mean min_voxels?"),
     "decoding=[{name: filters, xyz: 3}]": ("unknown key 'xyz' of filters, which has name, min_voxels",),
     "decoding=[{name: connected_components, connectivity: 7}]": ("connectivity is 7", "4, 8, 6, 18, 26"),
@@ -28,6 +28,13 @@ REFUSED = {
     "decoding=[{name: filters, min_voxels: 5, max_voxels: 4}]": ("max_voxels is 4, but must be min_voxels or more",),
     "decoding=[{name: filters, min_volume_nm3: 5, max_volume_nm3: 4}]": ("must be min_volume_nm3 or more",),
     "decoding=[{name: filters, keep_largest: 0}]": ("keep_largest is 0, but must be 1 or more",),
+    "decoding=[{name: watershed}]": ("seed_threshold is null", "exactly one of seed_threshold and seed_distance_nm"),
+    "decoding=[{name: watershed, seed_threshold: 0.9, seed_distance_nm: 9}]": ("exactly one of",),
+    "decoding=[{name: watershed, threshold: 0.5, seed_threshold: 0.4}]": ("seed_threshold is 0.4", "threshold or more"),
+    "decoding=[{name: watershed, seed_distance_nm: 0}]": ("seed_distance_nm is 0.0, but must be positive",),
+    "decoding=[{name: watershed, seed_distance_nm: 9, connectivity: 5}]": ("connectivity is 5",),
+    "decoding=[{name: watershed, seed_distance_nm: 9, channel: -1}]": ("channel is -1, but must be 0 or more",),
+    "decoding=[{name: watershed, seed_distance_nm: 9, max_component_voxels: 100}]": ("must be 4096 to 134217728",),
     "decoding=[{name: filters, fill_holes: 4d}]": ("fill_holes is '4d', but must be one of off, 2d, 3d",),
 }
 
