@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from connectomics.build.engine import Engine
 from connectomics.config.decoding import ConnectedComponents, DecodingStep, Watershed
 from connectomics.config.schema import Config
+from connectomics.decode.basins import window_grid
 from connectomics.decode.components import Connectivity
 from connectomics.decode.distance import reach
 from connectomics.errors import ConfigError, ResourceError, VolumeError
-from connectomics.geometry import Box
+from connectomics.geometry import Box, Vec3
 from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline import watershed
 from connectomics.pipeline.planning import REFUSAL_STEP_BYTES, BlockPlan
@@ -164,14 +165,19 @@ def _for_distances(key: str, step: Watershed, info: VolumeInfo, memory: Memory, 
     margin = reach(distance, size, by_section=Connectivity(step.connectivity).by_section)
 
     def need(plan: BlockPlan) -> int:
-        box = Box.of_shape(plan.block_shape)
-        return box.voxels * VOXEL_BYTES + min(box.grow(margin).voxels, math.prod(info.extent)) * DISTANCE_BYTES
+        return Box.of_shape(plan.block_shape).voxels * VOXEL_BYTES + around(plan.block_shape)
+
+    def around(shape: Vec3) -> int:
+        sides = zip(Box.of_shape(shape).grow(margin).shape, info.extent, strict=True)
+        return math.prod(min(side, n) for side, n in sides) * DISTANCE_BYTES
 
     part = memory.free_bytes
     while need(plan) > memory.free_bytes and part >= VOXEL_BYTES * CHUNK**3:
         part //= 2
         plan = decode_plan(info, part)
-    memory.require(need(plan), f"{key}={distance}, {margin} voxels (z, y, x) around a block,", f"lower {key}")
+    windows = window_grid(info.extent, step.max_component_voxels, Connectivity(step.connectivity))
+    most = max(need(plan), around(windows.block_shape))
+    memory.require(most, f"{key}={distance}, {margin} voxels (z, y, x) around a block,", f"lower {key}")
     return plan
 
 
