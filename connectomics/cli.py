@@ -259,9 +259,11 @@ def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> lis
         with ProgressBar() as bar:
             return VolumeProcessor(config, engine, bar).run(sources)
     from connectomics.build.decoding import check_decoding
+    from connectomics.build.watershed import check_run
     from connectomics.lightning.decode import decode_outcomes
 
     check_decoding(config)
+    check_run(config, engine)
     with ProgressBar() as bar:
         outcomes = VolumeProcessor(config, engine, bar).run(sources)
     with ProgressBar() as bar:

@@ -11,7 +11,8 @@ import psutil
 
 from connectomics.build.engine import memory_budget_bytes, program_version
 from connectomics.build.plan import decoding_bytes
-from connectomics.config.decoding import ConnectedComponents, DecodingStep, Filters, SliceLinking
+from connectomics.build.watershed import Memory, check_watershed, watershed_of, watershed_plan
+from connectomics.config.decoding import ConnectedComponents, DecodingStep, Filters, SliceLinking, Watershed
 from connectomics.config.load import written
 from connectomics.config.schema import Config
 from connectomics.decode.links import Linking
@@ -26,12 +27,14 @@ from connectomics.io.volume import Nanometres, VolumeInfo, VolumeReader
 from connectomics.pipeline import linking, steps
 from connectomics.pipeline.decode import DecodeJob
 from connectomics.pipeline.finish import Output
+from connectomics.pipeline.watershed import Watershed as WatershedStep
 from connectomics.pipeline.workshop import Step, decode_plan
 
 OBJECTS = "objects"
 SUFFIX = "_instances"
 RUN = ".run"
 HOLES = {"off": None, "2d": 4, "3d": 6}
+LABELLING = (ConnectedComponents, Watershed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ def output_of(config: Config, source: Decodable, volume: VolumeReader) -> Output
         "voxel_size_nm": list(volume.info.voxel_size_nm or ()),
     }
     for step in config.decoding:
-        if isinstance(step, ConnectedComponents) and step.probabilities is not None:
+        if isinstance(step, LABELLING) and step.probabilities is not None:
             facts["probabilities"] = _known(step.probabilities)
     return Output(OBJECTS, source.stem, key_of(facts), _formats(config), config.inference.output.pyramid)
 
@@ -163,9 +166,9 @@ def open_decodable(config: Config, source: Decodable) -> VolumeReader:
 
 
 def _problem(first: DecodingStep, info: VolumeInfo) -> str:
-    components = isinstance(first, ConnectedComponents)
-    threshold = first.threshold if isinstance(first, ConnectedComponents) else None
-    channel = first.channel if isinstance(first, ConnectedComponents) else 0
+    components = isinstance(first, LABELLING)
+    threshold = first.threshold if isinstance(first, LABELLING) else None
+    channel = first.channel if isinstance(first, LABELLING) else 0
     if info.dtype.kind == "f" and threshold is None:
         return (
             f"holds {info.dtype}, not labels; state which probabilities are foreground: decoding=[{{name: "
@@ -203,8 +206,10 @@ def decode_job(config: Config, source: Decodable, volume: VolumeReader, likely: 
         If a filter by physical volume meets a volume without voxel size, or the probabilities have another shape.
     """
     output = output_of(config, source, volume)
-    free = decoding_bytes(volume.info, memory_budget_bytes(config), psutil.Process().memory_info().rss)
-    plan = decode_plan(volume.info, free)
+    check_watershed(config, source.uri, volume.info, known=stated_probabilities(config, source) is not None)
+    budget = memory_budget_bytes(config)
+    free = decoding_bytes(volume.info, budget, psutil.Process().memory_info().rss)
+    plan = watershed_plan(config.decoding, volume.info, Memory(budget, free), decode_plan(volume.info, free))
     if config.inference.block_shape is not None:
         z, y, x = config.inference.block_shape
         plan = dataclasses.replace(plan, block_shape=(z, y, x), chunk_shape=(z, y, x))
@@ -241,7 +246,7 @@ def decode_job(config: Config, source: Decodable, volume: VolumeReader, likely: 
 
 def stated_probabilities(config: Config, source: Decodable) -> str | None:
     """The volume of probabilities that a step names, else what the source brings."""
-    named = [s.probabilities for s in config.decoding if isinstance(s, ConnectedComponents) and s.probabilities]
+    named = [s.probabilities for s in config.decoding if isinstance(s, LABELLING) and s.probabilities]
     return named[0] if named else source.probabilities
 
 
@@ -268,8 +273,11 @@ def _steps(stated: list[DecodingStep], info: VolumeInfo) -> tuple[Step, ...]:
             rule = Linking(step.measure, step.threshold, step.max_gap, step.one_to_one)
             made.append(linking.SliceLinking(rule, step.ids))
             continue
+        if isinstance(step, Watershed):
+            made.append(watershed_of(step))
+            continue
         filters = steps.Filters(_selection(step, info), HOLES[step.fill_holes])
-        finders = (steps.ConnectedComponents, linking.SliceLinking)
+        finders = (steps.ConnectedComponents, linking.SliceLinking, WatershedStep)
         if made and isinstance(made[-1], finders) and not made[-1].selection.active:
             made[-1] = dataclasses.replace(made[-1], selection=filters.selection)
             filters = steps.Filters(fill_holes=filters.fill_holes)

@@ -20,6 +20,7 @@ from connectomics.errors import ConfigError
 CONNECTIVITIES = (4, 8, 6, 18, 26)
 HOLES = ("off", "2d", "3d")
 MEASURES = ("iou", "overlap")
+WINDOW_VOXELS = (4096, 1 << 27)  # least and most of ``max_component_voxels``
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -69,11 +70,33 @@ class SliceLinking:
     ids: bool = False
 
 
-DecodingStep = ConnectedComponents | Filters | SliceLinking
+@dataclass(frozen=True, slots=True)
+class Watershed:
+    """Objects are what seeds flood within the components of the foreground, numbered by their first voxel.
+
+    ``connectivity``, ``threshold``, ``channel`` and ``probabilities`` as for connected components; all labels count as
+    one. Seeds are where the probability exceeds ``seed_threshold``, or what is farther than ``seed_distance_nm`` from
+    the background. ``keep_unseeded`` keeps components without a seed. A component whose bounding box has more than
+    ``max_component_voxels`` is flooded in windows.
+    """
+
+    name: str = "watershed"
+    connectivity: int = 26
+    threshold: float | None = None
+    channel: int = 0
+    seed_threshold: float | None = None
+    seed_distance_nm: float | None = None
+    keep_unseeded: bool = True
+    max_component_voxels: int = 1 << 24
+    probabilities: str | None = None
+
+
+DecodingStep = ConnectedComponents | Filters | SliceLinking | Watershed
 STEPS: Mapping[str, type[DecodingStep]] = {
     "connected_components": ConnectedComponents,
     "filters": Filters,
     "slice_linking": SliceLinking,
+    "watershed": Watershed,
 }
 
 
@@ -166,8 +189,24 @@ def _linking_rules(step: Any) -> Rules:
     }
 
 
+def _watershed_rules(step: Any) -> Rules:
+    high, deep = step.seed_threshold, step.seed_distance_nm
+    floor = high if step.threshold is None else step.threshold
+    least, most = WINDOW_VOXELS
+    return {
+        **_component_rules(step),
+        "seed_distance_nm": (deep is None or deep > 0, "must be positive"),
+        "seed_threshold": (
+            (high is None) != (deep is None) and (high is None or high >= floor),
+            "must be threshold or more, and exactly one of seed_threshold and seed_distance_nm is stated",
+        ),
+        "max_component_voxels": (least <= step.max_component_voxels <= most, f"must be {least} to {most}"),
+    }
+
+
 _RULES: Mapping[type[DecodingStep], Callable[[Any], Rules]] = {
     ConnectedComponents: _component_rules,
     Filters: _filter_rules,
     SliceLinking: _linking_rules,
+    Watershed: _watershed_rules,
 }

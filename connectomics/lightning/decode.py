@@ -20,6 +20,7 @@ from connectomics.build.decoding import (
     table_of,
 )
 from connectomics.build.engine import Engine, memory_budget_bytes, program_version
+from connectomics.build.watershed import keeps_probabilities
 from connectomics.config.schema import Config
 from connectomics.errors import ConnectomicsError
 from connectomics.executors.serial import SerialExecutor
@@ -156,9 +157,8 @@ def objects_of(outcome: VolumeOutcome) -> Path:
 def _labels_of(engine: Engine, outcome: VolumeOutcome) -> Decodable:
     """The labels of a finished volume, with its probabilities where they are of all labels."""
     rule = engine.segmenter.probabilities
-    every = tuple(range(engine.spec.classes))
     labels = outcome.paths[0]
-    if rule is None or rule.activation == "none" or rule.channels != every or engine.spec.regions:
+    if rule is None or not keeps_probabilities(engine):
         return Decodable(str(labels))
     likely = [path for path in outcome.paths if path.stem.endswith("_probabilities")]
     return Decodable(str(labels), str(likely[0]) if likely else None, rule.scale)

@@ -211,7 +211,7 @@ def _finish(job: DecodeJob, scene: Scene, run_key: str, folder: Path, run: RunSt
     """Write what is still missing, and remove what is not needed any more."""
     assert isinstance(scene.volume, Store), "every step leaves a store"
     if not job.is_finished(folder):  # else another process was first
-        stamp = dict(job.provenance) | {"run_key": run_key, "objects": scene.count}
+        stamp = dict(job.provenance) | {"run_key": run_key, "objects": scene.count, **scene.facts}
         if job.table is not None and scene.tables is not None:
             unseal(job.run_folder, job.table)
             write_table(scene.tables, scene.count, job.table, scene.frame, job.output.result_key)

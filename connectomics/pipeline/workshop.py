@@ -8,15 +8,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from connectomics.decode.merge import Cuts, merge
+from connectomics.decode.numbering import number_by_first
 from connectomics.decode.objects import Frame
 from connectomics.decode.selection import Rule, select
 from connectomics.errors import QuarantineError
@@ -58,6 +59,8 @@ class Scene:
         Tables of its objects, or None where it has none yet.
     count
         Objects in them.
+    facts
+        What steps have to say in the provenance, by their names.
     """
 
     volume: VolumeReader
@@ -65,6 +68,7 @@ class Scene:
     probabilities: Read | None = None
     tables: Path | None = None
     count: int = 0
+    facts: Mapping[str, object] = field(default_factory=dict)
 
 
 class Step(Protocol):
@@ -168,8 +172,13 @@ class Workshop:
             joins.mkdir(exist_ok=True)
             self.do(JoinTask(self.grid, task.folder, joins, task.connectivity), joins)
 
-    def objects(self, pieces: Path, rule: Rule, *, joined: bool, kind: str = TABLES) -> tuple[Path, int, int]:
-        """Tables of the objects that stay, how many they are, and the largest number that is painted."""
+    def objects(
+        self, pieces: Path, rule: Rule, *, joined: bool, by_first: bool = False, kind: str = TABLES
+    ) -> tuple[Path, int, int]:
+        """Tables of the objects that stay, how many they are, and the largest number that is painted.
+
+        Pieces are joined over faces, or else by value and numbered by it; with ``by_first`` by their first voxels.
+        """
         _, ny, nx = self.grid.counts
         joins = self.place(JOIN)
         cuts = Cuts(
@@ -178,7 +187,14 @@ class Workshop:
             lambda number: block_file(pieces, self.grid.numbered(number)),
             (lambda number: block_file(joins, self.grid.numbered(number))) if joined else None,
         )
-        return self.selected(kind, lambda folder: merge(cuts, folder), rule)
+
+        def find(folder: Path) -> int:
+            found = merge(cuts, folder)
+            if by_first:
+                number_by_first(folder, found)
+            return found
+
+        return self.selected(kind, find, rule)
 
     def selected(self, kind: str, find: Callable[[Path], int], rule: Rule) -> tuple[Path, int, int]:
         """As ``objects``, of tables that ``find`` leaves in a folder; it gives the number of objects found."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,10 @@ STEPS = (
 NAMES = {"v_instances.h5", "v_instances.zarr", "v_instances.parquet"}
 CUT, JOIN, PAINTED = "components.cut", "components.join", "components.zarr"
 STAGES = (CUT, JOIN, "tables", PAINTED, ".filled.", ".h5", ".parquet", "jsonl", "/workers", "/checksums")
+WATERSHED = (
+    *("components.cut", "seeds.join", "contests", "flood", "windows.basins", "windows.bridges", "windows.trees"),
+    *("windows.refined", "objects.tables", "objects.zarr"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,11 @@ class Storm:
     volume: Path
     reference: dict[str, bytes]
     touched: tuple[str, ...]
+    steps: str = STEPS
 
     def words(self, output: Path) -> list[str]:
         given = ["inference.output.formats=[h5,zarr]", "inference.block_shape=[4,16,24]"]
-        return ["decode", str(self.volume), f"inference.data.output_path='{output}'", STEPS, *given]
+        return ["decode", str(self.volume), f"inference.data.output_path='{output}'", self.steps, *given]
 
     def require_resumed(self, output: Path) -> None:
         """Run to the end: the undisturbed bytes, and nothing is left."""
@@ -94,6 +100,22 @@ def test_killed_several_times_and_finished_blocks_are_kept(storm: Storm) -> None
     every = {(stage, f"{z}-{y}-{x}") for stage in stages for z, y, x in np.ndindex(2, 2, 2)}
     assert len(done) == len(set(done)) and set(done) <= every
     assert len(every) - len(done) <= 4, "a kill leaves one block at most that is recorded and not yet logged"
+
+
+def test_a_watershed_is_killed_in_each_of_its_stages(storm: Storm) -> None:
+    """One after the other, of components that are flooded whole and of one that is flooded in windows."""
+    step = "{name: watershed, threshold: 0.56, seed_threshold: 0.62, max_component_voxels: 4096}"
+    divided = replace(storm, steps=f"decoding=[{step}]")
+    undisturbed, output = storm.folder / "divided", storm.folder / "divided_row"
+    ended = storm.server.run(divided.words(undisturbed), watched=undisturbed)
+    assert ended.code == 0, ended.stderr + ended.stdout
+    counts = json.loads((undisturbed / "v_instances.run" / "provenance.json").read_text())["1_watershed"]
+    assert counts["cut"] == 1 and counts["flooded"] > 1
+    divided = replace(divided, reference=finals(undisturbed), touched=ended.touched)
+    for stage in WATERSHED:
+        ended = storm.server.run(divided.words(output), watched=output, kill_at=(f"_watershed.{stage}", 2))
+        assert ended.code == -signal.SIGKILL, (stage, ended.stderr)
+    divided.require_resumed(output)
 
 
 @pytest.mark.long

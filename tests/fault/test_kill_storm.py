@@ -37,6 +37,7 @@ STAGES = {  # text in the paths of a stage's file operations, and how many kills
     "tables of objects": ("_components.tables", 1),
     "objects": ("_components.zarr", 1),
     "linking": ("_linking.", 1),
+    "watershed": ("_watershed.", 1),
     "table": (".parquet", 1),
     "h5": (".h5", 1),
     "tiff": (".tif", 1),
@@ -63,7 +64,8 @@ SETTINGS = (
     "inference.postprocessing.intensity_dtype=uint8",
     "inference.postprocessing.binary.enabled=true",
     "inference.postprocessing.binary.remove_small_objects=6",
-    "decoding=[{name: connected_components, connectivity: 26}, {name: slice_linking, max_gap: 1}]",
+    "decoding=[{name: connected_components, connectivity: 26}, {name: watershed, seed_distance_nm: 5}, "
+    "{name: slice_linking, max_gap: 1}]",
 )
 ENDINGS = (".h5", ".zarr", ".tif", "_png", ".v2.zarr", ".n5", ".precomputed")
 OBJECTS = {f"v_labels_instances{ending}" for ending in (*ENDINGS, ".parquet") if ending != "_png"}

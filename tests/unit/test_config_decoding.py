@@ -16,7 +16,7 @@ REFUSED = {
     "decoding=connected_components": ("expected a list of steps",),
     "decoding=[connected_components]": ("expected a list of steps",),
     "decoding=[{name: conected_components}]": ("decoding[0].name", "did you mean connected_components?"),
-    "decoding=[{connectivity: 6}]": ("decoding[0].name is null", "connected_components, filters"),
+    "decoding=[{connectivity: 6}]": ("decoding[0].name is null", "connected_components, filters, watershed"),
     "decoding=[{name: filters}, {name: filters, min_voxel: 3}]": ("decoding[1]", "did you mean min_voxels?"),
     "decoding=[{name: filters, xyz: 3}]": ("unknown key 'xyz' of filters, which has name, min_voxels",),
     "decoding=[{name: connected_components, connectivity: 7}]": ("connectivity is 7", "4, 8, 6, 18, 26"),
@@ -33,6 +33,13 @@ REFUSED = {
     "decoding=[{name: slice_linking, max_gap: -1}]": ("max_gap is -1, but must be 0 or more",),
     "decoding=[{name: slice_linking, gap: 1}]": ("unknown key 'gap' of slice_linking", "did you mean max_gap?"),
     "decoding=[{name: slice_linking, one_to_one: 1}]": ("one_to_one is 1, expected true or false",),
+    "decoding=[{name: watershed}]": ("seed_threshold is null", "exactly one of seed_threshold and seed_distance_nm"),
+    "decoding=[{name: watershed, seed_threshold: 0.9, seed_distance_nm: 9}]": ("exactly one of",),
+    "decoding=[{name: watershed, threshold: 0.5, seed_threshold: 0.4}]": ("seed_threshold is 0.4", "threshold or more"),
+    "decoding=[{name: watershed, seed_distance_nm: 0}]": ("seed_distance_nm is 0.0, but must be positive",),
+    "decoding=[{name: watershed, seed_distance_nm: 9, connectivity: 5}]": ("connectivity is 5",),
+    "decoding=[{name: watershed, seed_distance_nm: 9, channel: -1}]": ("channel is -1, but must be 0 or more",),
+    "decoding=[{name: watershed, seed_distance_nm: 9, max_component_voxels: 100}]": ("must be 4096 to 134217728",),
     "decoding=[{name: filters, fill_holes: 4d}]": ("fill_holes is '4d', but must be one of off, 2d, 3d",),
 }
 
