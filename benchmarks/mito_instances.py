@@ -114,6 +114,12 @@ def decoded(mask: Array, step: str) -> Array:
     return ids
 
 
+def components(mask: Array, smallest: int) -> Array:
+    """Ids of the prediction's objects as a user makes them; ``objects`` makes the truth's without this program."""
+    ids = decoded(mask, f"connected_components, connectivity: {8 if len(mask) == 1 else 26}")
+    return objects(ids, smallest)
+
+
 def compare_ways(given: Array, truth: Array, smallest: int) -> None:
     """Print counts and average precisions of each way, of the whole prediction and without one section."""
     without = given.copy()
@@ -149,7 +155,8 @@ def entry(ids: Contingency, given: Array, truth: Array) -> dict[str, Any]:
 def measured(given: Array, truth: Array, names: list[str], smallest: int, folder: Path) -> Scores:
     """Scores of each piece (a section or the stack) by its name, and of all."""
     tables = [
-        Contingency.from_arrays(objects(p, smallest), objects(t, smallest)) for p, t in zip(given, truth, strict=True)
+        Contingency.from_arrays(components(p, smallest), objects(t, smallest))
+        for p, t in zip(given, truth, strict=True)
     ]
     rows = zip(names, tables, given, truth, strict=True)
     volumes = {name: entry(table, p, t) for name, table, p, t in rows}
@@ -187,7 +194,7 @@ def main() -> None:
             result = measured(given[None], truth[None], names, words.smallest, folder)
         if words.output:
             cut = slice(None) if len(names) == 1 else slice(1, 2)
-            found, expected = objects(given[cut], words.smallest), objects(truth[cut], words.smallest)
+            found, expected = components(given[cut], words.smallest), objects(truth[cut], words.smallest)
             place = min(SHOWN, len(found) - 1)
             panels = (raw[cut][place], painted_as_truth(found, expected)[place], expected[place])
             montage(*(panel[CORNER] for panel in panels), path=folder / "mito_instances.png")

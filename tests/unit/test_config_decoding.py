@@ -16,7 +16,10 @@ REFUSED = {
     "decoding=connected_components": ("expected a list of steps",),
     "decoding=[connected_components]": ("expected a list of steps",),
     "decoding=[{name: conected_components}]": ("decoding[0].name", "did you mean connected_components?"),
-    "decoding=[{connectivity: 6}]": ("decoding[0].name is null", "connected_components, filters, slice_linking, watershed"),
+    "decoding=[{connectivity: 6}]": (
+        "decoding[0].name is null",
+        "connected_components, filters, slice_linking, watershed",
+    ),
     "decoding=[{name: filters}, {name: filters, min_voxel: 3}]": ("decoding[1]", "did you mean min_voxels?"),
     "decoding=[{name: filters, xyz: 3}]": ("unknown key 'xyz' of filters, which has name, min_voxels",),
     "decoding=[{name: connected_components, connectivity: 7}]": ("connectivity is 7", "4, 8, 6, 18, 26"),
