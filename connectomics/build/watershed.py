@@ -33,7 +33,7 @@ def keeps_probabilities(engine: Engine) -> bool:
 
 
 def check_run(config: Config, engine: Engine) -> None:
-    """Refuse a watershed whose probabilities the run that it follows does not keep.
+    """Refuse thresholds of labels, and a watershed whose probabilities the run that it follows does not keep.
 
     Raises
     ------
@@ -41,15 +41,15 @@ def check_run(config: Config, engine: Engine) -> None:
         If so, before the run.
     """
     for i, step in enumerate(config.decoding):
-        if not isinstance(step, Watershed):
-            continue
-        if step.threshold is not None:
+        if isinstance(step, ConnectedComponents | Watershed) and step.threshold is not None:
             raise ConfigError(
                 f"decoding[{i}].threshold is {step.threshold}, but a run decodes its labels, all of which are "
                 "foreground; leave it out, or decode the saved probabilities afterwards: connectomics decode "
                 "NAME_labels_probabilities.h5"
             )
-        if step.seed_threshold is not None and step.probabilities is None and not keeps_probabilities(engine):
+        if not isinstance(step, Watershed) or step.seed_threshold is None or step.probabilities is not None:
+            continue
+        if not keeps_probabilities(engine):
             raise ConfigError(
                 f"decoding[{i}].seed_threshold needs the probabilities of all labels, which this run does not keep; "
                 "set inference.output.save_probabilities=true, with inference.test_time_augmentation.select_channel "

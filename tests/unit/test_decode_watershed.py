@@ -236,6 +236,8 @@ def test_a_run_keeps_its_probabilities_or_is_refused_before_it(
     assert run(step, "inference.output.save_probabilities=true", one)[0] == 2
     code, printed = run(step.replace("seed_threshold", "threshold: 0.5, seed_threshold"))
     assert code == 2 and "a run decodes its labels" in printed and not final_names(folder / "out")
+    code, printed = run("decoding=[{name: connected_components, threshold: 0.5}]")
+    assert code == 2 and "a run decodes its labels" in printed and not final_names(folder / "out")
     assert run(step, "inference.output.save_probabilities=true")[0] == 0
     labels, likely = (read(folder / "out" / f"cell_labels{kind}.h5") for kind in ("", "_probabilities"))
     own = np.take_along_axis(likely, labels[None].astype(np.intp), 0)[0]
