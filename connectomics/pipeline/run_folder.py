@@ -33,8 +33,9 @@ def work_folders(run: Path) -> list[Path]:
 
 
 def ledger_folders(work: Path) -> list[Path]:
-    """The ledgers of a work folder, one for each stage."""
-    return sorted(path.parent for path in work.glob(f"*/{HEADER}"))
+    """The ledgers of a work folder, one for each stage, in the order in which they were begun."""
+    headers = sorted(work.glob(f"*/{HEADER}"), key=lambda path: (path.stat().st_mtime_ns, path))
+    return [path.parent for path in headers]
 
 
 def stage_of(ledger: Path) -> str:

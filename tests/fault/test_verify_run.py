@@ -191,6 +191,8 @@ def test_all_is_made_again_that_was_made_with_a_damaged_mask(folder: Path, tmp_p
     run(tmp_path, masked(tmp_path))
     with pytest.raises(VolumeError):
         run(folder, masked(folder), Failing(after=len(["cut", "join", "paint"]) + 5))
+    stages = [stage.stage for stage in status_of(run_folder(folder)).stages]
+    assert stages == ["mask.cut", "mask.join", "mask.paint", "predict"], "in the order in which they were begun"
     (mask,) = folder.rglob("mask.zarr/0/c/0/0/0")
     flip_a_byte(mask)
     damaged = [finding.subject for finding in verify_run(run_folder(folder)) if finding.damaged]
