@@ -54,9 +54,9 @@ def plan(words: argparse.Namespace) -> int:
     engine = build_engine(config, words.checkpoint)
     found = planned(config, engine, share_of(config, list_sources(config, engine.spec.channels)))
     if words.json:
-        print(json.dumps(_content(found), indent=1))
+        print(json.dumps(found.as_dict(), indent=1))
     else:
-        print("\n".join(_lines(found)))
+        print("\n".join(found.lines()))
     _require(found, words)
     return FAILED if found.refused else 0
 
@@ -84,38 +84,6 @@ def _require(found: Plan, words: argparse.Namespace) -> None:
     from connectomics.pipeline.forecast import require_within
 
     require_within(found.forecasts, words.max_hours, words.max_gb)
-
-
-def _total(found: Plan) -> dict[str, object]:
-    each = found.forecasts
-    return {
-        "volumes": len(each),
-        "blocks": sum(f.blocks for f in each),
-        "windows": sum(f.windows for f in each),
-        "predicted_s": round(sum(f.seconds.median for f in each if f.seconds is not None), 3),
-        "output_bytes": sum(f.output.nbytes for f in each),
-        "output_files": sum(f.output.files for f in each),
-    }
-
-
-def _content(found: Plan) -> dict[str, object]:
-    refused = [{"name": name, "reason": reason} for name, reason in found.refused]
-    return {"volumes": [f.as_dict() for f in found.forecasts], "total": _total(found), "refused": refused}
-
-
-def _lines(found: Plan) -> Iterator[str]:
-    from connectomics.pipeline.forecast import duration
-
-    for forecast in found.forecasts:
-        yield from forecast.lines()
-    if len(found.forecasts) > 1:
-        total = _total(found)
-        yield (
-            f"{total['volumes']} volumes: {total['windows']} windows, about {duration(float(str(total['predicted_s'])))}, "
-            f"output at most {float(str(total['output_bytes'])) / 1e9:.3g} GB in {total['output_files']} files"
-        )
-    for name, reason in found.refused:
-        yield f"refused: {name}: {reason}"
 
 
 def tune(words: argparse.Namespace) -> int:

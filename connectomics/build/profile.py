@@ -1,7 +1,7 @@
-"""What ``connectomics tune`` measured on this machine, kept in the cache folder and picked up by ``system.backend=auto``.
+"""What ``connectomics tune`` measured on this machine, for ``system.backend=auto``; kept in the cache folder.
 
-A profile belongs to models, patches and a machine, which name its file. It appears whole; one that is damaged or of another version
-counts as absent. Nothing in it decides more than which of the backends that auto may take comes first.
+A profile belongs to models, patches and a machine, which name its file. It appears whole, and one that is damaged or of
+another version counts as absent. All it decides is which of the backends that auto may take comes first.
 """
 
 from __future__ import annotations

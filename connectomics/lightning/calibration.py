@@ -26,7 +26,7 @@ from connectomics.geometry import Box, Vec3, vec3
 from connectomics.inference.predictor import Predictor, SlidingWindow
 from connectomics.io.levels import grown
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader
-from connectomics.models.backends.contract import Backend, NumericClass
+from connectomics.models.backends.contract import NumericClass
 from connectomics.models.backends.torch_eager import select_device
 from connectomics.pipeline.forecast import Pace, Seconds
 from connectomics.pipeline.planning import BlockPlan

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from connectomics.build.engine import Engine
 from connectomics.build.plan import peak_of
@@ -17,7 +18,7 @@ from connectomics.io.export_size import Size, largest_size, store_size
 from connectomics.io.listing import VolumeSource
 from connectomics.lightning.calibration import WindowTimes, measure_pace, measure_windows
 from connectomics.pipeline.finish import work_folder
-from connectomics.pipeline.forecast import Forecast, Pace, PlannedOutput
+from connectomics.pipeline.forecast import Forecast, Pace, PlannedOutput, duration
 from connectomics.pipeline.ledger import plan_of
 from connectomics.pipeline.predict import PROBABILITIES
 from connectomics.pipeline.run import VolumeJob, info_of
@@ -36,6 +37,40 @@ class Plan:
 
     forecasts: tuple[Forecast, ...]
     refused: tuple[tuple[str, str], ...]
+
+    @property
+    def predicted_s(self) -> float:
+        """All volumes one after the other."""
+        return sum(f.seconds.median for f in self.forecasts if f.seconds is not None)
+
+    @property
+    def output(self) -> Size:
+        """All final outputs together."""
+        return sum((f.output for f in self.forecasts), Size(0, 0))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        total = {
+            "volumes": len(self.forecasts),
+            "blocks": sum(f.blocks for f in self.forecasts),
+            "windows": sum(f.windows for f in self.forecasts),
+            "predicted_s": round(self.predicted_s, 3),
+            "output_bytes": self.output.nbytes,
+            "output_files": self.output.files,
+        }
+        refused = [{"name": name, "reason": reason} for name, reason in self.refused]
+        return {"volumes": [f.as_dict() for f in self.forecasts], "total": total, "refused": refused}
+
+    def lines(self) -> list[str]:
+        """For the screen."""
+        lines = [line for f in self.forecasts for line in f.lines()]
+        if len(self.forecasts) > 1:
+            lines.append(
+                f"{len(self.forecasts)} volumes: {sum(f.windows for f in self.forecasts)} windows, about "
+                f"{duration(self.predicted_s)}, output at most {self.output.nbytes / 1e9:.3g} GB in "
+                f"{self.output.files} files"
+            )
+        return lines + [f"refused: {name}: {reason}" for name, reason in self.refused]
 
 
 def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> Plan:

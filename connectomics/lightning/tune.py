@@ -35,6 +35,7 @@ from connectomics.pipeline.survey import survey
 SAMPLED = 4  # windows of the volume
 BATCH = 4  # that is tried beside the configured one
 MAKING_SHARE = 0.6  # of the time, in which backends are made; those that are not by then are left out
+COMPILING_SHARE = 0.3  # the same of what compiles for a quarter of a minute
 ROUNDS = 25  # at most
 FEWEST_ROUNDS = 3
 SINGLE_S = 2.0  # a window that takes longer is sampled once only
@@ -119,7 +120,8 @@ def tune(config: Config, checkpoint: Path | None, volume: str, seconds: float, p
     reference: list[Array] = []
     for i, trial in enumerate(planned):
         progress(i, total, f"{trial.backend} {trial.precision}")
-        if reference and time.perf_counter() - began > MAKING_SHARE * seconds:
+        share = COMPILING_SHARE if trial.backend == "compile" else MAKING_SHARE
+        if reference and time.perf_counter() - began > share * seconds:
             trials.append(replace(trial, reason=f"not measured: --seconds {seconds:g} did not suffice"))
             continue
         if trial.reason:
@@ -149,19 +151,24 @@ def _candidates(config: Config, models: Sequence[LoadedModel], patches: Sequence
     """What is tried, PyTorch eager and exact as configured first, what takes long to make last."""
     batch, most = config.inference.sliding_window.sw_batch_size, threads(config)
     stated = config.system.inference.num_cpus or config.system.num_cpus
-    batches, counts = dict.fromkeys((batch, BATCH)), [most]
+    batches = dict.fromkeys((batch, BATCH))
     on_cpu = select_device(device_name(config)).type == "cpu"
-    if stated is None and most > 2 and on_cpu:
-        counts.append(most // 2)  # two threads of one core are often slower
     kinds = [("torch", "exact"), ("torch", "fast")]
     if on_cpu:
         kinds = [REFERENCE, ("openvino", "exact"), ("openvino", "fast"), ("torch", "fast")]
-    ways = [(*kind, b, t) for t, b, kind in itertools.product(counts, batches, kinds)]
+    ways = [(*kind, b, most) for b, kind in itertools.product(batches, kinds)]
+    if (
+        stated is None and most > 1 and on_cpu
+    ):  # two threads of one core, or of a core that others use, are often slower
+        ways += [(*kind, batch, most // 2) for kind in kinds]
     ways += [("compile", precision, batch, most) for precision in ("exact", "fast")]
     need = max(window_bytes(model.networks[0], patch) for model, patch in zip(models, patches, strict=True))
     room = memory_budget_bytes(config) // 2
     too_large = "the batch does not fit half of system.memory_budget_gb"
-    return [Trial(*way, reason=too_large if way[2] > batch and need * way[2] > room else "") for way in ways]
+    return [
+        Trial(backend, precision, b, t, reason=too_large if b > batch and need * b > room else "")
+        for backend, precision, b, t in ways
+    ]
 
 
 def _reference(made: _Running) -> tuple[list[Array], list[Array]]:
