@@ -89,8 +89,12 @@ def count_windows(member: Member, cut: Cut, channels: int) -> int:
         core = Box(vec3([a for a, _ in spans]), vec3([b for _, b in spans]))
         return _knowing(member).windows(_unread, cases, core)
 
-    one = count(0, first[0])
-    return math.prod(sum(count(axis, span) for span in cut.along(axis)) for axis in range(3)) // one**2
+    def line(axis: int) -> int:
+        if axis > 0 or not member.by_slice:
+            return sum(count(axis, span) for span in cut.along(axis))
+        return count(axis, (first[0][0], first[0][0] + 1)) * cut.wanted.shape[0]  # one section is like the other
+
+    return math.prod(line(axis) for axis in range(3)) // count(0, first[0]) ** 2
 
 
 def count_sample_windows(member: Member, cut: Cut, channels: int, piece: Vec3) -> int:
