@@ -7,6 +7,7 @@ stand-in gives logits at no cost, so that what is left is everything outside the
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import tempfile
@@ -191,8 +192,8 @@ def _outside(
     members = [replace(m, predictor=p) for m, p in zip(job.segmenter.members, predictors, strict=True)]
     segmenter = replace(job.segmenter, members=tuple(_without_previous(m) for m in members))
     extent = job.reader.info.extent
-    patch = vec3([max(m) for m in zip(*(_patch_of(each, extent) for each in _patches(engine, job)), strict=True)])
-    large = grown(patch, extent, 1, max(MINIATURE_VOXELS, 2 * math.prod(patch)))
+    patch = _within(extent, vec3([max(axis) for axis in zip(*_patches(engine, job), strict=True)]))
+    large = _within(extent, grown(patch, extent, 1, max(MINIATURE_VOXELS, 2 * math.prod(patch))))
     measured = []
     for shape in dict.fromkeys((patch, large)):
         voxels, windows, seconds = _miniature(job, engine, segmenter, shape)
@@ -210,8 +211,8 @@ def _patches(engine: Engine, job: VolumeJob) -> Iterator[Vec3]:
         yield member.order.inverse.turn(model.window.patch)
 
 
-def _patch_of(patch: Vec3, extent: Vec3) -> Vec3:
-    return vec3([min(p, n) for p, n in zip(patch, extent, strict=True)])
+def _within(extent: Vec3, shape: Vec3) -> Vec3:
+    return vec3([min(p, n) for p, n in zip(shape, extent, strict=True)])
 
 
 def _without_previous(member: Member) -> Member:
@@ -225,7 +226,8 @@ def _miniature(job: VolumeJob, engine: Engine, segmenter: Segmenter, shape: Vec3
     """Run the middle of the volume; its voxels, windows of all members, and seconds."""
     chunk = vec3([min(c, n) for c, n in zip(job.plan.chunk_shape, shape, strict=True)])
     block = vec3([-(-min(b, n) // c) * c for b, n, c in zip(job.plan.block_shape, shape, chunk, strict=True)])
-    with _scratch(engine.settings.folder) as folder, contextlib.closing(_Part(job.reader, shape)) as part:
+    part = _Part(job.reader, shape)
+    with _scratch(engine.settings.folder) as folder, _silence():
         small = replace(
             job,
             run_folder=folder / "miniature.run",
@@ -250,6 +252,18 @@ def _scratch(output: Path) -> Iterator[Path]:
     place = existing if os.access(existing, os.W_OK | os.X_OK) else None
     with tempfile.TemporaryDirectory(prefix=".connectomics_plan_", dir=place) as folder:
         yield Path(folder)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The log is the run's, not the miniature's."""
+    logger = logging.getLogger("connectomics")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class _Part:

@@ -118,7 +118,7 @@ class Foresight:
         """The job with its predicted time, and a line of the plan in the log."""
         try:
             told = forecast(self._config, engine, job, self._pace(engine, job))
-        except ConnectomicsError as error:  # the run itself will say what is wrong
+        except (ConnectomicsError, OSError, MemoryError) as error:  # the run itself will say what is wrong
             log.info("plan: none (%s)", error)
             return job
         log.info("plan: %s%s", told.short(), "; too short to be timed" if told.seconds is None else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -105,8 +106,6 @@ def test_what_is_too_much_is_refused_before_anything_is_done(
     assert main([command, limit, "1e-9", *arguments]) == ResourceError.exit_code == 3
     err = capsys.readouterr().err
     assert f"{limit} allows 1e-09" in err
-    import re
-
     assert re.search(advice, err)
     assert not (tmp_path / "out").exists()
 
@@ -129,16 +128,15 @@ def test_long_runs_are_predicted_and_held_against_the_outcome(
     assert report["predicted_s"] > 0
     assert report["ratio"] == pytest.approx(report["seconds"] / report["predicted_s"], abs=1e-3)
     log = (tmp_path / "long" / "v_labels.run" / "run.log").read_text()
-    assert "plan: 1 blocks of (3, 40, 70) voxels, 60 windows, about " in log
+    assert "plan: 1 blocks of (3, 40, 70) voxels, 48 windows, about " in log
     assert f"predicted were {report['predicted_s']:.1f} s" in log
+    assert "miniature" not in log and log.count("surveyed") == 1
     assert finals(tmp_path / "long").keys() == finals(tmp_path / "short").keys()
 
 
 def test_a_resumed_run_is_planned_as_it_was_begun_and_gives_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(planning, "WORTH_WINDOWS", 1)
-    monkeypatch.setattr(planning, "WORTH_S", 0.0)
     tiff = "inference.output.formats=[tiff]"
     assert main(words(folder, tmp_path / "whole", tiff)) == 0
     begun = words(folder, tmp_path / "out", BLOCKS, tiff)
@@ -148,6 +146,8 @@ def test_a_resumed_run_is_planned_as_it_was_begun_and_gives_the_same_bytes(
     (work,) = (tmp_path / "out" / "v_labels.run").glob("*/labels.zarr")
     for shard in [f for f in (work / "0" / "c").rglob("*") if f.is_file()][:7]:
         shard.unlink()
+    monkeypatch.setattr(planning, "WORTH_WINDOWS", 1)
+    monkeypatch.setattr(planning, "WORTH_S", 0.0)
     again = words(folder, tmp_path / "out", tiff)
     capsys.readouterr()
     (volume,) = planned(capsys, again)["volumes"]
@@ -155,13 +155,8 @@ def test_a_resumed_run_is_planned_as_it_was_begun_and_gives_the_same_bytes(
     assert main(again) == 0
     report = report_of(tmp_path / "out")
     assert (report["planned"], report["done"]) == (27, 7)
-    assert report["predicted_s"] == pytest.approx(7 / 27 * _whole_s(tmp_path), rel=1.0)
+    assert 0 < report["predicted_s"] < volume["high_s"]
     assert finals(tmp_path / "out") == finals(tmp_path / "whole")
-
-
-def _whole_s(tmp_path: Path) -> float:
-    report = report_of(tmp_path / "whole")
-    return float(report["predicted_s"])
 
 
 def test_the_pace_adds_up() -> None:
@@ -173,7 +168,7 @@ def test_the_pace_adds_up() -> None:
 def test_limits_are_of_all_volumes_together() -> None:
     one = Forecast("v", 1, (1, 1, 1), 1, 1, Seconds(2000.0, 1.0, 3000.0), 1, 0, 1, (), Size(0, 0), 1, 2, "", "")
     require_within([one], 0.6, None)
-    with pytest.raises(ResourceError, match="2 volumes are predicted to take 1.11 hours, --max-hours allows 1;"):
+    with pytest.raises(ResourceError, match=r"2 volumes are .* 1\.11 hours, --max-hours allows 1;"):
         require_within([one, replace(one, name="w")], 1.0, None)
 
 
