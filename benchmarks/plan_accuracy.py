@@ -3,8 +3,8 @@
     python benchmarks/plan_accuracy.py            # eight jobs of about half a minute
     python benchmarks/plan_accuracy.py --quick    # six of some seconds
 
-Each job is planned, run and planned no more: the ratio is actual time / predicted. Exit code 1 if the median error, |ratio - 1|,
-exceeds ``--at-most``.
+Each job is planned and then run; the ratio is actual time / predicted. Exit code 1 if the median error, |ratio - 1|, is
+larger than ``--at-most``.
 """
 
 from __future__ import annotations

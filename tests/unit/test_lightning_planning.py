@@ -138,7 +138,7 @@ def test_a_resumed_run_is_planned_as_it_was_begun_and_gives_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiff = "inference.output.formats=[tiff]"
-    assert main(words(folder, tmp_path / "whole", tiff)) == 0
+    assert main(words(folder, tmp_path / "whole", BLOCKS, tiff)) == 0
     begun = words(folder, tmp_path / "out", BLOCKS, tiff)
     with monkeypatch.context() as patched:
         patched.setattr("connectomics.pipeline.run._finish", lambda *each: 1 / 0)
