@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from connectomics import cli_forecast
 from connectomics.errors import ConfigError, ConnectomicsError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ EXAMPLES = """\
 examples:
   connectomics infer-volume --checkpoint MODEL inference.volume_mode.file_pattern='data/*.h5' \\
       inference.data.output_path=out/
+  connectomics plan --checkpoint MODEL inference.volume_mode.file_pattern='data/*.h5'
+  connectomics tune MODEL data/cell.h5
   connectomics test --config tutorials/nnunet_mito_inference.yaml --checkpoint MODEL
   connectomics evaluate out/NAME_labels.h5 TRUTH
   connectomics inspect MODEL
@@ -63,6 +66,7 @@ def script_main(arguments: Sequence[str] | None = None) -> int:
     words = _parsed(parser, arguments)
     words.command = words.mode
     vars(words).update(prediction=None, truth=None, ignore=None, instances=False, json=False)
+    vars(words).update(max_hours=None, max_gb=None)
     return _guarded(words)
 
 
@@ -76,10 +80,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("infer-volume", "label a list of volumes; finished ones are skipped, unfinished ones resumed"),
+        ("plan", "say what infer-volume would take with these words: time, memory, disk, reading"),
         ("test", "label the volumes of test.data and, where labels are given, measure the result"),
         ("doctor", "check versions, device, memory, disk, model and volumes"),
     ):
-        _add_run_words(commands.add_parser(name, help=text, description=text))
+        command = commands.add_parser(name, help=text, description=text)
+        _add_run_words(command)
+        if name in ("infer-volume", "plan"):
+            cli_forecast.add_limits(command)
+        if name == "plan":
+            command.add_argument("--json", action="store_true", help="print JSON")
+    cli_forecast.add_tune_words(commands)
     _add_evaluate_words(commands)
     inspect = commands.add_parser("inspect", help="say what a checkpoint is, without running anything it brings")
     inspect.add_argument("model", type=Path, help="training folder, fold folder, exported .zip or .pth file")
@@ -245,6 +256,7 @@ def _infer_volume(words: argparse.Namespace) -> int:
 
     engine = build_engine(config, words.checkpoint)
     sources = share_of(config, list_sources(config, engine.spec.channels))
+    cli_forecast.check_limits(words, config, engine, sources)
     return _ended(_run(config, engine, sources))
 
 
@@ -494,6 +506,8 @@ def _model_of(words: argparse.Namespace) -> Path:
 
 _COMMANDS = {
     "infer-volume": _infer_volume,
+    "plan": cli_forecast.plan,
+    "tune": cli_forecast.tune,
     "test": _test,
     "evaluate": _evaluate,
     "inspect": _inspect,

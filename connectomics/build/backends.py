@@ -8,12 +8,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from connectomics.build.profile import Profile, Trial, load_profile, profile_path
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError
 from connectomics.geometry import Vec3
 from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.choice import AUTO, Chosen, Networks, Terms, choose, default_precision
 from connectomics.models.checkpoint import LoadedModel
+from connectomics.models.spec import ModelSpec
 
 NNUNET_THREADS = 8  # nnU-Net's own upper bound of threads in a forward pass
 REFERENCE = "torch"  # what fast is held against
@@ -76,7 +78,33 @@ def choose_backends(config: Config, models: Sequence[LoadedModel], patches: Sequ
     ConfigError, DeviceError
         If device or backend are not available, with the reason.
     """
-    return choose(config.system.backend, _terms(config), _networks(models, patches), Artefacts(cache_folder(config)))
+    networks, artefacts = _networks(models, patches), Artefacts(cache_folder(config))
+    profile = None
+    if config.system.backend == AUTO:
+        profile = known_profile(config, [model.spec for model in models], patches)
+    if profile is None:
+        return choose(config.system.backend, _terms(config), networks, artefacts)
+    stated = config.system.inference.num_cpus or config.system.num_cpus
+    trials = profile.fastest(precision(config), config.inference.sliding_window.sw_batch_size, stated)
+    return choose(AUTO, _terms(config), networks, artefacts, [(t.backend, t.threads) for t in trials])
+
+
+def known_profile(config: Config, specs: Sequence[ModelSpec], patches: Sequence[Vec3]) -> Profile | None:
+    """What ``connectomics tune`` measured of these models on this machine, or None."""
+    folder = cache_folder(config)
+    return None if folder is None else load_profile(profile_path(folder, specs, patches, device_name(config)))
+
+
+def trial_backends(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], trial: Trial) -> Chosen:
+    """As ``choose_backends``, as a trial wants them.
+
+    Raises
+    ------
+    DeviceError
+        If they are not available, with the reason.
+    """
+    terms = Terms(device_name(config), trial.precision, trial.batch, trial.threads)
+    return choose(trial.backend, terms, _networks(models, patches), Artefacts(cache_folder(config)))
 
 
 def reference_backends(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> Chosen:

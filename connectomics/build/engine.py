@@ -212,7 +212,7 @@ def _first_stage(config: Config, models: tuple[EngineModel, ...]) -> Engine | No
 
 
 def _engine_model(config: Config, path: Path, model: LoadedModel) -> EngineModel:
-    window = _window(config, model.spec)
+    window = make_window(config, model.spec)
     return EngineModel(path, model.spec, window, window_bytes(model.networks[0], window.patch))
 
 
@@ -228,7 +228,7 @@ def _members(config: Config, model: EngineModel, backends: tuple[Backend, ...], 
             "(use_mask_for_norm), and each section is a case; that is not supported: set inference.case=volume, or use "
             "nnU-Net itself for it"
         )
-    predictor = _predictor(config, backends, model.window, spec)
+    predictor = make_predictor(config, backends, model.window, spec)
     values = () if spec.previous_stage is None else spec.foreground_labels
     return tuple(
         Member(
@@ -256,7 +256,14 @@ def check_resampling(config: Config, spec: ModelSpec, *, by_slice: bool) -> None
     check_rules(spec.resampling_data, spec.resampling_probabilities, spec.resampling_labels)
 
 
-def _window(config: Config, spec: ModelSpec) -> SlidingWindow:
+def make_window(config: Config, spec: ModelSpec) -> SlidingWindow:
+    """How a model's windows are laid.
+
+    Raises
+    ------
+    ConfigError
+        If what is stated does not fit the model.
+    """
     stated = config.inference.sliding_window
     patch = spec.patch_shape
     if stated.window_size is not None:
@@ -287,7 +294,8 @@ def _mirror_axes(config: Config, spec: ModelSpec) -> tuple[int, ...]:
     return tuple(stated.flip_axes)
 
 
-def _predictor(config: Config, backends: tuple[Backend, ...], window: SlidingWindow, spec: ModelSpec) -> Predictor:
+def make_predictor(config: Config, backends: tuple[Backend, ...], window: SlidingWindow, spec: ModelSpec) -> Predictor:
+    """The predictor that lays a model's windows for these backends, one a fold."""
     if config.inference.sliding_window.engine == "nnunet":
         return RollingPredictor(backends, window, spec.classes)
     from connectomics.inference.monai_window import MonaiPredictor

@@ -7,15 +7,24 @@ import math
 from connectomics.build.engine import Engine, EngineModel
 from connectomics.config.schema import Config
 from connectomics.errors import ResourceError
-from connectomics.geometry import vec3
+from connectomics.geometry import Vec3, vec3
 from connectomics.io.export import exporting_bytes
 from connectomics.io.stored import READ_BYTES, reading_bytes
 from connectomics.io.volume import VolumeInfo
-from connectomics.pipeline.memory import LIBRARY_BYTES, Budget, Work
+from connectomics.pipeline.memory import LIBRARY_BYTES, Budget, Footprint, Work
 from connectomics.pipeline.planning import REFUSAL_STEP_BYTES, BlockPlan, plan_blocks
 from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.survey import survey_bytes
 from connectomics.pipeline.workshop import CHUNK, VOXEL_BYTES
+
+
+def peak_of(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo, block: Vec3) -> Footprint:
+    """Memory of the whole process, and of the device, while a volume is worked on in such blocks (z, y, x)."""
+    works = _works(config, engine, segmenter, info)
+    budget, _ = _budget(config, engine, segmenter, info, works[0].stored_bytes)
+    each = [work.footprint(block, info.extent) for work in works]
+    need = Footprint(max(f.host_bytes for f in each), max(f.device_bytes for f in each))
+    return Footprint(budget.host_need(need), need.device_bytes)
 
 
 def plan_volume(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo) -> tuple[BlockPlan, int]:
@@ -26,11 +35,15 @@ def plan_volume(config: Config, engine: Engine, segmenter: Segmenter, info: Volu
     ResourceError
         If the memory budget cannot hold the smallest blocks.
     """
-    pairs = zip(engine.of_members, segmenter.members, strict=True)
-    works = [_work(config, engine, segmenter, model, member, info) for model, member in pairs]
+    works = _works(config, engine, segmenter, info)
     stated = config.inference.block_shape
     budget, readers = _budget(config, engine, segmenter, info, works[0].stored_bytes)
     return plan_blocks(info.extent, works, budget, None if stated is None else vec3(stated)), readers
+
+
+def _works(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo) -> list[Work]:
+    pairs = zip(engine.of_members, segmenter.members, strict=True)
+    return [_work(config, engine, segmenter, model, member, info) for model, member in pairs]
 
 
 def _work(

@@ -25,7 +25,7 @@ from connectomics.io.listing import VolumeSource, expand, group, refuse_collisio
 from connectomics.io.opening import open_channels, open_volume
 from connectomics.io.volume import Nanometres, Spacing, VolumeReader
 from connectomics.models.backends.choice import AUTO
-from connectomics.models.spec import NO_RESAMPLING
+from connectomics.models.spec import NO_RESAMPLING, ModelSpec
 from connectomics.pipeline.finish import Output
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segmenter
 from connectomics.pipeline.run import VolumeJob
@@ -77,7 +77,12 @@ def share_of(config: Config, sources: list[VolumeSource]) -> list[VolumeSource]:
 
 
 def open_source(config: Config, engine: Engine, source: VolumeSource) -> VolumeReader:
-    """Open a volume and hold it against the model.
+    """Open a volume and hold it against the engine's model; see ``open_input``."""
+    return open_input(config, engine.spec, source)
+
+
+def open_input(config: Config, spec: ModelSpec, source: VolumeSource) -> VolumeReader:
+    """Open a volume and hold it against a model.
 
     Raises
     ------
@@ -94,11 +99,11 @@ def open_source(config: Config, engine: Engine, source: VolumeSource) -> VolumeR
         reader = open_volume(source.uris[0], axes=axes, voxel_size_nm=voxel_size)
     else:
         reader = open_channels(source.uris, axes=axes, voxel_size_nm=voxel_size)
-    if reader.info.channels != engine.spec.channels:
+    if reader.info.channels != spec.channels:
         reader.close()
         raise VolumeError(
-            f"{source.name}: has {reader.info.channels} channels, the model expects {engine.spec.channels} "
-            f"({', '.join(engine.spec.channel_names)}); add the files of the other channels (NAME_0000, NAME_0001, …), "
+            f"{source.name}: has {reader.info.channels} channels, the model expects {spec.channels} "
+            f"({', '.join(spec.channel_names)}); add the files of the other channels (NAME_0000, NAME_0001, …), "
             "choose the right volume, or state inference.axes"
         )
     try:

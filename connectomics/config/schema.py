@@ -27,7 +27,7 @@ class System:
     ``device`` is auto (the first CUDA device when there is one, otherwise the CPU), cpu, mps, cuda or cuda:N;
     a named device that is missing is an error. ``backend`` is torch (the reference), compile, openvino, or auto (the
     fastest that is there). ``num_cpus`` counts threads of a forward pass; ``memory_budget_gb`` limits host memory, in
-    10^9 bytes. ``cache_dir`` keeps compiled networks.
+    10^9 bytes. ``cache_dir`` keeps compiled networks and what ``connectomics tune`` measured.
     """
 
     device: str = "auto"

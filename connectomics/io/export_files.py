@@ -83,13 +83,14 @@ def _pieces(info: VolumeInfo) -> Iterator[Box]:
 def _planes(info: VolumeInfo) -> Iterator[Box]:
     """Whole sections, as many as a chunk is deep unless that is too much memory; parts of those that are tiled."""
     _, height, width = info.extent
-    if _is_tiled(info):
+    if is_tiled(info):
         return _pieces(info)
     depth = max(1, min(info.chunk_shape[0], SLAB_BYTES // section_bytes(info)))
     return (block.core for block in BlockGrid(info.extent, (depth, height, width)))
 
 
-def _is_tiled(info: VolumeInfo) -> bool:
+def is_tiled(info: VolumeInfo) -> bool:
+    """Whether a TIFF's sections are cut into tiles."""
     return section_bytes(info) > SLAB_BYTES
 
 
@@ -178,7 +179,7 @@ def _write_tiff(source: Store, path: Path, stamp: dict[str, object]) -> None:
     metadata: dict[str, object] = {"axes": _axes(info).upper(), STAMP: stamp}
     if info.voxel_size_nm is not None:
         metadata["voxel_size_nm"] = list(info.voxel_size_nm)
-    tiled = _is_tiled(info)
+    tiled = is_tiled(info)
     parts = _tiles if tiled else _sections
     with tifffile.TiffWriter(path, bigtiff=raw_bytes > CLASSIC_TIFF_BYTES) as writer:
         writer.write(

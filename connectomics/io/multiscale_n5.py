@@ -52,7 +52,7 @@ class N5Levels:
     def open(self, folder: Path, level: int) -> LevelArray:
         """A level, for reading and writing."""
         extent = self.levels[level].extent
-        unit = grown(self._chunk(self.levels[level]), extent, self._voxel_bytes, self.unit_bytes)
+        unit = grown(self.chunk(self.levels[level]), extent, self._voxel_bytes, self.unit_bytes)
         return LevelArray(folder, open_driver("n5", folder / f"s{level}").T, unit)
 
     def stamp(self, folder: Path, stamp: dict[str, object], name: str) -> None:
@@ -77,7 +77,8 @@ class N5Levels:
     def _voxel_bytes(self) -> int:
         return self.info.channels * self._dtype.itemsize
 
-    def _chunk(self, level: Level) -> Vec3:
+    def chunk(self, level: Level) -> Vec3:
+        """Shape (z, y, x) of the chunks of a level."""
         limit = min(CHUNK_BYTES, self.unit_bytes)
         return grown(self.info.chunk_shape, level.extent, self._voxel_bytes, limit)
 
@@ -88,7 +89,7 @@ class N5Levels:
         channels = [self.info.channels] * (self.info.channels > 1)
         attributes: dict[str, object] = {
             "dimensions": [*level.extent[::-1], *channels],
-            "blockSize": [*self._chunk(level)[::-1], *channels],
+            "blockSize": [*self.chunk(level)[::-1], *channels],
             "dataType": self._dtype.name,
             "compression": {"type": "gzip", "level": 5, "useZlib": False},
             "downsamplingFactors": self._factors(level),

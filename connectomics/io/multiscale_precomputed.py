@@ -80,7 +80,7 @@ class PrecomputedLevels:
         return "_".join(f"{length:.10g}" for length in level.scale(self.voxel_size_nm)[::-1])
 
     def _scale(self, level: Level) -> dict[str, object]:
-        chunk = vec3([min(c, n) for c, n in zip(self.info.chunk_shape, level.extent, strict=True)])
+        chunk = self._chunk(level)
         scale: dict[str, object] = {
             "key": self._key(level),
             "size": list(level.extent[::-1]),
@@ -88,25 +88,43 @@ class PrecomputedLevels:
             "voxel_offset": list(level.offset[::-1]),
             "chunk_sizes": [list(chunk[::-1])],
             "encoding": "raw",
-            "sharding": self._sharding(level, chunk),
+            "sharding": self._sharding(level),
         }
-        if self.labels and self._dtype.itemsize * 8 >= ID_BITS:
+        if self.compressed:
             scale["encoding"] = "compressed_segmentation"
             scale["compressed_segmentation_block_size"] = [8, 8, min(8, chunk[0])]
         return scale
 
-    def _sharding(self, level: Level, chunk: Vec3) -> dict[str, object]:
-        """Shards of as many chunks as ``unit_bytes`` holds, a power of two of them."""
+    @property
+    def compressed(self) -> bool:
+        """Whether it is stored as compressed segmentation."""
+        return self.labels and self._dtype.itemsize * 8 >= ID_BITS
+
+    def shards(self, level: Level) -> int:
+        """How many shards a level has at most."""
+        shard_bits, _ = self._bits(level)
+        return 1 << shard_bits
+
+    def _chunk(self, level: Level) -> Vec3:
+        return vec3([min(c, n) for c, n in zip(self.info.chunk_shape, level.extent, strict=True)])
+
+    def _bits(self, level: Level) -> tuple[int, int]:
+        """Bits of a chunk's number that say its shard, and its place within that: as many as ``unit_bytes`` holds."""
+        chunk = self._chunk(level)
         grid = [-(-n // c) for n, c in zip(level.extent, chunk, strict=True)]
         bits = sum((n - 1).bit_length() for n in grid)
         chunk_bytes = math.prod(chunk) * self.info.channels * self._dtype.itemsize
         within = min(bits, max(0, (self.unit_bytes // chunk_bytes).bit_length() - 1))
+        return bits - within, within
+
+    def _sharding(self, level: Level) -> dict[str, object]:
+        shard_bits, within = self._bits(level)
         return {
             "@type": "neuroglancer_uint64_sharded_v1",
             "hash": "identity",
             "preshift_bits": within,
             "minishard_bits": 0,
-            "shard_bits": bits - within,
+            "shard_bits": shard_bits,
             "minishard_index_encoding": "gzip",
             "data_encoding": "gzip",
         }

@@ -42,7 +42,7 @@ class StoreLevels:
         """Make the arrays of all levels but the store's own."""
         for k, level in enumerate(self.levels[1:], 1):
             info = _of_level(self.info, level)
-            shard = grown(info.chunk_shape, info.extent, _voxel_bytes(info), self.unit_bytes)
+            shard = self.shard(level)
             with replacing(folder / str(k)) as temporary:
                 temporary.mkdir()
                 (temporary / METADATA).write_text(json.dumps(array_metadata(info, shard), indent=2))
@@ -54,6 +54,11 @@ class StoreLevels:
     def stamp(self, folder: Path, stamp: dict[str, object], name: str) -> None:
         """Name the levels and the image, and keep the stamp."""
         stamp_store(folder, stamp, name, self.levels)
+
+    def shard(self, level: Level) -> Vec3:
+        """Shape (z, y, x) of the shards of a level but the store's own."""
+        info = _of_level(self.info, level)
+        return grown(info.chunk_shape, info.extent, _voxel_bytes(info), self.unit_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +90,13 @@ class Zarr2Levels:
             (temporary / ".zgroup").write_text('{"zarr_format": 2}')
             for k, level in enumerate(self.levels):
                 (temporary / str(k)).mkdir()
-                metadata = _array2_metadata(_of_level(self.info, level), self._chunk(level))
+                metadata = _array2_metadata(_of_level(self.info, level), self.chunk(level))
                 (temporary / str(k) / ".zarray").write_text(json.dumps(metadata, indent=2))
 
     def open(self, folder: Path, level: int) -> LevelArray:
         """A level, for reading and writing."""
         extent = self.levels[level].extent
-        unit = grown(self._chunk(self.levels[level]), extent, _voxel_bytes(self.info), self.unit_bytes)
+        unit = grown(self.chunk(self.levels[level]), extent, _voxel_bytes(self.info), self.unit_bytes)
         return LevelArray(folder, open_driver("zarr", folder / str(level)), unit)
 
     def stamp(self, folder: Path, stamp: dict[str, object], name: str) -> None:
@@ -100,7 +105,8 @@ class Zarr2Levels:
         attributes = {"multiscales": [image], ATTRIBUTES: {STAMP: stamp}}
         write_text(folder / ".zattrs", json.dumps(attributes, indent=2, allow_nan=False))
 
-    def _chunk(self, level: Level) -> Vec3:
+    def chunk(self, level: Level) -> Vec3:
+        """Shape (z, y, x) of the chunks of a level."""
         limit = min(CHUNK_BYTES, self.unit_bytes)
         return grown(self.info.chunk_shape, level.extent, _voxel_bytes(self.info), limit)
 

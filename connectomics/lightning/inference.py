@@ -36,6 +36,7 @@ from connectomics.inference.case import ReadBox
 from connectomics.io.listing import VolumeSource
 from connectomics.io.volume import Array, Spacing, VolumeInfo
 from connectomics.lightning.cascade import previous_labels
+from connectomics.lightning.planning import Foresight
 from connectomics.lightning.resume import Continuation
 from connectomics.pipeline.contracts import RunReport
 from connectomics.pipeline.finish import check_names, settle, work_folder
@@ -258,6 +259,7 @@ class VolumeProcessor:
         self._engine = engine
         self._observer = observer or Silence()
         self._continuation = Continuation(config, engine)
+        self._foresight = Foresight(config)
 
     def run(self, sources: Sequence[VolumeSource]) -> list[VolumeOutcome]:
         """Bring volumes to their final outputs.
@@ -332,6 +334,7 @@ class VolumeProcessor:
             previous = opened.enter_context(previous_labels(self._config, engine, source, reader, self._observer.block))
             job = job_of(self._config, engine, source, reader, previous, wanted)
             check_names(job.outputs, settings.folder, overwrite=self._config.inference.output.overwrite)
+            job = self._foresight.foreseen(engine, job)
             report = run_volume(job, engine.settings, SerialExecutor(), self._observer.block)
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report
 

@@ -68,7 +68,8 @@ class Executor(Protocol):
 class RunReport:
     """What one process did of a volume; written to RUN as ``report.json``.
 
-    ``skipped`` blocks were finished before or by others, ``failed`` ones are quarantined.
+    ``skipped`` blocks were finished before or by others, ``failed`` ones are quarantined. ``predicted_s`` is what the
+    blocks it did were predicted to take, None where nobody did, and ``ratio`` is ``seconds`` over that.
     """
 
     planned: int
@@ -78,3 +79,5 @@ class RunReport:
     windows: int
     voxels: int
     seconds: float
+    predicted_s: float | None = None
+    ratio: float | None = None

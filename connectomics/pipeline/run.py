@@ -89,6 +89,7 @@ class VolumeJob:
 
     ``readers`` threads survey it; without ``wanted`` every voxel is; ``contract`` is what a fast run is held to.
     ``filter_block_bytes`` is what a block may take whose filters, or the holes of whose mask, are worked out.
+    ``predicted_s`` is what all of it was predicted to take, None where nobody did.
     """
 
     name: str
@@ -104,6 +105,7 @@ class VolumeJob:
     wanted: Wanted | None = None
     contract: FastContract | None = None
     filter_block_bytes: int = BLOCK_VOXELS * VOXEL_BYTES
+    predicted_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,7 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     """
     began = time.perf_counter()
     for output in job.outputs:
-        check_exportable(output, _info_of(job, output.name, job.plan), settings.folder, settings.budget_bytes)
+        check_exportable(output, info_of(job, output.name, job.plan), settings.folder, settings.budget_bytes)
     work = work_folder(job.run_folder, job.outputs, settings.program)
     _make_work_folder(work)
     reader = PatientReader(job.reader, job.name, settings.pauses_s)
@@ -258,7 +260,13 @@ def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: floa
     voxels = Box.of_shape(prepared.ledger.grid.volume).voxels
     seconds = round(time.perf_counter() - began, 3)
     failed = len(blocks.failures)
-    report = RunReport(blocks.planned, blocks.skipped, blocks.done, failed, blocks.windows, voxels, seconds)
+    predicted = None if job.predicted_s is None else round(job.predicted_s * blocks.done / max(1, blocks.planned), 3)
+    ratio = round(seconds / predicted, 3) if predicted else None
+    report = RunReport(
+        blocks.planned, blocks.skipped, blocks.done, failed, blocks.windows, voxels, seconds, predicted, ratio
+    )
+    if predicted and not failed:
+        log.info("took %.1f s, predicted were %.1f s for its share of the blocks", seconds, predicted)
     write_text(job.run_folder / "report.json", json.dumps(asdict(report), indent=1) + "\n")
     if blocks.failures:
         raise QuarantineError(failure_message(blocks.failures, blocks.planned, prepared.ledger.folder))
@@ -351,11 +359,11 @@ def _store(path: Path, job: VolumeJob, name: str, plan: BlockPlan) -> Store:
             return store
         store.close()  # its ledger was lost, and now the volume is cut in another way
         discard(path)
-    return create_store(path, _info_of(job, name, plan), shard_shape=plan.block_shape, attributes={})
+    return create_store(path, info_of(job, name, plan), shard_shape=plan.block_shape, attributes={})
 
 
-def _info_of(job: VolumeJob, name: str, plan: BlockPlan) -> VolumeInfo:
-    """The volume that an output is."""
+def info_of(job: VolumeJob, name: str, plan: BlockPlan) -> VolumeInfo:
+    """The volume that an output is: its chunks are those of the working store."""
     source = job.reader.info
     rule = job.segmenter.probabilities
     if name == LABELS or rule is None:

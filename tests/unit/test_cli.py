@@ -65,7 +65,20 @@ def test_help_is_quick_and_imports_no_torch() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["infer-volume", "test", "evaluate", "inspect", "convert", "verify", "reproduce", "doctor", "demo", "from-nnunet"],
+    [
+        "from-nnunet",
+        "infer-volume",
+        "plan",
+        "tune",
+        "test",
+        "evaluate",
+        "inspect",
+        "convert",
+        "verify",
+        "reproduce",
+        "doctor",
+        "demo",
+    ],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

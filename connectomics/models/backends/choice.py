@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -106,7 +106,13 @@ BACKENDS: Mapping[str, Callable[[Networks, int, Terms, Artefacts], Backend]] = {
 }
 
 
-def choose(name: str, terms: Terms, models: Sequence[Networks], artefacts: Artefacts) -> Chosen:
+def choose(
+    name: str,
+    terms: Terms,
+    models: Sequence[Networks],
+    artefacts: Artefacts,
+    measured: Sequence[tuple[str, int]] = (),
+) -> Chosen:
     """Backends for all networks of all models, of the one kind that is named.
 
     Parameters
@@ -119,6 +125,8 @@ def choose(name: str, terms: Terms, models: Sequence[Networks], artefacts: Artef
         The networks.
     artefacts
         Where compiled networks are kept.
+    measured
+        Backends and their threads, the fastest first, that auto tries before all others.
 
     Raises
     ------
@@ -129,17 +137,20 @@ def choose(name: str, terms: Terms, models: Sequence[Networks], artefacts: Artef
     """
     if name not in (AUTO, *BACKENDS):
         raise ConfigError(f"'{name}' is not a backend; use {AUTO}, {', '.join(BACKENDS)}")
-    names: tuple[str, ...] = (name,)
+    candidates = [(name, terms)]
     if name == AUTO:
-        names = FIRST_ON_CPU if select_device(terms.device).type == "cpu" else ("torch",)
+        others = FIRST_ON_CPU if select_device(terms.device).type == "cpu" else ("torch",)
+        candidates = [(kind, replace(terms, threads=threads)) for kind, threads in measured]
+        candidates += [(kind, terms) for kind in others if (kind, terms) not in candidates]
     notes: list[str] = []
-    for candidate in names[:-1]:
+    for candidate, its_terms in candidates[:-1]:
         try:
-            return Chosen(_made(candidate, terms, models, artefacts), tuple(notes))
+            return Chosen(_made(candidate, its_terms, models, artefacts), tuple(notes))
         except DeviceError as error:
             notes.append(f"{candidate} was not taken: {error}")
             log.warning("system.backend=auto: %s", notes[-1])
-    return Chosen(_made(names[-1], terms, models, artefacts), tuple(notes))
+    last, its_terms = candidates[-1]
+    return Chosen(_made(last, its_terms, models, artefacts), tuple(notes))
 
 
 def _made(name: str, terms: Terms, models: Sequence[Networks], artefacts: Artefacts) -> tuple[tuple[Backend, ...], ...]:

@@ -1,0 +1,152 @@
+"""What ``connectomics tune`` measured on this machine, for ``system.backend=auto``; kept in the cache folder.
+
+A profile belongs to models, patches and a machine, which name its file. It appears whole, and one that is damaged or of
+another version counts as absent. All it decides is which of the backends that auto may take comes first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from connectomics.errors import OutputError
+from connectomics.fingerprint import key_of
+from connectomics.geometry import Vec3
+from connectomics.io.atomic import write_text
+from connectomics.models.backends.choice import BACKENDS
+from connectomics.models.backends.torch_eager import capability, select_device
+from connectomics.models.spec import ModelSpec
+
+log = logging.getLogger(__name__)
+VERSION = 1
+EXACT_DISAGREEMENT = 1e-4  # an exact backend that differs more on the sample is not taken by auto
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One way to run the networks, and what was measured of it.
+
+    Parameters
+    ----------
+    backend, precision, batch, threads
+        As the configuration has them.
+    window_s
+        Seconds of a window in one forward pass of one fold of each model; None where it could not be run.
+    ratio
+        How many times faster than PyTorch, eager and exact, with the configured batch and threads.
+    disagreement
+        Share of the sample's labels, of plain logits, that differ from that.
+    reason
+        Why it could not be run, or was not measured.
+    """
+
+    backend: str
+    precision: str
+    batch: int
+    threads: int
+    window_s: float | None = None
+    ratio: float | None = None
+    disagreement: float | None = None
+    reason: str = ""
+
+    @property
+    def eligible(self) -> bool:
+        """Whether auto may take it."""
+        if self.window_s is None or self.disagreement is None:
+            return False
+        return self.precision != "exact" or self.disagreement <= EXACT_DISAGREEMENT
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """All trials of one model on one machine, in the order they were planned."""
+
+    trials: tuple[Trial, ...]
+
+    def fastest(self, precision: str, batch: int, threads: int | None) -> tuple[Trial, ...]:
+        """Eligible trials of a precision and batch, the fastest first.
+
+        Parameters
+        ----------
+        threads
+            Those that are stated, or None where they may be chosen.
+        """
+        found = [t for t in self.trials if t.eligible and (t.precision, t.batch) == (precision, batch)]
+        return tuple(sorted((t for t in found if threads in (None, t.threads)), key=lambda t: t.window_s or 0.0))
+
+    def window_s(self, backend: str, precision: str, batch: int, threads: int) -> float | None:
+        """Seconds of a window in one pass of one fold, where exactly this was measured."""
+        wanted = (backend, precision, batch, threads)
+        return next((t.window_s for t in self.trials if (t.backend, t.precision, t.batch, t.threads) == wanted), None)
+
+
+def machine(device: str) -> dict[str, object]:
+    """What of this machine decides speed: the processor's name, the CPUs of this process, the device."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"processor": _processor(), "cores": cores, "device": capability(select_device(device))}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def profile_path(folder: Path, specs: Sequence[ModelSpec], patches: Sequence[Vec3], device: str) -> Path:
+    """Where the profile of some models on this machine is kept."""
+    models = [[spec.sha256, list(patch)] for spec, patch in zip(specs, patches, strict=True)]
+    return folder / f"tune_{key_of({'models': models, 'machine': machine(device)})[:32]}.json"
+
+
+def load_profile(path: Path) -> Profile | None:
+    """What was measured, or None where nothing was or what stands there is damaged."""
+    try:
+        found = json.loads(path.read_text())
+        if found["version"] != VERSION:
+            return None
+        trials = tuple(Trial(**fields) for fields in found["trials"])
+        if not all(_sound(trial) for trial in trials):
+            raise ValueError("a value is out of range")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s: is damaged and not used (%s); run connectomics tune again", path, error)
+        return None
+    return Profile(trials)
+
+
+def save_profile(path: Path, profile: Profile, device: str) -> None:
+    """Keep it for later runs.
+
+    Raises
+    ------
+    OutputError
+        If the disk refuses.
+    """
+    content = {"version": VERSION, "machine": machine(device), "trials": [asdict(t) for t in profile.trials]}
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_text(path, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror}); set system.cache_dir to a folder that can"
+        ) from error
+
+
+def _sound(trial: Trial) -> bool:
+    """Whether a trial can have been measured."""
+    numbers = (trial.window_s, trial.ratio, trial.disagreement)
+    return (
+        trial.backend in BACKENDS
+        and trial.precision in ("exact", "fast")
+        and all(isinstance(n, int) and n >= 1 for n in (trial.batch, trial.threads))
+        and all(n is None or (isinstance(n, float | int) and 0 <= n < float("inf")) for n in numbers)
+    )

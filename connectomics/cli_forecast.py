@@ -1,0 +1,124 @@
+"""The commands that look ahead: ``plan`` and ``tune``; ``cli`` gives them their words and prints their errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from connectomics.errors import ConnectomicsError
+
+if TYPE_CHECKING:
+    from connectomics.build.engine import Engine
+    from connectomics.config.schema import Config
+    from connectomics.io.listing import VolumeSource
+    from connectomics.lightning.planning import Plan
+    from connectomics.lightning.tune import Progress
+
+FAILED = 3
+TUNE_S = 60.0
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """``--max-hours`` and ``--max-gb``."""
+    text = "refuse volumes that are predicted to take longer, all together"
+    parser.add_argument("--max-hours", type=float, metavar="H", help=text)
+    text = "refuse volumes whose outputs may take more than that many 10^9 bytes, all together"
+    parser.add_argument("--max-gb", type=float, metavar="G", help=text)
+
+
+def add_tune_words(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The words of ``tune``."""
+    text = "measure backends, precisions, batches and threads on this machine; system.backend=auto takes the fastest"
+    parser = commands.add_parser("tune", help=text, description=text)
+    parser.add_argument("model", type=Path, help="training folder, fold folder, exported .zip or .pth file")
+    parser.add_argument("volume", help="a volume that the model is for")
+    parser.add_argument("--seconds", type=float, default=TUNE_S, help="about how long; default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--config", type=Path, help="YAML file; see tutorials/nnunet_mito_inference.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. system.num_cpus=4")
+
+
+def plan(words: argparse.Namespace) -> int:
+    """Print what the volumes of an ``infer-volume`` call would take; the exit code."""
+    from connectomics.config.load import load_config
+
+    config = load_config(words.config, words.overrides)
+    from connectomics.build.engine import build_engine
+    from connectomics.build.volumes import list_sources, share_of
+
+    engine = build_engine(config, words.checkpoint)
+    found = planned(config, engine, share_of(config, list_sources(config, engine.spec.channels)))
+    if words.json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        print("\n".join(found.lines()))
+    _require(found, words)
+    return FAILED if found.refused else 0
+
+
+def planned(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
+    """The plan of some volumes."""
+    from connectomics.lightning.planning import plan_volumes
+
+    return plan_volumes(config, engine, sources)
+
+
+def check_limits(words: argparse.Namespace, config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> None:
+    """Refuse volumes beyond ``--max-hours`` or ``--max-gb``, where these are stated, before the first is begun.
+
+    Raises
+    ------
+    ResourceError
+        Saying what to change.
+    """
+    if words.max_hours is not None or words.max_gb is not None:
+        _require(planned(config, engine, sources), words)
+
+
+def _require(found: Plan, words: argparse.Namespace) -> None:
+    from connectomics.pipeline.forecast import require_within
+
+    require_within(found.forecasts, words.max_hours, words.max_gb)
+
+
+def tune(words: argparse.Namespace) -> int:
+    """Measure, print a table and where the profile is; the exit code."""
+    from connectomics.config.load import load_config
+
+    config = load_config(words.config, words.overrides)
+    from dataclasses import asdict
+
+    from connectomics.lightning import tune as tuning
+
+    with _progress() as progress:
+        found = tuning.tune(config, words.model, words.volume, words.seconds, progress)
+    if words.json:
+        path = None if found.path is None else str(found.path)
+        print(json.dumps({"profile": path, "trials": [asdict(t) for t in found.profile.trials]}, indent=1))
+    else:
+        print("\n".join(tuning.table(found)))
+        print("kept nowhere: there is no home; set system.cache_dir" if found.path is None else found.path)
+    if not any(trial.window_s for trial in found.profile.trials):
+        raise ConnectomicsError("no backend could be measured; the reasons stand above")
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Draws how far it is, where there is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True, highlight=False)
+    with Bars(console=console, disable=not sys.stderr.isatty(), transient=True) as bars:
+        task = bars.add_task("", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            bars.update(task, completed=done, total=total, description=what)
+
+        yield show

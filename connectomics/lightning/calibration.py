@@ -1,0 +1,284 @@
+"""How fast an engine goes on this machine, measured in seconds: a few windows, and a miniature run without the network.
+
+The miniature is a real run of a small part of the user's own volume, from survey to export, in a temporary folder; a
+stand-in gives logits at no cost, so that what is left is everything outside the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from connectomics.build.backends import known_profile
+from connectomics.build.engine import Engine, EngineModel, make_predictor
+from connectomics.config.schema import Config
+from connectomics.executors.serial import SerialExecutor
+from connectomics.geometry import Box, Vec3, vec3
+from connectomics.inference.predictor import Predictor, SlidingWindow
+from connectomics.io.levels import grown
+from connectomics.io.volume import Array, VolumeInfo, VolumeReader
+from connectomics.models.backends.contract import NumericClass
+from connectomics.models.backends.torch_eager import select_device
+from connectomics.pipeline.forecast import Pace, Seconds
+from connectomics.pipeline.planning import BlockPlan
+from connectomics.pipeline.predict import Member, Segmenter
+from connectomics.pipeline.run import VolumeJob, run_volume
+
+WINDOWS_S = 3.0  # of measuring windows of one model, after the first
+FEWEST, MOST = 3, 15  # measurements
+MINIATURE_VOXELS = 1 << 22
+BLOB = 16  # voxels along an edge of what the stand-in finds
+TUNED = "connectomics tune"
+
+
+@dataclass(frozen=True, slots=True)
+class WindowTimes:
+    """Of each member, seconds of a window, seconds with the stand-in, and where the first come from."""
+
+    full: tuple[Seconds, ...]
+    stand_in: tuple[float, ...]
+    basis: str
+
+
+def measure_windows(config: Config, engine: Engine, seconds: float = WINDOWS_S) -> WindowTimes:
+    """Time a window of each model: the network as ``connectomics tune`` measured it, else as it goes now.
+
+    Parameters
+    ----------
+    seconds
+        About how long to measure each model, where a few windows do not take longer.
+    """
+    profile = None
+    if len(engine.models) == 1:
+        profile = known_profile(config, engine.specs, [model.window.patch for model in engine.models])
+    tuned = None if profile is None else profile.window_s(*_kind(engine))
+    full, without = [], []
+    for model, member in zip(engine.of_members, engine.segmenter.members, strict=True):
+        without.append(_window_seconds(_standing_in(config, model), model, seconds / 10).median)
+        if tuned is None:
+            full.append(_window_seconds(member.predictor, model, seconds))
+        else:
+            network = tuned * model.window.passes * len(model.spec.folds)
+            full.append(Seconds(network + without[-1], network, network + 2 * without[-1]))
+    return WindowTimes(tuple(full), tuple(without), TUNED if tuned is not None else "a calibration of some windows")
+
+
+def measure_pace(config: Config, engine: Engine, job: VolumeJob, times: WindowTimes) -> Pace:
+    """Measure how fast an engine labels a volume.
+
+    Parameters
+    ----------
+    job
+        Of the volume; nothing of it is changed or kept.
+    times
+        Of the engine's windows.
+
+    Raises
+    ------
+    ConnectomicsError
+        If the volume cannot be read, or a miniature cannot be run.
+    """
+    sample_s = [0.0] * len(times.full)
+    if engine.exact is not None:
+        triples = zip(engine.of_members, engine.exact.members, times.full, strict=True)
+        sample_s = [t.median + _window_seconds(m.predictor, model, 0.0).median for model, m, t in triples]
+    predictors = [_standing_in(config, model) for model in engine.of_members]
+    voxel_s, fixed_s = _outside(job, engine, predictors, times.stand_in)
+    return Pace(times.full, tuple(sample_s), voxel_s, fixed_s, times.basis)
+
+
+def _kind(engine: Engine) -> tuple[str, str, int, int]:
+    found = engine.settings.numeric_class
+    backend = str(found["backend"]).partition(" ")[0]
+    return backend, str(found["precision"]), int(str(found["batch"])), int(str(found["threads"]))
+
+
+def _standing_in(config: Config, model: EngineModel) -> Predictor:
+    first = StandIn(model.window, model.spec.classes, config.system.device)
+    return make_predictor(config, (first,) * len(model.spec.folds), model.window, model.spec)
+
+
+class StandIn:
+    """A backend that finds the same blobs in every window at once.
+
+    Parameters
+    ----------
+    window
+        How windows are laid.
+    classes
+        Output channels.
+    device
+        A name ``select_device`` knows.
+    """
+
+    def __init__(self, window: SlidingWindow, classes: int, device: str) -> None:
+        self._device = select_device(device)
+        self._class = NumericClass("stand-in", "exact", window.batch, 1, self._device.type)
+        blobs = sum(np.ogrid[tuple(slice(n) for n in window.patch)][a] // BLOB for a in range(3)) % 2
+        logits = torch.zeros((1, classes, *window.patch))
+        logits[0, -1] = torch.from_numpy(np.where(blobs == 1, np.float32(1), np.float32(-1)))
+        self._logits = logits.to(self._device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where windows are expected."""
+        return self._device
+
+    @property
+    def numeric_class(self) -> NumericClass:
+        """Of nothing that is kept."""
+        return self._class
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [n, k, z, y, x] for windows float32 [n, c, z, y, x]."""
+        return self._logits.repeat(len(batch), 1, 1, 1, 1)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Noise:
+    """Windows of noise, a ``WindowSource``."""
+
+    box: Box
+    values: Array
+
+    @property
+    def channels(self) -> int:
+        return len(self.values)
+
+    def get(self, box: Box) -> Array:
+        return np.ascontiguousarray(self.values[(slice(None), *box.slices)])
+
+
+def _window_seconds(predictor: Predictor, model: EngineModel, seconds: float) -> Seconds:
+    """Measure full batches of windows from normalised voxels in memory to finished logits; seconds of one window."""
+    window, width = model.window, model.window.patch[2]
+    step = max(1, math.floor(width * window.step))
+    shape = (*window.patch[:2], width + step * (window.batch - 1))
+    noise = np.random.default_rng(0).standard_normal((model.spec.input_channels, *shape), np.float32)
+    source = _Noise(Box.of_shape(shape), noise)
+    count = predictor.windows(source, source.box)
+
+    def once() -> float:
+        began = time.perf_counter()
+        for _, logits in predictor.predict(source, source.box):
+            logits.sum().item()  # so that a device has finished
+        return (time.perf_counter() - began) / count
+
+    once()
+    values: list[float] = []
+    ends = time.perf_counter() + seconds
+    while len(values) < FEWEST or (len(values) < MOST and time.perf_counter() < ends):
+        values.append(once())
+    return Seconds.of(values)
+
+
+def _outside(
+    job: VolumeJob, engine: Engine, predictors: Sequence[Predictor], window_s: Sequence[float]
+) -> tuple[float, float]:
+    """Seconds of a voxel outside the network, and those that every volume takes."""
+    members = [replace(m, predictor=p) for m, p in zip(job.segmenter.members, predictors, strict=True)]
+    segmenter = replace(job.segmenter, members=tuple(_without_previous(m) for m in members))
+    extent = job.reader.info.extent
+    patch = _within(extent, vec3([max(axis) for axis in zip(*_patches(engine, job), strict=True)]))
+    large = _within(extent, grown(patch, extent, 1, max(MINIATURE_VOXELS, 2 * math.prod(patch))))
+    measured = []
+    for shape in dict.fromkeys((patch, large)):
+        voxels, windows, seconds = _miniature(job, engine, segmenter, shape)
+        measured.append((voxels, seconds - windows * sum(window_s) / len(window_s)))
+    (few, least), (many, most) = measured[0], measured[-1]
+    if few == many:
+        return 0.0, max(0.0, most)
+    voxel_s = max(0.0, (most - least) / (many - few))
+    return voxel_s, max(0.0, least - few * voxel_s)
+
+
+def _patches(engine: Engine, job: VolumeJob) -> Iterator[Vec3]:
+    """Each model's window in the volume's axes."""
+    for model, member in zip(engine.of_members, job.segmenter.members, strict=True):
+        yield member.order.inverse.turn(model.window.patch)
+
+
+def _within(extent: Vec3, shape: Vec3) -> Vec3:
+    return vec3([min(p, n) for p, n in zip(shape, extent, strict=True)])
+
+
+def _without_previous(member: Member) -> Member:
+    """A second stage that finds background in the first one's labels."""
+    if not member.previous_values:
+        return member
+    return replace(member, previous=lambda box: np.zeros((1, *box.shape), np.uint8))
+
+
+def _miniature(job: VolumeJob, engine: Engine, segmenter: Segmenter, shape: Vec3) -> tuple[int, int, float]:
+    """Run the middle of the volume; its voxels, windows of all members, and seconds."""
+    chunk = vec3([min(c, n) for c, n in zip(job.plan.chunk_shape, shape, strict=True)])
+    block = vec3([-(-min(b, n) // c) * c for b, n, c in zip(job.plan.block_shape, shape, chunk, strict=True)])
+    part = _Part(job.reader, shape)
+    with _scratch(engine.settings.folder) as folder, _silence():
+        small = replace(
+            job,
+            run_folder=folder / "miniature.run",
+            reader=part,
+            segmenter=segmenter,
+            outputs=tuple(replace(output, result_key="miniature") for output in job.outputs),
+            plan=BlockPlan(block, chunk),
+            provenance={},
+            command=(),
+            wanted=None,
+            contract=None,
+        )
+        settings = replace(engine.settings, folder=folder)
+        report = run_volume(small, settings, SerialExecutor(), lambda finished, planned: None)
+    return report.voxels, report.windows, report.seconds
+
+
+@contextlib.contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A folder that vanishes, on the disk of the results where that may be written to."""
+    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.is_dir())
+    place = existing if os.access(existing, os.W_OK | os.X_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".connectomics_plan_", dir=place) as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The log is the run's, not the miniature's."""
+    logger = logging.getLogger("connectomics")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+class _Part:
+    """The middle of a volume as a volume of its own."""
+
+    def __init__(self, reader: VolumeReader, shape: Vec3) -> None:
+        found = reader.info
+        self._reader = reader
+        self._start = vec3([(n - s) // 2 for n, s in zip(found.extent, shape, strict=True)])
+        chunk = vec3([min(c, n) for c, n in zip(found.chunk_shape, shape, strict=True)])
+        self.info: VolumeInfo = replace(found, shape=(found.channels, *shape), chunk_shape=chunk)
+        self.identity: dict[str, object] = {}
+
+    def read(self, box: Box) -> Array:
+        return self._reader.read(box.shift(self._start))
+
+    def close(self) -> None:
+        """The volume stays open."""

@@ -1,0 +1,220 @@
+"""``connectomics plan``: what volumes will take before they are run; ``VolumeProcessor`` asks at the start of each."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from connectomics.build.engine import Engine
+from connectomics.build.plan import peak_of
+from connectomics.build.volumes import job_of, open_source, wanted_of
+from connectomics.config.schema import Config
+from connectomics.errors import ConnectomicsError
+from connectomics.geometry import Box
+from connectomics.io.export_size import Size, largest_size, store_size
+from connectomics.io.listing import VolumeSource
+from connectomics.lightning.calibration import WindowTimes, measure_pace, measure_windows
+from connectomics.pipeline.finish import work_folder
+from connectomics.pipeline.forecast import Forecast, Pace, PlannedOutput, duration
+from connectomics.pipeline.ledger import plan_of
+from connectomics.pipeline.predict import PROBABILITIES
+from connectomics.pipeline.run import VolumeJob, info_of
+from connectomics.pipeline.run_folder import LEDGER
+from connectomics.pipeline.workload import Cut, count_read, count_sample_windows, count_windows
+
+log = logging.getLogger(__name__)
+WORTH_WINDOWS = 256  # runs of fewer windows, or of less time in the network, are not measured for
+WORTH_S = 30.0
+BRIEFLY_S = 1.0  # of measuring windows at the start of a run
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Forecasts of the volumes that can be labelled, and the reasons of those that cannot."""
+
+    forecasts: tuple[Forecast, ...]
+    refused: tuple[tuple[str, str], ...]
+
+    @property
+    def predicted_s(self) -> float:
+        """All volumes one after the other."""
+        return sum(f.seconds.median for f in self.forecasts if f.seconds is not None)
+
+    @property
+    def output(self) -> Size:
+        """All final outputs together."""
+        return sum((f.output for f in self.forecasts), Size(0, 0))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        total = {
+            "volumes": len(self.forecasts),
+            "blocks": sum(f.blocks for f in self.forecasts),
+            "windows": sum(f.windows for f in self.forecasts),
+            "predicted_s": round(self.predicted_s, 3),
+            "output_bytes": self.output.nbytes,
+            "output_files": self.output.files,
+        }
+        refused = [{"name": name, "reason": reason} for name, reason in self.refused]
+        return {"volumes": [f.as_dict() for f in self.forecasts], "total": total, "refused": refused}
+
+    def lines(self) -> list[str]:
+        """For the screen."""
+        lines = [line for f in self.forecasts for line in f.lines()]
+        if len(self.forecasts) > 1:
+            lines.append(
+                f"{len(self.forecasts)} volumes: {sum(f.windows for f in self.forecasts)} windows, about "
+                f"{duration(self.predicted_s)}, output at most {self.output.nbytes / 1e9:.3g} GB in "
+                f"{self.output.files} files"
+            )
+        return lines + [f"refused: {name}: {reason}" for name, reason in self.refused]
+
+
+def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
+    """Say what each volume takes, as if nothing was done yet; the pace is measured on the first.
+
+    Parameters
+    ----------
+    sources
+        The volumes; their metadata are read, and of the first a small part.
+    """
+    forecasts: list[Forecast] = []
+    refused: list[tuple[str, str]] = []
+    pace: Pace | None = None
+    for source in sources:
+        try:
+            with contextlib.ExitStack() as opened:
+                reader = open_source(config, engine, source)
+                opened.callback(reader.close)
+                wanted = wanted_of(config, reader.info.extent, source.name)
+                if wanted is not None:
+                    opened.callback(wanted.close)
+                job = job_of(config, engine, source, reader, None, wanted)
+                pace = pace or measure_pace(config, engine, job, measure_windows(config, engine))
+                forecasts.append(forecast(config, engine, job, pace))
+        except ConnectomicsError as error:
+            refused.append((source.name, str(error)))
+    return Plan(tuple(forecasts), tuple(refused))
+
+
+class Foresight:
+    """Predicts volumes as they come; an engine is measured once, where a volume is long enough to be worth it.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._times: dict[int, tuple[Engine, WindowTimes]] = {}
+        self._paces: dict[int, Pace] = {}
+
+    def foreseen(self, engine: Engine, job: VolumeJob) -> VolumeJob:
+        """The job with its predicted time, and a line of the plan in the log."""
+        try:
+            told = forecast(self._config, engine, job, self._pace(engine, job))
+        except (ConnectomicsError, OSError, MemoryError) as error:  # the run itself will say what is wrong
+            log.info("plan: none (%s)", error)
+            return job
+        log.info("plan: %s%s", told.short(), "; too short to be timed" if told.seconds is None else "")
+        return replace(job, predicted_s=None if told.seconds is None else told.seconds.median)
+
+    def _pace(self, engine: Engine, job: VolumeJob) -> Pace | None:
+        """None where measuring would take a good part of the run."""
+        cut, channels = _cut(engine, job), job.reader.info.channels
+        counts = [count_windows(member, cut, channels) for member in job.segmenter.members]
+        if id(engine) in self._paces or sum(counts) < WORTH_WINDOWS:
+            return self._paces.get(id(engine))
+        if id(engine) not in self._times:
+            self._times[id(engine)] = engine, measure_windows(self._config, engine, BRIEFLY_S)
+        times = self._times[id(engine)][1]
+        if sum(n * t.median for n, t in zip(counts, times.full, strict=True)) < WORTH_S:
+            return None
+        self._paces[id(engine)] = measure_pace(self._config, engine, job, times)
+        return self._paces[id(engine)]
+
+
+def forecast(config: Config, engine: Engine, job: VolumeJob, pace: Pace | None) -> Forecast:
+    """What one volume takes; without a pace no time is told.
+
+    Parameters
+    ----------
+    job
+        The volume; of its wanted voxels the box counts, and all of it.
+    """
+    info, members = job.reader.info, job.segmenter.members
+    cut = _cut(engine, job)
+    windows = [count_windows(member, cut, info.channels) for member in members]
+    piece = None if job.contract is None else job.contract.piece
+    sampled = [0 if piece is None else count_sample_windows(m, cut, info.channels, piece) for m in members]
+    passes = sum(n * m.window.passes * len(m.spec.folds) for n, m in zip(windows, engine.models, strict=True))
+    whole = config.inference.sliding_window.engine == "monai"
+    pairs = list(zip(members, engine.models, strict=True))
+    read = sum(count_read(member, model.window, cut, whole=whole) for member, model in pairs)
+    voxels = Box.of_shape(info.extent).voxels
+    peak = peak_of(config, engine, job.segmenter, info, cut.block_shape)
+    outputs, scratch = _sizes(engine, job, cut)
+    everything = job.wanted is None or _written_everywhere(job)
+    return Forecast(
+        job.name,
+        replace(cut, wanted=Box.of_shape(info.extent)).blocks if everything else cut.blocks,
+        cut.block_shape,
+        sum(windows),
+        passes,
+        None if pace is None else pace.predict(windows, sampled, voxels),
+        peak.host_bytes,
+        peak.device_bytes,
+        engine.settings.budget_bytes,
+        outputs,
+        scratch,
+        voxels,
+        voxels + read,
+        ", ".join(f"{key} {value}" for key, value in engine.settings.numeric_class.items()),
+        "" if pace is None else pace.basis,
+        _not_counted(config, engine, job),
+    )
+
+
+def _cut(engine: Engine, job: VolumeJob) -> Cut:
+    """Blocks as a run would cut them: as the ledger of an earlier one has them, where there is one."""
+    ledger = work_folder(job.run_folder, job.outputs, engine.settings.program) / LEDGER
+    plan = plan_of(ledger) or job.plan
+    extent = job.reader.info.extent
+    return Cut(extent, plan.block_shape, Box.of_shape(extent) if job.wanted is None else job.wanted.box)
+
+
+def _written_everywhere(job: VolumeJob) -> bool:
+    outside = job.segmenter.outside((1, 1, 1))
+    return any(outside[output.name].any() for output in job.outputs)
+
+
+def _sizes(engine: Engine, job: VolumeJob, cut: Cut) -> tuple[tuple[PlannedOutput, ...], Size]:
+    """Final outputs, and working stores, of which that of a zarr output becomes it."""
+    outputs, scratch = [], Size(0, 0)
+    for output in job.outputs:
+        info, labels = info_of(job, output.name, job.plan), output.name != PROBABILITIES
+        levels = None if output.pyramid else 1
+        for form, path in output.paths(engine.settings.folder).items():
+            size = largest_size(info, form, cut.block_shape, labels=labels, levels=levels)
+            outputs.append(PlannedOutput(path, form, size))
+        if "zarr" not in output.formats:
+            scratch += store_size(info, cut.block_shape)
+    return tuple(outputs), scratch
+
+
+def _not_counted(config: Config, engine: Engine, job: VolumeJob) -> tuple[str, ...]:
+    """What the time leaves out."""
+    tests = [
+        (bool(config.decoding), "the steps of decoding"),
+        (engine.previous is not None, "the first stage of the cascade"),
+        (
+            job.wanted is not None and job.wanted.mask is not None,
+            "what inference.mask leaves out: all is taken as wanted",
+        ),
+    ]
+    return tuple(text for holds, text in tests if holds)

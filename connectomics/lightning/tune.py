@@ -1,0 +1,272 @@
+"""``connectomics tune``: which backend, precision, batch and threads run a model fastest on this machine.
+
+Every way is made, given the same windows of the user's volume, and timed turn by turn; what is found is kept as the
+profile that ``system.backend=auto`` and ``connectomics plan`` pick up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from connectomics.build.backends import cache_folder, device_name, threads, trial_backends
+from connectomics.build.engine import make_window, memory_budget_bytes
+from connectomics.build.models import load_members
+from connectomics.build.profile import Profile, Trial, profile_path, save_profile
+from connectomics.build.volumes import named_sources, open_input
+from connectomics.config.schema import Config
+from connectomics.errors import ConfigError, DeviceError
+from connectomics.geometry import AxisOrder, Box, Vec3, vec3
+from connectomics.inference.case import CaseInput
+from connectomics.io.volume import Array, VolumeInfo, VolumeReader
+from connectomics.models.backends.choice import Chosen
+from connectomics.models.backends.torch_eager import select_device, window_bytes
+from connectomics.models.checkpoint import LoadedModel
+from connectomics.models.spec import ModelSpec
+from connectomics.pipeline.survey import survey
+
+SAMPLED = 4  # windows of the volume
+BATCH = 4  # that is tried beside the configured one
+MAKING_SHARE = 0.6  # of the time, in which backends are made; those that are not by then are left out
+COMPILING_SHARE = 0.3  # the same of what compiles for a quarter of a minute
+ROUNDS = 25  # at most
+FEWEST_ROUNDS = 3
+SINGLE_S = 2.0  # a window that takes longer is sampled once only
+REFERENCE = ("torch", "exact")
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What was found, and where it is kept (None where there is no cache folder)."""
+
+    profile: Profile
+    path: Path | None
+
+
+@dataclass(slots=True)
+class _Running:
+    """A trial whose backends are there."""
+
+    trial: Trial
+    chosen: Chosen
+    windows: list[Array]
+    seconds: list[float]
+
+    def once(self) -> list[torch.Tensor]:
+        """Logits of the first fold of each model for one whole batch of each one's windows; time is kept."""
+        batches = [
+            torch.from_numpy(np.resize(w, (self.trial.batch, *w.shape[1:]))).to(row[0].device)
+            for w, row in zip(self.windows, self.chosen.backends, strict=True)
+        ]
+        began = time.perf_counter()
+        logits = [row[0].forward(batch) for row, batch in zip(self.chosen.backends, batches, strict=True)]
+        if logits[0].device.type != "cpu":
+            torch.cuda.synchronize(logits[0].device)
+        self.seconds.append((time.perf_counter() - began) / self.trial.batch)
+        return logits
+
+    def labels(self) -> list[Array]:
+        """Of the sample, each model's index of the largest logit, window by window."""
+        found = []
+        for w, row in zip(self.windows, self.chosen.backends, strict=True):
+            for i in range(0, len(w), self.trial.batch):
+                part = torch.from_numpy(w[i : i + self.trial.batch]).to(row[0].device)
+                logits = row[0].forward(part)
+                found.append((logits.argmax(1) if logits.shape[1] > 1 else logits > 0).cpu().numpy())
+        return found
+
+
+def tune(config: Config, checkpoint: Path | None, volume: str, seconds: float, progress: Progress) -> Tuned:
+    """Measure all ways to run a model, and keep the result.
+
+    Parameters
+    ----------
+    config
+        The configuration; ``sw_batch_size``, ``num_cpus`` and device as a run would have them.
+    checkpoint
+        The model.
+    volume
+        Where the sample windows are taken.
+    seconds
+        About how long it may take.
+    progress
+        Hears of ways made or measured: how many, of how many, which.
+
+    Raises
+    ------
+    ConnectomicsError
+        If the model or the volume cannot be read, or the profile cannot be written.
+    """
+    if seconds <= 0:
+        raise ConfigError(f"--seconds is {seconds:g}, expected more than 0")
+    began = time.perf_counter()
+    models = [model for _, model in load_members(config, checkpoint)]
+    patches = [make_window(config, model.spec).patch for model in models]
+    windows = _sample(config, models, patches, volume)
+    planned = _candidates(config, models, patches)
+    total = len(planned) + 1
+
+    running: list[_Running] = []
+    trials: list[Trial] = []
+    reference: list[Array] = []
+    for i, trial in enumerate(planned):
+        progress(i, total, f"{trial.backend} {trial.precision}")
+        share = COMPILING_SHARE if trial.backend == "compile" else MAKING_SHARE
+        if reference and time.perf_counter() - began > share * seconds:
+            trials.append(replace(trial, reason=f"not measured: --seconds {seconds:g} did not suffice"))
+            continue
+        if trial.reason:
+            trials.append(trial)
+            continue
+        try:
+            made = _Running(trial, trial_backends(config, models, patches, trial), windows, [])
+            if not reference:
+                windows, reference = _reference(made)
+            made.windows = windows
+            differing = _share(made.labels(), reference)
+        except (DeviceError, RuntimeError, MemoryError) as error:
+            trials.append(replace(trial, reason=" ".join(str(error).split()) or type(error).__name__))
+            continue
+        made.trial = replace(trial, disagreement=differing)
+        running.append(made)
+        trials.append(made.trial)
+    progress(total - 1, total, "measuring")
+    _measure(running, began + seconds)
+    profile = Profile(tuple(_timed(trial, running) for trial in trials))
+    path = _kept(config, models, patches, profile)
+    progress(total, total, "done")
+    return Tuned(profile, path)
+
+
+def _candidates(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Trial]:
+    """What is tried, PyTorch eager and exact as configured first, what takes long to make last."""
+    batch, most = config.inference.sliding_window.sw_batch_size, threads(config)
+    stated = config.system.inference.num_cpus or config.system.num_cpus
+    batches = dict.fromkeys((batch, BATCH))
+    on_cpu = select_device(device_name(config)).type == "cpu"
+    kinds = [("torch", "exact"), ("torch", "fast")]
+    if on_cpu:
+        kinds = [REFERENCE, ("openvino", "exact"), ("openvino", "fast"), ("torch", "fast")]
+    ways = [(*kind, b, most) for b, kind in itertools.product(batches, kinds)]
+    if (
+        stated is None and most > 1 and on_cpu
+    ):  # two threads of one core, or of a core that others use, are often slower
+        ways += [(*kind, batch, most // 2) for kind in kinds]
+    ways += [("compile", precision, batch, most) for precision in ("exact", "fast")]
+    need = max(window_bytes(model.networks[0], patch) for model, patch in zip(models, patches, strict=True))
+    room = memory_budget_bytes(config) // 2
+    too_large = "the batch does not fit half of system.memory_budget_gb"
+    return [
+        Trial(backend, precision, b, t, reason=too_large if b > batch and need * b > room else "")
+        for backend, precision, b, t in ways
+    ]
+
+
+def _reference(made: _Running) -> tuple[list[Array], list[Array]]:
+    """The windows that are compared, fewer where one takes long, and their labels by the reference."""
+    made.once()
+    if made.seconds[-1] > SINGLE_S:
+        made.windows = [w[:1] for w in made.windows]
+    made.seconds.clear()
+    return made.windows, made.labels()
+
+
+def _share(labels: Sequence[Array], reference: Sequence[Array]) -> float:
+    """Of the reference's labels, those that differ; batches may be cut otherwise."""
+    ours, theirs = (np.concatenate([part.ravel() for part in parts]) for parts in (labels, reference))
+    return float((ours != theirs).mean())
+
+
+def _measure(running: Sequence[_Running], deadline: float) -> None:
+    """Time all in turn until the time is over, each a few times at least."""
+    for turn in range(ROUNDS):
+        for made in running:
+            if turn >= FEWEST_ROUNDS and time.perf_counter() > deadline:
+                return
+            made.once()
+
+
+def _timed(trial: Trial, running: Sequence[_Running]) -> Trial:
+    """A trial with what was measured; the first of all is the reference."""
+    found = next((made for made in running if made.trial == trial), None)
+    if found is None:
+        return trial
+    window_s = statistics.median(found.seconds)
+    return replace(trial, window_s=window_s, ratio=statistics.median(running[0].seconds) / window_s)
+
+
+def _kept(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], profile: Profile) -> Path | None:
+    folder = cache_folder(config)
+    if folder is None:
+        return None
+    path = profile_path(folder, [model.spec for model in models], patches, device_name(config))
+    save_profile(path, profile, device_name(config))
+    return path
+
+
+def _sample(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], volume: str) -> list[Array]:
+    """Windows of each model from the volume, float32 [n, c, z, y, x], each normalised by itself."""
+    (source,) = named_sources([volume], models[0].spec.channels)
+    reader = open_input(config, models[0].spec, source)
+    try:
+        return [_windows(reader, model.spec, patch, source.name) for model, patch in zip(models, patches, strict=True)]
+    finally:
+        reader.close()
+
+
+def _windows(reader: VolumeReader, spec: ModelSpec, patch: Vec3, name: str) -> Array:
+    """Windows spread over the diagonal of the volume."""
+    order, extent = AxisOrder(spec.axis_order), reader.info.extent
+    shape = vec3([min(p, n) for p, n in zip(order.inverse.turn(patch), extent, strict=True)])
+    found: Array = np.zeros((SAMPLED, spec.input_channels, *patch), np.float32)
+    for i in range(SAMPLED):
+        start = [(n - s) * (2 * i + 1) // (2 * SAMPLED) for n, s in zip(extent, shape, strict=True)]
+        raw = reader.read(Box.of_shape(shape).shift(vec3(start))).transpose(order.of_array)
+        part = _Array(np.ascontiguousarray(raw))
+        (case,) = survey(part, name, spec.normalisations, by_slice=False)
+        found[i, : spec.channels] = CaseInput(case, spec.normalisations, part.read).get(Box.of_shape(patch))
+    return found
+
+
+class _Array:
+    """A volume in memory."""
+
+    def __init__(self, values: Array) -> None:
+        c, z, y, x = values.shape
+        self._values = values
+        self.info = VolumeInfo((c, z, y, x), values.dtype, (z, y, x))
+        self.identity: dict[str, object] = {}
+
+    def read(self, box: Box) -> Array:
+        view: Array = self._values[(slice(None), *box.slices)]
+        return view
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def table(tuned: Tuned) -> list[str]:
+    """The trials for the screen, the fastest of each precision first, then what could not be run and why."""
+    trials = tuned.profile.trials
+    lines = [
+        f"{'backend':9} {'precision':9} {'batch':>5} {'threads':>7} {'windows/s':>10} {'ratio':>6} {'disagreement':>12}"
+    ]
+    measured = sorted((t for t in trials if t.window_s), key=lambda t: (t.precision, t.window_s or 0.0))
+    for t in measured:
+        assert t.window_s is not None
+        lines.append(
+            f"{t.backend:9} {t.precision:9} {t.batch:5} {t.threads:7} {1 / t.window_s:10.3g} {t.ratio or 0.0:6.2f} "
+            f"{t.disagreement or 0.0:12.1e}"
+        )
+    failed = [t for t in trials if not t.window_s]
+    lines += [f"{t.backend:9} {t.precision:9} {t.batch:5} {t.threads:7}  {t.reason}" for t in failed]
+    return lines

@@ -1,0 +1,267 @@
+"""What a run of a volume will take: time with a range, memory, disk, reading; and the pace that time is judged by.
+
+Plain values and their texts: ``lightning.planning`` puts them together, ``connectomics plan`` prints them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from connectomics.errors import ResourceError
+from connectomics.geometry import Vec3
+from connectomics.io.export_size import Size
+
+UNCERTAIN = 0.2  # of every prediction, whatever the measurements say: machines are shared, caches cold
+MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86400
+HOURS_ADVICE = (
+    "set system.backend=auto (measured by connectomics tune) or inference.precision=fast, leave mirroring out with "
+    "inference.test_time_augmentation.enabled=false, label a part with inference.roi or inference.mask, share the work "
+    "among machines, or raise --max-hours"
+)
+GB_ADVICE = (
+    "leave formats out of inference.output.formats, set inference.output.pyramid=false or "
+    "inference.output.save_probabilities=false, or raise --max-gb"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """A measured time: the median, and the least and largest of the measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Seconds:
+        """Of some measurements, at least one.
+
+        Examples
+        --------
+        >>> Seconds.of([3.0, 1.0, 2.0])
+        Seconds(median=2.0, low=1.0, high=3.0)
+        """
+        ordered = sorted(values)
+        return cls(ordered[len(ordered) // 2], ordered[0], ordered[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast an engine goes on this machine.
+
+    Parameters
+    ----------
+    windows_s
+        Of each member, all that a window takes: the network with its mirrored passes and folds, and the blending.
+    sample_s
+        Of each member, a window computed both ways while fast is compared with exact; 0 where it is not.
+    voxel_s
+        What a voxel takes outside the network: survey, reading, normalising, labels, writing, exports.
+    fixed_s
+        What a volume takes however small it is.
+    basis
+        Where the time of a window comes from, in words.
+    """
+
+    windows_s: tuple[Seconds, ...]
+    sample_s: tuple[float, ...]
+    voxel_s: float
+    fixed_s: float
+    basis: str
+
+    def predict(self, windows: Sequence[int], sampled: Sequence[int], voxels: int) -> Seconds:
+        """Time of a volume.
+
+        Parameters
+        ----------
+        windows, sampled
+            Of each member, those of all blocks, and those of the sample on which fast is compared.
+        voxels
+            Of the volume.
+        """
+        outside = self.fixed_s + voxels * self.voxel_s
+        outside += sum(n * s for n, s in zip(sampled, self.sample_s, strict=True))
+        low, middle, high = (
+            outside + sum(n * t for n, t in zip(windows, each, strict=True))
+            for each in zip(*((t.low, t.median, t.high) for t in self.windows_s), strict=True)
+        )
+        return Seconds(middle, min(low, middle * (1 - UNCERTAIN)), max(high, middle * (1 + UNCERTAIN)))
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedOutput:
+    """One final output and its upper bounds."""
+
+    path: Path
+    format: str
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What one volume will take.
+
+    Parameters
+    ----------
+    name
+        Of the volume.
+    blocks, block_shape
+        Number of blocks with work, and the shape (z, y, x) of their cores.
+    windows, passes
+        Windows of all members, and forward passes these are (mirroring, folds).
+    seconds
+        Time of one process, from opening to the last export; None where it was not asked for.
+    host_bytes, device_bytes, budget_bytes
+        Peak memory of the process and of a device, and what the process may take.
+    outputs
+        Final outputs with their largest sizes.
+    scratch
+        What lies on the disk beside them before the end, at most.
+    voxels, read_voxels
+        Of the volume, and read of it in the survey and by all blocks.
+    backend
+        The numeric class in words.
+    basis
+        Where the time of a window comes from.
+    notes
+        What is not counted.
+    """
+
+    name: str
+    blocks: int
+    block_shape: Vec3
+    windows: int
+    passes: int
+    seconds: Seconds | None
+    host_bytes: int
+    device_bytes: int
+    budget_bytes: int
+    outputs: tuple[PlannedOutput, ...]
+    scratch: Size
+    voxels: int
+    read_voxels: int
+    backend: str
+    basis: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def output(self) -> Size:
+        """All final outputs together."""
+        return sum((output.size for output in self.outputs), Size(0, 0))
+
+    @property
+    def read_amplification(self) -> float:
+        """How often a voxel of the volume is read on average."""
+        return self.read_voxels / self.voxels
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        seconds = None if self.seconds is None else asdict(self.seconds)
+        return {
+            "name": self.name,
+            "blocks": self.blocks,
+            "block_shape": list(self.block_shape),
+            "windows": self.windows,
+            "forward_passes": self.passes,
+            "predicted_s": None if seconds is None else round(seconds["median"], 3),
+            "low_s": None if seconds is None else round(seconds["low"], 3),
+            "high_s": None if seconds is None else round(seconds["high"], 3),
+            "host_bytes": self.host_bytes,
+            "device_bytes": self.device_bytes,
+            "budget_bytes": self.budget_bytes,
+            "outputs": [
+                {"path": str(o.path), "format": o.format, "bytes": o.size.nbytes, "files": o.size.files}
+                for o in self.outputs
+            ],
+            "output_bytes": self.output.nbytes,
+            "output_files": self.output.files,
+            "scratch_bytes": self.scratch.nbytes,
+            "voxels": self.voxels,
+            "read_amplification": round(self.read_amplification, 3),
+            "backend": self.backend,
+            "basis": self.basis,
+            "notes": list(self.notes),
+        }
+
+    def short(self) -> str:
+        """One line for the log."""
+        time = "" if self.seconds is None else f"about {_range(self.seconds)} by {self.basis}, "
+        return (
+            f"{self.blocks} blocks of {self.block_shape} voxels, {self.windows} windows, {time}"
+            f"memory {_gb(self.host_bytes)}, output at most {_gb(self.output.nbytes)} in {self.output.files} files"
+        )
+
+    def lines(self) -> list[str]:
+        """For the screen."""
+        rows = [
+            ("blocks", f"{self.blocks} of {self.block_shape} voxels at most"),
+            ("windows", f"{self.windows}, {self.passes} forward passes; {self.backend}"),
+        ]
+        if self.seconds is not None:
+            rows.append(("time", f"about {_range(self.seconds)}; a window's from {self.basis}"))
+        memory = f"at most {_gb(self.host_bytes)} of {_gb(self.budget_bytes)}"
+        rows.append(("memory", memory + (f", {_gb(self.device_bytes)} of the device's" if self.device_bytes else "")))
+        rows += [("output", f"{o.path}: at most {_gb(o.size.nbytes)}, {_files(o.size.files)}") for o in self.outputs]
+        rows.append(("scratch", f"at most {_gb(self.scratch.nbytes)} more on the disk before the end"))
+        rows.append(("reading", f"each voxel {self.read_amplification:.2f} times"))
+        rows += [("not counted", note) for note in self.notes]
+        return [self.name, *(f"  {what:12} {text}" for what, text in rows)]
+
+
+def require_within(forecasts: Sequence[Forecast], max_hours: float | None, max_gb: float | None) -> None:
+    """Refuse volumes that take more than is allowed, all together.
+
+    Parameters
+    ----------
+    max_hours
+        Of the predicted time.
+    max_gb
+        Of the largest final outputs, in 10^9 bytes.
+
+    Raises
+    ------
+    ResourceError
+        Saying what is found, what was allowed and what to change.
+    """
+    seconds = sum(f.seconds.median for f in forecasts if f.seconds is not None)
+    if max_hours is not None and seconds > max_hours * HOUR_S:
+        raise ResourceError(
+            f"{len(forecasts)} volumes are predicted to take {seconds / HOUR_S:.3g} hours, --max-hours allows "
+            f"{max_hours:g}; {HOURS_ADVICE}"
+        )
+    nbytes = sum(f.output.nbytes for f in forecasts)
+    if max_gb is not None and nbytes > max_gb * 1e9:
+        raise ResourceError(
+            f"the outputs of {len(forecasts)} volumes can take {nbytes / 1e9:.3g} GB before compression, --max-gb "
+            f"allows {max_gb:g}; {GB_ADVICE}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it.
+
+    Examples
+    --------
+    >>> duration(0.4), duration(75), duration(9000), duration(400_000)
+    ('0.4 s', '75 s', '2.5 h', '4.6 days')
+    """
+    if seconds < 2 * MINUTE_S:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 2 * HOUR_S:
+        return f"{seconds / MINUTE_S:.0f} min"
+    return f"{seconds / HOUR_S:.1f} h" if seconds < 2 * DAY_S else f"{seconds / DAY_S:.1f} days"
+
+
+def _range(seconds: Seconds) -> str:
+    return f"{duration(seconds.median)} ({duration(seconds.low)} to {duration(seconds.high)})"
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.3g} GB"
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"

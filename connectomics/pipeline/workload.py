@@ -1,0 +1,168 @@
+"""How much work a volume is, counted before anything of it is read: blocks, windows, voxels read.
+
+Blocks are the product of spans along three axes, and so are the windows each of them touches. So one line of blocks
+along each axis says all: time and memory do not grow with the number of blocks. ``lightning.planning`` asks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from connectomics.geometry import Box, Vec3, vec3
+from connectomics.inference.case import Case
+from connectomics.inference.interpolation import HALO
+from connectomics.inference.normalise import ChannelSummary
+from connectomics.inference.predictor import SlidingWindow
+from connectomics.inference.section_cases import SectionCases
+from connectomics.inference.windows import window_starts
+from connectomics.io.volume import Array
+from connectomics.pipeline.agreement import SAMPLED_VOXELS
+from connectomics.pipeline.predict import Member
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the wanted part of a volume is cut into blocks.
+
+    Parameters
+    ----------
+    extent
+        Of the volume (z, y, x) in voxels.
+    block_shape
+        Of a block's core (z, y, x).
+    wanted
+        Box of the wanted voxels, not empty.
+    """
+
+    extent: Vec3
+    block_shape: Vec3
+    wanted: Box
+
+    def along(self, axis: int) -> Iterator[Span]:
+        """First voxel and the one after the last of the wanted part of each block along an axis, in order."""
+        size, low, high = self.block_shape[axis], self.wanted.start[axis], self.wanted.stop[axis]
+        for start in range(low - low % size, high, size):
+            yield max(low, start), min(high, start + size)
+
+    @property
+    def counts(self) -> Vec3:
+        """Blocks with wanted voxels along each axis."""
+        spans = zip(self.wanted.start, self.wanted.stop, self.block_shape, strict=True)
+        return vec3([-(-high // size) - low // size for low, high, size in spans])
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks with wanted voxels."""
+        return math.prod(self.counts)
+
+
+def assumed_cases(member: Member, extent: Vec3, channels: int) -> Sequence[Case]:
+    """The cases of a volume nobody has looked at: each fills its box; no memory is taken for sections."""
+    if not member.by_slice:
+        whole = Box.of_shape(extent)
+        return (Case(whole, whole, (ChannelSummary(0.0, 1.0, 0.0, 1.0),) * channels),)
+    depth, height, width = extent
+    boxes = np.broadcast_to(np.array([0, 0, height, width], np.int64), (depth, 4))
+    values = np.broadcast_to(np.array([0.0, 1.0, 0.0, 1.0]), (depth, channels, 4))
+    return SectionCases(0, (height, width), boxes, values)
+
+
+def count_windows(member: Member, cut: Cut, channels: int) -> int:
+    """Windows that a member computes in all blocks of a volume whose nonzero boxes are the whole cases.
+
+    Notes
+    -----
+    A block touches a(i) b(j) c(k) windows. The sums of the lines through the first block are Σa b c, a Σb c and
+    a b Σc, of which the product, over (a b c)², is ΣaΣbΣc.
+    """
+    cases = assumed_cases(member, cut.extent, channels)
+    first = [next(cut.along(axis)) for axis in range(3)]
+
+    def count(axis: int, span: Span) -> int:
+        spans = [span if a == axis else other for a, other in enumerate(first)]
+        core = Box(vec3([a for a, _ in spans]), vec3([b for _, b in spans]))
+        return _knowing(member).windows(_unread, cases, core)
+
+    def line(axis: int) -> int:
+        if axis > 0 or not member.by_slice:
+            return sum(count(axis, span) for span in cut.along(axis))
+        return count(axis, (first[0][0], first[0][0] + 1)) * cut.wanted.shape[0]  # one section is like the other
+
+    return math.prod(line(axis) for axis in range(3)) // count(0, first[0]) ** 2
+
+
+def count_sample_windows(member: Member, cut: Cut, channels: int, piece: Vec3) -> int:
+    """About the windows that a member computes in the sample on which fast is compared with exact."""
+    shape = vec3([min(n, p) for n, p in zip(cut.wanted.shape, piece, strict=True)])
+    middle = [a + (n - p) // 2 for a, n, p in zip(cut.wanted.start, cut.wanted.shape, shape, strict=True)]
+    box = Box.of_shape(shape).shift(vec3(middle))
+    pieces = -(-min(SAMPLED_VOXELS, cut.wanted.voxels) // box.voxels)
+    cases = assumed_cases(member, cut.extent, channels)
+    return pieces * _knowing(member).windows(_unread, cases, box)
+
+
+def count_read(member: Member, window: SlidingWindow, cut: Cut, *, whole: bool) -> int:
+    """Voxels of a volume that a member reads in all its blocks.
+
+    Parameters
+    ----------
+    window
+        How its windows are laid.
+    whole
+        Whether the engine predicts whole sections, or the whole volume, for each block.
+    """
+    own = member.order.turn(cut.extent)
+    section = member.order.axes.index(0) if member.by_slice else None
+    total = 1
+    for axis, volume_axis in enumerate(member.order.axes):
+        flat = window.patch[axis] == 1 or axis == section
+        everything = whole and not flat
+        reach = _Reach(member, window, own, axis)
+        total *= sum(
+            own[axis] if everything else stop - start if flat else reach.voxels(start, stop)
+            for start, stop in cut.along(volume_axis)
+        )
+    return total
+
+
+class _Reach:
+    """Along one axis of a model, the voxels that the windows of a span lie on."""
+
+    def __init__(self, member: Member, window: SlidingWindow, extent: Vec3, axis: int) -> None:
+        self._extent, self._axis, self._window = extent, axis, window
+        self._resampling = member.resampling
+        self._network = extent if self._resampling is None else self._resampling.network_shape(extent)
+
+    def voxels(self, start: int, stop: int) -> int:
+        extent, grid = self._extent[self._axis], self._network[self._axis]
+        if self._resampling is None or self._network == self._extent:
+            low, high = self._windows(start, stop, grid)
+            return high - low
+        along = self._resampling.to_image(self._extent, self._network)[self._axis]
+        low, high = self._windows(*along.reach(start, stop), grid)
+        ratio = extent / grid
+        return min(extent, math.ceil(high * ratio) + HALO) - max(0, math.floor(low * ratio) - HALO)
+
+    def _windows(self, start: int, stop: int, extent: int) -> Span:
+        patch = self._window.patch[self._axis]
+        if extent <= patch:
+            return 0, extent
+        starts = window_starts(extent, patch, self._window.step, (start, stop))
+        return starts[0], starts[-1] + patch
+
+
+def _knowing(member: Member) -> Member:
+    """The member of a second stage with labels of the first that nobody reads."""
+    if not member.previous_values:
+        return member
+    return replace(member, previous=_unread)
+
+
+def _unread(box: Box) -> Array:
+    raise AssertionError(f"{box} was read to count windows")

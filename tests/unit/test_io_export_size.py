@@ -1,0 +1,82 @@
+"""The size of an output is bounded before it is written: noise, which nothing compresses, stays below, and near."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from connectomics.executors.serial import SerialExecutor
+from connectomics.geometry import BlockGrid, Vec3
+from connectomics.io import export_files
+from connectomics.io.export import FORMATS, export_path
+from connectomics.io.export_size import STAMP_BYTES, Size, largest_size, store_size
+from connectomics.io.store import create_store
+from connectomics.io.volume import VolumeInfo
+from connectomics.pipeline.blocks import run_blocks
+from connectomics.pipeline.finish import Output, export_output
+from connectomics.pipeline.lease import Worker
+from connectomics.pipeline.run_folder import WORKERS
+
+SIZE = (40.0, 4.0, 5.0)
+FLAT: tuple[Vec3, Vec3] = ((1, 128, 128), (2, 256, 384))
+CUBES: tuple[Vec3, Vec3] = ((32, 32, 32), (32, 64, 128))
+KINDS: list[tuple[str, tuple[int, int, int, int], str, tuple[Vec3, Vec3]]] = [
+    ("labels", (1, 5, 700, 300), "uint8", FLAT),
+    ("labels", (1, 50, 200, 130), "uint16", CUBES),
+    ("labels", (1, 50, 200, 65), "uint64", CUBES),
+    ("probabilities", (3, 4, 260, 300), "float32", FLAT),
+    ("probabilities", (2, 40, 100, 130), "float16", CUBES),
+]
+GROWN = ("zarr2", "n5", "precomputed", "tiff")
+NOT_PNG = {"float32", "float16", "uint64"}
+
+
+def size_of(path: Path) -> Size:
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    return Size(sum(f.stat().st_size for f in files), len(files))
+
+
+def noise(shape: tuple[int, ...], dtype: str) -> Any:
+    generator = np.random.default_rng(3)
+    if dtype.startswith("float"):
+        return generator.standard_normal(shape).astype(dtype)
+    return generator.integers(1, np.iinfo(dtype).max, shape, dtype)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind[2])
+def test_noise_is_smaller_than_its_bound(
+    tmp_path: Path, form: str, kind: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, shape, dtype, (chunk, shard) = kind
+    if form == "png" and dtype in NOT_PNG:
+        pytest.skip("png cannot hold it")
+    if dtype == "uint16":
+        monkeypatch.setattr(export_files, "SLAB_BYTES", 1 << 14)  # tiled TIFF
+    info, voxels = VolumeInfo(shape, np.dtype(dtype), chunk, SIZE), noise(shape, dtype)
+    store = create_store(tmp_path / "labels.zarr", info, shard_shape=shard, attributes={})
+    for block in BlockGrid(info.extent, shard):
+        store.write(block.core, voxels[(slice(None), *block.core.slices)])
+    kept, bound = size_of(store.path), store_size(info, shard)
+    assert kept.nbytes <= bound.nbytes <= 4 * kept.nbytes and kept.files == bound.files
+    (tmp_path / "out").mkdir()
+    bound = largest_size(info, form, shard, labels=name == "labels")
+    with Worker(tmp_path / WORKERS) as worker:
+        run = functools.partial(
+            run_blocks, executor=SerialExecutor(), worker=worker, on_block=lambda done, planned: None
+        )
+        export_output(store, Output(name, "a", "k", (form,)), tmp_path / "out", {}, tmp_path, run)
+    found = size_of(export_path(tmp_path / "out", "a", form))
+    near = 12 if form in GROWN and chunk == CUBES[0] else 4  # what fills up chunks at the far faces compresses well
+    assert found.nbytes <= bound.nbytes <= near * found.nbytes + 3 * STAMP_BYTES
+    assert found.files <= bound.files <= 1.5 * found.files + 3
+
+
+def test_a_pyramid_that_is_not_wanted_is_not_counted() -> None:
+    info = VolumeInfo((1, 8, 2048, 2048), np.dtype(np.uint8), (1, 512, 512), SIZE)
+    whole, flat = (largest_size(info, "n5", (8, 2048, 2048), labels=True, levels=n) for n in (None, 1))
+    assert 1.3 < (whole.nbytes - STAMP_BYTES) / (flat.nbytes - STAMP_BYTES) < 1.36  # 1 + 1/4 + 1/16 + …
