@@ -89,6 +89,7 @@ class VolumeJob:
 
     ``readers`` threads survey it; without ``wanted`` every voxel is; ``contract`` is what a fast run is held to.
     ``filter_block_bytes`` is what a block may take whose filters, or the holes of whose mask, are worked out.
+    ``on_device`` tells that a device has memory of its own, which the blocks of ``plan`` were tried on.
     """
 
     name: str
@@ -104,6 +105,7 @@ class VolumeJob:
     wanted: Wanted | None = None
     contract: FastContract | None = None
     filter_block_bytes: int = BLOCK_VOXELS * VOXEL_BYTES
+    on_device: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,8 @@ def _prepare(room: Room, job: VolumeJob, reader: PatientReader, settings: RunSet
     """Survey, agreement, ledger and stores; records whose shards were lost are undone."""
     work = room.work
     plan = plan_of(work / LEDGER) or job.plan  # a rerun elsewhere cuts the volume as it was begun
+    if job.on_device and plan != job.plan:
+        job.segmenter.rehearse(plan.block_shape)
     facts = _result_keys(job) | {"grid": list(plan.block_shape), "program": settings.program}
     run_key, extent = key_of(facts), reader.info.extent
     surveyed = _surveyed(job, reader, room)

@@ -21,7 +21,7 @@ from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.openvino import OpenVinoBackend
 from connectomics.models.backends.torch_compile import CompiledBackend
-from connectomics.models.backends.torch_eager import TorchBackend, _arithmetic, capability, select_device
+from connectomics.models.backends.torch_eager import TorchBackend, arithmetic, capability, select_device
 
 CHANNELS, CLASSES, PATCH = 2, 3, (4, 8, 8)
 
@@ -242,7 +242,7 @@ def test_on_cuda_nnunets_autocast_runs_with_repeatable_algorithms(monkeypatch: p
     asked: list[str] = []
     monkeypatch.setattr(torch, "autocast", lambda kind: asked.append(kind) or contextlib.nullcontext())
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    with _arithmetic(torch.device("cuda"), "fast"):
+    with arithmetic(torch.device("cuda"), "fast"):
         assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (False, True)
     assert torch.backends.cudnn.benchmark
     assert asked == ["cuda"]
