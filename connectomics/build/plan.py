@@ -21,7 +21,6 @@ from connectomics.pipeline.survey import survey_bytes
 from connectomics.pipeline.workshop import CHUNK, VOXEL_BYTES
 
 log = logging.getLogger(__name__)
-LESS = 0.9  # of what blocks were planned to take, after they turned out not to fit
 
 
 def plan_volume(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo) -> tuple[BlockPlan, int]:
@@ -62,19 +61,15 @@ def rehearsed_plan(
                 segmenter.rehearse(plan.block_shape)
         except DeviceMemoryError as error:
             log.warning("blocks of %s voxels are too large: %s", plan.block_shape, error)
-            engine = dataclasses.replace(engine, device_bytes=_less(config, engine, segmenters[0], info, plan))
+            works = _works(config, engine, segmenters[0], info)
+            need = max(work.footprint(plan.block_shape, info.extent).device_bytes for work in works)
+            engine = dataclasses.replace(engine, device_bytes=need - 1)
             try:
                 plan, readers = plan_volume(config, engine, segmenters[0], info)
             except ResourceError:
                 raise error from None
         else:
             return plan, readers
-
-
-def _less(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo, plan: BlockPlan) -> int:
-    """What the planner may take of the device's memory after blocks that need more than there was."""
-    works = _works(config, engine, segmenter, info)
-    return int(LESS * max(work.footprint(plan.block_shape, info.extent).device_bytes for work in works))
 
 
 def _works(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo) -> list[Work]:
