@@ -25,10 +25,7 @@ from connectomics.models.backends.probe import naming_what_ran_out
 MAIN, SIDE = "main", "side"  # the queue of a device that computes, and the one that copies
 BUFFERS = 2
 RAN_OUT = "the device's memory ran out amid a run, although it sufficed before the first block"
-RAN_OUT_ADVICE = (
-    "end what else runs there, or set a smaller system.memory_budget_gb or sw_batch_size, and run again: finished "
-    "blocks are kept"
-)
+RAN_OUT_ADVICE = "end what else runs there, and run again: finished blocks are kept"
 
 
 class Mark(Protocol):
@@ -167,9 +164,6 @@ class Buffered:
         self._turn = (self._turn + 1) % BUFFERS
         fits = self._slots and self._slots[0].there.shape[1:] == shape[1:] and len(self._slots[0].there) >= shape[0]
         if not fits:
-            for slot in self._slots:
-                if slot.copied is not None:
-                    slot.copied.wait()
             self._slots = [self._made(shape) for _ in range(BUFFERS)]
         return self._slots[self._turn]
 
