@@ -12,6 +12,7 @@ ConnectomicsError
 ├── AgreementError     precision=fast changes more labels of this volume than are allowed
 ├── DeviceError        the requested device or backend is not available here
 └── ResourceError      the memory budget or the disk is too small
+    └── DeviceMemoryError  ... or the memory of the GPU: no block can be computed
 """
 
 from __future__ import annotations
@@ -67,3 +68,7 @@ class DeviceError(ConnectomicsError):
 
 class ResourceError(ConnectomicsError):
     """The memory budget or the disk is too small for what was asked."""
+
+
+class DeviceMemoryError(ResourceError):
+    """The memory of the device that computes is too small, or others have taken it."""

@@ -14,7 +14,7 @@ import torch
 
 from connectomics.errors import VolumeError
 from connectomics.executors.serial import SerialExecutor
-from connectomics.geometry import Block, Box
+from connectomics.geometry import Block, Box, Vec3
 from connectomics.inference.case import CaseInput
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.io.volume import Array, VolumeInfo
@@ -61,6 +61,9 @@ class Bright:
 
     def windows(self, source: CaseInput, core: Box) -> int:
         return core.shape[0]
+
+    def rehearse(self, shape: Vec3, channels: int) -> None:
+        """Nothing is taken."""
 
 
 class NotNegative(Bright):

@@ -14,6 +14,7 @@ from connectomics.errors import ConfigError
 from connectomics.geometry import Vec3
 from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.choice import AUTO, Chosen, Networks, Terms, choose, default_precision
+from connectomics.models.backends.probe import largest_fitting, try_batch
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 
@@ -113,6 +114,49 @@ def reference_backends(config: Config, models: Sequence[LoadedModel], patches: S
     return choose(REFERENCE, terms, _networks(models, patches), Artefacts(None))
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fitting:
+    """Backends whose whole batches fit the device: what the run uses, what fast is held against, and how it is run.
+
+    ``config`` is the given one, with fewer windows a batch where the stated number did not fit.
+    """
+
+    config: Config
+    chosen: Chosen
+    reference: Chosen | None
+
+
+def fitting_backends(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> Fitting:
+    """``choose_backends`` and ``reference_backends``, with as many windows a batch as the device's memory holds.
+
+    Raises
+    ------
+    ConfigError, DeviceError
+        If device or backend are not available, with the reason.
+    DeviceMemoryError
+        If not even one window fits.
+    """
+
+    def made(batch: int) -> Fitting:
+        tried = _with_batch(config, batch)
+        chosen = choose_backends(tried, models, patches)
+        fast = chosen.backends[0][0].numeric_class.precision == "fast"
+        reference = reference_backends(tried, models, patches) if fast else None
+        for each in (chosen, reference):
+            for model, patch, row in zip(models, patches, each.backends if each is not None else (), strict=False):
+                for backend in row:
+                    try_batch(backend, model.spec.input_channels, patch)
+        return Fitting(tried, chosen, reference)
+
+    fitting, _ = largest_fitting(made, config.inference.sliding_window.sw_batch_size)
+    return fitting
+
+
+def _with_batch(config: Config, batch: int) -> Config:
+    window = dataclasses.replace(config.inference.sliding_window, sw_batch_size=batch)
+    return dataclasses.replace(config, inference=dataclasses.replace(config.inference, sliding_window=window))
+
+
 def _terms(config: Config) -> Terms:
     batch = config.inference.sliding_window.sw_batch_size
     return Terms(device_name(config), precision(config), batch, threads(config))
@@ -126,8 +170,11 @@ def _networks(models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Ne
 
 
 def as_begun(config: Config, begun: Mapping[str, object]) -> Config:
-    """The configuration with what it leaves to the machine as in a numeric class: the backend and the threads."""
-    system = config.system
+    """The configuration with what it leaves to the machine as in a numeric class: backend, threads and, on a GPU, whose
+    memory may have held fewer windows at once than are stated, the batch."""
+    system, batch = config.system, int(str(begun["batch"]))
+    if str(begun["device"]).startswith("cuda") and batch < config.inference.sliding_window.sw_batch_size:
+        config = _with_batch(config, batch)
     if system.backend == AUTO:
         system = dataclasses.replace(system, backend=kind_of(begun))
     if system.num_cpus is None and system.inference.num_cpus is None:

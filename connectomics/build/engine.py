@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from connectomics.build.backends import choose_backends, reference_backends
+from connectomics.build.backends import fitting_backends
 from connectomics.build.cascade import check_first_stage, first_stage_config
 from connectomics.build.models import load_members
 from connectomics.build.planes import check_planes, section_axes, stated_planes
@@ -92,7 +92,7 @@ class Engine:
     exact
         Where the precision is fast, the segmenter it is held against: the same models in float32.
     notes
-        Why backends that ``auto`` tried first were not taken.
+        Why backends that ``auto`` tried first were not taken, or the one that was does less than it can.
     """
 
     models: tuple[EngineModel, ...]
@@ -158,14 +158,14 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     """
     share_freed_memory()
     loaded = load_members(config, checkpoint)
-    models = tuple(_engine_model(config, path, model) for path, model in loaded)
-    spec = models[0].spec
+    spec = loaded[0][1].spec
     check_activation(config, spec)
-    given = [model for _, model in loaded], [model.window.patch for model in models]
-    chosen = choose_backends(config, *given)
+    fitting = fitting_backends(config, [m for _, m in loaded], [make_window(config, m.spec).patch for _, m in loaded])
+    config, chosen, reference = fitting.config, fitting.chosen, fitting.reference
+    models = tuple(_engine_model(config, path, model) for path, model in loaded)
     segmenter, first = _segmenter(config, models, chosen.backends), chosen.backends[0][0]
-    fast = first.numeric_class.precision == "fast"
-    exact = _segmenter(config, models, reference_backends(config, *given).backends) if fast else None
+    exact = None if reference is None else _segmenter(config, models, reference.backends)
+    fast = exact is not None
     binary = config.inference.postprocessing.binary
     filters = Filters(binary.remove_small_objects, binary.fill_holes) if binary.enabled else Filters()
     settings = RunSettings(

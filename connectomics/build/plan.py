@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
+from collections.abc import Sequence
 
 from connectomics.build.engine import Engine, EngineModel
 from connectomics.config.schema import Config
-from connectomics.errors import ResourceError
+from connectomics.errors import DeviceMemoryError, ResourceError
 from connectomics.geometry import Vec3, vec3
 from connectomics.io.export import exporting_bytes
 from connectomics.io.stored import READ_BYTES, reading_bytes
@@ -16,6 +19,8 @@ from connectomics.pipeline.planning import REFUSAL_STEP_BYTES, BlockPlan, plan_b
 from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.survey import survey_bytes
 from connectomics.pipeline.workshop import CHUNK, VOXEL_BYTES
+
+log = logging.getLogger(__name__)
 
 
 def peak_of(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo, block: Vec3) -> Footprint:
@@ -39,6 +44,41 @@ def plan_volume(config: Config, engine: Engine, segmenter: Segmenter, info: Volu
     stated = config.inference.block_shape
     budget, readers = _budget(config, engine, segmenter, info, works[0].stored_bytes)
     return plan_blocks(info.extent, works, budget, None if stated is None else vec3(stated)), readers
+
+
+def rehearsed_plan(
+    config: Config, engine: Engine, segmenters: Sequence[Segmenter], info: VolumeInfo
+) -> tuple[BlockPlan, int]:
+    """As ``plan_volume``, of blocks whose memory the device really had for once.
+
+    Parameters
+    ----------
+    segmenters
+        All that will work on the volume's blocks, the run's own first.
+
+    Raises
+    ------
+    ResourceError
+        If the memory budget, or what the device has, cannot hold the smallest blocks.
+    """
+    plan, readers = plan_volume(config, engine, segmenters[0], info)
+    if engine.device_bytes is None:
+        return plan, readers
+    while True:
+        try:
+            for segmenter in segmenters:
+                segmenter.rehearse(plan.block_shape)
+        except DeviceMemoryError as error:
+            log.warning("blocks of %s voxels are too large: %s", plan.block_shape, error)
+            works = _works(config, engine, segmenters[0], info)
+            need = max(work.footprint(plan.block_shape, info.extent).device_bytes for work in works)
+            engine = dataclasses.replace(engine, device_bytes=need - 1)
+            try:
+                plan, readers = plan_volume(config, engine, segmenters[0], info)
+            except ResourceError:
+                raise error from None
+        else:
+            return plan, readers
 
 
 def _works(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo) -> list[Work]:

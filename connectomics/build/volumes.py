@@ -11,7 +11,7 @@ from connectomics.build.backends import kind_of
 from connectomics.build.cascade import checked_labels, first_stage_config, open_previous
 from connectomics.build.contract import fast_contract
 from connectomics.build.engine import Engine, EngineModel, versions
-from connectomics.build.plan import decoding_bytes, plan_volume
+from connectomics.build.plan import decoding_bytes, rehearsed_plan
 from connectomics.build.planes import check_isotropic
 from connectomics.config.load import written
 from connectomics.config.schema import Config
@@ -307,8 +307,9 @@ def job_of(
     outputs = outputs_of(config, engine, source, reader)
     given = None if previous is None else previous.read
     segmenter = segmenter_of(config, engine, reader.info.spacing, given)
-    plan, readers = plan_volume(config, engine, segmenter, reader.info)
     exact = segmenter_of(config, engine, reader.info.spacing, given, exact=True)
+    working = (segmenter,) if engine.exact is None else (segmenter, exact)
+    plan, readers = rehearsed_plan(config, engine, working, reader.info)
     contract = fast_contract(config, engine, exact, plan.block_shape)
     described = [_described(model) for model in engine.models]
     provenance: dict[str, object] = {
@@ -341,6 +342,7 @@ def job_of(
         wanted,
         contract,
         decoding_bytes(reader.info, engine.settings.budget_bytes, engine.base_bytes),
+        on_device=engine.device_bytes is not None,
     )
 
 
@@ -370,6 +372,9 @@ def _command(config: Config, engine: Engine, source: VolumeSource) -> tuple[str,
     changed["inference.volume_mode.file_list"] = list(source.uris)
     if config.system.backend == AUTO:
         changed["system.backend"] = kind_of(engine.settings.numeric_class)
+    batch = engine.models[0].window.batch
+    if batch != config.inference.sliding_window.sw_batch_size:  # more did not fit the device
+        changed["inference.sliding_window.sw_batch_size"] = batch
     if engine.exact is not None:  # the device's default elsewhere may be another
         changed["inference.precision"] = "fast"
     words = (f"{key}={written(value)}" for key, value in sorted(changed.items()))

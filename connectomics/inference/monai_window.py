@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import torch
 
 from connectomics.errors import ConfigError
-from connectomics.geometry import Box, vec3
+from connectomics.geometry import Box, Vec3, vec3
 from connectomics.inference.case import WindowSource
 from connectomics.inference.predictor import Logits, SlidingWindow
 from connectomics.inference.tta import forward_mirrored
 from connectomics.models.backends.contract import Backend
+from connectomics.models.backends.probe import naming_what_ran_out
 
 try:
     from monai.inferers.inferer import SlidingWindowInferer
@@ -59,6 +60,18 @@ class MonaiPredictor:
         if self._setting.patch[0] == 1:
             counts[0] = core.shape[0]
         return math.prod(counts)
+
+    @torch.inference_mode()
+    def rehearse(self, shape: Vec3, channels: int) -> None:
+        """One full batch of empty windows; what MONAI takes for a case is counted by the planner alone."""
+        device, batch = self._folds[0].device, self._setting.batch
+        with naming_what_ran_out(
+            f"{batch} windows do not fit the device's memory",
+            "end what else runs there, set a smaller sw_batch_size, or use system.device=cpu",
+        ):
+            windows = torch.zeros((batch, channels, *self._setting.patch), device=device)
+            for backend in self._folds:
+                self._network(backend)(windows).amax().item()
 
     @torch.inference_mode()
     def predict(self, source: WindowSource, core: Box) -> Iterator[tuple[Box, Logits]]:

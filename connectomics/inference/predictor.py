@@ -6,20 +6,21 @@ The pipeline asks for the box a block writes; ``InferenceManager`` asks for the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from connectomics.errors import ModelError
 from connectomics.geometry import Box, Vec3, pieces, vec3
 from connectomics.inference.case import WindowSource
+from connectomics.inference.transfer import uploads_to
 from connectomics.inference.tta import forward_mirrored, mirror_combinations
 from connectomics.inference.windows import WindowGrid, constant_weight, gaussian_weight
 from connectomics.io.volume import Array
 from connectomics.models.backends.contract import Backend
+from connectomics.models.backends.probe import naming_what_ran_out
 
 Logits = torch.Tensor
 FINISHED_VALUES = 1 << 20
@@ -65,12 +66,22 @@ class Predictor(Protocol):
         Yields
         ------
         box, logits
-            float32 [k, z, y, x] on the backend's device; valid until the next item is taken.
+            float32 [k, z, y, x] on the backend's device, a new tensor; ``on_host`` brings and checks it.
         """
         ...
 
     def windows(self, source: WindowSource, core: Box) -> int:
         """Number of windows that ``predict`` computes."""
+        ...
+
+    def rehearse(self, shape: Vec3, channels: int) -> None:
+        """Take for once the device's memory that ``predict`` takes for a core of this shape (z, y, x).
+
+        Raises
+        ------
+        DeviceMemoryError
+            If it does not suffice.
+        """
         ...
 
 
@@ -100,16 +111,40 @@ class RollingPredictor:
         weight = gaussian_weight if setting.blending == "gaussian" else constant_weight
         self._device = folds[0].device
         self._weight = torch.from_numpy(weight(setting.patch)).to(self._device)
+        self._uploads = uploads_to(self._device)
 
     def windows(self, source: WindowSource, core: Box) -> int:
         return self._grid(source).count(core)
+
+    @property
+    def _axis(self) -> int:
+        """Along which the accumulator rolls."""
+        return 0 if self._setting.patch[0] > 1 else 1
+
+    @torch.inference_mode()
+    def rehearse(self, shape: Vec3, channels: int) -> None:
+        """See ``Predictor``: sums of that shape, one full batch of empty windows in them, finished rows."""
+        patch, axis = self._setting.patch, self._axis
+        core = Box.of_shape(shape if axis == 0 else (1, *shape[1:]))
+        window = Box.of_shape(patch)
+        with naming_what_ran_out(
+            f"sums of blocks of {shape} voxels and {self._setting.batch} windows do not fit the device's memory",
+            "end what else runs there, set a smaller inference.block_shape or sw_batch_size, or use system.device=cpu",
+        ):
+            ledge = _Accumulator(len(self._folds), self._classes, core, axis, patch[axis], self._device)
+            for _ in ledge.advance(0):
+                pass
+            empty = np.zeros((channels, *patch), np.float32)
+            self._add(ledge, [empty] * self._setting.batch, [window] * self._setting.batch)
+            for part in pieces(window.intersect(core), (1, 1, 1), max(1, FINISHED_VALUES // self._classes)):
+                ledge.finish(part).amax().item()  # waits for the device, which says only then what went wrong
 
     def _grid(self, source: WindowSource) -> WindowGrid:
         return WindowGrid(source.box, self._setting.patch, self._setting.step)
 
     @torch.inference_mode()
     def predict(self, source: WindowSource, core: Box) -> Iterator[tuple[Box, Logits]]:
-        if self._setting.patch[0] > 1:
+        if self._axis == 0:
             yield from self._roll(source, core, axis=0)
             return
         for z in range(core.start[0], core.stop[0]):
@@ -126,18 +161,21 @@ class RollingPredictor:
             here = (s if a != axis else (position,) for a, s in enumerate(starts))
             corners = [vec3(c) for c in itertools.product(*here)]
             for i in range(0, len(corners), self._setting.batch):
-                self._add(ledge, lane, corners[i : i + self._setting.batch])
+                boxes = [self._box(c) for c in corners[i : i + self._setting.batch]]
+                self._add(ledge, [lane.window(box) for box in boxes], boxes)
         yield from ledge.advance(core.stop[axis])
 
-    def _add(self, ledge: _Accumulator, lane: _Lane, corners: list[Vec3]) -> None:
+    def _box(self, corner: Vec3) -> Box:
+        return Box(corner, vec3([a + p for a, p in zip(corner, self._setting.patch, strict=True)]))
+
+    def _add(self, ledge: _Accumulator, windows: Sequence[Array], boxes: Sequence[Box]) -> None:
         """Run one batch of windows through every fold and add it, window by window in raster order."""
-        boxes = [Box(c, vec3([a + p for a, p in zip(c, self._setting.patch, strict=True)])) for c in corners]
-        batch = torch.from_numpy(np.stack([lane.window(box) for box in boxes])).to(self._device)
-        for fold, backend in enumerate(self._folds):
-            logits = forward_mirrored(backend, batch, self._setting.mirror_axes)
-            logits *= self._weight
-            for box, window in zip(boxes, logits, strict=True):
-                ledge.add(fold, box, window)
+        with self._uploads.batch(windows) as batch:
+            for fold, backend in enumerate(self._folds):
+                logits = forward_mirrored(backend, batch, self._setting.mirror_axes)
+                logits *= self._weight
+                for box, window in zip(boxes, logits, strict=True):
+                    ledge.add(fold, box, window)
         for box in boxes:
             ledge.add_weight(box, self._weight)
 
@@ -159,28 +197,24 @@ class _Accumulator:
             self._first = position
             return
         count = position - self._first
-        held = self._span(self._first, position)
-        finished = held.intersect(self._core)
+        finished = self._span(self._first, position).intersect(self._core)
         for part in pieces(Box.of_shape(finished.shape), (1, 1, 1), max(1, FINISHED_VALUES // self._logits.shape[1])):
             box = part.shift(finished.start)
-            yield box, self._finish(box.relative_to(held).slices)
+            yield box, self.finish(box)
         if position < self._core.stop[self._axis]:
             self._drop(count)
             self._first = position
 
-    def _finish(self, rows: tuple[slice, slice, slice]) -> Logits:
+    def finish(self, box: Box) -> Logits:
+        """Mean logits [k, z, y, x] of a box of the held rows, whose windows have all been added."""
+        assert self._first is not None
+        rows = box.relative_to(self._span(self._first, self._first + self._weights.shape[self._axis])).slices
         weights = self._weights[rows]
         mean = self._logits[(0, slice(None), *rows)] / weights
         for fold in self._logits[1:]:
             mean += fold[(slice(None), *rows)] / weights
         if len(self._logits) > 1:
             mean /= len(self._logits)
-        finite = bool(torch.isfinite(mean.sum()))  # one pass; a sum that overflows says nothing of its parts
-        if not finite and not bool(torch.isfinite(mean).all()):
-            raise ModelError(
-                f"the network gave infinite or undefined logits in {self._core}; the weights or the precision do not "
-                "fit these intensities: try system.device=cpu, which computes in float32"
-            )
         return mean
 
     def _drop(self, count: int) -> None:

@@ -5,6 +5,7 @@ Voxels of the network's grid are computed in fixed tiles, so their bits do not d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -268,6 +269,12 @@ class ResampledPredictor:
             return self._inner.windows(source, core)
         axes = self._resampling.to_image(source.box.shape, resampled.box.shape)
         return self._inner.windows(resampled, reach_of(axes, core.relative_to(source.box)))
+
+    def rehearse(self, shape: Vec3, channels: int) -> None:
+        """As if for a core of this shape (z, y, x) of the image; see ``Predictor``."""
+        spacing, target = self._resampling.spacing, self._resampling.target
+        ratios = zip(shape, spacing, target, strict=True)
+        self._inner.rehearse(vec3([math.ceil(n * own / network) for n, own, network in ratios]), channels)
 
     def predict(self, source: ImageSource, core: Box) -> Iterator[tuple[Box, Logits]]:
         """Logits of ``core`` at the image's spacing; see ``Predictor``."""

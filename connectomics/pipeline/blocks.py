@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.errors import ConnectomicsError, QuarantineError, StorageError, VolumeError
+from connectomics.errors import ConnectomicsError, DeviceMemoryError, QuarantineError, StorageError, VolumeError
 from connectomics.fingerprint import sha256_of_file
 from connectomics.geometry import Block
 from connectomics.io.atomic import write_text
@@ -52,8 +52,9 @@ def attempt(task: Task, block: Block) -> BlockRecord | BlockFailure:
 
     Raises
     ------
-    StorageError, VolumeError
-        If the disk is full, read-only, forbidden or gone, which no other block would survive.
+    StorageError, VolumeError, DeviceMemoryError
+        If the disk is full, read-only, forbidden or gone, or the memory of the device ran out, which no other block
+        would survive.
     """
     for number in range(1, ATTEMPTS + 1):
         try:
@@ -70,7 +71,7 @@ def attempt(task: Task, block: Block) -> BlockRecord | BlockFailure:
 
 def raise_systemic(error: Exception) -> None:
     """Raise an error that every other block would meet too: as it is for an input, else as a ``StorageError``."""
-    if isinstance(error, StorageError):
+    if isinstance(error, StorageError | DeviceMemoryError):
         raise error
     if errno_of(error) in SYSTEMIC:
         if isinstance(error, VolumeError):
@@ -117,8 +118,8 @@ def run_blocks(task: Task, ledger: Ledger, executor: Executor, worker: Worker, o
 
     Raises
     ------
-    StorageError
-        If the disk refuses; finished blocks are kept.
+    StorageError, DeviceMemoryError
+        If the disk refuses, or the device's memory ran out; finished blocks are kept.
     QuarantineError
         If one block after the other fails.
     """

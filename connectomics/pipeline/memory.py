@@ -14,6 +14,7 @@ from connectomics.pipeline.slabs import SLAB_BYTES
 FLOAT_BYTES = 4
 DOUBLE_BYTES = 8
 HEAD_COPIES = 8  # of the logits handed out at once: probabilities, their powers and sums, the winner, what is stored
+DEVICE_COPIES = 3  # of them on a device: their mean, what is added to it, those on their way to the host
 WRITE_COPIES = 3  # of a block's outputs while they are written: themselves, encoded chunks, the shard made of them
 WINDOW_COPIES = 4  # of a batch of windows and of its logits: stacked, filled up, mirrored, weighted
 RESAMPLED_MARGIN = 4  # network voxels that logits are made of beyond a block
@@ -89,7 +90,11 @@ class Work:
         own = self.order.turn(block)
         grid, whole = self._on_grid(own), self._on_grid(self.order.turn(extent))
         near = stored + self._lane_bytes(grid, whole) + math.prod(block) * self.mean_classes * FLOAT_BYTES
-        far = self._sums_bytes(grid) + self._window_bytes() + HEAD_COPIES * FLOAT_BYTES * FINISHED_VALUES
+        near += HEAD_COPIES * FLOAT_BYTES * FINISHED_VALUES
+        far = self._sums_bytes(grid) + self._window_bytes()
+        if self.on_device:
+            near += 2 * self._input_bytes() + 2 * FLOAT_BYTES * FINISHED_VALUES  # pinned buffers
+            far += 2 * self._input_bytes() + DEVICE_COPIES * FLOAT_BYTES * FINISHED_VALUES
         if self.patch[0] == 1 and self.order.axes[0] != 0:
             near += SLAB_BYTES
         if self.ratio is not None:  # the block's logits, a plane of them brought back
@@ -128,6 +133,9 @@ class Work:
         if self.rolling == 1:
             held[0] = 1
         return vec3(held)
+
+    def _input_bytes(self) -> int:
+        return self.batch * self.channels * math.prod(self.patch) * FLOAT_BYTES
 
     def _window_bytes(self) -> int:
         copies = WINDOW_COPIES * (self.channels + self.classes) * FLOAT_BYTES

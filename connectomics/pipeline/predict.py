@@ -15,6 +15,7 @@ from connectomics.inference.case import Case, CaseInput, ReadBox
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.inference.predictor import FINISHED_VALUES, Logits, Predictor
 from connectomics.inference.resample import ImageSource, ResampledPredictor, Resampling
+from connectomics.inference.transfer import on_host
 from connectomics.io.store import Store
 from connectomics.io.volume import Array, VolumeReader
 from connectomics.models.spec import ChannelNormalisation
@@ -101,13 +102,14 @@ class Member:
     def logits(self, read: ReadBox, cases: Sequence[Case], core: Box) -> Iterator[tuple[Box, Logits]]:
         """Finished logits f32 [k, z, y, x] of the cases' part of ``core``, in disjoint boxes relative to it.
 
+        Each is in the host's memory, and valid until the next is taken.
         ``core`` is a box of the volume; the boxes that come out are of the model's axes.
         """
         turned, across = self.order.turn_box(core), self.order.axes[0]
         if across != 0:
             read = SlabReader(read, across, core.stop[across])
         for source, part in self._parts(read, cases, core):
-            for box, logits in self._engine().predict(source, part):
+            for box, logits in on_host(self._engine().predict(source, part)):
                 yield box.relative_to(turned), logits
 
     def outside(self, cases: Sequence[Case], core: Box) -> Iterator[Box]:
@@ -119,6 +121,11 @@ class Member:
     def windows(self, read: ReadBox, cases: Sequence[Case], core: Box) -> int:
         """Number of windows that ``logits`` computes."""
         return sum(self._engine().windows(source, part) for source, part in self._parts(read, cases, core))
+
+    def rehearse(self, block: Vec3) -> None:
+        """Take for once the device's memory that a block (z, y, x) of the volume takes; see ``Predictor``."""
+        channels = len(self.schemes) + len(self.previous_values)
+        self._engine().rehearse(self.order.turn(block), channels)
 
     def _engine(self) -> Predictor | ResampledPredictor:
         return self.predictor if self.resampling is None else ResampledPredictor(self.predictor, self.resampling)
@@ -253,6 +260,17 @@ class Segmenter:
         for name, array in self.segment(read, surveyed, part).items():
             np.copyto(result[name][index], array, where=True if flags is None else flags)
         return result, self.windows(read, surveyed, part)
+
+    def rehearse(self, block: Vec3) -> None:
+        """Take for once the device's memory that a block (z, y, x) takes.
+
+        Raises
+        ------
+        DeviceMemoryError
+            If it does not suffice.
+        """
+        for member in self.members:
+            member.rehearse(block)
 
     def windows(self, read: ReadBox, surveyed: Surveyed, core: Box) -> int:
         """Number of windows that ``segment`` computes."""

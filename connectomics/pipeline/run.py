@@ -90,6 +90,7 @@ class VolumeJob:
     ``readers`` threads survey it; without ``wanted`` every voxel is; ``contract`` is what a fast run is held to.
     ``filter_block_bytes`` is what a block may take whose filters, or the holes of whose mask, are worked out.
     ``predicted_s`` is what all of it was predicted to take, None where nobody did.
+    ``on_device`` tells that a device has memory of its own, which the blocks of ``plan`` were tried on.
     """
 
     name: str
@@ -106,6 +107,7 @@ class VolumeJob:
     contract: FastContract | None = None
     filter_block_bytes: int = BLOCK_VOXELS * VOXEL_BYTES
     predicted_s: float | None = None
+    on_device: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,8 @@ def _prepare(room: Room, job: VolumeJob, reader: PatientReader, settings: RunSet
     """Survey, agreement, ledger and stores; records whose shards were lost are undone."""
     work = room.work
     plan = plan_of(work / LEDGER) or job.plan  # a rerun elsewhere cuts the volume as it was begun
+    if job.on_device and plan != job.plan:
+        job.segmenter.rehearse(plan.block_shape)
     facts = _result_keys(job) | {"grid": list(plan.block_shape), "program": settings.program}
     run_key, extent = key_of(facts), reader.info.extent
     surveyed = _surveyed(job, reader, room)

@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,13 @@ from connectomics.errors import ConfigError, DeviceError
 from connectomics.models.backends import openvino as openvino_backend
 from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.contract import Backend
+from connectomics.models.backends.cuda import CudaBackend, CudaGraphs, Recorded, in_half
 from connectomics.models.backends.openvino import OpenVinoBackend
 from connectomics.models.backends.torch_compile import CompiledBackend
-from connectomics.models.backends.torch_eager import TorchBackend, _arithmetic, capability, select_device
+from connectomics.models.backends.torch_eager import TorchBackend, arithmetic, capability, select_device
 
 CHANNELS, CLASSES, PATCH = 2, 3, (4, 8, 8)
+CPU = torch.device("cpu")
 
 
 def small_network() -> nn.Module:
@@ -226,6 +228,71 @@ def compiled(folder: Path) -> CompiledBackend:
     )
 
 
+def replayed(run: Callable[[], torch.Tensor]) -> Recorded:
+    """What a CUDA graph does: the same pass again, into the same memory, whatever anybody has left there."""
+    output = run().clone()
+    return Recorded(lambda: output.copy_(run()), output)
+
+
+def unrecordable(run: Callable[[], torch.Tensor]) -> Recorded:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def cuda_path(recorder: Callable[[Callable[[], torch.Tensor]], Recorded] | None, device: str = "cpu") -> CudaBackend:
+    shape = (4, CHANNELS, *PATCH)
+    return CudaBackend(small_network(), device=device, shape=shape, threads=1, recorder=recorder)
+
+
+class TestCudaPathOnCpu(BackendContract):
+    """All of the path but the GPU: weights in half precision, the fixed input, replays into the same memory."""
+
+    tolerance = 3e-2
+    precision = "fast"
+
+    @pytest.fixture
+    def backend(self) -> Iterator[Backend]:
+        made = cuda_path(replayed)
+        yield made
+        made.close()
+
+    def test_logits_outlive_the_next_pass(self, backend: Backend) -> None:
+        batch = windows(4, backend.device)
+        first = backend.forward(batch)
+        kept = first.clone()
+        backend.forward(batch * 2)
+        assert torch.equal(first, kept)
+
+    def test_another_patch_is_refused(self, backend: Backend) -> None:
+        with pytest.raises(ValueError, match="recorded for batches of"):
+            backend.forward(torch.zeros(4, CHANNELS, 4, 8, 16))
+
+    def test_its_bytes_are_those_of_plain_autocast(self, backend: Backend) -> None:
+        plain = TorchBackend(small_network(), device="cpu", batch=4, threads=1, precision="fast")
+        batch = windows(4, backend.device)
+        assert torch.equal(backend.forward(batch), plain.forward(batch))
+        assert backend.numeric_class.backend == "torch channels_last"
+
+
+class TestCudaPathUnrecorded(BackendContract):
+    """Where passes cannot be recorded they are run, and the reason is kept."""
+
+    tolerance = 3e-2
+    precision = "fast"
+
+    @pytest.fixture
+    def backend(self) -> Iterator[Backend]:
+        made = cuda_path(unrecordable)
+        yield made
+        made.close()
+
+    def test_the_class_is_the_same_and_the_reason_is_kept(self, backend: Backend) -> None:
+        recorded = cuda_path(replayed)
+        assert isinstance(backend, CudaBackend)
+        assert "not permitted when stream is capturing" in backend.note and recorded.note == ""
+        assert backend.numeric_class == recorded.numeric_class
+        assert torch.equal(backend.forward(windows(3, CPU)), recorded.forward(windows(3, CPU)))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device here")
 class TestTorchOnCuda(BackendContract):
     tolerance = 2e-2  # autocast, as nnU-Net runs it
@@ -233,18 +300,122 @@ class TestTorchOnCuda(BackendContract):
 
     @pytest.fixture
     def backend(self) -> Iterator[Backend]:
-        made = TorchBackend(small_network(), device="cuda", batch=4, threads=1, precision="fast")
+        made = cuda_path(None, "cuda")
+        assert made.note == ""
         yield made
         made.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device here")
+class TestTorchExactOnCuda(BackendContract):
+    tolerance = 1e-5
+
+    @pytest.fixture
+    def backend(self) -> Iterator[Backend]:
+        made = TorchBackend(small_network(), device="cuda", batch=4, threads=1)
+        yield made
+        made.close()
+
+
+def test_a_device_whose_memory_is_full_is_no_reason_to_go_on_unrecorded() -> None:
+    def full(run: Callable[[], torch.Tensor]) -> Recorded:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda_path(full)
+
+
+def test_graphs_need_cuda() -> None:
+    with pytest.raises(DeviceError, match="need a CUDA device, and 'cpu' is none"):
+        cuda_path(None)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_change_no_bit_of_autocast(flat: bool, dtype: torch.dtype) -> None:
+    """nnunetv2's own kind of network under PyTorch's autocast, with its weights as they are and converted once."""
+    unet = pytest.importorskip("dynamic_network_architectures.architectures.unet").PlainConvUNet
+    convolution, norm = (nn.Conv2d, nn.InstanceNorm2d) if flat else (nn.Conv3d, nn.InstanceNorm3d)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        network = unet(
+            1, 2, [4, 8], convolution, 3, [1, 2], 1, 3, 1, True, norm, {"affine": True}, nonlin=nn.LeakyReLU
+        ).eval()  # fmt: skip
+    network.decoder.deep_supervision = False
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    batch = torch.randn(2, 1, *([16, 16] if flat else [8, 8, 8]), generator=torch.Generator().manual_seed(1))
+    halved = in_half(network, dtype, channels_last=False)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        assert torch.equal(halved(batch), network(batch))
+        found, expected = in_half(network, dtype)(batch), network(batch)
+    assert float((found - expected).abs().max()) < 0.05  # another order of the channels sums in another order
+    assert {value.dtype for value in halved.state_dict().values()} == {dtype, torch.float32}
+    after = network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    last = torch.channels_last if flat else torch.channels_last_3d
+    weights = [m.weight for m in in_half(network, dtype).modules() if isinstance(m, convolution)]
+    assert weights and all(weight.is_contiguous(memory_format=last) for weight in weights)
+
+
+def test_a_graph_is_recorded_after_warming_up_and_beside_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's calls, replaced by what notes them; a GPU was not there to run them."""
+    calls: list[str] = []
+
+    class Noted:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self) -> None:
+            calls.append(f"enter {self.name}")
+
+        def __exit__(self, *error: object) -> None:
+            calls.append(f"leave {self.name}")
+
+        def wait_stream(self, other: Noted) -> None:
+            calls.append(f"{self.name} waits for {other.name}")
+
+        def replay(self) -> None:
+            calls.append("replay")
+
+    def graph(made: Noted, *, pool: object, capture_error_mode: str) -> Noted:
+        assert (pool, capture_error_mode) == ("shared", "thread_local")
+        return made
+
+    current = Noted("current")
+    for name, value in {
+        "device": lambda device: Noted("device"),
+        "Stream": lambda device: Noted("side"),
+        "stream": lambda stream: stream,
+        "current_stream": lambda device: current,
+        "synchronize": lambda device: calls.append("synchronize"),
+        "CUDAGraph": lambda: Noted("graph"),
+        "graph": graph,
+        "graph_pool_handle": lambda: "shared",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    output = torch.zeros(1)
+    recorded = CudaGraphs(torch.device("cuda", 63))(lambda: calls.append("pass") or output)
+    recorded.replay()
+    assert recorded.output is output
+    warm = ["enter side", "pass", "pass", "pass", "leave side"]
+    around = ["enter device", "side waits for current", *warm, "current waits for side", "synchronize"]
+    assert calls == [*around, "enter graph", "pass", "leave graph", "leave device", "replay"]
 
 
 def test_on_cuda_nnunets_autocast_runs_with_repeatable_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(torch, "autocast", lambda kind: asked.append(kind) or contextlib.nullcontext())
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    with _arithmetic(torch.device("cuda"), "fast"):
-        assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (False, True)
-    assert torch.backends.cudnn.benchmark
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    products.allow_tf32 = True
+    try:
+        for precision in ("fast", "exact"):
+            with arithmetic(torch.device("cuda"), precision):
+                assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
+                assert not cudnn.allow_tf32 and not products.allow_tf32
+            assert cudnn.benchmark and products.allow_tf32
+    finally:
+        products.allow_tf32 = False
     assert asked == ["cuda"]
 
 

@@ -12,8 +12,13 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 
+from connectomics.build import backends
 from connectomics.cli import main
+from connectomics.geometry import Vec3
+from connectomics.models.backends import torch_eager
+from connectomics.models.backends.contract import Backend
 from connectomics.pipeline.agreement import FastContract
 
 from nnunet_models import make_model
@@ -137,3 +142,30 @@ def test_fast_and_exact_are_two_results(folder: Path, tmp_path: Path, capsys: py
     assert "overwrite=true" in capsys.readouterr().out
     assert run(folder, tmp_path, *FAST, "inference.output.overwrite=true") == 0
     assert "bfloat16 instead of float32" in provenance(tmp_path)["nnunet"]
+
+
+def test_on_a_gpu_a_run_goes_on_with_the_batch_that_fitted_when_it_began(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if this processor were a GPU, once with memory for two windows, then for any number."""
+    most = 2
+
+    def tried(backend: Backend, channels: int, patch: Vec3) -> None:
+        if backend.numeric_class.batch > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(backends, "try_batch", tried)
+    monkeypatch.setattr(torch_eager, "capability", lambda device: "cuda 9.0 NVIDIA H200")
+    eight = "inference.sliding_window.sw_batch_size=8"
+    expected = begin(folder, tmp_path, eight)
+    assert provenance(tmp_path)["numeric_class"]["batch"] == 2
+    assert "inference.sliding_window.sw_batch_size=2" in provenance(tmp_path)["command"]
+    most = 100
+    assert run(folder, tmp_path, eight) == 0
+    assert provenance(tmp_path)["numeric_class"]["batch"] == 2
+    assert (tmp_path / "v_labels.h5").read_bytes() == expected
+    (tmp_path / "v_labels.h5").unlink()
+    most = 1
+    capsys.readouterr()
+    assert run(folder, tmp_path, eight) == 3
+    assert "system.allow_mixed_devices=true" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,16 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from connectomics.errors import QuarantineError, StorageError, VolumeError
+from connectomics.errors import DeviceMemoryError, QuarantineError, StorageError, VolumeError
 from connectomics.executors.serial import SerialExecutor
-from connectomics.geometry import Box
+from connectomics.geometry import Box, Vec3
+from connectomics.inference.case import CaseInput
 from connectomics.io.store import Store
 from connectomics.io.volume import Array
+from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.run import VolumeJob, run_volume
 
 from small_jobs import quick_folder
-from small_runs import BLOCKS, EXPECTED, EXTENT, Reader, cores, job_in, labels, run, settings_in
+from small_runs import BLOCKS, EXPECTED, EXTENT, Bright, Reader, cores, job_in, labels, run, settings_in
 
 QUICK = (0.0, 0.0, 0.0)
 BAD = Box((2, 0, 10), (3, 6, 20))  # block 2-0-1
@@ -167,6 +171,49 @@ def test_a_disk_that_refuses_ends_the_run_at_once_and_blocks_are_kept(
     assert not list(tmp_path.glob("v_labels.run/*/ledger/quarantine"))
     job = job_in(tmp_path)
     assert run(tmp_path, job).skipped == 5
+    assert (labels(tmp_path) == EXPECTED).all()
+
+
+class Crowded(Bright):
+    """On a device whose memory others take after some blocks."""
+
+    def __init__(self, most_voxels: int = 10**6, after: int = BLOCKS) -> None:
+        super().__init__()
+        self.most_voxels, self.after = most_voxels, after
+
+    def predict(self, source: CaseInput, core: Box) -> Iterator[tuple[Box, torch.Tensor]]:
+        if len(self.cores) == self.after:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        yield from super().predict(source, core)
+
+    def rehearse(self, shape: Vec3, channels: int) -> None:
+        if math.prod(shape) > self.most_voxels:
+            raise DeviceMemoryError(f"blocks of {shape} voxels do not fit")
+
+
+def crowded(folder: Path, predictor: Crowded, **changes: object) -> VolumeJob:
+    job = job_in(folder, on_device=True, **changes)
+    (member,) = job.segmenter.members
+    return replace(job, segmenter=replace(job.segmenter, members=(replace(member, predictor=predictor),)))
+
+
+def test_memory_of_a_device_that_runs_out_ends_the_run_at_once_and_blocks_are_kept(tmp_path: Path) -> None:
+    with pytest.raises(DeviceMemoryError, match=r"ran out amid a run.*2\.00 GiB.*finished blocks are kept"):
+        try_run(tmp_path, crowded(tmp_path, Crowded(after=5)))
+    assert not list(tmp_path.glob("v_labels.run/*/ledger/quarantine"))
+    assert run(tmp_path, crowded(tmp_path, Crowded())).skipped == 5
+    assert (labels(tmp_path) == EXPECTED).all()
+
+
+def test_blocks_a_run_was_begun_with_are_tried_before_it_goes_on(tmp_path: Path) -> None:
+    """Their shape stands in the ledger, so a device with less memory cannot have others."""
+    with pytest.raises(DeviceMemoryError):
+        try_run(tmp_path, crowded(tmp_path, Crowded(after=5)))
+    smaller, small = BlockPlan((1, 6, 5), (1, 6, 5)), Crowded(most_voxels=30)
+    with pytest.raises(DeviceMemoryError, match=r"blocks of \(1, 6, 10\) voxels do not fit"):
+        try_run(tmp_path, crowded(tmp_path, small, plan=smaller))
+    assert small.cores == []
+    assert run(tmp_path, crowded(tmp_path, Crowded(), plan=smaller)).skipped == 5
     assert (labels(tmp_path) == EXPECTED).all()
 
 

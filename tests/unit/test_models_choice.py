@@ -13,8 +13,10 @@ from torch import nn
 
 from connectomics.config import validation
 from connectomics.errors import ConfigError, DeviceError
+from connectomics.models.backends import choice
 from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.choice import BACKENDS, Networks, Terms, choose, default_precision
+from connectomics.models.backends.cuda import CudaBackend
 
 TERMS = Terms("cpu", "exact", 1, 1)
 NONE = Artefacts(None)
@@ -131,3 +133,23 @@ def test_openvino_is_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         kinds("openvino", networks(nn.Identity()), terms=Terms("cuda", "fast", 1, 1))
     assert default_precision("auto") == "fast"
     assert default_precision("cpu") == "exact"
+
+
+def test_on_cuda_fast_is_recorded_and_exact_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    class Recording(CudaBackend):
+        def __init__(self, network: nn.Module, **options: Any) -> None:
+            made.append(options)
+            super().__init__(network, **options | {"device": "cpu", "recorder": refuse})
+
+    def refuse(run: Any) -> Any:
+        raise RuntimeError("no graph here")
+
+    monkeypatch.setattr(choice, "CudaBackend", Recording)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found, notes = kinds("auto", networks(nn.ReLU(), nn.ReLU()), terms=Terms("cuda:1", "fast", 3, 2))
+    assert found == [["torch", "torch"]]
+    assert notes == ("passes are not recorded as a graph: no graph here",)
+    assert made == [{"device": "cuda:1", "shape": (3, 1, 2, 4, 4), "threads": 2}] * 2

@@ -15,6 +15,7 @@ from connectomics.errors import ConfigError, DeviceError
 from connectomics.geometry import Vec3
 from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.contract import Backend
+from connectomics.models.backends.cuda import CudaBackend
 from connectomics.models.backends.torch_eager import TorchBackend, select_device
 
 log = logging.getLogger(__name__)
@@ -55,13 +56,20 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Backends of each model, one a fold, and why others that come first were not taken."""
+    """Backends of each model, one a fold; why others that come first were not taken, or these do less than they can."""
 
     backends: tuple[tuple[Backend, ...], ...]
     notes: tuple[str, ...] = ()
 
 
 def _torch(networks: Networks, fold: int, terms: Terms, artefacts: Artefacts) -> Backend:
+    if terms.precision == "fast" and select_device(terms.device).type == "cuda":
+        return CudaBackend(
+            networks.modules[fold],
+            device=terms.device,
+            shape=(terms.batch, networks.channels, *networks.patch),
+            threads=terms.threads,
+        )
     return TorchBackend(
         networks.modules[fold],
         device=terms.device,
@@ -145,12 +153,17 @@ def choose(
     notes: list[str] = []
     for candidate, its_terms in candidates[:-1]:
         try:
-            return Chosen(_made(candidate, its_terms, models, artefacts), tuple(notes))
+            return _noted(_made(candidate, its_terms, models, artefacts), notes)
         except DeviceError as error:
             notes.append(f"{candidate} was not taken: {error}")
             log.warning("system.backend=auto: %s", notes[-1])
     last, its_terms = candidates[-1]
-    return Chosen(_made(last, its_terms, models, artefacts), tuple(notes))
+    return _noted(_made(last, its_terms, models, artefacts), notes)
+
+
+def _noted(backends: tuple[tuple[Backend, ...], ...], notes: Sequence[str]) -> Chosen:
+    own = (backend.note for row in backends for backend in row if isinstance(backend, CudaBackend) and backend.note)
+    return Chosen(backends, tuple(dict.fromkeys([*notes, *own])))
 
 
 def _made(name: str, terms: Terms, models: Sequence[Networks], artefacts: Artefacts) -> tuple[tuple[Backend, ...], ...]:

@@ -62,9 +62,10 @@ def window_bytes(network: nn.Module, patch: Vec3) -> int:
 
 
 def free_device_bytes(device: torch.device) -> int | None:
-    """Free memory of a CUDA device; None where the network's memory is the host's."""
+    """Free memory of a CUDA device, with what PyTorch kept of it; None where the network's memory is the host's."""
     if device.type != "cuda":
         return None
+    torch.cuda.empty_cache()
     free: int = torch.cuda.mem_get_info(device)[0]
     return free
 
@@ -80,7 +81,7 @@ def capability(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def _arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     """float32, or the device's autocast where ``precision`` is fast."""
     with contextlib.ExitStack() as entered:
         if precision == "fast":  # half precision on CUDA as nnU-Net has it, bfloat16 on the CPU
@@ -89,7 +90,19 @@ def _arithmetic(device: torch.device, precision: str) -> Iterator[None]:
             # cuDNN may pick another algorithm each time it measures; nnU-Net lets it, we want the same bits twice
             flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
             entered.enter_context(flags)
+            entered.enter_context(_full_products())
         yield
+
+
+@contextlib.contextmanager
+def _full_products() -> Iterator[None]:
+    """While open, matrix products of float32 on CUDA are float32 products, not TF32 ones."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class TorchBackend:
@@ -159,7 +172,7 @@ class TorchBackend:
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         # no_grad, not inference_mode: the caller flips and adds the logits in place outside of this call
-        with torch.no_grad(), _arithmetic(self._device, self._precision):
+        with torch.no_grad(), arithmetic(self._device, self._precision):
             logits: torch.Tensor = self._network(batch)
         return logits[:rows].float()
 

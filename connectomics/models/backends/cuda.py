@@ -1,0 +1,209 @@
+"""PyTorch on CUDA in nnU-Net's half precision: weights converted once, and one graph of all kernels for the batch.
+
+Made by ``choice`` for ``fast``; ``exact`` is the reference backend. What only a GPU can do is behind ``Recorder``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from connectomics.errors import DeviceError
+from connectomics.models.backends.contract import NumericClass, whole_batch
+from connectomics.models.backends.probe import exhausted
+from connectomics.models.backends.torch_eager import arithmetic, capability, select_device
+
+log = logging.getLogger(__name__)
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # memory formats by the axes of a convolution's weight
+HALVED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+WARM_UPS = 3  # libraries choose algorithms and take their workspaces in the first passes
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A pass that can be run again: ``replay`` reads the same input tensor and overwrites ``output``."""
+
+    replay: Callable[[], None]
+    output: torch.Tensor
+
+
+class Recorder(Protocol):
+    """Records a pass."""
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> Recorded:
+        """Run the pass to warm up, then record it.
+
+        Raises
+        ------
+        RuntimeError
+            If it cannot be recorded.
+        """
+        ...
+
+
+class CudaGraphs:
+    """Records kernels as a CUDA graph; all graphs of a device share the memory of their intermediate values.
+
+    That is safe because they are replayed one after the other on one stream, and each output is copied before the next.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> Recorded:
+        with torch.cuda.device(self._device):
+            side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # PyTorch has no annotation
+            side.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    run()
+            torch.cuda.current_stream(self._device).wait_stream(side)
+            torch.cuda.synchronize(self._device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=_pool(self._device.index), capture_error_mode="thread_local"):
+                output = run()
+        return Recorded(graph.replay, output)
+
+
+@functools.cache
+def _pool(index: int) -> Any:
+    return torch.cuda.graph_pool_handle()
+
+
+def in_half(network: nn.Module, dtype: torch.dtype, *, channels_last: bool = True) -> nn.Module:
+    """A copy of a network whose convolutions have their weights in half precision, as autocast would cast them.
+
+    Autocast converts them in each pass anew; all else it treats as before, so the logits are the same. The network
+    itself is left as it is, because ``exact`` computes with it.
+
+    Parameters
+    ----------
+    dtype
+        What autocast uses on the device.
+    channels_last
+        Whether weights lie in memory with their channels last, which is what tensor cores read.
+    """
+    halved = copy.deepcopy(network).eval().requires_grad_(False)
+    for module in halved.modules():
+        if isinstance(module, HALVED):
+            module.to(dtype)
+            if channels_last and module.weight.ndim in LAST:
+                module.weight.data = module.weight.data.contiguous(memory_format=LAST[module.weight.ndim])
+    return halved
+
+
+class CudaBackend:
+    """As ``TorchBackend`` in ``fast``, for one shape.
+
+    Parameters
+    ----------
+    network
+        Takes float32 [n, c, z, y, x], gives [n, k, z, y, x]; it is copied.
+    device
+        A name ``select_device`` knows.
+    shape
+        Of each batch the network sees: rows, channels, z, y, x. Emptier batches are filled with zeros.
+    threads
+        CPU threads within one operation, part of the numeric class.
+    channels_last
+        See ``in_half``.
+    recorder
+        Records a pass; None: as a CUDA graph.
+
+    Attributes
+    ----------
+    note
+        Why passes are not recorded but run kernel by kernel, or empty.
+
+    Raises
+    ------
+    DeviceError
+        If the device is missing.
+    RuntimeError
+        If its memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        device: str,
+        shape: tuple[int, int, int, int, int],
+        threads: int,
+        channels_last: bool = True,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self._device = select_device(device)
+        if recorder is None and self._device.type != "cuda":
+            raise DeviceError(f"CUDA graphs need a CUDA device, and '{device}' is none; set system.device=cuda")
+        dtype = torch.get_autocast_dtype(self._device.type)
+        self._network: nn.Module | None = in_half(network, dtype, channels_last=channels_last).to(self._device)
+        self._input = torch.zeros(shape, device=self._device)
+        self._numeric_class = NumericClass(
+            backend="torch channels_last" if channels_last else "torch half",
+            precision="fast",
+            batch=shape[0],
+            threads=threads,
+            device=capability(self._device),
+        )
+        self.note = ""
+        self._recorded: Recorded | None = None
+        try:
+            self._recorded = (recorder or CudaGraphs(self._device))(self._run)
+        except RuntimeError as error:
+            if exhausted(error):
+                raise
+            self.note = f"passes are not recorded as a graph: {' '.join(str(error).split())[:300]}"
+            log.warning("%s: %s; each kernel is started by itself", self._device, self.note)
+
+    @property
+    def device(self) -> torch.device:
+        """Where ``forward`` expects its input and leaves its output."""
+        return self._device
+
+    @property
+    def numeric_class(self) -> NumericClass:
+        """What decides the last bits of the logits; a graph runs the same kernels, so it is not part of that."""
+        return self._numeric_class
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [n, k, z, y, x] of windows float32 [n, c, z, y, x]; both on ``device``.
+
+        Raises
+        ------
+        ValueError
+            If the batch has another dtype, device or shape of windows, no row, or too many.
+        RuntimeError
+            If the backend is closed.
+        """
+        if self._network is None:
+            raise RuntimeError("the backend is closed")
+        rows = batch.shape[0]
+        batch = whole_batch(batch, self._input.shape[0], self._device)
+        if batch.shape != self._input.shape:
+            raise ValueError(f"recorded for batches of {list(self._input.shape)}, got {list(batch.shape)}")
+        self._input.copy_(batch)
+        if self._recorded is None:
+            return self._run()[:rows].to(torch.float32, copy=True)
+        self._recorded.replay()
+        return self._recorded.output[:rows].to(torch.float32, copy=True)  # the next pass overwrites it
+
+    def _run(self) -> torch.Tensor:
+        assert self._network is not None
+        with torch.no_grad(), arithmetic(self._device, "fast"):
+            logits: torch.Tensor = self._network(self._input)
+        return logits
+
+    def close(self) -> None:
+        """Let go of the network, the graph and their memory; twice is fine."""
+        self._network = self._recorded = None
+        self._input = self._input.new_zeros(0)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
