@@ -325,6 +325,16 @@ def test_a_device_whose_memory_is_full_is_no_reason_to_go_on_unrecorded() -> Non
         cuda_path(full)
 
 
+@pytest.mark.parametrize("recorder", [replayed, unrecordable])
+def test_logits_that_are_float32_already_are_copied_too(
+    recorder: Callable[[Callable[[], torch.Tensor]], Recorded],
+) -> None:
+    backend = CudaBackend(nn.Identity(), device="cpu", shape=(1, 1, 1, 2, 2), threads=1, recorder=recorder)
+    first = backend.forward(torch.ones(1, 1, 1, 2, 2))
+    backend.forward(torch.zeros(1, 1, 1, 2, 2))
+    assert torch.equal(first, torch.ones(1, 1, 1, 2, 2))
+
+
 def test_graphs_need_cuda() -> None:
     with pytest.raises(DeviceError, match="need a CUDA device, and 'cpu' is none"):
         cuda_path(None)
