@@ -170,8 +170,10 @@ def _networks(models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Ne
 
 
 def as_begun(config: Config, begun: Mapping[str, object]) -> Config:
-    """The configuration with what it leaves to the machine as in a numeric class: backend, threads and, on a GPU, whose
-    memory may have held fewer windows at once than are stated, the batch."""
+    """The configuration with what it leaves to the machine as in a numeric class: backend, threads, batch on a GPU.
+
+    A GPU's memory may have held fewer windows at once than are stated, and goes on with as many.
+    """
     system, batch = config.system, int(str(begun["batch"]))
     if str(begun["device"]).startswith("cuda") and batch < config.inference.sliding_window.sw_batch_size:
         config = _with_batch(config, batch)

@@ -6,6 +6,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 
@@ -108,9 +109,10 @@ class Member:
         turned, across = self.order.turn_box(core), self.order.axes[0]
         if across != 0:
             read = SlabReader(read, across, core.stop[across])
-        for source, part in self._parts(read, cases, core):
-            for box, logits in on_host(self._engine().predict(source, part)):
-                yield box.relative_to(turned), logits
+        engine = self._engine()
+        parts = (engine.predict(source, part) for source, part in self._parts(read, cases, core))
+        for box, logits in on_host(chain.from_iterable(parts)):  # of all cases, so that a GPU goes on with the next one
+            yield box.relative_to(turned), logits
 
     def outside(self, cases: Sequence[Case], core: Box) -> Iterator[Box]:
         """Where ``logits`` gives nothing: disjoint boxes of the volume's axes, relative to ``core``."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -323,6 +324,35 @@ def test_a_device_whose_memory_is_full_is_no_reason_to_go_on_unrecorded() -> Non
 
     with pytest.raises(torch.OutOfMemoryError):
         cuda_path(full)
+
+
+@pytest.mark.parametrize("recorder", [replayed, unrecordable])
+def test_logits_that_are_float32_already_are_copied_too(
+    recorder: Callable[[Callable[[], torch.Tensor]], Recorded],
+) -> None:
+    backend = CudaBackend(nn.Identity(), device="cpu", shape=(1, 1, 1, 2, 2), threads=1, recorder=recorder)
+    first = backend.forward(torch.ones(1, 1, 1, 2, 2))
+    backend.forward(torch.zeros(1, 1, 1, 2, 2))
+    assert torch.equal(first, torch.ones(1, 1, 1, 2, 2))
+
+
+class Watched(nn.Module):
+    """Notes where in memory its input lies."""
+
+    places: ClassVar[set[int]] = set()
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        self.places.add(batch.data_ptr())
+        return batch
+
+
+def test_each_pass_reads_the_memory_that_was_recorded() -> None:
+    """A graph knows its input by its place alone."""
+    Watched.places.clear()
+    backend = CudaBackend(Watched(), device="cpu", shape=(2, 1, 1, 2, 2), threads=1, recorder=replayed)
+    given = [torch.full((rows, 1, 1, 2, 2), float(rows)) for rows in (1, 2)]
+    assert all(torch.equal(backend.forward(batch), batch) for batch in given)
+    assert len(Watched.places) == 1
 
 
 def test_graphs_need_cuda() -> None:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from connectomics.errors import DeviceMemoryError
 from connectomics.lightning.inference import InferenceManager
+from connectomics.models.backends.torch_eager import TorchBackend
 
 from nnunet_models import make_model
 from parity_table import scene
@@ -61,3 +64,18 @@ def test_grids_differ_elsewhere(model: tuple[int, Path]) -> None:
     assert np.abs(ours - monais).max() > 1e-3
     manager = InferenceManager.from_checkpoint(folder, [*WORDS, "inference.sliding_window.engine=monai"])
     assert "MONAI's window grid" in manager.engine.deviations
+
+
+def test_a_batch_that_does_not_fit_the_device_is_named(
+    model: tuple[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*WORDS, "inference.sliding_window.engine=monai", "inference.sliding_window.sw_batch_size=3"]
+    segmenter = InferenceManager.from_checkpoint(model[1], words).engine.segmenter
+    segmenter.rehearse((4, 30, 30))
+
+    def full(self: TorchBackend, batch: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError(f"no room for {len(batch)}")
+
+    monkeypatch.setattr(TorchBackend, "forward", full)
+    with pytest.raises(DeviceMemoryError, match=r"3 windows do not fit .*\(no room for 3\)"):
+        segmenter.rehearse((4, 30, 30))

@@ -19,9 +19,11 @@ from connectomics.config.load import load_config
 from connectomics.errors import DeviceMemoryError
 from connectomics.geometry import Box, Vec3
 from connectomics.inference.predictor import RollingPredictor, SlidingWindow
+from connectomics.inference.resample import ResampledPredictor, Resampling
 from connectomics.io.volume import VolumeInfo
 from connectomics.models.backends.contract import Backend, NumericClass
 from connectomics.models.backends.probe import exhausted, largest_fitting, naming_what_ran_out, try_batch
+from connectomics.models.spec import ResamplingRule
 
 from nnunet_models import make_model
 
@@ -117,6 +119,19 @@ def test_a_rehearsal_takes_whole_sums_and_a_full_batch(patch: Vec3, monkeypatch:
     with pytest.raises(DeviceMemoryError, match=r"blocks of \(6, 20, 30\) voxels and 3 windows.*block_shape"):
         tight.rehearse(shape, 1)
     predictor.rehearse((1, 3, 5), 1)  # smaller than a window
+
+
+def test_a_rehearsal_is_as_large_as_the_networks_grid() -> None:
+    asked: list[tuple[Vec3, int]] = []
+
+    class Inner:
+        def rehearse(self, shape: Vec3, channels: int) -> None:
+            asked.append((shape, channels))
+
+    rule = ResamplingRule("resample_data_or_seg_to_shape", 1, 0, None)
+    resampling = Resampling((4.0, 2.0, 1.0), (2.0, 2.0, 3.0), rule, rule)
+    ResampledPredictor(Inner(), resampling).rehearse((5, 7, 10), 2)  # type: ignore[arg-type]  # the rest is not asked
+    assert asked == [((10, 7, 4), 2)]
 
 
 @pytest.fixture(scope="module")
