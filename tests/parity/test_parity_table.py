@@ -40,7 +40,12 @@ def test_labels_equal_the_oracle(case: ParityCase) -> None:
     check(result_of(case))
 
 
-@pytest.mark.parametrize("dimensions", [pytest.param(d, marks=pytest.mark.xdist_group(f"parity{d}")) for d in (2, 3)])
+IN_2D, IN_3D = (pytest.mark.xdist_group(f"parity{d}") for d in (2, 3))
+
+
+@pytest.mark.parametrize(
+    "dimensions", [pytest.param(2, marks=IN_2D), pytest.param(3, marks=[IN_3D, pytest.mark.long])], ids=str
+)
 def test_stock_nnunet_differs_in_at_most_one_voxel_of_ten_thousand(dimensions: int) -> None:
     """Pooled over the table: single images are too small to count shares of 1e-4."""
     results = [result_of(case) for case in pairwise_cases() if case.dimensions == dimensions]

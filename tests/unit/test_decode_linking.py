@@ -130,10 +130,10 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield small
 
 
-def test_sixty_four_random_stacks(folder: Path, small_parts: Any) -> None:
+def test_fifty_two_random_stacks(folder: Path, small_parts: Any) -> None:
     """Labels, of which a quarter with tables that are read in tiny parts."""
     leaps = 0
-    for seed in range(64):
+    for seed in range(52):
         values, rule = stack(seed), rule_of(seed)
         if seed == 48:
             small_parts(5)
