@@ -19,7 +19,7 @@ from connectomics.inference.case import WindowSource
 from connectomics.inference.tta import forward_mirrored, mirror_combinations
 from connectomics.inference.windows import WindowGrid, constant_weight, gaussian_weight
 from connectomics.io.volume import Array
-from connectomics.models.backends.contract import Backend
+from connectomics.models.backends.contract import Backend, torch_threads
 
 Logits = torch.Tensor
 FINISHED_VALUES = 1 << 20
@@ -109,12 +109,13 @@ class RollingPredictor:
 
     @torch.inference_mode()
     def predict(self, source: WindowSource, core: Box) -> Iterator[tuple[Box, Logits]]:
-        if self._setting.patch[0] > 1:
-            yield from self._roll(source, core, axis=0)
-            return
-        for z in range(core.start[0], core.stop[0]):
-            section = Box((z, *core.start[1:]), (z + 1, *core.stop[1:]))
-            yield from self._roll(source, section, axis=1)
+        with torch_threads(1):
+            if self._setting.patch[0] > 1:
+                yield from self._roll(source, core, axis=0)
+                return
+            for z in range(core.start[0], core.stop[0]):
+                section = Box((z, *core.start[1:]), (z + 1, *core.stop[1:]))
+                yield from self._roll(source, section, axis=1)
 
     def _roll(self, source: WindowSource, core: Box, axis: int) -> Iterator[tuple[Box, Logits]]:
         starts = self._grid(source).touching(core)
