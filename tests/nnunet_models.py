@@ -27,7 +27,7 @@ PLANS_NAME = "nnUNetPlans"
 
 
 def _architecture(
-    kind: str, dimensions: int, stages: int, features: Sequence[int], strides: list[Any]
+    kind: str, dimensions: int, stages: int, features: Sequence[int], strides: list[Any], convolutions: int
 ) -> dict[str, Any]:
     blocks = "n_conv_per_stage" if kind == "plain" else "n_blocks_per_stage"
     network = "PlainConvUNet" if kind == "plain" else "ResidualEncoderUNet"
@@ -39,8 +39,8 @@ def _architecture(
             "conv_op": f"torch.nn.modules.conv.Conv{dimensions}d",
             "kernel_sizes": [[3] * dimensions] * stages,
             "strides": strides,
-            blocks: [1] * stages,
-            "n_conv_per_stage_decoder": [1] * (stages - 1),
+            blocks: [convolutions] * stages,
+            "n_conv_per_stage_decoder": [convolutions] * (stages - 1),
             "conv_bias": True,
             "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dimensions}d",
             "norm_op_kwargs": {"eps": 1e-05, "affine": True},
@@ -68,6 +68,7 @@ def make_plans(
     resampling: Mapping[str, Any] | None = None,
     name: str | None = None,
     previous_stage: str | None = None,
+    convolutions: int = 1,
 ) -> dict[str, Any]:
     """Plans as nnunetv2 2.8's planner writes them; of their configurations the first is the model's."""
     name = name or ("2d" if dimensions == 2 else "3d_fullres")
@@ -89,7 +90,7 @@ def make_plans(
         "resampling_fn_seg_kwargs": {**resample, "is_seg": True, "order": 1},
         "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
         "resampling_fn_probabilities_kwargs": {**resample, "order": 1},
-        "architecture": _architecture(architecture, dimensions, stages, features, strides),
+        "architecture": _architecture(architecture, dimensions, stages, features, strides, convolutions),
         "batch_dice": dimensions == 2,
         **(resampling or {}),
     }
@@ -158,6 +159,7 @@ def make_model(
     resampling: Mapping[str, Any] | None = None,
     name: str | None = None,
     previous_stage: str | None = None,
+    convolutions: int = 1,
 ) -> Path:
     """Write a nnU-Net training folder and return it; weights are random unless ``give_weights`` sets others.
 
@@ -191,6 +193,8 @@ def make_model(
         Keys of the configuration that replace the planner's own resampling.
     name
         Of the configuration, where it is not ``2d`` or ``3d_fullres``.
+    convolutions
+        Of each stage; nnU-Net's planner takes 2.
     previous_stage
         Makes it the second stage of a cascade after the configuration of this name: of ``3d_fullres`` it makes
         ``3d_cascade_fullres``.
@@ -209,6 +213,7 @@ def make_model(
         resampling=resampling,
         name=name,
         previous_stage=previous_stage,
+        convolutions=convolutions,
     )
     dataset = make_dataset(
         channels=channels, classes=classes, reader=reader, labels=labels, regions_class_order=regions_class_order

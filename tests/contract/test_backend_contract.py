@@ -255,14 +255,19 @@ def test_a_gpu_is_named_with_its_capability(monkeypatch: pytest.MonkeyPatch) -> 
     assert capability(torch.device("mps", 0)) == "mps"
 
 
-def test_threads_are_pinned_before_each_batch() -> None:
+def test_the_network_gets_its_threads_and_what_surrounds_it_keeps_its_own() -> None:
     code = (
         "import torch\n"
         "from connectomics.models.backends.torch_eager import TorchBackend\n"
-        "backend = TorchBackend(torch.nn.Identity(), device='cpu', batch=1, threads=2)\n"
+        "seen = []\n"
+        "class Looking(torch.nn.Module):\n"
+        "    def forward(self, batch):\n"
+        "        seen.append(torch.get_num_threads())\n"
+        "        return batch\n"
+        "backend = TorchBackend(Looking(), device='cpu', batch=1, threads=2)\n"
         "torch.set_num_threads(1)\n"
         "backend.forward(torch.ones(1, 1, 1, 1, 1))\n"
-        "assert torch.get_num_threads() == 2\n"
+        "assert (seen, torch.get_num_threads()) == ([2], 1)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
