@@ -5,10 +5,11 @@ features, patch 384 x 512; random weights). ``sections``: 100 PNG files of 512 x
 Each contender is a process from its start to its end, and reads and writes the same names. Ours are ``torch`` (what
 runs unless something is stated), ``exact`` (``system.backend=auto``) and ``fast`` (``inference.precision=fast``).
 
-Prints seconds (min, median, max), the median of the ratios nnU-Net / ours round by round, the largest memory (PSS summed
-over the processes of a contender) and the share of labels that differ from nnU-Net's. Each contender labels one section
-first, so that files and compiled networks are where they are in the second of two runs. Threads that wait sleep
-(OMP_WAIT_POLICY=passive) in every contender: nnU-Net, which leaves them spinning, gains most by it on a busy machine.
+Prints seconds (min, median, max), the median of the ratios nnU-Net / ours round by round, the same of CPU seconds, the
+largest memory (PSS, summed over the processes of a contender) and the share of labels that differ from nnU-Net's. Each
+contender labels one section first, so that files and compiled networks are where they are in the second of two runs.
+Threads that wait sleep (OMP_WAIT_POLICY=passive) in every contender: nnU-Net, which leaves them spinning, gains most by
+it on a busy machine.
 
 nnU-Net looks for its trainers in all of its modules, some of which need timm and torchvision; where torchvision is not
 installed, an empty timm stands in for it.
@@ -52,7 +53,7 @@ VARIANTS = {
 }
 REAL = (32, 64, 128, 256, 512, 512, 512, 512)
 LOOK_S = 0.2  # between two looks at memory
-STAND_IN = '''
+STAND_IN = """
 import importlib.abc, importlib.machinery, importlib.util, sys, types
 
 class Empty(types.ModuleType):
@@ -73,7 +74,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 if importlib.util.find_spec("torchvision") is None:
     sys.meta_path.insert(0, Finder())
-'''
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +125,8 @@ def contests(data: Path, folder: Path, wanted: Sequence[str], *, quick: bool, mi
         )
         images, first = folder / "tif", folder / "tif_first"
         images.mkdir(), first.mkdir()
-        tifffile.imwrite(images / "volume_0000.tif", np.stack([*corners(raw, 2 if quick else 32)]))
-        tifffile.imwrite(first / "volume_0000.tif", raw[:1, :384, :512])
+        tifffile.imwrite(images / "volume_0000.tif", np.stack([*corners(raw, 2 if quick else 32)]), photometric="minisblack")
+        tifffile.imwrite(first / "volume_0000.tif", raw[:1, :384, :512], photometric="minisblack")
         for place in (images, first):  # the spacing of the plan, so that nothing is resampled
             (place / "volume.json").write_text(json.dumps({"spacing": [999.0, 1.0, 1.0]}))
         yield Contest("volume", model, images, first, mirror=mirror)
@@ -228,7 +229,9 @@ def measure(contest: Contest, contenders: Sequence[str], place: Path, rounds: in
     nnunet = found[THEIRS]
     return {
         "runs": result,
-        "ratio": {n: statistics.median(b.seconds / a.seconds for a, b in zip(found[n], nnunet, strict=True)) for n in others},
+        "ratio": {
+            n: statistics.median(b.seconds / a.seconds for a, b in zip(found[n], nnunet, strict=True)) for n in others
+        },
         "cpu_ratio": {
             n: statistics.median(b.cpu_seconds / a.cpu_seconds for a, b in zip(found[n], nnunet, strict=True))
             for n in others
@@ -263,7 +266,9 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--mirror", action="store_true", help="also in the contest 'volume', which then takes 4 times as long")
+    parser.add_argument(
+        "--mirror", action="store_true", help="also in the contest 'volume', which then takes 4 times as long"
+    )
     parser.add_argument("--at-least", type=float, default=0.0, help="smallest ratio nnU-Net / ours that passes")
     parser.add_argument("--json", type=Path, help="write the figures there")
     words = parser.parse_args()

@@ -51,9 +51,9 @@ def model(folder: Path) -> Path:
 )
 def test_waiting_threads_sleep_unless_the_environment_says_otherwise(stated: dict[str, str], expected: str) -> None:
     code = (
-        "import os, sys; from connectomics.cli import main\n"
-        "main(['status', 'nowhere.run'])\n"
-        "print('torch' in sys.modules, os.environ.get('OMP_WAIT_POLICY'))"
+        "import os, sys; from connectomics import cli\n"
+        "cli._COMMANDS['status'] = lambda words: print('torch' in sys.modules, os.environ.get('OMP_WAIT_POLICY')) or 0\n"
+        "cli.main(['status', 'nowhere.run'])\n"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | stated
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
