@@ -209,8 +209,19 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise _Stopped(number)
 
 
+def _wait_asleep() -> None:
+    """Let threads that wait for each other sleep, unless the environment says otherwise; before PyTorch is loaded.
+
+    GNU OpenMP lets them spin for milliseconds, and where other programs use the same cores a network then took ten
+    times as long.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def _guarded(words: argparse.Namespace) -> int:
     """Run a command with errors turned into one sentence and an exit code."""
+    _wait_asleep()
     before = {n: signal.signal(n, _stop) for n in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         with _warnings_on_stderr():

@@ -242,8 +242,13 @@ def _with_weights(skeleton: NNUNetModel, member: Fold) -> NNUNetModel:
     """A copy of the network on the CPU with one fold's weights as float32, in eval mode."""
     check_finite(member)
     model = copy.deepcopy(skeleton)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        model = model.to_empty(device="cpu")
+    for module in model.modules():  # Module.to_empty does so too, but imports PyTorch's compiler and sympy for it
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                module.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
     state = state_of(member, model.network.state_dict())
     model.network.load_state_dict(state)
     return model.float().eval().requires_grad_(False)

@@ -45,6 +45,21 @@ def model(folder: Path) -> Path:
     return found
 
 
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "9"}, "None")],
+)
+def test_waiting_threads_sleep_unless_the_environment_says_otherwise(stated: dict[str, str], expected: str) -> None:
+    code = (
+        "import os, sys; from connectomics import cli\n"
+        "cli._COMMANDS['status'] = lambda words: print('torch' in sys.modules, os.environ.get('OMP_WAIT_POLICY')) or 0\n"
+        "cli.main(['status', 'nowhere.run'])\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | stated
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["False", expected]
+
+
 def test_help_is_quick_and_imports_no_torch() -> None:
     code = (
         "import sys; from connectomics.cli import main\n"
