@@ -152,9 +152,9 @@ def forecast(config: Config, engine: Engine, job: VolumeJob, pace: Pace | None) 
     windows = [count_windows(member, cut, info.channels) for member in members]
     piece = None if job.contract is None else job.contract.piece
     sampled = [0 if piece is None else count_sample_windows(m, cut, info.channels, piece) for m in members]
-    passes = sum(n * m.window.passes * len(m.spec.folds) for n, m in zip(windows, engine.models, strict=True))
+    passes = sum(n * m.window.passes * len(m.spec.folds) for n, m in zip(windows, engine.of_members, strict=True))
     whole = config.inference.sliding_window.engine == "monai"
-    pairs = list(zip(members, engine.models, strict=True))
+    pairs = list(zip(members, engine.of_members, strict=True))
     read = sum(count_read(member, model.window, cut, whole=whole) for member, model in pairs)
     voxels = Box.of_shape(info.extent).voxels
     peak = peak_of(config, engine, job.segmenter, info, cut.block_shape)

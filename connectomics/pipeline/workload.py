@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from connectomics.geometry import Box, Vec3, vec3
+from connectomics.geometry import AxisOrder, Box, Vec3, vec3
 from connectomics.inference.case import Case
 from connectomics.inference.interpolation import HALO
 from connectomics.inference.normalise import ChannelSummary
@@ -67,10 +67,10 @@ def assumed_cases(member: Member, extent: Vec3, channels: int) -> Sequence[Case]
     if not member.by_slice:
         whole = Box.of_shape(extent)
         return (Case(whole, whole, (ChannelSummary(0.0, 1.0, 0.0, 1.0),) * channels),)
-    depth, height, width = extent
+    depth, height, width = AxisOrder.across(member.section_axis).turn(extent)
     boxes = np.broadcast_to(np.array([0, 0, height, width], np.int64), (depth, 4))
     values = np.broadcast_to(np.array([0.0, 1.0, 0.0, 1.0]), (depth, channels, 4))
-    return SectionCases(0, (height, width), boxes, values)
+    return SectionCases(0, (height, width), boxes, values, member.section_axis)
 
 
 def count_windows(member: Member, cut: Cut, channels: int) -> int:
@@ -90,9 +90,10 @@ def count_windows(member: Member, cut: Cut, channels: int) -> int:
         return _knowing(member).windows(_unread, cases, core)
 
     def line(axis: int) -> int:
-        if axis > 0 or not member.by_slice:
+        if axis != member.section_axis or not member.by_slice:
             return sum(count(axis, span) for span in cut.along(axis))
-        return count(axis, (first[0][0], first[0][0] + 1)) * cut.wanted.shape[0]  # one section is like the other
+        begin = first[axis][0]
+        return count(axis, (begin, begin + 1)) * cut.wanted.shape[axis]  # one section is like the other
 
     return math.prod(line(axis) for axis in range(3)) // count(0, first[0]) ** 2
 
@@ -118,7 +119,7 @@ def count_read(member: Member, window: SlidingWindow, cut: Cut, *, whole: bool) 
         Whether the engine predicts whole sections, or the whole volume, for each block.
     """
     own = member.order.turn(cut.extent)
-    section = member.order.axes.index(0) if member.by_slice else None
+    section = member.order.axes.index(member.section_axis) if member.by_slice else None
     total = 1
     for axis, volume_axis in enumerate(member.order.axes):
         flat = window.patch[axis] == 1 or axis == section

@@ -33,6 +33,9 @@ PLACES: list[tuple[str, Vec3, Vec3, list[str]]] = [
     (TURNED, (20, 26, 33), (8, 16, 16), []),
     (THREE, (9, 30, 30), (5, 16, 30), PLAN),
     (TWO, (2, 70, 41), (1, 32, 64), ["inference.sliding_window.engine=monai"]),
+    (TWO, (30, 9, 41), (16, 4, 20), ["inference.planes=[xz]"]),
+    (TWO, (30, 41, 16), (16, 20, 5), ["inference.planes=[yz]"]),
+    (TWO, (30, 41, 16), (16, 20, 5), ["inference.planes=[yz]", "inference.case=volume"]),
 ]
 
 
