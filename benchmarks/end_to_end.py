@@ -125,7 +125,9 @@ def contests(data: Path, folder: Path, wanted: Sequence[str], *, quick: bool, mi
         )
         images, first = folder / "tif", folder / "tif_first"
         images.mkdir(), first.mkdir()
-        tifffile.imwrite(images / "volume_0000.tif", np.stack([*corners(raw, 2 if quick else 32)]), photometric="minisblack")
+        tifffile.imwrite(
+            images / "volume_0000.tif", np.stack([*corners(raw, 2 if quick else 32)]), photometric="minisblack"
+        )
         tifffile.imwrite(first / "volume_0000.tif", raw[:1, :384, :512], photometric="minisblack")
         for place in (images, first):  # the spacing of the plan, so that nothing is resampled
             (place / "volume.json").write_text(json.dumps({"spacing": [999.0, 1.0, 1.0]}))

@@ -52,7 +52,8 @@ def model(folder: Path) -> Path:
 def test_waiting_threads_sleep_unless_the_environment_says_otherwise(stated: dict[str, str], expected: str) -> None:
     code = (
         "import os, sys; from connectomics import cli\n"
-        "cli._COMMANDS['status'] = lambda words: print('torch' in sys.modules, os.environ.get('OMP_WAIT_POLICY')) or 0\n"
+        "def told(words): print('torch' in sys.modules, os.environ.get('OMP_WAIT_POLICY'))\n"
+        "cli._COMMANDS['status'] = told\n"
         "cli.main(['status', 'nowhere.run'])\n"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | stated
