@@ -178,16 +178,19 @@ class Turns:
 
 
 def take_turns(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, same: Callable[[Any, Any], bool] = np.array_equal
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    same: Callable[[Any, Any], bool] = np.array_equal,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Turns:
     """Run all in turn, after one warm-up each; the answers of every round are the ``same`` as those of the warm-up."""
     answers = {name: run() for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            began = time.perf_counter()
+            began = clock()
             found = run()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
             assert same(found, answers[name]), f"{name} gave another answer the second time"
     return Turns(seconds, answers)
 

@@ -1,7 +1,7 @@
 """Our network loop against MONAI's ``sliding_window_inference``: same model, same image, same machine, turn by turn.
 
-MONAI is given the normalised image, nnU-Net's network, half overlapping windows and a Gaussian as wide as nnU-Net's, one
-window at a time, which is its fastest way on the CPU (``--batch``). Ours starts from the raw image: by PyTorch
+MONAI is given the normalised image, nnU-Net's network, half overlapping windows and a Gaussian as wide as nnU-Net's,
+one window at a time, which is its fastest way on the CPU (``--batch``). Ours starts from the raw image: by PyTorch
 (``torch``), by OpenVINO in float32 (``exact``) and in bfloat16 (``fast``). Nobody mirrors, since MONAI does not. Prints
 seconds, the median of the ratios MONAI / ours round by round, and for each the share of labels that differ from
 nnU-Net's own. Sections are cut to a size that no grid favours: where a size less a window is a multiple of half the
