@@ -1,10 +1,10 @@
 """What bfloat16 can reach: labels that change where only some of a network's convolutions are rounded.
 
 Rounds what goes into convolutions (and, as libraries store it, what comes out) to bfloat16 while PyTorch computes in
-float32, so the figures hold for any library that multiplies in bfloat16 and adds up in float32. Prints for each shared
-trained model, on real EM without mirroring, the share of labels that differ from float32's. The last columns are for
-the 2D architecture that nnU-Net plans for the mitochondria: the share of its operations that stays in float32, and how
-many times as fast as float32 it can then be at most, if bfloat16 alone is ``--gain`` times as fast (``roofline.py``).
+float32: a library that multiplies numbers of bfloat16 has to round these too, however it adds them up. Prints for each
+shared trained model, on real EM without mirroring, the share of labels that differ from float32's. The last columns are
+for the 2D architecture that nnU-Net plans for the mitochondria: the share of its operations that stays in float32, and
+how many times as fast as float32 it can be at most, if bfloat16 alone is ``--gain`` times as fast (``roofline.py``).
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Rounding(TorchFunctionMode):
         stride = rest[1][-1]
         width = values.shape[-1] * stride if func in TRANSPOSED else values.shape[-1] // stride
         self.full = max(self.full, width)
-        inner = width < self.full >> max(self.way.stages - 1, 0) if self.way.stages else True
-        rounded = inner and not (self.way.head and weights[0, 0].numel() == 1)
+        outer = self.way.stages > 0 and width >= self.full >> (self.way.stages - 1)
+        rounded = not outer and not (self.way.head and weights[0, 0].numel() == 1)
         if rounded:
             values = values.bfloat16().float() if self.way.values else values
             weights = weights.bfloat16().float() if self.way.weights else weights

@@ -1,9 +1,10 @@
 """How much of what this machine can multiply the network gets: the real 2D architecture by each backend, turn by turn.
 
-The peak is that of the fastest of some matrix products by PyTorch and by OpenVINO, found first and then repeated in
-each round, in float32 for ``exact`` and in bfloat16 for ``fast``. The network is one window of 384 x 512 of the
-architecture nnU-Net plans for the mitochondria, random weights; its operations are those of its convolutions, counted
-by PyTorch's counter, so whatever else it does (normalisation, skips) is time lost. Prints GFLOP/s of all threads
+The peak of a round is the fastest of several matrix products by PyTorch and by OpenVINO, in float32 for ``exact`` and
+in bfloat16 for ``fast``. The network is one window of 384 x 512 of the architecture nnU-Net plans for the mitochondria,
+random weights; its operations are those of its convolutions without what falls on padding, so whatever else it does
+(normalisation, skips) is time lost. A convolution may use caches better than any of the products, so 100 % is no wall.
+Prints GFLOP/s of all threads
 together and the median of the shares round by round. Seconds are the CPU's (``--clock cpu``), which other programs on
 the machine disturb least, but a thread that sleeps costs none: for several threads on a quiet machine there is
 ``--clock wall``. Exits with 1 where OpenVINO's share is below what is asked for.
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 from contest import REAL_PATCH, conclude, machine, real_2d, take_turns
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.functional import conv2d
 
 from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.choice import Networks, Terms, choose
@@ -51,16 +52,17 @@ def forward(network: nn.Module, shape: tuple[int, ...], by: str, precision: str,
     return lambda: chosen.backends[0][0].forward(batch)
 
 
-def products(precision: str, threads: int) -> Iterator[tuple[float, Forward]]:
-    """Operations and a run of each kind of product."""
+def products(precision: str, threads: int) -> Iterator[tuple[str, int, Forward]]:
+    """Library and size, operations and run of each product."""
     for rows, inner, columns in SIZES:
         a = torch.randn(rows, inner).to(TYPES[precision])
         b = torch.randn(inner, columns).to(TYPES[precision])
         layer = nn.Linear(inner, columns, bias=False)
-        runs = (partial(torch.mm, a, b), forward(layer, (1, 1, 1, rows, inner), BEST, precision, threads))
         times = math.ceil(REPEATED / (2 * rows * inner * columns))
-        for run in runs:
-            yield 2 * rows * inner * columns * times, partial(repeated, run, times)
+        runs = {"torch": partial(torch.mm, a, b)}
+        runs[BEST] = forward(layer, (1, 1, 1, rows, inner), BEST, precision, threads)
+        for by, run in runs.items():
+            yield f"{by}:{rows}x{inner}x{columns}", 2 * rows * inner * columns * times, partial(repeated, run, times)
 
 
 def repeated(run: Forward, times: int) -> torch.Tensor:
@@ -68,33 +70,41 @@ def repeated(run: Forward, times: int) -> torch.Tensor:
     return [run() for _ in range(times)][-1]
 
 
-def fastest_product(precision: str, threads: int, clock: Clock) -> tuple[float, Forward]:
-    """That of the highest rate, by the better of two runs."""
-
-    def rate(candidate: tuple[float, Forward]) -> float:
-        work, run = candidate
-        return work / min(take_turns({PRODUCT: run}, 2, torch.equal, clock).seconds[PRODUCT])
-
-    return max(products(precision, threads), key=rate)
-
-
 def operations(network: nn.Module) -> int:
-    """Floating point operations of the network's convolutions for one window."""
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    """Multiplications and additions of the network's convolutions for one window, those with padding left out."""
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple[torch.Tensor], result: torch.Tensor) -> None:
+        nonlocal total
+        (image,) = inputs
+        weights = module.weight
+        if isinstance(module, nn.ConvTranspose2d):  # its kernel is its stride: each value meets each weight
+            total += 2 * image.numel() * weights[0].numel()
+        else:
+            inside, kernel = torch.ones(1, 1, *image.shape[2:]), torch.ones(1, 1, *weights.shape[2:])
+            met = conv2d(inside, kernel, stride=module.stride, padding=module.padding)
+            total += 2 * int(met.sum(dtype=torch.float64)) * weights.shape[0] * weights.shape[1]
+
+    kinds = (nn.Conv2d, nn.ConvTranspose2d)
+    hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, kinds)]
+    with torch.inference_mode():
         network(torch.zeros(SHAPE))
-    return int(counter.get_total_flops())
+    for hook in hooks:
+        hook.remove()
+    return total
 
 
 def measure(backends: list[str], rounds: int, threads: int, clock: Clock) -> tuple[float, dict[str, list[float]]]:
     """GFLOP of the network, and GFLOP/s by round of "what by precision"."""
     runs: dict[str, Forward] = {}
-    work: dict[str, float] = {}
+    work: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         (network,) = load_model(ModelRequest(real_2d(Path(folder)))).networks
         flops = operations(network)
         for precision in TYPES:
-            name = f"{PRODUCT} best {precision}"
-            work[name], runs[name] = fastest_product(precision, threads, clock)
+            for by, flop, run in products(precision, threads):
+                name = f"{PRODUCT} {by} {precision}"
+                work[name], runs[name] = flop, run
             for by in backends:
                 name = f"{NETWORK} {by} {precision}"
                 work[name], runs[name] = flops, forward(network, SHAPE, by, precision, threads)
@@ -106,19 +116,19 @@ def measure(backends: list[str], rounds: int, threads: int, clock: Clock) -> tup
 
 def shares(rates: dict[str, list[float]], by: str) -> dict[str, float]:
     """What a backend's network gets of the peak in each precision, the median round by round."""
-    return {
-        p: statistics.median(
-            a / b for a, b in zip(rates[f"{NETWORK} {by} {p}"], rates[f"{PRODUCT} best {p}"], strict=True)
-        )
-        for p in TYPES
-    }
+    found = {}
+    for precision in TYPES:
+        peaks = [r for name, r in rates.items() if name.startswith(PRODUCT) and name.endswith(precision)]
+        network = rates[f"{NETWORK} {by} {precision}"]
+        found[precision] = statistics.median(n / max(peak) for n, *peak in zip(network, *peaks, strict=True))
+    return found
 
 
 def show(rates: dict[str, list[float]], share: dict[str, dict[str, float]]) -> None:
     """A line for each contender: its lowest, median and highest rate."""
     for name, found in rates.items():
         what, by, precision = name.split()
-        line = f"  {name:24} GFLOP/s {min(found):6.1f} {statistics.median(found):6.1f} {max(found):6.1f}"
+        line = f"  {name:37} GFLOP/s {min(found):6.1f} {statistics.median(found):6.1f} {max(found):6.1f}"
         print(line + (f"  {share[by][precision]:4.0%} of the peak" if what == NETWORK else ""))
 
 
