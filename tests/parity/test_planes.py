@@ -145,22 +145,21 @@ def test_any_blocks_give_the_same_bytes(models: dict[str, Path], image: np.ndarr
                 assert part[name].tobytes() == array[(slice(None), *block.core.slices)].tobytes()
 
 
-@pytest.mark.parametrize(("kind", "shape", "calls_before"), [("slices", [7, 20, 14], 50), ("volume", [13, 11, 27], 4)])
+@pytest.mark.parametrize(("kind", "shape"), [("slices", [7, 20, 14]), ("volume", [13, 11, 27])])
 def test_a_run_on_disk_is_killed_continued_and_skipped(
     models: dict[str, Path],
     image: np.ndarray,
     kind: str,
     shape: list[int],
-    calls_before: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     volume, output = write_h5(tmp_path / "v.h5", image[0]), tmp_path / "out"
     words = infer_words(models[kind], output, volume, ALL, WORDS[-1], f"inference.block_shape={json.dumps(shape)}")
-    predict, calls = RollingPredictor.predict, iter(range(1000))
+    predict = RollingPredictor.predict
 
     def breaking(self: RollingPredictor, *arguments: object) -> object:
-        if next(calls) == calls_before:
+        if ledger_lines(output / "v_labels.run"):  # in the second block
             raise OSError(28, "No space left on device")
         return predict(self, *arguments)  # type: ignore[arg-type]
 
