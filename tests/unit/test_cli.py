@@ -247,19 +247,17 @@ def test_an_end_that_is_no_result_is_one_sentence(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
-def test_a_signal_ends_the_command_and_the_handlers_are_put_back(
-    capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int
-) -> None:
-    def command(words: object) -> int:
-        os.kill(os.getpid(), number)
-        time.sleep(5)
-        return 0
-
-    before = signal.getsignal(number)
-    with mock.patch.dict(cli._COMMANDS, {"doctor": command}):
-        assert main(["doctor"]) == code
-    assert signal.getsignal(number) == before
-    assert "stopped by a signal" in capsys.readouterr().err
+def test_a_signal_ends_the_command_and_the_handlers_are_put_back(number: signal.Signals, code: int) -> None:
+    program = (
+        "import os, signal, time; from connectomics import cli\n"
+        f"def command(words): os.kill(os.getpid(), {int(number)}); time.sleep(5); return 0\n"
+        f"before = signal.getsignal({int(number)})\n"
+        "cli._COMMANDS['doctor'] = command\n"
+        f"print(cli.main(['doctor']), signal.getsignal({int(number)}) == before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == [str(code), "True"]
+    assert "stopped by a signal" in done.stderr
 
 
 def test_warnings_of_the_package_are_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
