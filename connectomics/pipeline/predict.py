@@ -19,6 +19,7 @@ from connectomics.inference.resample import ImageSource, ResampledPredictor, Res
 from connectomics.inference.transfer import on_host
 from connectomics.io.store import Store
 from connectomics.io.volume import Array, VolumeReader
+from connectomics.models.backends.contract import torch_threads
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.blocks import write_block
 from connectomics.pipeline.contracts import BlockRecord
@@ -226,8 +227,13 @@ class Segmenter:
         arrays
             Each (c, z, y, x) of the box's extent; ``labels`` has one channel.
         """
-        if len(self.members) > 1:
-            return self._kept(self._mean(read, surveyed, core))
+        with torch_threads(1):  # beside the network, which pins its own
+            if len(self.members) > 1:
+                return self._kept(self._mean(read, surveyed, core))
+            return self._kept_at_once(read, surveyed, core)
+
+    def _kept_at_once(self, read: ReadBox, surveyed: Surveyed, core: Box) -> dict[str, Array]:
+        """What is kept of one member, as its logits are finished."""
         (member,), (cases,) = self.members, surveyed
         result = self.outside(core.shape)
         for box, logits in member.logits(read, cases, core):

@@ -456,14 +456,17 @@ def test_a_gpu_is_named_with_its_capability(monkeypatch: pytest.MonkeyPatch) -> 
     assert capability(torch.device("mps", 0)) == "mps"
 
 
-def test_threads_are_pinned_before_each_batch() -> None:
+def test_threads_are_pinned_for_each_batch() -> None:
     code = (
         "import torch\n"
         "from connectomics.models.backends.torch_eager import TorchBackend\n"
-        "backend = TorchBackend(torch.nn.Identity(), device='cpu', batch=1, threads=2)\n"
-        "torch.set_num_threads(1)\n"
-        "backend.forward(torch.ones(1, 1, 1, 1, 1))\n"
-        "assert torch.get_num_threads() == 2\n"
+        "class Network(torch.nn.Module):\n"
+        "    def forward(self, batch):\n"
+        "        return batch * torch.get_num_threads()\n"
+        "backend = TorchBackend(Network(), device='cpu', batch=1, threads=2)\n"
+        "torch.set_num_threads(3)\n"
+        "assert backend.forward(torch.ones(1, 1, 1, 1, 1)).item() == 2\n"
+        "assert torch.get_num_threads() == 3\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

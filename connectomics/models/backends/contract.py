@@ -5,6 +5,8 @@ Implemented by the files beside this one; called by the predictor.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -65,6 +67,21 @@ def whole_batch(batch: torch.Tensor, rows: int, device: torch.device) -> torch.T
     filled = batch.new_zeros((rows, *batch.shape[1:]))
     filled[:found] = batch
     return filled
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """While open, PyTorch's operations take this many CPU threads (which holds for the whole process).
+
+    Networks take as many as were asked for. All that surrounds them works on one window at a time, where waking and
+    awaiting threads costs more than they save, above all on a machine that other programs use too.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Backend(Protocol):

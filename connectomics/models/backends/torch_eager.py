@@ -15,7 +15,7 @@ from torch import nn
 
 from connectomics.errors import ConfigError, DeviceError
 from connectomics.geometry import Vec3
-from connectomics.models.backends.contract import NumericClass, whole_batch
+from connectomics.models.backends.contract import NumericClass, torch_threads, whole_batch
 
 ACTIVATIONS = 10  # float32 maps of the first features that are alive at once
 
@@ -117,7 +117,7 @@ class TorchBackend:
     batch
         Rows of each batch the network sees; fuller batches are refused, emptier ones filled with zeros.
     threads
-        CPU threads within one operation (``torch.set_num_threads``, which holds for the whole process).
+        CPU threads within one operation of the network.
     precision
         ``exact`` or ``fast``.
 
@@ -169,10 +169,8 @@ class TorchBackend:
             raise RuntimeError("the backend is closed")
         rows = batch.shape[0]
         batch = whole_batch(batch, self._batch, self._device)
-        if torch.get_num_threads() != self._threads:
-            torch.set_num_threads(self._threads)
         # no_grad, not inference_mode: the caller flips and adds the logits in place outside of this call
-        with torch.no_grad(), arithmetic(self._device, self._precision):
+        with torch_threads(self._threads), torch.no_grad(), arithmetic(self._device, self._precision):
             logits: torch.Tensor = self._network(batch)
         return logits[:rows].float()
 
