@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 import torch
 
-from connectomics.executors.serial import SerialExecutor
+from connectomics.executors.overlapping import OverlappingExecutor
 from connectomics.geometry import BlockGrid, Box, Vec3
 from connectomics.inference.head import LabelRule
 from connectomics.inference.predictor import RollingPredictor, SlidingWindow
@@ -173,7 +173,7 @@ def process(extent: Vec3, folder: Path) -> dict[str, float]:
     output = Output(LABELS, "volume", "key", ("zarr",))
     job = VolumeJob("volume", folder / "volume.run", reader, segmenter(), Filters(), (output,), plan, {}, ())
     before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    report = run_volume(job, settings_in(folder), SerialExecutor(), lambda done, planned: None)
+    report = run_volume(job, settings_in(folder), OverlappingExecutor(), lambda done, planned: None)
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
     peak = peak_bytes()
     boxes = [Box((z, y, 0), (z + 1, y + 64, extent[2])) for z in {0, extent[0] - 1} for y in (0, 5000, extent[1] - 64)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import sys
 from collections.abc import Mapping, Sequence
@@ -126,13 +127,19 @@ class Engine:
 
 def program_version() -> str:
     """Name and version of this program as it goes into run keys."""
-    return f"connectomics {importlib.metadata.version('connectomics')}"
+    return f"connectomics {_version('connectomics')}"
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that compute, for provenance."""
     python = ".".join(map(str, sys.version_info[:3]))
-    return {"python": python} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": python} | {name: _version(name) for name in PACKAGES}
+
+
+@functools.cache
+def _version(name: str) -> str:
+    """Of an installed package; looking it up takes milliseconds, and every volume's provenance names it."""
+    return importlib.metadata.version(name)
 
 
 def memory_budget_bytes(config: Config) -> int:

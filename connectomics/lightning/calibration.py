@@ -22,7 +22,7 @@ import torch
 from connectomics.build.backends import known_profile
 from connectomics.build.engine import Engine, EngineModel, make_predictor
 from connectomics.config.schema import Config
-from connectomics.executors.serial import SerialExecutor
+from connectomics.executors.overlapping import OverlappingExecutor
 from connectomics.geometry import Box, Vec3, vec3
 from connectomics.inference.predictor import Predictor, SlidingWindow
 from connectomics.io.levels import grown
@@ -241,7 +241,7 @@ def _miniature(job: VolumeJob, engine: Engine, segmenter: Segmenter, shape: Vec3
             contract=None,
         )
         settings = replace(engine.settings, folder=folder)
-        report = run_volume(small, settings, SerialExecutor(), lambda finished, planned: None)
+        report = run_volume(small, settings, OverlappingExecutor(), lambda finished, planned: None)
     return report.voxels, report.windows, report.seconds
 
 

@@ -10,7 +10,7 @@ from connectomics.build.cascade import open_labels, open_previous
 from connectomics.build.engine import Engine
 from connectomics.build.volumes import first_stage_of, job_of
 from connectomics.config.schema import Config
-from connectomics.executors.serial import SerialExecutor
+from connectomics.executors.overlapping import OverlappingExecutor
 from connectomics.io.listing import VolumeSource
 from connectomics.io.volume import VolumeReader
 from connectomics.pipeline.blocks import OnBlock
@@ -56,6 +56,6 @@ def _computed(config: Config, engine: Engine, source: VolumeSource, reader: Volu
     if output.missing(folder):
         log.info("the previous stage, configuration %s", first.spec.configuration)
         check_names(job.outputs, folder, overwrite=True)
-        run_volume(job, first.settings, SerialExecutor(), on_block)
+        run_volume(job, first.settings, OverlappingExecutor(), on_block)
     (path,) = output.paths(folder).values()
     return str(path)

@@ -30,7 +30,7 @@ from connectomics.build.volumes import (
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ConnectomicsError, OutputError, VolumeError
-from connectomics.executors.serial import SerialExecutor
+from connectomics.executors.overlapping import OverlappingExecutor
 from connectomics.geometry import Box
 from connectomics.inference.case import ReadBox
 from connectomics.io.listing import VolumeSource
@@ -335,7 +335,7 @@ class VolumeProcessor:
             job = job_of(self._config, engine, source, reader, previous, wanted)
             check_names(job.outputs, settings.folder, overwrite=self._config.inference.output.overwrite)
             job = self._foresight.foreseen(engine, job)
-            report = run_volume(job, engine.settings, SerialExecutor(), self._observer.block)
+            report = run_volume(job, engine.settings, OverlappingExecutor(), self._observer.block)
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report
 
 

@@ -47,8 +47,10 @@ RunStage = Callable[[Task, Ledger], BlocksDone]
 """``run_blocks`` with whoever runs blocks here."""
 
 
-def attempt(task: Task, block: Block) -> BlockRecord | BlockFailure:
+def attempt(task: Task, block: Block, first: Callable[[], BlockRecord] | None = None) -> BlockRecord | BlockFailure:
     """Process a block, a second time when it fails; what fails again is told, not raised.
+
+    ``first`` stands for the first attempt where that has begun already.
 
     Raises
     ------
@@ -58,7 +60,7 @@ def attempt(task: Task, block: Block) -> BlockRecord | BlockFailure:
     """
     for number in range(1, ATTEMPTS + 1):
         try:
-            return task.process(block)
+            return first() if first is not None and number == 1 else task.process(block)
         except Exception as error:  # noqa: BLE001 - the runner's broad catch: a failure stays with its block
             raise_systemic(error)
             reason = " ".join((str(error) or "out of memory").split())

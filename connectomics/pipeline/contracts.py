@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from connectomics.geometry import Block, BlockGrid, Box
+from connectomics.io.volume import Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,34 @@ class Task(Protocol):
         ConnectomicsError
             If the block cannot be done.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a block became, not yet on disk: an array (c, z, y, x) for each output, and what it cost."""
+
+    block: Block
+    arrays: Mapping[str, Array]
+    windows: int
+    seconds: float
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+@runtime_checkable
+class TwoStepTask(Task, Protocol):
+    """A task whose ``process`` is ``keep`` of ``compute``, so that a block can be kept while the next is computed."""
+
+    def compute(self, block: Block) -> Computed:
+        """Compute a block; nothing is written."""
+        ...
+
+    def keep(self, computed: Computed) -> BlockRecord:
+        """Put a block on disk whole; safe to repeat, and called in another thread than ``compute``."""
         ...
 
 

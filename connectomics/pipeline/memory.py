@@ -15,6 +15,7 @@ FLOAT_BYTES = 4
 DOUBLE_BYTES = 8
 HEAD_COPIES = 8  # of the logits handed out at once: probabilities, their powers and sums, the winner, what is stored
 DEVICE_COPIES = 3  # of them on a device: their mean, what is added to it, those on their way to the host
+BEHIND_BYTES = 32 << 20  # outputs of a block that may be written while the next one is computed
 WRITE_COPIES = 3  # of a block's outputs while they are written: themselves, encoded chunks, the shard made of them
 WINDOW_COPIES = 4  # of a batch of windows and of its logits: stacked, filled up, mirrored, weighted
 RESAMPLED_MARGIN = 4  # network voxels that logits are made of beyond a block
@@ -101,7 +102,9 @@ class Work:
             far += (math.prod(grid) * FLOAT_BYTES + 3 * own[1] * own[2] * DOUBLE_BYTES) * self.classes
             near += SPLINE_BYTES * self.channels
         host, device = (near, far) if self.on_device else (near + far, 0)
-        return Footprint(int(max(host, stored * WRITE_COPIES) * SPARE), int(device * SPARE))
+        written = stored * WRITE_COPIES
+        host = max(host + min(written, BEHIND_BYTES * WRITE_COPIES), written)
+        return Footprint(int(host * SPARE), int(device * SPARE))
 
     def _on_grid(self, shape: Vec3) -> Vec3:
         if self.ratio is None:

@@ -22,7 +22,7 @@ from connectomics.io.volume import Array, VolumeReader
 from connectomics.models.backends.contract import torch_threads
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.blocks import write_block
-from connectomics.pipeline.contracts import BlockRecord
+from connectomics.pipeline.contracts import BlockRecord, Computed
 from connectomics.pipeline.mask import make_mask
 from connectomics.pipeline.retry import PAUSES_S
 from connectomics.pipeline.slabs import SlabReader
@@ -335,7 +335,18 @@ class PredictTask:
 
     def process(self, block: Block) -> BlockRecord:
         """Compute a block, write its shards, return their checksums."""
+        return self.keep(self.compute(block))
+
+    def compute(self, block: Block) -> Computed:
+        """Label a block."""
         began = time.perf_counter()
         arrays, windows = self.segmenter.segment_wanted(self.read, self.surveyed, block.core, self.wanted)
-        checksums = dict(write_block(store, block, arrays[name], self.pauses_s) for name, store in self.stores.items())
-        return BlockRecord(block.key, checksums, windows, round(time.perf_counter() - began, 3))
+        return Computed(block, arrays, windows, time.perf_counter() - began)
+
+    def keep(self, computed: Computed) -> BlockRecord:
+        """Write a block's shards; their checksums."""
+        began, block = time.perf_counter(), computed.block
+        written = (write_block(s, block, computed.arrays[name], self.pauses_s) for name, s in self.stores.items())
+        checksums = dict(written)
+        seconds = computed.seconds + time.perf_counter() - began
+        return BlockRecord(block.key, checksums, computed.windows, round(seconds, 3))

@@ -1,0 +1,63 @@
+"""Runs blocks one after the other, and puts each on disk while the next one is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from connectomics.executors.serial import SerialExecutor
+from connectomics.geometry import Block
+from connectomics.pipeline.blocks import attempt
+from connectomics.pipeline.contracts import BlockFailure, BlockRecord, Computed, Task, TwoStepTask
+from connectomics.pipeline.memory import BEHIND_BYTES
+
+BEHIND_S = 5.0
+"""Blocks that took longer to compute are waited for: writing them is a small share, and a kill would lose more."""
+
+
+class OverlappingExecutor:
+    """This process, in the order given, with a second thread that compresses, writes and flushes.
+
+    At most one block is being written. Its record comes out before the next one's writing begins, or, where the run is
+    stopped, before the error that stops it. Blocks that are slow or whose outputs are large are waited for, and so are
+    those of tasks of one step.
+    """
+
+    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord | BlockFailure]:
+        """Process the blocks."""
+        if not isinstance(task, TwoStepTask):
+            yield from SerialExecutor().run(task, blocks)
+            return
+        behind: tuple[Block, Future[BlockRecord]] | None = None
+        with ThreadPoolExecutor(1) as writer:
+            try:
+                for block in blocks:
+                    computed, kept = _computed(task, block)
+                    if behind is not None:
+                        before, behind = behind, None
+                        yield attempt(task, before[0], before[1].result)
+                    if computed is not None:
+                        kept = writer.submit(task.keep, computed)
+                    if computed is None or computed.seconds > BEHIND_S or computed.size_bytes > BEHIND_BYTES:
+                        yield attempt(task, block, kept.result)
+                    else:
+                        behind = block, kept
+                    del computed, kept  # with the block's outputs
+            except GeneratorExit:
+                raise
+            except BaseException:
+                if behind is not None and behind[1].exception() is None:
+                    yield behind[1].result()
+                raise
+            if behind is not None:
+                yield attempt(task, behind[0], behind[1].result)
+
+
+def _computed(task: TwoStepTask, block: Block) -> tuple[Computed | None, Future[BlockRecord]]:
+    """What a block became, or None and in the future what computing it raised, which ``attempt`` handles."""
+    kept: Future[BlockRecord] = Future()
+    try:
+        return task.compute(block), kept
+    except Exception as error:  # noqa: BLE001 - an error of the block like any other
+        kept.set_exception(error)
+        return None, kept
