@@ -21,8 +21,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from connectomics.geometry import Box  # noqa: E402
-from connectomics.inference.case import CaseInput  # noqa: E402
 from connectomics.lightning.inference import InferenceManager  # noqa: E402
+from connectomics.pipeline.predict import LABELS  # noqa: E402
 from connectomics.pipeline.survey import survey  # noqa: E402
 
 import oracle  # noqa: E402
@@ -120,15 +120,8 @@ def ours(contest: Contest, threads: int, variant: tuple[str, ...]) -> Run:
     reader = ArrayVolume(contest.image)
     (member,) = segmenter.members
     (case,) = survey(reader, "image", member.schemes, by_slice=False)
-    source = CaseInput(case, member.schemes, reader.read)
-
-    def run() -> np.ndarray:
-        labels = np.zeros(reader.info.extent, np.uint8)
-        for box, logits in member.predictor.predict(source, Box.of_shape(reader.info.extent)):
-            labels[box.slices] = segmenter.labels.apply(logits)
-        return labels
-
-    return run
+    whole = Box.of_shape(reader.info.extent)
+    return lambda: segmenter.segment(reader.read, [[case]], whole)[LABELS][0]
 
 
 def normalised(image: np.ndarray) -> np.ndarray:

@@ -124,6 +124,11 @@ class Box:
         start[axis], stop[axis] = low, high
         return Box(vec3(start), vec3(stop))
 
+    def sections(self) -> Iterator[Box]:
+        """Its parts of one voxel along z, in order."""
+        for z in range(self.start[0], self.stop[0]):
+            yield self.with_span(0, z, z + 1)
+
     def contains(self, other: Box) -> bool:
         """Whether every voxel of ``other`` is in this box."""
         return self.intersect(other) == other

@@ -54,10 +54,11 @@ class Bright:
     def __init__(self) -> None:
         self.cores: list[Box] = []
 
-    def predict(self, source: CaseInput, core: Box) -> Iterator[tuple[Box, torch.Tensor]]:
-        self.cores.append(core)
-        value = torch.from_numpy(source.get(core)[0])
-        yield core, torch.stack([torch.full_like(value, 128.5), value])
+    def predict(self, parts: Iterable[tuple[CaseInput, Box]]) -> Iterator[tuple[Box, torch.Tensor]]:
+        for source, core in parts:
+            self.cores.append(core)
+            value = torch.from_numpy(source.get(core)[0])
+            yield core, torch.stack([torch.full_like(value, 128.5), value])
 
     def windows(self, source: CaseInput, core: Box) -> int:
         return core.shape[0]
@@ -69,9 +70,10 @@ class Bright:
 class NotNegative(Bright):
     """Class 1 where the normalised value is 0 or more."""
 
-    def predict(self, source: CaseInput, core: Box) -> Iterator[tuple[Box, torch.Tensor]]:
-        value = torch.from_numpy(source.get(core)[0])
-        yield core, torch.stack([value < 0, value >= 0]).float()
+    def predict(self, parts: Iterable[tuple[CaseInput, Box]]) -> Iterator[tuple[Box, torch.Tensor]]:
+        for source, core in parts:
+            value = torch.from_numpy(source.get(core)[0])
+            yield core, torch.stack([value < 0, value >= 0]).float()
 
 
 class Shuffled:

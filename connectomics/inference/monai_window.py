@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from connectomics.errors import ConfigError
-from connectomics.geometry import Box, Vec3, vec3
+from connectomics.geometry import Box, Vec3
 from connectomics.inference.case import WindowSource
-from connectomics.inference.predictor import Logits, SlidingWindow
+from connectomics.inference.predictor import Logits, Part, SlidingWindow
 from connectomics.inference.tta import forward_mirrored
 from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.probe import naming_what_ran_out
@@ -74,16 +74,15 @@ class MonaiPredictor:
                 self._network(backend)(windows).amax().item()
 
     @torch.inference_mode()
-    def predict(self, source: WindowSource, core: Box) -> Iterator[tuple[Box, Logits]]:
-        """Logits of ``core``, cut out of those of the whole section or case."""
-        whole = source.box
-        if self._setting.patch[0] > 1:
-            yield core, self._cut(source, whole, core)
-            return
-        for z in range(core.start[0], core.stop[0]):
-            plane = Box(vec3([z, *whole.start[1:]]), vec3([z + 1, *whole.stop[1:]]))
-            part = core.intersect(plane)
-            yield part, self._cut(source, plane, part)
+    def predict(self, parts: Iterable[Part]) -> Iterator[tuple[Box, Logits]]:
+        """Logits of each part, cut out of those of the whole section or case."""
+        for source, core in parts:
+            if self._setting.patch[0] > 1:
+                yield core, self._cut(source, source.box, core)
+                continue
+            for part in core.sections():
+                plane = source.box.with_span(0, part.start[0], part.stop[0])
+                yield part, self._cut(source, plane, part)
 
     def _cut(self, source: WindowSource, whole: Box, part: Box) -> Logits:
         image = torch.from_numpy(source.get(whole))[None].to(self._folds[0].device)

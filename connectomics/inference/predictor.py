@@ -5,8 +5,10 @@ The pipeline asks for the box a block writes; ``InferenceManager`` asks for the 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +25,8 @@ from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.probe import naming_what_ran_out
 
 Logits = torch.Tensor
+Part = tuple[WindowSource, Box]
+"""A case and what is wanted of it, a box inside its nonzero box."""
 FINISHED_VALUES = 1 << 20
 """Logits handed out at once: bounds what is made of them, probabilities and labels."""
 
@@ -60,8 +64,8 @@ class SlidingWindow:
 class Predictor(Protocol):
     """Something that gives the logits of boxes of a case."""
 
-    def predict(self, source: WindowSource, core: Box) -> Iterator[tuple[Box, Logits]]:
-        """Finished logits of ``core`` (inside the case's nonzero box), in disjoint boxes that cover it.
+    def predict(self, parts: Iterable[Part]) -> Iterator[tuple[Box, Logits]]:
+        """Finished logits of each part, in disjoint boxes that cover it, part by part.
 
         Yields
         ------
@@ -143,21 +147,23 @@ class RollingPredictor:
         return WindowGrid(source.box, self._setting.patch, self._setting.step)
 
     @torch.inference_mode()
-    def predict(self, source: WindowSource, core: Box) -> Iterator[tuple[Box, Logits]]:
-        if self._axis == 0:
-            yield from self._roll(source, core, axis=0)
-            return
-        for z in range(core.start[0], core.stop[0]):
-            section = Box((z, *core.start[1:]), (z + 1, *core.stop[1:]))
-            yield from self._roll(source, section, axis=1)
+    def predict(self, parts: Iterable[Part]) -> Iterator[tuple[Box, Logits]]:
+        lanes, reads = itertools.tee(self._lanes(parts))
+        with contextlib.closing(_read_ahead((lane.source, box) for lane in reads for box in lane.fresh())) as rows:
+            for lane in lanes:
+                yield from self._roll(lane, rows)
 
-    def _roll(self, source: WindowSource, core: Box, axis: int) -> Iterator[tuple[Box, Logits]]:
-        starts = self._grid(source).touching(core)
+    def _lanes(self, parts: Iterable[Part]) -> Iterator[_Lane]:
+        for source, core in parts:
+            for box in [core] if self._axis == 0 else core.sections():
+                yield _Lane(source, box, self._axis, self._setting.patch, self._grid(source).touching(box))
+
+    def _roll(self, lane: _Lane, rows: Iterator[Array]) -> Iterator[tuple[Box, Logits]]:
+        core, axis, starts = lane.core, self._axis, lane.starts
         ledge = _Accumulator(len(self._folds), self._classes, core, axis, self._setting.patch[axis], self._device)
-        lane = _Lane(source, axis, self._setting.patch, starts)
         for position in starts[axis]:
             yield from ledge.advance(position)
-            lane.advance(position)
+            lane.advance(position, next(rows))
             here = (s if a != axis else (position,) for a, s in enumerate(starts))
             corners = [vec3(c) for c in itertools.product(*here)]
             for i in range(0, len(corners), self._setting.batch):
@@ -250,30 +256,35 @@ class _Accumulator:
 class _Lane:
     """The normalised input along the rolling axis: each row is read and normalised once, kept while windows need it."""
 
-    def __init__(self, source: WindowSource, axis: int, patch: Vec3, starts: tuple[tuple[int, ...], ...]) -> None:
-        self._source, self._axis, self._depth = source, axis, patch[axis]
+    def __init__(
+        self, source: WindowSource, core: Box, axis: int, patch: Vec3, starts: tuple[tuple[int, ...], ...]
+    ) -> None:
+        self.source, self.core, self.starts = source, core, starts
+        self._axis, self._depth = axis, patch[axis]
         low = [s[0] for s in starts]
         high = [s[-1] + p for s, p in zip(starts, patch, strict=True)]
         high[axis] = low[axis]
-        self._box = Box(vec3(low), vec3(high))
+        self._box = Box(vec3(low), vec3(high))  # what is held, no row yet
         self._data: Array = np.empty((source.channels, 0, 0, 0), np.float32)
 
-    def advance(self, position: int) -> None:
-        """Hold the rows ``position`` to ``position`` + patch."""
-        low, high = list(self._box.start), list(self._box.stop)
-        count, kept = position - low[self._axis], max(0, high[self._axis] - position)
+    def fresh(self) -> Iterator[Box]:
+        """The rows that ``advance`` needs at each position, which no position before needed."""
+        read = self.starts[self._axis][0]
+        for position in self.starts[self._axis]:
+            first, read = max(position, read), position + self._depth
+            yield self._box.with_span(self._axis, first, read)
+
+    def advance(self, position: int, rows: Array) -> None:
+        """Hold the rows ``position`` to ``position`` + patch, the last ones from ``fresh``."""
+        count, kept = position - self._box.start[self._axis], max(0, self._box.stop[self._axis] - position)
         for i in range(0, kept, count or 1):  # in steps that do not overlap, so nothing is copied aside
             stop = min(i + count, kept)
             self._rows(i, stop)[...] = self._rows(i + count, stop + count)
-        fresh = list(low)
-        fresh[self._axis] = position + kept
-        low[self._axis], high[self._axis] = position, position + self._depth
-        rows = self._source.get(Box(vec3(fresh), vec3(high)))
         if kept:
             self._rows(kept, self._depth)[...] = rows
         else:
             self._data = rows
-        self._box = Box(vec3(low), vec3(high))
+        self._box = self._box.with_span(self._axis, position, position + self._depth)
 
     def _rows(self, start: int, stop: int) -> Array:
         index = [slice(None)] * 4
@@ -285,3 +296,16 @@ class _Lane:
         """float32 (c, z, y, x) of a window inside the held rows."""
         view: Array = self._data[(slice(None), *box.relative_to(self._box).slices)]
         return view
+
+
+def _read_ahead(reads: Iterable[Part]) -> Generator[Array]:
+    """What sources give at boxes, in order; while one is used, another thread reads and normalises the next."""
+    with ThreadPoolExecutor(1) as reader:
+        coming: Future[Array] | None = None
+        for source, box in reads:
+            before, coming = coming, reader.submit(source.get, box)
+            if before is not None:
+                yield before.result()
+                del before
+        if coming is not None:
+            yield coming.result()

@@ -6,7 +6,7 @@ Voxels of the network's grid are computed in fixed tiles, so their bits do not d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -276,23 +276,26 @@ class ResampledPredictor:
         ratios = zip(shape, spacing, target, strict=True)
         self._inner.rehearse(vec3([math.ceil(n * own / network) for n, own, network in ratios]), channels)
 
-    def predict(self, source: ImageSource, core: Box) -> Iterator[tuple[Box, Logits]]:
-        """Logits of ``core`` at the image's spacing; see ``Predictor``."""
+    def predict(self, parts: Iterable[tuple[ImageSource, Box]]) -> Iterator[tuple[Box, Logits]]:
+        """Logits of each part at the image's spacing; see ``Predictor``."""
+        for source, core in parts:
+            yield from self._predict(source, core)
+
+    def _predict(self, source: ImageSource, core: Box) -> Iterator[tuple[Box, Logits]]:
         resampled = _on_network_grid(source, self._resampling)
         if resampled.box.shape == source.box.shape:
-            yield from self._inner.predict(source, core)
+            yield from self._inner.predict([(source, core)])
             return
         axes = self._resampling.to_image(source.box.shape, resampled.box.shape)
         local = core.relative_to(source.box)
         needed = reach_of(axes, local)
         network: Logits | None = None
-        for box, logits in self._inner.predict(resampled, needed):
+        for box, logits in self._inner.predict([(resampled, needed)]):
             if network is None:
                 network = logits.new_empty((len(logits), *needed.shape))
             network[(slice(None), *box.relative_to(needed).slices)] = logits
         assert network is not None
-        for z in range(local.start[0], local.stop[0]):
-            plane = Box((z, *local.start[1:]), (z + 1, *local.stop[1:]))
+        for plane in local.sections():
             near = reach_of(axes, plane)
             values = network[(slice(None), *near.relative_to(needed).slices)]
             order = (2, 1, 0) if axes[0].single else (0, 1, 2)  # torch's sums begin with x; fewest voxels else

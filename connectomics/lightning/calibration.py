@@ -173,7 +173,7 @@ def _window_seconds(predictor: Predictor, model: EngineModel, seconds: float) ->
 
     def once() -> float:
         began = time.perf_counter()
-        for _, logits in predictor.predict(source, source.box):
+        for _, logits in predictor.predict([(source, source.box)]):
             logits.sum().item()  # so that a device has finished
         return (time.perf_counter() - began) / count
 

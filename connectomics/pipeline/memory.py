@@ -119,14 +119,14 @@ class Work:
         return held * (self.folds * self.classes + 1) * FLOAT_BYTES
 
     def _lane_bytes(self, block: Vec3, extent: Vec3) -> int:
-        """Normalised rows with the windows' overhang, the fresh ones twice, one channel more, and their raw voxels.
+        """Normalised rows with the windows' overhang, twice those read ahead, one channel more, and their raw voxels.
 
         Where the axes are turned there are two of these.
         """
         wide = (min(b + 2 * p, max(n, p)) for b, p, n in zip(block, self.patch, extent, strict=True))
         voxels = math.prod(self._rolled(vec3([*wide])))
         raw = self.channels * self.voxel_bytes * (1 if self.order.identity else 2)
-        return voxels * ((2 * self.channels + 1) * FLOAT_BYTES + raw)
+        return voxels * ((3 * self.channels + 1) * FLOAT_BYTES + raw)
 
     def _rolled(self, shape: Vec3) -> Vec3:
         if self.whole:

@@ -6,7 +6,6 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 
 import numpy as np
 
@@ -110,9 +109,7 @@ class Member:
         turned, across = self.order.turn_box(core), self.order.axes[0]
         if across != 0:
             read = SlabReader(read, across, core.stop[across])
-        engine = self._engine()
-        parts = (engine.predict(source, part) for source, part in self._parts(read, cases, core))
-        for box, logits in on_host(chain.from_iterable(parts)):  # of all cases, so that a GPU goes on with the next one
+        for box, logits in on_host(self._engine().predict(self._parts(read, cases, core))):
             yield box.relative_to(turned), logits
 
     def outside(self, cases: Sequence[Case], core: Box) -> Iterator[Box]:

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,10 +181,10 @@ class Crowded(Bright):
         super().__init__()
         self.most_voxels, self.after = most_voxels, after
 
-    def predict(self, source: CaseInput, core: Box) -> Iterator[tuple[Box, torch.Tensor]]:
+    def predict(self, parts: Iterable[tuple[CaseInput, Box]]) -> Iterator[tuple[Box, torch.Tensor]]:
         if len(self.cores) == self.after:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        yield from super().predict(source, core)
+        yield from super().predict(parts)
 
     def rehearse(self, shape: Vec3, channels: int) -> None:
         if math.prod(shape) > self.most_voxels:

@@ -16,11 +16,12 @@ import torch
 from connectomics.cli import main
 from connectomics.config.load import load_config
 from connectomics.errors import ConfigError, ModelError, VolumeError
-from connectomics.geometry import BlockGrid, Box
-from connectomics.inference.predictor import RollingPredictor
+from connectomics.geometry import Block, BlockGrid, Box
 from connectomics.lightning.inference import InferenceManager, Prediction
 from connectomics.lightning.verify import verify
 from connectomics.models.spec import ChannelNormalisation
+from connectomics.pipeline.contracts import Computed
+from connectomics.pipeline.predict import PredictTask
 from connectomics.pipeline.survey import load_survey, save_survey, survey
 
 import oracle
@@ -156,15 +157,15 @@ def test_a_run_on_disk_is_killed_continued_and_skipped(
 ) -> None:
     volume, output = write_h5(tmp_path / "v.h5", image[0]), tmp_path / "out"
     words = infer_words(models[kind], output, volume, ALL, WORDS[-1], f"inference.block_shape={json.dumps(shape)}")
-    predict = RollingPredictor.predict
+    compute = PredictTask.compute
 
-    def breaking(self: RollingPredictor, *arguments: object) -> object:
-        if ledger_lines(output / "v_labels.run"):  # in the second block
+    def breaking(self: PredictTask, block: Block) -> Computed:
+        if any(block.index):
             raise OSError(28, "No space left on device")
-        return predict(self, *arguments)  # type: ignore[arg-type]
+        return compute(self, block)
 
     with monkeypatch.context() as broken:
-        broken.setattr(RollingPredictor, "predict", breaking)
+        broken.setattr(PredictTask, "compute", breaking)
         assert main(words) == 3
     begun = len(ledger_lines(output / "v_labels.run"))
     assert begun == 1
