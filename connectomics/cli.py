@@ -277,6 +277,9 @@ def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> lis
 
     for deviation in engine.deviations:
         print(f"not nnU-Net: {deviation}", file=sys.stderr)
+    if config.system.backend == "auto":
+        chosen = ", ".join(f"{key} {value}" for key, value in engine.settings.numeric_class.items())
+        print(f"system.backend=auto: {chosen}", file=sys.stderr)
     check_output_folder(engine.settings.folder)
     if not config.decoding:
         with ProgressBar() as bar:

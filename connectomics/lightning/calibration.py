@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from connectomics.build.backends import known_profile
+from connectomics.build.backends import device_name, known_profile
 from connectomics.build.engine import Engine, EngineModel, make_predictor
 from connectomics.config.schema import Config
 from connectomics.executors.overlapping import OverlappingExecutor
@@ -104,7 +104,7 @@ def _kind(engine: Engine) -> tuple[str, str, int, int]:
 
 
 def _standing_in(config: Config, model: EngineModel) -> Predictor:
-    first = StandIn(model.window, model.spec.classes, config.system.device)
+    first = StandIn(model.window, model.spec.classes, device_name(config))
     return make_predictor(config, (first,) * len(model.spec.folds), model.window, model.spec)
 
 

@@ -15,12 +15,13 @@ from connectomics.build.backends import as_begun
 from connectomics.build.engine import Engine, build_engine
 from connectomics.build.models import load_members
 from connectomics.build.profile import Profile, Trial, load_profile, profile_path, save_profile
+from connectomics.cli import main
 from connectomics.config.load import load_config
 from connectomics.errors import ConfigError, OutputError
 from connectomics.lightning.tune import table, tune
 
 from nnunet_models import make_model
-from small_jobs import em_like, quick_folder, write_h5
+from small_jobs import em_like, infer_words, quick_folder, write_h5
 
 SLOW = Trial("openvino", "exact", 1, 1, 0.2, 1.0, 0.0)
 FAST = Trial("torch", "exact", 1, 1, 0.1, 2.0, 0.0)
@@ -119,6 +120,19 @@ def test_auto_takes_what_was_measured_to_be_fastest_and_nothing_else_does(folder
     assert kind(engine_of(folder, cache, "system.backend=auto")) == ("openvino", 2)
     assert kind(engine_of(folder, cache, "system.backend=openvino", "system.num_cpus=1")) == ("openvino", 1)
     assert kind(engine_of(folder, cache, "system.num_cpus=1")) == ("torch", 1)
+
+
+def test_a_run_says_what_auto_took_and_keeps_it(
+    folder: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep(folder, cache, FAST)
+    stated = words(cache, "system.backend=auto")
+    assert main(infer_words(model_in(folder), tmp_path / "out", folder / "v.h5", *stated)) == 0
+    assert (
+        "system.backend=auto: backend torch, precision exact, batch 1, threads 1, device cpu" in capsys.readouterr().err
+    )
+    made = json.loads((tmp_path / "out" / "v_labels.run" / "provenance.json").read_text())
+    assert made["numeric_class"]["backend"] == "torch"
 
 
 def test_only_the_stated_precision_and_batch_count_and_exact_must_be_exact(folder: Path, cache: Path) -> None:
