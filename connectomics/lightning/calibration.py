@@ -27,7 +27,7 @@ from connectomics.geometry import Box, Vec3, vec3
 from connectomics.inference.predictor import Predictor, SlidingWindow
 from connectomics.io.levels import grown
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader
-from connectomics.models.backends.contract import NumericClass
+from connectomics.models.backends.contract import NumericClass, torch_threads
 from connectomics.models.backends.torch_eager import select_device
 from connectomics.pipeline.forecast import Pace, Seconds
 from connectomics.pipeline.planning import BlockPlan
@@ -177,11 +177,12 @@ def _window_seconds(predictor: Predictor, model: EngineModel, seconds: float) ->
             logits.sum().item()  # so that a device has finished
         return (time.perf_counter() - began) / count
 
-    once()
-    values: list[float] = []
-    ends = time.perf_counter() + seconds
-    while len(values) < FEWEST or (len(values) < MOST and time.perf_counter() < ends):
-        values.append(once())
+    with torch_threads(1):  # as ``Segmenter`` does
+        once()
+        values: list[float] = []
+        ends = time.perf_counter() + seconds
+        while len(values) < FEWEST or (len(values) < MOST and time.perf_counter() < ends):
+            values.append(once())
     return Seconds.of(values)
 
 
