@@ -1,7 +1,7 @@
-"""What ``connectomics tune`` measured on this machine, for ``system.backend=auto``; kept in the cache folder.
+"""What ``connectomics tune`` measured on this machine, for what a configuration leaves open; kept in the cache folder.
 
 A profile belongs to models, patches and a machine, which name its file. It appears whole, and one that is damaged or of
-another version counts as absent. All it decides is which of the backends that auto may take comes first.
+another version counts as absent. It decides which backend of ``system.backend=auto`` comes first, and the batch.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from connectomics.models.spec import ModelSpec
 log = logging.getLogger(__name__)
 VERSION = 1
 EXACT_DISAGREEMENT = 1e-4  # an exact backend that differs more on the sample is not taken by auto
+WORTH = 0.05  # of a window's time that a batch has to save; the same way measured again differs by less
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +69,28 @@ class Profile:
 
     trials: tuple[Trial, ...]
 
-    def fastest(self, precision: str, batch: int, threads: int | None) -> tuple[Trial, ...]:
-        """Eligible trials of a precision and batch, the fastest first.
+    def fastest(
+        self, precision: str, batch: int | None, threads: int | None, backend: str | None = None
+    ) -> tuple[Trial, ...]:
+        """Eligible trials of a precision, the fastest first.
 
         Parameters
         ----------
-        threads
-            Those that are stated, or None where they may be chosen.
+        batch, threads, backend
+            Those that are stated, or None where they may be chosen. A batch that is chosen is 1 unless another one is
+            faster by ``WORTH``; where 1 was not measured, nothing is.
         """
-        found = [t for t in self.trials if t.eligible and (t.precision, t.batch) == (precision, batch)]
-        return tuple(sorted((t for t in found if threads in (None, t.threads)), key=lambda t: t.window_s or 0.0))
+        wanted = (batch, threads, backend)
+        found = [
+            t
+            for t in self.trials
+            if t.eligible
+            and t.precision == precision
+            and all(w in (None, own) for w, own in zip(wanted, (t.batch, t.threads, t.backend), strict=True))
+        ]
+        if batch is None and all(t.batch != 1 for t in found):
+            return ()
+        return tuple(sorted(found, key=lambda t: (t.window_s or 0.0) / (1.0 if t.batch == 1 else 1.0 - WORTH)))
 
     def window_s(self, backend: str, precision: str, batch: int, threads: int) -> float | None:
         """Seconds of a window in one pass of one fold, where exactly this was measured."""

@@ -373,7 +373,7 @@ def _command(config: Config, engine: Engine, source: VolumeSource) -> tuple[str,
     if config.system.backend == AUTO:
         changed["system.backend"] = kind_of(engine.settings.numeric_class)
     batch = engine.models[0].window.batch
-    if batch != config.inference.sliding_window.sw_batch_size:  # more did not fit the device
+    if batch != config.inference.sliding_window.sw_batch_size:  # chosen, or more did not fit
         changed["inference.sliding_window.sw_batch_size"] = batch
     if engine.exact is not None:  # the device's default elsewhere may be another
         changed["inference.precision"] = "fast"
