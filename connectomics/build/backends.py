@@ -21,10 +21,6 @@ from connectomics.models.spec import ModelSpec
 
 NNUNET_THREADS = 8  # nnU-Net's own upper bound of threads in a forward pass
 REFERENCE = "torch"  # what fast is held against
-CHOSEN = (
-    "{} windows a forward pass, which connectomics tune measured to be faster; one label in 100,000 may differ from "
-    "nnU-Net's, and none with inference.sliding_window.sw_batch_size=1"
-)
 
 
 def threads(config: Config) -> int:
@@ -177,8 +173,6 @@ def fitting_backends(config: Config, models: Sequence[LoadedModel], patches: Seq
         chosen = choose_backends(tried, models, patches, trials)
         own = chosen.backends[0][0].numeric_class
         tried, fast = with_batch(config, own.batch), own.precision == "fast"
-        if stated is None and own.batch > 1:
-            chosen = dataclasses.replace(chosen, notes=(*chosen.notes, CHOSEN.format(own.batch)))
         reference = reference_backends(tried, models, patches) if fast else None
         for each in (chosen, reference):
             for model, patch, row in zip(models, patches, each.backends if each is not None else (), strict=False):

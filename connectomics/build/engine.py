@@ -93,8 +93,7 @@ class Engine:
     exact
         Where the precision is fast, the segmenter it is held against: the same models in float32.
     notes
-        Why backends that ``auto`` tried first were not taken, or the one that was does less than it can; why windows
-        are run in a batch that is not stated.
+        Why backends that ``auto`` tried first were not taken, or the one that was does less than it can.
     """
 
     models: tuple[EngineModel, ...]

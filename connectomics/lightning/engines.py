@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 
 from connectomics.build.backends import with_batch
 from connectomics.build.batch import against_batch
@@ -30,7 +29,6 @@ class Engines:
         self._config = config
         self.first = first
         self._made: list[tuple[Config, Engine]] = [(config, first)]
-        self._single: dict[str, Engine] = {}
 
     def __iter__(self) -> Iterator[Engine]:
         """All there are by now."""
@@ -64,8 +62,5 @@ class Engines:
         reason = against_batch(self._config, self.first, reader.info)
         if reason is None:
             return self.first
-        if reason not in self._single:
-            engine = self.of(with_batch(self._config, 1))
-            note = f"1 window a forward pass, although connectomics tune measured more to be faster: {reason}"
-            self._single[reason] = replace(engine, notes=(*engine.notes, note))
-        return self._single[reason]
+        log.info("1 window a forward pass, although connectomics tune measured more to be faster: %s", reason)
+        return self.of(with_batch(self._config, 1))
