@@ -26,7 +26,7 @@ class Engines:
     """
 
     def __init__(self, config: Config, first: Engine) -> None:
-        self._config = config
+        self.config = config
         self.first = first
         self._made: list[tuple[Config, Engine]] = [(config, first)]
 
@@ -57,10 +57,10 @@ class Engines:
         ResourceError, VolumeError
             If the volume cannot be labelled with any.
         """
-        if self._config.inference.sliding_window.sw_batch_size is not None:
+        if self.config.inference.sliding_window.sw_batch_size is not None:
             return self.first
-        reason = against_batch(self._config, self.first, reader.info)
+        reason = against_batch(self.config, self.first, reader.info)
         if reason is None:
             return self.first
         log.info("1 window a forward pass, although connectomics tune measured more to be faster: %s", reason)
-        return self.of(with_batch(self._config, 1))
+        return self.of(with_batch(self.config, 1))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 from connectomics.build.backends import as_begun
+from connectomics.build.cascade import first_stage_config
 from connectomics.build.engine import Engine
 from connectomics.build.plan import plan_volume
 from connectomics.build.volumes import first_stage_of, outputs_of, run_folder, segmenter_of
@@ -33,6 +35,8 @@ class Continuation:
     def __init__(self, config: Config, engine: Engine) -> None:
         self._config = config
         self._engines = Engines(config, engine)
+        own = None if engine.previous is None else first_stage_config(config, engine.specs)
+        self._first_stages = None if own is None or engine.previous is None else Engines(own, engine.previous)
 
     def engine(self, source: VolumeSource, reader: VolumeReader) -> Engine:
         """The engine that begins or continues a volume.
@@ -43,16 +47,19 @@ class Continuation:
         Raises
         ------
         DeviceError
-            If the backend that began the volume is not available any more and mixing is not allowed.
+            If the backend that began the volume is not available any more, or memory does not hold its batch, and
+            mixing is not allowed.
         """
         first = self._engines.first
-        begun = self._begun(self._config, first, source, reader)
-        if begun is not None:
-            return self._like(begun, source, reader)
-        if first.previous is None:
-            return self._engines.suiting(reader)
+        like = self._like(self._engines, self._begun(self._config, first, source, reader), source, reader)
+        if like is not None:
+            return like
+        engine = self._engines.suiting(reader)
+        if self._first_stages is None:
+            return engine
         begun = self._begun(*first_stage_of(self._config, first, source), source, reader)
-        return self._engines.suiting(reader) if begun is None else self._like(begun, source, reader, previous=True)
+        like = self._like(self._first_stages, begun, source, reader)
+        return engine if like is None else replace(engine, previous=like)
 
     @staticmethod
     def _begun(
@@ -62,24 +69,25 @@ class Continuation:
         return begun_class(run_folder(config, source), outputs, engine.settings.program)
 
     def _like(
-        self, begun: Mapping[str, object], source: VolumeSource, reader: VolumeReader, *, previous: bool = False
-    ) -> Engine:
-        """An engine that works in a numeric class, or whose previous stage does, as far as the configuration lets."""
-        for engine in self._engines:
-            stage = engine.previous if previous else engine
-            if stage is not None and stage.settings.numeric_class == begun:
+        self, engines: Engines, begun: Mapping[str, object] | None, source: VolumeSource, reader: VolumeReader
+    ) -> Engine | None:
+        """One that works in a numeric class as far as the configuration lets; None where it is to be chosen anew."""
+        if begun is None:
+            return None
+        for engine in engines:
+            if engine.settings.numeric_class == begun:
                 return engine
-        config = as_begun(self._config, begun)
-        if config == self._config:
-            return self._engines.first
+        config = as_begun(engines.config, begun)
+        if config == engines.config:
+            return engines.first
         try:
             log.info("continuing with %s, as it was begun", dict(begun))
-            engine = self._engines.of(config)
+            engine = engines.of(config)
             plan_volume(config, engine, segmenter_of(config, engine, reader.info.spacing), reader.info)
         except (DeviceError, ResourceError) as error:
             if self._config.system.allow_mixed_devices:
                 log.warning("%s: cannot be continued as it was begun: %s", source.name, error)
-                return self._engines.suiting(reader)
+                return None
             raise DeviceError(
                 f"{source.name}: was begun with {dict(begun)}, and that cannot be had now ({error}); make it available "
                 "again, state system.allow_mixed_devices=true to go on without the promise of equal bytes, or remove "
