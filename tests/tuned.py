@@ -19,4 +19,4 @@ def keep_profile(cache: Path, model: Path, *trials: Trial) -> Path:
 
 def torch_trial(batch: int, window_s: float, threads: int = 1, precision: str = "exact") -> Trial:
     """PyTorch, eager, measured to label as the reference does."""
-    return Trial("torch", precision, batch, threads, window_s, 1.0, 0.0)
+    return Trial("torch", precision, batch, threads, window_s, 1.0, 0.0, "", window_s, window_s)

@@ -199,8 +199,9 @@ def _timed(trial: Trial, running: Sequence[_Running]) -> Trial:
     found = next((made for made in running if made.trial == trial), None)
     if found is None:
         return trial
-    window_s = statistics.median(found.seconds)
-    return replace(trial, window_s=window_s, ratio=statistics.median(running[0].seconds) / window_s)
+    quick_s, window_s, slow_s = (float(s) for s in np.quantile(found.seconds, (0.1, 0.5, 0.9)))
+    ratio = statistics.median(running[0].seconds) / window_s
+    return replace(trial, window_s=window_s, ratio=ratio, quick_s=quick_s, slow_s=slow_s)
 
 
 def _kept(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], profile: Profile) -> Path | None:
