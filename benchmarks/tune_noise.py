@@ -3,13 +3,13 @@
 The same backend is measured several times over, turn by turn, as tune does; each pair is one trial. Printed for several
 numbers of passes: the share of pairs of which one seems to save 5 %, and of those that tune's own rule believes.
 
-Measured on two cores (AVX512) that others used, load 3.6, in five rounds of 15 s:
+Measured on two cores (AVX512) that others used, load 3.2:
     passes  pairs   5 % faster  believed
-         3   1200         0.36      0.06
-         5    750         0.32      0.01
-         9    300         0.35      0.00
-        15    150         0.27      0.00
-        25    150         0.28      0.00
+         3   2400         0.39      0.05
+         5   1500         0.36      0.01
+         9    600         0.34      0.00
+        15    300         0.32      0.00
+        25    300         0.28      0.00
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def main() -> None:
     for passes, (pairs, seem, believed) in table.items():
         print(f"{passes:6} {pairs:6} {seem:12.2f} {believed:9.2f}")
     if words.json is not None:
-        words.json.write_text(json.dumps({"seem": {n: t[1] for n, t in table.items()}, "pairs": COPIES}, indent=1))
+        named = {n: dict(zip(("pairs", "seem", "believed"), row, strict=True)) for n, row in table.items()}
+        words.json.write_text(json.dumps(named, indent=1))
 
 
 if __name__ == "__main__":

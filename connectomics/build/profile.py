@@ -112,8 +112,8 @@ def _window_s(trial: Trial) -> float:
 def _surely_faster(trial: Trial, other: Trial) -> bool:
     """Whether a trial saves ``WORTH``, and nine in ten of its passes were quicker than nine in ten of the other's.
 
-    Where others used the machine (load 4 on two cores), one way measured twice seemed 5 % faster in a third of all
-    cases, and in 3 % of them with three passes, in none with nine, by this rule.
+    Where others use the machine, one way measured twice seems 5 % faster in a third of all cases; by this rule in 5 %
+    with three passes, and in none with nine (benchmarks/tune_noise.py).
     """
     if trial.slow_s is None or other.quick_s is None:
         return False
