@@ -286,12 +286,10 @@ def _wanted_facts(config: Config) -> dict[str, object]:
     return {"wanted": facts} if facts else {}
 
 
-def choices(config: Config, engine: Engine) -> tuple[str, ...]:
-    """What is told of the backend, and of a batch that nobody stated; a rerun that goes on tells the same."""
-    batch = engine.models[0].window.batch
-    if batch == 1 or config.inference.sliding_window.sw_batch_size is not None:
-        return engine.notes
-    return (*engine.notes, CHOSEN.format(batch))
+def batch_note(config: Config, engine: Engine) -> list[str]:
+    """What is told of a batch that nobody stated, if there is one; a rerun that goes on tells the same."""
+    batch, stated = engine.models[0].window.batch, config.inference.sliding_window.sw_batch_size
+    return [CHOSEN.format(batch)] if stated is None and batch > 1 else []
 
 
 def job_of(
@@ -323,7 +321,8 @@ def job_of(
     working = (segmenter,) if engine.exact is None else (segmenter, exact)
     plan, readers = rehearsed_plan(config, engine, working, reader.info)
     contract = fast_contract(config, engine, exact, plan.block_shape)
-    described, told = [_described(model) for model in engine.models], choices(config, engine)
+    described = [_described(model) for model in engine.models]
+    told = [*engine.notes, *batch_note(config, engine)]
     provenance: dict[str, object] = {
         "program": engine.settings.program,
         "versions": versions(),
@@ -347,7 +346,7 @@ def job_of(
         provenance
         | (described[0] if len(described) == 1 else {"models": described})
         | dict(engine.facts)
-        | ({"backend_choice": list(told)} if told else {})
+        | ({"backend_choice": told} if told else {})
         | _previous_provenance(engine, previous),
         _command(config, engine, source),
         readers,

@@ -20,7 +20,7 @@ from connectomics.build.contract import fast_contract
 from connectomics.build.engine import Engine, build_engine
 from connectomics.build.planes import check_isotropic
 from connectomics.build.volumes import (
-    choices,
+    batch_note,
     final_paths,
     job_of,
     open_source,
@@ -330,7 +330,7 @@ class VolumeProcessor:
             reader = open_source(self._config, self._engine, source)
             opened.callback(reader.close)
             engine = self._continuation.engine(source, reader)
-            for note in choices(self._config, engine):
+            for note in [*engine.notes, *batch_note(self._config, engine)]:
                 log.info("backend: %s", note)
             wanted = wanted_of(self._config, reader.info.extent, source.name)  # refused before a first stage is run
             if wanted is not None:

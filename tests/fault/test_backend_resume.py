@@ -124,12 +124,13 @@ def tuned(folder: Path, cache: Path, *seconds: tuple[int, float]) -> str:
 
 
 def test_the_batch_that_was_measured_is_kept_by_a_rerun_whatever_is_measured_later(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three windows a row: batches of three; then one is faster, then five, then nothing is known."""
     word = tuned(folder, tmp_path / "cache", (1, 0.1), (3, 0.05))
     output = tmp_path / "out"
     expected = begin(folder, output, word)
+    assert "\n3 windows a forward pass, which connectomics tune" in "\n" + capsys.readouterr().err
     first = provenance(output)
     assert first["numeric_class"]["batch"] == 3
     assert "3 windows a forward pass, which connectomics tune measured" in first["backend_choice"][0]
