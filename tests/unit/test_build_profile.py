@@ -226,7 +226,7 @@ def test_tune_measures_tells_and_keeps(folder: Path, cache: Path, monkeypatch: p
     monkeypatch.setenv("CXX", "no-such-compiler")
     heard: list[tuple[int, int, str]] = []
     config = load_config(None, words(cache, "system.num_cpus=1"))
-    found = tune(config, model_in(folder), str(folder / "v.h5"), 8.0, lambda *each: heard.append(each))
+    found = tune(config, model_in(folder), str(folder / "v.h5"), 60.0, lambda *each: heard.append(each))
     trials = found.profile.trials
     first = trials[0]
     assert (first.backend, first.precision, first.batch, first.ratio, first.disagreement) == ("torch", "exact", 1, 1, 0)
