@@ -272,6 +272,7 @@ def _infer_volume(words: argparse.Namespace) -> int:
 
 
 def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> list[VolumeOutcome]:
+    from connectomics.build.volumes import batch_note
     from connectomics.lightning.inference import VolumeProcessor, check_output_folder
     from connectomics.progress import ProgressBar
 
@@ -280,6 +281,8 @@ def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> lis
     if config.system.backend == "auto":
         chosen = ", ".join(f"{key} {value}" for key, value in engine.settings.numeric_class.items())
         print(f"system.backend=auto: {chosen}", file=sys.stderr)
+    for note in batch_note(config, engine):
+        print(note, file=sys.stderr)
     check_output_folder(engine.settings.folder)
     if not config.decoding:
         with ProgressBar() as bar:

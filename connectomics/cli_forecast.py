@@ -33,7 +33,7 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
 
 def add_tune_words(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The words of ``tune``."""
-    text = "measure backends, precisions, batches and threads on this machine; system.backend=auto takes the fastest"
+    text = "measure backends, precisions, batches and threads on this machine, for what runs leave open"
     parser = commands.add_parser("tune", help=text, description=text)
     parser.add_argument("model", type=Path, help="training folder, fold folder, exported .zip or .pth file")
     parser.add_argument("volume", help="a volume that the model is for")

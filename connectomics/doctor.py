@@ -13,8 +13,9 @@ import psutil
 import torch
 
 from connectomics.build.backends import device_name
+from connectomics.build.budget import memory_budget_bytes
 from connectomics.build.cascade import check_previous_stage
-from connectomics.build.engine import build_engine, memory_budget_bytes
+from connectomics.build.engine import build_engine
 from connectomics.build.volumes import list_sources, open_source, share_of
 from connectomics.config.schema import Config
 from connectomics.errors import ConnectomicsError

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from connectomics.build.budget import holds_batch
 from connectomics.build.profile import Profile, Trial, load_profile, profile_path
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError
@@ -66,28 +67,51 @@ def cache_folder(config: Config) -> Path | None:
     return base / "connectomics"
 
 
-def choose_backends(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> Chosen:
+def choose_backends(
+    config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], trials: Sequence[Trial] = ()
+) -> Chosen:
     """Backends of all networks, of one kind.
 
     Parameters
     ----------
     models, patches
         The models, and the windows (z, y, x) each is given.
+    trials
+        What was measured of the ways that the configuration leaves open, the fastest first.
 
     Raises
     ------
     ConfigError, DeviceError
         If device or backend are not available, with the reason.
     """
-    networks, artefacts = _networks(models, patches), Artefacts(cache_folder(config))
-    profile = None
-    if config.system.backend == AUTO:
-        profile = known_profile(config, [model.spec for model in models], patches)
+    backend, terms = config.system.backend, _terms(config)
+    measured = [(t.backend, dataclasses.replace(terms, batch=t.batch, threads=t.threads)) for t in trials]
+    if measured and backend != AUTO:
+        (_, terms), measured = measured[0], []
+    return choose(backend, terms, _networks(models, patches), Artefacts(cache_folder(config)), measured)
+
+
+def _measured(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Trial]:
+    """What ``tune`` measured, where the configuration leaves anything open; batches as memory holds them."""
+    batch = config.inference.sliding_window.sw_batch_size
+    if config.system.backend != AUTO and batch is not None:
+        return []
+    profile = known_profile(config, [model.spec for model in models], patches)
     if profile is None:
-        return choose(config.system.backend, _terms(config), networks, artefacts)
-    stated = config.system.inference.num_cpus or config.system.num_cpus
-    trials = profile.fastest(precision(config), config.inference.sliding_window.sw_batch_size, stated)
-    return choose(AUTO, _terms(config), networks, artefacts, [(t.backend, t.threads) for t in trials])
+        return []
+    found = ways(config, profile)
+    return [t for t in found if t.batch in (batch, 1) or holds_batch(config, models, patches, t.batch)]
+
+
+def ways(config: Config, profile: Profile) -> tuple[Trial, ...]:
+    """The trials that the configuration leaves open, the fastest first.
+
+    With ``system.backend=auto`` the backend is open, and the threads unless they are stated; a null batch always is.
+    """
+    batch, backend = config.inference.sliding_window.sw_batch_size, config.system.backend
+    if backend != AUTO:
+        return profile.fastest(precision(config), batch, threads(config), backend)
+    return profile.fastest(precision(config), batch, config.system.inference.num_cpus or config.system.num_cpus)
 
 
 def known_profile(config: Config, specs: Sequence[ModelSpec], patches: Sequence[Vec3]) -> Profile | None:
@@ -118,7 +142,7 @@ def reference_backends(config: Config, models: Sequence[LoadedModel], patches: S
 class Fitting:
     """Backends whose whole batches fit the device: what the run uses, what fast is held against, and how it is run.
 
-    ``config`` is the given one, with fewer windows a batch where the stated number did not fit.
+    ``config`` is the given one, with the batch that was chosen, or a smaller one where that does not fit.
     """
 
     config: Config
@@ -137,10 +161,18 @@ def fitting_backends(config: Config, models: Sequence[LoadedModel], patches: Seq
         If not even one window fits.
     """
 
+    stated = config.inference.sliding_window.sw_batch_size
+    measured = _measured(config, models, patches)
+    first = measured[0].batch if measured else stated or 1
+
     def made(batch: int) -> Fitting:
-        tried = _with_batch(config, batch)
-        chosen = choose_backends(tried, models, patches)
-        fast = chosen.backends[0][0].numeric_class.precision == "fast"
+        tried, trials = config, measured
+        if batch != first:
+            tried = with_batch(config, batch)
+            trials = _measured(tried, models, patches)
+        chosen = choose_backends(tried, models, patches, trials)
+        own = chosen.backends[0][0].numeric_class
+        tried, fast = with_batch(config, own.batch), own.precision == "fast"
         reference = reference_backends(tried, models, patches) if fast else None
         for each in (chosen, reference):
             for model, patch, row in zip(models, patches, each.backends if each is not None else (), strict=False):
@@ -148,18 +180,19 @@ def fitting_backends(config: Config, models: Sequence[LoadedModel], patches: Seq
                     try_batch(backend, model.spec.input_channels, patch)
         return Fitting(tried, chosen, reference)
 
-    fitting, _ = largest_fitting(made, config.inference.sliding_window.sw_batch_size)
+    fitting, _ = largest_fitting(made, first)
     return fitting
 
 
-def _with_batch(config: Config, batch: int) -> Config:
+def with_batch(config: Config, batch: int) -> Config:
+    """The configuration with so many windows a forward pass stated."""
     window = dataclasses.replace(config.inference.sliding_window, sw_batch_size=batch)
     return dataclasses.replace(config, inference=dataclasses.replace(config.inference, sliding_window=window))
 
 
 def _terms(config: Config) -> Terms:
     batch = config.inference.sliding_window.sw_batch_size
-    return Terms(device_name(config), precision(config), batch, threads(config))
+    return Terms(device_name(config), precision(config), batch or 1, threads(config))
 
 
 def _networks(models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Networks]:
@@ -170,13 +203,14 @@ def _networks(models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Ne
 
 
 def as_begun(config: Config, begun: Mapping[str, object]) -> Config:
-    """The configuration with what it leaves to the machine as in a numeric class: backend, threads, batch on a GPU.
+    """The configuration with what it leaves to the machine as in a numeric class: backend, threads and batch.
 
     A GPU's memory may have held fewer windows at once than are stated, and goes on with as many.
     """
     system, batch = config.system, int(str(begun["batch"]))
-    if str(begun["device"]).startswith("cuda") and batch < config.inference.sliding_window.sw_batch_size:
-        config = _with_batch(config, batch)
+    stated = config.inference.sliding_window.sw_batch_size
+    if stated is None or (str(begun["device"]).startswith("cuda") and batch < stated):
+        config = with_batch(config, batch)
     if system.backend == AUTO:
         system = dataclasses.replace(system, backend=kind_of(begun))
     if system.num_cpus is None and system.inference.num_cpus is None:
@@ -187,3 +221,9 @@ def as_begun(config: Config, begun: Mapping[str, object]) -> Config:
 def kind_of(numeric_class: Mapping[str, object]) -> str:
     """Name of a numeric class's backend in the configuration, without the version."""
     return str(numeric_class["backend"]).partition(" ")[0]
+
+
+def measured_as(numeric_class: Mapping[str, object]) -> tuple[str, str, int, int]:
+    """Backend, precision, batch and threads of a numeric class, by which a profile knows what it measured."""
+    precision, batch, threads = (str(numeric_class[name]) for name in ("precision", "batch", "threads"))
+    return kind_of(numeric_class), precision, int(batch), int(threads)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from connectomics.build.engine import memory_budget_bytes, program_version
+from connectomics.build.budget import memory_budget_bytes
+from connectomics.build.engine import program_version
 from connectomics.build.plan import decoding_bytes
 from connectomics.build.watershed import Memory, check_watershed, watershed_of, watershed_plan
 from connectomics.config.decoding import ConnectedComponents, DecodingStep, Filters, SliceLinking, Watershed

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from connectomics.build.backends import fitting_backends
+from connectomics.build.budget import memory_budget_bytes
 from connectomics.build.cascade import check_first_stage, first_stage_config
 from connectomics.build.models import load_members
 from connectomics.build.planes import check_planes, section_axes, stated_planes
@@ -41,7 +42,6 @@ PACKAGES = (
     "scikit-image",
     "tensorstore",
 )  # that compute or write
-BUDGET_SHARE = 0.5  # of the machine's memory, where no budget is stated
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +142,6 @@ def _version(name: str) -> str:
     return importlib.metadata.version(name)
 
 
-def memory_budget_bytes(config: Config) -> int:
-    """Host memory a run may use: what is stated, else half of the machine's."""
-    stated = config.system.memory_budget_gb
-    return int(stated * 1e9) if stated is not None else int(psutil.virtual_memory().total * BUDGET_SHARE)
-
-
 def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     """Make everything that serves all volumes.
 
@@ -168,7 +162,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     spec = loaded[0][1].spec
     check_activation(config, spec)
     fitting = fitting_backends(config, [m for _, m in loaded], [make_window(config, m.spec).patch for _, m in loaded])
-    config, chosen, reference = fitting.config, fitting.chosen, fitting.reference
+    stated, config, chosen, reference = config, fitting.config, fitting.chosen, fitting.reference
     models = tuple(_engine_model(config, path, model) for path, model in loaded)
     segmenter, first = _segmenter(config, models, chosen.backends), chosen.backends[0][0]
     exact = None if reference is None else _segmenter(config, models, reference.backends)
@@ -184,7 +178,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         max(1, config.system.inference.num_workers or 1),
     )
     facts = _facts(config, models, segmenter, filters, fast=fast)
-    previous = _first_stage(config, models)
+    previous = _first_stage(stated, [model.spec for model in models])  # which has a batch of its own
     deviations = _deviations(config, models, segmenter)
     if fast and first.device.type == "cpu":
         deviations += ("bfloat16 instead of float32 (inference.precision=fast)",)
@@ -208,8 +202,7 @@ def _segmenter(config: Config, models: tuple[EngineModel, ...], backends: Sequen
     )
 
 
-def _first_stage(config: Config, models: tuple[EngineModel, ...]) -> Engine | None:
-    specs = [model.spec for model in models]
+def _first_stage(config: Config, specs: Sequence[ModelSpec]) -> Engine | None:
     own = first_stage_config(config, specs)
     if own is None:
         return None
@@ -284,7 +277,7 @@ def make_window(config: Config, spec: ModelSpec) -> SlidingWindow:
         NNUNET_STEP if stated.overlap is None else round(1.0 - stated.overlap, 12),  # 1 - 0.9 is not 0.1
         stated.blending,
         _mirror_axes(config, spec),
-        stated.sw_batch_size,
+        stated.sw_batch_size or 1,
     )
 
 

@@ -97,7 +97,7 @@ class SlidingWindow:
 
     window_size: list[int] | None = None
     overlap: float | None = None
-    sw_batch_size: int = 1
+    sw_batch_size: int | None = None
     blending: str = "gaussian"
     padding_mode: str = "constant"
     engine: str = "nnunet"

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from connectomics.build.backends import device_name, known_profile
+from connectomics.build.backends import device_name, known_profile, measured_as
 from connectomics.build.engine import Engine, EngineModel, make_predictor
 from connectomics.config.schema import Config
 from connectomics.executors.overlapping import OverlappingExecutor
@@ -61,7 +61,7 @@ def measure_windows(config: Config, engine: Engine, seconds: float = WINDOWS_S) 
     profile = None
     if len(engine.models) == 1:
         profile = known_profile(config, engine.specs, [model.window.patch for model in engine.models])
-    tuned = None if profile is None else profile.window_s(*_kind(engine))
+    tuned = None if profile is None else profile.window_s(*measured_as(engine.settings.numeric_class))
     full, without = [], []
     for model, member in zip(engine.of_members, engine.segmenter.members, strict=True):
         without.append(_window_seconds(_standing_in(config, model), model, seconds / 10).median)
@@ -95,12 +95,6 @@ def measure_pace(config: Config, engine: Engine, job: VolumeJob, times: WindowTi
     predictors = [_standing_in(config, model) for model in engine.of_members]
     voxel_s, fixed_s = _outside(job, engine, predictors, times.stand_in)
     return Pace(times.full, tuple(sample_s), voxel_s, fixed_s, times.basis)
-
-
-def _kind(engine: Engine) -> tuple[str, str, int, int]:
-    found = engine.settings.numeric_class
-    backend = str(found["backend"]).partition(" ")[0]
-    return backend, str(found["precision"]), int(str(found["batch"])), int(str(found["threads"]))
 
 
 def _standing_in(config: Config, model: EngineModel) -> Predictor:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from connectomics.build.budget import memory_budget_bytes
 from connectomics.build.decoding import (
     SUFFIX,
     Decodable,
@@ -19,7 +20,7 @@ from connectomics.build.decoding import (
     stated_probabilities,
     table_of,
 )
-from connectomics.build.engine import Engine, memory_budget_bytes, program_version
+from connectomics.build.engine import Engine, program_version
 from connectomics.build.watershed import keeps_probabilities
 from connectomics.config.schema import Config
 from connectomics.errors import ConnectomicsError

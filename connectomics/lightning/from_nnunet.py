@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from connectomics.build.backends import with_batch
 from connectomics.build.engine import build_engine, check_resampling
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
@@ -271,7 +272,7 @@ def _configured(call: NnunetCall, kind: FileKind, overrides: Sequence[str]) -> C
         ),
     )
     validate(config)
-    return config
+    return with_batch(config, inference.sliding_window.sw_batch_size or 1)  # as nnU-Net, whose labels are asked for
 
 
 def _kind_of(model: Path) -> FileKind:

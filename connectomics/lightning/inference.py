@@ -14,11 +14,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from connectomics.build.backends import with_batch
 from connectomics.build.cascade import check_previous_stage
 from connectomics.build.contract import fast_contract
 from connectomics.build.engine import Engine, build_engine
 from connectomics.build.planes import check_isotropic
 from connectomics.build.volumes import (
+    batch_note,
     final_paths,
     job_of,
     open_source,
@@ -71,7 +73,8 @@ class InferenceManager:
     Parameters
     ----------
     config
-        The configuration; ``inference.output.save_probabilities`` asks for probabilities.
+        The configuration; ``inference.output.save_probabilities`` asks for probabilities, and windows are run one at a
+        time where no batch is stated.
     checkpoint
         A nnU-Net training folder or ``.pth`` file; replaces ``model.nnunet_checkpoint``.
 
@@ -83,7 +86,8 @@ class InferenceManager:
 
     def __init__(self, config: Config, checkpoint: Path | None = None) -> None:
         torch.manual_seed(config.system.seed)
-        self.engine = build_engine(config, checkpoint)
+        batch = config.inference.sliding_window.sw_batch_size
+        self.engine = build_engine(with_batch(config, batch or 1), checkpoint)
         self._config = config
         self._held = False  # whether a fast engine was held against exact already
 
@@ -322,12 +326,12 @@ class VolumeProcessor:
 
     def _process(self, source: VolumeSource) -> tuple[tuple[Path, ...], RunReport]:
         settings = self._engine.settings
-        for note in self._engine.notes:
-            log.info("backend: %s", note)
         with contextlib.ExitStack() as opened:
             reader = open_source(self._config, self._engine, source)
             opened.callback(reader.close)
             engine = self._continuation.engine(source, reader)
+            for note in [*engine.notes, *batch_note(self._config, engine)]:
+                log.info("backend: %s", note)
             wanted = wanted_of(self._config, reader.info.extent, source.name)  # refused before a first stage is run
             if wanted is not None:
                 opened.callback(wanted.close)

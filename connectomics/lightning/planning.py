@@ -17,13 +17,14 @@ from connectomics.geometry import Box
 from connectomics.io.export_size import Size, largest_size, store_size
 from connectomics.io.listing import VolumeSource
 from connectomics.lightning.calibration import WindowTimes, measure_pace, measure_windows
+from connectomics.lightning.engines import Engines
 from connectomics.pipeline.finish import work_folder
 from connectomics.pipeline.forecast import Forecast, Pace, PlannedOutput, duration
 from connectomics.pipeline.ledger import plan_of
 from connectomics.pipeline.predict import PROBABILITIES
 from connectomics.pipeline.run import VolumeJob, info_of
 from connectomics.pipeline.run_folder import LEDGER
-from connectomics.pipeline.workload import Cut, count_read, count_sample_windows, count_windows
+from connectomics.pipeline.workload import Cut, batch_fill, count_read, count_sample_windows, count_windows
 
 log = logging.getLogger(__name__)
 WORTH_WINDOWS = 256  # runs of fewer windows, or of less time in the network, are not measured for
@@ -74,7 +75,7 @@ class Plan:
 
 
 def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
-    """Say what each volume takes, as if nothing was done yet; the pace is measured on the first.
+    """Say what each volume takes, as if nothing was done yet; an engine's pace is measured on its first volume.
 
     Parameters
     ----------
@@ -83,7 +84,8 @@ def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]
     """
     forecasts: list[Forecast] = []
     refused: list[tuple[str, str]] = []
-    pace: Pace | None = None
+    engines = Engines(config, engine)
+    paces: dict[int, Pace] = {}
     for source in sources:
         try:
             with contextlib.ExitStack() as opened:
@@ -92,9 +94,11 @@ def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]
                 wanted = wanted_of(config, reader.info.extent, source.name)
                 if wanted is not None:
                     opened.callback(wanted.close)
-                job = job_of(config, engine, source, reader, None, wanted)
-                pace = pace or measure_pace(config, engine, job, measure_windows(config, engine))
-                forecasts.append(forecast(config, engine, job, pace))
+                suiting = engines.suiting(reader)
+                job = job_of(config, suiting, source, reader, None, wanted)
+                if id(suiting) not in paces:
+                    paces[id(suiting)] = measure_pace(config, suiting, job, measure_windows(config, suiting))
+                forecasts.append(forecast(config, suiting, job, paces[id(suiting)]))
         except ConnectomicsError as error:
             refused.append((source.name, str(error)))
     return Plan(tuple(forecasts), tuple(refused))
@@ -156,6 +160,7 @@ def forecast(config: Config, engine: Engine, job: VolumeJob, pace: Pace | None) 
     whole = config.inference.sliding_window.engine == "monai"
     pairs = list(zip(members, engine.of_members, strict=True))
     read = sum(count_read(member, model.window, cut, whole=whole) for member, model in pairs)
+    fills = [batch_fill(member, model.window, cut, whole=whole) for member, model in pairs]
     voxels = Box.of_shape(info.extent).voxels
     peak = peak_of(config, engine, job.segmenter, info, cut.block_shape)
     outputs, scratch = _sizes(engine, job, cut)
@@ -166,7 +171,7 @@ def forecast(config: Config, engine: Engine, job: VolumeJob, pace: Pace | None) 
         cut.block_shape,
         sum(windows),
         passes,
-        None if pace is None else pace.predict(windows, sampled, voxels),
+        None if pace is None else pace.predict([n / f for n, f in zip(windows, fills, strict=True)], sampled, voxels),
         peak.host_bytes,
         peak.device_bytes,
         engine.settings.budget_bytes,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 from connectomics.build.backends import as_begun
-from connectomics.build.engine import Engine, build_engine
-from connectomics.build.volumes import first_stage_of, outputs_of, run_folder
+from connectomics.build.cascade import first_stage_config
+from connectomics.build.engine import Engine
+from connectomics.build.plan import plan_volume
+from connectomics.build.volumes import first_stage_of, outputs_of, run_folder, segmenter_of
 from connectomics.config.schema import Config
-from connectomics.errors import DeviceError
-from connectomics.fingerprint import key_of
+from connectomics.errors import DeviceError, ResourceError
 from connectomics.io.listing import VolumeSource
 from connectomics.io.volume import VolumeReader
+from connectomics.lightning.engines import Engines
 from connectomics.pipeline.run import begun_class
 
 log = logging.getLogger(__name__)
@@ -31,39 +34,32 @@ class Continuation:
 
     def __init__(self, config: Config, engine: Engine) -> None:
         self._config = config
-        self._engine = engine
-        self._others: dict[str, Engine] = {}
+        self._engines = Engines(config, engine)
+        own = None if engine.previous is None else first_stage_config(config, engine.specs)
+        self._first_stages = None if own is None or engine.previous is None else Engines(own, engine.previous)
 
     def engine(self, source: VolumeSource, reader: VolumeReader) -> Engine:
         """The engine that begins or continues a volume.
 
-        With ``system.backend=auto`` the backend, and without ``num_cpus`` the threads, are those in the ledger.
-        Whatever else differs is left to the ledger, which refuses another numeric class.
+        With ``system.backend=auto`` the backend, without ``num_cpus`` the threads, and without ``sw_batch_size`` the
+        batch are those in the ledger. Whatever else differs is left to the ledger, which refuses another numeric class.
 
         Raises
         ------
         DeviceError
-            If the backend that began the volume is not available any more and mixing is not allowed.
+            If the backend that began the volume is not available any more, or memory does not hold its batch, and
+            mixing is not allowed.
         """
-        begun = self._begun(self._config, self._engine, source, reader)
-        if begun is None and self._engine.previous is not None:
-            begun = self._begun(*first_stage_of(self._config, self._engine, source), source, reader)
-        if begun is None or begun == self._engine.settings.numeric_class:
-            return self._engine
-        config = as_begun(self._config, begun)
-        if config == self._config:
-            return self._engine
-        try:
-            return self._like(config, begun)
-        except DeviceError as error:
-            if self._config.system.allow_mixed_devices:
-                log.warning("%s: cannot be continued as it was begun: %s", source.name, error)
-                return self._engine
-            raise DeviceError(
-                f"{source.name}: was begun with {dict(begun)}, and that cannot be had now ({error}); make it available "
-                "again, state system.allow_mixed_devices=true to go on without the promise of equal bytes, or remove "
-                f"{run_folder(self._config, source)} to start this volume over"
-            ) from error
+        first = self._engines.first
+        like = self._like(self._engines, self._begun(self._config, first, source, reader), source, reader)
+        if like is not None:
+            return like
+        engine = self._engines.suiting(reader)
+        if self._first_stages is None:
+            return engine
+        begun = self._begun(*first_stage_of(self._config, first, source), source, reader)
+        like = self._like(self._first_stages, begun, source, reader)
+        return engine if like is None else replace(engine, previous=like)
 
     @staticmethod
     def _begun(
@@ -72,9 +68,29 @@ class Continuation:
         outputs = outputs_of(config, engine, source, reader)
         return begun_class(run_folder(config, source), outputs, engine.settings.program)
 
-    def _like(self, config: Config, begun: Mapping[str, object]) -> Engine:
-        key = key_of(begun)
-        if key not in self._others:
+    def _like(
+        self, engines: Engines, begun: Mapping[str, object] | None, source: VolumeSource, reader: VolumeReader
+    ) -> Engine | None:
+        """One that works in a numeric class as far as the configuration lets; None where it is to be chosen anew."""
+        if begun is None:
+            return None
+        for engine in engines:
+            if engine.settings.numeric_class == begun:
+                return engine
+        config = as_begun(engines.config, begun)
+        if config == engines.config:
+            return engines.first
+        try:
             log.info("continuing with %s, as it was begun", dict(begun))
-            self._others[key] = build_engine(config, self._engine.models[0].checkpoint)
-        return self._others[key]
+            engine = engines.of(config)
+            plan_volume(config, engine, segmenter_of(config, engine, reader.info.spacing), reader.info)
+        except (DeviceError, ResourceError) as error:
+            if self._config.system.allow_mixed_devices:
+                log.warning("%s: cannot be continued as it was begun: %s", source.name, error)
+                return None
+            raise DeviceError(
+                f"{source.name}: was begun with {dict(begun)}, and that cannot be had now ({error}); make it available "
+                "again, state system.allow_mixed_devices=true to go on without the promise of equal bytes, or remove "
+                f"{run_folder(self._config, source)} to start this volume over"
+            ) from error
+        return engine

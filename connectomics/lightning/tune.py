@@ -1,7 +1,7 @@
 """``connectomics tune``: which backend, precision, batch and threads run a model fastest on this machine.
 
 Every way is made, given the same windows of the user's volume, and timed turn by turn; what is found is kept as the
-profile that ``system.backend=auto`` and ``connectomics plan`` pick up.
+profile that runs and ``connectomics plan`` pick up for what the configuration leaves open.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from connectomics.build.backends import cache_folder, device_name, threads, trial_backends
-from connectomics.build.engine import make_window, memory_budget_bytes
+from connectomics.build.budget import holds_batch
+from connectomics.build.engine import make_window
 from connectomics.build.models import load_members
 from connectomics.build.profile import Profile, Trial, profile_path, save_profile
 from connectomics.build.volumes import named_sources, open_input
@@ -27,13 +28,13 @@ from connectomics.geometry import AxisOrder, Box, Vec3, vec3
 from connectomics.inference.case import CaseInput
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 from connectomics.models.backends.choice import Chosen
-from connectomics.models.backends.torch_eager import select_device, window_bytes
+from connectomics.models.backends.torch_eager import select_device
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 from connectomics.pipeline.survey import survey
 
 SAMPLED = 4  # windows of the volume
-BATCH = 4  # that is tried beside the configured one
+BATCH = 4  # that is tried beside the configured one and 1
 MAKING_SHARE = 0.6  # of the time, in which backends are made; those that are not by then are left out
 COMPILING_SHARE = 0.3  # the same of what compiles for a quarter of a minute
 ROUNDS = 25  # at most
@@ -149,9 +150,9 @@ def tune(config: Config, checkpoint: Path | None, volume: str, seconds: float, p
 
 def _candidates(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Trial]:
     """What is tried, PyTorch eager and exact as configured first, what takes long to make last."""
-    batch, most = config.inference.sliding_window.sw_batch_size, threads(config)
+    batch, most = config.inference.sliding_window.sw_batch_size or 1, threads(config)
     stated = config.system.inference.num_cpus or config.system.num_cpus
-    batches = dict.fromkeys((batch, BATCH))
+    batches = dict.fromkeys((batch, 1, BATCH))
     on_cpu = select_device(device_name(config)).type == "cpu"
     kinds = [("torch", "exact"), ("torch", "fast")]
     if on_cpu:
@@ -162,12 +163,10 @@ def _candidates(config: Config, models: Sequence[LoadedModel], patches: Sequence
     ):  # two threads of one core, or of a core that others use, are often slower
         ways += [(*kind, batch, most // 2) for kind in kinds]
     ways += [("compile", precision, batch, most) for precision in ("exact", "fast")]
-    need = max(window_bytes(model.networks[0], patch) for model, patch in zip(models, patches, strict=True))
-    room = memory_budget_bytes(config) // 2
-    too_large = "the batch does not fit half of system.memory_budget_gb"
+    too_large = {b for b in batches if b > batch and not holds_batch(config, models, patches, b)}
+    reason = "the batch does not fit half of system.memory_budget_gb"
     return [
-        Trial(backend, precision, b, t, reason=too_large if b > batch and need * b > room else "")
-        for backend, precision, b, t in ways
+        Trial(backend, precision, b, t, reason=reason if b in too_large else "") for backend, precision, b, t in ways
     ]
 
 
@@ -200,8 +199,9 @@ def _timed(trial: Trial, running: Sequence[_Running]) -> Trial:
     found = next((made for made in running if made.trial == trial), None)
     if found is None:
         return trial
-    window_s = statistics.median(found.seconds)
-    return replace(trial, window_s=window_s, ratio=statistics.median(running[0].seconds) / window_s)
+    quick_s, window_s, slow_s = (float(s) for s in np.quantile(found.seconds, (0.1, 0.5, 0.9)))
+    ratio = statistics.median(running[0].seconds) / window_s
+    return replace(trial, window_s=window_s, ratio=ratio, quick_s=quick_s, slow_s=slow_s)
 
 
 def _kept(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], profile: Profile) -> Path | None:

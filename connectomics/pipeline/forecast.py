@@ -72,13 +72,14 @@ class Pace:
     fixed_s: float
     basis: str
 
-    def predict(self, windows: Sequence[int], sampled: Sequence[int], voxels: int) -> Seconds:
+    def predict(self, windows: Sequence[float], sampled: Sequence[int], voxels: int) -> Seconds:
         """Time of a volume.
 
         Parameters
         ----------
         windows, sampled
-            Of each member, those of all blocks, and those of the sample on which fast is compared.
+            Of each member, those of all blocks, with what fills up their batches, and those of the sample on which fast
+            is compared.
         voxels
             Of the volume.
         """

@@ -6,7 +6,9 @@ along each axis says all: time and memory do not grow with the number of blocks.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -132,8 +134,37 @@ def count_read(member: Member, window: SlidingWindow, cut: Cut, *, whole: bool) 
     return total
 
 
+def batch_fill(member: Member, window: SlidingWindow, cut: Cut, *, whole: bool) -> float:
+    """Share of the rows of a member's batches that are windows; the others are padding.
+
+    Parameters
+    ----------
+    window
+        How its windows are laid.
+    whole
+        Whether the engine fills batches from a whole section, or volume, rather than from a block's windows at one
+        position of the axis along which it rolls.
+    """
+    own = member.order.turn(cut.extent)
+    section = member.order.axes.index(member.section_axis) if member.by_slice else None
+    rolling = 0 if window.patch[0] > 1 else 1
+    counts = []
+    for axis, volume_axis in enumerate(member.order.axes):
+        if window.patch[axis] == 1 or axis == section or (axis == rolling and not whole):
+            continue
+        reach = _Reach(member, window, own, axis)
+        spans = [(0, own[axis])] if whole else cut.along(volume_axis)
+        counts.append(Counter(reach.windows(*span) for span in spans))
+    windows = rows = 0
+    for each in itertools.product(*(count.items() for count in counts)):
+        together, times = (math.prod(numbers) for numbers in zip(*each, strict=True)) if each else (1, 1)
+        windows += times * together
+        rows += times * -(-together // window.batch) * window.batch
+    return windows / rows
+
+
 class _Reach:
-    """Along one axis of a model, the voxels that the windows of a span lie on."""
+    """Along one axis of a model, the windows of a span, and the voxels that they lie on."""
 
     def __init__(self, member: Member, window: SlidingWindow, extent: Vec3, axis: int) -> None:
         self._extent, self._axis, self._window = extent, axis, window
@@ -145,10 +176,19 @@ class _Reach:
         if self._resampling is None or self._network == self._extent:
             low, high = self._windows(start, stop, grid)
             return high - low
-        along = self._resampling.to_image(self._extent, self._network)[self._axis]
-        low, high = self._windows(*along.reach(start, stop), grid)
+        low, high = self._windows(*self._on_grid(start, stop), grid)
         ratio = extent / grid
         return min(extent, math.ceil(high * ratio) + HALO) - max(0, math.floor(low * ratio) - HALO)
+
+    def windows(self, start: int, stop: int) -> int:
+        """Number of them."""
+        patch, grid = self._window.patch[self._axis], self._network[self._axis]
+        return 1 if grid <= patch else len(window_starts(grid, patch, self._window.step, self._on_grid(start, stop)))
+
+    def _on_grid(self, start: int, stop: int) -> Span:
+        if self._resampling is None or self._network == self._extent:
+            return start, stop
+        return self._resampling.to_image(self._extent, self._network)[self._axis].reach(start, stop)
 
     def _windows(self, start: int, stop: int, extent: int) -> Span:
         patch = self._window.patch[self._axis]

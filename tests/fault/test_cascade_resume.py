@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 from fork_server import Ended, ForkServer
+from tuned import keep_profile, torch_trial
 
 from connectomics.cli import main
 from connectomics.pipeline.run_folder import CHECKSUMS
@@ -40,8 +41,8 @@ class Bench:
         stage = f"model.previous_stage={self.first}"
         return infer_words(self.second, output, self.volume, *CUT, stage, *more)
 
-    def run(self, output: Path, kill_at: tuple[str, int] | None = None) -> Ended:
-        return self.server.run(self.words(output), watched=output, kill_at=kill_at)
+    def run(self, output: Path, kill_at: tuple[str, int] | None = None, *more: str) -> Ended:
+        return self.server.run(self.words(output, *more), watched=output, kill_at=kill_at)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,19 @@ def test_killed_in_each_stage_it_ends_with_the_same_bytes(bench: Bench, tmp_path
     assert finals(tmp_path) == bench.reference
     assert (run / "run.log").read_text().count("the previous stage, configuration 2d_lowres") == 2
     assert "Skipped 1/1" in bench.run(tmp_path).stderr
+
+
+def test_each_stage_has_its_own_batch_and_goes_on_with_it(bench: Bench, tmp_path: Path) -> None:
+    """The first one, killed, does so after something else was measured of it; the second is not asked to follow."""
+    word, output, first = f"system.cache_dir='{tmp_path}/cache'", tmp_path / "out", tmp_path / "out" / "v_labels.run"
+    keep_profile(tmp_path / "cache", bench.first, torch_trial(1, 0.1), torch_trial(4, 0.05))
+    ended = bench.run(output, (SHARD, 4), word)
+    assert (ended.code, recorded(first / FIRST / "v_labels.run")) == (-signal.SIGKILL, 3), ended.stderr
+    keep_profile(tmp_path / "cache", bench.first, torch_trial(1, 0.1))
+    ended = bench.run(output, None, word)
+    assert ended.code == 0, ended.stderr
+    runs = [json.loads((run / "provenance.json").read_text()) for run in (first / FIRST / "v_labels.run", first)]
+    assert [run["numeric_class"]["batch"] for run in runs] == [4, 1]
 
 
 def test_both_stages_give_what_they_give_one_after_the_other(bench: Bench, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from connectomics.pipeline.agreement import FastContract
 from nnunet_models import make_model
 from small_jobs import em_like
 
+BATCH = "inference.sliding_window.sw_batch_size"
 BEGUN = {"backend": "openvino 2026.4.1", "precision": "exact", "batch": 1, "threads": 7, "device": "cpu AVX512"}
 
 
@@ -42,8 +43,12 @@ def test_what_is_left_open_is_taken_from_what_was_begun_and_nothing_else() -> No
     system = as_begun(load_config(None, ["system.backend=auto"]), BEGUN).system
     assert (system.backend, system.num_cpus) == ("openvino", 7)
     for stated in ("system.num_cpus=2", "system.inference.num_cpus=2"):
-        config = load_config(None, ["system.backend=torch", stated])
+        config = load_config(None, ["system.backend=torch", f"{BATCH}=1", stated])
         assert as_begun(config, BEGUN) == config
+        assert as_begun(config, BEGUN | {"batch": 4}) == config
+    for batch in (1, 4):
+        begun = as_begun(load_config(None, []), BEGUN | {"batch": batch})
+        assert begun.inference.sliding_window.sw_batch_size == batch
     assert kind_of(BEGUN) == "openvino"
 
 

@@ -9,22 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tuned import keep_profile, torch_trial
 
 from connectomics.build import profile as profiles
 from connectomics.build.backends import as_begun
 from connectomics.build.engine import Engine, build_engine
 from connectomics.build.models import load_members
-from connectomics.build.profile import Profile, Trial, load_profile, profile_path, save_profile
+from connectomics.build.profile import Profile, Trial, load_profile, profile_path
 from connectomics.cli import main
 from connectomics.config.load import load_config
 from connectomics.errors import ConfigError, OutputError
+from connectomics.lightning.inference import InferenceManager
 from connectomics.lightning.tune import table, tune
 
 from nnunet_models import make_model
 from small_jobs import em_like, infer_words, quick_folder, write_h5
 
-SLOW = Trial("openvino", "exact", 1, 1, 0.2, 1.0, 0.0)
-FAST = Trial("torch", "exact", 1, 1, 0.1, 2.0, 0.0)
+BATCH = "inference.sliding_window.sw_batch_size"
+SLOW = Trial("openvino", "exact", 1, 1, 0.2, 1.0, 0.0, "", 0.19, 0.21)
+FAST = Trial("torch", "exact", 1, 1, 0.1, 2.0, 0.0, "", 0.09, 0.11)
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +53,7 @@ def model_in(folder: Path) -> Path:
 
 
 def keep(folder: Path, cache: Path, *trials: Trial) -> Path:
-    """A profile of the model on this machine."""
-    (_, model), *_ = load_members(load_config(None, []), model_in(folder))
-    path = profile_path(cache, [model.spec], [model.spec.patch_shape], "cpu")
-    save_profile(path, Profile(trials), "cpu")
-    return path
+    return keep_profile(cache, model_in(folder), *trials)
 
 
 def engine_of(folder: Path, cache: Path, *more: str) -> Engine:
@@ -88,7 +87,15 @@ def test_damage_counts_as_absent(folder: Path, cache: Path, text: str, caplog: p
 
 
 @pytest.mark.parametrize(
-    "change", [{"backend": "magic"}, {"threads": 0}, {"window_s": -1.0}, {"batch": "1"}, {"precision": "double"}]
+    "change",
+    [
+        {"backend": "magic"},
+        {"threads": 0},
+        {"window_s": -1.0},
+        {"batch": "1"},
+        {"precision": "double"},
+        {"slow_s": "1"},
+    ],
 )
 def test_values_that_cannot_be_count_as_damage(folder: Path, cache: Path, change: dict[str, Any]) -> None:
     path = keep(folder, cache, FAST)
@@ -144,6 +151,55 @@ def test_only_the_stated_precision_and_batch_count_and_exact_must_be_exact(folde
     assert Profile((SLOW, fast)).fastest("fast", 1, 2) == ()
 
 
+@pytest.mark.parametrize(
+    ("four_s", "slow_s", "batch"),
+    [(0.094, 0.0899, 4), (0.096, 0.0899, 1), (0.094, 0.0901, 1), (0.01, 0.0901, 1), (0.2, 0.3, 1), (0.01, None, 1)],
+)
+def test_a_batch_that_is_open_is_one_unless_another_is_faster_by_more_than_noise(
+    four_s: float, slow_s: float | None, batch: int
+) -> None:
+    """Nine in ten passes of one window took 0.09 s or more."""
+    trials = (replace(FAST, batch=4, window_s=four_s, slow_s=slow_s), FAST, replace(SLOW, batch=4), SLOW)
+    assert Profile(trials).fastest("exact", None, None)[0].batch == batch
+    assert Profile(trials).fastest("exact", None, None, "openvino")[0].backend == "openvino"
+    assert Profile(trials).fastest("exact", 4, None)[0].batch == 4
+    assert Profile((trials[0],)).fastest("exact", None, None) == (), "nothing says that it is faster than one"
+
+
+def test_the_batch_that_was_measured_to_be_fastest_is_taken_where_none_is_stated(folder: Path, cache: Path) -> None:
+    """By a backend that is named, too; and not for another precision, other threads, or arrays in memory."""
+    keep(folder, cache, torch_trial(1, 0.1), torch_trial(4, 0.05), torch_trial(8, 0.01, precision="fast"))
+    one = "system.num_cpus=1"
+    engine = engine_of(folder, cache, one)
+    assert (engine.settings.numeric_class["batch"], engine.models[0].window.batch) == (4, 4)
+    auto = engine_of(folder, cache, one, "system.backend=auto")
+    assert (*kind(auto), auto.models[0].window.batch) == ("torch", 1, 4)
+    for words_ in ([f"{BATCH}=1"], [f"{BATCH}=2"], ["system.num_cpus=2"]):
+        other = engine_of(folder, cache, one, *words_)
+        assert other.models[0].window.batch == (2 if words_ == [f"{BATCH}=2"] else 1)
+    manager = InferenceManager(load_config(None, words(cache, one)), model_in(folder))
+    assert manager.engine.models[0].window.batch == 1
+
+
+def test_without_a_profile_a_window_is_computed_at_a_time(folder: Path, cache: Path) -> None:
+    engine = engine_of(folder, cache, "system.num_cpus=1")
+    assert (engine.settings.numeric_class["batch"], engine.models[0].window.batch) == (1, 1)
+
+
+def test_a_batch_that_takes_half_of_the_budget_is_not_taken(folder: Path, cache: Path) -> None:
+    keep(folder, cache, torch_trial(1, 0.1), torch_trial(4, 0.05))
+    four_gb = 4 * 16 * 32 * 4 * 10 * 4 / 1e9  # windows, voxels, features of the first layer, maps, bytes
+    for budget, batch in ((2.01 * four_gb, 4), (1.99 * four_gb, 1)):
+        engine = engine_of(folder, cache, "system.num_cpus=1", f"system.memory_budget_gb={budget:.9f}")
+        assert engine.models[0].window.batch == batch
+
+
+def test_a_batch_decides_no_result_key(folder: Path, cache: Path) -> None:
+    alone = engine_of(folder, cache, "system.num_cpus=1").facts
+    keep(folder, cache, torch_trial(1, 0.1), torch_trial(4, 0.05))
+    assert dict(engine_of(folder, cache, "system.num_cpus=1").facts) == dict(alone)
+
+
 def test_a_measured_backend_that_is_gone_gives_way_to_the_next(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +216,9 @@ def test_unfinished_work_keeps_what_it_was_begun_with_whatever_is_measured_later
     keep(folder, cache, replace(FAST, threads=7, window_s=1e-6))
     assert kind(build_engine(config, model_in(folder)))[1] == 7
     assert dict(build_engine(as_begun(config, begun), model_in(folder)).settings.numeric_class) == begun
+    keep(folder, cache, replace(FAST, threads=7), replace(FAST, threads=7, batch=4, window_s=1e-6, slow_s=1e-6))
+    assert build_engine(config, model_in(folder)).models[0].window.batch == 4
+    assert dict(build_engine(as_begun(config, begun), model_in(folder)).settings.numeric_class) == begun
 
 
 def test_tune_measures_tells_and_keeps(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +226,7 @@ def test_tune_measures_tells_and_keeps(folder: Path, cache: Path, monkeypatch: p
     monkeypatch.setenv("CXX", "no-such-compiler")
     heard: list[tuple[int, int, str]] = []
     config = load_config(None, words(cache, "system.num_cpus=1"))
-    found = tune(config, model_in(folder), str(folder / "v.h5"), 8.0, lambda *each: heard.append(each))
+    found = tune(config, model_in(folder), str(folder / "v.h5"), 60.0, lambda *each: heard.append(each))
     trials = found.profile.trials
     first = trials[0]
     assert (first.backend, first.precision, first.batch, first.ratio, first.disagreement) == ("torch", "exact", 1, 1, 0)
@@ -175,6 +234,7 @@ def test_tune_measures_tells_and_keeps(folder: Path, cache: Path, monkeypatch: p
     exact = [t for t in trials if t.window_s and t.precision == "exact"]
     assert {(t.backend, t.batch) for t in exact} == {(b, n) for b in ("torch", "openvino") for n in (1, 4)}
     assert all(t.disagreement is not None and t.disagreement < 1e-3 for t in exact)
+    assert all(t.quick_s and t.window_s and t.slow_s and t.quick_s <= t.window_s <= t.slow_s for t in exact)
     failed = {t.backend: t.reason for t in trials if t.window_s is None}
     assert "needs a C++ compiler" in failed["compile"]
     assert heard[-1][0] == heard[-1][1] > len(trials)

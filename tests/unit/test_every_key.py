@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from tuned import keep_profile, torch_trial
 
 from connectomics.cli import main, script_main
 from connectomics.config.load import known_keys
@@ -214,7 +215,11 @@ def batches(world: World) -> bool:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_eager.TorchBackend, "forward", spy)
         result = world.again(world.folder / "batches", f"{WINDOW}.sw_batch_size=3")
-    return max(seen) == 3 and result.code == 0
+        stated, cache = max(seen), world.folder / "batches_cache"
+        seen.clear()
+        keep_profile(cache, world.model, torch_trial(1, 0.1), torch_trial(2, 0.01))
+        measured = world.again(world.folder / "measured", f"system.cache_dir='{cache}'")
+    return (stated, max(seen)) == (3, 2) and result.code == measured.code == 0
 
 
 def memory_budget(world: World) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from connectomics.build.volumes import segmenter_of
 from connectomics.config.load import load_config
 from connectomics.geometry import BlockGrid, Box, Vec3
 from connectomics.models.backends.torch_eager import TorchBackend
-from connectomics.pipeline.workload import Cut, assumed_cases, count_read, count_sample_windows, count_windows
+from connectomics.pipeline.workload import (
+    Cut,
+    assumed_cases,
+    batch_fill,
+    count_read,
+    count_sample_windows,
+    count_windows,
+)
 
 from nnunet_models import make_model
 from small_jobs import quick_folder
@@ -93,6 +101,32 @@ def test_windows_and_reading_are_those_of_the_blocks(
         assert 0.5 < counted / read < 2
     else:
         assert counted == read
+
+
+@pytest.mark.parametrize(("kind", "extent", "block", "words"), PLACES)
+def test_the_padding_of_batches_is_that_of_the_blocks(
+    models: dict[str, Path], kind: str, extent: Vec3, block: Vec3, words: list[str]
+) -> None:
+    """Each block is really predicted, and the rows that the network is given are counted where it is called."""
+    engine, member = made(models[kind], [*words, "inference.sliding_window.sw_batch_size=4"])
+    image = np.random.default_rng(0).integers(1, 200, (1, *extent), np.uint8)
+    cases, batches, windows = assumed_cases(member, extent, 1), 0, 0
+
+    def forward(self: TorchBackend, batch: torch.Tensor) -> torch.Tensor:
+        nonlocal batches, windows
+        batches, windows = batches + 1, windows + len(batch)
+        return batch.repeat(1, 2, 1, 1, 1)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TorchBackend, "forward", forward)
+        for each in BlockGrid(extent, block):
+            for _ in member.logits(lambda box: image[(slice(None), *box.slices)], cases, each.core):
+                pass
+    cut, whole = Cut(extent, block, Box.of_shape(extent)), "engine=monai" in "".join(words)
+    fill = batch_fill(member, engine.models[0].window, cut, whole=whole)
+    # resampled blocks touch a row more here and there; MONAI lays its windows otherwise
+    assert fill == pytest.approx(windows / (4 * batches), rel=0.15 if words == PLAN or whole else 1e-9)
+    assert batch_fill(member, replace(engine.models[0].window, batch=1), cut, whole=whole) == 1
 
 
 def test_one_block_has_the_windows_that_nnunet_lays(models: dict[str, Path]) -> None:

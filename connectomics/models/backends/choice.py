@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -119,7 +119,7 @@ def choose(
     terms: Terms,
     models: Sequence[Networks],
     artefacts: Artefacts,
-    measured: Sequence[tuple[str, int]] = (),
+    measured: Sequence[tuple[str, Terms]] = (),
 ) -> Chosen:
     """Backends for all networks of all models, of the one kind that is named.
 
@@ -134,7 +134,7 @@ def choose(
     artefacts
         Where compiled networks are kept.
     measured
-        Backends and their threads, the fastest first, that auto tries before all others.
+        Backends and how each is run, the fastest first, that auto tries before all others.
 
     Raises
     ------
@@ -148,8 +148,7 @@ def choose(
     candidates = [(name, terms)]
     if name == AUTO:
         others = FIRST_ON_CPU if select_device(terms.device).type == "cpu" else ("torch",)
-        candidates = [(kind, replace(terms, threads=threads)) for kind, threads in measured]
-        candidates += [(kind, terms) for kind in others if (kind, terms) not in candidates]
+        candidates = [*measured, *((kind, terms) for kind in others if (kind, terms) not in measured)]
     notes: list[str] = []
     for candidate, its_terms in candidates[:-1]:
         try:

@@ -1,0 +1,65 @@
+"""Whether a batch that ``connectomics tune`` measured to be faster suits a volume; ``lightning`` asks for each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from connectomics.build.backends import known_profile, measured_as, ways, with_batch
+from connectomics.build.cascade import first_stage_config
+from connectomics.build.engine import Engine
+from connectomics.build.plan import plan_volume
+from connectomics.build.profile import WORTH
+from connectomics.build.volumes import segmenter_of
+from connectomics.config.schema import Config
+from connectomics.errors import ResourceError
+from connectomics.geometry import Box
+from connectomics.io.volume import VolumeInfo
+from connectomics.pipeline.workload import Cut, batch_fill
+
+TOO_LARGE = "the memory budget has no room for more beside blocks of the same size"
+PADDED = "a batch is filled from one row of a block's windows, and here too much of it would stay empty"
+
+
+def against_batch(config: Config, engine: Engine, info: VolumeInfo) -> str | None:
+    """Why a volume is better labelled a window at a time, or None where the batch of the engine, not stated, is faster.
+
+    Raises
+    ------
+    ResourceError
+        If the memory budget cannot hold the smallest blocks and one window.
+    VolumeError
+        If the volume's spacing is needed and not known.
+    """
+    if engine.previous is not None:
+        own = first_stage_config(config, engine.specs)
+        assert own is not None
+        if (found := against_batch(own, engine.previous, info)) is not None:
+            return found
+    if all(model.window.batch == 1 for model in engine.models):
+        return None
+    segmenter = segmenter_of(config, engine, info.spacing)
+    single = replace(engine, models=tuple(replace(m, window=replace(m.window, batch=1)) for m in engine.models))
+    plan, _ = plan_volume(config, single, segmenter, info)
+    try:
+        if plan_volume(config, engine, segmenter, info)[0] != plan:
+            return TOO_LARGE
+    except ResourceError:
+        return TOO_LARGE
+    cut = Cut(info.extent, plan.block_shape, Box.of_shape(info.extent))
+    whole = config.inference.sliding_window.engine == "monai"
+    pairs = zip(segmenter.members, engine.of_members, strict=True)
+    fill = min(batch_fill(member, model.window, cut, whole=whole) for member, model in pairs)
+    return None if _share(config, engine) / fill <= 1 - WORTH else PADDED
+
+
+def _share(config: Config, engine: Engine) -> float:
+    """Time of a window in the engine's batches as a share of the least one alone takes; infinite where not measured."""
+    profile = known_profile(config, engine.specs, [model.window.patch for model in engine.models])
+    if profile is None:
+        return math.inf
+    together = profile.window_s(*measured_as(engine.settings.numeric_class))
+    alone = ways(with_batch(config, 1), profile)
+    if together is None or not alone or not alone[0].window_s:
+        return math.inf
+    return together / alone[0].window_s

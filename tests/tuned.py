@@ -1,0 +1,22 @@
+"""Profiles as ``connectomics tune`` would leave them, with times that a test chooses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from connectomics.build.models import load_members
+from connectomics.build.profile import Profile, Trial, profile_path, save_profile
+from connectomics.config.load import load_config
+
+
+def keep_profile(cache: Path, model: Path, *trials: Trial) -> Path:
+    """Keep what was measured of a model with its own window on this machine's CPU."""
+    (_, loaded), *_ = load_members(load_config(None, []), model)
+    path = profile_path(cache, [loaded.spec], [loaded.spec.patch_shape], "cpu")
+    save_profile(path, Profile(trials), "cpu")
+    return path
+
+
+def torch_trial(batch: int, window_s: float, threads: int = 1, precision: str = "exact") -> Trial:
+    """PyTorch, eager, measured to label as the reference does."""
+    return Trial("torch", precision, batch, threads, window_s, 1.0, 0.0, "", window_s, window_s)
