@@ -93,8 +93,9 @@ def choose_backends(
 
 def _measured(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Trial]:
     """What ``tune`` measured, where the configuration leaves anything open; batches as memory holds them."""
-    batch = config.inference.sliding_window.sw_batch_size
-    if config.system.backend != AUTO and batch is not None:
+    batch, backend = config.inference.sliding_window.sw_batch_size, config.system.backend
+    promised = (backend, precision(config)) == ("torch", "exact")  # to be equal to nnU-Net, which takes one at a time
+    if backend != AUTO and (batch is not None or promised):
         return []
     profile = known_profile(config, [model.spec for model in models], patches)
     if profile is None:

@@ -116,20 +116,20 @@ def test_threads_are_those_the_run_was_begun_with(folder: Path, tmp_path: Path) 
     assert provenance(tmp_path)["numeric_class"]["threads"] == 3
 
 
-def tuned(folder: Path, cache: Path, *seconds: tuple[int, float]) -> str:
-    """What is measured of batches, and the word that says where."""
+def tuned(folder: Path, cache: Path, *seconds: tuple[int, float]) -> tuple[str, str]:
+    """What is measured of batches, and the words by which a run takes it."""
     (model,) = (folder / "model").iterdir()
     keep_profile(cache, model, *(torch_trial(batch, window_s) for batch, window_s in seconds))
-    return f"system.cache_dir='{cache}'"
+    return f"system.cache_dir='{cache}'", "system.backend=auto"
 
 
 def test_the_batch_that_was_measured_is_kept_by_a_rerun_whatever_is_measured_later(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three windows a row: batches of three; then one is faster, then five, then nothing is known."""
-    word = tuned(folder, tmp_path / "cache", (1, 0.1), (3, 0.05))
+    words = tuned(folder, tmp_path / "cache", (1, 0.1), (3, 0.05))
     output = tmp_path / "out"
-    expected = begin(folder, output, word)
+    expected = begin(folder, output, *words)
     assert "\n3 windows a forward pass, which connectomics tune" in "\n" + capsys.readouterr().err
     first = provenance(output)
     assert first["numeric_class"]["batch"] == 3
@@ -138,11 +138,11 @@ def test_the_batch_that_was_measured_is_kept_by_a_rerun_whatever_is_measured_lat
     assert "inference.sliding_window.sw_batch_size=3" in first["command"]
     for later in [((1, 0.1), (3, 0.2)), ((1, 0.1), (5, 0.01)), ()]:
         tuned(folder, tmp_path / "cache", *later)
-        assert run(folder, output, word) == 0
+        assert run(folder, output, *words) == 0
         assert provenance(output)["numeric_class"] == first["numeric_class"]
         assert (output / "v_labels.h5").read_bytes() == expected
         monkeypatch.setattr(RollingPredictor, "predict", None)
-        assert run(folder, output, word) == 0, "it is finished, and skipped"
+        assert run(folder, output, *words) == 0, "it is finished, and skipped"
         monkeypatch.undo()
         (output / "v_labels.h5").unlink()
 
@@ -150,31 +150,31 @@ def test_the_batch_that_was_measured_is_kept_by_a_rerun_whatever_is_measured_lat
 def test_what_was_begun_with_one_window_goes_on_so_after_tune(folder: Path, tmp_path: Path) -> None:
     expected = begin(folder, tmp_path / "out")
     assert provenance(tmp_path / "out")["numeric_class"]["batch"] == 1
-    word = tuned(folder, tmp_path / "cache", (1, 0.1), (3, 0.05))
-    assert run(folder, tmp_path / "out", word) == 0
+    words = tuned(folder, tmp_path / "cache", (1, 0.1), (3, 0.05))
+    assert run(folder, tmp_path / "out", *words) == 0
     assert provenance(tmp_path / "out")["numeric_class"]["batch"] == 1
     assert (tmp_path / "out" / "v_labels.h5").read_bytes() == expected
-    assert run(folder, tmp_path / "new", word) == 0
+    assert run(folder, tmp_path / "new", *words) == 0
     assert provenance(tmp_path / "new")["numeric_class"]["batch"] == 3
 
 
 def test_a_stated_batch_is_another_class_than_a_measured_one(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    word = tuned(folder, tmp_path / "cache", (1, 0.1), (3, 0.05))
-    begin(folder, tmp_path / "out", word)
+    words = tuned(folder, tmp_path / "cache", (1, 0.1), (3, 0.05))
+    begin(folder, tmp_path / "out", *words)
     one = "inference.sliding_window.sw_batch_size=1"
-    assert run(folder, tmp_path / "out", word, one) == 3
+    assert run(folder, tmp_path / "out", *words, one) == 3
     assert "system.allow_mixed_devices=true" in capsys.readouterr().out
-    assert run(folder, tmp_path / "out", word, one, "system.allow_mixed_devices=true") == 0
+    assert run(folder, tmp_path / "out", *words, one, "system.allow_mixed_devices=true") == 0
     assert provenance(tmp_path / "out")["numeric_class"] == "mixed"
 
 
 def test_a_batch_that_memory_does_not_hold_any_more_is_refused_or_mixed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    word = tuned(folder, tmp_path / "cache", (1, 0.1), (3, 0.05))
-    begin(folder, tmp_path / "out", word)
+    words = tuned(folder, tmp_path / "cache", (1, 0.1), (3, 0.05))
+    begin(folder, tmp_path / "out", *words)
     tuned(folder, tmp_path / "cache", (1, 0.1))
     needs = Work.footprint
 
@@ -183,27 +183,27 @@ def test_a_batch_that_memory_does_not_hold_any_more_is_refused_or_mixed(
 
     monkeypatch.setattr(Work, "footprint", more)
     capsys.readouterr()
-    assert run(folder, tmp_path / "out", word) == 3
+    assert run(folder, tmp_path / "out", *words) == 3
     said = capsys.readouterr().out
     assert "'batch': 3" in said and "raise system.memory_budget_gb" in said and "allow_mixed_devices=true" in said
-    assert run(folder, tmp_path / "out", word, "system.allow_mixed_devices=true") == 0
+    assert run(folder, tmp_path / "out", *words, "system.allow_mixed_devices=true") == 0
     assert provenance(tmp_path / "out")["numeric_class"] == "mixed"
 
 
 def test_where_memory_holds_no_batch_a_window_is_computed_at_a_time(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    word = tuned(folder, tmp_path / "cache", (1, 0.1), (3, 0.05))
+    words = tuned(folder, tmp_path / "cache", (1, 0.1), (3, 0.05))
     needs = Work.footprint
 
     def more(self: Work, block: Vec3, extent: Vec3) -> Footprint:
         return Footprint(1 << 60, 0) if self.batch == 3 else needs(self, block, extent)
 
     monkeypatch.setattr(Work, "footprint", more)
-    assert run(folder, tmp_path, word) == 0
+    assert run(folder, tmp_path, *words) == 0
     assert provenance(tmp_path)["numeric_class"]["batch"] == 1
     assert "the memory budget has no room" in (tmp_path / "v_labels.run" / "run.log").read_text()
-    assert run(folder, tmp_path / "stated", word, "inference.sliding_window.sw_batch_size=3") == 3
+    assert run(folder, tmp_path / "stated", *words, "inference.sliding_window.sw_batch_size=3") == 3
 
 
 def test_fast_is_measured_once_and_its_result_kept(

@@ -96,12 +96,13 @@ def test_killed_in_each_stage_it_ends_with_the_same_bytes(bench: Bench, tmp_path
 
 def test_each_stage_has_its_own_batch_and_goes_on_with_it(bench: Bench, tmp_path: Path) -> None:
     """The first one, killed, does so after something else was measured of it; the second is not asked to follow."""
-    word, output, first = f"system.cache_dir='{tmp_path}/cache'", tmp_path / "out", tmp_path / "out" / "v_labels.run"
+    words = (f"system.cache_dir='{tmp_path}/cache'", "system.backend=auto")
+    output, first = tmp_path / "out", tmp_path / "out" / "v_labels.run"
     keep_profile(tmp_path / "cache", bench.first, torch_trial(1, 0.1), torch_trial(4, 0.05))
-    ended = bench.run(output, (SHARD, 4), word)
+    ended = bench.run(output, (SHARD, 4), *words)
     assert (ended.code, recorded(first / FIRST / "v_labels.run")) == (-signal.SIGKILL, 3), ended.stderr
     keep_profile(tmp_path / "cache", bench.first, torch_trial(1, 0.1))
-    ended = bench.run(output, None, word)
+    ended = bench.run(output, None, *words)
     assert ended.code == 0, ended.stderr
     runs = [json.loads((run / "provenance.json").read_text()) for run in (first / FIRST / "v_labels.run", first)]
     assert [run["numeric_class"]["batch"] for run in runs] == [4, 1]

@@ -48,7 +48,8 @@ def model() -> Iterator[Path]:
 
 
 def made(model: Path, cache: Path, *words: str) -> tuple[Config, Engine]:
-    config = load_config(None, ["system.device=cpu", "system.num_cpus=1", f"system.cache_dir='{cache}'", *words])
+    stated = ["system.device=cpu", "system.num_cpus=1", "system.backend=auto", f"system.cache_dir='{cache}'", *words]
+    config = load_config(None, stated)
     return config, build_engine(config, model)
 
 
