@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from connectomics.config.schema import Config
     from connectomics.io.listing import VolumeSource
     from connectomics.lightning.evaluation import Scores
-    from connectomics.lightning.inference import VolumeOutcome
+    from connectomics.lightning.outcome import VolumeOutcome
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
