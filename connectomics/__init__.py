@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from connectomics.errors import ConnectomicsError
     from connectomics.geometry import Box
     from connectomics.io.opening import open_volume
-    from connectomics.lightning.inference import InferenceManager, Prediction, VolumeOutcome, VolumeProcessor
+    from connectomics.lightning.inference import InferenceManager, Prediction, VolumeProcessor
+    from connectomics.lightning.outcome import VolumeOutcome
     from connectomics.models.checkpoint import read_spec
 
 __all__ = [
@@ -41,7 +42,7 @@ _HOMES = {
     "ConnectomicsError": "errors",
     "InferenceManager": "lightning.inference",
     "Prediction": "lightning.inference",
-    "VolumeOutcome": "lightning.inference",
+    "VolumeOutcome": "lightning.outcome",
     "VolumeProcessor": "lightning.inference",
     "build_engine": "build.engine",
     "list_sources": "build.volumes",

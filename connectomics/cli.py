@@ -6,252 +6,36 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import logging
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from connectomics import cli_forecast
-from connectomics.errors import ConfigError, ConnectomicsError
+from connectomics.cli_arguments import INSTANCES, parse_command, parse_mode
+from connectomics.cli_exit import FAILED, guarded
+from connectomics.errors import ConfigError
 
 if TYPE_CHECKING:
     from connectomics.build.engine import Engine
     from connectomics.config.schema import Config
     from connectomics.io.listing import VolumeSource
     from connectomics.lightning.evaluation import Scores
-    from connectomics.lightning.inference import VolumeOutcome
-
-FAILED = 3
-_INSTANCES = "test.evaluation.metrics=[ap,f1,pq,voi,arand]"
-INTERRUPTED = 128  # plus the signal's number
-EXAMPLES = """\
-examples:
-  connectomics infer-volume --checkpoint MODEL inference.volume_mode.file_pattern='data/*.h5' \\
-      inference.data.output_path=out/
-  connectomics plan --checkpoint MODEL inference.volume_mode.file_pattern='data/*.h5'
-  connectomics tune MODEL data/cell.h5
-  connectomics test --config tutorials/nnunet_mito_inference.yaml --checkpoint MODEL
-  connectomics evaluate out/NAME_labels.h5 TRUTH
-  connectomics inspect MODEL
-  connectomics convert MODEL OUTPUT
-  connectomics doctor --checkpoint MODEL
-  connectomics verify MODEL VOLUME
-  connectomics decode out/NAME_labels.run 'decoding=[{name: connected_components}]' inference.data.output_path=out/
-  connectomics reproduce out/NAME_labels.h5
-  connectomics status out/NAME_labels.run
-  connectomics verify-run out/NAME_labels.run
-  connectomics demo
-  connectomics from-nnunet -i IMAGES -o LABELS -d 4 -c 2d
-"""
+    from connectomics.lightning.outcome import VolumeOutcome
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
-    return _guarded(_parsed(_parser(), arguments))
+    words = parse_command(arguments)
+    return guarded(_COMMANDS[words.command], words)
 
 
 def script_main(arguments: Sequence[str] | None = None) -> int:
     """The entry point of ``scripts/main.py``: ``--mode`` names the command."""
-    parser = argparse.ArgumentParser(
-        prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--mode", required=True, choices=["test", "infer-volume", "evaluate"], help="what to do")
-    _add_run_words(parser)
-    words = _parsed(parser, arguments)
-    words.command = words.mode
-    vars(words).update(prediction=None, truth=None, ignore=None, instances=False, json=False)
-    vars(words).update(max_hours=None, max_gb=None)
-    return _guarded(words)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="connectomics",
-        description="Run pre-trained nnU-Net v2 models on electron-microscopy volumes of any size.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in (
-        ("infer-volume", "label a list of volumes; finished ones are skipped, unfinished ones resumed"),
-        ("plan", "say what infer-volume would take with these words: time, memory, disk, reading"),
-        ("test", "label the volumes of test.data and, where labels are given, measure the result"),
-        ("doctor", "check versions, device, memory, disk, model and volumes"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        _add_run_words(command)
-        if name in ("infer-volume", "plan"):
-            cli_forecast.add_limits(command)
-        if name == "plan":
-            command.add_argument("--json", action="store_true", help="print JSON")
-    cli_forecast.add_tune_words(commands)
-    _add_evaluate_words(commands)
-    inspect = commands.add_parser("inspect", help="say what a checkpoint is, without running anything it brings")
-    inspect.add_argument("model", type=Path, help="training folder, fold folder, exported .zip or .pth file")
-    inspect.add_argument("--json", action="store_true", help="print JSON")
-    inspect.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. model.folds=[0]")
-    text = "let nnunetv2 label samples of a volume, hold ours or an existing output against them, write a certificate"
-    verify = commands.add_parser("verify", help=text, description=text)
-    verify.add_argument("model", type=Path, help="training folder, fold folder or .pth file")
-    verify.add_argument("volume", help="the volume")
-    verify.add_argument("--samples", type=int, default=3, help="sections to compare, where each is a case")
-    verify.add_argument("--max-voxels", type=int, default=1 << 24, help="of a volume that nnU-Net is given at once")
-    verify.add_argument("--threshold", type=float, default=1e-4, help="largest share of differing labels that passes")
-    verify.add_argument("--certificate", type=Path, default=Path("certificate.json"), help="JSON file to write")
-    text = "labels of the whole volume that a run wrote (else ours are computed), and configuration of ours"
-    verify.add_argument("overrides", nargs="*", metavar="OUTPUT, key=value", help=text)
-    text = "turn labels or probabilities into objects: the steps of decoding, a volume of ids and a table"
-    decode = commands.add_parser("decode", help=text, description=text)
-    decode.add_argument("volume", help="a volume, or the RUN folder of an earlier run")
-    decode.add_argument("--config", type=Path, help="YAML file; see tutorials/nnunet_mito_inference.yaml")
-    decode.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. decoding=[…]")
-    text = "print the command that made an output"
-    again = commands.add_parser("reproduce", help=text, description=text)
-    again.add_argument("output", type=Path, help="a final output; its RUN folder lies beside it")
-    text = "how far a run has come, who works on it and how long it will take"
-    status = commands.add_parser("status", help=text, description=text)
-    status.add_argument("run", type=Path, help="RUN folder, OUTPUT_PATH/NAME_labels.run")
-    status.add_argument("--json", action="store_true", help="print JSON")
-    text = "read again what a run wrote and compare checksums; what is damaged is made again by the next run"
-    reread = commands.add_parser("verify-run", help=text, description=text)
-    reread.add_argument("run", type=Path, help="RUN folder, OUTPUT_PATH/NAME_labels.run")
-    amount = reread.add_mutually_exclusive_group()
-    amount.add_argument("--sample", type=int, metavar="N", help="blocks of each stage and files of each output to read")
-    amount.add_argument("--all", action="store_true", help="read everything, which is the default")
-    text = "write an inference-only copy of a model: safetensors and JSON with a manifest of digests, no pickle"
-    convert = commands.add_parser("convert", help=text, description=text)
-    convert.add_argument("model", type=Path, help="training folder, fold folder, exported .zip or .pth file")
-    convert.add_argument("output", type=Path, help="folder to write, which must not exist yet")
-    convert.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. model.folds=[0]")
-    demo = commands.add_parser("demo", help="the whole job on an embedded example")
-    demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the results")
-    _add_nnunet_words(
-        commands.add_parser("from-nnunet", help="take the arguments of nnUNetv2_predict, write its file names")
-    )
-    return parser
-
-
-def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse, with options and ``key=value`` words in any order, which argparse alone does not do."""
-    words, rest = parser.parse_known_args(arguments)
-    if rest and ("overrides" not in words or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        words.overrides = [*words.overrides, *rest]
-    return words
-
-
-def _add_run_words(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, help="YAML file; see tutorials/nnunet_mito_inference.yaml")
-    parser.add_argument("--checkpoint", type=Path, help="nnU-Net training folder or .pth file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. system.device=cuda:0")
-
-
-def _add_evaluate_words(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "measure labels or objects against their truth; no model is needed"
-    evaluate = commands.add_parser("evaluate", help=text, description=text)
-    evaluate.add_argument("prediction", help="a volume of labels or, with --instances, of ids")
-    evaluate.add_argument("truth", help="a volume of the same shape; format, type and chunks may differ")
-    evaluate.add_argument("--ignore", metavar="VOLUME", help="where it is not 0, voxels are not counted")
-    text = f"short for {_INSTANCES}: compare objects by their ids"
-    evaluate.add_argument("--instances", action="store_true", help=text)
-    evaluate.add_argument("--json", action="store_true", help="print JSON")
-    evaluate.add_argument("--config", type=Path, help="YAML file; see tutorials/nnunet_mito_inference.yaml")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. test.evaluation.…")
-    evaluate.set_defaults(checkpoint=None)
-
-
-def _add_nnunet_words(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``nnUNetv2_predict`` and ``nnUNetv2_predict_from_modelfolder``, with their defaults."""
-    add = parser.add_argument
-    add("-i", type=Path, required=True, metavar="FOLDER", help="images CASE_0000.png, CASE_0001.png, …")
-    add("-o", type=Path, required=True, metavar="FOLDER", help="where the labels CASE.png go")
-    add("-m", type=Path, metavar="FOLDER", help="training folder, instead of -d, -c, -p and -tr")
-    add("-d", metavar="DATASET", help="name or number of the dataset, found under $nnUNet_results")
-    add("-c", metavar="CONFIGURATION", help="for example 2d or 3d_fullres")
-    add("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
-    add("-tr", default="nnUNetTrainer", metavar="TRAINER", help="default: %(default)s")
-    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="default: 0 1 2 3 4")
-    add("-chk", default="checkpoint_final.pth", metavar="NAME", help="default: %(default)s")
-    add("-step_size", type=float, default=0.5, help="step between windows, a share of the patch; default: %(default)s")
-    add("--disable_tta", action="store_true", help="no mirroring")
-    add("--save_probabilities", action="store_true", help="also write probabilities, as HDF5")
-    add("--continue_prediction", "--c", action="store_true", help="leave cases alone whose labels are there")
-    add("-num_parts", type=int, default=1, help="of how many calls this is one; default: %(default)s")
-    add("-part_id", type=int, default=0, help="which of them, from 0 on; default: %(default)s")
-    add("-device", choices=["cuda", "cpu", "mps"], default="cuda", help="default: %(default)s")
-    add("--disable_progress_bar", action="store_true", help="no progress")
-    add("-prev_stage_predictions", type=Path, metavar="FOLDER", help="labels CASE.png of a cascade's first stage")
-    for word in ("-npp", "-nps"):
-        add(word, type=int, help="ignored: no processes are needed for reading and writing")
-    for word in ("--verbose", "--not_on_device"):
-        add(word, action="store_true", help="ignored")
-    add("overrides", nargs="*", metavar="key=value", help="configuration, e.g. system.memory_budget_gb=8")
-
-
-class _Stopped(BaseException):
-    """A signal asked for an end; whatever was finished is on disk already."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"signal {signal.Signals(number).name}")
-        self.number = number
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    for repeated in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(repeated, signal.SIG_IGN)  # schedulers send them twice; once is enough
-    raise _Stopped(number)
-
-
-def _wait_asleep() -> None:
-    """Let threads that wait for each other sleep, unless the environment says otherwise; before PyTorch is loaded.
-
-    GNU OpenMP lets them spin for milliseconds, and where other programs use the same cores a network then took ten
-    times as long.
-    """
-    if "GOMP_SPINCOUNT" not in os.environ:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def _guarded(words: argparse.Namespace) -> int:
-    """Run a command with errors turned into one sentence and an exit code."""
-    _wait_asleep()
-    before = {n: signal.signal(n, _stop) for n in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        with _warnings_on_stderr():
-            return _COMMANDS[words.command](words)
-    except (ConnectomicsError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code if isinstance(error, ConnectomicsError) else FAILED
-    except _Stopped as stop:
-        print("stopped by a signal; finished blocks are kept, the same command continues", file=sys.stderr)
-        return INTERRUPTED + stop.number
-    except KeyboardInterrupt:
-        print("interrupted; finished blocks are kept, the same command continues", file=sys.stderr)
-        return INTERRUPTED + signal.SIGINT
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-@contextlib.contextmanager
-def _warnings_on_stderr() -> Iterator[None]:
-    """While open, warnings that the package logs are printed."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.WARNING)
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    logger = logging.getLogger("connectomics")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
+    words = parse_mode(arguments, __doc__)
+    return guarded(_COMMANDS[words.command], words)
 
 
 def _configured(words: argparse.Namespace) -> Config:
@@ -337,7 +121,7 @@ def _test(words: argparse.Namespace) -> int:
 def _evaluate(words: argparse.Namespace) -> int:
     from connectomics.config.load import load_config
 
-    stated = [_INSTANCES] if words.instances else []
+    stated = [INSTANCES] if words.instances else []
     config = load_config(words.config, [*stated, *words.overrides])
     from connectomics.evaluate.volumes import Comparison
     from connectomics.lightning.evaluation import evaluate_volumes, stated_comparisons

@@ -1,4 +1,4 @@
-"""The commands that look ahead: ``plan`` and ``tune``; ``cli`` gives them their words and prints their errors."""
+"""The commands that look ahead, ``plan`` and ``tune``; their words are in ``cli_arguments``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from connectomics.cli_exit import FAILED
 from connectomics.errors import ConnectomicsError
 
 if TYPE_CHECKING:
@@ -18,29 +18,6 @@ if TYPE_CHECKING:
     from connectomics.io.listing import VolumeSource
     from connectomics.lightning.planning import Plan
     from connectomics.lightning.tune import Progress
-
-FAILED = 3
-TUNE_S = 60.0
-
-
-def add_limits(parser: argparse.ArgumentParser) -> None:
-    """``--max-hours`` and ``--max-gb``."""
-    text = "refuse volumes that are predicted to take longer, all together"
-    parser.add_argument("--max-hours", type=float, metavar="H", help=text)
-    text = "refuse volumes whose outputs may take more than that many 10^9 bytes, all together"
-    parser.add_argument("--max-gb", type=float, metavar="G", help=text)
-
-
-def add_tune_words(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The words of ``tune``."""
-    text = "measure backends, precisions, batches and threads on this machine, for what runs leave open"
-    parser = commands.add_parser("tune", help=text, description=text)
-    parser.add_argument("model", type=Path, help="training folder, fold folder, exported .zip or .pth file")
-    parser.add_argument("volume", help="a volume that the model is for")
-    parser.add_argument("--seconds", type=float, default=TUNE_S, help="about how long; default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--config", type=Path, help="YAML file; see tutorials/nnunet_mito_inference.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. system.num_cpus=4")
 
 
 def plan(words: argparse.Namespace) -> int:

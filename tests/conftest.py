@@ -1,4 +1,4 @@
-"""Shared fixtures: where the real data are, and one torch thread for every test."""
+"""Shared fixtures: where the real data are, a folder that is quick to write to, one torch thread for every test."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from small_jobs import quick_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -24,6 +26,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A new folder in memory, where the machine offers that."""
+    with quick_folder() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,13 @@ def write_h5(path: Path, array: npt.NDArray[Any], name: str = "main") -> Path:
     return path
 
 
+def read_h5(path: Path, name: str = "main") -> npt.NDArray[Any]:
+    """The voxels of an HDF5 file."""
+    with h5py.File(path) as file:
+        voxels: npt.NDArray[Any] = file[name][:]
+    return voxels
+
+
 def infer_words(model: Path, output: Path, pattern: Path | str, *more: str) -> list[str]:
     """Arguments of ``connectomics infer-volume`` on one CPU thread."""
     return [

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import h5py
 import numpy as np
 import torch
 
@@ -24,6 +23,8 @@ from connectomics.pipeline.finish import Filters, Output
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segmenter
 from connectomics.pipeline.run import RunSettings, VolumeJob, run_volume
+
+from small_jobs import read_h5
 
 EXTENT = (4, 12, 20)
 PLAN = BlockPlan((1, 6, 10), (1, 6, 10))
@@ -132,8 +133,7 @@ def run(folder: Path, job: VolumeJob, executor: Any = None, **changes: Any) -> R
 
 
 def labels(folder: Path) -> Array:
-    with h5py.File(folder / "v_labels.h5") as file:
-        return file["main"][:]  # type: ignore[no-any-return]
+    return read_h5(folder / "v_labels.h5")
 
 
 def cores(job: VolumeJob) -> list[Box]:

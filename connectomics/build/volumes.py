@@ -321,6 +321,26 @@ def job_of(
     working = (segmenter,) if engine.exact is None else (segmenter, exact)
     plan, readers = rehearsed_plan(config, engine, working, reader.info)
     contract = fast_contract(config, engine, exact, plan.block_shape)
+    return VolumeJob(
+        source.name,
+        run_folder(config, source),
+        reader,
+        segmenter,
+        engine.filters,
+        outputs,
+        plan,
+        _provenance(config, engine, reader, segmenter) | _previous_provenance(engine, previous),
+        _command(config, engine, source),
+        readers,
+        wanted,
+        contract,
+        decoding_bytes(reader.info, engine.settings.budget_bytes, engine.base_bytes),
+        on_device=engine.device_bytes is not None,
+    )
+
+
+def _provenance(config: Config, engine: Engine, reader: VolumeReader, segmenter: Segmenter) -> dict[str, object]:
+    """What the results of a volume were made of and how, but for a previous stage."""
     described = [_described(model) for model in engine.models]
     told = [*engine.notes, *batch_note(config, engine)]
     provenance: dict[str, object] = {
@@ -335,25 +355,11 @@ def job_of(
         "resample": _resampling_facts(segmenter),
         "seed": config.system.seed,
     } | _wanted_facts(config)
-    return VolumeJob(
-        source.name,
-        run_folder(config, source),
-        reader,
-        segmenter,
-        engine.filters,
-        outputs,
-        plan,
+    return (
         provenance
         | (described[0] if len(described) == 1 else {"models": described})
         | dict(engine.facts)
         | ({"backend_choice": told} if told else {})
-        | _previous_provenance(engine, previous),
-        _command(config, engine, source),
-        readers,
-        wanted,
-        contract,
-        decoding_bytes(reader.info, engine.settings.budget_bytes, engine.base_bytes),
-        on_device=engine.device_bytes is not None,
     )
 
 

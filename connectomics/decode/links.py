@@ -25,8 +25,8 @@ from connectomics.decode.merge import (
     spans,
     table,
     unite,
-    windows,
 )
+from connectomics.decode.numbering import ascending
 from connectomics.decode.overlaps import COLUMNS, OVERLAP, load_overlaps, summed
 from connectomics.decode.pieces import PIECE, merged, nothing, together
 
@@ -234,10 +234,7 @@ def _best(
 
 
 def _numbered(rows: Array, parent: Array, count: int, folder: Path, at_once: int) -> tuple[Array, int]:
-    """Number of each object of a section, from 0 on: that of its linked object, by the first voxel; and how many.
-
-    An external merge sort: the first voxels of each part of the table are one sorted run.
-    """
+    """Number of each object of a section, from 0 on: that of its linked object, by the first voxel; and how many."""
     first = table(folder / "scratch_first", count, np.uint64)
     numbers = table(folder / "scratch_numbers", count, np.int64)
     for span in spans(count, at_once):
@@ -245,22 +242,13 @@ def _numbered(rows: Array, parent: Array, count: int, folder: Path, at_once: int
     for span in spans(count, at_once):
         parent[span] = root = roots(parent, np.arange(span.start, span.stop))
         np.minimum.at(first, root, rows["first"][span])
-    edges = [0]
-    paths = folder / "scratch_keys", folder / "scratch_leaders"
-    with paths[0].open("wb") as keys_file, paths[1].open("wb") as leaders_file:
-        for span in spans(count, at_once):
-            leaders = span.start + np.flatnonzero(parent[span] == np.arange(span.start, span.stop))
-            leaders = leaders[np.argsort(first[leaders])]
-            keys_file.write(first[leaders].tobytes())
-            leaders_file.write(leaders.tobytes())
-            edges.append(edges[-1] + len(leaders))
-    keys, leaders = mapped(paths[0], edges[-1], np.uint64), mapped(paths[1], edges[-1], np.int64)
     following = 0
-    for window in windows(keys, list(itertools.pairwise(edges)), at_once):
-        places = np.concatenate([np.arange(a, b) for a, b in window])
-        places = places[np.argsort(keys[places])]
-        numbers[leaders[places]] = np.arange(following, following + len(places))
-        following += len(places)
+    leaders = (
+        span.start + np.flatnonzero(parent[span] == np.arange(span.start, span.stop)) for span in spans(count, at_once)
+    )
+    for some in ascending(first, leaders, folder, at_once):
+        numbers[some] = np.arange(following, following + len(some))
+        following += len(some)
     for span in spans(count, at_once):  # leaders keep theirs
         numbers[span] = numbers[parent[span]]
     return numbers, following

@@ -1,14 +1,19 @@
-"""Objects that were joined by value, numbered by their first voxels as those that were joined over faces are."""
+"""Objects in the order of their first voxels, which is that of their numbers; of tables that are larger than memory.
+
+Used by ``links``, and for objects that were joined by value, which ``merge`` numbers by it.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.decode.merge import AT_ONCE, IDS, OBJECTS, spans, table
+from connectomics.decode.merge import AT_ONCE, IDS, OBJECTS, mapped, spans, table, windows
 from connectomics.decode.pieces import PIECE
 
 Array = npt.NDArray[Any]
@@ -27,18 +32,16 @@ def number_by_first(folder: Path, count: int, *, at_once: int = AT_ONCE) -> None
         Rows in memory at a time.
     """
     objects = np.load(folder / OBJECTS, mmap_mode="r+")
-    firsts = table(folder / "scratch_firsts", count, np.uint64)
-    for span in spans(count, at_once):
-        firsts[span] = objects["first"][span]
     numbers = table(folder / "scratch_by_value", count, np.uint64)
     ordered = table(folder / "scratch_ordered", count, PIECE)
-    floor = 0
-    for span in spans(count, at_once):
-        at = _smallest(firsts, count, floor, at_once)
-        numbers[at] = np.arange(span.start, span.stop, dtype=np.uint64) + np.uint64(1)
-        ordered[span] = objects[at]
+    following = 0
+    every = (np.arange(span.start, span.stop) for span in spans(count, at_once))
+    for rows in ascending(objects["first"], every, folder, at_once):
+        span = slice(following, following + len(rows))
+        numbers[rows] = np.arange(span.start, span.stop, dtype=np.uint64) + np.uint64(1)
+        ordered[span] = objects[rows]
         ordered["value"][span] = 1
-        floor = int(firsts[at[-1]]) + 1
+        following = span.stop
     ids = np.load(folder / IDS, mmap_mode="r+")
     for span in spans(len(ids) if count else 0, at_once):
         ids[span] = numbers[ids[span].astype(np.int64) - 1]
@@ -46,17 +49,35 @@ def number_by_first(folder: Path, count: int, *, at_once: int = AT_ONCE) -> None
         objects[span] = ordered[span]
     for written in (ids, objects):
         written.flush()
-    del firsts, numbers, ordered
     for scratch in folder.glob("scratch_*"):
         scratch.unlink()
 
 
-def _smallest(keys: Array, count: int, floor: int, wanted: int) -> Array:
-    """Positions of the smallest keys from ``floor`` on, in their order."""
-    at = np.zeros(0, np.int64)
-    for span in spans(count, wanted):
-        at = np.concatenate([at, span.start + np.flatnonzero(keys[span] >= floor)])
-        if len(at) > wanted:
-            at = at[np.argpartition(keys[at], wanted - 1)[:wanted]]
-    found: Array = at[np.argsort(keys[at])]
-    return found
+def ascending(keys: Array, parts: Iterable[Array], folder: Path, at_once: int) -> Iterator[Array]:
+    """Rows of a table by ascending keys, some at a time.
+
+    An external merge sort: each part, sorted, is one run in a file.
+
+    Parameters
+    ----------
+    keys
+        Of all rows of the table, u64; those of the rows that are sorted differ.
+    parts
+        The rows that are sorted, int64 [n], at most ``at_once`` at a time.
+    folder
+        For scratch files, which are left there.
+    at_once
+        Rows in memory at a time.
+    """
+    edges = [0]
+    paths = folder / "scratch_keys", folder / "scratch_rows"
+    with paths[0].open("wb") as keys_file, paths[1].open("wb") as rows_file:
+        for part in parts:
+            rows = part[np.argsort(keys[part])]
+            keys_file.write(keys[rows].tobytes())
+            rows_file.write(rows.tobytes())
+            edges.append(edges[-1] + len(rows))
+    run_keys, run_rows = mapped(paths[0], edges[-1], np.uint64), mapped(paths[1], edges[-1], np.int64)
+    for window in windows(run_keys, list(itertools.pairwise(edges)), at_once):
+        places = np.concatenate([np.arange(a, b) for a, b in window])
+        yield run_rows[places[np.argsort(run_keys[places])]]

@@ -6,7 +6,6 @@ N5 counts axes from the fastest: without further word they are x, y, z, c.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,8 +17,8 @@ from connectomics.io.source import (
     NM_PER_UNIT,
     READ_ERRORS,
     Source,
+    arrays_below,
     files_below,
-    first_visit,
     folded_identity,
     json_at,
     three_positive,
@@ -32,8 +31,6 @@ LETTERS = {2: "xy", 3: "xyz", 4: "xyzc"}
 ATTRIBUTES = "attributes.json"
 TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64")
 COMPRESSIONS = ("raw", "gzip", "bzip2", "xz", "blosc", "zstd")
-DEEPEST = 8
-"""Levels of groups that are searched below a folder for arrays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +92,10 @@ def _attributes(folder: Path) -> dict[str, Any]:
     return content
 
 
+def _is_array(folder: Path) -> bool:
+    return "dimensions" in _attributes(folder)
+
+
 def _choose(source: Source) -> Path:
     """The folder of the array that the request means: itself, its finest level ``s0``, or the only one."""
     inner = PurePosixPath(source.inner or "")
@@ -102,9 +103,9 @@ def _choose(source: Source) -> Path:
         raise VolumeError(f"{source.uri}: the array {source.inner!r} lies outside the N5 folder; name one inside.")
     root = source.path
     for candidate in (root / inner, root / inner / "s0"):
-        if "dimensions" in _attributes(candidate):
+        if _is_array(candidate):
             return candidate
-    names = sorted(str(path.relative_to(root)) for path in _arrays(root, DEEPEST, set()))
+    names = arrays_below(root, _is_array)
     within = [name for name in names if PurePosixPath(name).is_relative_to(inner)]
     levels = [name for name in within if PurePosixPath(name).name == "s0"]
     only = within if len(within) == 1 else levels
@@ -115,18 +116,6 @@ def _choose(source: Source) -> Path:
     listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     what = f"no array {source.inner!r}" if source.inner else "several arrays"
     raise VolumeError(f"{source.uri}: {what}; the folder holds {listed}. Name one as {root.name}::array.")
-
-
-def _arrays(folder: Path, depth: int, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """Folders of arrays below a group, each once, not looking inside arrays."""
-    if not first_visit(folder, seen):
-        return
-    if "dimensions" in _attributes(folder):
-        yield folder
-    elif depth > 0:
-        for child in folder.iterdir():
-            if child.is_dir():
-                yield from _arrays(child, depth - 1, seen)
 
 
 def _dimensions(source: Source, attributes: dict[str, Any]) -> list[int]:

@@ -10,7 +10,7 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,9 @@ BELIEVED_BYTES = 1 << 44
 """A volume up to this size may be stored as nothing, because chunks that are absent are zeros."""
 BELIEVED_RATIO = 1 << 20
 """A larger one takes at least this part of its size on disk."""
+
+DEEPEST = 8
+"""Levels of groups that are searched below a folder for arrays, and above an array for what describes it."""
 
 PRECOMPUTED_PREFIXES = ("precomputed://file://", "precomputed://")
 """What may stand before the path of a precomputed volume, longest first."""
@@ -196,7 +199,7 @@ def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _below(folder: Path, prefix: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, Path]]:
-    if not first_visit(folder, seen):
+    if not _first_visit(folder, seen):
         return
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -206,7 +209,23 @@ def _below(folder: Path, prefix: str, seen: set[tuple[int, int]]) -> Iterator[tu
                 yield prefix + entry.name, Path(entry.path)
 
 
-def first_visit(folder: Path, seen: set[tuple[int, int]]) -> bool:
+def arrays_below(folder: Path, is_array: Callable[[Path], bool]) -> list[str]:
+    """Names of the folders of arrays in a folder, relative to it and sorted; none is looked for inside an array."""
+    return sorted(str(path.relative_to(folder)) for path in _arrays(folder, is_array, DEEPEST, set()))
+
+
+def _arrays(folder: Path, is_array: Callable[[Path], bool], depth: int, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    if not _first_visit(folder, seen):
+        return
+    if is_array(folder):
+        yield folder
+    elif depth > 0:
+        for child in folder.iterdir():
+            if child.is_dir():
+                yield from _arrays(child, is_array, depth - 1, seen)
+
+
+def _first_visit(folder: Path, seen: set[tuple[int, int]]) -> bool:
     """Whether a folder is not in ``seen`` yet, under whatever name; it is afterwards."""
     found = folder.stat()
     place = (found.st_dev, found.st_ino)

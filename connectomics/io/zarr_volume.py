@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,11 +11,12 @@ import tensorstore as ts
 
 from connectomics.errors import VolumeError
 from connectomics.io.source import (
+    DEEPEST,
     NM_PER_UNIT,
     READ_ERRORS,
     Source,
+    arrays_below,
     files_below,
-    first_visit,
     folded_identity,
     json_at,
     three_positive,
@@ -26,8 +26,6 @@ from connectomics.io.stored import StoredVolume, info_of, layout_of, require_sma
 from connectomics.io.volume import Array, Nanometres
 
 METADATA_FILES = ("zarr.json", ".zarray", ".zgroup")
-DEEPEST = 8
-"""Levels of groups that are searched above an array for its multiscales and below a group for arrays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +113,11 @@ def _node(path: Path) -> _Node | None:
     return None
 
 
+def _is_array(folder: Path) -> bool:
+    node = _node(folder)
+    return node is not None and node.is_array
+
+
 def _choose(source: Source) -> _Node:
     """The array that the request means."""
     inner = PurePosixPath(source.inner or "")
@@ -133,7 +136,7 @@ def _choose(source: Source) -> _Node:
             raise VolumeError(
                 f"{source.uri}: the multiscales metadata name the array {str(level)!r:.80}, which is absent."
             )
-    names = sorted(str(path.relative_to(root)) for path in _arrays(root, DEEPEST, set()))
+    names = arrays_below(root, _is_array)
     within = [name for name in names if PurePosixPath(name).is_relative_to(inner)]
     only = _node(root / within[0]) if len(within) == 1 and node is not None else None
     if only is not None:
@@ -143,19 +146,6 @@ def _choose(source: Source) -> _Node:
     listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     what = f"no array or level {source.inner!r}" if source.inner else "several arrays and no multiscales metadata"
     raise VolumeError(f"{source.uri}: {what}; the folder holds {listed}. Name one as {root.name}::array.")
-
-
-def _arrays(folder: Path, depth: int, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """Folders of arrays below a group, each once, not looking inside arrays."""
-    if not first_visit(folder, seen):
-        return
-    node = _node(folder)
-    if node is not None and node.is_array:
-        yield folder
-    elif depth > 0:
-        for child in folder.iterdir():
-            if child.is_dir():
-                yield from _arrays(child, depth - 1, seen)
 
 
 def _multiscale(node: _Node) -> dict[str, Any]:

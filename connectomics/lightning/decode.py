@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from connectomics.executors.serial import SerialExecutor
 from connectomics.io.listing import stem_of
 from connectomics.io.opening import open_volume
 from connectomics.io.volume import VolumeReader
-from connectomics.lightning.inference import NOT_BEGUN, Observer, RunLog, Silence, VolumeOutcome, failed_outcome
+from connectomics.lightning.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
 from connectomics.pipeline.contracts import RunReport
 from connectomics.pipeline.decode import DecodeSettings, run_decode
 from connectomics.pipeline.finish import Output, check_names, settle, work_folder
@@ -68,7 +68,8 @@ class Decoder:
                 outcome = VolumeOutcome(source.uri, "failed", NOT_BEGUN, storage=True)
             else:
                 self._observer.began(source.uri)
-                outcome = self._attempt(source)
+                folder = run_folder_of(self._config, source)
+                outcome = attempted(source.uri, folder, functools.partial(self._process, source))
             self._observer.ended(outcome)
             outcomes.append(outcome)
         return outcomes
@@ -90,16 +91,6 @@ class Decoder:
     def _paths(self, source: Decodable, output: Output) -> tuple[Path, ...]:
         table = table_of(self._config, source)
         return (*output.paths(self._folder).values(), *([table] if table is not None else []))
-
-    def _attempt(self, source: Decodable) -> VolumeOutcome:
-        """Decode one volume; whatever goes wrong is its outcome, never another volume's."""
-        began = time.perf_counter()
-        try:
-            with RunLog(run_folder_of(self._config, source)):
-                paths, report = self._process(source)
-        except Exception as error:  # noqa: BLE001 - the runner's broad catch: a failure stays with its volume
-            return failed_outcome(source.uri, error, time.perf_counter() - began)
-        return VolumeOutcome(source.uri, "done", "", paths, report, time.perf_counter() - began)
 
     def _process(self, source: Decodable) -> tuple[tuple[Path, ...], RunReport]:
         with (

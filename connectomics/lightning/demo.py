@@ -14,7 +14,8 @@ from connectomics.geometry import Box
 from connectomics.io.opening import open_volume
 from connectomics.io.volume import Array
 from connectomics.lightning.evaluation import evaluate_outcomes
-from connectomics.lightning.inference import Observer, VolumeProcessor
+from connectomics.lightning.inference import VolumeProcessor
+from connectomics.lightning.outcome import Observer
 from connectomics.lightning.score_table import score_table
 
 VOLUME = "phantom:6x512x512?seed=7"

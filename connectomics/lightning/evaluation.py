@@ -24,7 +24,7 @@ from connectomics.lightning.decode import objects_of
 
 if TYPE_CHECKING:
     from connectomics.build.engine import Engine
-    from connectomics.lightning.inference import VolumeOutcome
+    from connectomics.lightning.outcome import VolumeOutcome
 
 BINARY = 2
 Entries = dict[str, dict[str, Any]]

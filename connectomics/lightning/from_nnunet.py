@@ -30,15 +30,8 @@ from connectomics.io.nnunet_folder import (
 )
 from connectomics.io.nnunet_nifti import NIFTI_READERS, Frame, frame_of
 from connectomics.io.opening import open_volume
-from connectomics.lightning.inference import (
-    EXPECTED,
-    NOT_BEGUN,
-    Observer,
-    Silence,
-    VolumeOutcome,
-    VolumeProcessor,
-    failed_outcome,
-)
+from connectomics.lightning.inference import VolumeProcessor
+from connectomics.lightning.outcome import EXPECTED, NOT_BEGUN, Observer, Silence, VolumeOutcome, failed_outcome
 
 log = logging.getLogger(__name__)
 OWN_FOLDER = "connectomics"  # within the output folder: HDF5 results, logs, provenance

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,24 +30,22 @@ from connectomics.build.volumes import (
 )
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError, ConnectomicsError, OutputError, VolumeError
+from connectomics.errors import ConfigError, ConnectomicsError, VolumeError
 from connectomics.executors.overlapping import OverlappingExecutor
 from connectomics.geometry import Box
 from connectomics.inference.case import ReadBox
 from connectomics.io.listing import VolumeSource
 from connectomics.io.volume import Array, Spacing, VolumeInfo
 from connectomics.lightning.cascade import previous_labels
+from connectomics.lightning.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
 from connectomics.lightning.planning import Foresight
 from connectomics.lightning.resume import Continuation
 from connectomics.pipeline.contracts import RunReport
 from connectomics.pipeline.finish import check_names, settle, work_folder
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter
-from connectomics.pipeline.retry import SYSTEMIC, errno_of
 from connectomics.pipeline.run import run_volume
 
 log = logging.getLogger(__name__)
-NOT_BEGUN = "not begun, because the disk of the results refused; mend that and run again"
-EXPECTED = (ConnectomicsError, OSError, MemoryError)  # what may go wrong without a mistake of ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,52 +195,6 @@ class _ArrayReader:
         """Nothing to close."""
 
 
-@dataclass(frozen=True, slots=True)
-class VolumeOutcome:
-    """What became of one volume: ``state`` is done, skipped or failed; ``reason`` says why it failed.
-
-    ``storage`` tells that the disk of the results refused, so that no other volume can be written either.
-    """
-
-    name: str
-    state: str
-    reason: str = ""
-    paths: tuple[Path, ...] = ()
-    report: RunReport | None = None
-    seconds: float = 0.0
-    storage: bool = False
-
-
-class Observer(Protocol):
-    """Hears how many volumes come along; the command line draws its progress from it."""
-
-    def listed(self, total: int, finished: int) -> None:
-        """Before the first volume: how many there are and how many of them are finished already."""
-        ...
-
-    def began(self, name: str) -> None: ...
-
-    def block(self, finished: int, planned: int) -> None: ...
-
-    def ended(self, outcome: VolumeOutcome) -> None: ...
-
-
-class Silence:
-    """An observer that does nothing."""
-
-    def listed(self, total: int, finished: int) -> None:
-        """Nothing."""
-
-    def began(self, name: str) -> None:
-        """Nothing."""
-
-    def block(self, finished: int, planned: int) -> None:
-        """Nothing."""
-
-    def ended(self, outcome: VolumeOutcome) -> None:
-        """Nothing."""
-
-
 class VolumeProcessor:
     """Labels many volumes: skips finished ones, goes on after a failed one, resumes unfinished ones.
 
@@ -286,7 +237,8 @@ class VolumeProcessor:
                 outcome = VolumeOutcome(source.name, "failed", NOT_BEGUN, storage=True)
             else:
                 self._observer.began(source.name)
-                outcome = self._attempt(source)
+                folder = run_folder(self._config, source)
+                outcome = attempted(source.name, folder, functools.partial(self._process, source))
             self._observer.ended(outcome)
             outcomes.append(outcome)
             refused = refused or outcome.storage
@@ -314,16 +266,6 @@ class VolumeProcessor:
         settle(folder, work_folder(folder, outputs, settings.program), paths)
         return paths
 
-    def _attempt(self, source: VolumeSource) -> VolumeOutcome:
-        """Run one volume; whatever goes wrong is its outcome, never another volume's."""
-        began = time.perf_counter()
-        try:
-            with RunLog(run_folder(self._config, source)):
-                paths, report = self._process(source)
-        except Exception as error:  # noqa: BLE001 - the runner's broad catch: a failure stays with its volume
-            return failed_outcome(source.name, error, time.perf_counter() - began)
-        return VolumeOutcome(source.name, "done", "", paths, report, time.perf_counter() - began)
-
     def _process(self, source: VolumeSource) -> tuple[tuple[Path, ...], RunReport]:
         settings = self._engine.settings
         with contextlib.ExitStack() as opened:
@@ -341,53 +283,6 @@ class VolumeProcessor:
             job = self._foresight.foreseen(engine, job)
             report = run_volume(job, engine.settings, OverlappingExecutor(), self._observer.block)
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report
-
-
-def failed_outcome(name: str, error: Exception, seconds: float) -> VolumeOutcome:
-    """The outcome of a volume that an error ended."""
-    reason = " ".join((str(error) or "out of memory").split())
-    if isinstance(error, OSError):
-        reason += "; free the disk or mend the permission, then run again"
-    if not isinstance(error, EXPECTED):
-        reason = f"{type(error).__name__}: {reason} (unexpected; the traceback is in run.log)"
-    storage = not isinstance(error, VolumeError) and errno_of(error) in SYSTEMIC
-    return VolumeOutcome(name, "failed", reason, seconds=seconds, storage=storage)
-
-
-class _LogFile(logging.FileHandler):
-    """A log that stays silent when its line cannot be written: the disk is full, and the run will say so."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Let the line go."""
-
-
-class RunLog:
-    """While open, everything the package logs also goes to ``run.log`` in a RUN folder."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._handler = _LogFile(folder / "run.log")
-        except OSError as error:
-            raise OutputError(
-                f"{folder}: cannot make the RUN folder ({error.strerror}); choose another inference.data.output_path"
-            ) from error
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
-        self._logger = logging.getLogger("connectomics")
-        self._level = self._logger.level
-
-    def __enter__(self) -> None:
-        self._logger.setLevel(logging.INFO)
-        self._logger.addHandler(self._handler)
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            unexpected = isinstance(error, Exception) and not isinstance(error, EXPECTED)
-            self._logger.info("stopped: %s", error, exc_info=unexpected)
-        self._logger.removeHandler(self._handler)
-        self._logger.setLevel(self._level)
-        with contextlib.suppress(OSError):  # a full disk; the run says so
-            self._handler.close()
 
 
 def check_output_folder(folder: Path) -> None:

@@ -21,8 +21,8 @@ from connectomics.models.archive import unpacked
 from connectomics.models.contents import Fold, read_contents
 from connectomics.models.converted import MANIFEST
 from connectomics.models.locate import ModelRequest
+from connectomics.models.plan_text import PlanText
 from connectomics.models.plans import (
-    PlanText,
     axis_order,
     channel_names,
     check_supported,

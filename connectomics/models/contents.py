@@ -23,7 +23,7 @@ from connectomics.models.converted import (
     weights_name,
 )
 from connectomics.models.locate import CHECKPOINT_NAME, ModelFiles, ModelRequest, locate_model
-from connectomics.models.plans import PlanText, embedded_json, read_json
+from connectomics.models.plan_text import PlanText, embedded_json, read_json
 from connectomics.models.unpickle import read_checkpoint
 
 _log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from connectomics.errors import ModelError
 from connectomics.fingerprint import key_of, sha256_of_bytes, sha256_of_file
-from connectomics.models.plans import PlanText, read_json
+from connectomics.models.plan_text import PlanText, read_json
 
 MANIFEST = "manifest.json"
 PLANS, DATASET = "plans.json", "dataset.json"

@@ -6,16 +6,14 @@ Called by ``checkpoint``. What this program cannot do yet is refused here by nam
 from __future__ import annotations
 
 import copy
-import json
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from connectomics.errors import ModelError
 from connectomics.geometry import Vec3, vec3
+from connectomics.models.plan_text import RESTORE, PlanText
 from connectomics.models.spec import (
     DEFAULT_RESAMPLING,
     NO_RESAMPLING,
@@ -41,97 +39,8 @@ _RESAMPLING: dict[str, dict[str, Any]] = {  # nnU-Net's functions with the defau
     NO_RESAMPLING: {},
 }
 _MODES = {"nearest-exact": 0, "linear": 1}  # torch's names of spline orders
-_LARGEST_BYTES = 1 << 26
 _LARGEST_PATCH = 4096
 _LARGEST_PAINTED = 32767  # nnU-Net paints regions in int16
-_RESTORE = "restore the file that nnU-Net wrote for this model"
-
-
-@dataclass(frozen=True, slots=True)
-class PlanText:
-    """Parsed JSON and where it came from: a file, or the checkpoint's own copy."""
-
-    values: Mapping[str, Any]
-    where: str
-
-    @property
-    def text(self) -> str:
-        """The values as JSON with sorted keys: equal values give equal text."""
-        return json.dumps(self.values, sort_keys=True)
-
-    def get(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
-        """The value of a required key.
-
-        Raises
-        ------
-        ModelError
-            If it is missing or of another type.
-        """
-        if key not in self.values:
-            raise ModelError(f"{self.where}: '{key}' is missing, expected {expected}; {_RESTORE}")
-        value = self.values[key]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-            raise ModelError(f"{self.where}: '{key}' is {value!r:.80}, expected {expected}; {_RESTORE}")
-        return value
-
-    def numbers(self, key: str, count: int) -> list[float]:
-        """A required list of positive numbers.
-
-        Raises
-        ------
-        ModelError
-            If it is anything else.
-        """
-        values: list[float] = self.get(key, list, f"{count} positive numbers")
-        numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-        if len(values) != count or not numeric or not all(0 < v < math.inf for v in values):
-            raise ModelError(f"{self.where}: '{key}' is {values!r:.80}, expected {count} positive numbers; {_RESTORE}")
-        return values
-
-
-def read_json(path: Path) -> PlanText:
-    """The object in a JSON file.
-
-    Raises
-    ------
-    ModelError
-        If the file cannot be read or is not a JSON object; the message names the line.
-    """
-    try:
-        with path.open("rb") as stream:
-            text = stream.read(_LARGEST_BYTES + 1)
-        if len(text) > _LARGEST_BYTES:
-            raise ValueError(f"larger than {_LARGEST_BYTES} bytes")
-        values = json.loads(text.decode())
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    except json.JSONDecodeError as error:
-        raise ModelError(
-            f"{path}: broken JSON at line {error.lineno}, column {error.colno} ({error.msg}); {_RESTORE}"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not a JSON text file ({error!s:.80}); {_RESTORE}") from error
-    return _as_object(values, str(path))
-
-
-def embedded_json(value: object, where: str) -> PlanText:
-    """A mapping that a checkpoint carries, with JSON's types.
-
-    Raises
-    ------
-    ModelError
-        If it is not a mapping that JSON can carry.
-    """
-    try:
-        return _as_object(json.loads(json.dumps(value)), where)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ModelError(f"{where}: not plain values ({error}); put plans.json and dataset.json beside it") from error
-
-
-def _as_object(values: object, where: str) -> PlanText:
-    if not isinstance(values, dict):
-        raise ModelError(f"{where}: holds a {type(values).__name__}, expected a JSON object; {_RESTORE}")
-    return PlanText(values, where)
 
 
 def resolve_configuration(plans: PlanText, name: str) -> PlanText:
@@ -154,7 +63,7 @@ def resolve_configuration(plans: PlanText, name: str) -> PlanText:
             )
         if parent in visited:
             raise ModelError(
-                f"{plans.where}: configurations inherit in a circle ({' -> '.join([*visited, parent])}); {_RESTORE}"
+                f"{plans.where}: configurations inherit in a circle ({' -> '.join([*visited, parent])}); {RESTORE}"
             )
         visited.append(parent)
         chain.append(configurations[parent])
@@ -169,7 +78,7 @@ def resolve_configuration(plans: PlanText, name: str) -> PlanText:
 def _modernised(configuration: dict[str, Any], where: str) -> dict[str, Any]:
     """Plans written before nnunetv2 2.3 describe their network otherwise; nnunetv2 itself converts them."""
     if "UNet_class_name" not in configuration:
-        raise ModelError(f"{where}: neither 'architecture' nor 'UNet_class_name' describes the network; {_RESTORE}")
+        raise ModelError(f"{where}: neither 'architecture' nor 'UNet_class_name' describes the network; {RESTORE}")
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
     try:
@@ -177,7 +86,7 @@ def _modernised(configuration: dict[str, Any], where: str) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             converted: dict[str, Any] = ConfigurationManager(configuration).configuration
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{where}: the old network description cannot be converted ({error}); {_RESTORE}") from error
+        raise ModelError(f"{where}: the old network description cannot be converted ({error}); {RESTORE}") from error
     return converted
 
 
@@ -211,7 +120,7 @@ def previous_stage(configuration: PlanText) -> str | None:
     stated = configuration.values.get("previous_stage")
     if stated is not None and (not isinstance(stated, str) or not stated):
         raise ModelError(
-            f"{configuration.where}: 'previous_stage' is {stated!r:.60}, expected a configuration's name; {_RESTORE}"
+            f"{configuration.where}: 'previous_stage' is {stated!r:.60}, expected a configuration's name; {RESTORE}"
         )
     return stated
 
@@ -227,14 +136,14 @@ def axis_order(plans: PlanText) -> Vec3:
     forward = plans.values.get("transpose_forward", [0, 1, 2])
     if not isinstance(forward, list) or any(type(a) is not int for a in forward) or sorted(forward) != [0, 1, 2]:
         raise ModelError(
-            f"{plans.where}: 'transpose_forward' is {forward!r:.40}, expected 0, 1 and 2 in some order; {_RESTORE}"
+            f"{plans.where}: 'transpose_forward' is {forward!r:.40}, expected 0, 1 and 2 in some order; {RESTORE}"
         )
     undone = [forward.index(axis) for axis in range(3)]
     backward = plans.values.get("transpose_backward", [0, 1, 2])
     if backward != undone:
         raise ModelError(
             f"{plans.where}: 'transpose_backward' is {backward!r:.40}, expected {undone}, which undoes "
-            f"transpose_forward {forward}; {_RESTORE}"
+            f"transpose_forward {forward}; {RESTORE}"
         )
     return vec3(forward)
 
@@ -250,7 +159,7 @@ def channel_names(dataset: PlanText) -> tuple[str, ...]:
     key = "modality" if "modality" in dataset.values else "channel_names"
     names = dataset.get(key, dict, "the input channels by number")
     if not names or set(names) != {str(i) for i in range(len(names))}:
-        raise ModelError(f"{dataset.where}: '{key}' has the numbers {list(names)!r:.60}, expected 0, 1, …; {_RESTORE}")
+        raise ModelError(f"{dataset.where}: '{key}' has the numbers {list(names)!r:.60}, expected 0, 1, …; {RESTORE}")
     return tuple(str(names[str(i)]) for i in range(len(names)))
 
 
@@ -277,12 +186,12 @@ def labels(dataset: PlanText) -> LabelTable:
     """
     stated = {n: _values_of(dataset, n, v) for n, v in dataset.get("labels", dict, "label values by name").items()}
     if stated.get("background") != (0,):
-        raise ModelError(f"{dataset.where}: the labels lack 'background' with value 0; {_RESTORE}")
+        raise ModelError(f"{dataset.where}: the labels lack 'background' with value 0; {RESTORE}")
     values = sorted({value for name, several in stated.items() if name != "ignore" for value in several})
     ignored = stated.get("ignore", ())
     if ignored and ignored != (values[-1] + 1,):
         raise ModelError(
-            f"{dataset.where}: label 'ignore' is {ignored[0]}, expected the highest value, {values[-1] + 1}; {_RESTORE}"
+            f"{dataset.where}: label 'ignore' is {ignored[0]}, expected the highest value, {values[-1] + 1}; {RESTORE}"
         )
     if all(len(several) == 1 for several in stated.values()):
         return LabelTable(tuple((n, several[0]) for n, several in stated.items()), tuple(range(len(values))), ())
@@ -298,7 +207,7 @@ def _values_of(dataset: PlanText, name: str, stated: object) -> tuple[int, ...]:
     if any(not isinstance(value, int) or isinstance(value, bool) or value < 0 for value in values):
         raise ModelError(
             f"{dataset.where}: label '{name}' is {stated!r:.40}, expected a whole number, or a list of them for a "
-            f"region; {_RESTORE}"
+            f"region; {RESTORE}"
         )
     return tuple(values)
 
@@ -310,7 +219,7 @@ def _painting_order(dataset: PlanText, regions: int, labels_: int) -> tuple[int,
     order = dataset.get("regions_class_order", list, expected)
     whole = all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= largest for v in order)
     if len(order) != regions or not whole:
-        raise ModelError(f"{dataset.where}: 'regions_class_order' is {order!r:.60}, expected {expected}; {_RESTORE}")
+        raise ModelError(f"{dataset.where}: 'regions_class_order' is {order!r:.60}, expected {expected}; {RESTORE}")
     return tuple(order)
 
 
@@ -332,7 +241,7 @@ def normalisations(plans: PlanText, configuration: PlanText, channels: int) -> t
     if not isinstance(masked, list) or len(masked) != channels or any(type(m) is not bool for m in masked):
         raise ModelError(
             f"{configuration.where}: 'use_mask_for_norm' is {masked!r:.60}, expected true or false for each of the "
-            f"{channels} channels; {_RESTORE}"
+            f"{channels} channels; {RESTORE}"
         )
     by_channel: Any = {}
     for key in ("foreground_intensity_properties_by_modality", "foreground_intensity_properties_per_channel"):
@@ -349,7 +258,7 @@ def normalisations(plans: PlanText, configuration: PlanText, channels: int) -> t
         if scheme == "CTNormalization" and None in numbers:
             raise ModelError(
                 f"{plans.where}: CTNormalization of channel {index} needs mean, std, percentile_00_5 and "
-                f"percentile_99_5 in foreground_intensity_properties_per_channel; {_RESTORE}"
+                f"percentile_99_5 in foreground_intensity_properties_per_channel; {RESTORE}"
             )
         within = masked[index] and scheme == "ZScoreNormalization"  # nnU-Net's other schemes do not look at it
         mean, std, lower, upper = numbers
@@ -372,12 +281,12 @@ def patch_and_spacing(configuration: PlanText) -> tuple[int, Vec3, Spacing]:
     """
     dimensions = len(configuration.get("patch_size", list, "two or three whole numbers"))
     if dimensions not in (2, 3):
-        raise ModelError(f"{configuration.where}: 'patch_size' has {dimensions} axes, expected 2 or 3; {_RESTORE}")
+        raise ModelError(f"{configuration.where}: 'patch_size' has {dimensions} axes, expected 2 or 3; {RESTORE}")
     patch = configuration.numbers("patch_size", dimensions)
     sizes = [int(size) for size in patch]
     if sizes != patch or max(sizes) > _LARGEST_PATCH:
         raise ModelError(
-            f"{configuration.where}: 'patch_size' is {patch}, expected whole numbers up to {_LARGEST_PATCH}; {_RESTORE}"
+            f"{configuration.where}: 'patch_size' is {patch}, expected whole numbers up to {_LARGEST_PATCH}; {RESTORE}"
         )
     spacing = configuration.numbers("spacing", dimensions)
     depth, spacing_z = (1, None) if dimensions == 2 else (sizes[0], float(spacing[0]))
@@ -395,7 +304,7 @@ def resampling_rule(configuration: PlanText, key: str) -> ResamplingRule:
     function = configuration.values.get(key, DEFAULT_RESAMPLING)
     stated = configuration.values.get(f"{key}_kwargs", {"force_separate_z": None})
     if not isinstance(function, str) or not isinstance(stated, dict):
-        raise ModelError(f"{configuration.where}: '{key}' is {function!r:.60}, expected a function's name; {_RESTORE}")
+        raise ModelError(f"{configuration.where}: '{key}' is {function!r:.60}, expected a function's name; {RESTORE}")
     known = _RESAMPLING.get(function, {})
     values = known | stated
     labels_ = key == "resampling_fn_seg"
@@ -411,7 +320,7 @@ def resampling_rule(configuration: PlanText, key: str) -> ResamplingRule:
     if not whole or not (force is None or force in (0, 1)) or not isinstance(threshold, (int, float)):
         raise ModelError(
             f"{configuration.where}: '{key}_kwargs' is {stated!r:.80}, expected spline orders 0 to 5, "
-            f"force_separate_z true, false or null and a number as threshold; {_RESTORE}"
+            f"force_separate_z true, false or null and a number as threshold; {RESTORE}"
         )
     problem = ", ".join(f"{name}={values[name]!r:.40}" for name in sorted(strange))
     return ResamplingRule(

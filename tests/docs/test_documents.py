@@ -6,6 +6,7 @@ shows lines the block before it printed (… stands for anything); other ``bash`
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -131,13 +132,13 @@ def test_commands_run_and_print_what_is_shown(path: Path, workplace: Path) -> No
 def test_other_commands_are_written_rightly(
     path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def check(words: object) -> int:
-        stated = vars(words)  # type: ignore[call-overload]
+    def check(command: object, words: argparse.Namespace) -> int:
+        stated = vars(words)
         settings = [w for w in stated.get("overrides", []) if "=" in w or stated["command"] != "verify"]
         load_config(stated.get("config"), settings)
         return 0
 
-    monkeypatch.setattr(cli, "_guarded", check)
+    monkeypatch.setattr(cli, "guarded", check)
     targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     for fence in fences(path):
         if fence.info != "bash":

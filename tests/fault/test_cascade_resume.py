@@ -19,7 +19,7 @@ from connectomics.pipeline.run_folder import CHECKSUMS
 
 from nnunet_models import make_model
 from parity_table import train_second_stage
-from small_jobs import em_like, final_names, finals, infer_words, ledger_lines, quick_folder, write_h5
+from small_jobs import em_like, final_names, finals, infer_words, ledger_lines, quick_folder, read_h5, write_h5
 
 BLOCKS = 6
 CUT = ("inference.block_shape=[1,24,32]", "inference.test_time_augmentation.enabled=false")
@@ -61,12 +61,6 @@ def bench() -> Iterator[Bench]:
             made = Bench(server, folder, first, second, volume, {})
             assert main(made.words(folder / "undisturbed")) == 0
             yield Bench(server, folder, first, second, volume, finals(folder / "undisturbed"))
-
-
-def labels(path: Path) -> np.ndarray:
-    with h5py.File(path) as file:
-        array: np.ndarray = file["main"][:]
-    return array
 
 
 def recorded(run: Path) -> int:
@@ -113,25 +107,25 @@ def test_both_stages_give_what_they_give_one_after_the_other(bench: Bench, tmp_p
     given = f"model.previous_stage='{tmp_path}/first/*_labels.h5'"
     words = infer_words(bench.second, tmp_path / "second", bench.volume, *CUT, given)
     assert main(words) == 0
-    expected = labels(bench.folder / "undisturbed" / "v_labels.h5")
-    np.testing.assert_array_equal(labels(tmp_path / "second" / "v_labels.h5"), expected)
-    alone = labels(tmp_path / "first" / "v_labels.h5")
+    expected = read_h5(bench.folder / "undisturbed" / "v_labels.h5")
+    np.testing.assert_array_equal(read_h5(tmp_path / "second" / "v_labels.h5"), expected)
+    alone = read_h5(tmp_path / "first" / "v_labels.h5")
     assert (alone != expected).any() and len(np.unique(expected)) > 1
     with h5py.File(tmp_path / "first" / "v_labels.h5", "a") as file:
         file["main"][:] = np.roll(alone, 5, 2)
     assert main(words) == 3, "another previous stage is another result"
     assert main([*words, "inference.output.overwrite=true"]) == 0
-    assert (labels(tmp_path / "second" / "v_labels.h5") != expected).any()
+    assert (read_h5(tmp_path / "second" / "v_labels.h5") != expected).any()
 
 
 def test_a_box_restricts_the_second_stage_alone(bench: Bench, tmp_path: Path) -> None:
     """Its windows reach beyond the box, and the first stage's labels are wanted there too."""
     assert main(bench.words(tmp_path, "inference.roi=[[1,4,20],[2,20,40]]")) == 0
-    full = labels(bench.folder / "undisturbed" / "v_labels.h5")
+    full = read_h5(bench.folder / "undisturbed" / "v_labels.h5")
     expected = np.zeros_like(full)
     expected[1:2, 4:20, 20:40] = full[1:2, 4:20, 20:40]
     assert expected.any()
-    np.testing.assert_array_equal(labels(tmp_path / "v_labels.h5"), expected)
+    np.testing.assert_array_equal(read_h5(tmp_path / "v_labels.h5"), expected)
     report = json.loads((tmp_path / "v_labels.run" / "report.json").read_text())
     assert report["planned"] == 2
     first = json.loads((tmp_path / "v_labels.run" / FIRST / "v_labels.run" / "report.json").read_text())

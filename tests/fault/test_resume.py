@@ -21,7 +21,7 @@ from fork_server import Ended, ForkServer
 from connectomics.io.export import FORMATS, export_path, read_stamp
 
 from nnunet_models import make_model
-from small_jobs import em_like, final_names, finals, infer_words, ledger_lines, quick_folder, write_h5
+from small_jobs import em_like, final_names, finals, infer_words, ledger_lines, quick_folder, read_h5, write_h5
 
 BLOCKS = 6
 CUT = ("inference.block_shape=[1,24,32]", "inference.test_time_augmentation.enabled=false")
@@ -105,8 +105,7 @@ def job(bench: Bench) -> Iterator[Job]:
 
 
 def labels(output: Path) -> Any:
-    with h5py.File(output / "v_labels.h5") as file:
-        return file["main"][:]
+    return read_h5(output / "v_labels.h5")
 
 
 def test_what_a_run_leaves(job: Job) -> None:

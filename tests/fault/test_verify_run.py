@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,8 @@ from connectomics.pipeline.run import VolumeJob
 from connectomics.pipeline.status import status_of
 from connectomics.pipeline.verify_run import verify_run
 
-from small_jobs import finals, quick_folder
+from small_jobs import finals
 from small_runs import BLOCKS, EXPECTED, IMAGE, Failing, NotNegative, Reader, cores, job_in, labels, run
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with quick_folder() as place:
-        yield place
 
 
 def job(folder: Path, *formats: str, **changes: Any) -> VolumeJob:

@@ -18,7 +18,8 @@ from connectomics.inference.interpolation import AxisResampling
 from connectomics.inference.label_resampling import LabelResampling
 from connectomics.inference.resample import check_rules
 from connectomics.lightning.inference import InferenceManager
-from connectomics.models.plans import PlanText, resampling_rule
+from connectomics.models.plan_text import PlanText
+from connectomics.models.plans import resampling_rule
 
 import oracle
 from nnunet_models import make_model, make_plans

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,9 @@ import pytest
 from connectomics.geometry import Vec3, vec3
 
 from decoding import components_by_blocks, whole_components
-from small_jobs import quick_folder
 
 Array = npt.NDArray[Any]
 NEIGHBOURS = (4, 8, 6, 18, 26)
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with quick_folder() as path:
-        yield path
 
 
 def require_equal(values: Array, neighbours: int, block: Vec3, folder: Path, **settings: int) -> None:

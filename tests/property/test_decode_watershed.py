@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,9 @@ from connectomics.pipeline.pieces import PiecesTask, block_file, painted_block
 from connectomics.pipeline.watershed import Watershed
 
 from decoding import VOXEL_SIZE_NM, canonical, decode_array
-from small_jobs import quick_folder
 
 Array = npt.NDArray[Any]
 NEIGHBOURS = (4, 8, 6, 18, 26)
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with quick_folder() as path:
-        yield path
 
 
 def footprint(neighbours: int) -> Array:

@@ -27,16 +27,9 @@ from connectomics.pipeline.linking import SliceLinking
 from connectomics.pipeline.steps import ConnectedComponents, Filters
 
 from decoding import canonical, decode_array, table_of
-from small_jobs import quick_folder
 
 Array = npt.NDArray[Any]
 Node = tuple[int, int]  # a section and the number of an object in it
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with quick_folder() as path:
-        yield path
 
 
 def sections_of(values: Array, ids: bool) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,9 @@ from connectomics.decode.selection import Selection
 from connectomics.pipeline.steps import ConnectedComponents, Filters
 
 from decoding import VOXEL_SIZE_NM, decode_array, table_of, whole_components
-from small_jobs import quick_folder
 
 Array = npt.NDArray[Any]
 BLOCK = (7, 10, 9)
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with quick_folder() as path:
-        yield path
 
 
 def blobs(shape: tuple[int, int, int] = (12, 15, 14), seed: int = 0) -> Array:

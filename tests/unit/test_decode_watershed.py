@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet
@@ -25,17 +24,11 @@ from connectomics.pipeline.watershed import Watershed
 
 from decoding import canonical, decode_array
 from nnunet_models import make_model
-from small_jobs import em_like, final_names, infer_words, quick_folder, write_h5
+from small_jobs import em_like, final_names, infer_words, read_h5, write_h5
 
 Array = npt.NDArray[Any]
 SIZE = "inference.voxel_size_nm=[40,8,6]"
 CUBE = np.ones((3, 3, 3))
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with quick_folder() as path:
-        yield path
 
 
 def probabilities() -> Array:
@@ -109,19 +102,13 @@ def decode(folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
-def read(path: Path) -> Array:
-    with h5py.File(path) as file:
-        found: Array = file["main"][:]
-    return found
-
-
 def test_probabilities_become_objects_and_the_provenance_counts_them(folder: Path, decode: Run) -> None:
     likely = probabilities()
     write_h5(folder / "v.h5", np.stack([1 - likely, likely]))
     step = f"{{name: watershed, threshold: {LOW}, channel: 1, seed_threshold: {HIGH}}}"
     assert decode(step)[0] == 0
     ids = expected_ids(likely)
-    assert np.array_equal(read(folder / "out" / "v_instances.h5"), ids)
+    assert np.array_equal(read_h5(folder / "out" / "v_instances.h5"), ids)
     provenance = json.loads((folder / "out" / "v_instances.run" / "provenance.json").read_text())
     components, seeds = (ndimage.label(likely > floor, CUBE)[1] for floor in (LOW, HIGH))
     counts = provenance["1_watershed"]
@@ -137,7 +124,7 @@ def test_labels_with_probabilities_beside_them(folder: Path, decode: Run) -> Non
     write_h5(folder / "p.h5", np.stack([1 - likely, likely]))
     step = f"{{name: watershed, seed_threshold: {HIGH}, probabilities: '{folder}/p.h5'}}"
     assert decode(step)[0] == 0
-    assert np.array_equal(read(folder / "out" / "v_instances.h5"), expected_ids(likely))
+    assert np.array_equal(read_h5(folder / "out" / "v_instances.h5"), expected_ids(likely))
 
 
 KEYS = {
@@ -171,7 +158,7 @@ def test_every_key_takes_effect(key: str, folder: Path, decode: Run, monkeypatch
     assert code == 3 and "overwrite=true" in printed, "another result key"
     assert decode(f"{{name: watershed, {words}}}", SIZE, output="other")[0] == 0
     first, second = (json.loads((folder / o / "v_instances.run/provenance.json").read_text()) for o in ("out", "other"))
-    same = np.array_equal(*(read(folder / o / "v_instances.h5") for o in ("out", "other")))
+    same = np.array_equal(*(read_h5(folder / o / "v_instances.h5") for o in ("out", "other")))
     assert not same or (first["1_watershed"]["cut"], second["1_watershed"]["cut"]) == (0, 1)
 
 
@@ -239,7 +226,7 @@ def test_a_run_keeps_its_probabilities_or_is_refused_before_it(
     code, printed = run("decoding=[{name: connected_components, threshold: 0.5}]")
     assert code == 2 and "a run decodes its labels" in printed and not final_names(folder / "out")
     assert run(step, "inference.output.save_probabilities=true")[0] == 0
-    labels, likely = (read(folder / "out" / f"cell_labels{kind}.h5") for kind in ("", "_probabilities"))
+    labels, likely = (read_h5(folder / "out" / f"cell_labels{kind}.h5") for kind in ("", "_probabilities"))
     own = np.take_along_axis(likely, labels[None].astype(np.intp), 0)[0]
     flat = np.zeros((3, 3, 3))
     flat[1] = 1
@@ -247,4 +234,4 @@ def test_a_run_keeps_its_probabilities_or_is_refused_before_it(
     seeds, count = ndimage.label((own > 0.6) & (labels > 0), flat)
     found = watershed(-own, seeds, flat, mask=labels > 0)
     ids = canonical(np.where((found == 0) & (labels > 0), components + count, found))
-    assert np.array_equal(read(folder / "out" / "cell_labels_instances.h5"), ids) and ids.max() > 3
+    assert np.array_equal(read_h5(folder / "out" / "cell_labels_instances.h5"), ids) and ids.max() > 3

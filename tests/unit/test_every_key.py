@@ -26,7 +26,7 @@ from connectomics.pipeline import survey
 
 from nnunet_models import make_model
 from parity_table import train_second_stage
-from small_jobs import em_like, final_names, infer_words, quick_folder, write_h5
+from small_jobs import em_like, final_names, infer_words, quick_folder, read_h5, write_h5
 
 WINDOW = "inference.sliding_window"
 TTA = "inference.test_time_augmentation"
@@ -47,8 +47,7 @@ class Result:
     output: Path
 
     def read(self, name: str = "v_labels") -> Any:
-        with h5py.File(self.output / f"{name}.h5") as file:
-            return file["main"][:]
+        return read_h5(self.output / f"{name}.h5")
 
     @property
     def probabilities(self) -> Any:

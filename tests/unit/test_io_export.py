@@ -23,6 +23,8 @@ from connectomics.io.opening import open_volume
 from connectomics.io.store import Store, create_store
 from connectomics.io.volume import VolumeInfo
 
+from small_jobs import read_h5
+
 FILES = ("h5", "tiff", "png")
 RNG = np.random.default_rng(5)
 SHARD = (4, 32, 32)
@@ -40,8 +42,7 @@ def filled(path: Path, shape: tuple[int, int, int, int], dtype: str) -> tuple[St
 
 def by_others(path: Path, format: str) -> np.ndarray:
     if format == "h5":
-        with h5py.File(path) as file:
-            return np.asarray(file["main"][:])
+        return read_h5(path)
     if format == "tiff":
         return np.asarray(tifffile.imread(path))
     return np.stack([np.asarray(Image.open(file)) for file in sorted(path.glob("*.png"))])

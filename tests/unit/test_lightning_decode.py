@@ -8,12 +8,11 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cc3d
-import h5py
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet
@@ -27,17 +26,11 @@ from connectomics.pipeline.pieces import PiecesTask
 
 from decoding import whole_components
 from nnunet_models import make_model
-from small_jobs import em_like, final_names, infer_words, quick_folder, write_h5
+from small_jobs import em_like, final_names, infer_words, read_h5, write_h5
 
 Array = npt.NDArray[Any]
 COMPONENTS = "decoding=[{name: connected_components, connectivity: 6}]"
 CSV = "inference.output.table=csv"
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with quick_folder() as path:
-        yield path
 
 
 @pytest.fixture
@@ -64,17 +57,11 @@ def decode(folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
-def read(path: Path) -> Array:
-    with h5py.File(path) as file:
-        found: Array = file["main"][:]
-    return found
-
-
 def test_a_file_becomes_objects_and_a_table(folder: Path, labels: Array, decode: Run) -> None:
     code, printed = decode(COMPONENTS)
     assert code == 0 and f"{folder}/out/v_instances.h5" in printed and f"{folder}/out/v_instances.parquet" in printed
     ids = whole_components(labels, 6)
-    assert np.array_equal(read(folder / "out" / "v_instances.h5"), ids)
+    assert np.array_equal(read_h5(folder / "out" / "v_instances.h5"), ids)
     table = pyarrow.parquet.read_table(folder / "out" / "v_instances.parquet")
     assert table["id"].to_pylist() == list(range(1, int(ids.max()) + 1))
     assert table["volume_nm3"].null_count == len(table)
@@ -103,7 +90,7 @@ def test_the_second_time_it_is_skipped_and_other_settings_are_refused(folder: Pa
     code, printed = decode(other)
     assert code == 3 and "inference.output.overwrite=true" in printed
     assert decode(other, "inference.output.overwrite=true")[0] == 0
-    assert np.array_equal(read(folder / "out" / "v_instances.h5"), whole_components(labels, 26))
+    assert np.array_equal(read_h5(folder / "out" / "v_instances.h5"), whole_components(labels, 26))
 
 
 def test_the_command_is_reproduced(
@@ -118,15 +105,15 @@ def test_the_command_is_reproduced(
     assert main([*words, f"inference.data.output_path='{folder / 'again'}'"]) == 0
     again, first = folder / "again" / "v_instances.h5", folder / "out" / "v_instances.h5"
     assert again.read_bytes() == first.read_bytes()
-    sizes = np.bincount(read(first).ravel())[1:]
+    sizes = np.bincount(read_h5(first).ravel())[1:]
     assert sizes[sizes > 0].min() >= 5e4 / (30 * 8 * 8)
 
 
 def test_blocks_do_not_change_what_is_left(folder: Path, labels: Array, decode: Run) -> None:
     decode(COMPONENTS, CSV)
-    whole, table = read(folder / "out" / "v_instances.h5"), (folder / "out" / "v_instances.csv").read_bytes()
+    whole, table = read_h5(folder / "out" / "v_instances.h5"), (folder / "out" / "v_instances.csv").read_bytes()
     decode(COMPONENTS, CSV, "inference.block_shape=[4,8,16]", f"inference.data.output_path='{folder / 'cut'}'")
-    assert np.array_equal(read(folder / "cut" / "v_instances.h5"), whole)
+    assert np.array_equal(read_h5(folder / "cut" / "v_instances.h5"), whole)
     assert (folder / "cut" / "v_instances.csv").read_bytes() == table
 
 
@@ -151,7 +138,7 @@ def test_one_channel_of_probabilities_above_a_threshold(folder: Path, decode: Ru
     assert decode(f"decoding=[{step}]", "inference.output.table=none")[0] == 0
     assert final_names(folder / "out") == {"v_instances.h5"}
     ids = whole_components((likely[1] > 0.7).astype(np.uint8), 6)
-    assert np.array_equal(read(folder / "out" / "v_instances.h5"), ids)
+    assert np.array_equal(read_h5(folder / "out" / "v_instances.h5"), ids)
 
 
 def test_a_run_is_decoded_and_resumes_from_its_labels(
@@ -164,11 +151,11 @@ def test_a_run_is_decoded_and_resumes_from_its_labels(
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "cell_labels.h5" in printed and "cell_labels_instances.h5" in printed
-    ids = read(folder / "stage" / "cell_labels_instances.h5")
-    found = read(folder / "stage" / "cell_labels.h5")
+    ids = read_h5(folder / "stage" / "cell_labels_instances.h5")
+    found = read_h5(folder / "stage" / "cell_labels.h5")
     assert np.array_equal(ids, cc3d.connected_components(found, connectivity=6))
     assert decode(COMPONENTS, volume="stage/cell_labels.run")[0] == 0
-    assert np.array_equal(read(folder / "out" / "cell_labels_instances.h5"), ids)
+    assert np.array_equal(read_h5(folder / "out" / "cell_labels_instances.h5"), ids)
     (folder / "stage" / "cell_labels_instances.h5").unlink()
     assert main(words) == 0
     assert (folder / "stage" / "cell_labels_instances.h5").exists()
@@ -201,7 +188,7 @@ def test_every_key_of_slice_linking_takes_effect(folder: Path, decode: Run) -> N
         step = f"decoding=[{{name: slice_linking, {key}: {value}}}, {{name: filters, min_voxels: 2}}]"
         code, printed = decode(step, CSV, "inference.output.overwrite=true")
         assert code == 0, printed
-        found.append(read(folder / "out" / "v_instances.h5"))
+        found.append(read_h5(folder / "out" / "v_instances.h5"))
         assert found[-1][0, 5, 39] == 0
     plain, *others = found
     assert len(np.unique(plain)) == 8
@@ -268,7 +255,7 @@ def test_signed_and_bool_labels_are_taken(folder: Path, decode: Run) -> None:
     values = (em_like((4, 12, 12)) > 140).astype(np.int32)
     write_h5(folder / "v.h5", values)
     assert decode(COMPONENTS, CSV)[0] == 0
-    assert np.array_equal(read(folder / "out" / "v_instances.h5"), whole_components(values.astype(np.uint8), 6))
+    assert np.array_equal(read_h5(folder / "out" / "v_instances.h5"), whole_components(values.astype(np.uint8), 6))
 
 
 def test_a_block_that_keeps_failing_is_quarantined_and_done_by_the_next_run(
@@ -292,7 +279,7 @@ def test_a_block_that_keeps_failing_is_quarantined_and_done_by_the_next_run(
     assert (report["planned"], report["done"], report["failed"]) == (3, 2, 1)
     monkeypatch.undo()
     assert decode(COMPONENTS, cut)[0] == 0 and not trace.exists()
-    assert np.array_equal(read(folder / "out" / "v_instances.h5"), whole_components(labels, 6))
+    assert np.array_equal(read_h5(folder / "out" / "v_instances.h5"), whole_components(labels, 6))
 
 
 def test_a_budget_that_cannot_work_names_the_smallest_that_can(labels: Array, decode: Run) -> None:

@@ -20,7 +20,8 @@ from connectomics.config.schema import Config
 from connectomics.errors import ConfigError
 from connectomics.io.listing import VolumeSource
 from connectomics.lightning import inference
-from connectomics.lightning.inference import Silence, VolumeOutcome, VolumeProcessor, check_output_folder
+from connectomics.lightning.inference import VolumeProcessor, check_output_folder
+from connectomics.lightning.outcome import Observer, Silence, VolumeOutcome
 
 from nnunet_models import make_model
 from small_jobs import em_like, final_names, quick_folder, write_h5
@@ -109,7 +110,7 @@ def test_an_observer_hears_of_everything_in_order(folder: Path, output: Path) ->
 
 
 def test_silence_is_an_observer() -> None:
-    silence: inference.Observer = Silence()
+    silence: Observer = Silence()
     silence.listed(1, 0)
     silence.began("v")
     silence.block(0, 1)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 import tifffile
@@ -22,7 +21,7 @@ from connectomics.lightning.inference import InferenceManager
 from connectomics.lightning.verify import verify
 
 from nnunet_models import make_model
-from small_jobs import em_like, final_names, infer_words, ledger_lines, quick_folder, write_h5
+from small_jobs import em_like, final_names, infer_words, ledger_lines, quick_folder, read_h5, write_h5
 
 EXTENT = (3, 48, 64)
 CUT = "inference.block_shape=[1,24,32]"
@@ -77,8 +76,7 @@ def bench() -> Iterator[Bench]:
 
 
 def read(output: Path, stem: str) -> Any:
-    with h5py.File(output / f"{stem}.h5") as file:
-        return file["main"][:]
+    return read_h5(output / f"{stem}.h5")
 
 
 def report(output: Path, name: str = "report") -> dict[str, Any]:

@@ -407,7 +407,7 @@ def test_a_trusted_class_outside_of_the_list_is_imported(ensemble: Path, copied:
 def test_classes_and_label_type_are_those_of_nnunet(labels: dict[str, Any]) -> None:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-    from connectomics.models.plans import PlanText
+    from connectomics.models.plan_text import PlanText
     from connectomics.models.plans import labels as read_labels
 
     order = [2, 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import cc3d
@@ -19,13 +18,6 @@ from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.workshop import Room
 
 from decoding import in_order
-from small_jobs import quick_folder
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with quick_folder() as path:
-        yield path
 
 
 def mask(shape: Vec3, seed: int) -> Array:

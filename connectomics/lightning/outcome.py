@@ -1,0 +1,132 @@
+"""What becomes of one volume, who hears of it, and the log that tells it; for labelling and for decoding."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from connectomics.errors import ConnectomicsError, OutputError, VolumeError
+from connectomics.pipeline.contracts import RunReport
+from connectomics.pipeline.retry import SYSTEMIC, errno_of
+
+NOT_BEGUN = "not begun, because the disk of the results refused; mend that and run again"
+EXPECTED = (ConnectomicsError, OSError, MemoryError)  # what may go wrong without a mistake of ours
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeOutcome:
+    """What became of one volume: ``state`` is done, skipped or failed; ``reason`` says why it failed.
+
+    ``storage`` tells that the disk of the results refused, so that no other volume can be written either.
+    """
+
+    name: str
+    state: str
+    reason: str = ""
+    paths: tuple[Path, ...] = ()
+    report: RunReport | None = None
+    seconds: float = 0.0
+    storage: bool = False
+
+
+class Observer(Protocol):
+    """Hears how many volumes come along; the command line draws its progress from it."""
+
+    def listed(self, total: int, finished: int) -> None:
+        """Before the first volume: how many there are and how many of them are finished already."""
+        ...
+
+    def began(self, name: str) -> None: ...
+
+    def block(self, finished: int, planned: int) -> None: ...
+
+    def ended(self, outcome: VolumeOutcome) -> None: ...
+
+
+class Silence:
+    """An observer that does nothing."""
+
+    def listed(self, total: int, finished: int) -> None:
+        """Nothing."""
+
+    def began(self, name: str) -> None:
+        """Nothing."""
+
+    def block(self, finished: int, planned: int) -> None:
+        """Nothing."""
+
+    def ended(self, outcome: VolumeOutcome) -> None:
+        """Nothing."""
+
+
+def attempted(name: str, folder: Path, run: Callable[[], tuple[tuple[Path, ...], RunReport]]) -> VolumeOutcome:
+    """Run one volume; whatever goes wrong is its outcome, never another volume's.
+
+    Parameters
+    ----------
+    name
+        Of the volume.
+    folder
+        RUN, where its log is kept.
+    run
+        Brings it to its final outputs; gives their paths and the report.
+    """
+    began = time.perf_counter()
+    try:
+        with RunLog(folder):
+            paths, report = run()
+    except Exception as error:  # noqa: BLE001 - the runner's broad catch: a failure stays with its volume
+        return failed_outcome(name, error, time.perf_counter() - began)
+    return VolumeOutcome(name, "done", "", paths, report, time.perf_counter() - began)
+
+
+def failed_outcome(name: str, error: Exception, seconds: float) -> VolumeOutcome:
+    """The outcome of a volume that an error ended."""
+    reason = " ".join((str(error) or "out of memory").split())
+    if isinstance(error, OSError):
+        reason += "; free the disk or mend the permission, then run again"
+    if not isinstance(error, EXPECTED):
+        reason = f"{type(error).__name__}: {reason} (unexpected; the traceback is in run.log)"
+    storage = not isinstance(error, VolumeError) and errno_of(error) in SYSTEMIC
+    return VolumeOutcome(name, "failed", reason, seconds=seconds, storage=storage)
+
+
+class _LogFile(logging.FileHandler):
+    """A log that stays silent when its line cannot be written: the disk is full, and the run will say so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Let the line go."""
+
+
+class RunLog:
+    """While open, everything the package logs also goes to ``run.log`` in a RUN folder."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._handler = _LogFile(folder / "run.log")
+        except OSError as error:
+            raise OutputError(
+                f"{folder}: cannot make the RUN folder ({error.strerror}); choose another inference.data.output_path"
+            ) from error
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
+        self._logger = logging.getLogger("connectomics")
+        self._level = self._logger.level
+
+    def __enter__(self) -> None:
+        self._logger.setLevel(logging.INFO)
+        self._logger.addHandler(self._handler)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            unexpected = isinstance(error, Exception) and not isinstance(error, EXPECTED)
+            self._logger.info("stopped: %s", error, exc_info=unexpected)
+        self._logger.removeHandler(self._handler)
+        self._logger.setLevel(self._level)
+        with contextlib.suppress(OSError):  # a full disk; the run says so
+            self._handler.close()
