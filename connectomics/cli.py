@@ -56,7 +56,7 @@ def _infer_volume(words: argparse.Namespace) -> int:
 
 
 def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> list[VolumeOutcome]:
-    from connectomics.build.volumes import batch_note
+    from connectomics.build.provenance import batch_note
     from connectomics.lightning.inference import VolumeProcessor, check_output_folder
     from connectomics.progress import ProgressBar
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from connectomics.build.backends import kind_of
 from connectomics.build.cascade import checked_labels, first_stage_config, open_previous
 from connectomics.build.contract import fast_contract
-from connectomics.build.engine import Engine, EngineModel, versions
+from connectomics.build.engine import Engine, EngineModel
 from connectomics.build.plan import decoding_bytes, rehearsed_plan
 from connectomics.build.planes import check_isotropic
-from connectomics.config.load import written
+from connectomics.build.provenance import command_of, provenance_of, resampling_facts, wanted_facts
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, VolumeError
 from connectomics.fingerprint import key_of
@@ -24,28 +21,13 @@ from connectomics.io.export import export_path
 from connectomics.io.listing import VolumeSource, expand, group, refuse_collisions, without_results
 from connectomics.io.opening import open_channels, open_volume
 from connectomics.io.volume import Nanometres, Spacing, VolumeReader
-from connectomics.models.backends.choice import AUTO
 from connectomics.models.spec import NO_RESAMPLING, ModelSpec
 from connectomics.pipeline.finish import Output
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segmenter
 from connectomics.pipeline.run import VolumeJob
 from connectomics.pipeline.wanted import Wanted, require_inside
 
-CHOSEN = (
-    "{} windows a forward pass, which connectomics tune measured to be faster; one label in 100,000 may differ from "
-    "nnU-Net's, and none with inference.sliding_window.sw_batch_size=1"
-)
 PREVIOUS = "previous_stage"  # folder in RUN where the labels of a cascade's first stage are kept
-# keys that a reproducing command states in another way, or that only say where and which
-ELSEWHERE = (
-    "model.nnunet_checkpoint",
-    "system.cache_dir",
-    "inference.data.output_path",
-    "inference.volume_mode.file_",
-    "inference.volume_mode.st",
-    "inference.output.overwrite",
-    "test.",
-)
 
 
 def list_sources(config: Config, channels: int) -> list[VolumeSource]:
@@ -147,9 +129,9 @@ def final_paths(config: Config, engine: Engine, source: VolumeSource) -> list[Pa
 def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> tuple[Output, ...]:
     """The final results of a volume with their result keys."""
     names = final_names(config, engine, source)
-    resampling = _resampling_facts(segmenter_of(config, engine, reader.info.spacing))
+    resampling = resampling_facts(segmenter_of(config, engine, reader.info.spacing))
     facts = dict(engine.facts) | {"input": reader.identity, "resample": resampling}
-    facts |= _previous_facts(config, engine, source, reader) | _wanted_facts(config)
+    facts |= _previous_facts(config, engine, source, reader) | wanted_facts(config)
     pyramid = config.inference.output.pyramid
     outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1], pyramid)]
     rule = engine.segmenter.probabilities
@@ -236,15 +218,6 @@ def _resampling_of(config: Config, model: EngineModel, member: Member, own: Spac
     return Resampling(spacing, target, spec.resampling_data, spec.resampling_probabilities, spec.resampling_labels)
 
 
-def _resampling_facts(segmenter: Segmenter) -> object:
-    """Spacing of the volume and of the network's grid, or off; of an ensemble one entry a model."""
-    facts = [
-        "off" if m.resampling is None else [list(m.resampling.spacing), list(m.resampling.target)]
-        for m in segmenter.members
-    ]
-    return facts[0] if len(facts) == 1 else facts
-
-
 def wanted_of(config: Config, extent: Vec3, name: str) -> Wanted | None:
     """What ``inference.roi`` and ``inference.mask`` leave of a volume, or None where they do not restrict it.
 
@@ -273,23 +246,6 @@ def wanted_of(config: Config, extent: Vec3, name: str) -> Wanted | None:
     except VolumeError:
         reader.close()
         raise
-
-
-def _wanted_facts(config: Config) -> dict[str, object]:
-    """What restricts a volume, for result keys and provenance; nothing where nothing does."""
-    roi, mask = config.inference.roi, config.inference.mask
-    facts: dict[str, object] = {} if roi is None else {"roi": roi}
-    if mask is not None:
-        reader = open_volume(mask)
-        facts["mask"] = reader.identity
-        reader.close()
-    return {"wanted": facts} if facts else {}
-
-
-def batch_note(config: Config, engine: Engine) -> list[str]:
-    """What is told of a batch that nobody stated, if there is one; a rerun that goes on tells the same."""
-    batch, stated = engine.models[0].window.batch, config.inference.sliding_window.sw_batch_size
-    return [CHOSEN.format(batch)] if stated is None and batch > 1 else []
 
 
 def job_of(
@@ -329,77 +285,11 @@ def job_of(
         engine.filters,
         outputs,
         plan,
-        _provenance(config, engine, reader, segmenter) | _previous_provenance(engine, previous),
-        _command(config, engine, source),
+        provenance_of(config, engine, reader, segmenter, previous),
+        command_of(config, engine, source),
         readers,
         wanted,
         contract,
         decoding_bytes(reader.info, engine.settings.budget_bytes, engine.base_bytes),
         on_device=engine.device_bytes is not None,
     )
-
-
-def _provenance(config: Config, engine: Engine, reader: VolumeReader, segmenter: Segmenter) -> dict[str, object]:
-    """What the results of a volume were made of and how, but for a previous stage."""
-    described = [_described(model) for model in engine.models]
-    told = [*engine.notes, *batch_note(config, engine)]
-    provenance: dict[str, object] = {
-        "program": engine.settings.program,
-        "versions": versions(),
-        "experiment_name": config.experiment_name,
-        "description": config.description,
-        "input": reader.identity,
-        "nnunet": "as nnU-Net" if not engine.deviations else "not nnU-Net: " + "; ".join(engine.deviations),
-        "labels": dict(engine.spec.label_names),
-        "regions": {name: list(values) for name, values in engine.spec.regions},
-        "resample": _resampling_facts(segmenter),
-        "seed": config.system.seed,
-    } | _wanted_facts(config)
-    return (
-        provenance
-        | (described[0] if len(described) == 1 else {"models": described})
-        | dict(engine.facts)
-        | ({"backend_choice": told} if told else {})
-    )
-
-
-def _previous_provenance(engine: Engine, previous: VolumeReader | None) -> dict[str, object]:
-    if previous is None:
-        return {}
-    if engine.previous is None:
-        return {"previous_stage": previous.identity}
-    return {"previous_stage": _described(engine.previous.models[0]) | dict(engine.previous.facts)}
-
-
-def _described(model: EngineModel) -> dict[str, object]:
-    return {
-        "model_weights_sha256": model.spec.weights_sha256,
-        "trainer": model.spec.trainer_name,
-        "configuration": model.spec.configuration,
-        "folds": list(model.spec.folds),
-        "plan_spacing": list(model.spec.spacing),
-        "axis_order": list(model.spec.axis_order),
-    }
-
-
-def _command(config: Config, engine: Engine, source: VolumeSource) -> tuple[str, ...]:
-    """Words of the command that makes this volume's results again, but for where they go."""
-    stated, default = _leaves(dataclasses.asdict(config)), _leaves(dataclasses.asdict(Config()))
-    changed = {k: v for k, v in stated.items() if v != default[k] and not k.startswith(ELSEWHERE)}
-    changed["inference.volume_mode.file_list"] = list(source.uris)
-    if config.system.backend == AUTO:
-        changed["system.backend"] = kind_of(engine.settings.numeric_class)
-    batch = engine.models[0].window.batch
-    if batch != config.inference.sliding_window.sw_batch_size:  # chosen, or more did not fit
-        changed["inference.sliding_window.sw_batch_size"] = batch
-    if engine.exact is not None:  # the device's default elsewhere may be another
-        changed["inference.precision"] = "fast"
-    words = (f"{key}={written(value)}" for key, value in sorted(changed.items()))
-    return ("infer-volume", "--checkpoint", str(engine.models[0].checkpoint), *words)
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found

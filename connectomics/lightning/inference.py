@@ -18,8 +18,8 @@ from connectomics.build.cascade import check_previous_stage
 from connectomics.build.contract import fast_contract
 from connectomics.build.engine import Engine, build_engine
 from connectomics.build.planes import check_isotropic
+from connectomics.build.provenance import batch_note
 from connectomics.build.volumes import (
-    batch_note,
     final_paths,
     job_of,
     open_source,
