@@ -217,7 +217,7 @@ def batches(world: World) -> bool:
         stated, cache = max(seen), world.folder / "batches_cache"
         seen.clear()
         keep_profile(cache, world.model, torch_trial(1, 0.1), torch_trial(2, 0.01))
-        measured = world.again(world.folder / "measured", f"system.cache_dir='{cache}'")
+        measured = world.again(world.folder / "measured", f"system.cache_dir='{cache}'", "system.backend=auto")
     return (stated, max(seen)) == (3, 2) and result.code == measured.code == 0
 
 
