@@ -85,7 +85,7 @@ def export(
 def small_units(monkeypatch: pytest.MonkeyPatch, unit_bytes: int) -> None:
     """Several blocks a level even of small volumes."""
     for module, name in (
-        (multiscale_zarr, "StoreLevels"),
+        (multiscale_zarr, "Zarr3Levels"),
         (multiscale_zarr, "Zarr2Levels"),
         (multiscale_n5, "N5Levels"),
         (multiscale_precomputed, "PrecomputedLevels"),
@@ -404,8 +404,8 @@ def test_precomputed_ids_are_compressed_segmentation_in_shards(tmp_path: Path) -
 def test_precomputed_needs_a_voxel_size() -> None:
     info = VolumeInfo((1, 4, 40, 40), np.dtype("uint8"), (2, 16, 16))
     with pytest.raises(OutputError, match=r"set inference\.voxel_size_nm"):
-        multiscale_of("precomputed", info, Path("a"), labels=True)
-    assert len(multiscale_of("n5", info, Path("a"), labels=True).levels) == 3
+        multiscale_of("precomputed", info, SHARD, Path("a"), labels=True)
+    assert len(multiscale_of("n5", info, SHARD, Path("a"), labels=True).levels) == 3
 
 
 def test_png_of_sections_beyond_the_budget_is_refused() -> None:
@@ -505,10 +505,11 @@ class Memory:
 
     def __init__(self, voxels: np.ndarray, unit: Any) -> None:
         self.voxels, self.shape, self.dtype = voxels, voxels.shape, voxels.dtype
-        self.unit_shape = self.chunk_shape = unit
+        self.unit_shape = self.chunk_shape = self.part_shape = unit
 
     def read(self, box: Box) -> np.ndarray:
         return self.voxels[(slice(None), *box.slices)].copy()
 
-    def write(self, box: Box, voxels: np.ndarray) -> None:
-        self.voxels[(slice(None), *box.slices)] = voxels
+    def write(self, box: Box, parts: Iterable[tuple[Box, np.ndarray]]) -> None:
+        for part, voxels in parts:
+            self.voxels[(slice(None), *part.slices)] = voxels
