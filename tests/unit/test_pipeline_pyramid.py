@@ -196,15 +196,19 @@ def test_files_stay_under_one_a_block(tmp_path: Path, form: str, name: str, shap
     assert len(files) < blocks or blocks == 1
 
 
-@pytest.mark.parametrize("unit_bytes", [1, 1 << 16])
 @pytest.mark.parametrize(
-    ("extent", "shard"),
-    [((24, 192, 250), SHARD), ((300, 33, 40), (1, 32, 48)), ((1, 2000, 60), (1, 16, 64)), ((60, 60, 60), (16, 16, 16))],
+    ("extent", "shard", "unit_bytes"),
+    [
+        ((24, 192, 250), SHARD, 1 << 16),
+        ((100, 33, 20), (1, 32, 32), 1),
+        ((1, 1000, 60), (1, 16, 64), 1),
+        ((60, 60, 60), (16, 16, 16), 1),
+    ],
 )
 def test_a_zarr_has_fewer_files_than_blocks_however_large_these_are(
     tmp_path: Path, extent: Any, shard: Any, unit_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Larger than a unit, too, where only their number counts; a shard is of whole blocks, and zarr-python reads all."""
+    """Larger than a unit, too, where only their number counts; shards are whole blocks, and zarr-python reads all."""
     small_units(monkeypatch, unit_bytes)
     (tmp_path / "work").mkdir()
     voxels = random_voxels((1, *extent), "uint8")
