@@ -26,6 +26,7 @@ from connectomics.errors import OutputError, QuarantineError, VolumeError
 from connectomics.executors.serial import SerialExecutor
 from connectomics.geometry import Block, BlockGrid, Box
 from connectomics.io import multiscale_n5, multiscale_precomputed, multiscale_zarr, shards
+from connectomics.io.atomic import TEMPORARY
 from connectomics.io.export import PYRAMIDS, export_path, multiscale_of, read_stamp, require_exportable
 from connectomics.io.levels import plan_levels
 from connectomics.io.multiscale import LevelArray
@@ -279,6 +280,7 @@ def test_interruptions_and_the_cut_into_blocks_do_not_change_a_byte(
         seen += executor.done
         store.close()
         store = open_store(work / "labels.zarr")
+    (work / f"labels.final.{form}" / f".left{TEMPORARY}").touch()  # by another machine's killed process
     last = Failing(-1)
     path = export(tmp_path, store, "labels", form, executor=last)
     assert contents(path) == finals[0]
