@@ -136,6 +136,7 @@ def test_of_a_damaged_zarr_result_only_the_damaged_blocks_are_computed_again(
     assert f"it was renamed {result}.zarr.damaged; the next run makes it again" in out
     kept = f"computing {lost} of its blocks; all others were kept in v_labels.run" in out
     assert kept == (file != "zarr.json"), "nothing is known of a result without its stamp"
+    assert status_of(run_folder(folder)).stages[0].done == BLOCKS - lost * kept, "the others are undone in the ledger"
     shutil.rmtree(folder / f"{result}.zarr.damaged")
     again = wanted()
     assert run(folder, again).done == len(cores(again)) == lost
