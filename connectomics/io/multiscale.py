@@ -20,7 +20,7 @@ from connectomics.io.source import READ_ERRORS, reason
 from connectomics.io.volume import Array
 
 UNIT_BYTES = 32 << 20
-"""Uncompressed size of what is written at once; a shard where the format has them, at least where it is OME-Zarr's."""
+"""Uncompressed size of what is written at once, a shard where the format has them; OME-Zarr 0.5 has larger ones."""
 CHUNK_BYTES = 16 << 20
 """Uncompressed size of a chunk where the format has no shards and each chunk is a file."""
 STAMP_FILE = "connectomics.json"
