@@ -27,9 +27,9 @@ from connectomics.io.levels import Level, plan_levels
 from connectomics.io.multiscale import UNIT_BYTES, Multiscale
 from connectomics.io.multiscale_n5 import N5Levels, stamp_of_n5
 from connectomics.io.multiscale_precomputed import PrecomputedLevels, precomputed_levels, stamp_of_precomputed
-from connectomics.io.multiscale_zarr import StoreLevels, Zarr2Levels, stamp_of_zarr2
+from connectomics.io.multiscale_zarr import Zarr2Levels, Zarr3Levels, stamp_of_zarr2, stamp_of_zarr3
 from connectomics.io.source import READ_ERRORS, reason
-from connectomics.io.store import Store, stamp_of_store
+from connectomics.io.store import Store
 from connectomics.io.volume import VolumeInfo
 
 SUFFIXES = {
@@ -48,7 +48,7 @@ STAMPS: dict[str, Callable[[Path], object]] = {
     "h5": stamp_of_hdf5,
     "tiff": stamp_of_tiff,
     "png": stamp_of_png,
-    "zarr": stamp_of_store,
+    "zarr": stamp_of_zarr3,
     "zarr2": stamp_of_zarr2,
     "n5": stamp_of_n5,
     "precomputed": stamp_of_precomputed,
@@ -130,13 +130,17 @@ def export_file(source: Store, path: Path, format: str, stamp: dict[str, object]
         ) from error
 
 
-def multiscale_of(format: str, info: VolumeInfo, path: Path, *, labels: bool, levels: int | None = None) -> Multiscale:
+def multiscale_of(
+    format: str, info: VolumeInfo, block_shape: Vec3, path: Path, *, labels: bool, levels: int | None = None
+) -> Multiscale:
     """The pyramid of a volume in one of ``PYRAMIDS``.
 
     Parameters
     ----------
     info
         Level 0.
+    block_shape
+        (z, y, x) of the run's blocks, which are the shards of the working store.
     path
         Final name, for messages.
     labels
@@ -156,18 +160,18 @@ def multiscale_of(format: str, info: VolumeInfo, path: Path, *, labels: bool, le
     planned: tuple[Level, ...] = plan_levels(info)[:levels]
     if format == "n5":
         return N5Levels(info, planned)
-    return StoreLevels(info, planned) if format == "zarr" else Zarr2Levels(info, planned)
+    return Zarr3Levels(info, planned, block_shape) if format == "zarr" else Zarr2Levels(info, planned)
 
 
 def exporting_bytes(extent: Vec3, voxel_bytes: int, formats: Sequence[str]) -> int:
     """Most memory that writing and comparing exports takes; PNG alone needs whole sections.
 
-    The working store becomes the Zarr output as it is; only the coarser levels, of a quarter at most, are written.
+    Zarr v3 alone is written part by part, however large its shards are.
     """
     section = extent[1] * extent[2] * voxel_bytes
     volume = extent[0] * section
     if not set(formats) - {"zarr"}:
-        return EXPORT_COPIES * min(volume // 4, UNIT_BYTES)
+        return EXPORT_COPIES * min(volume, UNIT_BYTES)
     return EXPORT_COPIES * min(volume, max(SLAB_BYTES, section if "png" in formats else 0))
 
 

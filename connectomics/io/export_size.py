@@ -16,7 +16,7 @@ from connectomics.io.levels import Level
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.multiscale_n5 import N5Levels
 from connectomics.io.multiscale_precomputed import PrecomputedLevels
-from connectomics.io.multiscale_zarr import StoreLevels, Zarr2Levels
+from connectomics.io.multiscale_zarr import Zarr2Levels, Zarr3Levels
 from connectomics.io.volume import VolumeInfo
 
 EXPANSION = 1.01  # of what a compressor cannot compress
@@ -48,7 +48,7 @@ def largest_size(info: VolumeInfo, format: str, shard: Vec3, *, labels: bool, le
     format
         One of ``export.FORMATS`` that can hold it.
     shard
-        Shape (z, y, x) of the working store's shards, which a zarr output keeps.
+        Shape (z, y, x) of the working store's shards, which are the blocks of the run.
     labels
         Whether it is a segmentation.
     levels
@@ -60,8 +60,8 @@ def largest_size(info: VolumeInfo, format: str, shard: Vec3, *, labels: bool, le
         If the format cannot hold such a volume.
     """
     if format in PYRAMIDS:
-        image = multiscale_of(format, info, Path(format), labels=labels, levels=levels)
-        return sum((_level(image, k, shard) for k in range(len(image.levels))), Size(STAMP_BYTES + FILE_BYTES, 3))
+        image = multiscale_of(format, info, shard, Path(format), labels=labels, levels=levels)
+        return sum((_level(image, level) for level in image.levels), Size(STAMP_BYTES + FILE_BYTES, 3))
     if format == "png":
         rows = info.extent[0] * info.extent[1]
         nbytes = _packed(math.prod(info.shape) * info.dtype.itemsize, info.extent[0])
@@ -88,12 +88,10 @@ def _tiff_bytes(info: VolumeInfo) -> int:
     return _packed(sections * plane, sections * parts) + sections * FILE_BYTES + STAMP_BYTES
 
 
-def _level(image: Multiscale, number: int, shard: Vec3) -> Size:
+def _level(image: Multiscale, level: Level) -> Size:
     """One level of a pyramid with its metadata."""
-    level = image.levels[number]
-    if isinstance(image, StoreLevels):
-        unit = shard if number == 0 else image.shard(level)
-        return _sharded(image.info, level.extent, unit) + Size(FILE_BYTES, 1)
+    if isinstance(image, Zarr3Levels):
+        return _sharded(image.info, level.extent, image.shard(level)) + Size(FILE_BYTES, 1)
     if isinstance(image, Zarr2Levels | N5Levels):
         chunk = image.chunk(level)
         files = _cells(level.extent, chunk)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,11 +15,12 @@ import tensorstore as ts
 from connectomics.errors import OutputError, VolumeError
 from connectomics.geometry import Box, Vec3, vec3
 from connectomics.io.levels import Level
+from connectomics.io.shards import ShardWriter
 from connectomics.io.source import READ_ERRORS, reason
 from connectomics.io.volume import Array
 
 UNIT_BYTES = 32 << 20
-"""Uncompressed size of what is written at once, a shard where the format has them."""
+"""Uncompressed size of what is written at once, a shard where the format has them; OME-Zarr 0.5 has larger ones."""
 CHUNK_BYTES = 16 << 20
 """Uncompressed size of a chunk where the format has no shards and each chunk is a file."""
 STAMP_FILE = "connectomics.json"
@@ -35,11 +37,16 @@ class LevelArray:
         TensorStore handle with axes (c, z, y, x) or (z, y, x).
     unit_shape
         (z, y, x) that is written at once, whole chunks and shards; None for those of the storage.
+    shards
+        Writes units part by part; None where TensorStore is given whole ones.
     """
 
-    def __init__(self, path: Path, stored: Any, unit_shape: Vec3 | None = None) -> None:
+    def __init__(
+        self, path: Path, stored: Any, unit_shape: Vec3 | None = None, shards: ShardWriter | None = None
+    ) -> None:
         self._path = path
         self._stored = stored
+        self._shards = shards
         self._unit = unit_shape or vec3(stored.chunk_layout.write_chunk.shape[-3:])
 
     @property
@@ -65,6 +72,11 @@ class LevelArray:
         """(z, y, x) that is written at once; units at the far faces are clipped."""
         return self._unit
 
+    @property
+    def part_shape(self) -> Vec3:
+        """(z, y, x) of a unit that is held in memory at once, whole chunks."""
+        return self._unit if self._shards is None else self._shards.part_shape
+
     def read(self, box: Box) -> Array:
         """Voxels of ``box`` as a new (c, z, y, x) array; 0 where nothing was written.
 
@@ -82,8 +94,15 @@ class LevelArray:
             ) from error
         return np.ascontiguousarray(voxels.reshape(self.shape[0], *box.shape))
 
-    def write(self, box: Box, voxels: Array) -> None:
-        """Write whole units, (c, z, y, x); on return they are on the disk, each file whole.
+    def write(self, box: Box, parts: Iterable[tuple[Box, Array]]) -> None:
+        """Write a unit; on return it is on the disk, each file whole.
+
+        Parameters
+        ----------
+        box
+            The unit, clipped to the volume.
+        parts
+            Boxes of ``part_shape`` that fill it, with their voxels (c, z, y, x).
 
         Raises
         ------
@@ -91,9 +110,14 @@ class LevelArray:
             If the storage refuses.
         """
         try:
+            if self._shards is not None:
+                self._shards.write(box, parts)
+                return
             with ts.Transaction() as transaction:  # so that the chunks of a shard arrive together
-                target = self._stored.with_transaction(transaction)[self._index(box)]
-                target.write(voxels.reshape(target.shape)).result()
+                stored = self._stored.with_transaction(transaction)
+                for part, voxels in parts:
+                    target = stored[self._index(part)]
+                    target.write(voxels.reshape(target.shape)).result()
         except READ_ERRORS as error:
             raise OutputError(
                 f"cannot write voxels {box.start} to {box.stop} of {self._path}: {reason(error)}. Free disk space or "

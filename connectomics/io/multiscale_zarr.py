@@ -1,9 +1,10 @@
-"""OME-Zarr pyramids: 0.5 grown onto the working store, and 0.4 (Zarr v2) written anew."""
+"""OME-Zarr pyramids: 0.5, which is sharded Zarr v3, and 0.4, which is Zarr v2."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,18 @@ from connectomics.io.atomic import replacing, write_text
 from connectomics.io.levels import Level, grown
 from connectomics.io.multiscale import CHUNK_BYTES, UNIT_BYTES, LevelArray, open_driver
 from connectomics.io.ome import multiscale
-from connectomics.io.store import ATTRIBUTES, METADATA, STAMP, array_metadata, stamp_store
+from connectomics.io.shards import ShardWriter
+from connectomics.io.store import ATTRIBUTES, METADATA, array_metadata, group_metadata
 from connectomics.io.volume import VolumeInfo
+
+STAMP = "stamp"
+BLOCKS_A_SHARD = 4
+"""Blocks that a shard covers at least, so that all levels together are fewer files than blocks."""
 
 
 @dataclass(frozen=True, slots=True)
-class StoreLevels:
-    """OME-Zarr 0.5: the working store is level 0, further sharded arrays are made beside it.
+class Zarr3Levels:
+    """OME-Zarr 0.5: sharded arrays, whose shards are whole blocks of the run, however large these are.
 
     Parameters
     ----------
@@ -26,39 +32,58 @@ class StoreLevels:
         Level 0.
     levels
         From level 0 on.
+    block_shape
+        (z, y, x) of the run's blocks.
     unit_bytes
-        Uncompressed size of a shard.
+        Uncompressed size of a shard, more where blocks are large.
     """
 
     info: VolumeInfo
     levels: tuple[Level, ...]
+    block_shape: Vec3
     unit_bytes: int = UNIT_BYTES
 
     def exists(self, folder: Path) -> bool:
-        """Whether all levels but the store's own have their metadata."""
-        return all((folder / str(k) / METADATA).exists() for k in range(1, len(self.levels)))
+        """Whether the folder is there, being made whole."""
+        return folder.is_dir()
 
     def create(self, folder: Path) -> None:
-        """Make the arrays of all levels but the store's own."""
-        for k, level in enumerate(self.levels[1:], 1):
-            info = _of_level(self.info, level)
-            shard = self.shard(level)
-            with replacing(folder / str(k)) as temporary:
-                temporary.mkdir()
-                (temporary / METADATA).write_text(json.dumps(array_metadata(info, shard), indent=2))
+        """Make the arrays; the group has no metadata before it is stamped."""
+        with replacing(folder) as temporary:
+            for k, level in enumerate(self.levels):
+                (temporary / str(k)).mkdir(parents=True)
+                metadata = array_metadata(_of_level(self.info, level), self.shard(level))
+                (temporary / str(k) / METADATA).write_text(json.dumps(metadata, indent=2))
 
     def open(self, folder: Path, level: int) -> LevelArray:
-        """A level, for reading and writing."""
-        return LevelArray(folder, open_driver("zarr3", folder / str(level)))
+        """A level, for reading and writing; chunks of zeros are left out."""
+        place, info = folder / str(level), _of_level(self.info, self.levels[level])
+        shards = ShardWriter(place, info, self.shard(self.levels[level]))
+        return LevelArray(folder, open_driver("zarr3", place), shards=shards)
 
     def stamp(self, folder: Path, stamp: dict[str, object], name: str) -> None:
-        """Name the levels and the image, and keep the stamp."""
-        stamp_store(folder, stamp, name, self.levels)
+        """Write the group's metadata, which name the levels and the image and keep the stamp."""
+        metadata = group_metadata(name, self.info, self.levels, {STAMP: stamp})
+        write_text(folder / METADATA, json.dumps(metadata, indent=2, allow_nan=False))
 
     def shard(self, level: Level) -> Vec3:
-        """Shape (z, y, x) of the shards of a level but the store's own."""
+        """Shape (z, y, x) of the shards of a level: whole blocks, so many of them as are large enough together."""
         info = _of_level(self.info, level)
-        return grown(info.chunk_shape, info.extent, _voxel_bytes(info), self.unit_bytes)
+        block = self._block(info)
+        limit = max(self.unit_bytes, BLOCKS_A_SHARD * math.prod(self._block(self.info)) * _voxel_bytes(info))
+        counts = vec3([-(-n // b) for n, b in zip(info.extent, block, strict=True)])
+        blocks = grown((1, 1, 1), counts, math.prod(block) * _voxel_bytes(info), limit)
+        return vec3([min(m, n) * b for m, n, b in zip(blocks, counts, block, strict=True)])
+
+    def _block(self, info: VolumeInfo) -> Vec3:
+        """The run's block within an extent, in whole chunks."""
+        lengths = zip(self.block_shape, info.extent, info.chunk_shape, strict=True)
+        return vec3([-(-min(b, n) // c) * c for b, n, c in lengths])
+
+
+def stamp_of_zarr3(folder: Path) -> object:
+    """What ``Zarr3Levels.stamp`` kept; errors are those of reading files and JSON."""
+    return json.loads((folder / METADATA).read_text())["attributes"][ATTRIBUTES][STAMP]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 from connectomics.errors import OutputError, VolumeError
 from connectomics.fingerprint import sha256_of_file
 from connectomics.geometry import Box, Vec3, vec3
-from connectomics.io.atomic import replacing, write_text
+from connectomics.io.atomic import replacing
 from connectomics.io.levels import Level
 from connectomics.io.ome import multiscale
 from connectomics.io.source import READ_ERRORS, Source, reason
@@ -25,7 +25,6 @@ from connectomics.io.zarr_volume import open_array, open_zarr
 
 ARRAY = "0"
 ATTRIBUTES = "connectomics"
-STAMP = "stamp"
 METADATA = "zarr.json"
 
 
@@ -168,7 +167,7 @@ def create_store(path: Path, info: VolumeInfo, *, shard_shape: Vec3, attributes:
         with replacing(path) as temporary:
             (temporary / ARRAY).mkdir(parents=True)
             (temporary / METADATA).write_text(
-                json.dumps(_group(path.stem, info, [Level(info.extent)], attributes), indent=2, allow_nan=False)
+                json.dumps(group_metadata(path.stem, info, [Level(info.extent)], attributes), indent=2, allow_nan=False)
             )
             (temporary / ARRAY / METADATA).write_text(json.dumps(array_metadata(info, shard_shape), indent=2))
     except OSError as error:
@@ -202,26 +201,10 @@ def discard_locks(path: Path) -> None:
         lock.unlink(missing_ok=True)
 
 
-def stamp_store(path: Path, stamp: dict[str, object], name: str, levels: Sequence[Level]) -> None:
-    """Keep ``stamp`` with the store at ``path``, call its image ``name`` and name its levels, whole or not at all.
-
-    Raises
-    ------
-    OSError
-        If the metadata cannot be read or written.
-    """
-    reader = open_zarr(Source(str(path), path, ARRAY))
-    attributes = json.loads((path / METADATA).read_text())["attributes"][ATTRIBUTES] | {STAMP: stamp}
-    write_text(path / METADATA, json.dumps(_group(name, reader.info, levels, attributes), indent=2, allow_nan=False))
-    reader.close()
-
-
-def stamp_of_store(path: Path) -> object:
-    """What ``stamp_store`` kept; errors are those of reading files and JSON."""
-    return json.loads((path / METADATA).read_text())["attributes"][ATTRIBUTES][STAMP]
-
-
-def _group(name: str, info: VolumeInfo, levels: Sequence[Level], attributes: dict[str, object]) -> dict[str, object]:
+def group_metadata(
+    name: str, info: VolumeInfo, levels: Sequence[Level], attributes: dict[str, object]
+) -> dict[str, object]:
+    """``zarr.json`` of an OME-Zarr 0.5 group with an image's levels, and what this program keeps with it."""
     ome = {"version": "0.5", "multiscales": [multiscale(name, info, levels)]}
     return {"zarr_format": 3, "node_type": "group", "attributes": {"ome": ome, ATTRIBUTES: attributes}}
 

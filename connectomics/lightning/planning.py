@@ -199,7 +199,7 @@ def _written_everywhere(job: VolumeJob) -> bool:
 
 
 def _sizes(engine: Engine, job: VolumeJob, cut: Cut) -> tuple[tuple[PlannedOutput, ...], Size]:
-    """Final outputs, and working stores, of which that of a zarr output becomes it."""
+    """Final outputs, and the working stores, which are gone when these are complete."""
     outputs, scratch = [], Size(0, 0)
     for output in job.outputs:
         info, labels = info_of(job, output.name, job.plan), output.name != PROBABILITIES
@@ -207,8 +207,7 @@ def _sizes(engine: Engine, job: VolumeJob, cut: Cut) -> tuple[tuple[PlannedOutpu
         for form, path in output.paths(engine.settings.folder).items():
             size = largest_size(info, form, cut.block_shape, labels=labels, levels=levels)
             outputs.append(PlannedOutput(path, form, size))
-        if "zarr" not in output.formats:
-            scratch += store_size(info, cut.block_shape)
+        scratch += store_size(info, cut.block_shape)
     return tuple(outputs), scratch
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from connectomics.errors import OutputError
 from connectomics.io.export import FORMATS, export_path, read_stamp
+from connectomics.pipeline.run_folder import PROVENANCE
 
 
 def reproduce(output: Path) -> str:
@@ -24,7 +25,7 @@ def reproduce(output: Path) -> str:
         If it carries no stamp, or its RUN folder is gone or tells of another result.
     """
     stamp, stem = _stamp_of(output)
-    record = output.parent / f"{stem.removesuffix('_probabilities')}.run" / "provenance.json"
+    record = output.parent / f"{stem.removesuffix('_probabilities')}.run" / PROVENANCE
     try:
         provenance = json.loads(record.read_text())
         command, keys = [str(word) for word in provenance["command"]], provenance["result_keys"].values()

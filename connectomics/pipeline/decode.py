@@ -39,7 +39,7 @@ from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.pieces import Read
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.retry import PAUSES_S, PatientReader, retried
-from connectomics.pipeline.run_folder import HOUSE, WORKERS
+from connectomics.pipeline.run_folder import HOUSE, PROVENANCE, WORKERS
 from connectomics.pipeline.workshop import PLAN, Scene, Step, Workshop, kept_plan
 
 HERE = "decoder"  # the lease of each process that still needs what unfinished work has left
@@ -219,7 +219,7 @@ def _finish(job: DecodeJob, scene: Scene, run_key: str, folder: Path, run: RunSt
         for form in job.output.missing(folder):
             unseal(job.run_folder, job.output.paths(folder)[form])
         record = stamp | {"result_keys": {job.output.name: job.output.result_key}, "command": list(job.command)}
-        write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
+        write_text(job.run_folder / PROVENANCE, json.dumps(record, indent=1) + "\n")
         export_output(scene.volume, job.output, folder, stamp, job.work, run)
     scene.volume.close()
     seal(job.run_folder, job.paths(folder))

@@ -84,9 +84,8 @@ class Output:
         return {f: export_path(folder, self.stem, f) for f in self.formats}
 
     def missing(self, folder: Path) -> tuple[str, ...]:
-        """Formats that are not there with this result key, the consuming one (zarr) last."""
-        wanted = [f for f, path in self.paths(folder).items() if _key_at(path, f) != self.result_key]
-        return tuple(sorted(wanted, key=lambda f: f == "zarr"))
+        """Formats that are not there with this result key."""
+        return tuple(f for f, path in self.paths(folder).items() if _key_at(path, f) != self.result_key)
 
     def taken(self, folder: Path) -> list[Path]:
         """Final names that exist with another result key, or none that can be read."""
@@ -139,7 +138,7 @@ def export_output(
     Parameters
     ----------
     store
-        The complete working store; a zarr output is made of it, so it is gone then.
+        The complete working store.
     folder
         Of the final outputs.
     stamp
@@ -169,13 +168,10 @@ def _export_pyramid(
 ) -> None:
     """Build a chunked output in the work folder, stamp it and move it to its final name."""
     labels, most = output.name != PROBABILITIES, None if output.pyramid else 1
-    image = multiscale_of(form, store.info, path, labels=labels, levels=most)
-    itself = form == "zarr"
-    place = store.path if itself else work / f"{output.name}.{form}"
-    pyramid = Pyramid(f"{output.name}.{form}", image, place, 1 if itself else 0, labels)
+    image = multiscale_of(form, store.info, store.shard_shape, path, labels=labels, levels=most)
+    place = work / f"{output.name}.final.{form}"
+    pyramid = Pyramid(f"{output.name}.{form}", image, place, labels)
     fill_pyramid(pyramid, store, work, run, output.result_key)
-    if itself:
-        store.close()
     try:
         image.stamp(place, stamp, output.stem)
         put_in_place(place, path)

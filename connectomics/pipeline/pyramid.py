@@ -1,7 +1,7 @@
 """Chunked final outputs: each level of a pyramid is a task of its own, block by block under a ledger of its own.
 
-``finish`` calls ``export_pyramid``. A level is made from the one before, so memory holds a block whatever the volume,
-and a killed run goes on with the block it was at.
+``finish`` calls ``fill_pyramid``. A level is made from the one before, so memory holds part of a block whatever the
+volume, and a killed run goes on with the block it was at.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +23,7 @@ from connectomics.decode.downsample import mean, mode
 from connectomics.errors import OutputError, QuarantineError, VolumeError
 from connectomics.fingerprint import key_of
 from connectomics.geometry import Block, BlockGrid, Box, Vec3, vec3
-from connectomics.io.atomic import discard
+from connectomics.io.atomic import TEMPORARY, discard
 from connectomics.io.levels import Level, grown
 from connectomics.io.multiscale import LevelArray, Multiscale
 from connectomics.io.source import reason
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 PIECE_BYTES = 8 << 20
 """What is read at once of the level before, at least one chunk."""
 CHECKED_BLOCKS = 16  # recorded blocks of a level that are read again on resume
+LEFT_BEHIND = ("*.__lock", f".*{TEMPORARY}")  # by killed writers: locks of TensorStore's and unfinished files
 
 
 class Readable(Protocol):
@@ -48,7 +50,7 @@ class Readable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LevelTask:
-    """Copies or downsamples one level from the one before; a block is a unit of its storage.
+    """Copies or downsamples one level from the one before; a block is a unit of its storage, made part by part.
 
     Parameters
     ----------
@@ -89,27 +91,43 @@ class LevelTask:
         OutputError
             If the disk refuses or gives other voxels.
         """
-        began = time.perf_counter()
-        voxels = np.empty((self.target.shape[0], *block.core.shape), self.target.dtype)
-        for piece in BlockGrid(block.core.shape, self.piece):
-            box = piece.core.shift(block.core.start)
-            voxels[(slice(None), *piece.core.slices)] = self._made(box)
-        self.target.write(block.core, voxels)
-        if self.target.read(block.core).tobytes() != voxels.tobytes():
+        began, written = time.perf_counter(), sha256()
+
+        def parts() -> Iterator[tuple[Box, Array]]:
+            for box in _cut(block.core, self.target.part_shape):
+                voxels = self._voxels(box)
+                written.update(voxels.data)
+                yield box, voxels
+
+        self.target.write(block.core, parts())
+        if self._read_back(block.core) != written.hexdigest():
             raise OutputError(
                 f"{self.name} reads back with other voxels in {block.core.start} to {block.core.stop} than were "
                 "written; check the disk and run again, finished blocks are kept."
             )
-        return BlockRecord(block.key, {self.name: sha256(voxels.tobytes()).hexdigest()}, 0, time.perf_counter() - began)
+        return BlockRecord(block.key, {self.name: written.hexdigest()}, 0, time.perf_counter() - began)
 
     def whole(self, record: BlockRecord) -> bool:
         """Whether the voxels on disk are those of the record."""
         z, y, x = (int(index) for index in record.block.split("-"))
         try:
-            voxels = self.target.read(self.grid.block((z, y, x)).core)
+            return self._read_back(self.grid.block((z, y, x)).core) == record.checksums.get(self.name)
         except VolumeError:
             return False
-        return sha256(voxels.tobytes()).hexdigest() == record.checksums.get(self.name)
+
+    def _read_back(self, core: Box) -> str:
+        """sha256 of a block's voxels on disk, part by part."""
+        read = sha256()
+        for box in _cut(core, self.target.part_shape):
+            read.update(self.target.read(box).data)
+        return read.hexdigest()
+
+    def _voxels(self, box: Box) -> Array:
+        """The voxels (c, z, y, x) of a part, made piece by piece."""
+        voxels = np.empty((self.target.shape[0], *box.shape), self.target.dtype)
+        for piece in BlockGrid(box.shape, self.piece):
+            voxels[(slice(None), *piece.core.slices)] = self._made(piece.core.shift(box.start))
+        return voxels
 
     def _made(self, box: Box) -> Array:
         """The voxels of a box; windows that the volume's faces cut are filled by repeating the face.
@@ -130,6 +148,10 @@ class LevelTask:
         return (mode if self.labels else mean)(padded, step)
 
 
+def _cut(box: Box, shape: Vec3) -> Iterator[Box]:
+    return (part.core.shift(box.start) for part in BlockGrid(box.shape, shape))
+
+
 @dataclass(frozen=True, slots=True)
 class Pyramid:
     """A chunked output that is being made.
@@ -142,8 +164,6 @@ class Pyramid:
         Its format and levels.
     place
         Where it is built.
-    first
-        First level to be made: 1 where the working store itself is level 0.
     labels
         Whether it is a segmentation.
     """
@@ -151,7 +171,6 @@ class Pyramid:
     name: str
     image: Multiscale
     place: Path
-    first: int
     labels: bool
 
 
@@ -205,8 +224,9 @@ def _prepare(pyramid: Pyramid, work: Path, *, anew: bool) -> None:
         if anew:
             discard_ledgers(pyramid, work)
             pyramid.image.create(pyramid.place)
-        for lock in pyramid.place.rglob("*.__lock"):  # of killed writers; a longer one would leave its tail in a file
-            lock.unlink()
+        for pattern in LEFT_BEHIND:
+            for file in pyramid.place.rglob(pattern):
+                file.unlink()
     except OSError as error:
         raise OutputError(
             f"cannot make {pyramid.place}: {reason(error)}. Free disk space or mend the permission, then run again."
@@ -215,11 +235,11 @@ def _prepare(pyramid: Pyramid, work: Path, *, anew: bool) -> None:
 
 def _tasks(pyramid: Pyramid, source: Store) -> dict[int, LevelTask]:
     """By level, in the order in which they are to be done; pieces are such that each chunk is read once."""
-    levels, tasks = pyramid.image.levels, {}
+    tasks: dict[int, LevelTask] = {}
     before: Readable = source
     chunk, extent = source.info.chunk_shape, source.info.extent
-    for k in range(pyramid.first, len(levels)):
-        level, target = levels[k], pyramid.image.open(pyramid.place, k)
+    for k, level in enumerate(pyramid.image.levels):
+        target = pyramid.image.open(pyramid.place, k)
         least = vec3([-(-c // s) for c, s in zip(chunk, level.step, strict=True)])
         read_bytes = target.shape[0] * target.dtype.itemsize * math.prod(level.step)
         piece = grown(least, level.extent, read_bytes, PIECE_BYTES)

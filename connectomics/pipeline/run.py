@@ -41,7 +41,7 @@ from connectomics.pipeline.ledger import HEADER, Ledger, plan_of, read_header
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter, Surveyed
 from connectomics.pipeline.retry import PAUSES_S, PatientReader
-from connectomics.pipeline.run_folder import AGREEMENT, FILTERED, HOUSE, LEDGER, SURVEY, WORKERS
+from connectomics.pipeline.run_folder import AGREEMENT, FILTERED, HOUSE, LEDGER, PROVENANCE, SURVEY, WORKERS
 from connectomics.pipeline.survey import load_survey, save_survey
 from connectomics.pipeline.wanted import Wanted
 from connectomics.pipeline.workshop import BLOCK_VOXELS, VOXEL_BYTES, Room
@@ -222,7 +222,7 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, room: Ro
         stamp |= {"agreement": asdict(prepared.agreement) | {"share": prepared.agreement.share}}
     if pending:
         record = stamp | {"result_keys": _result_keys(job), "command": list(job.command)}
-        write_text(job.run_folder / "provenance.json", json.dumps(record, indent=1) + "\n")
+        write_text(job.run_folder / PROVENANCE, json.dumps(record, indent=1) + "\n")
     for output in pending:
         _export(prepared, job, output, settings, stamp, room)
     seal(job.run_folder, (p for o in job.outputs for p in o.paths(settings.folder).values()))

@@ -15,6 +15,7 @@ AGREEMENT = "agreement.json"  # of fast with exact
 FILTERED = "filtered.zarr"
 CHECKSUMS = "checksums"  # of final outputs
 LOG = "run.log"
+PROVENANCE = "provenance.json"  # of the outputs that were made last
 HOUSE = "house"  # the lease on what one process alone does: survey, stores, filters, exports, tidying
 
 

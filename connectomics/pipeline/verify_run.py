@@ -12,10 +12,9 @@ from pathlib import Path
 
 from connectomics.io.atomic import discard
 from connectomics.io.digests import SUFFIX, digests, is_intact
-from connectomics.io.export import read_stamp
 from connectomics.pipeline.blocks import is_kept
 from connectomics.pipeline.lease import Worker
-from connectomics.pipeline.ledger import Ledger, read_header
+from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.mask import MASK
 from connectomics.pipeline.predict import LABELS, PROBABILITIES
 from connectomics.pipeline.run_folder import (
@@ -28,6 +27,7 @@ from connectomics.pipeline.run_folder import (
     stage_of,
     work_folders,
 )
+from connectomics.pipeline.salvage import salvage
 
 SHOWN = 10
 
@@ -120,51 +120,21 @@ def _verify_output(run: Path, works: list[Path], record: Path, sample: int | Non
     output = run.parent / name
     count = sum(1 for _ in digests(record))
     stride = 1 if sample is None else max(1, count // sample)
-    read, damaged = 0, {}
+    read, damaged = 0, list[str]()
     for file, checksum in islice(digests(record), 0, None, stride):
         read += 1
         if not is_intact(run.parent, file, checksum):
-            damaged[file] = checksum
+            damaged.append(file)
     mend = ""
     if damaged and not output.exists():
         mend = "it is not there; the next run makes it again"
-    elif damaged and output.is_dir() and _reopened(output, works, damaged):
-        mend = f"it was moved back into {run.name}; the next run mends these blocks"
-        record.unlink()
     elif damaged:
+        lost = salvage(output, run, works)
         aside = output.with_name(output.name + ".damaged")
         discard(aside)
         output.rename(aside)
         record.unlink()
         mend = f"it was renamed {aside.name}; the next run makes it again"
+        if lost is not None:
+            mend += f", computing {lost} of its blocks; all others were kept in {run.name}"
     return Finding(f"{name}, files", read, tuple(damaged), mend)
-
-
-def _reopened(output: Path, works: list[Path], damaged: dict[str, str]) -> bool:
-    """Make a Zarr output a working store again and undo its damaged blocks; False where blocks alone cannot mend it."""
-    stamp = read_stamp(output, "zarr")
-    if stamp is None or stamp.get("filtered") is not False:
-        return False  # the ledger tells of blocks before they were filtered
-    for work in works:
-        for folder in ledger_folders(work):
-            if read_header(folder)["run_key"] != stamp.get("run_key"):
-                continue
-            ledger = Ledger.existing(folder)
-            try:
-                wanted, store = {}, ""
-                for name, record in ledger.named_records():
-                    for path, checksum in record.checksums.items():
-                        file = output.name + path[path.index("/") :]
-                        if damaged.get(file) == checksum:
-                            wanted[file] = (name, record.block)
-                            store = path.partition("/")[0]
-                if set(wanted) != set(damaged):
-                    continue  # of another stage
-                with Worker(work / WORKERS) as worker, worker.alone(HOUSE):
-                    for name, block in wanted.values():
-                        ledger.void(name, block)
-                    output.rename(work / store)
-                return True
-            finally:
-                ledger.close()
-    return False

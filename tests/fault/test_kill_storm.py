@@ -44,6 +44,8 @@ STAGES = {  # text in the paths of a stage's file operations, and how many kills
     "png": ("_png", 1),
     "zarr": ("zarr.json", 1),
     "arrays": (".zarr/", 1),
+    "shards": (".final.zarr/0/c/", 1),
+    "zarr in place": (".final.zarr", 1),
     "levels": (".n5.0/", 1),
     "zarr2": (".zarr2", 1),
     "zarr2 in place": (".v2.zarr", 1),

@@ -107,20 +107,33 @@ def test_a_damaged_result_is_set_aside_and_made_again(
     assert checked(folder, capsys)[0] == 0
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("result", ["v_labels", "v_labels_probabilities"])
+@pytest.mark.parametrize(
+    ("file", "damage", "lost"),
+    [("0/c/0/0/0", damage, lost) for damage, lost in zip(DAMAGES, (1, BLOCKS, BLOCKS), strict=True)]
+    + [("1/c/0/0/0", flip_a_byte, 0), ("zarr.json", flip_a_byte, BLOCKS)],
+)
 def test_of_a_damaged_zarr_result_only_the_damaged_blocks_are_computed_again(
-    folder: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+    folder: Path, result: str, file: str, damage: Callable[[Path], None], lost: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(folder, job(folder, "h5", "zarr"))
+    """One file holds all blocks here: of its bytes one lies in one block, and coarser levels are made of finer ones."""
+
+    def wanted() -> VolumeJob:
+        made = job_in(folder, probabilities=True)
+        return replace(made, outputs=tuple(replace(output, formats=("h5", "zarr")) for output in made.outputs))
+
+    run(folder, wanted())
     reference = finals(folder)
-    for index in ("0/0/1", "3/1/1"):
-        damage(folder / "v_labels.zarr" / "0" / "c" / index)
+    damage(folder / f"{result}.zarr" / file)
     code, out = checked(folder, capsys)
-    assert code == 3
-    assert "2 damaged" in out and "moved back into v_labels.run; the next run mends these blocks" in out
-    assert (folder / "v_labels.h5").exists()
-    again = job(folder, "h5", "zarr")
-    assert run(folder, again).done == len(cores(again)) == 2
+    assert (code, "1 damaged" in out) == (3, True)
+    assert f"it was renamed {result}.zarr.damaged; the next run makes it again" in out
+    kept = f"computing {lost} of its blocks; all others were kept in v_labels.run" in out
+    assert kept == (file != "zarr.json"), "nothing is known of a result without its stamp"
+    assert status_of(run_folder(folder)).stages[0].done == BLOCKS - lost * kept, "the others are undone in the ledger"
+    shutil.rmtree(folder / f"{result}.zarr.damaged")
+    again = wanted()
+    assert run(folder, again).done == len(cores(again)) == lost
     assert finals(folder) == reference
     assert checked(folder, capsys)[0] == 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from connectomics.io.atomic import discard, put_in_place, replacing, write_once, write_text
+from connectomics.io.atomic import discard, make_folder, put_in_place, replacing, write_once, write_text
 from connectomics.io.process import new_mark
 
 
@@ -133,6 +133,16 @@ def test_a_kill_between_the_two_renames_leaves_no_half_removed_folder(
     monkeypatch.undo()
     put_in_place(complete, path)
     assert [p.name for p in path.iterdir()] == ["new"]
+
+
+def test_folders_are_flushed_into_those_above_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr("connectomics.io.atomic.fsync_path", flushed.append)
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "c" / "d")
+    make_folder(tmp_path / "a" / "c")
+    assert (tmp_path / "a" / "b").is_dir() and (tmp_path / "a" / "c" / "d").is_dir()
+    assert flushed == [tmp_path / "a", tmp_path, tmp_path / "a" / "c", tmp_path / "a"]
 
 
 def test_of_several_first_texts_one_wins(tmp_path: Path) -> None:

@@ -80,3 +80,32 @@ def test_a_pyramid_that_is_not_wanted_is_not_counted() -> None:
     info = VolumeInfo((1, 8, 2048, 2048), np.dtype(np.uint8), (1, 512, 512), SIZE)
     whole, flat = (largest_size(info, "n5", (8, 2048, 2048), labels=True, levels=n) for n in (None, 1))
     assert 1.3 < (whole.nbytes - STAMP_BYTES) / (flat.nbytes - STAMP_BYTES) < 1.36  # 1 + 1/4 + 1/16 + …
+
+
+GUIDE = Path(__file__).parents[2] / "docs" / "nnunet_integration.md"
+COUNTS: dict[int, Vec3] = {1: (1, 1, 1), 12: (3, 2, 2), 100: (5, 5, 4), 10_000: (25, 20, 20)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "block", "chunk"),
+    [
+        ("a section of 512², 0.26 MB", (1, 512, 512), (1, 512, 512)),
+        ("a section of 2,048², 4 MB", (1, 2048, 2048), (1, 512, 512)),
+        ("a cube of 512³, 134 MB", (512, 512, 512), (64, 64, 64)),
+    ],
+)
+def test_the_guide_tells_how_many_files_there_are(kind: str, block: Vec3, chunk: Vec3) -> None:
+    table, rows = GUIDE.read_text(), []
+    for formats in (("zarr",), ("zarr2", "n5"), ("precomputed",), ("png",)):
+        (files,) = {tuple(files_of(form, block, chunk, blocks) for blocks in COUNTS) for form in formats}
+        rows.append(f"| {', '.join(formats)} | {' | '.join(f'{count:,}' for count in files)} |")
+        assert formats != ("zarr",) or (files[2] < 100 and files[3] < 3500)
+    assert f"| {kind} " + "\n| ".join(rows) + "\n" in table
+
+
+def files_of(form: str, block: Vec3, chunk: Vec3, blocks: int) -> int:
+    """At most, of so many blocks: sections one after the other, or a box of cubes."""
+    counts = (blocks, 1, 1) if block[0] == 1 else COUNTS[blocks]
+    z, y, x = (n * b for n, b in zip(counts, block, strict=True))
+    info = VolumeInfo((1, z, y, x), np.dtype(np.uint8), chunk, (40.0, 8.0, 8.0))
+    return largest_size(info, form, block, labels=True).files
