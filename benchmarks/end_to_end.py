@@ -220,6 +220,7 @@ def measure(contest: Contest, contenders: Sequence[str], place: Path, rounds: in
             images = contest.images if number >= 0 else contest.first
             words = command(name, contest, images, output, threads)
             measured = run(words, theirs if name == THEIRS else ours)
+            print(f"{contest.name}, round {number + 1}: {name} {measured.seconds:.1f} s", file=sys.stderr, flush=True)
             if number >= 0:
                 found[name].append(measured)
     reference = place / f"{contest.name}_{THEIRS}"
