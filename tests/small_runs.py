@@ -80,7 +80,7 @@ class NotNegative(Bright):
 class Shuffled:
     """An executor with an order of its own."""
 
-    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord | BlockFailure]:
+    def run(self, task: Task, blocks: Iterable[Block | None]) -> Iterator[BlockRecord | BlockFailure]:
         order = list(blocks)
         random.Random(3).shuffle(order)
         return SerialExecutor().run(task, order)
@@ -92,7 +92,7 @@ class Failing:
     def __init__(self, after: int) -> None:
         self._after = after
 
-    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord | BlockFailure]:
+    def run(self, task: Task, blocks: Iterable[Block | None]) -> Iterator[BlockRecord | BlockFailure]:
         for i, record in enumerate(SerialExecutor().run(task, blocks)):
             if i == self._after:
                 raise VolumeError("the disk is gone")

@@ -18,12 +18,12 @@ BEHIND_S = 5.0
 class OverlappingExecutor:
     """This process, in the order given, with a second thread that compresses, writes and flushes.
 
-    At most one block is being written. Its record comes out before the next one's writing begins, or, where the run is
-    stopped, before the error that stops it. Blocks that are slow or whose outputs are large are waited for, and so are
-    those of tasks of one step.
+    At most one block is being written. Its record comes out before the next one's writing begins, before other
+    processes are waited for, and, where the run is stopped, before the error that stops it. Blocks that are slow or
+    whose outputs are large are waited for, and so are those of tasks of one step.
     """
 
-    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord | BlockFailure]:
+    def run(self, task: Task, blocks: Iterable[Block | None]) -> Iterator[BlockRecord | BlockFailure]:
         """Process the blocks."""
         if not isinstance(task, TwoStepTask):
             yield from SerialExecutor().run(task, blocks)
@@ -32,10 +32,12 @@ class OverlappingExecutor:
         with ThreadPoolExecutor(1) as writer:
             try:
                 for block in blocks:
-                    computed, kept = _computed(task, block)
+                    computed, kept = (None, None) if block is None else _computed(task, block)
                     if behind is not None:
                         before, behind = behind, None
                         yield attempt(task, before[0], before[1].result)
+                    if block is None or kept is None:
+                        continue
                     if computed is not None:
                         kept = writer.submit(task.keep, computed)
                     if computed is None or computed.seconds > BEHIND_S or computed.size_bytes > BEHIND_BYTES:

@@ -12,7 +12,8 @@ from connectomics.pipeline.contracts import BlockFailure, BlockRecord, Task
 class SerialExecutor:
     """The plainest executor: this process, in the order given."""
 
-    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord | BlockFailure]:
+    def run(self, task: Task, blocks: Iterable[Block | None]) -> Iterator[BlockRecord | BlockFailure]:
         """Process the blocks one by one."""
         for block in blocks:
-            yield attempt(task, block)
+            if block is not None:
+                yield attempt(task, block)

@@ -205,8 +205,11 @@ def is_kept(work: Path, record: BlockRecord, stores: Collection[str], *, compare
     return True
 
 
-def _claimed(task: Task, ledger: Ledger, worker: Worker, failed: dict[str, BlockFailure]) -> Iterator[Block]:
-    """Blocks that nobody has done or has in hand, each leased; waits while others have all that are left."""
+def _claimed(task: Task, ledger: Ledger, worker: Worker, failed: dict[str, BlockFailure]) -> Iterator[Block | None]:
+    """Blocks that nobody has done or has in hand, each leased; waits while others have all that are left.
+
+    None comes before it waits: others may be waiting for what this process has in hand.
+    """
     for pause in pauses():
         taken = busy = False
         for block in ledger.unfinished():
@@ -224,6 +227,7 @@ def _claimed(task: Task, ledger: Ledger, worker: Worker, failed: dict[str, Block
             yield block
         if not busy:
             return
+        yield None
         if not taken:
             time.sleep(pause)
         ledger.refresh()

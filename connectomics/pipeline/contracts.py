@@ -85,10 +85,11 @@ class TwoStepTask(Task, Protocol):
 class Executor(Protocol):
     """Runs a task's blocks somewhere."""
 
-    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord | BlockFailure]:
-        """Give each block to ``blocks.attempt``; a record comes out as soon as its block is on disk.
+    def run(self, task: Task, blocks: Iterable[Block | None]) -> Iterator[BlockRecord | BlockFailure]:
+        """Give each block to ``blocks.attempt``; a record comes out when its block is on disk.
 
-        Blocks are drawn one by one when hands are free: the next one may wait for other processes.
+        Blocks are drawn one by one when hands are free. None stands where the next one waits for other processes, which
+        may be waiting for this one: what is in hand comes out before more is drawn.
         """
         ...
 

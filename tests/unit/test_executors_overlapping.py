@@ -114,6 +114,20 @@ def test_a_disk_that_is_full_ends_the_run() -> None:
     assert f"told {KEYS[2]}" not in told
 
 
+def test_nothing_is_in_hand_while_others_are_waited_for() -> None:
+    told: list[str] = []
+
+    def blocks() -> Iterator[Block | None]:
+        for number, block in enumerate(GRID):
+            yield block
+            yield None
+            assert told == KEYS[: number + 1]
+
+    for outcome in OverlappingExecutor().run(Recorded(), blocks()):
+        told.append(outcome.block)
+    assert told == KEYS
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 def test_what_was_written_is_told_before_the_run_stops(stop: type[BaseException]) -> None:
     def interrupted(block: Block) -> None:

@@ -243,8 +243,8 @@ class Failing:
         self.left = after
         self.done: list[tuple[str, str]] = []
 
-    def run(self, task: Task, blocks: Iterable[Block]) -> Iterator[BlockRecord]:
-        for block in reversed(list(blocks)):
+    def run(self, task: Task, blocks: Iterable[Block | None]) -> Iterator[BlockRecord]:
+        for block in reversed([block for block in blocks if block is not None]):
             if self.left == 0:
                 raise VolumeError("the disk is gone")
             self.left -= 1
