@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from connectomics.build.backends import threads
 from connectomics.build.cascade import check_previous_stage, first_stage_config, open_previous
 from connectomics.build.engine import Engine, versions
 from connectomics.build.models import load
@@ -26,6 +27,7 @@ from connectomics.io.listing import VolumeSource
 from connectomics.io.opening import open_volume
 from connectomics.io.volume import Array, VolumeReader
 from connectomics.lightning.inference import InferenceManager
+from connectomics.models.backends.contract import torch_threads
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.pipeline.survey import nonzero_box
 
@@ -84,6 +86,8 @@ class Reference:
         The loaded model.
     mirror
         Whether nnU-Net mirrors.
+    threads
+        CPU threads of its operations; with as many as ours its network gives the same bits.
 
     Raises
     ------
@@ -91,11 +95,12 @@ class Reference:
         If nnunetv2 cannot build the network the plans describe.
     """
 
-    def __init__(self, model: LoadedModel, *, mirror: bool) -> None:
+    def __init__(self, model: LoadedModel, *, mirror: bool, threads: int) -> None:
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
         from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
         from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+        self._threads = threads
         plans = PlansManager(dict(model.plans))
         configuration = plans.get_configuration(model.spec.configuration)
         labels = plans.get_label_manager(dict(model.dataset))
@@ -129,7 +134,7 @@ class Reference:
         ``previous`` are the labels (z, y, x) of the previous stage of a cascade.
         """
         stage = None if previous is None else previous[None].astype(np.float32)  # the type its readers give
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with torch_threads(self._threads), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             labels: Array = self._predictor.predict_single_npy_array(
                 image, {"spacing": list(spacing)}, stage, None, False
@@ -178,7 +183,7 @@ def verify(
     manager = InferenceManager(config, checkpoint)
     engine = manager.engine
     model = load(config, checkpoint)
-    reference = Reference(model, mirror=config.inference.test_time_augmentation.enabled)
+    reference = _reference(config, model)
     (source,) = named_sources([volume], engine.spec.channels)
     check_previous_stage(config, engine.specs, [source])
     reader = open_source(config, engine, source)
@@ -205,6 +210,10 @@ def verify(
     return result
 
 
+def _reference(config: Config, model: LoadedModel) -> Reference:
+    return Reference(model, mirror=config.inference.test_time_augmentation.enabled, threads=threads(config))
+
+
 def _require_comparable(config: Config) -> None:
     if config.inference.roi is not None or config.inference.mask is not None:
         raise ConfigError("inference.roi and inference.mask: verify compares whole samples; leave both null")
@@ -223,7 +232,7 @@ class _FirstStage:
         own = first_stage_config(config, engine.specs)
         if own is not None and engine.previous is not None:
             model = load(own, engine.previous.models[0].checkpoint)
-            self._reference = Reference(model, mirror=config.inference.test_time_augmentation.enabled)
+            self._reference = _reference(own, model)
             self._spacing = _spacing(own, engine.previous, reader)
         elif engine.spec.previous_stage is not None:
             self._labels = open_previous(config, source, reader)

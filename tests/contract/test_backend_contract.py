@@ -19,7 +19,7 @@ from torch import nn
 from connectomics.errors import ConfigError, DeviceError
 from connectomics.models.backends import openvino as openvino_backend
 from connectomics.models.backends.artefacts import Artefacts
-from connectomics.models.backends.contract import Backend
+from connectomics.models.backends.contract import Backend, torch_threads
 from connectomics.models.backends.cuda import CudaBackend, CudaGraphs, Recorded, in_half
 from connectomics.models.backends.openvino import OpenVinoBackend
 from connectomics.models.backends.torch_compile import CompiledBackend
@@ -61,7 +61,7 @@ class BackendContract:
     def test_logits_are_those_of_the_network(self, backend: Backend) -> None:
         batch = windows(4, backend.device)
         logits = backend.forward(batch)
-        with torch.no_grad():
+        with torch.no_grad(), torch_threads(backend.numeric_class.threads):
             expected = small_network().eval()(batch.cpu())
         assert logits.shape == (4, CLASSES, *PATCH)
         assert (logits.dtype, logits.device) == (torch.float32, backend.device)
