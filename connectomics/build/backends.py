@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from connectomics.build.budget import holds_batch
+from connectomics.build.budget import cpus, holds_batch
 from connectomics.build.profile import Profile, Trial, load_profile, profile_path
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError
@@ -26,8 +25,7 @@ REFERENCE = "torch"  # what fast is held against
 def threads(config: Config) -> int:
     """CPU threads of a forward pass: what is stated, else this process's CPUs, at most nnU-Net's own 8."""
     stated = config.system.inference.num_cpus or config.system.num_cpus
-    available = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return stated or min(NNUNET_THREADS, available)
+    return stated or min(NNUNET_THREADS, cpus())
 
 
 def device_name(config: Config) -> str:

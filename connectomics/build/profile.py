@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from connectomics.build.budget import cpus
 from connectomics.errors import OutputError
 from connectomics.fingerprint import key_of
 from connectomics.geometry import Vec3
@@ -122,8 +122,7 @@ def _surely_faster(trial: Trial, other: Trial) -> bool:
 
 def machine(device: str) -> dict[str, object]:
     """What of this machine decides speed: the processor's name, the CPUs of this process, the device."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"processor": _processor(), "cores": cores, "device": capability(select_device(device))}
+    return {"processor": _processor(), "cores": cpus(), "device": capability(select_device(device))}
 
 
 def _processor() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -28,31 +29,34 @@ class OverlappingExecutor:
         if not isinstance(task, TwoStepTask):
             yield from SerialExecutor().run(task, blocks)
             return
-        behind: tuple[Block, Future[BlockRecord]] | None = None
+        behind: deque[tuple[Block, Future[BlockRecord]]] = deque()  # one at most
         with ThreadPoolExecutor(1) as writer:
             try:
                 for block in blocks:
-                    computed, kept = (None, None) if block is None else _computed(task, block)
-                    if behind is not None:
-                        before, behind = behind, None
-                        yield attempt(task, before[0], before[1].result)
-                    if block is None or kept is None:
+                    if block is None:
+                        yield from _told(task, behind)
                         continue
+                    computed, kept = _computed(task, block)
+                    yield from _told(task, behind)
                     if computed is not None:
                         kept = writer.submit(task.keep, computed)
+                    behind.append((block, kept))
                     if computed is None or computed.seconds > BEHIND_S or computed.size_bytes > BEHIND_BYTES:
-                        yield attempt(task, block, kept.result)
-                    else:
-                        behind = block, kept
-                    del computed, kept  # with the block's outputs
+                        yield from _told(task, behind)
+                    del computed  # with the block's outputs
             except GeneratorExit:
                 raise
             except BaseException:
-                if behind is not None and behind[1].exception() is None:
-                    yield behind[1].result()
+                yield from (kept.result() for _, kept in behind if kept.exception() is None)
                 raise
-            if behind is not None:
-                yield attempt(task, behind[0], behind[1].result)
+            yield from _told(task, behind)
+
+
+def _told(task: Task, behind: deque[tuple[Block, Future[BlockRecord]]]) -> Iterator[BlockRecord | BlockFailure]:
+    """What became of the block behind, if there is one; waits for it."""
+    while behind:
+        block, kept = behind.popleft()
+        yield attempt(task, block, kept.result)
 
 
 def _computed(task: TwoStepTask, block: Block) -> tuple[Computed | None, Future[BlockRecord]]:

@@ -188,13 +188,11 @@ def verify(
     check_previous_stage(config, engine.specs, [source])
     reader = open_source(config, engine, source)
     first = _FirstStage(config, engine, source, reader)
-    existing = None if output is None else _opened(output, reader)
     boxes = _samples(reader, engine, samples, largest)
-    if existing is not None and any(scope == "crop" for scope, _ in boxes):
-        raise VolumeError(
-            f"{volume}: is larger than {largest} voxels, so only a crop could be compared, whose "
-            f"statistics are not those of {output}; raise --max-voxels, or verify without an output"
-        )
+    existing = None
+    if output is not None:
+        existing = _opened(output, reader)
+        _require_no_crop(boxes, volume, output, largest)
     found = []
     for scope, box in boxes:
         image = reader.read(box)
@@ -221,6 +219,14 @@ def _require_comparable(config: Config) -> None:
         raise ConfigError("inference.planes: nnU-Net runs a 2D model along xy only; verify with inference.planes=[xy]")
     if config.model.ensemble:
         raise ConfigError("model.ensemble: an ensemble is the mean of its models, so verify them one by one")
+
+
+def _require_no_crop(boxes: Sequence[tuple[str, Box]], volume: str, output: Path, largest: int) -> None:
+    if any(scope == "crop" for scope, _ in boxes):
+        raise VolumeError(
+            f"{volume}: is larger than {largest} voxels, so only a crop could be compared, whose "
+            f"statistics are not those of {output}; raise --max-voxels, or verify without an output"
+        )
 
 
 class _FirstStage:

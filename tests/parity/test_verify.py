@@ -8,7 +8,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from connectomics.cli import main
 
@@ -47,6 +49,25 @@ def test_an_untouched_model_passes(world: tuple[Path, Path, Path], tmp_path: Pat
         samples = certificate["samples"]
         assert [s["scope"] for s in samples] == ["case"] * 3  # type: ignore[attr-defined]
         assert {"connectomics", "nnunetv2", "torch"} <= set(certificate["versions"])  # type: ignore[call-overload]
+
+
+def test_both_networks_take_as_many_threads_as_are_stated(
+    world: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, volume, _ = world
+    seen, forward, before = set(), nn.Conv2d.forward, torch.get_num_threads()
+
+    def counted(self: nn.Conv2d, values: torch.Tensor) -> torch.Tensor:
+        seen.add(torch.get_num_threads())
+        return forward(self, values)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", counted)
+    torch.set_num_threads(3)
+    try:
+        assert verified(tmp_path, str(model), str(volume), "model.folds=[0]")[0] in (0, 3)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {1}
 
 
 def test_another_model_fails(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
