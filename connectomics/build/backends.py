@@ -14,12 +14,13 @@ from connectomics.errors import ConfigError
 from connectomics.geometry import Vec3
 from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.choice import AUTO, Chosen, Networks, Terms, choose, default_precision
+from connectomics.models.backends.contract import NumericClass
 from connectomics.models.backends.probe import largest_fitting, try_batch
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 
 NNUNET_THREADS = 8  # nnU-Net's own upper bound of threads in a forward pass
-REFERENCE = "torch"  # what fast is held against
+REFERENCES = {"openvino": "openvino"}  # what fast is held against where it is not PyTorch
 
 
 def threads(config: Config) -> int:
@@ -131,10 +132,13 @@ def trial_backends(config: Config, models: Sequence[LoadedModel], patches: Seque
     return choose(trial.backend, terms, _networks(models, patches), Artefacts(cache_folder(config)))
 
 
-def reference_backends(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> Chosen:
-    """As ``choose_backends``, in float32 by the reference backend: what fast is held against."""
-    terms = dataclasses.replace(_terms(config), precision="exact")
-    return choose(REFERENCE, terms, _networks(models, patches), Artefacts(None))
+def reference_backends(
+    config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], fast: NumericClass
+) -> Chosen:
+    """As ``choose_backends``, in float32: what a fast backend is held against."""
+    terms = Terms(device_name(config), "exact", fast.batch, fast.threads, frugal=True)
+    name = REFERENCES.get(kind_of(fast.as_dict()), "torch")
+    return choose(name, terms, _networks(models, patches), Artefacts(cache_folder(config)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -172,7 +176,7 @@ def fitting_backends(config: Config, models: Sequence[LoadedModel], patches: Seq
         chosen = choose_backends(tried, models, patches, trials)
         own = chosen.backends[0][0].numeric_class
         tried, fast = with_batch(config, own.batch), own.precision == "fast"
-        reference = reference_backends(tried, models, patches) if fast else None
+        reference = reference_backends(tried, models, patches, own) if fast else None
         for each in (chosen, reference):
             for model, patch, row in zip(models, patches, each.backends if each is not None else (), strict=False):
                 for backend in row:
@@ -196,7 +200,7 @@ def _terms(config: Config) -> Terms:
 
 def _networks(models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Networks]:
     return [
-        Networks(model.networks, model.spec.sha256, model.spec.input_channels, patch)
+        Networks(model.networks, model.spec.sha256, model.spec.input_channels, patch, model.networks.let_go)
         for model, patch in zip(models, patches, strict=True)
     ]
 

@@ -30,5 +30,5 @@ def cpus() -> int:
 
 def holds_batch(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], batch: int) -> bool:
     """Whether the networks' work on so many windows (z, y, x) takes at most ``BATCH_SHARE`` of the budget."""
-    need = max(window_bytes(model.networks[0], patch) for model, patch in zip(models, patches, strict=True))
+    need = max(window_bytes(model.skeleton, patch) for model, patch in zip(models, patches, strict=True))
     return batch * need <= memory_budget_bytes(config) * BATCH_SHARE

@@ -213,7 +213,7 @@ def _first_stage(config: Config, specs: Sequence[ModelSpec]) -> Engine | None:
 
 def _engine_model(config: Config, path: Path, model: LoadedModel) -> EngineModel:
     window = make_window(config, model.spec)
-    return EngineModel(path, model.spec, window, window_bytes(model.networks[0], window.patch))
+    return EngineModel(path, model.spec, window, window_bytes(model.skeleton, window.patch))
 
 
 def _members(config: Config, model: EngineModel, backends: tuple[Backend, ...], weight: float) -> tuple[Member, ...]:

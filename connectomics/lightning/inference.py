@@ -40,6 +40,7 @@ from connectomics.lightning.cascade import previous_labels
 from connectomics.lightning.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
 from connectomics.lightning.planning import Foresight
 from connectomics.lightning.resume import Continuation
+from connectomics.lightning.shared_sample import SharedSample
 from connectomics.pipeline.contracts import RunReport
 from connectomics.pipeline.finish import check_names, settle, work_folder
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter
@@ -141,7 +142,9 @@ class InferenceManager:
                 exact = segmenter_of(self._config, self.engine, spacing, first, exact=True)
                 contract = fast_contract(self._config, self.engine, exact, reader.info.extent)
                 if contract is not None:
-                    contract.require(contract.measure(segmenter, reader.read, surveyed, whole, seed=0), "the image")
+                    contract.require(
+                        contract.measure(segmenter, reader.read, surveyed, whole, 0, "the image"), "the image"
+                    )
                 self._held = True
             arrays, _ = segmenter.segment_wanted(reader.read, surveyed, whole, wanted)
         labels = self.engine.filters.apply(arrays[LABELS][0])
@@ -226,6 +229,7 @@ class VolumeProcessor:
             of the results refuses, volumes that are not finished are not begun any more.
         """
         check_previous_stage(self._config, self._engine.specs, sources)
+        sample = SharedSample(self._config, sources)
         finished = {s.name: paths for s in sources if (paths := self._finished(s)) is not None}
         self._observer.listed(len(sources), len(finished))
         outcomes: list[VolumeOutcome] = []
@@ -238,7 +242,7 @@ class VolumeProcessor:
             else:
                 self._observer.began(source.name)
                 folder = run_folder(self._config, source)
-                outcome = attempted(source.name, folder, functools.partial(self._process, source))
+                outcome = attempted(source.name, folder, functools.partial(self._process, source, sample))
             self._observer.ended(outcome)
             outcomes.append(outcome)
             refused = refused or outcome.storage
@@ -266,7 +270,7 @@ class VolumeProcessor:
         settle(folder, work_folder(folder, outputs, settings.program), paths)
         return paths
 
-    def _process(self, source: VolumeSource) -> tuple[tuple[Path, ...], RunReport]:
+    def _process(self, source: VolumeSource, sample: SharedSample) -> tuple[tuple[Path, ...], RunReport]:
         settings = self._engine.settings
         with contextlib.ExitStack() as opened:
             reader = open_source(self._config, self._engine, source)
@@ -280,7 +284,7 @@ class VolumeProcessor:
             previous = opened.enter_context(previous_labels(self._config, engine, source, reader, self._observer.block))
             job = job_of(self._config, engine, source, reader, previous, wanted)
             check_names(job.outputs, settings.folder, overwrite=self._config.inference.output.overwrite)
-            job = self._foresight.foreseen(engine, job)
+            job = self._foresight.foreseen(engine, sample.shared_by(engine, job))
             report = run_volume(job, engine.settings, OverlappingExecutor(), self._observer.block)
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report
 

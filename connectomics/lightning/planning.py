@@ -18,6 +18,7 @@ from connectomics.io.export_size import Size, largest_size, store_size
 from connectomics.io.listing import VolumeSource
 from connectomics.lightning.calibration import WindowTimes, measure_pace, measure_windows
 from connectomics.lightning.engines import Engines
+from connectomics.lightning.shared_sample import SharedSample
 from connectomics.pipeline.finish import work_folder
 from connectomics.pipeline.forecast import Forecast, Pace, PlannedOutput, duration
 from connectomics.pipeline.ledger import plan_of
@@ -84,7 +85,7 @@ def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]
     """
     forecasts: list[Forecast] = []
     refused: list[tuple[str, str]] = []
-    engines = Engines(config, engine)
+    engines, sample = Engines(config, engine), SharedSample(config, sources)
     paces: dict[int, Pace] = {}
     for source in sources:
         try:
@@ -95,7 +96,7 @@ def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]
                 if wanted is not None:
                     opened.callback(wanted.close)
                 suiting = engines.suiting(reader)
-                job = job_of(config, suiting, source, reader, None, wanted)
+                job = sample.shared_by(suiting, job_of(config, suiting, source, reader, None, wanted))
                 if id(suiting) not in paces:
                     paces[id(suiting)] = measure_pace(config, suiting, job, measure_windows(config, suiting))
                 forecasts.append(forecast(config, suiting, job, paces[id(suiting)]))
@@ -154,7 +155,7 @@ def forecast(config: Config, engine: Engine, job: VolumeJob, pace: Pace | None) 
     info, members = job.reader.info, job.segmenter.members
     cut = _cut(engine, job)
     windows = [count_windows(member, cut, info.channels) for member in members]
-    piece = None if job.contract is None else job.contract.piece
+    piece = None if job.contract is None or job.contract.shared is not None else job.contract.piece
     sampled = [0 if piece is None else count_sample_windows(m, cut, info.channels, piece) for m in members]
     passes = sum(n * m.window.passes * len(m.spec.folds) for n, m in zip(windows, engine.of_members, strict=True))
     whole = config.inference.sliding_window.engine == "monai"
@@ -216,6 +217,10 @@ def _not_counted(config: Config, engine: Engine, job: VolumeJob) -> tuple[str, .
     tests = [
         (bool(config.decoding), "the steps of decoding"),
         (engine.previous is not None, "the first stage of the cascade"),
+        (
+            job.contract is not None and job.contract.shared is not None,
+            "the sample of fast against exact, which small volumes share",
+        ),
         (
             job.wanted is not None and job.wanted.mask is not None,
             "what inference.mask leaves out: all is taken as wanted",

@@ -6,10 +6,10 @@ Called by the composition root, ``inspect`` and ``doctor``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -38,17 +38,53 @@ from connectomics.models.spec import ModelSpec
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
+class FoldNetworks(Sequence[nn.Module]):
+    """The networks of a model, one a fold; once let go they are loaded again when one is asked for.
+
+    Raises
+    ------
+    ModelError
+        By indexing, if the files have changed since.
+    """
+
+    def __init__(self, request: ModelRequest, sha256: str, networks: tuple[nn.Module, ...]) -> None:
+        self._request, self._sha256, self._count = request, sha256, len(networks)
+        self._held: tuple[nn.Module, ...] | None = networks
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[nn.Module]: ...
+
+    def __getitem__(self, index: int | slice) -> nn.Module | Sequence[nn.Module]:
+        if self._held is None:
+            again = load_model(self._request)
+            if again.spec.sha256 != self._sha256:
+                raise ModelError(f"{self._request.path}: the model's files changed while it was loaded; run again")
+            self._held = tuple(again.networks)
+        return self._held[index]
+
+    def let_go(self) -> None:
+        """Hold no weights, so that what has a copy of its own need not share the memory with them."""
+        self._held = None
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready for a backend: what it is, and one network a fold.
 
     The networks are on the CPU in eval mode; they take float32 [n, c, z, y, x] (z = 1 for 2D models) and give
-    logits float32 [n, k, z, y, x]. An ensemble's logits are averaged by the caller. ``plans`` and ``dataset`` are the
-    JSON values it was built from.
+    logits float32 [n, k, z, y, x]. An ensemble's logits are averaged by the caller. ``skeleton`` is such a network
+    without weights, on PyTorch's device "meta"; ``plans`` and ``dataset`` are the JSON values it was built from.
     """
 
     spec: ModelSpec
-    networks: tuple[nn.Module, ...]
+    skeleton: nn.Module
+    networks: FoldNetworks
     plans: Mapping[str, Any]
     dataset: Mapping[str, Any]
 
@@ -78,7 +114,8 @@ def load_model(request: ModelRequest) -> LoadedModel:
     with unpacked(request) as there:
         model = read_model(there)
         networks = tuple(_with_weights(model.skeleton, member) for member in model.members)
-        return LoadedModel(model.spec, networks, model.plans.values, model.dataset.values)
+        kept = FoldNetworks(request, model.spec.sha256, networks)
+        return LoadedModel(model.spec, model.skeleton, kept, model.plans.values, model.dataset.values)
 
 
 def read_spec(model: ModelRequest | Path) -> ModelSpec:

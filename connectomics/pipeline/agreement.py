@@ -1,6 +1,7 @@
 """Fast against exact, measured on the user's own volume before the first block of a run.
 
-``run_volume`` measures once a run and keeps the result in the work folder; ``InferenceManager`` does so on arrays.
+``run_volume`` measures once a run and keeps the result in the work folder; ``InferenceManager`` does so on arrays. Many
+small volumes of one call share a sample, which ``lightning.shared_sample`` takes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import logging
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -30,11 +31,18 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How many labels of a sample differ between fast and exact; ``boxes`` says where it was taken, (start, stop)."""
+    """How many labels of a sample differ between fast and exact.
+
+    ``boxes`` says where it was taken: name of the volume, start, stop.
+    """
 
     voxels: int
     differ: int
-    boxes: tuple[tuple[Vec3, Vec3], ...]
+    boxes: tuple[tuple[str, Vec3, Vec3], ...]
+
+    def __add__(self, other: Agreement) -> Agreement:
+        """Both samples together."""
+        return Agreement(self.voxels + other.voxels, self.differ + other.differ, self.boxes + other.boxes)
 
     @property
     def share(self) -> float:
@@ -58,13 +66,25 @@ class FastContract:
         Largest share of labels that may differ.
     piece
         Shape (z, y, x) of the pieces of the sample, at most; what computes a block computes such a piece, too.
+    shared
+        Takes the sample that this volume shares with others; None where it has its own.
     """
 
     exact: Segmenter
     most: float
     piece: Vec3
+    shared: Callable[[], Agreement] | None = None
 
-    def measure(self, fast: Segmenter, read: ReadBox, surveyed: Surveyed, wanted: Box, seed: int) -> Agreement:
+    def measure(
+        self,
+        fast: Segmenter,
+        read: ReadBox,
+        surveyed: Surveyed,
+        wanted: Box,
+        seed: int,
+        name: str,
+        voxels: int = SAMPLED_VOXELS,
+    ) -> Agreement:
         """Label the sample both ways.
 
         Parameters
@@ -77,14 +97,17 @@ class FastContract:
             The part of the volume that is labelled.
         seed
             Decides, with the shape of the cases, where the sample is taken.
+        name
+            Of the volume.
+        voxels
+            Least size of the sample, if there are as many.
         """
-        boxes = tuple(sample(surveyed[0], wanted, self.piece, seed))
-        voxels = differ = 0
-        for box in boxes:
-            labels = [s.segment(read, surveyed, box)[LABELS] for s in (self.exact, fast)]
-            voxels += box.voxels
-            differ += int(np.count_nonzero(labels[0] != labels[1]))
-        return Agreement(voxels, differ, tuple((box.start, box.stop) for box in boxes))
+        found = Agreement(0, 0, ())
+        for box in sample(surveyed[0], wanted, self.piece, seed, voxels):
+            exact, changed = (s.segment(read, surveyed, box)[LABELS] for s in (self.exact, fast))
+            differ = int(np.count_nonzero(exact != changed))
+            found += Agreement(box.voxels, differ, ((name, box.start, box.stop),))
+        return found
 
     def require(self, agreement: Agreement, name: str) -> None:
         """Say what was found, and refuse a volume on which fast is not good enough.
@@ -116,25 +139,28 @@ def piece_shape(patch: Sequence[float], block: Vec3) -> Vec3:
     return vec3([min(w, b) for w, b in zip(wanted, block, strict=True)])
 
 
-def sample(cases: Sequence[Case], wanted: Box, piece: Vec3, seed: int) -> Iterator[Box]:
-    """Pieces of the nonzero boxes of cases, spread evenly, until they hold a million voxels; all where there are fewer.
+def sample(cases: Sequence[Case], wanted: Box, piece: Vec3, seed: int, least: int = SAMPLED_VOXELS) -> Iterator[Box]:
+    """Pieces of the nonzero boxes of cases, spread evenly, until they hold ``least`` voxels; all where there are fewer.
 
-    Each box is cut into equal pieces no larger than ``piece``. They are taken in steps of the golden section of their
-    number, so that any few of them lie apart, and none twice.
+    Each box is cut into equal pieces no larger than ``piece``, which are taken as ``spread`` orders them.
     """
     boxes = [box for case in cases if not _is_empty(case) and (box := case.box.intersect(wanted)).voxels]
     counts = [vec3([-(-n // p) for n, p in zip(box.shape, piece, strict=True)]) for box in boxes]
     ends = list(accumulate(math.prod(count) for count in counts))
-    total, voxels = ends[-1] if ends else 0, 0
-    step = _coprime(max(1, round(GOLDEN * total)), total)
-    for i in range(total):
-        number = (seed + i * step) % total
+    voxels = 0
+    for number in spread(ends[-1] if ends else 0, seed):
         which = bisect_right(ends, number)
         box = _piece(boxes[which], counts[which], number - (ends[which - 1] if which else 0))
         yield box
         voxels += box.voxels
-        if voxels >= SAMPLED_VOXELS:
+        if voxels >= least:
             return
+
+
+def spread(total: int, seed: int) -> Iterator[int]:
+    """The numbers below ``total``, each once, in steps of the golden section: any few in a row lie apart."""
+    step = _coprime(max(1, round(GOLDEN * total)), total)
+    return ((seed + i * step) % total for i in range(total))
 
 
 def _is_empty(case: Case) -> bool:
@@ -159,7 +185,7 @@ def load(path: Path) -> Agreement | None:
     """What was measured earlier, or None."""
     try:
         found = json.loads(path.read_text())
-        boxes = tuple((vec3(start), vec3(stop)) for start, stop in found["boxes"])
+        boxes = tuple((str(name), vec3(start), vec3(stop)) for name, start, stop in found["boxes"])
         return Agreement(int(found["voxels"]), int(found["differ"]), boxes)
     except (OSError, ValueError, KeyError, TypeError):
         return None

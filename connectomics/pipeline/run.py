@@ -22,7 +22,7 @@ from connectomics.io.atomic import discard, write_text
 from connectomics.io.store import Store, create_store, discard_locks, open_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
 from connectomics.pipeline import agreement as agreements
-from connectomics.pipeline.agreement import Agreement, FastContract
+from connectomics.pipeline.agreement import SAMPLED_VOXELS, Agreement, FastContract
 from connectomics.pipeline.blocks import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
 from connectomics.pipeline.contracts import Executor, RunReport
 from connectomics.pipeline.finish import (
@@ -336,8 +336,18 @@ def _surveyed(job: VolumeJob, reader: VolumeReader, room: Room) -> Surveyed:
     return surveyed
 
 
+def measure_agreement(
+    job: VolumeJob, reader: VolumeReader, surveyed: Surveyed, voxels: int = SAMPLED_VOXELS
+) -> Agreement:
+    """What a fast run changes in a sample of this volume of at least so many voxels, if it has them."""
+    assert job.contract is not None
+    wanted = Box.of_shape(reader.info.extent) if job.wanted is None else job.wanted.box
+    seed = int(job.outputs[0].result_key[:16], 16)
+    return job.contract.measure(job.segmenter, reader.read, surveyed, wanted, seed, Path(job.name).name, voxels)
+
+
 def _agreement(work: Path, job: VolumeJob, reader: PatientReader, surveyed: Surveyed) -> Agreement | None:
-    """What a fast run changes in a sample of this volume; measured once a run, None where it is exact.
+    """What a fast run changes in this volume's sample; measured once a run, None where it is exact.
 
     Raises
     ------
@@ -348,9 +358,8 @@ def _agreement(work: Path, job: VolumeJob, reader: PatientReader, surveyed: Surv
         return None
     found = agreements.load(work / AGREEMENT)
     if found is None:
-        wanted = Box.of_shape(reader.info.extent) if job.wanted is None else job.wanted.box
-        seed = int(job.outputs[0].result_key[:16], 16)
-        found = job.contract.measure(job.segmenter, reader.read, surveyed, wanted, seed)
+        shared = job.contract.shared
+        found = measure_agreement(job, reader, surveyed) if shared is None else shared()
         agreements.save(found, work / AGREEMENT)
     job.contract.require(found, job.name)
     return found

@@ -196,7 +196,7 @@ class TestOpenVinoFast(BackendContract):
 
 def openvino(folder: Path, precision: str) -> OpenVinoBackend:
     return OpenVinoBackend(
-        small_network(),
+        small_network,
         shape=(4, CHANNELS, *PATCH),
         threads=1,
         precision=precision,

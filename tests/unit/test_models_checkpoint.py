@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -444,3 +445,23 @@ def test_ct_normalisation_keeps_the_training_intensities(tmp_path: Path) -> None
     first = spec.normalisations[0]
     assert (first.mean, first.std, first.lower, first.upper) == (120.0, 40.0, 20.0, 230.0)
     assert not spec.slice_case
+
+
+def test_networks_that_were_let_go_are_loaded_again(copied: Path) -> None:
+    loaded = load_model(ModelRequest(copied))
+    before = [network.state_dict() for network in loaded.networks]
+    first = weakref.ref(loaded.networks[0])
+    loaded.networks.let_go()
+    assert first() is None
+    assert len(loaded.networks) == len(before)
+    for state, network in zip(before, loaded.networks, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(state.values(), network.state_dict().values(), strict=True))
+
+
+def test_networks_of_files_that_changed_meanwhile_are_refused(copied: Path) -> None:
+    loaded = load_model(ModelRequest(copied))
+    loaded.networks.let_go()
+    plans = json.loads((copied / "plans.json").read_text())
+    (copied / "plans.json").write_text(json.dumps(plans | {"plans_name": "another"}))
+    with pytest.raises(ModelError, match=r"the model's files changed .*; run again"):
+        loaded.networks[0]

@@ -100,11 +100,11 @@ def test_a_piece_is_like_the_patch_and_no_larger_than_a_block(patch: Any, block:
 
 
 def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
-    kept = Agreement(1_000_000, 12, (((0, 0, 0), (1, 1000, 1000)),))
+    kept = Agreement(1_000_000, 12, (("cell", (0, 0, 0), (1, 1000, 1000)),))
     save(kept, tmp_path / "agreement.json")
     assert load(tmp_path / "agreement.json") == kept
     assert kept.share == 1.2e-5
-    for broken in ("", "[]", '{"voxels": 1, "differ": 0, "boxes": [[1, 2]]}', '{"voxels": "many"}'):
+    for broken in ("", "[]", '{"voxels": 1, "differ": 0, "boxes": [["cell", 1, 2]]}', '{"voxels": "many"}'):
         (tmp_path / "agreement.json").write_text(broken)
         assert load(tmp_path / "agreement.json") is None
     assert load(tmp_path / "absent.json") is None
@@ -128,8 +128,13 @@ def test_differences_are_counted_and_too_many_refused(caplog: pytest.LogCaptureF
     expected = int((exact != fast).sum())
     cases = [[case((0, 0, 0), exact.shape)]]
     contract = FastContract(Labels(exact), 0.5, (4, 30, 30))  # type: ignore[arg-type]
-    found = contract.measure(Labels(fast), None, cases, EVERYWHERE, 9)  # type: ignore[arg-type]
+    found = contract.measure(Labels(fast), None, cases, EVERYWHERE, 9, "cell")  # type: ignore[arg-type]
     assert (found.voxels, found.differ) == (exact.size, expected)
+    assert {name for name, _, _ in found.boxes} == {"cell"}
+    assert found + found == Agreement(2 * exact.size, 2 * expected, found.boxes + found.boxes)
+    part = contract.measure(Labels(fast), None, cases, EVERYWHERE, 9, "cell", 5000)  # type: ignore[arg-type]
+    assert 5000 <= part.voxels < 5000 + 4 * 30 * 30
+    assert part.boxes == found.boxes[: len(part.boxes)]
     contract.require(found, "cell")
     assert f"cell: inference.precision=fast: {expected} of {exact.size} sampled labels differ" in caplog.text
     strict = dataclasses.replace(contract, most=(expected - 1) / exact.size)
@@ -142,4 +147,5 @@ def test_differences_are_counted_and_too_many_refused(caplog: pytest.LogCaptureF
         [[case((0, 0, 0), (8, 50, 60), EMPTY)]],
         EVERYWHERE,
         0,  # type: ignore[arg-type]
+        "cell",
     ) == Agreement(0, 0, ())

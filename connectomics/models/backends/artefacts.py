@@ -9,9 +9,11 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import mmap
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +24,19 @@ log = logging.getLogger(__name__)
 SUFFIX = ".compiled"
 DIGEST_BYTES = 64
 LARGEST_BYTES = 4 << 30  # of all files together; those that were not used for the longest time go first
+
+
+class Kept:
+    """A kept file in memory: its pages are the file's own, and can be given back while its content is still held."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._mapped = mapped
+        self.content = memoryview(mapped)[DIGEST_BYTES:]
+
+    def give_back(self) -> None:
+        """Free the memory; what is looked at later is read from the file again."""
+        if sys.platform != "win32":
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class Artefacts:
@@ -36,7 +51,7 @@ class Artefacts:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def get(self, facts: Mapping[str, object]) -> bytes | None:
+    def get(self, facts: Mapping[str, object]) -> Kept | None:
         """What was kept for these facts; None where nothing is, it is damaged, or others may have written it."""
         folder = self._usable()
         if folder is None:
@@ -47,14 +62,15 @@ class Artefacts:
                 if not _ours(os.fstat(file.fileno())):
                     log.warning("%s: others may write to it, so it is not used", path)
                     return None
-                stated, content = file.read(DIGEST_BYTES), file.read()
+                stated = file.read(DIGEST_BYTES)
+                kept = Kept(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)) if stated else None
             os.utime(path)
         except OSError:
             return None
-        if sha256_of_bytes(content).encode() != stated:
+        if kept is None or sha256_of_bytes(kept.content).encode() != stated:
             log.warning("%s: is damaged and is made again", path)
             return None
-        return content
+        return kept
 
     def put(self, facts: Mapping[str, object], content: bytes) -> None:
         """Keep something; a disk that refuses is no error, for it can be made again."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,22 +37,29 @@ class Networks:
         Identity of their weights and architecture.
     channels, patch
         Of their input; the patch (z, y, x) in voxels.
+    let_go
+        Frees the memory of ``modules`` until one is asked for again.
     """
 
-    modules: tuple[nn.Module, ...]
+    modules: Sequence[nn.Module]
     sha256: str
     channels: int
     patch: Vec3
+    let_go: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How networks are to be run: device (a name ``select_device`` knows), precision, rows of a batch, CPU threads."""
+    """How networks are to be run: device (a name ``select_device`` knows), precision, rows of a batch, CPU threads.
+
+    ``frugal`` ones are run seldom, beside others, and give the memory of a forward pass back after it where they can.
+    """
 
     device: str
     precision: str
     batch: int
     threads: int
+    frugal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +105,18 @@ def _openvino(networks: Networks, fold: int, terms: Terms, artefacts: Artefacts)
 
     if select_device(terms.device).type != "cpu":
         raise DeviceError(f"backend 'openvino' runs on the CPU, but the device is '{terms.device}'; use backend torch")
-    return OpenVinoBackend(
-        networks.modules[fold],
+    networks.let_go()
+    backend = OpenVinoBackend(
+        functools.partial(networks.modules.__getitem__, fold),
         shape=(terms.batch, networks.channels, *networks.patch),
         threads=terms.threads,
         precision=terms.precision,
         model=f"{networks.sha256} {fold}",
         artefacts=artefacts,
+        frugal=terms.frugal,
     )
+    networks.let_go()
+    return backend
 
 
 BACKENDS: Mapping[str, Callable[[Networks, int, Terms, Artefacts], Backend]] = {

@@ -10,14 +10,15 @@ import contextlib
 import importlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from connectomics.errors import DeviceError
-from connectomics.models.backends.artefacts import Artefacts
+from connectomics.models.backends.artefacts import Artefacts, Kept
 from connectomics.models.backends.contract import NumericClass, whole_batch
 from connectomics.models.backends.torch_eager import capability
 
@@ -39,7 +40,7 @@ class OpenVinoBackend:
     Parameters
     ----------
     network
-        Takes float32 [n, c, z, y, x], gives [n, k, z, y, x]; it is not needed any more afterwards.
+        Gives what takes float32 [n, c, z, y, x] and gives [n, k, z, y, x]; called where nothing compiled is kept.
     shape
         Of each batch the network sees: rows, channels, z, y, x. Emptier batches are filled with zeros.
     threads
@@ -50,6 +51,8 @@ class OpenVinoBackend:
         Identity of the network's weights, under which what is compiled is kept.
     artefacts
         Where it is kept.
+    frugal
+        Whether the memory of a forward pass is given back after it, for some percent of its time.
 
     Raises
     ------
@@ -59,13 +62,14 @@ class OpenVinoBackend:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Callable[[], nn.Module],
         *,
         shape: tuple[int, int, int, int, int],
         threads: int,
         precision: str,
         model: str,
         artefacts: Artefacts,
+        frugal: bool = False,
     ) -> None:
         openvino = load_openvino()
         core = openvino.Core()
@@ -90,8 +94,8 @@ class OpenVinoBackend:
             "precision": precision,
             "threads": threads,
         }
-        self._shape = shape
-        self._model: Any = _compiled(core, network, shape, options, facts, artefacts)
+        self._shape, self._frugal = shape, frugal
+        self._model, self._kept = _compiled(core, network, shape, options, facts, artefacts)
         self._request: Any = self._model.create_infer_request()
         self._numeric_class = NumericClass(
             backend=f"openvino {openvino.__version__.partition('-')[0]}",
@@ -128,11 +132,13 @@ class OpenVinoBackend:
         if tuple(batch.shape) != self._shape:
             raise ValueError(f"compiled for batches of {list(self._shape)}, got {list(batch.shape)}")
         found = self._request.infer([batch.contiguous().numpy()], share_inputs=True)
+        if self._frugal:
+            self._model.release_memory()
         return torch.from_numpy(found[0][:rows])
 
     def close(self) -> None:
         """Let go of the network and its memory; twice is fine."""
-        self._request = self._model = None
+        self._request = self._model = self._kept = None
 
 
 def load_openvino() -> Any:
@@ -162,28 +168,37 @@ def load_openvino() -> Any:
 
 def _compiled(
     core: Any,
-    network: nn.Module,
+    network: Callable[[], nn.Module],
     shape: tuple[int, ...],
     options: dict[str, object],
     facts: dict[str, object],
     artefacts: Artefacts,
-) -> Any:
-    """The network for the CPU: as it was kept, else converted and kept."""
+) -> tuple[Any, Kept | None]:
+    """The network for the CPU: as it was kept, else converted and kept; and the file it may look into."""
     kept = artefacts.get(facts)
     if kept is not None:
         with contextlib.suppress(RuntimeError):  # of another build after all: it is compiled again
-            return core.import_model(kept, "CPU", options)
+            return _loaded(core, kept, options), kept
     front = importlib.import_module("openvino.frontend")
     refusals = (RuntimeError, TypeError, ValueError, *(getattr(front, name) for name in FAILURES))
     try:
-        compiled = core.compile_model(_converted(front, network, shape), "CPU", options)
+        compiled = core.compile_model(_converted(front, network(), shape), "CPU", options)
     except refusals as error:
         reason = " ".join(str(error).split())[:300]
         raise DeviceError(
             f"backend 'openvino' cannot run this network ({type(error).__name__}: {reason}); set system.backend=torch"
         ) from error
     artefacts.put(facts, compiled.export_model().getvalue())
-    return compiled
+    kept = artefacts.get(facts)
+    return (compiled if kept is None else _loaded(core, kept, options)), kept  # which takes half of the memory
+
+
+def _loaded(core: Any, kept: Kept, options: dict[str, object]) -> Any:
+    """What was kept, laid out anew for this processor; the weights as they were need no memory afterwards."""
+    content = importlib.import_module("openvino").Tensor(np.frombuffer(kept.content, np.uint8), shared_memory=True)
+    model = core.import_model(content, "CPU", options)
+    kept.give_back()
+    return model
 
 
 def _converted(front: Any, network: nn.Module, shape: tuple[int, ...]) -> Any:

@@ -1,0 +1,84 @@
+"""One sample of fast against exact for the small volumes of a call; one of each would take longer than to label it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from connectomics.build.engine import Engine
+from connectomics.build.volumes import job_of, open_source, wanted_of
+from connectomics.config.schema import Config
+from connectomics.errors import ConnectomicsError
+from connectomics.geometry import Box
+from connectomics.io.listing import VolumeSource
+from connectomics.io.volume import VolumeInfo
+from connectomics.pipeline.agreement import SAMPLED_VOXELS, Agreement, spread
+from connectomics.pipeline.run import VolumeJob, measure_agreement
+
+log = logging.getLogger(__name__)
+SMALL_VOXELS = 20 * SAMPLED_VOXELS  # of a larger volume its own sample is 5 % at most
+VOLUMES = 4  # that give the sample, at least, where there are so many
+
+
+class SharedSample:
+    """Holds small volumes to a sample of all of them, taken once an engine, before the first of them is begun.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    sources
+        All volumes of the call, finished ones as well, so that a rerun takes the same sample.
+    """
+
+    def __init__(self, config: Config, sources: Sequence[VolumeSource]) -> None:
+        self._config = config
+        self._sources = sources
+        self._taken: dict[int, tuple[Engine, Agreement]] = {}
+
+    def shared_by(self, engine: Engine, job: VolumeJob) -> VolumeJob:
+        """The job, held to the shared sample if it is small; second stages of a cascade are not, nor is one alone."""
+        alone = len(self._sources) == 1 or any(spec.previous_stage is not None for spec in engine.specs)
+        if job.contract is None or alone or not _small(job.reader.info):
+            return job
+        return replace(job, contract=replace(job.contract, shared=functools.partial(self._taken_by, engine)))
+
+    def _taken_by(self, engine: Engine) -> Agreement:
+        if id(engine) not in self._taken:
+            self._taken[id(engine)] = engine, self._take(engine)
+        return self._taken[id(engine)][1]
+
+    def _take(self, engine: Engine) -> Agreement:
+        """From volumes that lie apart in the list, until a million voxels are compared; what cannot be read is left."""
+        found = Agreement(0, 0, ())
+        for seen, number in enumerate(spread(len(self._sources), self._config.system.seed)):
+            missing = SAMPLED_VOXELS - found.voxels
+            if missing <= 0:
+                break
+            share = max(SAMPLED_VOXELS // VOLUMES, math.ceil(missing / (len(self._sources) - seen)))
+            source = self._sources[number]
+            try:
+                found += self._measured(engine, source, share)
+            except (ConnectomicsError, OSError, MemoryError) as error:  # its own run will say so
+                log.info("%s is not in the sample of fast against exact: %s", source.name, error)
+        return found
+
+    def _measured(self, engine: Engine, source: VolumeSource, voxels: int) -> Agreement:
+        with contextlib.ExitStack() as opened:
+            reader = open_source(self._config, engine, source)
+            opened.callback(reader.close)
+            if not _small(reader.info):
+                return Agreement(0, 0, ())
+            wanted = wanted_of(self._config, reader.info.extent, source.name)
+            if wanted is not None:
+                opened.callback(wanted.close)
+            job = job_of(self._config, engine, source, reader, None, wanted)
+            return measure_agreement(job, reader, job.segmenter.survey(reader, source.name), voxels)
+
+
+def _small(info: VolumeInfo) -> bool:
+    return Box.of_shape(info.extent).voxels < SMALL_VOXELS
