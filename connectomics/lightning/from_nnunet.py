@@ -32,6 +32,7 @@ from connectomics.io.nnunet_nifti import NIFTI_READERS, Frame, frame_of
 from connectomics.io.opening import open_volume
 from connectomics.lightning.inference import VolumeProcessor
 from connectomics.lightning.outcome import EXPECTED, NOT_BEGUN, Observer, Silence, VolumeOutcome, failed_outcome
+from connectomics.lightning.shared_sample import SharedSample
 
 log = logging.getLogger(__name__)
 OWN_FOLDER = "connectomics"  # within the output folder: HDF5 results, logs, provenance
@@ -142,6 +143,7 @@ class FolderPrediction:
         observer = observer or Silence()
         kept = {s.name: paths for s in self._sources if (paths := self._kept(s))}
         observer.listed(len(self._sources), len(kept))
+        sample = SharedSample(self._sources, self._config_of)
         outcomes: list[VolumeOutcome] = []
         for source in self._sources:
             if source.name in kept:
@@ -149,7 +151,7 @@ class FolderPrediction:
             elif any(earlier.storage for earlier in outcomes):
                 outcome = VolumeOutcome(source.name, "failed", NOT_BEGUN, storage=True)
             else:
-                outcome = self._predict(source, observer)
+                outcome = self._predict(source, observer, sample)
             observer.ended(outcome)
             outcomes.append(outcome)
         return outcomes
@@ -164,14 +166,14 @@ class FolderPrediction:
             paths.append(self.own_folder / f"{source.stem}_labels_probabilities.h5")
         return tuple(paths) if self._call.keep_finished and all(path.is_file() for path in paths) else ()
 
-    def _predict(self, source: VolumeSource, observer: Observer) -> VolumeOutcome:
+    def _predict(self, source: VolumeSource, observer: Observer, sample: SharedSample) -> VolumeOutcome:
         try:
             if not source.problem and self._kind.reader == IMAGES:
                 require_single_image(source)
             frame = self._frame(source)
-            spacing = frame.spacing if frame else self._spacing(source)
+            spacing = self._spacing(source, frame)
             config = self._config_at(spacing)
-            (outcome,) = VolumeProcessor(config, self._engine, _Relay(observer)).run([source])
+            (outcome,) = VolumeProcessor(config, self._engine, _Relay(observer)).run([source], sample)
             if outcome.state == "failed":
                 return outcome
             return dataclasses.replace(
@@ -199,7 +201,12 @@ class FolderPrediction:
             return None
         return frame_of(Path(source.uris[0].removesuffix(self._kind.inner)), self._kind.reader)
 
-    def _spacing(self, source: VolumeSource) -> Spacing3:
+    def _config_of(self, source: VolumeSource) -> Config:
+        return self._config_at(self._spacing(source, self._frame(source)))
+
+    def _spacing(self, source: VolumeSource, frame: Frame | None) -> Spacing3:
+        if frame is not None:
+            return frame.spacing
         if self._kind.reader == IMAGES:
             return IMAGE_SPACING
         stated = stated_spacing(source, self._kind.ending)

@@ -219,8 +219,15 @@ class VolumeProcessor:
         self._continuation = Continuation(config, engine)
         self._foresight = Foresight(config)
 
-    def run(self, sources: Sequence[VolumeSource]) -> list[VolumeOutcome]:
+    def run(self, sources: Sequence[VolumeSource], sample: SharedSample | None = None) -> list[VolumeOutcome]:
         """Bring volumes to their final outputs.
+
+        Parameters
+        ----------
+        sources
+            The volumes.
+        sample
+            Of fast against exact, where these are but some of the volumes that share it.
 
         Returns
         -------
@@ -229,7 +236,7 @@ class VolumeProcessor:
             of the results refuses, volumes that are not finished are not begun any more.
         """
         check_previous_stage(self._config, self._engine.specs, sources)
-        sample = SharedSample(self._config, sources)
+        sample = sample or SharedSample(sources, lambda _: self._config)
         finished = {s.name: paths for s in sources if (paths := self._finished(s)) is not None}
         self._observer.listed(len(sources), len(finished))
         outcomes: list[VolumeOutcome] = []

@@ -85,7 +85,7 @@ def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]
     """
     forecasts: list[Forecast] = []
     refused: list[tuple[str, str]] = []
-    engines, sample = Engines(config, engine), SharedSample(config, sources)
+    engines, sample = Engines(config, engine), SharedSample(sources, lambda _: config)
     paces: dict[int, Pace] = {}
     for source in sources:
         try:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from connectomics.build.engine import Engine
@@ -25,20 +25,20 @@ VOLUMES = 4  # that give the sample, at least, where there are so many
 
 
 class SharedSample:
-    """Holds small volumes to a sample of all of them, taken once an engine, before the first of them is begun.
+    """Holds small volumes to a sample of all of them, taken once a numeric class, before the first of them is begun.
 
     Parameters
     ----------
-    config
-        The configuration.
     sources
         All volumes of the call, finished ones as well, so that a rerun takes the same sample.
+    config_of
+        The configuration a volume is labelled with.
     """
 
-    def __init__(self, config: Config, sources: Sequence[VolumeSource]) -> None:
-        self._config = config
+    def __init__(self, sources: Sequence[VolumeSource], config_of: Callable[[VolumeSource], Config]) -> None:
         self._sources = sources
-        self._taken: dict[int, tuple[Engine, Agreement]] = {}
+        self._config_of = config_of
+        self._taken: dict[tuple[tuple[str, object], ...], Agreement] = {}
 
     def shared_by(self, engine: Engine, job: VolumeJob) -> VolumeJob:
         """The job, held to the shared sample if it is small; second stages of a cascade are not, nor is one alone."""
@@ -48,14 +48,16 @@ class SharedSample:
         return replace(job, contract=replace(job.contract, shared=functools.partial(self._taken_by, engine)))
 
     def _taken_by(self, engine: Engine) -> Agreement:
-        if id(engine) not in self._taken:
-            self._taken[id(engine)] = engine, self._take(engine)
-        return self._taken[id(engine)][1]
+        numeric_class = tuple(sorted(engine.settings.numeric_class.items()))
+        if numeric_class not in self._taken:
+            found = self._taken[numeric_class] = self._take(engine)
+            log.warning("inference.precision=fast: %s, for all volumes of this call", found.describe())
+        return self._taken[numeric_class]
 
     def _take(self, engine: Engine) -> Agreement:
         """From volumes that lie apart in the list, until a million voxels are compared; what cannot be read is left."""
         found = Agreement(0, 0, ())
-        for seen, number in enumerate(spread(len(self._sources), self._config.system.seed)):
+        for seen, number in enumerate(spread(len(self._sources), 0)):
             missing = SAMPLED_VOXELS - found.voxels
             if missing <= 0:
                 break
@@ -68,15 +70,16 @@ class SharedSample:
         return found
 
     def _measured(self, engine: Engine, source: VolumeSource, voxels: int) -> Agreement:
+        config = self._config_of(source)
         with contextlib.ExitStack() as opened:
-            reader = open_source(self._config, engine, source)
+            reader = open_source(config, engine, source)
             opened.callback(reader.close)
             if not _small(reader.info):
                 return Agreement(0, 0, ())
-            wanted = wanted_of(self._config, reader.info.extent, source.name)
+            wanted = wanted_of(config, reader.info.extent, source.name)
             if wanted is not None:
                 opened.callback(wanted.close)
-            job = job_of(self._config, engine, source, reader, None, wanted)
+            job = job_of(config, engine, source, reader, None, wanted)
             return measure_agreement(job, reader, job.segmenter.survey(reader, source.name), voxels)
 
 

@@ -122,7 +122,8 @@ class FastContract:
                 f"{name}: inference.precision=fast: {agreement.describe()}, at most {self.most:.1e} may; set "
                 "inference.precision=exact, or allow more with inference.max_disagreement"
             )
-        log.warning("%s: inference.precision=fast: %s, at most %.1e may", name, agreement.describe(), self.most)
+        level = logging.WARNING if self.shared is None else logging.INFO  # which is told once for all that share it
+        log.log(level, "%s: inference.precision=fast: %s, at most %.1e may", name, agreement.describe(), self.most)
 
 
 def piece_shape(patch: Sequence[float], block: Vec3) -> Vec3:

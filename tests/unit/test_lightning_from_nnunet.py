@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ import tifffile
 from PIL import Image
 
 from connectomics.cli import main
-from connectomics.lightning import from_nnunet
+from connectomics.lightning import from_nnunet, shared_sample
 from connectomics.lightning.inference import InferenceManager
+from connectomics.pipeline.agreement import Agreement, FastContract
 
 import oracle
 from nnunet_models import make_model
@@ -216,3 +218,27 @@ def test_planes_other_than_xy_are_resampled_where_sections_are_thick(tmp_path: P
     expected = oracle.predict(oracle.make_predictor(model, ["0"]), turned, spacing=[1.0, 1.7, 1.0])
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "out" / "v.tif"), expected.transpose(1, 0, 2))
     assert len(np.unique(expected)) == 2
+
+
+def test_cases_share_the_sample_of_fast_against_exact(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(5):
+        tifffile.imwrite(tmp_path / f"c{i}_0000.tif", em_like((5, 10, 11), i))
+        (tmp_path / f"c{i}.json").write_text(json.dumps({"spacing": [1, 1, 1 + i % 2]}))
+    measured: list[str] = []
+    measure = FastContract.measure
+
+    def noted(self: FastContract, *arguments: Any) -> Agreement:
+        measured.append(arguments[-2])
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(FastContract, "measure", noted)
+    monkeypatch.setattr(shared_sample, "SAMPLED_VOXELS", 2 * 550)
+    fast = ["inference.precision=fast", "inference.max_disagreement=1"]
+    assert main([*words(folder, tmp_path, tmp_path / "out", reader="Tiff3DIO"), *fast]) == 0
+    assert len(measured) == len(set(measured)) < 5
+    assert capsys.readouterr().err.count("for all volumes of this call") == 1
+    stamps = [json.loads(p.read_text()) for p in (tmp_path / "out").glob("connectomics/*.run/provenance.json")]
+    assert len(stamps) == 5
+    assert all({box[0] for box in stamp["agreement"]["boxes"]} == set(measured) for stamp in stamps)
