@@ -83,7 +83,7 @@ def test_each_window_is_computed_with_in_whatever_order_a_device_works(seed: int
     for number in range(9):
         rows = 2 if number < 6 else device.chance.choice([1, 2, 3])  # at last fewer, and more than before
         given.append(np.full((rows, 1, 1, 2, 3), number + 1, np.float32))
-        with uploads.batch(list(given[-1])) as batch:
+        with uploads.batch(given[-1], given[-1].shape) as batch:
             device.wander()
             device.put(MAIN, lambda batch=batch: seen.append(batch.clone()))
             device.wander()
