@@ -58,7 +58,13 @@ def forward_mirrored(backend: Backend, batch: torch.Tensor, axes: tuple[int, ...
 
 
 def _passes(images: int, count: int, most: int) -> Iterator[list[tuple[int, slice]]]:
-    """Which rows of which image of a batch of ``count`` rows each pass of at most ``most`` rows takes, in order."""
+    """Which rows of which image of a batch of ``count`` rows each pass of at most ``most`` rows takes, in order.
+
+    Examples
+    --------
+    >>> [[(image, rows.start, rows.stop) for image, rows in cuts] for cuts in _passes(4, 2, 5)]
+    [[(0, 0, 2), (1, 0, 2), (2, 0, 1)], [(2, 1, 2), (3, 0, 2)]]
+    """
     for first in range(0, images * count, most):
         last = min(first + most, images * count)
         yield [

@@ -96,6 +96,20 @@ def test_each_window_is_computed_with_in_whatever_order_a_device_works(seed: int
         assert np.array_equal(first.numpy(), expected) and np.array_equal(second.numpy(), expected)
 
 
+def test_each_window_is_copied_before_the_next_is_taken() -> None:
+    def passing() -> Iterator[np.ndarray]:
+        window = np.empty((1, 1, 2, 3), np.float32)
+        for number in range(3):
+            window[...] = number
+            yield window
+
+    for uploads in (Direct(CPU), Buffered(Late(0), CPU)):
+        with uploads.batch(passing(), (3, 1, 1, 2, 3)) as batch:
+            assert batch[:, 0, 0, 0, 0].tolist() == [0, 1, 2]
+        with pytest.raises(ValueError, match="shorter"), uploads.batch(passing(), (4, 1, 1, 2, 3)):
+            raise AssertionError("a row would be empty")
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_logits_arrive_one_behind_and_stay_until_the_next_is_taken(seed: int) -> None:
     device = Device(seed)
