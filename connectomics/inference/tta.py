@@ -46,11 +46,12 @@ def forward_mirrored(backend: Backend, batch: torch.Tensor, axes: tuple[int, ...
     total: torch.Tensor | None = None
     for cuts in _passes(len(flips), len(batch), backend.numeric_class.batch):
         logits = backend.forward(_together([_flipped(batch[rows], flips[image]) for image, rows in cuts]))
-        for (image, rows), found in zip(cuts, torch.split(logits, [r.stop - r.start for _, r in cuts]), strict=True):
+        sizes = [rows.stop - rows.start for _, rows in cuts]
+        for (image, rows), found in zip(cuts, logits.split_with_sizes(sizes), strict=True):
             if total is None:
                 total = found  # the batch as it is, which the first pass holds whole
             else:
-                total[rows] += _flipped(found, flips[image])
+                total[rows].add_(_flipped(found, flips[image]))
         del logits, found  # the next pass is not computed beside them
     assert total is not None
     total /= len(flips)
