@@ -196,7 +196,6 @@ class RollingPredictor:
         for window, folds in computed:
             ledge = ledge or self._accumulator(window.lane.core, window.box)
             ledge.add(window.box, folds, self._weight)
-            del folds  # the next ones are not computed beside them
             if window.next_row is not None:
                 yield from ledge.advance(window.next_row)
                 if window.next_row == window.lane.core.stop[self._axis]:
