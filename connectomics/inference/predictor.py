@@ -61,7 +61,7 @@ class SlidingWindow:
 
     @property
     def group(self) -> int:
-        """Windows computed together: as few as fill passes of ``batch`` rows with their mirror images."""
+        """Windows computed together: as few as, with their mirror images, leave no row of a pass empty."""
         return self.batch // math.gcd(self.batch, self.passes)
 
     @property
@@ -178,7 +178,11 @@ class RollingPredictor:
                 yield from zip(group, self._through_folds(batch), strict=True)
 
     def _through_folds(self, batch: torch.Tensor) -> Iterator[Folds]:
-        """Window by window what the folds give; all folds are computed first, but for a window alone."""
+        """Window by window what the folds give.
+
+        All folds are computed before the first window is added, because the next one may lie in rows that begin only
+        when it is; a window alone takes them one after the other.
+        """
         folds: Folds = (self._weighted(backend, batch) for backend in self._folds)
         if len(batch) > 1:
             folds = list(folds)
