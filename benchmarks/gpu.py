@@ -37,7 +37,7 @@ ABSENT = 2
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What is measured: edge of a slice, precision, mirroring, windows at once."""
+    """What is measured: edge of a slice, precision, mirroring, rows of a forward pass."""
 
     size: int
     precision: str
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few slices and rounds, fast and one batch only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8], help="windows at once")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8], help="rows of a forward pass")
     parser.add_argument("--precision", nargs="+", default=["fast", "exact"], choices=["fast", "exact"])
     parser.add_argument("--slices", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)

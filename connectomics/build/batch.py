@@ -18,7 +18,7 @@ from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline.workload import Cut, batch_fill
 
 TOO_LARGE = "the memory budget has no room for more beside blocks of the same size"
-PADDED = "a batch is filled from one row of a block's windows, and here too much of it would stay empty"
+PADDED = "the last batch of a block is not full, and here blocks have so few windows that too much of it stays empty"
 
 
 def against_batch(config: Config, engine: Engine, info: VolumeInfo) -> str | None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import math
+import operator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,6 +29,8 @@ from connectomics.models.backends.probe import naming_what_ran_out
 Logits = torch.Tensor
 Part = tuple[WindowSource, Box]
 """A case and what is wanted of it, a box inside its nonzero box."""
+Folds = Iterable[torch.Tensor]
+"""A window's weighted logits [k, z, y, x], or a batch's, of one fold after the other."""
 FINISHED_VALUES = 1 << 20
 """Logits handed out at once: bounds what is made of them, probabilities and labels."""
 
@@ -46,7 +50,7 @@ class SlidingWindow:
     mirror_axes
         Axes (0 = z, 1 = y, 2 = x) over whose flips the network is averaged.
     batch
-        Windows per forward pass.
+        Rows of a forward pass, each a window or its mirror image.
     """
 
     patch: Vec3
@@ -54,6 +58,11 @@ class SlidingWindow:
     blending: str = "gaussian"
     mirror_axes: tuple[int, ...] = ()
     batch: int = 1
+
+    @property
+    def group(self) -> int:
+        """Windows computed together: as few as, with their mirror images, leave no row of a pass empty."""
+        return self.batch // math.gcd(self.batch, self.passes)
 
     @property
     def passes(self) -> int:
@@ -127,93 +136,102 @@ class RollingPredictor:
 
     @torch.inference_mode()
     def rehearse(self, shape: Vec3, channels: int) -> None:
-        """See ``Predictor``: sums of that shape, one full batch of empty windows in them, finished rows."""
-        patch, axis = self._setting.patch, self._axis
+        """See ``Predictor``: sums of that shape, one full group of empty windows in them, finished rows."""
+        patch, axis, count = self._setting.patch, self._axis, self._setting.group
         core = Box.of_shape(shape if axis == 0 else (1, *shape[1:]))
         window = Box.of_shape(patch)
         with naming_what_ran_out(
             f"sums of blocks of {shape} voxels and {self._setting.batch} windows do not fit the device's memory",
             "end what else runs there, set a smaller inference.block_shape or sw_batch_size, or use system.device=cpu",
         ):
-            ledge = _Accumulator(len(self._folds), self._classes, core, axis, patch[axis], self._device)
-            for _ in ledge.advance(0):
-                pass
+            ledge = self._accumulator(core, window)
             empty = np.zeros((channels, *patch), np.float32)
-            self._add(ledge, [empty] * self._setting.batch, [window] * self._setting.batch)
+            with self._uploads.batch([empty] * count, (count, *empty.shape)) as batch:
+                for folds in self._through_folds(batch):
+                    ledge.add(window, folds, self._weight)
             for part in pieces(window.intersect(core), (1, 1, 1), max(1, FINISHED_VALUES // self._classes)):
                 ledge.finish(part).amax().item()  # waits for the device, which says only then what went wrong
 
     def _grid(self, source: WindowSource) -> WindowGrid:
         return WindowGrid(source.box, self._setting.patch, self._setting.step)
 
+    def _accumulator(self, core: Box, first: Box) -> _Accumulator:
+        return _Accumulator(len(self._folds), self._classes, core, self._axis, first, self._device)
+
     @torch.inference_mode()
     def predict(self, parts: Iterable[Part]) -> Iterator[tuple[Box, Logits]]:
         lanes, reads = itertools.tee(self._lanes(parts))
-        with contextlib.closing(_read_ahead((lane.source, box) for lane in reads for box in lane.fresh())) as rows:
-            for lane in lanes:
-                yield from self._roll(lane, rows)
+        with contextlib.closing(_read_ahead((lane.source, box) for lane in reads for box in lane.fresh())) as read:
+            windows = (window for lane in lanes for window in lane.windows())
+            yield from self._blended(self._computed(windows, _Rows(self._axis, read)))
 
     def _lanes(self, parts: Iterable[Part]) -> Iterator[_Lane]:
         for source, core in parts:
             for box in [core] if self._axis == 0 else core.sections():
                 yield _Lane(source, box, self._axis, self._setting.patch, self._grid(source).touching(box))
 
-    def _roll(self, lane: _Lane, rows: Iterator[Array]) -> Iterator[tuple[Box, Logits]]:
-        core, axis, starts = lane.core, self._axis, lane.starts
-        ledge = _Accumulator(len(self._folds), self._classes, core, axis, self._setting.patch[axis], self._device)
-        for position in starts[axis]:
-            yield from ledge.advance(position)
-            lane.advance(position, next(rows))
-            here = (s if a != axis else (position,) for a, s in enumerate(starts))
-            corners = [vec3(c) for c in itertools.product(*here)]
-            for i in range(0, len(corners), self._setting.batch):
-                boxes = [self._box(c) for c in corners[i : i + self._setting.batch]]
-                self._add(ledge, [lane.window(box) for box in boxes], boxes)
-        yield from ledge.advance(core.stop[axis])
+    def _computed(self, windows: Iterator[_Window], rows: _Rows) -> Iterator[tuple[_Window, Folds]]:
+        """Each window with its logits; those that fill the network's batches together, whatever rows they lie in."""
+        while group := list(itertools.islice(windows, self._setting.group)):
+            shape = (len(group), group[0].lane.source.channels, *self._setting.patch)
+            with self._uploads.batch(map(rows.window, group), shape) as batch:
+                yield from zip(group, self._through_folds(batch), strict=True)
 
-    def _box(self, corner: Vec3) -> Box:
-        return Box(corner, vec3([a + p for a, p in zip(corner, self._setting.patch, strict=True)]))
+    def _through_folds(self, batch: torch.Tensor) -> Iterator[Folds]:
+        """Window by window what the folds give.
 
-    def _add(self, ledge: _Accumulator, windows: Sequence[Array], boxes: Sequence[Box]) -> None:
-        """Run one batch of windows through every fold and add it, window by window in raster order."""
-        with self._uploads.batch(windows) as batch:
-            for fold, backend in enumerate(self._folds):
-                logits = forward_mirrored(backend, batch, self._setting.mirror_axes)
-                logits *= self._weight
-                for box, window in zip(boxes, logits, strict=True):
-                    ledge.add(fold, box, window)
-        for box in boxes:
-            ledge.add_weight(box, self._weight)
+        All folds are computed before the first window is added, because the next one may lie in rows that begin only
+        when it is; a window alone takes them one after the other.
+        """
+        folds: Folds = (self._weighted(backend, batch) for backend in self._folds)
+        if len(batch) > 1:
+            folds = list(folds)
+        for i in range(len(batch)):
+            yield map(operator.itemgetter(i), folds)
+
+    def _weighted(self, backend: Backend, batch: torch.Tensor) -> torch.Tensor:
+        logits = forward_mirrored(backend, batch, self._setting.mirror_axes)
+        logits *= self._weight
+        return logits
+
+    def _blended(self, computed: Iterable[tuple[_Window, Folds]]) -> Iterator[tuple[Box, Logits]]:
+        """Add up the windows of one lane after the other, and give out rows that no later window touches."""
+        ledge: _Accumulator | None = None
+        for window, folds in computed:
+            ledge = ledge or self._accumulator(window.lane.core, window.box)
+            ledge.add(window.box, folds, self._weight)
+            if window.next_row is not None:
+                yield from ledge.advance(window.next_row)
+                if window.next_row == window.lane.core.stop[self._axis]:
+                    ledge = None
 
 
 class _Accumulator:
-    """Weighted sums of the rows of a box that unfinished windows still touch; rolls along one axis."""
+    """Weighted sums of the rows of a box that unfinished windows still touch; rolls along one axis.
 
-    def __init__(self, folds: int, classes: int, core: Box, axis: int, depth: int, device: torch.device) -> None:
+    It begins with the rows of the box's first window.
+    """
+
+    def __init__(self, folds: int, classes: int, core: Box, axis: int, window: Box, device: torch.device) -> None:
         self._core, self._axis = core, axis
+        self._first = window.start[axis]  # voxel along the axis of the first row held
         shape = list(core.shape)
-        shape[axis] = depth
+        shape[axis] = window.shape[axis]
         self._logits = torch.zeros((folds, classes, *shape), dtype=torch.float32, device=device)
         self._weights = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
-        self._first: int | None = None  # voxel along the axis of the first row held
 
     def advance(self, position: int) -> Iterator[tuple[Box, Logits]]:
         """Give out the rows before ``position``, which no later window touches, and make room for new ones."""
-        if self._first is None:
-            self._first = position
-            return
-        count = position - self._first
         finished = self._span(self._first, position).intersect(self._core)
         for part in pieces(Box.of_shape(finished.shape), (1, 1, 1), max(1, FINISHED_VALUES // self._logits.shape[1])):
             box = part.shift(finished.start)
             yield box, self.finish(box)
         if position < self._core.stop[self._axis]:
-            self._drop(count)
+            self._drop(position - self._first)
             self._first = position
 
     def finish(self, box: Box) -> Logits:
         """Mean logits [k, z, y, x] of a box of the held rows, whose windows have all been added."""
-        assert self._first is not None
         rows = box.relative_to(self._span(self._first, self._first + self._weights.shape[self._axis])).slices
         weights = self._weights[rows]
         mean = self._logits[(0, slice(None), *rows)] / weights
@@ -237,64 +255,102 @@ class _Accumulator:
 
     def _common(self, window: Box) -> tuple[tuple[slice, slice, slice], tuple[slice, slice, slice]]:
         """Where a window and the held rows overlap: index into the accumulators, index into the window."""
-        assert self._first is not None
         held = self._span(self._first, self._first + self._weights.shape[self._axis])
         both = window.intersect(held)
         return both.relative_to(held).slices, both.relative_to(window).slices
 
-    def add(self, fold: int, window: Box, logits: torch.Tensor) -> None:
-        """Add a window's weighted logits [k, z, y, x]."""
+    def add(self, window: Box, folds: Folds, weight: torch.Tensor) -> None:
+        """Add a window's weighted logits [k, z, y, x] of each fold, and its weight [z, y, x]."""
         here, there = self._common(window)
-        self._logits[(fold, slice(None), *here)] += logits[(slice(None), *there)]
-
-    def add_weight(self, window: Box, weight: torch.Tensor) -> None:
-        """Add a window's weight [z, y, x]."""
-        here, there = self._common(window)
+        for sums, logits in zip(self._logits, folds, strict=True):
+            sums[(slice(None), *here)] += logits[(slice(None), *there)]
         self._weights[here] += weight[there]
 
 
+@dataclass(frozen=True, slots=True)
 class _Lane:
-    """The normalised input along the rolling axis: each row is read and normalised once, kept while windows need it."""
+    """A box that an accumulator rolls over, all of a part or a section of it, and the starts of its windows."""
 
-    def __init__(
-        self, source: WindowSource, core: Box, axis: int, patch: Vec3, starts: tuple[tuple[int, ...], ...]
-    ) -> None:
-        self.source, self.core, self.starts = source, core, starts
-        self._axis, self._depth = axis, patch[axis]
-        low = [s[0] for s in starts]
-        high = [s[-1] + p for s, p in zip(starts, patch, strict=True)]
-        high[axis] = low[axis]
-        self._box = Box(vec3(low), vec3(high))  # what is held, no row yet
-        self._data: Array = np.empty((source.channels, 0, 0, 0), np.float32)
+    source: WindowSource
+    core: Box
+    axis: int
+    patch: Vec3
+    starts: tuple[tuple[int, ...], ...]
+
+    def windows(self) -> Iterator[_Window]:
+        """In raster order."""
+        rows = self.starts[self.axis]
+        for position, following in zip(rows, (*rows[1:], self.core.stop[self.axis]), strict=True):
+            corners = list(itertools.product(*self.starts[: self.axis], (position,), *self.starts[self.axis + 1 :]))
+            for number, corner in enumerate(corners, 1):
+                box = Box.of_shape(self.patch).shift(vec3(corner))
+                yield _Window(self, box, following if number == len(corners) else None)
 
     def fresh(self) -> Iterator[Box]:
-        """The rows that ``advance`` needs at each position, which no position before needed."""
-        read = self.starts[self._axis][0]
-        for position in self.starts[self._axis]:
-            first, read = max(position, read), position + self._depth
-            yield self._box.with_span(self._axis, first, read)
+        """At each position of a window along the axis, the rows that it needs and none before it needed."""
+        read = self.starts[self.axis][0]
+        for position in self.starts[self.axis]:
+            first, read = max(position, read), position + self.patch[self.axis]
+            yield self.rows(first, read)
 
-    def advance(self, position: int, rows: Array) -> None:
-        """Hold the rows ``position`` to ``position`` + patch, the last ones from ``fresh``."""
-        count, kept = position - self._box.start[self._axis], max(0, self._box.stop[self._axis] - position)
-        for i in range(0, kept, count or 1):  # in steps that do not overlap, so nothing is copied aside
+    def rows(self, start: int, stop: int) -> Box:
+        """All that windows cover across the axis, from ``start`` to ``stop`` along it."""
+        low, high = [s[0] for s in self.starts], [s[-1] + p for s, p in zip(self.starts, self.patch, strict=True)]
+        return Box(vec3(low), vec3(high)).with_span(self.axis, start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A window of a lane; after the last one of a row, ``next_row`` is where the next begins, or the lane's end."""
+
+    lane: _Lane
+    box: Box
+    next_row: int | None
+
+
+class _Rows:
+    """The normalised rows that windows are cut from: each is read once and kept while windows of its lane need it.
+
+    Parameters
+    ----------
+    axis
+        Along which lanes roll.
+    read
+        Gives what each lane calls ``fresh``, one lane after the other.
+    """
+
+    def __init__(self, axis: int, read: Iterator[Array]) -> None:
+        self._axis, self._read = axis, read
+        self._lane: _Lane | None = None
+        self._held = Box.of_shape((0, 0, 0))
+        self._data: Array = np.empty((0, 0, 0, 0), np.float32)
+
+    def window(self, window: _Window) -> Array:
+        """float32 (c, z, y, x) of a window, valid until the next one is asked for; asked for in raster order."""
+        start, stop = window.box.start[self._axis], window.box.stop[self._axis]
+        if window.lane is not self._lane:
+            self._data = next(self._read)
+        elif start > self._held.start[self._axis]:
+            self._advance(start - self._held.start[self._axis], stop - start)
+        self._lane, self._held = window.lane, window.lane.rows(start, stop)
+        view: Array = self._data[(slice(None), *window.box.relative_to(self._held).slices)]
+        return view
+
+    def _advance(self, count: int, depth: int) -> None:
+        """Drop the first ``count`` of the rows, ``depth`` as before are held then."""
+        fresh, kept = next(self._read), max(0, depth - count)
+        if not kept:
+            self._data = fresh
+            return
+        for i in range(0, kept, count):  # in steps that do not overlap, so nothing is copied aside
             stop = min(i + count, kept)
-            self._rows(i, stop)[...] = self._rows(i + count, stop + count)
-        if kept:
-            self._rows(kept, self._depth)[...] = rows
-        else:
-            self._data = rows
-        self._box = self._box.with_span(self._axis, position, position + self._depth)
+            self._part(i, stop)[...] = self._part(i + count, stop + count)
+        self._part(kept, depth)[...] = fresh
 
-    def _rows(self, start: int, stop: int) -> Array:
+    def _part(self, start: int, stop: int) -> Array:
         index = [slice(None)] * 4
         index[self._axis + 1] = slice(start, stop)
         view: Array = self._data[tuple(index)]
-        return view
-
-    def window(self, box: Box) -> Array:
-        """float32 (c, z, y, x) of a window inside the held rows."""
-        view: Array = self._data[(slice(None), *box.relative_to(self._box).slices)]
         return view
 
 

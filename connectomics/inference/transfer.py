@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -97,8 +97,11 @@ def streams_of(device: torch.device) -> Streams | None:
 class Uploads(Protocol):
     """Brings windows to a device."""
 
-    def batch(self, windows: Sequence[Array]) -> AbstractContextManager[torch.Tensor]:
-        """While open, float32 [n, c, z, y, x] on the device of n windows float32 (c, z, y, x)."""
+    def batch(self, windows: Iterable[Array], shape: tuple[int, ...]) -> AbstractContextManager[torch.Tensor]:
+        """While open, float32 [n, c, z, y, x] of that shape on the device, of n windows float32 (c, z, y, x).
+
+        Each window is copied before the next is taken.
+        """
         ...
 
 
@@ -109,14 +112,21 @@ def uploads_to(device: torch.device) -> Uploads:
 
 
 class Direct:
-    """Stacks windows where they are, and copies them if the device's memory is another."""
+    """Fills a batch where the windows are, and copies it if the device's memory is another."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     @contextlib.contextmanager
-    def batch(self, windows: Sequence[Array]) -> Iterator[torch.Tensor]:
-        yield torch.from_numpy(np.stack(windows)).to(self._device)
+    def batch(self, windows: Iterable[Array], shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        host = np.empty(shape, np.float32)
+        _fill(host, windows)
+        yield torch.from_numpy(host).to(self._device)
+
+
+def _fill(rows: Array, windows: Iterable[Array]) -> None:
+    for row, window in zip(rows, windows, strict=True):
+        row[...] = window
 
 
 @dataclass(slots=True)
@@ -142,16 +152,15 @@ class Buffered:
         self._turn = 0
 
     @contextlib.contextmanager
-    def batch(self, windows: Sequence[Array]) -> Iterator[torch.Tensor]:
-        slot = self._next((len(windows), *windows[0].shape))
+    def batch(self, windows: Iterable[Array], shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        slot = self._next(shape)
         if slot.copied is not None:
             slot.copied.wait()
-        for row, window in zip(slot.host.numpy(), windows, strict=False):
-            row[...] = window
+        host, there = slot.host[: shape[0]], slot.there[: shape[0]]
+        _fill(host.numpy(), windows)
         if slot.used is not None:
             slot.used.hold(SIDE)
-        there = slot.there[: len(windows)]
-        self._streams.copy(there, slot.host[: len(windows)])
+        self._streams.copy(there, host)
         slot.copied = self._streams.mark(SIDE)
         slot.copied.hold(MAIN)
         try:

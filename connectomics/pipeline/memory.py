@@ -17,7 +17,7 @@ HEAD_COPIES = 8  # of the logits handed out at once: probabilities, their powers
 DEVICE_COPIES = 3  # of them on a device: their mean, what is added to it, those on their way to the host
 BEHIND_BYTES = 32 << 20  # outputs of a block that may be written while the next one is computed
 WRITE_COPIES = 3  # of a block's outputs while they are written: themselves, encoded chunks, the shard made of them
-WINDOW_COPIES = 4  # of a batch of windows and of its logits: stacked, filled up, mirrored, weighted
+WINDOW_COPIES = 4  # of a batch of windows and of its logits: stacked, filled up, mirrored, summed
 RESAMPLED_MARGIN = 4  # network voxels that logits are made of beyond a block
 SPLINE_BYTES = 96 << 20  # a tile of the network's grid with its surroundings in float64, some copies
 LIBRARY_BYTES = 192 << 20  # what libraries take when they are first used, and memory that is freed but kept by malloc
@@ -142,6 +142,8 @@ class Work:
 
     def _window_bytes(self) -> int:
         copies = WINDOW_COPIES * (self.channels + self.classes) * FLOAT_BYTES
+        if self.batch > 1:  # those of all folds are kept until the windows before are added
+            copies += (self.folds - 1) * self.classes * FLOAT_BYTES
         return self.batch * (math.prod(self.patch) * copies + self.window_bytes)
 
 

@@ -135,32 +135,32 @@ def count_read(member: Member, window: SlidingWindow, cut: Cut, *, whole: bool) 
 
 
 def batch_fill(member: Member, window: SlidingWindow, cut: Cut, *, whole: bool) -> float:
-    """Share of the rows of a member's batches that are windows; the others are padding.
+    """Share of the rows of a member's forward passes that are windows, mirrored or not; the others are padding.
 
     Parameters
     ----------
     window
         How its windows are laid.
     whole
-        Whether the engine fills batches from a whole section, or volume, rather than from a block's windows at one
-        position of the axis along which it rolls.
+        Whether the engine fills batches from a whole section, or volume, rather than from a block.
     """
     own = member.order.turn(cut.extent)
     section = member.order.axes.index(member.section_axis) if member.by_slice else None
-    rolling = 0 if window.patch[0] > 1 else 1
     counts = []
     for axis, volume_axis in enumerate(member.order.axes):
-        if window.patch[axis] == 1 or axis == section or (axis == rolling and not whole):
-            continue
         reach = _Reach(member, window, own, axis)
-        spans = [(0, own[axis])] if whole else cut.along(volume_axis)
-        counts.append(Counter(reach.windows(*span) for span in spans))
-    windows = rows = 0
+        if whole:  # sections one by one
+            alone = axis == section or (axis == 0 and window.patch[0] == 1)
+            counts.append(Counter([1 if alone else reach.windows(0, own[axis])]))
+        else:
+            spans = cut.along(volume_axis)
+            counts.append(Counter(b - a if axis == section else reach.windows(a, b) for a, b in spans))
+    filled = rows = 0
     for each in itertools.product(*(count.items() for count in counts)):
-        together, times = (math.prod(numbers) for numbers in zip(*each, strict=True)) if each else (1, 1)
-        windows += times * together
-        rows += times * -(-together // window.batch) * window.batch
-    return windows / rows
+        windows, times = (math.prod(numbers) for numbers in zip(*each, strict=True))
+        filled += times * windows * window.passes
+        rows += times * -(-windows * window.passes // window.batch) * window.batch
+    return filled / rows
 
 
 class _Reach:

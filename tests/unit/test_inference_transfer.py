@@ -83,7 +83,7 @@ def test_each_window_is_computed_with_in_whatever_order_a_device_works(seed: int
     for number in range(9):
         rows = 2 if number < 6 else device.chance.choice([1, 2, 3])  # at last fewer, and more than before
         given.append(np.full((rows, 1, 1, 2, 3), number + 1, np.float32))
-        with uploads.batch(list(given[-1])) as batch:
+        with uploads.batch(given[-1], given[-1].shape) as batch:
             device.wander()
             device.put(MAIN, lambda batch=batch: seen.append(batch.clone()))
             device.wander()
@@ -94,6 +94,20 @@ def test_each_window_is_computed_with_in_whatever_order_a_device_works(seed: int
     assert len(seen) == 2 * len(given)
     for first, second, expected in zip(seen[::2], seen[1::2], given, strict=True):
         assert np.array_equal(first.numpy(), expected) and np.array_equal(second.numpy(), expected)
+
+
+def test_each_window_is_copied_before_the_next_is_taken() -> None:
+    def passing() -> Iterator[np.ndarray]:
+        window = np.empty((1, 1, 2, 3), np.float32)
+        for number in range(3):
+            window[...] = number
+            yield window
+
+    for uploads in (Direct(CPU), Buffered(Late(0), CPU)):
+        with uploads.batch(passing(), (3, 1, 1, 2, 3)) as batch:
+            assert batch[:, 0, 0, 0, 0].tolist() == [0, 1, 2]
+        with pytest.raises(ValueError, match="shorter"), uploads.batch(passing(), (4, 1, 1, 2, 3)):
+            raise AssertionError("a row would be empty")
 
 
 @pytest.mark.parametrize("seed", range(60))

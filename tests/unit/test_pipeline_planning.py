@@ -132,6 +132,17 @@ def test_the_sums_are_those_the_predictor_allocates() -> None:
     assert five.host_bytes - one.host_bytes == pytest.approx(4 * 2 * 64 * 512 * 512 * 4 * 1.1, rel=1e-6)
 
 
+def test_a_batch_of_windows_keeps_the_logits_of_all_folds() -> None:
+    """One window alone does not; ``test_inference_predictor.py`` counts what is alive."""
+
+    def bytes_of(batch: int, folds: int) -> int:
+        return replace(BASIC, batch=batch, folds=folds).footprint((64, 64, 64), (64, 64, 64)).host_bytes
+
+    window = math.prod(BASIC.patch) * BASIC.classes * 4 * 1.1
+    kept = {n: bytes_of(n, 5) - bytes_of(n, 1) - (bytes_of(1, 5) - bytes_of(1, 1)) for n in (1, 2, 6)}
+    assert kept == pytest.approx({1: 0, 2: 2 * 4 * window, 6: 6 * 4 * window}, rel=1e-6)
+
+
 def test_what_is_kept_beside_the_blocks_counts_and_so_do_other_stages() -> None:
     extent, work = (512, 2048, 2048), replace(DEEP, patch=(128, 128, 128))
     assert plan_blocks(extent, [work], Budget(64 * GIB, 56 * GIB)) == plan_blocks(extent, [work], Budget(8 * GIB))

@@ -37,6 +37,7 @@ PLACES: list[tuple[str, Vec3, Vec3, list[str]]] = [
     (TWO, (3, 70, 41), (1, 32, 64), []),
     (TWO, (2, 12, 50), (2, 12, 20), ["inference.case=volume"]),
     (THREE, (20, 41, 33), (8, 16, 33), []),
+    (THREE, (5, 30, 40), (2, 16, 40), ["inference.case=slice"]),
     (THREE, (5, 30, 70), (3, 16, 32), ["inference.sliding_window.overlap=0.25"]),
     (TURNED, (20, 26, 33), (8, 16, 16), []),
     (THREE, (9, 30, 30), (5, 16, 30), PLAN),
@@ -103,18 +104,19 @@ def test_windows_and_reading_are_those_of_the_blocks(
         assert counted == read
 
 
+@pytest.mark.parametrize("rows", [7, 64])
 @pytest.mark.parametrize(("kind", "extent", "block", "words"), PLACES)
 def test_the_padding_of_batches_is_that_of_the_blocks(
-    models: dict[str, Path], kind: str, extent: Vec3, block: Vec3, words: list[str]
+    models: dict[str, Path], kind: str, extent: Vec3, block: Vec3, words: list[str], rows: int
 ) -> None:
     """Each block is really predicted, and the rows that the network is given are counted where it is called."""
-    engine, member = made(models[kind], [*words, "inference.sliding_window.sw_batch_size=4"])
+    engine, member = made(models[kind], [*words, f"inference.sliding_window.sw_batch_size={rows}"])
     image = np.random.default_rng(0).integers(1, 200, (1, *extent), np.uint8)
-    cases, batches, windows = assumed_cases(member, extent, 1), 0, 0
+    cases, batches, filled = assumed_cases(member, extent, 1), 0, 0
 
     def forward(self: TorchBackend, batch: torch.Tensor) -> torch.Tensor:
-        nonlocal batches, windows
-        batches, windows = batches + 1, windows + len(batch)
+        nonlocal batches, filled
+        batches, filled = batches + 1, filled + len(batch)
         return batch.repeat(1, 2, 1, 1, 1)
 
     with pytest.MonkeyPatch.context() as patched:
@@ -125,7 +127,7 @@ def test_the_padding_of_batches_is_that_of_the_blocks(
     cut, whole = Cut(extent, block, Box.of_shape(extent)), "engine=monai" in "".join(words)
     fill = batch_fill(member, engine.models[0].window, cut, whole=whole)
     # resampled blocks touch a row more here and there; MONAI lays its windows otherwise
-    assert fill == pytest.approx(windows / (4 * batches), rel=0.15 if words == PLAN or whole else 1e-9)
+    assert fill == pytest.approx(filled / (rows * batches), rel=0.15 if words == PLAN or whole else 1e-9)
     assert batch_fill(member, replace(engine.models[0].window, batch=1), cut, whole=whole) == 1
 
 
