@@ -52,7 +52,7 @@ VARIANTS = {
     "fast": ("system.backend=auto", "inference.precision=fast", "inference.max_disagreement=1"),
 }
 REAL = (32, 64, 128, 256, 512, 512, 512, 512)
-LOOK_S = 0.2  # between two looks at memory
+LOOK_S = 0.5  # between two looks at memory, which hold up what is looked at
 STAND_IN = """
 import importlib.abc, importlib.machinery, importlib.util, sys, types
 
@@ -142,7 +142,7 @@ def command(contender: str, contest: Contest, images: Path, output: Path, thread
         words.append("--disable_tta")
     if contender == THEIRS:
         return [shutil.which(COMMAND, path=str(Path(sys.executable).parent)) or COMMAND, *map(str, words)]
-    ours = [sys.executable, "-c", "import sys; from connectomics.cli import main; sys.exit(main())", "from-nnunet"]
+    ours = [sys.executable, "-c", "from connectomics.cli import program; program()", "from-nnunet"]
     return [*ours, *map(str, words), f"system.num_cpus={threads}", *VARIANTS[contender]]
 
 

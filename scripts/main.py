@@ -1,7 +1,6 @@
 """The specified entry point: python scripts/main.py --config FILE --mode test|infer-volume --checkpoint MODEL."""
 
-import sys
-
 from connectomics.cli import script_main
+from connectomics.cli_exit import leave
 
-sys.exit(script_main())
+leave(script_main())

@@ -24,6 +24,7 @@ from connectomics.inference.predictor import Predictor, RollingPredictor, Slidin
 from connectomics.inference.resample import check_rules
 from connectomics.inference.windows import as_patch
 from connectomics.models.backends.contract import Backend
+from connectomics.models.backends.remembering import REMEMBERED_BYTES, Remembering
 from connectomics.models.backends.torch_eager import free_device_bytes, window_bytes
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
@@ -164,9 +165,11 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     fitting = fitting_backends(config, [m for _, m in loaded], [make_window(config, m.spec).patch for _, m in loaded])
     stated, config, chosen, reference = config, fitting.config, fitting.chosen, fitting.reference
     models = tuple(_engine_model(config, path, model) for path, model in loaded)
-    segmenter, first = _segmenter(config, models, chosen.backends), chosen.backends[0][0]
+    first, fast = chosen.backends[0][0], reference is not None
+    remembered = fast and first.device.type == "cpu" and first.numeric_class.batch == 1  # larger ones never recur
+    backends = tuple(tuple(map(Remembering, row)) for row in chosen.backends) if remembered else chosen.backends
+    segmenter = _segmenter(config, models, backends)
     exact = None if reference is None else _segmenter(config, models, reference.backends)
-    fast = exact is not None
     binary = config.inference.postprocessing.binary
     filters = Filters(binary.remove_small_objects, binary.fill_holes) if binary.enabled else Filters()
     settings = RunSettings(
@@ -185,6 +188,8 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     if previous is not None:
         deviations += tuple(f"the previous stage: {text}" for text in previous.deviations)
     base_bytes = psutil.Process().memory_info().rss
+    if remembered:
+        base_bytes += sum(len(row) for row in backends) * REMEMBERED_BYTES
     free = free_device_bytes(first.device)
     return Engine(
         models, segmenter, filters, settings, facts, deviations, base_bytes, free, previous, exact, chosen.notes

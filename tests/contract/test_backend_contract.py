@@ -22,6 +22,7 @@ from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.contract import Backend, torch_threads
 from connectomics.models.backends.cuda import CudaBackend, CudaGraphs, Recorded, in_half
 from connectomics.models.backends.openvino import OpenVinoBackend
+from connectomics.models.backends.remembering import Remembering
 from connectomics.models.backends.torch_compile import CompiledBackend
 from connectomics.models.backends.torch_eager import TorchBackend, arithmetic, capability, select_device
 
@@ -203,6 +204,14 @@ def openvino(folder: Path, precision: str) -> OpenVinoBackend:
         model="small",
         artefacts=Artefacts(folder),
     )
+
+
+class TestRemembering(BackendContract):
+    @pytest.fixture
+    def backend(self) -> Iterator[Backend]:
+        made = Remembering(TorchBackend(small_network(), device="cpu", batch=4, threads=1))
+        yield made
+        made.close()
 
 
 @pytest.mark.long  # generating and compiling C++ takes a quarter of a minute

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from connectomics.build import backends
 from connectomics.cli import main
 from connectomics.geometry import Vec3
 from connectomics.inference.predictor import RollingPredictor
-from connectomics.models.backends import torch_eager
+from connectomics.models.backends import remembering, torch_eager
 from connectomics.models.backends.contract import Backend
+from connectomics.models.backends.torch_eager import TorchBackend
 from connectomics.pipeline.agreement import FastContract
 from connectomics.pipeline.memory import Footprint, Work
 
@@ -226,6 +228,27 @@ def test_fast_is_measured_once_and_its_result_kept(
     kept.write_text('{"voxels": 1, ')
     assert run(folder, tmp_path, *FAST) == 0
     assert kept.read_bytes() == (tmp_path / "kept.json").read_bytes()
+
+
+def test_what_fast_computed_for_the_sample_is_not_computed_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = Counter[str]()
+    forward = TorchBackend.forward
+
+    def counted(self: TorchBackend, batch: torch.Tensor) -> torch.Tensor:
+        passes[self.numeric_class.precision] += 1
+        return forward(self, batch)
+
+    monkeypatch.setattr(TorchBackend, "forward", counted)
+    assert run(folder, tmp_path / "exact") == 0
+    windows = passes.pop("exact")
+    assert run(folder, tmp_path / "fast", *FAST) == 0
+    assert passes == {"exact": windows, "fast": windows}
+    monkeypatch.setattr(remembering, "REMEMBERED_BYTES", 0)
+    assert run(folder, tmp_path / "again", *FAST) == 0
+    assert passes["fast"] == windows + 2 * windows
+    assert finals(tmp_path / "again") == finals(tmp_path / "fast")
 
 
 def test_fast_and_exact_are_two_results(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
