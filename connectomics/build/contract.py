@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 from connectomics.build.engine import Engine
 from connectomics.config.schema import Config
 from connectomics.geometry import Vec3
+from connectomics.models.backends.remembering import sampled
 from connectomics.pipeline.agreement import FastContract, piece_shape
 from connectomics.pipeline.predict import Segmenter
 
@@ -26,4 +29,9 @@ def fast_contract(config: Config, engine: Engine, exact: Segmenter, block: Vec3)
     if member.resampling is not None:
         own, network = member.resampling.spacing, member.resampling.target
         size = (z * network[0] / own[0], y * network[1] / own[1], x * network[2] / own[2])
-    return FastContract(exact, config.inference.max_disagreement, piece_shape(member.order.inverse.turn(size), block))
+    return FastContract(
+        exact,
+        config.inference.max_disagreement,
+        piece_shape(member.order.inverse.turn(size), block),
+        sampled=functools.partial(sampled, engine.remembering),
+    )

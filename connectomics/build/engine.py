@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,8 @@ class Engine:
         The first stage of a cascade, where a model gives its labels.
     exact
         Where the precision is fast, the segmenter it is held against: the same models in float32.
+    remembering
+        Backends that need not compute again what they compute for the sample of fast against exact.
     notes
         Why backends that ``auto`` tried first were not taken, or the one that was does less than it can.
     """
@@ -107,6 +110,7 @@ class Engine:
     device_bytes: int | None
     previous: Engine | None = None
     exact: Segmenter | None = None
+    remembering: tuple[Remembering, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -167,8 +171,8 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     models = tuple(_engine_model(config, path, model) for path, model in loaded)
     first, fast = chosen.backends[0][0], reference is not None
     remembered = fast and first.device.type == "cpu" and first.numeric_class.batch == 1  # larger ones never recur
-    backends = tuple(tuple(map(Remembering, row)) for row in chosen.backends) if remembered else chosen.backends
-    segmenter = _segmenter(config, models, backends)
+    backends = tuple(tuple(map(Remembering, row)) for row in chosen.backends) if remembered else ()
+    segmenter = _segmenter(config, models, backends or chosen.backends)
     exact = None if reference is None else _segmenter(config, models, reference.backends)
     binary = config.inference.postprocessing.binary
     filters = Filters(binary.remove_small_objects, binary.fill_holes) if binary.enabled else Filters()
@@ -188,11 +192,21 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     if previous is not None:
         deviations += tuple(f"the previous stage: {text}" for text in previous.deviations)
     base_bytes = psutil.Process().memory_info().rss
-    if remembered:
-        base_bytes += sum(len(row) for row in backends) * REMEMBERED_BYTES
+    base_bytes += REMEMBERED_BYTES * sum(map(len, backends))
     free = free_device_bytes(first.device)
     return Engine(
-        models, segmenter, filters, settings, facts, deviations, base_bytes, free, previous, exact, chosen.notes
+        models,
+        segmenter,
+        filters,
+        settings,
+        facts,
+        deviations,
+        base_bytes,
+        free,
+        previous,
+        exact,
+        tuple(itertools.chain(*backends)),
+        chosen.notes,
     )
 
 

@@ -6,11 +6,13 @@ small volumes of one call share a sample, which ``lightning.shared_sample`` take
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -68,12 +70,15 @@ class FastContract:
         Shape (z, y, x) of the pieces of the sample, at most; what computes a block computes such a piece, too.
     shared
         Takes the sample that this volume shares with others; None where it has its own.
+    sampled
+        Opened while the sample is labelled.
     """
 
     exact: Segmenter
     most: float
     piece: Vec3
     shared: Callable[[], Agreement] | None = None
+    sampled: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
     def measure(
         self,
@@ -103,10 +108,11 @@ class FastContract:
             Least size of the sample, if there are as many.
         """
         found = Agreement(0, 0, ())
-        for box in sample(surveyed[0], wanted, self.piece, seed, voxels):
-            exact, changed = (s.segment(read, surveyed, box)[LABELS] for s in (self.exact, fast))
-            differ = int(np.count_nonzero(exact != changed))
-            found += Agreement(box.voxels, differ, ((name, box.start, box.stop),))
+        with self.sampled():
+            for box in sample(surveyed[0], wanted, self.piece, seed, voxels):
+                exact, changed = (s.segment(read, surveyed, box)[LABELS] for s in (self.exact, fast))
+                differ = int(np.count_nonzero(exact != changed))
+                found += Agreement(box.voxels, differ, ((name, box.start, box.stop),))
         return found
 
     def require(self, agreement: Agreement, name: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from connectomics.models.backends import remembering
-from connectomics.models.backends.remembering import Remembering
+from connectomics.models.backends.remembering import Remembering, sampled
 from connectomics.models.backends.torch_eager import TorchBackend
 
 
@@ -32,10 +32,13 @@ def remembering_counting() -> tuple[Remembering, Counting]:
     return Remembering(TorchBackend(network, device="cpu", batch=1, threads=1)), network
 
 
-def test_a_batch_that_recurs_is_computed_once_whatever_was_done_to_its_logits() -> None:
+def test_a_batch_of_the_sample_is_computed_once_whatever_was_done_to_its_logits() -> None:
     backend, network = remembering_counting()
-    for value in (1.0, 2.0):
-        backend.forward(batch(value)).zero_()
+    with sampled([backend]):
+        for value in (1.0, 2.0, 2.0):
+            assert torch.equal(backend.forward(batch(value)), batch(2 * value))
+            backend.forward(batch(value)).zero_()
+    assert network.runs == 2
     assert torch.equal(backend.forward(batch(2.0)), batch(4.0))
     assert torch.equal(backend.forward(batch(1.0)), batch(2.0))
     assert network.runs == 2
@@ -43,9 +46,20 @@ def test_a_batch_that_recurs_is_computed_once_whatever_was_done_to_its_logits() 
     assert network.runs == 3  # it was given back already
 
 
+def test_what_is_computed_after_the_sample_is_not_kept() -> None:
+    backend, network = remembering_counting()
+    with pytest.raises(KeyError), sampled([backend]):
+        backend.forward(batch(1.0))
+        raise KeyError
+    for _ in range(2):
+        backend.forward(batch(3.0))
+    assert network.runs == 3
+
+
 def test_another_shape_is_another_batch() -> None:
     backend, network = remembering_counting()
-    backend.forward(batch(1.0))
+    with sampled([backend]):
+        backend.forward(batch(1.0))
     assert backend.forward(batch(1.0).reshape(1, 1, 1, 8, 4)).shape == (1, 1, 1, 8, 4)
     assert network.runs == 2
 
@@ -53,9 +67,11 @@ def test_another_shape_is_another_batch() -> None:
 def test_no_more_is_kept_than_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remembering, "REMEMBERED_BYTES", 2 * 32 * 4)
     backend, network = remembering_counting()
-    for _ in range(2):
+    with sampled([backend]):
         for value in (1.0, 2.0, 3.0):
-            assert torch.equal(backend.forward(batch(value)), 2 * batch(value))
-    assert network.runs == 3 + 1
+            backend.forward(batch(value))
+    for value in (2.0, 3.0):
+        assert torch.equal(backend.forward(batch(value)), 2 * batch(value))
+    assert network.runs == 3
     backend.forward(batch(1.0))
-    assert network.runs == 3 + 2
+    assert network.runs == 4

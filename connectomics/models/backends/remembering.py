@@ -1,8 +1,10 @@
-"""A backend that knows the first windows it saw: those of the sample before a run are not computed again in it."""
+"""A backend that knows the windows of the sample before a run, so that the run does not compute them again."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -13,9 +15,9 @@ REMEMBERED_BYTES = 64 << 20
 
 
 class Remembering:
-    """Runs another backend of the CPU, and gives what it gave where a batch has the same bytes as an early one.
+    """Runs another backend of the CPU, and gives what it gave where a batch has the same bytes as one of the sample.
 
-    The first batches are kept until they take ``REMEMBERED_BYTES``, each until it is asked for again.
+    Logits are kept until they are asked for again, at most ``REMEMBERED_BYTES`` of them, the latest.
 
     Parameters
     ----------
@@ -25,8 +27,9 @@ class Remembering:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._room = REMEMBERED_BYTES
         self._known: dict[bytes, torch.Tensor] = {}
+        self.sampling = False
+        """Whether what is computed is part of the sample."""
 
     @property
     def device(self) -> torch.device:
@@ -38,21 +41,33 @@ class Remembering:
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """See ``Backend``."""
-        if not self._room and not self._known:
+        if not self.sampling and not self._known:
             return self._backend.forward(batch)
         key = hashlib.sha256(repr(batch.shape).encode() + batch.contiguous().numpy().tobytes()).digest()
         known = self._known.pop(key, None)
-        if known is not None:
-            return known
-        logits = self._backend.forward(batch)
-        if logits.nbytes <= self._room:
-            self._known[key] = logits.clone()  # whoever asked may change its own
-            self._room -= logits.nbytes
-        else:
-            self._room = 0
+        logits = self._backend.forward(batch) if known is None else known
+        if self.sampling:
+            self._keep(key, logits.clone())  # whoever asked may change its own
         return logits
 
     def close(self) -> None:
         """See ``Backend``."""
         self._known.clear()
         self._backend.close()
+
+    def _keep(self, key: bytes, logits: torch.Tensor) -> None:
+        self._known[key] = logits
+        while sum(each.nbytes for each in self._known.values()) > REMEMBERED_BYTES:
+            del self._known[next(iter(self._known))]
+
+
+@contextlib.contextmanager
+def sampled(backends: Sequence[Remembering]) -> Iterator[None]:
+    """While open, backends remember what they compute."""
+    for backend in backends:
+        backend.sampling = True
+    try:
+        yield
+    finally:
+        for backend in backends:
+            backend.sampling = False
