@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -60,6 +61,7 @@ def guarded(command: Callable[[argparse.Namespace], int], words: argparse.Namesp
         print("interrupted; finished blocks are kept, the same command continues", file=sys.stderr)
         return INTERRUPTED + signal.SIGINT
     finally:
+        gc.unfreeze()
         for number, previous in before.items():
             signal.signal(number, previous)
 

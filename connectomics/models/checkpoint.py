@@ -38,8 +38,20 @@ from connectomics.models.spec import ModelSpec
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
+@dataclass(frozen=True, slots=True)
+class ModelReading:
+    """A model whose weights fit the network but are not in it yet."""
+
+    spec: ModelSpec
+    skeleton: NNUNetModel
+    members: list[Fold]
+    plans: PlanText
+    dataset: PlanText
+    originals: tuple[tuple[str, str], ...]
+
+
 class FoldNetworks(Sequence[nn.Module]):
-    """The networks of a model, one a fold; once let go they are loaded again when one is asked for.
+    """The networks of a model, one a fold, made when one is asked for; once let go they are loaded again.
 
     Raises
     ------
@@ -47,9 +59,10 @@ class FoldNetworks(Sequence[nn.Module]):
         By indexing, if the files have changed since.
     """
 
-    def __init__(self, request: ModelRequest, sha256: str, networks: tuple[nn.Module, ...]) -> None:
-        self._request, self._sha256, self._count = request, sha256, len(networks)
-        self._held: tuple[nn.Module, ...] | None = networks
+    def __init__(self, request: ModelRequest, reading: ModelReading) -> None:
+        self._request, self._sha256, self._count = request, reading.spec.sha256, len(reading.members)
+        self._reading: ModelReading | None = reading
+        self._held: tuple[nn.Module, ...] | None = None
 
     def __len__(self) -> int:
         return self._count
@@ -62,15 +75,21 @@ class FoldNetworks(Sequence[nn.Module]):
 
     def __getitem__(self, index: int | slice) -> nn.Module | Sequence[nn.Module]:
         if self._held is None:
-            again = load_model(self._request)
-            if again.spec.sha256 != self._sha256:
-                raise ModelError(f"{self._request.path}: the model's files changed while it was loaded; run again")
-            self._held = tuple(again.networks)
+            self._held = self._made()
         return self._held[index]
 
     def let_go(self) -> None:
         """Hold no weights, so that what has a copy of its own need not share the memory with them."""
-        self._held = None
+        self._held = self._reading = None
+
+    def _made(self) -> tuple[nn.Module, ...]:
+        reading, self._reading = self._reading, None
+        if reading is None:
+            again = load_model(self._request)
+            if again.spec.sha256 != self._sha256:
+                raise ModelError(f"{self._request.path}: the model's files changed while it was loaded; run again")
+            return tuple(again.networks)
+        return tuple(_with_weights(reading.skeleton, member) for member in reading.members)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +108,6 @@ class LoadedModel:
     dataset: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelReading:
-    """A model whose weights fit the network but are not in it yet."""
-
-    spec: ModelSpec
-    skeleton: NNUNetModel
-    members: list[Fold]
-    plans: PlanText
-    dataset: PlanText
-    originals: tuple[tuple[str, str], ...]
-
-
 def load_model(request: ModelRequest) -> LoadedModel:
     """Load a model; nothing that its files bring is run unless ``request.trust_code`` allows it.
 
@@ -113,9 +120,10 @@ def load_model(request: ModelRequest) -> LoadedModel:
     """
     with unpacked(request) as there:
         model = read_model(there)
-        networks = tuple(_with_weights(model.skeleton, member) for member in model.members)
-        kept = FoldNetworks(request, model.spec.sha256, networks)
-        return LoadedModel(model.spec, model.skeleton, kept, model.plans.values, model.dataset.values)
+        for member in model.members:
+            check_finite(member)
+        networks = FoldNetworks(request, model)
+        return LoadedModel(model.spec, model.skeleton, networks, model.plans.values, model.dataset.values)
 
 
 def read_spec(model: ModelRequest | Path) -> ModelSpec:
@@ -277,7 +285,6 @@ def check_finite(member: Fold) -> None:
 
 def _with_weights(skeleton: NNUNetModel, member: Fold) -> NNUNetModel:
     """A copy of the network on the CPU with one fold's weights as float32, in eval mode."""
-    check_finite(member)
     model = copy.deepcopy(skeleton)
     for module in model.modules():  # Module.to_empty does so too, but imports PyTorch's compiler and sympy for it
         for name, parameter in module.named_parameters(recurse=False):
