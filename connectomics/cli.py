@@ -49,7 +49,7 @@ def script_main(arguments: Sequence[str] | None = None) -> int:
 def _importing() -> Iterator[None]:
     """While open, nothing is collected, and all there is afterwards is never looked at until the command ends.
 
-    What imports make stays, and the garbage collector took 0.3 s to find that out, time and again.
+    What imports make stays, which the garbage collector would find out time and again.
     """
     gc.disable()
     try:

@@ -20,7 +20,7 @@ from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 
 NNUNET_THREADS = 8  # nnU-Net's own upper bound of threads in a forward pass
-REFERENCES = {"openvino": "openvino"}  # what fast is held against where it is not PyTorch
+REFERENCES = ("torch", "openvino")  # fast is held against its own float32, or where that is not listed the first's
 
 
 def threads(config: Config) -> int:
@@ -137,7 +137,8 @@ def reference_backends(
 ) -> Chosen:
     """As ``choose_backends``, in float32: what a fast backend is held against."""
     terms = Terms(device_name(config), "exact", fast.batch, fast.threads, frugal=True)
-    name = REFERENCES.get(kind_of(fast.as_dict()), "torch")
+    own = kind_of(fast.as_dict())
+    name = own if own in REFERENCES else REFERENCES[0]
     return choose(name, terms, _networks(models, patches), Artefacts(cache_folder(config)))
 
 

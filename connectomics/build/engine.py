@@ -24,6 +24,7 @@ from connectomics.geometry import AxisOrder
 from connectomics.inference.predictor import Predictor, RollingPredictor, SlidingWindow
 from connectomics.inference.resample import check_rules
 from connectomics.inference.windows import as_patch
+from connectomics.models.backends.choice import Chosen
 from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.remembering import REMEMBERED_BYTES, Remembering
 from connectomics.models.backends.torch_eager import free_device_bytes, window_bytes
@@ -170,9 +171,8 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     stated, config, chosen, reference = config, fitting.config, fitting.chosen, fitting.reference
     models = tuple(_engine_model(config, path, model) for path, model in loaded)
     first, fast = chosen.backends[0][0], reference is not None
-    remembered = fast and first.device.type == "cpu" and first.numeric_class.batch == 1  # larger ones never recur
-    backends = tuple(tuple(map(Remembering, row)) for row in chosen.backends) if remembered else ()
-    segmenter = _segmenter(config, models, backends or chosen.backends)
+    remembering = _remembering(chosen) if fast else ()
+    segmenter = _segmenter(config, models, remembering or chosen.backends)
     exact = None if reference is None else _segmenter(config, models, reference.backends)
     binary = config.inference.postprocessing.binary
     filters = Filters(binary.remove_small_objects, binary.fill_holes) if binary.enabled else Filters()
@@ -191,8 +191,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         deviations += ("bfloat16 instead of float32 (inference.precision=fast)",)
     if previous is not None:
         deviations += tuple(f"the previous stage: {text}" for text in previous.deviations)
-    base_bytes = psutil.Process().memory_info().rss
-    base_bytes += REMEMBERED_BYTES * sum(map(len, backends))
+    base_bytes = psutil.Process().memory_info().rss + REMEMBERED_BYTES * sum(map(len, remembering))
     free = free_device_bytes(first.device)
     return Engine(
         models,
@@ -205,9 +204,17 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         free,
         previous,
         exact,
-        tuple(itertools.chain(*backends)),
+        tuple(itertools.chain(*remembering)),
         chosen.notes,
     )
+
+
+def _remembering(chosen: Chosen) -> tuple[tuple[Remembering, ...], ...]:
+    """The backends, if they can remember: on the CPU, one window at a time, for larger batches do not recur."""
+    first = chosen.backends[0][0]
+    if first.device.type != "cpu" or first.numeric_class.batch > 1:
+        return ()
+    return tuple(tuple(map(Remembering, row)) for row in chosen.backends)
 
 
 def _segmenter(config: Config, models: tuple[EngineModel, ...], backends: Sequence[tuple[Backend, ...]]) -> Segmenter:

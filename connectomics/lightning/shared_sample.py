@@ -17,6 +17,7 @@ from connectomics.geometry import Box
 from connectomics.io.listing import VolumeSource
 from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline.agreement import SAMPLED_VOXELS, Agreement, spread
+from connectomics.pipeline.retry import PatientReader
 from connectomics.pipeline.run import VolumeJob, measure_agreement
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ class SharedSample:
             if wanted is not None:
                 opened.callback(wanted.close)
             job = job_of(config, engine, source, reader, None, wanted)
-            return measure_agreement(job, reader, job.segmenter.survey(reader, source.name), voxels)
+            patient = PatientReader(reader, source.name, engine.settings.pauses_s)
+            return measure_agreement(job, patient, job.segmenter.survey(patient, source.name), voxels)
 
 
 def _small(info: VolumeInfo) -> bool:

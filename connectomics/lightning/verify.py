@@ -182,25 +182,21 @@ def verify(
     _require_comparable(config)
     manager = InferenceManager(config, checkpoint)
     engine = manager.engine
-    model = load(config, checkpoint)
-    reference = _reference(config, model)
+    reference = _reference(config, load(config, checkpoint))
     (source,) = named_sources([volume], engine.spec.channels)
     check_previous_stage(config, engine.specs, [source])
     reader = open_source(config, engine, source)
     first = _FirstStage(config, engine, source, reader)
     boxes = _samples(reader, engine, samples, largest)
-    existing = None
-    if output is not None:
-        existing = _opened(output, reader)
-        _require_no_crop(boxes, volume, output, largest)
+    existing = None if output is None else _opened(output, reader)
+    _require_no_crop(boxes, volume, output, largest)
     found = []
     for scope, box in boxes:
         image = reader.read(box)
         theirs = reference.predict(image, _spacing(config, engine, reader), first.theirs(image, box))
-        if existing is None:
-            ours = manager.predict(image, reader.info.spacing, first.given(box)).labels
-        else:
-            ours = existing.read(box)[0]
+        ours = (
+            existing.read(box)[0] if existing else manager.predict(image, reader.info.spacing, first.given(box)).labels
+        )
         found.append(_agreement(scope, box, ours, theirs))
     result = Certificate(certificate, tuple(found), threshold)
     write_text(certificate, json.dumps(_content(engine, result, volume, output, reader), indent=1) + "\n")
@@ -221,8 +217,8 @@ def _require_comparable(config: Config) -> None:
         raise ConfigError("model.ensemble: an ensemble is the mean of its models, so verify them one by one")
 
 
-def _require_no_crop(boxes: Sequence[tuple[str, Box]], volume: str, output: Path, largest: int) -> None:
-    if any(scope == "crop" for scope, _ in boxes):
+def _require_no_crop(boxes: Sequence[tuple[str, Box]], volume: str, output: Path | None, largest: int) -> None:
+    if output is not None and any(scope == "crop" for scope, _ in boxes):
         raise VolumeError(
             f"{volume}: is larger than {largest} voxels, so only a crop could be compared, whose "
             f"statistics are not those of {output}; raise --max-voxels, or verify without an output"

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from connectomics import cli, progress
 from connectomics.cli import main, script_main
+from connectomics.cli_exit import FAILED
 from connectomics.errors import ConnectomicsError
 from connectomics.lightning import demo
 from connectomics.lightning.outcome import VolumeOutcome
@@ -368,3 +369,24 @@ def test_a_terminal_shows_volumes_and_blocks() -> None:
     assert "2/5" in shown
     assert "1/3" in shown
     assert "left" in shown
+
+
+@pytest.mark.parametrize(("code", "target", "expected"), [(0, "null", 0), (2, "null", 2), (0, "full", FAILED)])
+def test_a_process_ends_with_its_code_after_what_was_registered(
+    tmp_path: Path, code: int, target: str, expected: int
+) -> None:
+    device = Path("/dev") / target
+    if not device.exists():
+        pytest.skip(f"there is no {device} here")
+    words = (
+        "import atexit, pathlib; from connectomics.cli_exit import leave; atexit.register(pathlib.Path('done').touch)"
+    )
+    with device.open("w") as stream:
+        ended = subprocess.run(
+            [sys.executable, "-c", f"{words}; print('a result'); leave({code})"],
+            cwd=tmp_path,
+            stdout=stream,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "PYTHONUNBUFFERED": ""},
+        )
+    assert ended.returncode == expected
+    assert (tmp_path / "done").exists()

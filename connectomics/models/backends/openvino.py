@@ -180,7 +180,7 @@ def _compiled(
         with contextlib.suppress(RuntimeError):  # of another build after all: it is compiled again
             return _loaded(core, kept, options), kept
     front = importlib.import_module("openvino.frontend")
-    refusals = (RuntimeError, TypeError, ValueError, *(getattr(front, name) for name in FAILURES))
+    refusals = (RuntimeError, TypeError, ValueError, *(vars(front)[name] for name in FAILURES))
     try:
         compiled = core.compile_model(_converted(front, network(), shape), "CPU", options)
     except refusals as error:
