@@ -113,7 +113,7 @@ def window_flops(model: Path) -> int:
 
 
 def network_of(model: Path) -> tuple[torch.nn.Module, tuple[int, ...]]:
-    from connectomics.build.models import load_members
+    from connectomics.assembly.engine.models import load_members
     from connectomics.config.load import load_config
 
     ((_, loaded),) = load_members(load_config(None, ["model.folds=[0]"]), model)

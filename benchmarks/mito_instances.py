@@ -38,7 +38,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from connectomics import Box, InferenceManager, load_config, open_volume  # noqa: E402
-from connectomics.build.decoding import Decodable  # noqa: E402
+from connectomics.assembly.decoding import Decodable  # noqa: E402
 from connectomics.evaluate.contingency import Contingency, side_by_side  # noqa: E402
 from connectomics.evaluate.instances import instance_scores  # noqa: E402
 from connectomics.evaluate.montage import montage  # noqa: E402

@@ -41,7 +41,7 @@ REAL = (32, 64, 128, 256, 512, 512, 512, 512)
 def child(words: Sequence[str], figures: Path) -> int:
     """Run the command with clocks around forward passes and around the volume; write what they say."""
     started = psutil.Process().create_time()
-    from connectomics.build import engine
+    from connectomics.assembly.engine import make_engine as engine
     from connectomics.cli import main as command
     from connectomics.lightning import inference
 

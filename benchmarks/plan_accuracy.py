@@ -24,8 +24,8 @@ import h5py
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from connectomics.build.engine import build_engine  # noqa: E402
-from connectomics.build.volumes import named_sources  # noqa: E402
+from connectomics.assembly.engine.make_engine import build_engine  # noqa: E402
+from connectomics.assembly.volumes import named_sources  # noqa: E402
 from connectomics.config.load import load_config  # noqa: E402
 from connectomics.lightning.inference import VolumeProcessor  # noqa: E402
 from connectomics.lightning.planning import plan_volumes  # noqa: E402

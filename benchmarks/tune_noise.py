@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from connectomics.build.backends import trial_backends
-from connectomics.build.engine import make_window
-from connectomics.build.models import load_members
-from connectomics.build.profile import WORTH, Profile, Trial
+from connectomics.assembly.engine.backends import trial_backends
+from connectomics.assembly.engine.models import load_members
+from connectomics.assembly.engine.windows import make_window
+from connectomics.assembly.profile import WORTH, Profile, Trial
 from connectomics.config.load import load_config
 
 MODEL = Path(__file__).parents[1] / "connectomics" / "example" / "phantom_mito_2d"

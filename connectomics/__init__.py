@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from connectomics.build.engine import build_engine
-    from connectomics.build.volumes import list_sources
+    from connectomics.assembly.engine.make_engine import build_engine
+    from connectomics.assembly.volumes import list_sources
     from connectomics.config.load import load_config
     from connectomics.config.schema import Config
     from connectomics.errors import ConnectomicsError
@@ -44,8 +44,8 @@ _HOMES = {
     "Prediction": "lightning.inference",
     "VolumeOutcome": "lightning.outcome",
     "VolumeProcessor": "lightning.inference",
-    "build_engine": "build.engine",
-    "list_sources": "build.volumes",
+    "build_engine": "assembly.engine.make_engine",
+    "list_sources": "assembly.volumes",
     "load_config": "config.load",
     "open_volume": "io.opening",
     "read_spec": "models.checkpoint",

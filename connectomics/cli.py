@@ -21,7 +21,7 @@ from connectomics.cli_exit import FAILED, guarded, leave
 from connectomics.errors import ConfigError
 
 if TYPE_CHECKING:
-    from connectomics.build.engine import Engine
+    from connectomics.assembly.engine.engine import Engine
     from connectomics.config.schema import Config
     from connectomics.io.listing import VolumeSource
     from connectomics.lightning.evaluation import Scores
@@ -68,8 +68,8 @@ def _configured(words: argparse.Namespace) -> Config:
 def _infer_volume(words: argparse.Namespace) -> int:
     config = _configured(words)
     with _importing():
-        from connectomics.build.engine import build_engine
-        from connectomics.build.volumes import list_sources, share_of
+        from connectomics.assembly.engine.make_engine import build_engine
+        from connectomics.assembly.volumes import list_sources, share_of
 
     engine = build_engine(config, words.checkpoint)
     sources = share_of(config, list_sources(config, engine.spec.channels))
@@ -78,7 +78,7 @@ def _infer_volume(words: argparse.Namespace) -> int:
 
 
 def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> list[VolumeOutcome]:
-    from connectomics.build.provenance import batch_note
+    from connectomics.assembly.provenance import batch_note
     from connectomics.lightning.inference import VolumeProcessor, check_output_folder
     from connectomics.progress import ProgressBar
 
@@ -93,8 +93,8 @@ def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> lis
     if not config.decoding:
         with ProgressBar() as bar:
             return VolumeProcessor(config, engine, bar).run(sources)
-    from connectomics.build.decoding import check_decoding
-    from connectomics.build.watershed import check_run
+    from connectomics.assembly.decoding import check_decoding
+    from connectomics.assembly.watershed import check_run
     from connectomics.lightning.decode import decode_outcomes
 
     check_decoding(config)
@@ -122,8 +122,8 @@ def _ended(outcomes: Sequence[VolumeOutcome]) -> int:
 def _test(words: argparse.Namespace) -> int:
     config = _configured(words)
     with _importing():
-        from connectomics.build.engine import build_engine
-        from connectomics.build.volumes import named_sources
+        from connectomics.assembly.engine.make_engine import build_engine
+        from connectomics.assembly.volumes import named_sources
         from connectomics.lightning.evaluation import check_known_answers, evaluate_outcomes
 
     images = config.test.data.test_image
@@ -173,7 +173,7 @@ def _inspect(words: argparse.Namespace) -> int:
     from connectomics.config.load import load_config
 
     config = load_config(None, words.overrides)
-    from connectomics.build.models import describe
+    from connectomics.assembly.engine.models import describe
 
     facts = describe(config, words.model)
     if words.json:
@@ -209,7 +209,7 @@ def _verify(words: argparse.Namespace) -> int:
 
 def _decode(words: argparse.Namespace) -> int:
     config = _configured(words)
-    from connectomics.build.decoding import decodable
+    from connectomics.assembly.decoding import decodable
     from connectomics.lightning.decode import Decoder
     from connectomics.lightning.inference import check_output_folder
     from connectomics.progress import ProgressBar
@@ -249,7 +249,7 @@ def _convert(words: argparse.Namespace) -> int:
     from connectomics.config.load import load_config
 
     config = load_config(None, words.overrides)
-    from connectomics.build.convert import convert
+    from connectomics.assembly.convert import convert
 
     for key, value in convert(config, words.model, words.output).items():
         print(f"{key:18} {value}")

@@ -13,7 +13,7 @@ from connectomics.cli_exit import FAILED
 from connectomics.errors import ConnectomicsError
 
 if TYPE_CHECKING:
-    from connectomics.build.engine import Engine
+    from connectomics.assembly.engine.engine import Engine
     from connectomics.config.schema import Config
     from connectomics.io.listing import VolumeSource
     from connectomics.lightning.planning import Plan
@@ -25,8 +25,8 @@ def plan(words: argparse.Namespace) -> int:
     from connectomics.config.load import load_config
 
     config = load_config(words.config, words.overrides)
-    from connectomics.build.engine import build_engine
-    from connectomics.build.volumes import list_sources, share_of
+    from connectomics.assembly.engine.make_engine import build_engine
+    from connectomics.assembly.volumes import list_sources, share_of
 
     engine = build_engine(config, words.checkpoint)
     found = planned(config, engine, share_of(config, list_sources(config, engine.spec.channels)))

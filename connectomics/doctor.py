@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from connectomics.build.backends import device_name
-from connectomics.build.budget import memory_budget_bytes
-from connectomics.build.cascade import check_previous_stage
-from connectomics.build.engine import build_engine
-from connectomics.build.volumes import list_sources, open_source, share_of
+from connectomics.assembly.engine.backends import device_name
+from connectomics.assembly.engine.budget import memory_budget_bytes
+from connectomics.assembly.engine.cascade import check_previous_stage
+from connectomics.assembly.engine.make_engine import build_engine
+from connectomics.assembly.volumes import list_sources, open_source, share_of
 from connectomics.config.schema import Config
 from connectomics.errors import ConnectomicsError
 from connectomics.models.backends.torch_eager import select_device

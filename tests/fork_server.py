@@ -215,7 +215,7 @@ def _import_everything(model: Path) -> None:
     from PIL import Image
 
     from connectomics import doctor, progress  # noqa: F401
-    from connectomics.build.models import load
+    from connectomics.assembly.engine.models import load
     from connectomics.config.load import load_config
     from connectomics.io import hdf5, images, phantom, tiff, zarr_volume  # noqa: F401
     from connectomics.lightning import decode  # noqa: F401

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from connectomics.build.models import load_members
-from connectomics.build.profile import Profile, Trial, profile_path, save_profile
+from connectomics.assembly.engine.models import load_members
+from connectomics.assembly.profile import Profile, Trial, profile_path, save_profile
 from connectomics.config.load import load_config
 
 

@@ -1,6 +1,6 @@
 """``decoding``: the list of steps that turn labels into objects, each with keys of its own.
 
-``connectomics.config.load`` reads the list with ``read_steps``; ``build`` reads the steps. A further step is one more
+``connectomics.config.load`` reads the list with ``read_steps``; ``assembly`` reads the steps. A further step is one more
 class here, in ``STEPS``.
 """
 

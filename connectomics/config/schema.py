@@ -1,6 +1,6 @@
 """The typed configuration: every key there is, and the only home of each default.
 
-``connectomics.config.load`` fills it from YAML and ``key=value`` words; ``build`` reads it. None means
+``connectomics.config.load`` fills it from YAML and ``key=value`` words; ``assembly`` reads it. None means
 "the model or the machine decides". ``tutorials/nnunet_mito_inference.yaml`` explains each key.
 """
 

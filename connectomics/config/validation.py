@@ -1,6 +1,6 @@
 """Which values of the configuration are possible: one sentence for each that is not.
 
-``load_config`` calls ``validate`` on the typed configuration; ``build`` checks what depends on the model.
+``load_config`` calls ``validate`` on the typed configuration; ``assembly`` checks what depends on the model.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import socket
+import sys
 from pathlib import Path
 
 import psutil
@@ -56,3 +57,8 @@ def _started(pid: int) -> str:
         return str(int(psutil.Process(pid).create_time()))
     except (OSError, psutil.Error):
         return ""
+
+
+def cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

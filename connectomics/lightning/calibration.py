@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from connectomics.build.backends import device_name, known_profile, measured_as
-from connectomics.build.engine import Engine, EngineModel, make_predictor
+from connectomics.assembly.engine.backends import device_name, known_profile, measured_as
+from connectomics.assembly.engine.engine import Engine, EngineModel
+from connectomics.assembly.engine.windows import make_predictor
 from connectomics.config.schema import Config
 from connectomics.executors.overlapping import OverlappingExecutor
 from connectomics.geometry import Box, Vec3, vec3

@@ -6,9 +6,9 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from connectomics.build.cascade import open_labels, open_previous
-from connectomics.build.engine import Engine
-from connectomics.build.volumes import first_stage_of, job_of
+from connectomics.assembly.engine.cascade import open_labels, open_previous
+from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.volumes import first_stage_of, job_of
 from connectomics.config.schema import Config
 from connectomics.executors.overlapping import OverlappingExecutor
 from connectomics.io.listing import VolumeSource

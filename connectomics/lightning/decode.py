@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from connectomics.build.budget import memory_budget_bytes
-from connectomics.build.decoding import (
+from connectomics.assembly.decoding import (
     SUFFIX,
     Decodable,
     check_decoding,
@@ -20,8 +19,10 @@ from connectomics.build.decoding import (
     stated_probabilities,
     table_of,
 )
-from connectomics.build.engine import Engine, program_version
-from connectomics.build.watershed import keeps_probabilities
+from connectomics.assembly.engine.budget import memory_budget_bytes
+from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.engine.identity import program_version
+from connectomics.assembly.watershed import keeps_probabilities
 from connectomics.config.schema import Config
 from connectomics.errors import ConnectomicsError
 from connectomics.executors.serial import SerialExecutor

@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from connectomics.build.engine import build_engine
-from connectomics.build.volumes import named_sources
+from connectomics.assembly.engine.make_engine import build_engine
+from connectomics.assembly.volumes import named_sources
 from connectomics.config.load import load_config
 from connectomics.errors import ConnectomicsError
 from connectomics.evaluate.montage import montage

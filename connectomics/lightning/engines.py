@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from connectomics.build.backends import with_batch
-from connectomics.build.batch import against_batch
-from connectomics.build.engine import Engine, build_engine
+from connectomics.assembly.batch import against_batch
+from connectomics.assembly.engine.backends import with_batch
+from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.config.schema import Config
 from connectomics.io.volume import VolumeReader
 

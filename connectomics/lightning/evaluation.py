@@ -23,7 +23,7 @@ from connectomics.io.opening import open_volume
 from connectomics.lightning.decode import objects_of
 
 if TYPE_CHECKING:
-    from connectomics.build.engine import Engine
+    from connectomics.assembly.engine.engine import Engine
     from connectomics.lightning.outcome import VolumeOutcome
 
 BINARY = 2
@@ -153,7 +153,7 @@ def evaluate_outcomes(config: Config, engine: Engine, outcomes: Sequence[VolumeO
 
 def _within(config: Config, outcome: VolumeOutcome, opened: ExitStack) -> Within | None:
     """Gives the voxels of a box that were wanted, or None where all were."""
-    from connectomics.build.volumes import wanted_of
+    from connectomics.assembly.volumes import wanted_of
 
     with closing(open_volume(str(outcome.paths[0]))) as labels:
         wanted = wanted_of(config, labels.info.extent, outcome.name)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.build.backends import with_batch
-from connectomics.build.engine import build_engine, check_resampling
+from connectomics.assembly.engine.backends import with_batch
+from connectomics.assembly.engine.make_engine import build_engine, check_resampling
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.config.validation import validate

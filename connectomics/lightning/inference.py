@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from connectomics.build.backends import with_batch
-from connectomics.build.cascade import check_previous_stage
-from connectomics.build.contract import fast_contract
-from connectomics.build.engine import Engine, build_engine
-from connectomics.build.planes import check_isotropic
-from connectomics.build.provenance import batch_note
-from connectomics.build.volumes import (
+from connectomics.assembly.engine.backends import with_batch
+from connectomics.assembly.engine.cascade import check_previous_stage
+from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.engine.make_engine import build_engine
+from connectomics.assembly.engine.planes import check_isotropic
+from connectomics.assembly.precision import fast_contract
+from connectomics.assembly.provenance import batch_note
+from connectomics.assembly.volumes import (
     final_paths,
     job_of,
     open_source,

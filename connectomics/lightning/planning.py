@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from connectomics.build.engine import Engine
-from connectomics.build.plan import peak_of
-from connectomics.build.volumes import job_of, open_source, wanted_of
+from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.memory import peak_of
+from connectomics.assembly.volumes import job_of, open_source, wanted_of
 from connectomics.config.schema import Config
 from connectomics.errors import ConnectomicsError
 from connectomics.geometry import Box

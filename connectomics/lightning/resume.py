@@ -6,11 +6,11 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
-from connectomics.build.backends import as_begun
-from connectomics.build.cascade import first_stage_config
-from connectomics.build.engine import Engine
-from connectomics.build.plan import plan_volume
-from connectomics.build.volumes import first_stage_of, outputs_of, run_folder, segmenter_of
+from connectomics.assembly.engine.backends import as_begun
+from connectomics.assembly.engine.cascade import first_stage_config
+from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.memory import plan_volume
+from connectomics.assembly.volumes import first_stage_of, outputs_of, run_folder, segmenter_of
 from connectomics.config.schema import Config
 from connectomics.errors import DeviceError, ResourceError
 from connectomics.io.listing import VolumeSource

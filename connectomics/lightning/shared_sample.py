@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from connectomics.build.engine import Engine
-from connectomics.build.volumes import job_of, open_source, wanted_of
+from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.volumes import job_of, open_source, wanted_of
 from connectomics.config.schema import Config
 from connectomics.errors import ConnectomicsError
 from connectomics.geometry import Box

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from connectomics.build.backends import cache_folder, device_name, threads, trial_backends
-from connectomics.build.budget import holds_batch
-from connectomics.build.engine import make_window
-from connectomics.build.models import load_members
-from connectomics.build.profile import Profile, Trial, profile_path, save_profile
-from connectomics.build.volumes import named_sources, open_input
+from connectomics.assembly.engine.backends import cache_folder, device_name, threads, trial_backends
+from connectomics.assembly.engine.budget import holds_batch
+from connectomics.assembly.engine.models import load_members
+from connectomics.assembly.engine.windows import make_window
+from connectomics.assembly.profile import Profile, Trial, profile_path, save_profile
+from connectomics.assembly.volumes import named_sources, open_input
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, DeviceError
 from connectomics.geometry import AxisOrder, Box, Vec3, vec3

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from connectomics.build.backends import threads
-from connectomics.build.cascade import check_previous_stage, first_stage_config, open_previous
-from connectomics.build.engine import Engine, versions
-from connectomics.build.models import load
-from connectomics.build.volumes import named_sources, open_source, segmenter_of
+from connectomics.assembly.engine.backends import threads
+from connectomics.assembly.engine.cascade import check_previous_stage, first_stage_config, open_previous
+from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.engine.identity import versions
+from connectomics.assembly.engine.models import load
+from connectomics.assembly.volumes import named_sources, open_source, segmenter_of
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, ModelError, VolumeError
 from connectomics.geometry import Box, Vec3, vec3

@@ -1,4 +1,4 @@
-"""Writes the inference-only copy of a model and reads it back. Called by ``build.convert``."""
+"""Writes the inference-only copy of a model and reads it back. Called by ``assembly.convert``."""
 
 from __future__ import annotations
 

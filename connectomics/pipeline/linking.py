@@ -1,6 +1,6 @@
 """The step ``slice_linking`` of decoding: objects of sections are found, overlaps counted, objects linked over z.
 
-``build.decoding`` makes it from the configuration; its stages are cut, join (of labels), overlaps and paint.
+``assembly.decoding`` makes it from the configuration; its stages are cut, join (of labels), overlaps and paint.
 """
 
 from __future__ import annotations

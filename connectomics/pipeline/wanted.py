@@ -1,6 +1,6 @@
 """Which voxels of a volume are wanted: a box, a mask, or where both hold; decides which blocks have work.
 
-``build`` makes a ``Wanted`` of ``inference.roi`` and ``inference.mask``; the runner and the predict task ask it. It is
+``assembly`` makes a ``Wanted`` of ``inference.roi`` and ``inference.mask``; the runner and the predict task ask it. It is
 about labels only: statistics, nonzero box and windows stay those of the whole case.
 """
 

@@ -1,6 +1,6 @@
 """The step ``watershed`` of ``decoding``: seeds grow until they meet or have filled their component.
 
-``build.decoding`` makes it from the configuration; ``pipeline.flooding`` holds its tasks.
+``assembly.decoding`` makes it from the configuration; ``pipeline.flooding`` holds its tasks.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tuned import keep_profile, torch_trial
 
-from connectomics.build import backends
+from connectomics.assembly.engine import backends
 from connectomics.cli import main
 from connectomics.geometry import Vec3
 from connectomics.inference.predictor import RollingPredictor

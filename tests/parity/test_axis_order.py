@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.build.engine import build_engine
-from connectomics.build.volumes import named_sources
+from connectomics.assembly.engine.make_engine import build_engine
+from connectomics.assembly.volumes import named_sources
 from connectomics.config.load import load_config
 from connectomics.geometry import BlockGrid, Vec3
 from connectomics.lightning.inference import InferenceManager, VolumeProcessor

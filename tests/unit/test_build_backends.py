@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.build.backends import as_begun, cache_folder, kind_of, precision, threads
+from connectomics.assembly.engine.backends import as_begun, cache_folder, kind_of, precision, threads
 from connectomics.config.load import load_config
 from connectomics.errors import AgreementError
 from connectomics.lightning.inference import InferenceManager

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from tuned import keep_profile, torch_trial
 
-from connectomics.build.batch import PADDED, TOO_LARGE, against_batch
-from connectomics.build.engine import Engine, build_engine
-from connectomics.build.plan import plan_volume
-from connectomics.build.volumes import segmenter_of
+from connectomics.assembly.batch import PADDED, TOO_LARGE, against_batch
+from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.engine.make_engine import build_engine
+from connectomics.assembly.memory import plan_volume
+from connectomics.assembly.volumes import segmenter_of
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.errors import ResourceError

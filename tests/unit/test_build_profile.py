@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from tuned import keep_profile, torch_trial
 
-from connectomics.build import profile as profiles
-from connectomics.build.backends import as_begun
-from connectomics.build.engine import Engine, build_engine
-from connectomics.build.models import load_members
-from connectomics.build.profile import Profile, Trial, load_profile, profile_path
+from connectomics.assembly import profile as profiles
+from connectomics.assembly.engine.backends import as_begun
+from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.engine.make_engine import build_engine
+from connectomics.assembly.engine.models import load_members
+from connectomics.assembly.profile import Profile, Trial, load_profile, profile_path
 from connectomics.cli import main
 from connectomics.config.load import load_config
 from connectomics.errors import ConfigError, OutputError

@@ -12,8 +12,8 @@ import pytest
 from skimage import measure
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 
-from connectomics.build.engine import build_engine
-from connectomics.build.volumes import named_sources
+from connectomics.assembly.engine.make_engine import build_engine
+from connectomics.assembly.volumes import named_sources
 from connectomics.cli import main
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config

@@ -13,8 +13,9 @@ from unittest import mock
 
 import pytest
 
-from connectomics.build.engine import Engine, build_engine
-from connectomics.build.volumes import named_sources
+from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.engine.make_engine import build_engine
+from connectomics.assembly.volumes import named_sources
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.build import backends as build_backends
-from connectomics.build import engine as build_engine_module
-from connectomics.build.backends import as_begun, fitting_backends
-from connectomics.build.engine import Engine, build_engine
-from connectomics.build.models import load_members
-from connectomics.build.plan import rehearsed_plan
+from connectomics.assembly.engine import backends as build_backends
+from connectomics.assembly.engine import make_engine as build_engine_module
+from connectomics.assembly.engine.backends import as_begun, fitting_backends
+from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.engine.make_engine import build_engine
+from connectomics.assembly.engine.models import load_members
+from connectomics.assembly.memory import rehearsed_plan
 from connectomics.config.load import load_config
 from connectomics.errors import DeviceMemoryError
 from connectomics.geometry import Box, Vec3

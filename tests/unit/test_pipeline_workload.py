@@ -14,8 +14,8 @@ import pytest
 import torch
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 
-from connectomics.build.engine import build_engine
-from connectomics.build.volumes import segmenter_of
+from connectomics.assembly.engine.make_engine import build_engine
+from connectomics.assembly.volumes import segmenter_of
 from connectomics.config.load import load_config
 from connectomics.geometry import BlockGrid, Box, Vec3
 from connectomics.models.backends.torch_eager import TorchBackend

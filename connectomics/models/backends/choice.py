@@ -1,6 +1,6 @@
 """Which backend runs the networks: the one that is named, or the first that this machine has.
 
-``build`` asks once, before the first block; all networks of a run are of one numeric class.
+``assembly`` asks once, before the first block; all networks of a run are of one numeric class.
 """
 
 from __future__ import annotations

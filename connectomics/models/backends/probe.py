@@ -1,6 +1,6 @@
 """Whether a device's memory suffices, found out by trying before the first block of a run.
 
-``build`` tries batches with it; ``inference`` names what ran out.
+``assembly`` tries batches with it; ``inference`` names what ran out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """PyTorch, eager: the reference backend, in float32 or fast: nnU-Net's autocast on CUDA, bfloat16 on the CPU.
 
-Made by ``choice``; ``select_device`` is also asked by ``build`` and ``doctor``.
+Made by ``choice``; ``select_device`` is also asked by ``assembly`` and ``doctor``.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 
 import psutil
@@ -21,11 +19,6 @@ def memory_budget_bytes(config: Config) -> int:
     """Host memory a run may use: what is stated, else half of the machine's."""
     stated = config.system.memory_budget_gb
     return int(stated * 1e9) if stated is not None else int(psutil.virtual_memory().total * BUDGET_SHARE)
-
-
-def cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def holds_batch(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], batch: int) -> bool:

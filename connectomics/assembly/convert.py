@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from connectomics.build.models import model_request
+from connectomics.assembly.engine.models import model_request
 from connectomics.config.schema import Config
 from connectomics.errors import OutputError
 from connectomics.io.atomic import replacing

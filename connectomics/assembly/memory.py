@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 
-from connectomics.build.engine import Engine, EngineModel
+from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.config.schema import Config
 from connectomics.errors import DeviceMemoryError, ResourceError
 from connectomics.geometry import Vec3, vec3

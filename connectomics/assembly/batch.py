@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from connectomics.build.backends import known_profile, measured_as, ways, with_batch
-from connectomics.build.cascade import first_stage_config
-from connectomics.build.engine import Engine
-from connectomics.build.plan import plan_volume
-from connectomics.build.profile import WORTH
-from connectomics.build.volumes import segmenter_of
+from connectomics.assembly.engine.backends import known_profile, measured_as, ways, with_batch
+from connectomics.assembly.engine.cascade import first_stage_config
+from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.memory import plan_volume
+from connectomics.assembly.profile import WORTH
+from connectomics.assembly.volumes import segmenter_of
 from connectomics.config.schema import Config
 from connectomics.errors import ResourceError
 from connectomics.geometry import Box

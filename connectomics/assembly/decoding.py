@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 
-from connectomics.build.budget import memory_budget_bytes
-from connectomics.build.engine import program_version
-from connectomics.build.plan import decoding_bytes
-from connectomics.build.watershed import Memory, check_watershed, watershed_of, watershed_plan
+from connectomics.assembly.engine.budget import memory_budget_bytes
+from connectomics.assembly.engine.identity import program_version
+from connectomics.assembly.memory import decoding_bytes
+from connectomics.assembly.watershed import Memory, check_watershed, watershed_of, watershed_plan
 from connectomics.config.decoding import ConnectedComponents, DecodingStep, Filters, SliceLinking, Watershed
 from connectomics.config.load import written
 from connectomics.config.schema import Config

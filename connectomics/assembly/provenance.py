@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from connectomics.build.backends import kind_of
-from connectomics.build.engine import Engine, EngineModel, versions
+from connectomics.assembly.engine.backends import kind_of
+from connectomics.assembly.engine.engine import Engine, EngineModel
+from connectomics.assembly.engine.identity import versions
 from connectomics.config.load import written
 from connectomics.config.schema import Config
 from connectomics.io.listing import VolumeSource

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from connectomics.build.engine import Engine
+from connectomics.assembly.engine.engine import Engine
 from connectomics.config.schema import Config
 from connectomics.geometry import Vec3
 from connectomics.models.backends.remembering import sampled

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from connectomics.build.cascade import checked_labels, first_stage_config, open_previous
-from connectomics.build.contract import fast_contract
-from connectomics.build.engine import Engine, EngineModel
-from connectomics.build.plan import decoding_bytes, rehearsed_plan
-from connectomics.build.planes import check_isotropic
-from connectomics.build.provenance import command_of, provenance_of, resampling_facts, wanted_facts
+from connectomics.assembly.engine.cascade import checked_labels, first_stage_config, open_previous
+from connectomics.assembly.engine.engine import Engine, EngineModel
+from connectomics.assembly.engine.planes import check_isotropic
+from connectomics.assembly.memory import decoding_bytes, rehearsed_plan
+from connectomics.assembly.precision import fast_contract
+from connectomics.assembly.provenance import command_of, provenance_of, resampling_facts, wanted_facts
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError, VolumeError
 from connectomics.fingerprint import key_of

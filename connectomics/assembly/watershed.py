@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from connectomics.build.engine import Engine
+from connectomics.assembly.engine.engine import Engine
 from connectomics.config.decoding import ConnectedComponents, DecodingStep, Watershed
 from connectomics.config.schema import Config
 from connectomics.decode.basins import window_grid

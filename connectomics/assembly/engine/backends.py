@@ -7,11 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from connectomics.build.budget import cpus, holds_batch
-from connectomics.build.profile import Profile, Trial, load_profile, profile_path
+from connectomics.assembly.engine.budget import holds_batch
+from connectomics.assembly.profile import Profile, Trial, load_profile, profile_path
 from connectomics.config.schema import Config
 from connectomics.errors import ConfigError
 from connectomics.geometry import Vec3
+from connectomics.io.process import cpus
 from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.choice import AUTO, Chosen, Networks, Terms, choose, default_precision
 from connectomics.models.backends.contract import NumericClass

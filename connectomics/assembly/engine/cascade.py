@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.build.models import check_alike
+from connectomics.assembly.engine.models import check_alike
 from connectomics.config.schema import Config, Output, Postprocessing
 from connectomics.config.validation import shown
 from connectomics.errors import ConfigError, ModelError, VolumeError

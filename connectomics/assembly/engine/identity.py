@@ -1,0 +1,104 @@
+"""What decides the result of an engine, and in which ways it is not nnU-Net's own inference."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import sys
+
+from connectomics.assembly.engine.engine import NNUNET_STEP, EngineModel
+from connectomics.assembly.engine.planes import stated_planes
+from connectomics.config.schema import Config
+from connectomics.pipeline.finish import Filters
+from connectomics.pipeline.predict import Segmenter
+
+PACKAGES = (
+    "connectomics",
+    "nnunetv2",
+    "torch",
+    "numpy",
+    "scipy",
+    "scikit-image",
+    "tensorstore",
+)  # that compute or write
+
+
+def program_version() -> str:
+    """Name and version of this program as it goes into run keys."""
+    return f"connectomics {_version('connectomics')}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that compute, for provenance."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python} | {name: _version(name) for name in PACKAGES}
+
+
+@functools.cache
+def _version(name: str) -> str:
+    """Of an installed package; looking it up takes milliseconds, and every volume's provenance names it."""
+    return importlib.metadata.version(name)
+
+
+def result_facts(
+    config: Config, models: tuple[EngineModel, ...], segmenter: Segmenter, filters: Filters, *, fast: bool
+) -> dict[str, object]:
+    """Settings that decide labels and probabilities alike, as JSON values."""
+    stated = config.inference
+    common: dict[str, object] = {
+        "engine": stated.sliding_window.engine,
+        "padding_mode": stated.sliding_window.padding_mode,
+        "threshold": segmenter.labels.threshold,
+        "foreground": list(segmenter.labels.foreground),
+        "painted": list(segmenter.labels.painted),
+        "remove_small_objects": filters.minimum_voxels,
+        "fill_holes": filters.fill_holes,
+        "axes": stated.axes,
+        "voxel_size_nm": stated.voxel_size_nm,
+    }
+    if fast:
+        common["precision"] = "fast"
+    planes = stated_planes(config)
+    members = segmenter.members[:: len(planes)]  # of each model the first; the others differ in the plane alone
+    own: list[dict[str, object]] = [
+        {
+            "model_sha256": model.spec.sha256,
+            "window_size": list(model.window.patch),
+            "tile_step_size": model.window.step,
+            "blending": model.window.blending,
+            "mirror_axes": list(model.window.mirror_axes),
+            "case": "slice" if member.by_slice else "volume",
+        }
+        for model, member in zip(models, members, strict=True)
+    ]
+    if planes != ["xy"]:
+        common["planes"] = planes
+    if len(own) == 1:
+        return common | own[0]
+    for facts, member in zip(own, members, strict=True):
+        facts["weight"] = member.weight
+    return common | {"ensemble": own}
+
+
+def deviations_of(config: Config, models: tuple[EngineModel, ...], segmenter: Segmenter) -> tuple[str, ...]:
+    inference, planes = config.inference, stated_planes(config)
+    tests = [
+        (planes != ["xy"], f"{'a mean over the planes' if len(planes) > 1 else 'the plane'} {', '.join(planes)}"),
+        (inference.sliding_window.engine != "nnunet", "MONAI's window grid"),
+        (inference.postprocessing.binary.enabled, "labels by a threshold"),
+        (inference.roi is not None, "background outside inference.roi"),
+        (inference.mask is not None, "background outside inference.mask"),
+        (len({m.weight for m in segmenter.members}) > 1, "a weighted mean of probabilities"),
+    ]
+    for model, member in zip(models, segmenter.members[:: len(planes)], strict=True):
+        spec, window = model.spec, model.window
+        of = f" of {model.checkpoint}" if len(models) > 1 else ""
+        mirrored = inference.test_time_augmentation.enabled and window.mirror_axes != spec.mirror_axes
+        tests += [
+            (window.patch != spec.patch_shape, f"window size{of} {window.patch} instead of {spec.patch_shape}"),
+            (window.step != NNUNET_STEP, f"tile step size{of} {window.step:g} instead of {NNUNET_STEP}"),
+            (window.blending != "gaussian", f"constant blending{of}"),
+            (mirrored, f"mirror axes{of} {window.mirror_axes} instead of {spec.mirror_axes}"),
+            (member.by_slice != spec.slice_case, f"case{of} {'slice' if member.by_slice else 'volume'}"),
+        ]
+    return tuple(text for holds, text in tests if holds)

@@ -1,1 +1,0 @@
-"""Composition root: configuration in, objects out. The only room below the command line that reads configuration."""
