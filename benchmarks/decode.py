@@ -27,13 +27,13 @@ from typing import Any
 import cc3d
 import numpy as np
 
+from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.decode.components import Connectivity
 from connectomics.decode.members import save
 from connectomics.decode.merge import Cuts, merge
 from connectomics.decode.pieces import Pieces, nothing
 from connectomics.decode.selection import Selection
 from connectomics.executors.serial import SerialExecutor
-from connectomics.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.io.opening import open_volume
 from connectomics.io.store import Store, create_store, open_store
 from connectomics.io.volume import VolumeInfo

@@ -25,10 +25,10 @@ from skimage.metrics import contingency_table
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from connectomics.core.geometry import Box  # noqa: E402
 from connectomics.evaluate.contingency import Contingency  # noqa: E402
 from connectomics.evaluate.instances import instance_scores  # noqa: E402
 from connectomics.evaluate.volumes import Comparison, compare  # noqa: E402
-from connectomics.geometry import Box  # noqa: E402
 from connectomics.io.opening import open_volume  # noqa: E402
 
 

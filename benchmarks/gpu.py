@@ -78,7 +78,7 @@ def slices_a_second(
     model: Path, terms: Terms, device: str, slices: int, rounds: int, warm: Callable[[], None] | None = None
 ) -> dict[str, object]:
     """Label ``slices`` sections of noise, each a case of its own."""
-    from connectomics.geometry import Box
+    from connectomics.core.geometry import Box
     from connectomics.lightning.inference import InferenceManager
 
     from parity_table import ArrayVolume

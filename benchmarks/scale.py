@@ -26,8 +26,8 @@ import numpy as np
 import psutil
 import torch
 
+from connectomics.core.geometry import BlockGrid, Box, Vec3
 from connectomics.executors.overlapping import OverlappingExecutor
-from connectomics.geometry import BlockGrid, Box, Vec3
 from connectomics.inference.head import LabelRule
 from connectomics.inference.predictor import RollingPredictor, SlidingWindow
 from connectomics.inference.section_cases import SectionCases

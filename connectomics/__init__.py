@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from connectomics.assembly.volumes import list_sources
     from connectomics.config.load import load_config
     from connectomics.config.schema import Config
-    from connectomics.errors import ConnectomicsError
-    from connectomics.geometry import Box
+    from connectomics.core.errors import ConnectomicsError
+    from connectomics.core.geometry import Box
     from connectomics.io.opening import open_volume
     from connectomics.lightning.inference import InferenceManager, Prediction, VolumeProcessor
     from connectomics.lightning.outcome import VolumeOutcome
@@ -37,9 +37,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Box": "geometry",
+    "Box": "core.geometry",
     "Config": "config.schema",
-    "ConnectomicsError": "errors",
+    "ConnectomicsError": "core.errors",
     "InferenceManager": "lightning.inference",
     "Prediction": "lightning.inference",
     "VolumeOutcome": "lightning.outcome",

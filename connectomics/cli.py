@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from connectomics import cli_forecast
 from connectomics.cli_arguments import INSTANCES, parse_command, parse_mode
 from connectomics.cli_exit import FAILED, guarded, leave
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from connectomics.errors import ConnectomicsError
+from connectomics.core.errors import ConnectomicsError
 
 FAILED = 3
 INTERRUPTED = 128  # plus the signal's number

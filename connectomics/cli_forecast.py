@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from connectomics.cli_exit import FAILED
-from connectomics.errors import ConnectomicsError
+from connectomics.core.errors import ConnectomicsError
 
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine

@@ -18,7 +18,7 @@ from connectomics.assembly.engine.cascade import check_previous_stage
 from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.volumes import list_sources, open_source, share_of
 from connectomics.config.schema import Config
-from connectomics.errors import ConnectomicsError
+from connectomics.core.errors import ConnectomicsError
 from connectomics.models.backends.torch_eager import select_device
 
 TESTED_NNUNET = ("2.8.0", "2.9")

@@ -18,7 +18,7 @@ from typing import Any
 import imageio.v3 as imageio
 import numpy as np
 
-from connectomics.geometry import Box
+from connectomics.core.geometry import Box
 from connectomics.io.phantom import open_phantom, section_damage
 
 DATASET = "Dataset001_PhantomMito"

@@ -289,7 +289,7 @@ def signed(name: str, change: Callable[[bytes], bytes]) -> Damage:
     """Change a file of a copy and bring the manifest's digests up to date, as a forger would."""
 
     def damage(root: Path, canary: Path) -> Path:
-        from connectomics.fingerprint import key_of, sha256_of_file
+        from connectomics.core.fingerprint import key_of, sha256_of_file
 
         (root / name).write_bytes(change((root / name).read_bytes()))
         manifest = json.loads((root / "manifest.json").read_text())

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet
 
+from connectomics.core.geometry import BlockGrid, Box, Vec3
 from connectomics.decode.components import Connectivity
 from connectomics.decode.merge import AT_ONCE, FIRST_ID, Cuts, merge
 from connectomics.decode.objects import COLUMNS, Frame, write_table
 from connectomics.executors.serial import SerialExecutor
-from connectomics.geometry import BlockGrid, Box, Vec3
 from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline.blocks import BlocksDone, run_blocks
 from connectomics.pipeline.contracts import Task

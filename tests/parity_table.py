@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
-from connectomics.geometry import AxisOrder, BlockGrid, Box, Vec3
+from connectomics.core.geometry import AxisOrder, BlockGrid, Box, Vec3
 from connectomics.io.volume import VolumeInfo
 from connectomics.lightning.inference import InferenceManager
 

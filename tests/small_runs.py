@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from connectomics.errors import VolumeError
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import Block, Box, Vec3
 from connectomics.executors.serial import SerialExecutor
-from connectomics.geometry import Block, Box, Vec3
 from connectomics.inference.case import CaseInput
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.io.volume import Array, VolumeInfo

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from connectomics.errors import ConnectomicsError
-from connectomics.geometry import Box
+from connectomics.core.errors import ConnectomicsError
+from connectomics.core.geometry import Box
 from connectomics.io.opening import open_volume
 
 LONGEST = 2000  # characters of a sentence

@@ -12,8 +12,8 @@ from connectomics.assembly.memory import plan_volume
 from connectomics.assembly.profile import WORTH
 from connectomics.assembly.volumes import segmenter_of
 from connectomics.config.schema import Config
-from connectomics.errors import ResourceError
-from connectomics.geometry import Box
+from connectomics.core.errors import ResourceError
+from connectomics.core.geometry import Box
 from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline.workload import Cut, batch_fill
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from connectomics.assembly.engine.models import model_request
 from connectomics.config.schema import Config
-from connectomics.errors import OutputError
-from connectomics.io.atomic import replacing
+from connectomics.core.errors import OutputError
+from connectomics.core.files import replacing
 from connectomics.models.conversion import convert_model
 
 

@@ -16,11 +16,11 @@ from connectomics.assembly.watershed import Memory, check_watershed, watershed_o
 from connectomics.config.decoding import ConnectedComponents, DecodingStep, Filters, SliceLinking, Watershed
 from connectomics.config.load import written
 from connectomics.config.schema import Config
+from connectomics.core.errors import ConfigError, VolumeError
+from connectomics.core.fingerprint import key_of
 from connectomics.decode.links import Linking
 from connectomics.decode.objects import require_parquet
 from connectomics.decode.selection import Selection
-from connectomics.errors import ConfigError, VolumeError
-from connectomics.fingerprint import key_of
 from connectomics.io.export import FORMATS, export_path, read_stamp
 from connectomics.io.listing import stem_of
 from connectomics.io.opening import open_volume

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.config.schema import Config
-from connectomics.errors import DeviceMemoryError, ResourceError
-from connectomics.geometry import Vec3, vec3
+from connectomics.core.errors import DeviceMemoryError, ResourceError
+from connectomics.core.geometry import Vec3, vec3
 from connectomics.io.export import exporting_bytes
 from connectomics.io.stored import READ_BYTES, reading_bytes
 from connectomics.io.volume import VolumeInfo

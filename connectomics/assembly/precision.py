@@ -6,7 +6,7 @@ import functools
 
 from connectomics.assembly.engine.engine import Engine
 from connectomics.config.schema import Config
-from connectomics.geometry import Vec3
+from connectomics.core.geometry import Vec3
 from connectomics.models.backends.remembering import sampled
 from connectomics.pipeline.agreement import FastContract, piece_shape
 from connectomics.pipeline.predict import Segmenter

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from connectomics.errors import OutputError
-from connectomics.fingerprint import key_of
-from connectomics.geometry import Vec3
-from connectomics.io.atomic import write_text
-from connectomics.io.process import cpus
+from connectomics.core.errors import OutputError
+from connectomics.core.files import write_text
+from connectomics.core.fingerprint import key_of
+from connectomics.core.geometry import Vec3
+from connectomics.core.process import cpus
 from connectomics.models.backends.choice import BACKENDS
 from connectomics.models.backends.torch_eager import capability, select_device
 from connectomics.models.spec import ModelSpec

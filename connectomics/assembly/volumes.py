@@ -12,9 +12,9 @@ from connectomics.assembly.memory import decoding_bytes, rehearsed_plan
 from connectomics.assembly.precision import fast_contract
 from connectomics.assembly.provenance import command_of, provenance_of, resampling_facts, wanted_facts
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError, VolumeError
-from connectomics.fingerprint import key_of
-from connectomics.geometry import Box, Vec3, vec3
+from connectomics.core.errors import ConfigError, VolumeError
+from connectomics.core.fingerprint import key_of
+from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.inference.case import ReadBox
 from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.io.export import export_path

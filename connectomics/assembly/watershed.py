@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from connectomics.assembly.engine.engine import Engine
 from connectomics.config.decoding import ConnectedComponents, DecodingStep, Watershed
 from connectomics.config.schema import Config
+from connectomics.core.errors import ConfigError, ResourceError, VolumeError
+from connectomics.core.geometry import Box, Vec3
 from connectomics.decode.basins import window_grid
 from connectomics.decode.components import Connectivity
 from connectomics.decode.distance import reach
-from connectomics.errors import ConfigError, ResourceError, VolumeError
-from connectomics.geometry import Box, Vec3
 from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline import watershed
 from connectomics.pipeline.planning import REFUSAL_STEP_BYTES, BlockPlan

@@ -1,7 +1,7 @@
 """``decoding``: the list of steps that turn labels into objects, each with keys of its own.
 
-``connectomics.config.load`` reads the list with ``read_steps``; ``assembly`` reads the steps. A further step is one more
-class here, in ``STEPS``.
+``connectomics.config.load`` reads the list with ``read_steps``; ``assembly`` reads the steps. A further
+step is one more class here, in ``STEPS``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from connectomics.config.validation import shown
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 
 CONNECTIVITIES = (4, 8, 6, 18, 26)
 HOLES = ("off", "2d", "3d")

@@ -25,7 +25,7 @@ from yaml import MarkedYAMLError, YAMLError
 from connectomics.config.decoding import read_steps
 from connectomics.config.schema import Config
 from connectomics.config.validation import shown, validate
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 
 _FILE_LIST = "inference.volume_mode.file_list"
 _DECODING = "decoding"

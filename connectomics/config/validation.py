@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from connectomics.config.schema import Config, Evaluation, Inference, KnownAnswers, Model, System
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 
 FORMATS = ("h5", "zarr", "tiff", "png", "zarr2", "n5", "precomputed")
 SEMANTIC_METRICS = ("dice", "iou", "precision", "recall")

@@ -14,7 +14,7 @@ import cc3d
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.geometry import Vec3, vec3
+from connectomics.core.geometry import Vec3, vec3
 
 Array = npt.NDArray[Any]
 _number: Callable[..., Any] = cc3d.connected_components

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from connectomics.geometry import Box, Vec3, vec3
+from connectomics.core.geometry import Box, Vec3, vec3
 
 Array = npt.NDArray[Any]
 Size = tuple[float, float, float]

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from connectomics.geometry import Vec3
+from connectomics.core.geometry import Vec3
 from connectomics.io.volume import Array
 
 

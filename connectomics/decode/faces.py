@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from connectomics.core.geometry import Vec3, vec3
 from connectomics.decode.components import Connectivity
-from connectomics.geometry import Vec3, vec3
 
 Array = npt.NDArray[Any]
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.errors import LedgerError
-from connectomics.io.atomic import replacing
+from connectomics.core.errors import LedgerError
+from connectomics.core.files import replacing
 from connectomics.io.source import READ_ERRORS, reason
 
 Array = npt.NDArray[Any]

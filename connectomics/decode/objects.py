@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from connectomics.core.errors import OutputError
+from connectomics.core.files import replacing
 from connectomics.decode.merge import OBJECTS, spans
 from connectomics.decode.selection import NUMBERS
-from connectomics.errors import OutputError
-from connectomics.io.atomic import replacing
 
 Array = npt.NDArray[Any]
 Columns = dict[str, Array | None]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from connectomics.core.geometry import Vec3
 from connectomics.decode.members import load, save
-from connectomics.geometry import Vec3
 
 Array = npt.NDArray[Any]
 VOXELS_AT_ONCE = 1 << 20

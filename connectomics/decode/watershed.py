@@ -16,9 +16,9 @@ import numpy.typing as npt
 from scipy import ndimage
 from skimage import segmentation
 
+from connectomics.core.geometry import Vec3, vec3
 from connectomics.decode.components import Connectivity
 from connectomics.decode.merge import AT_ONCE, OBJECTS, spans, table
-from connectomics.geometry import Vec3, vec3
 
 Array = npt.NDArray[Any]
 _watershed: Callable[..., Any] = segmentation.watershed

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.errors import VolumeError
+from connectomics.core.errors import VolumeError
 
 Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.uint64]

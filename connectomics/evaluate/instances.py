@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.errors import ConfigError, VolumeError
+from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.evaluate.contingency import Contingency
 from connectomics.evaluate.objects import LEAST, TWENTIETHS, Overlaps, Places, Reals
 

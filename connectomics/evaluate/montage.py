@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from connectomics.errors import OutputError
-from connectomics.io.atomic import replacing
+from connectomics.core.errors import OutputError
+from connectomics.core.files import replacing
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]

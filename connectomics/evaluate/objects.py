@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.errors import OutputError
+from connectomics.core.errors import OutputError
+from connectomics.core.files import replacing
 from connectomics.evaluate.contingency import Contingency, Counts, Ids
-from connectomics.io.atomic import replacing
 
 Places = npt.NDArray[np.intp]
 Reals = npt.NDArray[np.float64]

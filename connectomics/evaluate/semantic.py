@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from connectomics.errors import ConfigError, VolumeError
+from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.evaluate.contingency import Contingency, Counts, Ids, listing
 
 MOST_CLASSES = 1 << 11  # a confusion matrix of this many takes 32 MiB

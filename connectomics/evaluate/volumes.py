@@ -7,9 +7,9 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-from connectomics.errors import VolumeError
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.evaluate.contingency import Contingency, Tally
-from connectomics.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.io.opening import open_volume
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from connectomics.core.geometry import Block
 from connectomics.executors.serial import SerialExecutor
-from connectomics.geometry import Block
 from connectomics.pipeline.blocks import attempt
 from connectomics.pipeline.contracts import BlockFailure, BlockRecord, Computed, Task, TwoStepTask
 from connectomics.pipeline.memory import BEHIND_BYTES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from connectomics.geometry import Block
+from connectomics.core.geometry import Block
 from connectomics.pipeline.blocks import attempt
 from connectomics.pipeline.contracts import BlockFailure, BlockRecord, Task
 

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from connectomics.geometry import Box
+from connectomics.core.geometry import Box
 from connectomics.inference.case import Case, ReadBox, WindowSource
 from connectomics.io.volume import Array
 

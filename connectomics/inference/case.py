@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from connectomics.geometry import Box
+from connectomics.core.geometry import Box
 from connectomics.inference.normalise import ChannelSummary, normalise
 from connectomics.io.volume import Array
 from connectomics.models.spec import ChannelNormalisation

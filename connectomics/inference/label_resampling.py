@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from connectomics.geometry import Box
+from connectomics.core.geometry import Box
 from connectomics.inference.interpolation import AxisResampling, interpolated, reach_of
 from connectomics.io.volume import Array
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from connectomics.errors import ConfigError
-from connectomics.geometry import Box, Vec3
+from connectomics.core.errors import ConfigError
+from connectomics.core.geometry import Box, Vec3
 from connectomics.inference.case import WindowSource
 from connectomics.inference.predictor import Logits, Part, SlidingWindow
 from connectomics.inference.tta import forward_mirrored

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from connectomics.errors import VolumeError
+from connectomics.core.errors import VolumeError
 from connectomics.io.volume import Array
 from connectomics.models.spec import ChannelNormalisation
 

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from connectomics.geometry import Box, Vec3, pieces, vec3
+from connectomics.core.geometry import Box, Vec3, pieces, vec3
 from connectomics.inference.case import WindowSource
 from connectomics.inference.transfer import uploads_to
 from connectomics.inference.tta import forward_mirrored, mirror_combinations

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from connectomics.errors import ModelError, VolumeError
-from connectomics.geometry import BlockGrid, Box, Vec3, vec3
+from connectomics.core.errors import ModelError, VolumeError
+from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.inference.cascade import PreviousLabels, StackedInput
 from connectomics.inference.case import CaseInput, Range, WindowSource
 from connectomics.inference.interpolation import AxisResampling, interpolated, reach_of, spline

@@ -11,7 +11,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.geometry import AxisOrder, Box
+from connectomics.core.geometry import AxisOrder, Box
 from connectomics.inference.case import Case
 from connectomics.inference.normalise import ChannelSummary
 

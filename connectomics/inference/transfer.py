@@ -17,8 +17,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from connectomics.errors import ModelError
-from connectomics.geometry import Box
+from connectomics.core.errors import ModelError
+from connectomics.core.geometry import Box
 from connectomics.io.volume import Array
 from connectomics.models.backends.probe import naming_what_ran_out
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 
-from connectomics.geometry import Box, Vec3, vec3
+from connectomics.core.geometry import Box, Vec3, vec3
 
 VALUE_SCALE = 10.0  # nnU-Net scales its Gaussian to a maximum of 10
 SIGMA_SHARE = 1.0 / 8.0  # of the patch, along each axis

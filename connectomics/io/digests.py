@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from connectomics.fingerprint import sha256_of_file
-from connectomics.io.atomic import replacing
+from connectomics.core.files import replacing
+from connectomics.core.fingerprint import sha256_of_file
 from connectomics.io.source import files_below
 
 SUFFIX = ".sha256"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.errors import OutputError
-from connectomics.geometry import Vec3
-from connectomics.io.atomic import replacing
+from connectomics.core.errors import OutputError
+from connectomics.core.files import replacing
+from connectomics.core.geometry import Vec3
 from connectomics.io.export_files import (
     SLAB_BYTES,
     compare_file,

@@ -13,8 +13,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from connectomics.errors import OutputError
-from connectomics.geometry import BlockGrid, Box
+from connectomics.core.errors import OutputError
+from connectomics.core.geometry import BlockGrid, Box
 from connectomics.io.hdf5 import DEFAULT_DATASET, open_hdf5
 from connectomics.io.images import open_stack
 from connectomics.io.levels import grown

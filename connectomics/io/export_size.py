@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.geometry import Vec3, vec3
+from connectomics.core.geometry import Vec3, vec3
 from connectomics.io.export import PYRAMIDS, multiscale_of
 from connectomics.io.export_files import TILE, is_tiled, section_bytes
 from connectomics.io.levels import Level

@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from connectomics.errors import VolumeError
+from connectomics.core.errors import VolumeError
 from connectomics.io.source import READ_ERRORS, Source, file_identity, three_positive, unreadable
 from connectomics.io.stored import StoredVolume, info_of, layout_of, require_small_chunks, row_chunk
 from connectomics.io.volume import Array, Nanometres

@@ -16,8 +16,8 @@ import natsort
 import numpy as np
 from PIL import BmpImagePlugin, ImageFile, ImageMode, JpegImagePlugin, PngImagePlugin
 
-from connectomics.errors import VolumeError
-from connectomics.geometry import Box
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import Box
 from connectomics.io.source import READ_ERRORS, Source, file_identity, folded_identity, reason, unreadable
 from connectomics.io.stored import Layout, RecentArrays, StoredVolume, info_of, native_dtype
 from connectomics.io.tiff import open_tiff

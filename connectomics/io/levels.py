@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from connectomics.geometry import Vec3, vec3
+from connectomics.core.geometry import Vec3, vec3
 from connectomics.io.volume import Nanometres, VolumeInfo
 
 ISOTROPIC = math.sqrt(2)  # an axis is coarse when its voxels are so much longer than the shortest

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from natsort import natsorted
 
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 from connectomics.io.source import without_prefix
 
 CHANNEL = re.compile(r"^(?P<stem>.+)_(?P<channel>\d{4})$")

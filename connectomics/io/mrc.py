@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from connectomics.errors import VolumeError
+from connectomics.core.errors import VolumeError
 from connectomics.io.mapped import MappedArray
 from connectomics.io.source import (
     NM_PER_UNIT,

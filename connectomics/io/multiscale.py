@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import tensorstore as ts
 
-from connectomics.errors import OutputError, VolumeError
-from connectomics.geometry import Box, Vec3, vec3
+from connectomics.core.errors import OutputError, VolumeError
+from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.io.levels import Level
 from connectomics.io.shards import ShardWriter
 from connectomics.io.source import READ_ERRORS, reason

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.geometry import Vec3
-from connectomics.io.atomic import replacing, write_text
+from connectomics.core.files import replacing, write_text
+from connectomics.core.geometry import Vec3
 from connectomics.io.levels import Level, grown
 from connectomics.io.multiscale import CHUNK_BYTES, UNIT_BYTES, LevelArray, open_driver
 from connectomics.io.n5 import ATTRIBUTES

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from connectomics.geometry import Vec3, vec3
-from connectomics.io.atomic import replacing, write_text
+from connectomics.core.files import replacing, write_text
+from connectomics.core.geometry import Vec3, vec3
 from connectomics.io.levels import Level, plan_levels
 from connectomics.io.multiscale import STAMP_FILE, UNIT_BYTES, LevelArray, open_driver
 from connectomics.io.volume import Nanometres, VolumeInfo

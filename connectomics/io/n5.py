@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from connectomics.errors import VolumeError
+from connectomics.core.errors import VolumeError
 from connectomics.io.source import (
     NM_PER_UNIT,
     READ_ERRORS,

@@ -23,8 +23,8 @@ from nibabel.orientations import io_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from connectomics.errors import VolumeError
-from connectomics.geometry import AxisOrder, vec3
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import AxisOrder, vec3
 from connectomics.io.mapped import MappedArray, contiguous_chunk
 from connectomics.io.source import READ_ERRORS, Source, file_identity, three_positive, unreadable
 from connectomics.io.stored import Layout, StoredVolume, info_of, layout_of, native_dtype

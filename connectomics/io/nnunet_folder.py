@@ -17,9 +17,9 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from connectomics.errors import ConfigError, OutputError, VolumeError
-from connectomics.geometry import BlockGrid
-from connectomics.io.atomic import replacing, write_text
+from connectomics.core.errors import ConfigError, OutputError, VolumeError
+from connectomics.core.files import replacing, write_text
+from connectomics.core.geometry import BlockGrid
 from connectomics.io.images import open_image
 from connectomics.io.listing import VolumeSource
 from connectomics.io.nifti import RAS

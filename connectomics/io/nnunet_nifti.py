@@ -20,8 +20,8 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from connectomics.errors import OutputError, VolumeError
-from connectomics.geometry import Vec3
+from connectomics.core.errors import OutputError, VolumeError
+from connectomics.core.geometry import Vec3
 from connectomics.io.nifti import turn_to_ras
 from connectomics.io.source import reason, three_positive
 from connectomics.io.turned import Turn

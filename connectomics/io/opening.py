@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.errors import VolumeError
-from connectomics.geometry import Box
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import Box
 from connectomics.io.source import Source, is_folder, reason, without_prefix
 from connectomics.io.volume import Array, Nanometres, VolumeInfo, VolumeReader
 

@@ -14,8 +14,8 @@ from typing import Literal, cast
 
 import numpy as np
 
-from connectomics.errors import VolumeError
-from connectomics.geometry import Box, Vec3, vec3
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.io.phantom_picture import Damage, picture, section
 from connectomics.io.phantom_shapes import VOXEL_SIZE_NM, Tile, id_dtype, mitochondria, warp_of
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.geometry import Vec3, vec3
+from connectomics.core.geometry import Vec3, vec3
 from connectomics.io.volume import Nanometres
 
 Floats = npt.NDArray[np.float32]

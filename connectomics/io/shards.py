@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
 
-from connectomics.geometry import Box, Vec3, vec3
-from connectomics.io.atomic import make_folder, replacing
+from connectomics.core.files import make_folder, replacing
+from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.io.levels import grown
 from connectomics.io.store import array_metadata
 from connectomics.io.volume import Array, VolumeInfo

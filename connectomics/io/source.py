@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from connectomics.errors import VolumeError
-from connectomics.fingerprint import key_of
+from connectomics.core.errors import VolumeError
+from connectomics.core.fingerprint import key_of
 from connectomics.io.volume import Nanometres
 
 READ_ERRORS = (

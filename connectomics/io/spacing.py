@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from connectomics.errors import VolumeError
+from connectomics.core.errors import VolumeError
 from connectomics.io.source import Source, reason, three_positive
 from connectomics.io.volume import Spacing
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from connectomics.errors import OutputError, VolumeError
-from connectomics.fingerprint import sha256_of_file
-from connectomics.geometry import Box, Vec3, vec3
-from connectomics.io.atomic import replacing
+from connectomics.core.errors import OutputError, VolumeError
+from connectomics.core.files import replacing
+from connectomics.core.fingerprint import sha256_of_file
+from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.io.levels import Level
 from connectomics.io.ome import multiscale
 from connectomics.io.source import READ_ERRORS, Source, reason

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from connectomics.errors import VolumeError
-from connectomics.geometry import Box, Vec3, pieces, vec3
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import Box, Vec3, pieces, vec3
 from connectomics.io.source import READ_ERRORS, Source, reason, require_believable
 from connectomics.io.volume import Array, Nanometres, Spacing, VolumeInfo
 

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 import tifffile
 
-from connectomics.errors import VolumeError
+from connectomics.core.errors import VolumeError
 from connectomics.io.source import NM_PER_UNIT, READ_ERRORS, Source, file_identity, three_positive, unreadable
 from connectomics.io.stored import (
     Layout,

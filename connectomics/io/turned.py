@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from connectomics.geometry import AxisOrder, Box, vec3
+from connectomics.core.geometry import AxisOrder, Box, vec3
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.geometry import Box, Vec3
+from connectomics.core.geometry import Box, Vec3
 
 Array = npt.NDArray[Any]
 Nanometres = tuple[float, float, float]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from connectomics.errors import VolumeError
+from connectomics.core.errors import VolumeError
 from connectomics.io.source import (
     DEEPEST,
     NM_PER_UNIT,

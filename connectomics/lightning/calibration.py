@@ -23,8 +23,8 @@ from connectomics.assembly.engine.backends import device_name, known_profile, me
 from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.windows import make_predictor
 from connectomics.config.schema import Config
+from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.executors.overlapping import OverlappingExecutor
-from connectomics.geometry import Box, Vec3, vec3
 from connectomics.inference.predictor import Predictor, SlidingWindow
 from connectomics.io.levels import grown
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader

@@ -24,7 +24,7 @@ from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.identity import program_version
 from connectomics.assembly.watershed import keeps_probabilities
 from connectomics.config.schema import Config
-from connectomics.errors import ConnectomicsError
+from connectomics.core.errors import ConnectomicsError
 from connectomics.executors.serial import SerialExecutor
 from connectomics.io.listing import stem_of
 from connectomics.io.opening import open_volume

@@ -8,9 +8,9 @@ from pathlib import Path
 from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.volumes import named_sources
 from connectomics.config.load import load_config
-from connectomics.errors import ConnectomicsError
+from connectomics.core.errors import ConnectomicsError
+from connectomics.core.geometry import Box
 from connectomics.evaluate.montage import montage
-from connectomics.geometry import Box
 from connectomics.io.opening import open_volume
 from connectomics.io.volume import Array
 from connectomics.lightning.evaluation import evaluate_outcomes

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from connectomics.config.schema import Config, Evaluation
 from connectomics.config.validation import INSTANCE_METRICS, SEMANTIC_METRICS
-from connectomics.errors import ConfigError, ConnectomicsError
+from connectomics.core.errors import ConfigError, ConnectomicsError
+from connectomics.core.files import write_text
 from connectomics.evaluate.contingency import Contingency, side_by_side
 from connectomics.evaluate.instances import instance_scores
 from connectomics.evaluate.objects import Overlaps, match_table, write_matches
 from connectomics.evaluate.semantic import Confusion, labels_found, scores
 from connectomics.evaluate.volumes import Comparison, Within, compare
-from connectomics.io.atomic import write_text
 from connectomics.io.listing import VolumeSource, refuse_collisions, stem_of
 from connectomics.io.opening import open_volume
 from connectomics.lightning.decode import objects_of

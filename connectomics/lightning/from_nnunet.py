@@ -14,7 +14,7 @@ from connectomics.assembly.engine.make_engine import build_engine, check_resampl
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.config.validation import validate
-from connectomics.errors import ConfigError, ModelError
+from connectomics.core.errors import ConfigError, ModelError
 from connectomics.io.listing import VolumeSource
 from connectomics.io.nnunet_folder import (
     IMAGES,

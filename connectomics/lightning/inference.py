@@ -31,9 +31,9 @@ from connectomics.assembly.volumes import (
 )
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError, ConnectomicsError, VolumeError
+from connectomics.core.errors import ConfigError, ConnectomicsError, VolumeError
+from connectomics.core.geometry import Box
 from connectomics.executors.overlapping import OverlappingExecutor
-from connectomics.geometry import Box
 from connectomics.inference.case import ReadBox
 from connectomics.io.listing import VolumeSource
 from connectomics.io.volume import Array, Spacing, VolumeInfo

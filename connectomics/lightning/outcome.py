@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from connectomics.errors import ConnectomicsError, OutputError, VolumeError
+from connectomics.core.errors import ConnectomicsError, OutputError, VolumeError
 from connectomics.pipeline.contracts import RunReport
 from connectomics.pipeline.retry import SYSTEMIC, errno_of
 

@@ -12,8 +12,8 @@ from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.memory import peak_of
 from connectomics.assembly.volumes import job_of, open_source, wanted_of
 from connectomics.config.schema import Config
-from connectomics.errors import ConnectomicsError
-from connectomics.geometry import Box
+from connectomics.core.errors import ConnectomicsError
+from connectomics.core.geometry import Box
 from connectomics.io.export_size import Size, largest_size, store_size
 from connectomics.io.listing import VolumeSource
 from connectomics.lightning.calibration import WindowTimes, measure_pace, measure_windows

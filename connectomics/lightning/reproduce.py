@@ -6,7 +6,7 @@ import json
 import shlex
 from pathlib import Path
 
-from connectomics.errors import OutputError
+from connectomics.core.errors import OutputError
 from connectomics.io.export import FORMATS, export_path, read_stamp
 from connectomics.pipeline.run_folder import PROVENANCE
 

@@ -12,7 +12,7 @@ from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.memory import plan_volume
 from connectomics.assembly.volumes import first_stage_of, outputs_of, run_folder, segmenter_of
 from connectomics.config.schema import Config
-from connectomics.errors import DeviceError, ResourceError
+from connectomics.core.errors import DeviceError, ResourceError
 from connectomics.io.listing import VolumeSource
 from connectomics.io.volume import VolumeReader
 from connectomics.lightning.engines import Engines

@@ -12,8 +12,8 @@ from dataclasses import replace
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.volumes import job_of, open_source, wanted_of
 from connectomics.config.schema import Config
-from connectomics.errors import ConnectomicsError
-from connectomics.geometry import Box
+from connectomics.core.errors import ConnectomicsError
+from connectomics.core.geometry import Box
 from connectomics.io.listing import VolumeSource
 from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline.agreement import SAMPLED_VOXELS, Agreement, spread

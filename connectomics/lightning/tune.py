@@ -23,8 +23,8 @@ from connectomics.assembly.engine.windows import make_window
 from connectomics.assembly.profile import Profile, Trial, profile_path, save_profile
 from connectomics.assembly.volumes import named_sources, open_input
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError, DeviceError
-from connectomics.geometry import AxisOrder, Box, Vec3, vec3
+from connectomics.core.errors import ConfigError, DeviceError
+from connectomics.core.geometry import AxisOrder, Box, Vec3, vec3
 from connectomics.inference.case import CaseInput
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 from connectomics.models.backends.choice import Chosen

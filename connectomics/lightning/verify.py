@@ -21,9 +21,9 @@ from connectomics.assembly.engine.identity import versions
 from connectomics.assembly.engine.models import load
 from connectomics.assembly.volumes import named_sources, open_source, segmenter_of
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError, ModelError, VolumeError
-from connectomics.geometry import Box, Vec3, vec3
-from connectomics.io.atomic import write_text
+from connectomics.core.errors import ConfigError, ModelError, VolumeError
+from connectomics.core.files import write_text
+from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.io.listing import VolumeSource
 from connectomics.io.opening import open_volume
 from connectomics.io.volume import Array, VolumeReader

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from connectomics.errors import ModelError, ResourceError
+from connectomics.core.errors import ModelError, ResourceError
 from connectomics.models.locate import ModelRequest
 
 _SUFFIX = ".zip"

@@ -14,8 +14,8 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from connectomics.errors import ModelError
-from connectomics.fingerprint import key_of
+from connectomics.core.errors import ModelError
+from connectomics.core.fingerprint import key_of
 from connectomics.models.arch.nnunet_models import NetworkPlan, NNUNetModel, build_architecture
 from connectomics.models.archive import unpacked
 from connectomics.models.contents import Fold, read_contents

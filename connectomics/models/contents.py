@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from connectomics.errors import ModelError
-from connectomics.fingerprint import sha256_of_bytes, sha256_of_file
+from connectomics.core.errors import ModelError
+from connectomics.core.fingerprint import sha256_of_bytes, sha256_of_file
 from connectomics.models.converted import (
     DATASET,
     MANIFEST,

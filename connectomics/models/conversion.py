@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from connectomics.errors import ModelError
+from connectomics.core.errors import ModelError
 from connectomics.models.archive import unpacked
 from connectomics.models.checkpoint import ModelReading, check_finite, read_model, state_of
 from connectomics.models.converted import Manifest, is_converted, weights_name, write_copy

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from connectomics.errors import ModelError
-from connectomics.fingerprint import key_of, sha256_of_bytes, sha256_of_file
+from connectomics.core.errors import ModelError
+from connectomics.core.fingerprint import key_of, sha256_of_bytes, sha256_of_file
 from connectomics.models.plan_text import PlanText, read_json
 
 MANIFEST = "manifest.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 
 RESULTS = "nnUNet_results"
 _PLACES = ("nnUNet_preprocessed", "nnUNet_raw", RESULTS)

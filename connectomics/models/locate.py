@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.errors import ModelError
+from connectomics.core.errors import ModelError
 
 CHECKPOINT_NAME = "checkpoint_final.pth"
 _FOLD = "fold_"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from connectomics.errors import ModelError
+from connectomics.core.errors import ModelError
 
 _LARGEST_BYTES = 1 << 26
 RESTORE = "restore the file that nnU-Net wrote for this model"

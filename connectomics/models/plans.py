@@ -11,8 +11,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from connectomics.errors import ModelError
-from connectomics.geometry import Vec3, vec3
+from connectomics.core.errors import ModelError
+from connectomics.core.geometry import Vec3, vec3
 from connectomics.models.plan_text import RESTORE, PlanText
 from connectomics.models.spec import (
     DEFAULT_RESAMPLING,

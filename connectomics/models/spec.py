@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from connectomics.geometry import Vec3
+from connectomics.core.geometry import Vec3
 
 Spacing = tuple[float | None, float, float]
 DEFAULT_RESAMPLING = "resample_data_or_seg_to_shape"  # nnU-Net's names of its resampling functions

@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 
-from connectomics.errors import ModelError, UnsafeModelError
+from connectomics.core.errors import ModelError, UnsafeModelError
 
 _NUMPY_CORES = ("numpy._core", "numpy.core")
 _LARGEST_PICKLE_BYTES = 1 << 24  # everything but the weights, which lie beside it

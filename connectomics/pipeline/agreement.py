@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.errors import AgreementError
-from connectomics.geometry import Box, Vec3, vec3
+from connectomics.core.errors import AgreementError
+from connectomics.core.files import write_text
+from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.inference.case import Case, ReadBox
-from connectomics.io.atomic import write_text
 from connectomics.pipeline.predict import LABELS, Segmenter, Surveyed
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.errors import ConnectomicsError, DeviceMemoryError, QuarantineError, StorageError, VolumeError
-from connectomics.fingerprint import sha256_of_file
-from connectomics.geometry import Block
-from connectomics.io.atomic import write_text
+from connectomics.core.errors import ConnectomicsError, DeviceMemoryError, QuarantineError, StorageError, VolumeError
+from connectomics.core.files import write_text
+from connectomics.core.fingerprint import sha256_of_file
+from connectomics.core.geometry import Block
 from connectomics.io.store import Store
 from connectomics.io.volume import Array
 from connectomics.pipeline.contracts import BlockFailure, BlockRecord, Executor, Task

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from connectomics.geometry import Block, BlockGrid, Box
+from connectomics.core.geometry import Block, BlockGrid, Box
 from connectomics.io.volume import Array
 
 

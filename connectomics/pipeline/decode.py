@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from connectomics.core.files import write_text
+from connectomics.core.fingerprint import key_of
+from connectomics.core.geometry import BlockGrid, Box
+from connectomics.core.process import new_mark
 from connectomics.decode.objects import Frame, write_table
-from connectomics.fingerprint import key_of
-from connectomics.geometry import BlockGrid, Box
-from connectomics.io.atomic import write_text
-from connectomics.io.process import new_mark
 from connectomics.io.store import Store, discard_locks
 from connectomics.io.volume import VolumeInfo, VolumeReader
 from connectomics.pipeline.blocks import BlocksDone, OnBlock, RunStage, run_blocks

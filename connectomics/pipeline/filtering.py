@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from connectomics.core.files import discard, put_in_place
+from connectomics.core.fingerprint import key_of
+from connectomics.core.geometry import BlockGrid
 from connectomics.decode.components import Connectivity
 from connectomics.decode.selection import Holes, Selection
-from connectomics.fingerprint import key_of
-from connectomics.geometry import BlockGrid
-from connectomics.io.atomic import discard, put_in_place
 from connectomics.io.store import Store, open_store
 from connectomics.pipeline.pieces import PiecesTask
 from connectomics.pipeline.planning import BlockPlan

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from connectomics.core.errors import OutputError
+from connectomics.core.files import discard, put_in_place
+from connectomics.core.fingerprint import key_of
+from connectomics.core.geometry import BlockGrid
 from connectomics.decode.filters import fill_holes, remove_small_objects
-from connectomics.errors import OutputError
-from connectomics.fingerprint import key_of
-from connectomics.geometry import BlockGrid
-from connectomics.io.atomic import discard, put_in_place
 from connectomics.io.digests import write_digests
 from connectomics.io.export import PYRAMIDS, export_file, export_path, multiscale_of, read_stamp, require_exportable
 from connectomics.io.source import reason

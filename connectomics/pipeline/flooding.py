@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from connectomics.core.geometry import Block, BlockGrid, Box, vec3
 from connectomics.decode.components import Connectivity
 from connectomics.decode.distance import around, beyond, reach, squared_distance
 from connectomics.decode.faces import block_number
 from connectomics.decode.members import load, save
 from connectomics.decode.merge import IDS, OBJECTS, OFFSETS
 from connectomics.decode.watershed import SEED_COUNTS, Runs, flood
-from connectomics.geometry import Block, BlockGrid, Box, vec3
 from connectomics.io.volume import Array, Nanometres
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.pieces import Read, block_file, saved, smallest_dtype

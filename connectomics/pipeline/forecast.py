@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from connectomics.errors import ResourceError
-from connectomics.geometry import Vec3
+from connectomics.core.errors import ResourceError
+from connectomics.core.geometry import Vec3
 from connectomics.io.export_size import Size
 
 UNCERTAIN = 0.2  # of every prediction, whatever the measurements say: machines are shared, caches cold

@@ -18,8 +18,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from connectomics.io.atomic import discard, discard_temporaries, temporary_beside
-from connectomics.io.process import is_dead, new_mark
+from connectomics.core.files import discard, discard_temporaries, temporary_beside
+from connectomics.core.process import is_dead, new_mark
 
 log = logging.getLogger(__name__)
 BEAT_S = 5.0

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.errors import LedgerError
-from connectomics.geometry import Block, BlockGrid, Vec3, vec3
-from connectomics.io.atomic import write_once, write_text
+from connectomics.core.errors import LedgerError
+from connectomics.core.files import write_once, write_text
+from connectomics.core.geometry import Block, BlockGrid, Vec3, vec3
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.lines import LineFile, whole_lines
 from connectomics.pipeline.planning import BlockPlan

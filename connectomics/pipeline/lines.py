@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
-from connectomics.errors import StorageError
-from connectomics.io.atomic import fsync_path
-from connectomics.io.process import new_mark
+from connectomics.core.errors import StorageError
+from connectomics.core.files import fsync_path
+from connectomics.core.process import new_mark
 
 READ_BYTES = 1 << 20
 

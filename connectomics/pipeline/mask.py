@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from connectomics.core.fingerprint import key_of
+from connectomics.core.geometry import BlockGrid, Box
 from connectomics.decode.components import Connectivity
 from connectomics.decode.selection import Selection
-from connectomics.fingerprint import key_of
-from connectomics.geometry import BlockGrid, Box
 from connectomics.inference.case import ReadBox
 from connectomics.io.store import Store
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader

@@ -7,7 +7,7 @@ import math
 import platform
 from dataclasses import dataclass, field
 
-from connectomics.geometry import AxisOrder, Vec3, vec3
+from connectomics.core.geometry import AxisOrder, Vec3, vec3
 from connectomics.inference.predictor import FINISHED_VALUES
 from connectomics.pipeline.slabs import SLAB_BYTES
 

@@ -14,6 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from connectomics.core.errors import OutputError
+from connectomics.core.fingerprint import sha256_of_file
+from connectomics.core.geometry import Block, BlockGrid, Box
 from connectomics.decode.components import Connectivity
 from connectomics.decode.faces import block_number, directions, first_axis, neighbour, pairs
 from connectomics.decode.members import SUFFIX, load, save
@@ -27,9 +30,6 @@ from connectomics.decode.pieces import (
     plane_name,
     value_pieces,
 )
-from connectomics.errors import OutputError
-from connectomics.fingerprint import sha256_of_file
-from connectomics.geometry import Block, BlockGrid, Box
 from connectomics.io.source import reason
 from connectomics.io.store import Store
 from connectomics.io.volume import Array

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from connectomics.errors import ResourceError
-from connectomics.geometry import Vec3, vec3
+from connectomics.core.errors import ResourceError
+from connectomics.core.geometry import Vec3, vec3
 from connectomics.pipeline.memory import Budget, Footprint, Work
 
 PLANE_CHUNK = 512  # chunk edge in y and x where the patch is one voxel deep

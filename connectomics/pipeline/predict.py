@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from connectomics.geometry import AxisOrder, Block, BlockGrid, Box, Vec3, pieces, vec3
+from connectomics.core.geometry import AxisOrder, Block, BlockGrid, Box, Vec3, pieces, vec3
 from connectomics.inference.cascade import PreviousLabels, StackedInput
 from connectomics.inference.case import Case, CaseInput, ReadBox
 from connectomics.inference.head import LabelRule, ProbabilityRule

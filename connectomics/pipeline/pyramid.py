@@ -19,11 +19,11 @@ from typing import Protocol
 
 import numpy as np
 
+from connectomics.core.errors import OutputError, QuarantineError, VolumeError
+from connectomics.core.files import TEMPORARY, discard
+from connectomics.core.fingerprint import key_of
+from connectomics.core.geometry import Block, BlockGrid, Box, Vec3, vec3
 from connectomics.decode.downsample import mean, mode
-from connectomics.errors import OutputError, QuarantineError, VolumeError
-from connectomics.fingerprint import key_of
-from connectomics.geometry import Block, BlockGrid, Box, Vec3, vec3
-from connectomics.io.atomic import TEMPORARY, discard
 from connectomics.io.levels import Level, grown
 from connectomics.io.multiscale import LevelArray, Multiscale
 from connectomics.io.source import reason

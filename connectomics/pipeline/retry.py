@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from connectomics.errors import ConnectomicsError
-from connectomics.geometry import Box
+from connectomics.core.errors import ConnectomicsError
+from connectomics.core.geometry import Box
 from connectomics.io.source import READ_ERRORS
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 

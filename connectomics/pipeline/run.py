@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.errors import OutputError, QuarantineError
-from connectomics.fingerprint import key_of
-from connectomics.geometry import Box
-from connectomics.io.atomic import discard, write_text
+from connectomics.core.errors import OutputError, QuarantineError
+from connectomics.core.files import discard, write_text
+from connectomics.core.fingerprint import key_of
+from connectomics.core.geometry import Box
 from connectomics.io.store import Store, create_store, discard_locks, open_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
 from connectomics.pipeline import agreement as agreements

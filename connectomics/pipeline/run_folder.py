@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 from connectomics.io.digests import SUFFIX
 from connectomics.pipeline.ledger import HEADER
 

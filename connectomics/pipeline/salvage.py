@@ -11,8 +11,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from connectomics.errors import VolumeError
-from connectomics.io.atomic import discard
+from connectomics.core.errors import VolumeError
+from connectomics.core.files import discard
 from connectomics.io.export import read_stamp
 from connectomics.io.opening import open_volume
 from connectomics.io.source import READ_ERRORS

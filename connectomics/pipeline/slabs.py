@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from connectomics.geometry import Box
+from connectomics.core.geometry import Box
 from connectomics.inference.case import ReadBox
 from connectomics.io.volume import Array
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from connectomics.core.errors import VolumeError
+from connectomics.core.files import replacing
+from connectomics.core.geometry import Box
 from connectomics.decode.components import Connectivity
 from connectomics.decode.merge import OBJECTS
 from connectomics.decode.pieces import FIXED_POINT
 from connectomics.decode.selection import NUMBERS, Holes, Selection, absorb, inherit
-from connectomics.errors import VolumeError
-from connectomics.geometry import Box
-from connectomics.io.atomic import replacing
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 from connectomics.pipeline.pieces import PiecesTask, smallest_dtype
 from connectomics.pipeline.workshop import CUT, Scene, Workshop

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from connectomics.errors import VolumeError
-from connectomics.geometry import AxisOrder, BlockGrid, Box, Vec3, vec3
+from connectomics.core.errors import VolumeError
+from connectomics.core.files import replacing
+from connectomics.core.geometry import AxisOrder, BlockGrid, Box, Vec3, vec3
 from connectomics.inference.case import Case, Range, ReadBox
 from connectomics.inference.normalise import ChannelSummary, IntensityStats, check_intensities, is_exact
 from connectomics.inference.section_cases import SectionCases
-from connectomics.io.atomic import replacing
 from connectomics.io.turned import Turn, TurnedVolume
 from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 from connectomics.models.spec import ChannelNormalisation

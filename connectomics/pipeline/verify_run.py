@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from connectomics.io.atomic import discard
+from connectomics.core.files import discard
 from connectomics.io.digests import SUFFIX, digests, is_intact
 from connectomics.pipeline.blocks import is_kept
 from connectomics.pipeline.lease import Worker

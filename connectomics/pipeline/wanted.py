@@ -1,7 +1,7 @@
 """Which voxels of a volume are wanted: a box, a mask, or where both hold; decides which blocks have work.
 
-``assembly`` makes a ``Wanted`` of ``inference.roi`` and ``inference.mask``; the runner and the predict task ask it. It is
-about labels only: statistics, nonzero box and windows stay those of the whole case.
+``assembly`` makes a ``Wanted`` of ``inference.roi`` and ``inference.mask``; the runner and the predict task ask it.
+It is about labels only: statistics, nonzero box and windows stay those of the whole case.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.errors import VolumeError
-from connectomics.geometry import BlockGrid, Box, Vec3, vec3
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.io.volume import VolumeReader
 from connectomics.pipeline.retry import PatientReader
 

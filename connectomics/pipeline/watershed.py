@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from connectomics.core.errors import ConfigError
+from connectomics.core.files import replacing
+from connectomics.core.geometry import BlockGrid
 from connectomics.decode.basins import refining_grid, window_grid
 from connectomics.decode.components import Connectivity
 from connectomics.decode.merge import AT_ONCE, OBJECTS, spans
 from connectomics.decode.selection import Selection
 from connectomics.decode.watershed import SEED_COUNTS, count_seeds
-from connectomics.errors import ConfigError
-from connectomics.geometry import BlockGrid
-from connectomics.io.atomic import replacing
 from connectomics.io.volume import Array, VolumeInfo
 from connectomics.pipeline.flooding import Contests, Distance, Flooded, FloodTask, Seeds
 from connectomics.pipeline.pieces import PiecesTask, Read, smallest_dtype

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from connectomics.core.geometry import Block, BlockGrid, Box, vec3
 from connectomics.decode.basins import Saddles, basins_of, ends_of, seeds_of_basins, shared_with, window
 from connectomics.decode.components import Connectivity
 from connectomics.decode.members import load, save
 from connectomics.decode.watershed import Runs, flood
-from connectomics.geometry import Block, BlockGrid, Box, vec3
 from connectomics.io.store import Store
 from connectomics.io.volume import Array
 from connectomics.pipeline.contracts import BlockRecord

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from connectomics.geometry import AxisOrder, Box, Vec3, vec3
+from connectomics.core.geometry import AxisOrder, Box, Vec3, vec3
 from connectomics.inference.case import Case
 from connectomics.inference.interpolation import HALO
 from connectomics.inference.normalise import ChannelSummary

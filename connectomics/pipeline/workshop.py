@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from connectomics.core.errors import QuarantineError
+from connectomics.core.files import replacing, write_once
+from connectomics.core.geometry import BlockGrid, vec3
 from connectomics.decode.merge import Cuts, merge
 from connectomics.decode.numbering import number_by_first
 from connectomics.decode.objects import Frame
 from connectomics.decode.selection import Rule, select
-from connectomics.errors import QuarantineError
-from connectomics.geometry import BlockGrid, vec3
-from connectomics.io.atomic import replacing, write_once
 from connectomics.io.store import Store, create_store, open_store
 from connectomics.io.volume import VolumeInfo, VolumeReader
 from connectomics.pipeline.blocks import RunStage, failure_message, void_lost

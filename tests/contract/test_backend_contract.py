@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from connectomics.errors import ConfigError, DeviceError
+from connectomics.core.errors import ConfigError, DeviceError
 from connectomics.models.backends import openvino as openvino_backend
 from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.contract import Backend, torch_threads

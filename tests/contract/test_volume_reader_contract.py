@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from connectomics.errors import VolumeError
-from connectomics.geometry import Box
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import Box
 from connectomics.io.opening import open_channels, open_volume
 from connectomics.io.store import create_store
 from connectomics.io.volume import VolumeInfo, VolumeReader

@@ -18,7 +18,7 @@ from tuned import keep_profile, torch_trial
 
 from connectomics.assembly.engine import backends
 from connectomics.cli import main
-from connectomics.geometry import Vec3
+from connectomics.core.geometry import Vec3
 from connectomics.inference.predictor import RollingPredictor
 from connectomics.models.backends import remembering, torch_eager
 from connectomics.models.backends.contract import Backend

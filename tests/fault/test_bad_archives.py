@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from connectomics.errors import ModelError, UnsafeModelError
+from connectomics.core.errors import ModelError, UnsafeModelError
 from connectomics.models import archive
 from connectomics.models.checkpoint import load_model
 from connectomics.models.locate import ModelRequest

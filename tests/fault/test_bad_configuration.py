@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from connectomics.config.load import load_config
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 
 WINDOW = "inference.sliding_window"
 TTA = "inference.test_time_augmentation"

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from connectomics.errors import ModelError, UnsafeModelError
-from connectomics.fingerprint import key_of, sha256_of_file
+from connectomics.core.errors import ModelError, UnsafeModelError
+from connectomics.core.fingerprint import key_of, sha256_of_file
 from connectomics.models.checkpoint import load_model
 from connectomics.models.conversion import convert_model
 from connectomics.models.locate import ModelRequest

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.errors import ModelError, UnsafeModelError
+from connectomics.core.errors import ModelError, UnsafeModelError
 from connectomics.models.checkpoint import load_model, read_spec
 from connectomics.models.locate import ModelRequest
 

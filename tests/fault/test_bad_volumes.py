@@ -27,8 +27,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from connectomics.errors import VolumeError
-from connectomics.geometry import Box
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import Box
 from connectomics.io.opening import open_volume
 
 from chunk_writers import write_n5, write_precomputed
@@ -548,7 +548,7 @@ AS_NOBODY = """
 import json, mmap, os, sys
 import h5py, tensorstore, tifffile
 import connectomics.io.hdf5, connectomics.io.images, connectomics.io.zarr_volume
-from connectomics.errors import VolumeError
+from connectomics.core.errors import VolumeError
 from connectomics.io.opening import open_volume
 if os.geteuid() == 0:
     os.setuid(65534)

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from connectomics.errors import DeviceMemoryError, QuarantineError, StorageError, VolumeError
+from connectomics.core.errors import DeviceMemoryError, QuarantineError, StorageError, VolumeError
+from connectomics.core.geometry import Box, Vec3
 from connectomics.executors.serial import SerialExecutor
-from connectomics.geometry import Box, Vec3
 from connectomics.inference.case import CaseInput
 from connectomics.io.store import Store
 from connectomics.io.volume import Array

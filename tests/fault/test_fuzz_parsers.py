@@ -22,7 +22,7 @@ from mutations import STRANGE, blind, paths_in, replaced
 from volume_looker import look_at, look_from_outside
 
 from connectomics.config.load import load_config
-from connectomics.errors import ConnectomicsError
+from connectomics.core.errors import ConnectomicsError
 from connectomics.models.checkpoint import read_spec
 
 from nnunet_models import make_model

@@ -15,8 +15,8 @@ import pytest
 import tifffile
 import zarr
 
-from connectomics.errors import ResourceError
-from connectomics.geometry import Box
+from connectomics.core.errors import ResourceError
+from connectomics.core.geometry import Box
 from connectomics.io.opening import open_volume
 from connectomics.io.stored import reading_bytes
 from connectomics.io.volume import VolumeInfo

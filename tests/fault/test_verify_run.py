@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from connectomics.cli import main
-from connectomics.errors import QuarantineError, VolumeError
+from connectomics.core.errors import QuarantineError, VolumeError
 from connectomics.io.store import open_store
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.finish import Filters, Output

@@ -13,7 +13,7 @@ import torch
 from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.volumes import named_sources
 from connectomics.config.load import load_config
-from connectomics.geometry import BlockGrid, Vec3
+from connectomics.core.geometry import BlockGrid, Vec3
 from connectomics.lightning.inference import InferenceManager, VolumeProcessor
 from connectomics.pipeline.survey import survey
 

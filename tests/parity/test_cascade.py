@@ -12,8 +12,8 @@ import torch
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg
 from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet
 
-from connectomics.errors import ModelError
-from connectomics.geometry import BlockGrid, vec3
+from connectomics.core.errors import ModelError
+from connectomics.core.geometry import BlockGrid, vec3
 from connectomics.inference.interpolation import AxisResampling
 from connectomics.inference.label_resampling import LabelResampling
 from connectomics.inference.resample import check_rules

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from connectomics.cli import main
-from connectomics.errors import ConfigError, ModelError
-from connectomics.geometry import BlockGrid, Box
+from connectomics.core.errors import ConfigError, ModelError
+from connectomics.core.geometry import BlockGrid, Box
 from connectomics.inference.predictor import RollingPredictor
 from connectomics.lightning.inference import InferenceManager
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from connectomics.geometry import Box
+from connectomics.core.geometry import Box
 from connectomics.lightning.inference import InferenceManager
 from connectomics.pipeline.predict import LABELS, Segmenter
 

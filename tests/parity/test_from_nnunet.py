@@ -18,7 +18,7 @@ from PIL import Image
 from skimage import io
 
 from connectomics.cli import main
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 from connectomics.models.installed import installed_model
 
 from nnunet_models import DATASET_NAME, make_model

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 from connectomics.lightning.inference import InferenceManager, Prediction
 from connectomics.pipeline.survey import survey
 

@@ -17,8 +17,8 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from scipy.ndimage import binary_fill_holes
 
 from connectomics.cli import main
-from connectomics.errors import OutputError
-from connectomics.geometry import AxisOrder, BlockGrid, Box, Vec3, vec3
+from connectomics.core.errors import OutputError
+from connectomics.core.geometry import AxisOrder, BlockGrid, Box, Vec3, vec3
 from connectomics.inference.case import CaseInput
 from connectomics.inference.resample import ResampledInput
 from connectomics.io.volume import VolumeInfo

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.errors import DeviceMemoryError
+from connectomics.core.errors import DeviceMemoryError
 from connectomics.lightning.inference import InferenceManager
 from connectomics.models.backends.torch_eager import TorchBackend
 

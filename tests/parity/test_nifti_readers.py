@@ -11,7 +11,7 @@ import pytest
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from connectomics.geometry import Box
+from connectomics.core.geometry import Box
 from connectomics.io.opening import open_volume
 
 RNG = np.random.default_rng(8)

@@ -12,8 +12,8 @@ import pytest
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from connectomics.errors import OutputError, VolumeError
-from connectomics.geometry import Box
+from connectomics.core.errors import OutputError, VolumeError
+from connectomics.core.geometry import Box
 from connectomics.io.nnunet_folder import FileKind, list_cases, write_labels
 from connectomics.io.nnunet_nifti import frame_of, header_of, holds
 from connectomics.io.opening import open_volume

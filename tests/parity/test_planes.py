@@ -15,8 +15,8 @@ import torch
 
 from connectomics.cli import main
 from connectomics.config.load import load_config
-from connectomics.errors import ConfigError, ModelError, VolumeError
-from connectomics.geometry import Block, BlockGrid, Box
+from connectomics.core.errors import ConfigError, ModelError, VolumeError
+from connectomics.core.geometry import Block, BlockGrid, Box
 from connectomics.lightning.inference import InferenceManager, Prediction
 from connectomics.lightning.verify import verify
 from connectomics.models.spec import ChannelNormalisation

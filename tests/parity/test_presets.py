@@ -18,7 +18,7 @@ import pytest
 import tifffile
 import torch
 
-from connectomics.errors import ModelError
+from connectomics.core.errors import ModelError
 from connectomics.models.checkpoint import load_model, read_spec
 from connectomics.models.conversion import convert_model
 from connectomics.models.locate import ModelRequest

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from connectomics.cli import main
-from connectomics.errors import ConfigError, ConnectomicsError, ModelError, VolumeError
-from connectomics.geometry import BlockGrid, Vec3
+from connectomics.core.errors import ConfigError, ConnectomicsError, ModelError, VolumeError
+from connectomics.core.geometry import BlockGrid, Vec3
 from connectomics.inference.interpolation import AxisResampling
 from connectomics.inference.resample import Resampling
 from connectomics.lightning.inference import InferenceManager

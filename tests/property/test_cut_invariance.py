@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.geometry import BlockGrid, Box
+from connectomics.core.geometry import BlockGrid, Box
 from connectomics.lightning.inference import InferenceManager
 from connectomics.pipeline.survey import survey
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from connectomics.geometry import Vec3, vec3
+from connectomics.core.geometry import Vec3, vec3
 
 from decoding import components_by_blocks, whole_components
 

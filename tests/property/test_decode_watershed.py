@@ -12,11 +12,11 @@ from scipy import ndimage
 from skimage.metrics import adapted_rand_error
 from skimage.segmentation import watershed
 
+from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.decode.distance import beyond, squared_distance
 from connectomics.decode.merge import Cuts, merge
 from connectomics.decode.numbering import number_by_first
 from connectomics.decode.watershed import flooding_order
-from connectomics.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.pipeline.flooding import Distance
 from connectomics.pipeline.pieces import PiecesTask, block_file, painted_block
 from connectomics.pipeline.watershed import Watershed

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from connectomics.geometry import AxisOrder, Block, BlockGrid, Box, Vec3, vec3
+from connectomics.core.geometry import AxisOrder, Block, BlockGrid, Box, Vec3, vec3
 
 COORDINATE = st.integers(-6, 12)
 

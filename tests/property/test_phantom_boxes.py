@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from connectomics.geometry import Box, Vec3, vec3
+from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.io import phantom
 
 SEED = st.sampled_from([0, 7, 101, phantom.LARGEST_SEED])

@@ -16,8 +16,8 @@ from hypothesis.extra import numpy as hnp
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.preprocessing.normalization import default_normalization_schemes as theirs
 
-from connectomics.errors import VolumeError
-from connectomics.geometry import Box
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import Box
 from connectomics.inference.normalise import IntensityStats, check_intensities, normalise
 from connectomics.inference.section_cases import SectionCases
 from connectomics.io.volume import VolumeInfo

@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from connectomics.errors import VolumeError
-from connectomics.geometry import BlockGrid, Box, Vec3, vec3
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.io.volume import Array, VolumeInfo
 from connectomics.lightning.inference import InferenceManager
 from connectomics.pipeline import wanted as module

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 
-from connectomics.geometry import Box
+from connectomics.core.geometry import Box
 from connectomics.inference.windows import WindowGrid, as_patch, constant_weight, gaussian_weight, window_starts
 
 import oracle

@@ -11,7 +11,7 @@ import torch
 
 from connectomics.assembly.engine.backends import as_begun, cache_folder, kind_of, precision, threads
 from connectomics.config.load import load_config
-from connectomics.errors import AgreementError
+from connectomics.core.errors import AgreementError
 from connectomics.lightning.inference import InferenceManager
 from connectomics.pipeline.agreement import FastContract
 

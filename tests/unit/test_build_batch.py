@@ -17,8 +17,8 @@ from connectomics.assembly.memory import plan_volume
 from connectomics.assembly.volumes import segmenter_of
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
-from connectomics.errors import ResourceError
-from connectomics.geometry import Box
+from connectomics.core.errors import ResourceError
+from connectomics.core.geometry import Box
 from connectomics.io.volume import Array, VolumeInfo
 from connectomics.lightning.engines import Engines
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from connectomics.cli import main
-from connectomics.errors import ConfigError, ModelError, VolumeError
+from connectomics.core.errors import ConfigError, ModelError, VolumeError
 from connectomics.lightning.inference import InferenceManager
 
 from nnunet_models import make_model

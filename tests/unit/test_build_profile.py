@@ -19,7 +19,7 @@ from connectomics.assembly.engine.models import load_members
 from connectomics.assembly.profile import Profile, Trial, load_profile, profile_path
 from connectomics.cli import main
 from connectomics.config.load import load_config
-from connectomics.errors import ConfigError, OutputError
+from connectomics.core.errors import ConfigError, OutputError
 from connectomics.lightning.inference import InferenceManager
 from connectomics.lightning.tune import table, tune
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from connectomics import cli, progress
 from connectomics.cli import main, script_main
 from connectomics.cli_exit import FAILED
-from connectomics.errors import ConnectomicsError
+from connectomics.core.errors import ConnectomicsError
 from connectomics.lightning import demo
 from connectomics.lightning.outcome import VolumeOutcome
 

@@ -10,7 +10,7 @@ import pytest
 from connectomics import load_config
 from connectomics.config.decoding import ConnectedComponents, Filters, SliceLinking
 from connectomics.config.load import written
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 
 REFUSED = {
     "decoding=connected_components": ("expected a list of steps",),

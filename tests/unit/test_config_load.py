@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from connectomics.config.decoding import Filters
 from connectomics.config.load import known_keys, load_config
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 
 TUTORIAL = Path(__file__).resolve().parents[2] / "tutorials" / "nnunet_mito_inference.yaml"
 

@@ -17,11 +17,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from skimage.measure import label, regionprops
 
+from connectomics.core.errors import QuarantineError
+from connectomics.core.geometry import Vec3, vec3
 from connectomics.decode import links, overlaps
 from connectomics.decode.links import Linking
 from connectomics.decode.selection import Selection
-from connectomics.errors import QuarantineError
-from connectomics.geometry import Vec3, vec3
 from connectomics.pipeline import linking
 from connectomics.pipeline.linking import SliceLinking
 from connectomics.pipeline.steps import ConnectedComponents, Filters

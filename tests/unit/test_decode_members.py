@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from connectomics.core.errors import LedgerError
 from connectomics.decode.members import load, save
 from connectomics.decode.pieces import PIECE, nothing
-from connectomics.errors import LedgerError
 
 
 def test_members_come_back(tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ import zarr
 from skimage.metrics import adapted_rand_error
 
 from connectomics.cli import main, script_main
-from connectomics.errors import OutputError
+from connectomics.core.errors import OutputError
+from connectomics.core.geometry import Vec3
 from connectomics.evaluate.contingency import Contingency
 from connectomics.evaluate.objects import write_matches
 from connectomics.evaluate.volumes import Comparison, compare
-from connectomics.geometry import Vec3
 
 SHAPE = (5, 40, 50)
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics.cluster import contingency_matrix
 
-from connectomics.errors import VolumeError
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import BlockGrid
 from connectomics.evaluate import contingency
 from connectomics.evaluate.contingency import Contingency, Tally, combined
 from connectomics.evaluate.instances import instance_scores
 from connectomics.evaluate.objects import Overlaps, match_table
-from connectomics.geometry import BlockGrid
 
 IDS = st.sampled_from([0, 1, 2, 3, 2**31, 2**32 - 1, 2**32, 2**40, 2**63, 2**64 - 1])
 

@@ -15,7 +15,7 @@ from skimage.metrics import adapted_rand_error, variation_of_information
 from sklearn.metrics import homogeneity_completeness_v_measure
 
 from connectomics.config import validation
-from connectomics.errors import ConfigError, VolumeError
+from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.evaluate.contingency import Contingency, side_by_side
 from connectomics.evaluate.instances import INSTANCE_METRICS, instance_scores
 from connectomics.evaluate.objects import Overlaps, match_table

@@ -8,7 +8,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from connectomics.errors import OutputError
+from connectomics.core.errors import OutputError
 from connectomics.evaluate.montage import montage
 
 ORANGE, BLUE = (230, 159, 0), (86, 180, 233)  # labels 1 and 2

@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score, precision_score, recall_score
 
 from connectomics.config.validation import SEMANTIC_METRICS as METRICS
-from connectomics.errors import ConfigError, VolumeError
+from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.evaluate import contingency
 from connectomics.evaluate.contingency import Contingency
 from connectomics.evaluate.semantic import Confusion, labels_found, scores

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from connectomics.errors import StorageError
+from connectomics.core.errors import StorageError
+from connectomics.core.geometry import Block, BlockGrid
 from connectomics.executors.overlapping import BEHIND_S, OverlappingExecutor
-from connectomics.geometry import Block, BlockGrid
 from connectomics.pipeline.contracts import BlockFailure, BlockRecord, Computed
 from connectomics.pipeline.memory import BEHIND_BYTES
 

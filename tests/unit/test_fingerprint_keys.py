@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from connectomics.fingerprint import canonical_json, key_of, sha256_of_bytes, sha256_of_file
+from connectomics.core.fingerprint import canonical_json, key_of, sha256_of_bytes, sha256_of_file
 
 
 def test_keys_depend_on_values_not_on_order() -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.errors import VolumeError
-from connectomics.geometry import Box, Vec3
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import Box, Vec3
 from connectomics.inference.head import LabelRule
 from connectomics.inference.predictor import RollingPredictor, SlidingWindow
 from connectomics.io.volume import Array

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.errors import DeviceMemoryError, ModelError
-from connectomics.geometry import Box
+from connectomics.core.errors import DeviceMemoryError, ModelError
+from connectomics.core.geometry import Box
 from connectomics.inference import transfer
 from connectomics.inference.transfer import MAIN, SIDE, Buffered, CudaStreams, Direct, downloads, on_host, uploads_to
 from connectomics.lightning.inference import InferenceManager

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from connectomics.io.atomic import discard, make_folder, put_in_place, replacing, write_once, write_text
-from connectomics.io.process import new_mark
+from connectomics.core.files import discard, make_folder, put_in_place, replacing, write_once, write_text
+from connectomics.core.process import new_mark
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_a_failure_leaves_the_old_one_and_no_rubbish(tmp_path: Path) -> None:
 
 def ended_mark() -> str:
     """The mark of a process that lives no more."""
-    code = "from connectomics.io.process import new_mark; print(new_mark())"
+    code = "from connectomics.core.process import new_mark; print(new_mark())"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -137,7 +137,7 @@ def test_a_kill_between_the_two_renames_leaves_no_half_removed_folder(
 
 def test_folders_are_flushed_into_those_above_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[Path] = []
-    monkeypatch.setattr("connectomics.io.atomic.fsync_path", flushed.append)
+    monkeypatch.setattr("connectomics.core.files.fsync_path", flushed.append)
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "c" / "d")
     make_folder(tmp_path / "a" / "c")

@@ -14,8 +14,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from connectomics.errors import OutputError
-from connectomics.geometry import BlockGrid, Box
+from connectomics.core.errors import OutputError
+from connectomics.core.geometry import BlockGrid, Box
 from connectomics.io import export_files
 from connectomics.io.export import FORMATS, export_file, export_path, read_stamp, require_exportable
 from connectomics.io.export_files import _Sink
@@ -289,7 +289,7 @@ def test_hdf5_takes_no_space_for_pieces_of_zeros(tmp_path: Path, monkeypatch: py
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from connectomics.errors import OutputError
+from connectomics.core.errors import OutputError
 from connectomics.io.export import export_file, export_path
 from connectomics.io.store import open_store
 folder = Path(sys.argv[1])

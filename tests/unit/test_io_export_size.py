@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from connectomics.core.geometry import BlockGrid, Vec3
 from connectomics.executors.serial import SerialExecutor
-from connectomics.geometry import BlockGrid, Vec3
 from connectomics.io import export_files
 from connectomics.io.export import FORMATS, export_path
 from connectomics.io.export_size import STAMP_BYTES, Size, largest_size, store_size

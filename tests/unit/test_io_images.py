@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image
 from skimage.io import imread
 
-from connectomics.geometry import Box
+from connectomics.core.geometry import Box
 from connectomics.io import images
 from connectomics.io.opening import open_volume
 

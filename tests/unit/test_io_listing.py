@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 from connectomics.io.listing import VolumeSource, expand, group, refuse_collisions, stem_of, without_results
 
 

@@ -9,7 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from connectomics.geometry import Box
+from connectomics.core.geometry import Box
 from connectomics.io.opening import open_volume
 
 WHOLE = Box((0, 0, 0), (5, 6, 7))

@@ -11,8 +11,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from connectomics.errors import ConfigError, OutputError, VolumeError
-from connectomics.geometry import Box
+from connectomics.core.errors import ConfigError, OutputError, VolumeError
+from connectomics.core.geometry import Box
 from connectomics.io import nnunet_folder
 from connectomics.io.images import open_image
 from connectomics.io.listing import VolumeSource

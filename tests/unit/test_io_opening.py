@@ -19,8 +19,8 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from connectomics.errors import VolumeError
-from connectomics.geometry import Box
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import Box
 from connectomics.io.opening import open_channels, open_volume
 from connectomics.io.source import Source
 from connectomics.io.stored import Layout, RecentArrays, layout_of, row_chunk

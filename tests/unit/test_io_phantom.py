@@ -6,9 +6,9 @@ import cc3d
 import numpy as np
 import pytest
 
-from connectomics.errors import VolumeError
-from connectomics.fingerprint import sha256_of_bytes
-from connectomics.geometry import Box
+from connectomics.core.errors import VolumeError
+from connectomics.core.fingerprint import sha256_of_bytes
+from connectomics.core.geometry import Box
 from connectomics.io.phantom import LARGEST_SEED, VERSION, PhantomReader, open_phantom, section_damage
 from connectomics.io.volume import Array
 

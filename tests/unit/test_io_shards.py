@@ -12,7 +12,7 @@ import pytest
 import tensorstore as ts
 import zarr
 
-from connectomics.geometry import BlockGrid, Box, Vec3
+from connectomics.core.geometry import BlockGrid, Box, Vec3
 from connectomics.io import shards
 from connectomics.io.shards import ShardWriter
 from connectomics.io.store import METADATA, array_metadata

@@ -10,8 +10,8 @@ import pytest
 import tifffile
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
-from connectomics.errors import VolumeError
-from connectomics.geometry import Box
+from connectomics.core.errors import VolumeError
+from connectomics.core.geometry import Box
 from connectomics.io.opening import open_channels, open_volume
 from connectomics.io.volume import VolumeInfo
 

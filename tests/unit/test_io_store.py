@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import zarr
 
-from connectomics.errors import OutputError, VolumeError
-from connectomics.geometry import BlockGrid, Box
+from connectomics.core.errors import OutputError, VolumeError
+from connectomics.core.geometry import BlockGrid, Box
 from connectomics.io.opening import open_volume
 from connectomics.io.store import Store, create_store, discard_locks, open_store
 from connectomics.io.volume import VolumeInfo
@@ -195,7 +195,7 @@ def test_stale_locks_of_killed_writers_are_removed(tmp_path: Path) -> None:
 WRITER = """
 import sys, numpy as np
 from pathlib import Path
-from connectomics.geometry import BlockGrid
+from connectomics.core.geometry import BlockGrid
 from connectomics.io.store import open_store
 store = open_store(Path(sys.argv[1]))
 grid = list(BlockGrid(store.info.extent, store.shard_shape))

@@ -20,7 +20,7 @@ import pytest
 
 from connectomics.cli import main
 from connectomics.config.decoding import SliceLinking
-from connectomics.geometry import Block
+from connectomics.core.geometry import Block
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.pieces import PiecesTask
 

@@ -17,7 +17,7 @@ from connectomics.assembly.volumes import named_sources
 from connectomics.cli import main
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError, ConnectomicsError
+from connectomics.core.errors import ConfigError, ConnectomicsError
 from connectomics.evaluate.volumes import Comparison
 from connectomics.lightning import demo
 from connectomics.lightning.evaluation import Labelling, check_known_answers, evaluate_outcomes, evaluate_volumes

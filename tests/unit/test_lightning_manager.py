@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_fill_holes
 
-from connectomics.errors import ConfigError, DeviceError, ModelError, VolumeError
+from connectomics.core.errors import ConfigError, DeviceError, ModelError, VolumeError
 from connectomics.lightning.inference import InferenceManager
 
 from nnunet_models import make_model

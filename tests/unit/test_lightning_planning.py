@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from connectomics.cli import main
-from connectomics.errors import ResourceError
+from connectomics.core.errors import ResourceError
 from connectomics.io.export_size import Size
 from connectomics.lightning import calibration, planning
 from connectomics.pipeline.forecast import Forecast, Pace, Seconds, require_within

@@ -18,7 +18,7 @@ from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.volumes import named_sources
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 from connectomics.io.listing import VolumeSource
 from connectomics.lightning import inference
 from connectomics.lightning.inference import VolumeProcessor, check_output_folder

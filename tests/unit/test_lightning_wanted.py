@@ -16,7 +16,7 @@ from PIL import Image
 
 from connectomics.cli import main
 from connectomics.config.load import load_config
-from connectomics.errors import ConfigError, VolumeError
+from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.lightning.inference import InferenceManager
 from connectomics.lightning.verify import verify
 

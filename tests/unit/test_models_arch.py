@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from connectomics.errors import ModelError, UnsafeModelError
+from connectomics.core.errors import ModelError, UnsafeModelError
 from connectomics.models.arch.nnunet_models import (
     NetworkPlan,
     NNUNetModel,

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
-from connectomics.errors import ModelError, ResourceError
+from connectomics.core.errors import ModelError, ResourceError
 from connectomics.models import archive
 from connectomics.models.checkpoint import load_model, read_spec
 from connectomics.models.locate import ModelRequest

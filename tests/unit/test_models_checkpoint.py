@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from connectomics.errors import ModelError, UnsafeModelError
-from connectomics.fingerprint import sha256_of_bytes, sha256_of_file
+from connectomics.core.errors import ModelError, UnsafeModelError
+from connectomics.core.fingerprint import sha256_of_bytes, sha256_of_file
 from connectomics.models.checkpoint import LoadedModel, load_model, read_spec
 from connectomics.models.locate import ModelRequest
 

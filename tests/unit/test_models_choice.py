@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from connectomics.config import validation
-from connectomics.errors import ConfigError, DeviceError
+from connectomics.core.errors import ConfigError, DeviceError
 from connectomics.models.backends import choice
 from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.choice import BACKENDS, Networks, Terms, choose, default_precision

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from connectomics import cli
-from connectomics.errors import ModelError, UnsafeModelError
-from connectomics.fingerprint import sha256_of_file
+from connectomics.core.errors import ModelError, UnsafeModelError
+from connectomics.core.fingerprint import sha256_of_file
 from connectomics.models.checkpoint import load_model, read_spec
 from connectomics.models.conversion import convert_model
 from connectomics.models.locate import ModelRequest

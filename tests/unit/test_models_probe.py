@@ -17,8 +17,8 @@ from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.engine.models import load_members
 from connectomics.assembly.memory import rehearsed_plan
 from connectomics.config.load import load_config
-from connectomics.errors import DeviceMemoryError
-from connectomics.geometry import Box, Vec3
+from connectomics.core.errors import DeviceMemoryError
+from connectomics.core.geometry import Box, Vec3
 from connectomics.inference.predictor import RollingPredictor, SlidingWindow
 from connectomics.inference.resample import ResampledPredictor, Resampling
 from connectomics.io.volume import VolumeInfo

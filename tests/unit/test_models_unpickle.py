@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.errors import ModelError, UnsafeModelError
+from connectomics.core.errors import ModelError, UnsafeModelError
 from connectomics.models.unpickle import _plain_scalar, _PlainDtype, read_checkpoint
 
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from connectomics.errors import AgreementError
-from connectomics.geometry import Box, Vec3
+from connectomics.core.errors import AgreementError
+from connectomics.core.geometry import Box, Vec3
 from connectomics.inference.case import Case
 from connectomics.inference.normalise import ChannelSummary
 from connectomics.pipeline.agreement import (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from connectomics.geometry import BlockGrid, Box, Vec3
+from connectomics.core.geometry import BlockGrid, Box, Vec3
 from connectomics.io.store import Store, create_store
 from connectomics.io.volume import Array, VolumeInfo
 from connectomics.pipeline import filtering

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from connectomics.io import process
-from connectomics.io.process import is_dead, is_mark, new_mark
+from connectomics.core import process
+from connectomics.core.process import is_dead, is_mark, new_mark
 from connectomics.pipeline import lease as leases
 from connectomics.pipeline.lease import Worker, living, tidy
 
@@ -33,7 +33,7 @@ def pair(folder: Path) -> Iterator[tuple[Worker, Worker]]:
 
 def ended_mark() -> str:
     """The mark of a process of this machine that lives no more."""
-    code = "from connectomics.io.process import new_mark; print(new_mark())"
+    code = "from connectomics.core.process import new_mark; print(new_mark())"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -60,7 +60,7 @@ def test_marks_tell_the_living_from_the_dead() -> None:
 
 def test_a_process_that_is_dead_and_not_buried_is_dead() -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", "from connectomics.io.process import new_mark; print(new_mark())"],
+        [sys.executable, "-c", "from connectomics.core.process import new_mark; print(new_mark())"],
         stdout=subprocess.PIPE,
         text=True,
     ) as child:

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from connectomics.errors import LedgerError, StorageError
-from connectomics.geometry import BlockGrid
+from connectomics.core.errors import LedgerError, StorageError
+from connectomics.core.geometry import BlockGrid
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.ledger import Ledger, plan_of
 from connectomics.pipeline.lines import READ_BYTES

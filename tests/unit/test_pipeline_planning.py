@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from connectomics.errors import ResourceError
-from connectomics.geometry import AxisOrder, Vec3, vec3
+from connectomics.core.errors import ResourceError
+from connectomics.core.geometry import AxisOrder, Vec3, vec3
 from connectomics.inference.windows import window_starts
 from connectomics.pipeline.memory import LIBRARY_BYTES, Budget, Work
 from connectomics.pipeline.planning import plan_blocks

@@ -21,12 +21,12 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from connectomics.core.errors import OutputError, QuarantineError, VolumeError
+from connectomics.core.files import TEMPORARY
+from connectomics.core.geometry import Block, BlockGrid, Box
 from connectomics.decode.downsample import mean, mode
-from connectomics.errors import OutputError, QuarantineError, VolumeError
 from connectomics.executors.serial import SerialExecutor
-from connectomics.geometry import Block, BlockGrid, Box
 from connectomics.io import multiscale_n5, multiscale_precomputed, multiscale_zarr, shards
-from connectomics.io.atomic import TEMPORARY
 from connectomics.io.export import PYRAMIDS, export_path, multiscale_of, read_stamp, require_exportable
 from connectomics.io.levels import plan_levels
 from connectomics.io.multiscale import LevelArray

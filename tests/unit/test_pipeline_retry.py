@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from connectomics.errors import OutputError, VolumeError
-from connectomics.geometry import Box
+from connectomics.core.errors import OutputError, VolumeError
+from connectomics.core.geometry import Box
 from connectomics.pipeline.retry import PAUSES_S, SYSTEMIC, TRANSIENT, PatientReader, errno_of, retried
 
 from small_runs import IMAGE, Reader

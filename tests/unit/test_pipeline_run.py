@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import pytest
 
-from connectomics.errors import OutputError, VolumeError
+from connectomics.core.errors import OutputError, VolumeError
 from connectomics.executors.serial import SerialExecutor
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.finish import Filters, Output, settle, work_folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from connectomics.geometry import AxisOrder, Box
+from connectomics.core.geometry import AxisOrder, Box
 from connectomics.pipeline import slabs
 from connectomics.pipeline.slabs import SlabReader
 

@@ -17,7 +17,7 @@ from nnunetv2.inference.sliding_window_prediction import compute_steps_for_slidi
 from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.volumes import segmenter_of
 from connectomics.config.load import load_config
-from connectomics.geometry import BlockGrid, Box, Vec3
+from connectomics.core.geometry import BlockGrid, Box, Vec3
 from connectomics.models.backends.torch_eager import TorchBackend
 from connectomics.pipeline.workload import (
     Cut,

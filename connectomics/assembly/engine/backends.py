@@ -10,9 +10,9 @@ from pathlib import Path
 from connectomics.assembly.engine.budget import holds_batch
 from connectomics.assembly.profile import Profile, Trial, load_profile, profile_path
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError
-from connectomics.geometry import Vec3
-from connectomics.io.process import cpus
+from connectomics.core.errors import ConfigError
+from connectomics.core.geometry import Vec3
+from connectomics.core.process import cpus
 from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.choice import AUTO, Chosen, Networks, Terms, choose, default_precision
 from connectomics.models.backends.contract import NumericClass

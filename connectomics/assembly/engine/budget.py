@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import psutil
 
 from connectomics.config.schema import Config
-from connectomics.geometry import Vec3
+from connectomics.core.geometry import Vec3
 from connectomics.models.backends.torch_eager import window_bytes
 from connectomics.models.checkpoint import LoadedModel
 

@@ -11,8 +11,8 @@ import numpy as np
 from connectomics.assembly.engine.models import check_alike
 from connectomics.config.schema import Config, Output, Postprocessing
 from connectomics.config.validation import shown
-from connectomics.errors import ConfigError, ModelError, VolumeError
-from connectomics.geometry import Box
+from connectomics.core.errors import ConfigError, ModelError, VolumeError
+from connectomics.core.geometry import Box
 from connectomics.inference.case import ReadBox
 from connectomics.io.listing import VolumeSource
 from connectomics.io.opening import open_volume

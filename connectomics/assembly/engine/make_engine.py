@@ -18,8 +18,8 @@ from connectomics.assembly.engine.planes import check_planes, section_axes
 from connectomics.assembly.engine.rules import check_activation, label_rule, probability_rule
 from connectomics.assembly.engine.windows import make_predictor, make_window
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError, ModelError
-from connectomics.geometry import AxisOrder
+from connectomics.core.errors import ConfigError, ModelError
+from connectomics.core.geometry import AxisOrder
 from connectomics.inference.resample import check_rules
 from connectomics.models.backends.choice import Chosen
 from connectomics.models.backends.contract import Backend

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError, ModelError
+from connectomics.core.errors import ConfigError, ModelError
 from connectomics.models.checkpoint import LoadedModel, load_model
 from connectomics.models.locate import ModelRequest
 from connectomics.models.spec import ModelSpec

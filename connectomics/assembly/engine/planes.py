@@ -6,7 +6,7 @@ from pathlib import Path
 
 from connectomics.config.schema import Config
 from connectomics.config.validation import PLANES
-from connectomics.errors import ModelError, VolumeError
+from connectomics.core.errors import ModelError, VolumeError
 from connectomics.io.volume import Nanometres, Spacing
 from connectomics.models.spec import ModelSpec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.models.spec import ModelSpec
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from connectomics.assembly.engine.engine import NNUNET_STEP
 from connectomics.config.schema import Config
-from connectomics.errors import ConfigError
+from connectomics.core.errors import ConfigError
 from connectomics.inference.predictor import Predictor, RollingPredictor, SlidingWindow
 from connectomics.inference.windows import as_patch
 from connectomics.models.backends.contract import Backend

@@ -21,8 +21,8 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD, BottleneckD
 from torch import nn
 
-from connectomics.errors import ModelError, UnsafeModelError
-from connectomics.geometry import Vec3
+from connectomics.core.errors import ModelError, UnsafeModelError
+from connectomics.core.geometry import Vec3
 from connectomics.models.arch.trainers import own_network_trainer
 
 _NETWORKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (PlainConvUNet, ResidualEncoderUNet)}

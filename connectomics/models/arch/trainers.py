@@ -20,7 +20,7 @@ from typing import Any
 
 import nnunetv2
 
-from connectomics.errors import ModelError, UnsafeModelError
+from connectomics.core.errors import ModelError, UnsafeModelError
 
 ROOT_TRAINER = "nnUNetTrainer"
 EXTERNAL = "nnUNet_extTrainer"

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from connectomics.fingerprint import key_of, sha256_of_bytes
+from connectomics.core.fingerprint import key_of, sha256_of_bytes
 
 log = logging.getLogger(__name__)
 SUFFIX = ".compiled"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from connectomics.errors import ConfigError, DeviceError
-from connectomics.geometry import Vec3
+from connectomics.core.errors import ConfigError, DeviceError
+from connectomics.core.geometry import Vec3
 from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.cuda import CudaBackend

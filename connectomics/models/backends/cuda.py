@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from connectomics.errors import DeviceError
+from connectomics.core.errors import DeviceError
 from connectomics.models.backends.contract import NumericClass, whole_batch
 from connectomics.models.backends.probe import exhausted
 from connectomics.models.backends.torch_eager import arithmetic, capability, select_device

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from connectomics.errors import DeviceError
+from connectomics.core.errors import DeviceError
 from connectomics.models.backends.artefacts import Artefacts, Kept
 from connectomics.models.backends.contract import NumericClass, whole_batch
 from connectomics.models.backends.torch_eager import capability

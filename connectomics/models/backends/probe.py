@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import torch
 
-from connectomics.errors import DeviceMemoryError
-from connectomics.geometry import Vec3
+from connectomics.core.errors import DeviceMemoryError
+from connectomics.core.geometry import Vec3
 from connectomics.models.backends.contract import Backend
 
 T = TypeVar("T")

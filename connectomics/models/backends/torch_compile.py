@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from connectomics.errors import DeviceError
+from connectomics.core.errors import DeviceError
 from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.contract import NumericClass
 from connectomics.models.backends.torch_eager import TorchBackend, select_device

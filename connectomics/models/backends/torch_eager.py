@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from connectomics.errors import ConfigError, DeviceError
-from connectomics.geometry import Vec3
+from connectomics.core.errors import ConfigError, DeviceError
+from connectomics.core.geometry import Vec3
 from connectomics.models.backends.contract import NumericClass, torch_threads, whole_batch
 
 ACTIVATIONS = 10  # float32 maps of the first features that are alive at once

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from connectomics.io.process import is_dead, is_mark, new_mark
+from connectomics.core.process import is_dead, is_mark, new_mark
 
 TEMPORARY = ".partial"
 REPLACED = ".replaced"
