@@ -34,9 +34,6 @@ from connectomics.decode.merge import Cuts, merge
 from connectomics.decode.pieces import Pieces, nothing
 from connectomics.decode.selection import Selection
 from connectomics.executors.serial import SerialExecutor
-from connectomics.io.opening import open_volume
-from connectomics.io.store import Store, create_store, open_store
-from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline.blocks import BlocksDone, run_blocks
 from connectomics.pipeline.contracts import Task
 from connectomics.pipeline.lease import Worker
@@ -46,6 +43,9 @@ from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.run_folder import HOUSE, WORKERS
 from connectomics.pipeline.steps import Values
 from connectomics.pipeline.workshop import CUT, Workshop
+from connectomics.volumes.opening import open_volume
+from connectomics.volumes.store import Store, create_store, open_store
+from connectomics.volumes.volume import VolumeInfo
 
 BLOCK: Vec3 = (256, 256, 256)
 CHUNK: Vec3 = (64, 64, 64)

@@ -29,7 +29,7 @@ from connectomics.core.geometry import Box  # noqa: E402
 from connectomics.evaluate.contingency import Contingency  # noqa: E402
 from connectomics.evaluate.instances import instance_scores  # noqa: E402
 from connectomics.evaluate.volumes import Comparison, compare  # noqa: E402
-from connectomics.io.opening import open_volume  # noqa: E402
+from connectomics.volumes.opening import open_volume  # noqa: E402
 
 
 def ids(words: argparse.Namespace) -> np.ndarray:

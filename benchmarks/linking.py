@@ -24,7 +24,6 @@ from connectomics.decode.objects import Frame
 from connectomics.decode.overlaps import OVERLAP, Overlaps, summed
 from connectomics.decode.pieces import PIECE
 from connectomics.executors.serial import SerialExecutor
-from connectomics.io.store import open_store
 from connectomics.pipeline.blocks import BlocksDone, run_blocks
 from connectomics.pipeline.contracts import Task
 from connectomics.pipeline.lease import Worker
@@ -33,6 +32,7 @@ from connectomics.pipeline.linking import SliceLinking
 from connectomics.pipeline.run_folder import HOUSE, WORKERS
 from connectomics.pipeline.steps import ConnectedComponents
 from connectomics.pipeline.workshop import Scene, Step, Workshop
+from connectomics.volumes.store import open_store
 
 STEPS: dict[str, Step] = {
     "26-connected": ConnectedComponents(26),

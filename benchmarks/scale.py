@@ -31,10 +31,6 @@ from connectomics.executors.overlapping import OverlappingExecutor
 from connectomics.inference.head import LabelRule
 from connectomics.inference.predictor import RollingPredictor, SlidingWindow
 from connectomics.inference.section_cases import SectionCases
-from connectomics.io.opening import open_volume
-from connectomics.io.store import create_store
-from connectomics.io.stored import reading_bytes
-from connectomics.io.volume import VolumeInfo, VolumeReader
 from connectomics.models.backends.contract import NumericClass
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.contracts import BlockRecord
@@ -45,6 +41,10 @@ from connectomics.pipeline.planning import BlockPlan, plan_blocks
 from connectomics.pipeline.predict import LABELS, Member, PredictTask, Segmenter
 from connectomics.pipeline.run import RunSettings, VolumeJob, run_volume
 from connectomics.pipeline.survey import load_survey, save_survey, survey, survey_bytes
+from connectomics.volumes.opening import open_volume
+from connectomics.volumes.store import create_store
+from connectomics.volumes.stored import reading_bytes
+from connectomics.volumes.volume import VolumeInfo, VolumeReader
 
 CHUNK = 2048
 SECTION = 8192  # voxels along y and x

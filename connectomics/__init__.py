@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from connectomics.config.schema import Config
     from connectomics.core.errors import ConnectomicsError
     from connectomics.core.geometry import Box
-    from connectomics.io.opening import open_volume
     from connectomics.lightning.inference import InferenceManager, Prediction, VolumeProcessor
     from connectomics.lightning.outcome import VolumeOutcome
     from connectomics.models.checkpoint import read_spec
+    from connectomics.volumes.opening import open_volume
 
 __all__ = [
     "Box",
@@ -47,7 +47,7 @@ _HOMES = {
     "build_engine": "assembly.engine.make_engine",
     "list_sources": "assembly.volumes",
     "load_config": "config.load",
-    "open_volume": "io.opening",
+    "open_volume": "volumes.opening",
     "read_spec": "models.checkpoint",
 }
 

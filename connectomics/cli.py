@@ -23,9 +23,9 @@ from connectomics.core.errors import ConfigError
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine
     from connectomics.config.schema import Config
-    from connectomics.io.listing import VolumeSource
     from connectomics.lightning.evaluation import Scores
     from connectomics.lightning.outcome import VolumeOutcome
+    from connectomics.volumes.listing import VolumeSource
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,9 +15,9 @@ from connectomics.core.errors import ConnectomicsError
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine
     from connectomics.config.schema import Config
-    from connectomics.io.listing import VolumeSource
     from connectomics.lightning.planning import Plan
     from connectomics.lightning.tune import Progress
+    from connectomics.volumes.listing import VolumeSource
 
 
 def plan(words: argparse.Namespace) -> int:

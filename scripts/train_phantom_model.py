@@ -19,7 +19,7 @@ import imageio.v3 as imageio
 import numpy as np
 
 from connectomics.core.geometry import Box
-from connectomics.io.phantom import open_phantom, section_damage
+from connectomics.volumes.phantom.volume import open_phantom, section_damage
 
 DATASET = "Dataset001_PhantomMito"
 PLANS = "nnUNetPlans_small"

@@ -17,7 +17,6 @@ from connectomics.decode.components import Connectivity
 from connectomics.decode.merge import AT_ONCE, FIRST_ID, Cuts, merge
 from connectomics.decode.objects import COLUMNS, Frame, write_table
 from connectomics.executors.serial import SerialExecutor
-from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline.blocks import BlocksDone, run_blocks
 from connectomics.pipeline.contracts import Task
 from connectomics.pipeline.lease import Worker
@@ -25,6 +24,7 @@ from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.pieces import JoinTask, PiecesTask, block_file, painted_block
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.workshop import Scene, Step, Workshop
+from connectomics.volumes.volume import VolumeInfo
 
 Array = npt.NDArray[Any]
 VOXEL_SIZE_NM = (40.0, 8.0, 6.0)

@@ -217,8 +217,14 @@ def _import_everything(model: Path) -> None:
     from connectomics import doctor, progress  # noqa: F401
     from connectomics.assembly.engine.models import load
     from connectomics.config.load import load_config
-    from connectomics.io import hdf5, images, phantom, tiff, zarr_volume  # noqa: F401
     from connectomics.lightning import decode  # noqa: F401
+    from connectomics.volumes.formats import (
+        hdf5,  # noqa: F401
+        images,  # noqa: F401
+        tiff,  # noqa: F401
+    )
+    from connectomics.volumes.formats import zarr as zarr_volume  # noqa: F401
+    from connectomics.volumes.phantom import volume as phantom  # noqa: F401
 
     Image.init()
     load(load_config(None, ["system.device=cpu"]), model)

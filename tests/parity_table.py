@@ -17,8 +17,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from connectomics.core.geometry import AxisOrder, BlockGrid, Box, Vec3
-from connectomics.io.volume import VolumeInfo
 from connectomics.lightning.inference import InferenceManager
+from connectomics.volumes.volume import VolumeInfo
 
 import oracle
 from nnunet_models import make_model

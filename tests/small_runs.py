@@ -16,13 +16,13 @@ from connectomics.core.geometry import Block, Box, Vec3
 from connectomics.executors.serial import SerialExecutor
 from connectomics.inference.case import CaseInput
 from connectomics.inference.head import LabelRule, ProbabilityRule
-from connectomics.io.volume import Array, VolumeInfo
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.contracts import BlockFailure, BlockRecord, RunReport, Task
 from connectomics.pipeline.finish import Filters, Output
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segmenter
 from connectomics.pipeline.run import RunSettings, VolumeJob, run_volume
+from connectomics.volumes.volume import Array, VolumeInfo
 
 from small_jobs import read_h5
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
-from connectomics.io.opening import open_volume
+from connectomics.volumes.opening import open_volume
 
 LONGEST = 2000  # characters of a sentence
 MEMORY_BYTES = 8 << 30  # of addresses: TensorStore's threads take most

@@ -14,8 +14,8 @@ from connectomics.assembly.volumes import segmenter_of
 from connectomics.config.schema import Config
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Box
-from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline.workload import Cut, batch_fill
+from connectomics.volumes.volume import VolumeInfo
 
 TOO_LARGE = "the memory budget has no room for more beside blocks of the same size"
 PADDED = "the last batch of a block is not full, and here blocks have so few windows that too much of it stays empty"

@@ -22,14 +22,14 @@ from connectomics.decode.links import Linking
 from connectomics.decode.objects import require_parquet
 from connectomics.decode.selection import Selection
 from connectomics.io.export import FORMATS, export_path, read_stamp
-from connectomics.io.listing import stem_of
-from connectomics.io.opening import open_volume
-from connectomics.io.volume import Nanometres, VolumeInfo, VolumeReader
 from connectomics.pipeline import linking, steps
 from connectomics.pipeline.decode import DecodeJob
 from connectomics.pipeline.finish import Output
 from connectomics.pipeline.watershed import Watershed as WatershedStep
 from connectomics.pipeline.workshop import Step, decode_plan
+from connectomics.volumes.listing import stem_of
+from connectomics.volumes.opening import open_volume
+from connectomics.volumes.volume import Nanometres, VolumeInfo, VolumeReader
 
 OBJECTS = "objects"
 SUFFIX = "_instances"

@@ -12,13 +12,13 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import DeviceMemoryError, ResourceError
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.io.export import exporting_bytes
-from connectomics.io.stored import READ_BYTES, reading_bytes
-from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline.memory import LIBRARY_BYTES, Budget, Footprint, Work
 from connectomics.pipeline.planning import REFUSAL_STEP_BYTES, BlockPlan, plan_blocks
 from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.survey import survey_bytes
 from connectomics.pipeline.workshop import CHUNK, VOXEL_BYTES
+from connectomics.volumes.stored import READ_BYTES, reading_bytes
+from connectomics.volumes.volume import VolumeInfo
 
 log = logging.getLogger(__name__)
 

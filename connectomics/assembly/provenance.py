@@ -11,11 +11,11 @@ from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.identity import versions
 from connectomics.config.load import written
 from connectomics.config.schema import Config
-from connectomics.io.listing import VolumeSource
-from connectomics.io.opening import open_volume
-from connectomics.io.volume import VolumeReader
 from connectomics.models.backends.choice import AUTO
 from connectomics.pipeline.predict import Segmenter
+from connectomics.volumes.listing import VolumeSource
+from connectomics.volumes.opening import open_volume
+from connectomics.volumes.volume import VolumeReader
 
 CHOSEN = (
     "{} windows a forward pass, which connectomics tune measured to be faster; one label in 100,000 may differ from "

@@ -18,14 +18,14 @@ from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.inference.case import ReadBox
 from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.io.export import export_path
-from connectomics.io.listing import VolumeSource, expand, group, refuse_collisions, without_results
-from connectomics.io.opening import open_channels, open_volume
-from connectomics.io.volume import Nanometres, Spacing, VolumeReader
 from connectomics.models.spec import NO_RESAMPLING, ModelSpec
 from connectomics.pipeline.finish import Output
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segmenter
 from connectomics.pipeline.run import VolumeJob
 from connectomics.pipeline.wanted import Wanted, require_inside
+from connectomics.volumes.listing import VolumeSource, expand, group, refuse_collisions, without_results
+from connectomics.volumes.opening import open_channels, open_volume
+from connectomics.volumes.volume import Nanometres, Spacing, VolumeReader
 
 PREVIOUS = "previous_stage"  # folder in RUN where the labels of a cascade's first stage are kept
 

@@ -15,10 +15,10 @@ from connectomics.core.geometry import Box, Vec3
 from connectomics.decode.basins import window_grid
 from connectomics.decode.components import Connectivity
 from connectomics.decode.distance import reach
-from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline import watershed
 from connectomics.pipeline.planning import REFUSAL_STEP_BYTES, BlockPlan
 from connectomics.pipeline.workshop import CHUNK, VOXEL_BYTES, decode_plan
+from connectomics.volumes.volume import VolumeInfo
 
 FLOOD_BYTES = 104  # a voxel of a component's box while it is flooded, beside what is read of probabilities
 DISTANCE_BYTES = 40  # a voxel whose distance is computed

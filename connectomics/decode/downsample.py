@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 from connectomics.core.geometry import Vec3
-from connectomics.io.volume import Array
+from connectomics.volumes.volume import Array
 
 
 def mode(voxels: Array, step: Vec3) -> Array:

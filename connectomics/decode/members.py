@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from connectomics.core.errors import LedgerError
 from connectomics.core.files import replacing
-from connectomics.io.source import READ_ERRORS, reason
+from connectomics.volumes.source import READ_ERRORS, reason
 
 Array = npt.NDArray[Any]
 SUFFIX = ".members"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.evaluate.contingency import Contingency, Tally
-from connectomics.io.opening import open_volume
-from connectomics.io.volume import Array, VolumeInfo, VolumeReader
+from connectomics.volumes.opening import open_volume
+from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 PIECE: Vec3 = (16, 1024, 1024)  # voxels compared at once, about
 LARGEST_PIECE = 1 << 26  # voxels

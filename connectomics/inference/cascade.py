@@ -12,7 +12,7 @@ import numpy as np
 
 from connectomics.core.geometry import Box
 from connectomics.inference.case import Case, ReadBox, WindowSource
-from connectomics.io.volume import Array
+from connectomics.volumes.volume import Array
 
 I = TypeVar("I", bound=WindowSource)  # noqa: E741 - image
 L = TypeVar("L", bound=WindowSource)

@@ -10,8 +10,8 @@ import numpy as np
 
 from connectomics.core.geometry import Box
 from connectomics.inference.normalise import ChannelSummary, normalise
-from connectomics.io.volume import Array
 from connectomics.models.spec import ChannelNormalisation
+from connectomics.volumes.volume import Array
 
 ReadBox = Callable[[Box], Array]
 Range = tuple[float, float]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from connectomics.io.volume import Array
+from connectomics.volumes.volume import Array
 
 FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 REGION_THRESHOLD = 0.5  # nnU-Net's

@@ -13,7 +13,7 @@ import torch
 from scipy import ndimage
 
 from connectomics.core.geometry import Box, vec3
-from connectomics.io.volume import Array
+from connectomics.volumes.volume import Array
 
 HALO = 24  # voxels around a part: a cubic spline's reach, the pole 0.268 to the power of 24 is 2e-14
 

@@ -14,7 +14,7 @@ import torch
 
 from connectomics.core.geometry import Box
 from connectomics.inference.interpolation import AxisResampling, interpolated, reach_of
-from connectomics.io.volume import Array
+from connectomics.volumes.volume import Array
 
 LINEAR = 1  # the highest order of labels
 SCALE = 1000.0  # nnU-Net's torch function compares shares in half precision, a thousandfold

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from connectomics.core.errors import VolumeError
-from connectomics.io.volume import Array
 from connectomics.models.spec import ChannelNormalisation
+from connectomics.volumes.volume import Array
 
 EPSILON = 1e-8  # nnU-Net's lower bound of a standard deviation in float32
 PIECE = 1 << 20  # values summed at once: bounds the memory of the float64 and index copies

@@ -22,9 +22,9 @@ from connectomics.inference.case import WindowSource
 from connectomics.inference.transfer import uploads_to
 from connectomics.inference.tta import forward_mirrored, mirror_combinations
 from connectomics.inference.windows import WindowGrid, constant_weight, gaussian_weight
-from connectomics.io.volume import Array
 from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.probe import naming_what_ran_out
+from connectomics.volumes.volume import Array
 
 Logits = torch.Tensor
 Part = tuple[WindowSource, Box]

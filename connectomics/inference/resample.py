@@ -20,8 +20,8 @@ from connectomics.inference.interpolation import AxisResampling, interpolated, r
 from connectomics.inference.label_resampling import LabelResampling
 from connectomics.inference.normalise import normalise
 from connectomics.inference.predictor import Logits, Predictor
-from connectomics.io.volume import Array, Spacing
 from connectomics.models.spec import DEFAULT_RESAMPLING, NO_RESAMPLING, TORCH_RESAMPLING, ResamplingRule
+from connectomics.volumes.volume import Array, Spacing
 
 TILE: Vec3 = (32, 128, 128)  # network voxels computed at once
 CUBIC = 3  # the highest order of images

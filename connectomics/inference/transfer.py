@@ -19,8 +19,8 @@ import torch
 
 from connectomics.core.errors import ModelError
 from connectomics.core.geometry import Box
-from connectomics.io.volume import Array
 from connectomics.models.backends.probe import naming_what_ran_out
+from connectomics.volumes.volume import Array
 
 MAIN, SIDE = "main", "side"  # the queue of a device that computes, and the one that copies
 BUFFERS = 2

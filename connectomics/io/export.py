@@ -23,14 +23,14 @@ from connectomics.io.export_files import (
     stamp_of_tiff,
     write_file,
 )
-from connectomics.io.levels import Level, plan_levels
 from connectomics.io.multiscale import UNIT_BYTES, Multiscale
 from connectomics.io.multiscale_n5 import N5Levels, stamp_of_n5
 from connectomics.io.multiscale_precomputed import PrecomputedLevels, precomputed_levels, stamp_of_precomputed
 from connectomics.io.multiscale_zarr import Zarr2Levels, Zarr3Levels, stamp_of_zarr2, stamp_of_zarr3
-from connectomics.io.source import READ_ERRORS, reason
-from connectomics.io.store import Store
-from connectomics.io.volume import VolumeInfo
+from connectomics.volumes.levels import Level, plan_levels
+from connectomics.volumes.source import READ_ERRORS, reason
+from connectomics.volumes.store import Store
+from connectomics.volumes.volume import VolumeInfo
 
 SUFFIXES = {
     "h5": ".h5",

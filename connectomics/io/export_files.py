@@ -15,14 +15,14 @@ from PIL import Image
 
 from connectomics.core.errors import OutputError
 from connectomics.core.geometry import BlockGrid, Box
-from connectomics.io.hdf5 import DEFAULT_DATASET, open_hdf5
-from connectomics.io.images import open_stack
-from connectomics.io.levels import grown
 from connectomics.io.multiscale import STAMP_FILE
-from connectomics.io.source import Source
-from connectomics.io.store import Store
-from connectomics.io.tiff import open_tiff
-from connectomics.io.volume import Array, VolumeInfo, VolumeReader
+from connectomics.volumes.formats.hdf5 import DEFAULT_DATASET, open_hdf5
+from connectomics.volumes.formats.images import open_stack
+from connectomics.volumes.formats.tiff import open_tiff
+from connectomics.volumes.levels import grown
+from connectomics.volumes.source import Source
+from connectomics.volumes.store import Store
+from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 STAMP = "connectomics"
 SLAB_BYTES = 64 << 20

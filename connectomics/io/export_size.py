@@ -12,12 +12,12 @@ from pathlib import Path
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.io.export import PYRAMIDS, multiscale_of
 from connectomics.io.export_files import TILE, is_tiled, section_bytes
-from connectomics.io.levels import Level
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.multiscale_n5 import N5Levels
 from connectomics.io.multiscale_precomputed import PrecomputedLevels
 from connectomics.io.multiscale_zarr import Zarr2Levels, Zarr3Levels
-from connectomics.io.volume import VolumeInfo
+from connectomics.volumes.levels import Level
+from connectomics.volumes.volume import VolumeInfo
 
 EXPANSION = 1.01  # of what a compressor cannot compress
 CHUNK_BYTES = 128  # of a chunk's header, and of its place in an index

@@ -14,10 +14,10 @@ import tensorstore as ts
 
 from connectomics.core.errors import OutputError, VolumeError
 from connectomics.core.geometry import Box, Vec3, vec3
-from connectomics.io.levels import Level
 from connectomics.io.shards import ShardWriter
-from connectomics.io.source import READ_ERRORS, reason
-from connectomics.io.volume import Array
+from connectomics.volumes.levels import Level
+from connectomics.volumes.source import READ_ERRORS, reason
+from connectomics.volumes.volume import Array
 
 UNIT_BYTES = 32 << 20
 """Uncompressed size of what is written at once, a shard where the format has them; OME-Zarr 0.5 has larger ones."""

@@ -12,9 +12,9 @@ import tensorstore as ts
 
 from connectomics.core.files import replacing, write_text
 from connectomics.core.geometry import Vec3, vec3
-from connectomics.io.levels import Level, plan_levels
 from connectomics.io.multiscale import STAMP_FILE, UNIT_BYTES, LevelArray, open_driver
-from connectomics.io.volume import Nanometres, VolumeInfo
+from connectomics.volumes.levels import Level, plan_levels
+from connectomics.volumes.volume import Nanometres, VolumeInfo
 
 ID_BITS = 32
 """Labels of so many bits or more are compressed segmentation, which neither knows shorter ones."""

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from connectomics.core.files import replacing, write_text
 from connectomics.core.geometry import Vec3, vec3
-from connectomics.io.levels import Level, grown
 from connectomics.io.multiscale import CHUNK_BYTES, UNIT_BYTES, LevelArray, open_driver
-from connectomics.io.ome import multiscale
 from connectomics.io.shards import ShardWriter
-from connectomics.io.store import ATTRIBUTES, METADATA, array_metadata, group_metadata
-from connectomics.io.volume import VolumeInfo
+from connectomics.volumes.levels import Level, grown
+from connectomics.volumes.ome import multiscale
+from connectomics.volumes.store import ATTRIBUTES, METADATA, array_metadata, group_metadata
+from connectomics.volumes.volume import VolumeInfo
 
 STAMP = "stamp"
 BLOCKS_A_SHARD = 4

@@ -20,9 +20,9 @@ import tensorstore as ts
 
 from connectomics.core.files import make_folder, replacing
 from connectomics.core.geometry import Box, Vec3, vec3
-from connectomics.io.levels import grown
-from connectomics.io.store import array_metadata
-from connectomics.io.volume import Array, VolumeInfo
+from connectomics.volumes.levels import grown
+from connectomics.volumes.store import array_metadata
+from connectomics.volumes.volume import Array, VolumeInfo
 
 PART_BYTES = 8 << 20
 """Uncompressed size of what is encoded at once, at least one chunk of all channels."""

@@ -26,14 +26,14 @@ from connectomics.config.schema import Config
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.executors.overlapping import OverlappingExecutor
 from connectomics.inference.predictor import Predictor, SlidingWindow
-from connectomics.io.levels import grown
-from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 from connectomics.models.backends.contract import NumericClass, torch_threads
 from connectomics.models.backends.torch_eager import select_device
 from connectomics.pipeline.forecast import Pace, Seconds
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.run import VolumeJob, run_volume
+from connectomics.volumes.levels import grown
+from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 WINDOWS_S = 3.0  # of measuring windows of one model, after the first
 FEWEST, MOST = 3, 15  # measurements

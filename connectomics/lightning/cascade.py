@@ -11,11 +11,11 @@ from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.volumes import first_stage_of, job_of
 from connectomics.config.schema import Config
 from connectomics.executors.overlapping import OverlappingExecutor
-from connectomics.io.listing import VolumeSource
-from connectomics.io.volume import VolumeReader
 from connectomics.pipeline.blocks import OnBlock
 from connectomics.pipeline.finish import check_names
 from connectomics.pipeline.run import run_volume
+from connectomics.volumes.listing import VolumeSource
+from connectomics.volumes.volume import VolumeReader
 
 log = logging.getLogger(__name__)
 

@@ -26,13 +26,13 @@ from connectomics.assembly.watershed import keeps_probabilities
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.executors.serial import SerialExecutor
-from connectomics.io.listing import stem_of
-from connectomics.io.opening import open_volume
-from connectomics.io.volume import VolumeReader
 from connectomics.lightning.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
 from connectomics.pipeline.contracts import RunReport
 from connectomics.pipeline.decode import DecodeSettings, run_decode
 from connectomics.pipeline.finish import Output, check_names, settle, work_folder
+from connectomics.volumes.listing import stem_of
+from connectomics.volumes.opening import open_volume
+from connectomics.volumes.volume import VolumeReader
 
 
 class Decoder:

@@ -10,7 +10,7 @@ from connectomics.assembly.engine.backends import with_batch
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.config.schema import Config
-from connectomics.io.volume import VolumeReader
+from connectomics.volumes.volume import VolumeReader
 
 log = logging.getLogger(__name__)
 

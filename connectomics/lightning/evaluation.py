@@ -18,9 +18,9 @@ from connectomics.evaluate.instances import instance_scores
 from connectomics.evaluate.objects import Overlaps, match_table, write_matches
 from connectomics.evaluate.semantic import Confusion, labels_found, scores
 from connectomics.evaluate.volumes import Comparison, Within, compare
-from connectomics.io.listing import VolumeSource, refuse_collisions, stem_of
-from connectomics.io.opening import open_volume
 from connectomics.lightning.decode import objects_of
+from connectomics.volumes.listing import VolumeSource, refuse_collisions, stem_of
+from connectomics.volumes.opening import open_volume
 
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine

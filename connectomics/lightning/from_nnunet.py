@@ -15,8 +15,11 @@ from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.config.validation import validate
 from connectomics.core.errors import ConfigError, ModelError
-from connectomics.io.listing import VolumeSource
-from connectomics.io.nnunet_folder import (
+from connectomics.lightning.inference import VolumeProcessor
+from connectomics.lightning.outcome import EXPECTED, NOT_BEGUN, Observer, Silence, VolumeOutcome, failed_outcome
+from connectomics.lightning.shared_sample import SharedSample
+from connectomics.volumes.listing import VolumeSource
+from connectomics.volumes.nnunet.folder import (
     IMAGES,
     TIFFS,
     FileKind,
@@ -28,11 +31,8 @@ from connectomics.io.nnunet_folder import (
     write_labels,
     write_spacing,
 )
-from connectomics.io.nnunet_nifti import NIFTI_READERS, Frame, frame_of
-from connectomics.io.opening import open_volume
-from connectomics.lightning.inference import VolumeProcessor
-from connectomics.lightning.outcome import EXPECTED, NOT_BEGUN, Observer, Silence, VolumeOutcome, failed_outcome
-from connectomics.lightning.shared_sample import SharedSample
+from connectomics.volumes.nnunet.nifti import NIFTI_READERS, Frame, frame_of
+from connectomics.volumes.opening import open_volume
 
 log = logging.getLogger(__name__)
 OWN_FOLDER = "connectomics"  # within the output folder: HDF5 results, logs, provenance

@@ -35,8 +35,6 @@ from connectomics.core.errors import ConfigError, ConnectomicsError, VolumeError
 from connectomics.core.geometry import Box
 from connectomics.executors.overlapping import OverlappingExecutor
 from connectomics.inference.case import ReadBox
-from connectomics.io.listing import VolumeSource
-from connectomics.io.volume import Array, Spacing, VolumeInfo
 from connectomics.lightning.cascade import previous_labels
 from connectomics.lightning.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
 from connectomics.lightning.planning import Foresight
@@ -46,6 +44,8 @@ from connectomics.pipeline.contracts import RunReport
 from connectomics.pipeline.finish import check_names, settle, work_folder
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter
 from connectomics.pipeline.run import run_volume
+from connectomics.volumes.listing import VolumeSource
+from connectomics.volumes.volume import Array, Spacing, VolumeInfo
 
 log = logging.getLogger(__name__)
 

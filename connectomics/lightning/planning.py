@@ -15,7 +15,6 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
 from connectomics.io.export_size import Size, largest_size, store_size
-from connectomics.io.listing import VolumeSource
 from connectomics.lightning.calibration import WindowTimes, measure_pace, measure_windows
 from connectomics.lightning.engines import Engines
 from connectomics.lightning.shared_sample import SharedSample
@@ -26,6 +25,7 @@ from connectomics.pipeline.predict import PROBABILITIES
 from connectomics.pipeline.run import VolumeJob, info_of
 from connectomics.pipeline.run_folder import LEDGER
 from connectomics.pipeline.workload import Cut, batch_fill, count_read, count_sample_windows, count_windows
+from connectomics.volumes.listing import VolumeSource
 
 log = logging.getLogger(__name__)
 WORTH_WINDOWS = 256  # runs of fewer windows, or of less time in the network, are not measured for

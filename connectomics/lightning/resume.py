@@ -13,10 +13,10 @@ from connectomics.assembly.memory import plan_volume
 from connectomics.assembly.volumes import first_stage_of, outputs_of, run_folder, segmenter_of
 from connectomics.config.schema import Config
 from connectomics.core.errors import DeviceError, ResourceError
-from connectomics.io.listing import VolumeSource
-from connectomics.io.volume import VolumeReader
 from connectomics.lightning.engines import Engines
 from connectomics.pipeline.run import begun_class
+from connectomics.volumes.listing import VolumeSource
+from connectomics.volumes.volume import VolumeReader
 
 log = logging.getLogger(__name__)
 

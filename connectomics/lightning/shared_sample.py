@@ -14,11 +14,11 @@ from connectomics.assembly.volumes import job_of, open_source, wanted_of
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
-from connectomics.io.listing import VolumeSource
-from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline.agreement import SAMPLED_VOXELS, Agreement, spread
 from connectomics.pipeline.retry import PatientReader
 from connectomics.pipeline.run import VolumeJob, measure_agreement
+from connectomics.volumes.listing import VolumeSource
+from connectomics.volumes.volume import VolumeInfo
 
 log = logging.getLogger(__name__)
 SMALL_VOXELS = 20 * SAMPLED_VOXELS  # of a larger volume its own sample is 5 % at most

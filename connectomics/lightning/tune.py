@@ -26,12 +26,12 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, DeviceError
 from connectomics.core.geometry import AxisOrder, Box, Vec3, vec3
 from connectomics.inference.case import CaseInput
-from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 from connectomics.models.backends.choice import Chosen
 from connectomics.models.backends.torch_eager import select_device
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 from connectomics.pipeline.survey import survey
+from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 SAMPLED = 4  # windows of the volume
 BATCH = 4  # that is tried beside the configured one and 1

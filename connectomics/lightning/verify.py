@@ -24,13 +24,13 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ModelError, VolumeError
 from connectomics.core.files import write_text
 from connectomics.core.geometry import Box, Vec3, vec3
-from connectomics.io.listing import VolumeSource
-from connectomics.io.opening import open_volume
-from connectomics.io.volume import Array, VolumeReader
 from connectomics.lightning.inference import InferenceManager
 from connectomics.models.backends.contract import torch_threads
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.pipeline.survey import nonzero_box
+from connectomics.volumes.listing import VolumeSource
+from connectomics.volumes.opening import open_volume
+from connectomics.volumes.volume import Array, VolumeReader
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,12 @@ from connectomics.core.errors import ConnectomicsError, DeviceMemoryError, Quara
 from connectomics.core.files import write_text
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.core.geometry import Block
-from connectomics.io.store import Store
-from connectomics.io.volume import Array
 from connectomics.pipeline.contracts import BlockFailure, BlockRecord, Executor, Task
 from connectomics.pipeline.lease import Worker, pauses
 from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.retry import PAUSES_S, SYSTEMIC, errno_of, retried
+from connectomics.volumes.store import Store
+from connectomics.volumes.volume import Array
 
 log = logging.getLogger(__name__)
 OnBlock = Callable[[int, int], None]

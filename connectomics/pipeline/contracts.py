@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from connectomics.core.geometry import Block, BlockGrid, Box
-from connectomics.io.volume import Array
+from connectomics.volumes.volume import Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,6 @@ from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
 from connectomics.core.process import new_mark
 from connectomics.decode.objects import Frame, write_table
-from connectomics.io.store import Store, discard_locks
-from connectomics.io.volume import VolumeInfo, VolumeReader
 from connectomics.pipeline.blocks import BlocksDone, OnBlock, RunStage, run_blocks
 from connectomics.pipeline.contracts import Executor, RunReport, Task
 from connectomics.pipeline.finish import (
@@ -41,6 +39,8 @@ from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.retry import PAUSES_S, PatientReader, retried
 from connectomics.pipeline.run_folder import HOUSE, PROVENANCE, WORKERS
 from connectomics.pipeline.workshop import PLAN, Scene, Step, Workshop, kept_plan
+from connectomics.volumes.store import Store, discard_locks
+from connectomics.volumes.volume import VolumeInfo, VolumeReader
 
 HERE = "decoder"  # the lease of each process that still needs what unfinished work has left
 

@@ -12,7 +12,6 @@ from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid
 from connectomics.decode.components import Connectivity
 from connectomics.decode.selection import Holes, Selection
-from connectomics.io.store import Store, open_store
 from connectomics.pipeline.pieces import PiecesTask
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.run_folder import FILTERED, LEDGER
@@ -27,6 +26,7 @@ from connectomics.pipeline.workshop import (
     decode_plan,
     kept_plan,
 )
+from connectomics.volumes.store import Store, open_store
 
 OBJECTS, BACKGROUND = Connectivity(26), Connectivity(6)
 FILTER = "filter"

@@ -12,11 +12,7 @@ from connectomics.core.files import discard, put_in_place
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid
 from connectomics.decode.filters import fill_holes, remove_small_objects
-from connectomics.io.digests import write_digests
 from connectomics.io.export import PYRAMIDS, export_file, export_path, multiscale_of, read_stamp, require_exportable
-from connectomics.io.source import reason
-from connectomics.io.store import Store
-from connectomics.io.volume import Array, VolumeInfo
 from connectomics.pipeline.blocks import RunStage
 from connectomics.pipeline.filtering import filter_labels
 from connectomics.pipeline.lease import tidy
@@ -24,6 +20,10 @@ from connectomics.pipeline.predict import PROBABILITIES
 from connectomics.pipeline.pyramid import Pyramid, discard_ledgers, fill_pyramid
 from connectomics.pipeline.run_folder import LEDGER, WORKERS, checksums_of
 from connectomics.pipeline.workshop import Room
+from connectomics.volumes.digests import write_digests
+from connectomics.volumes.source import reason
+from connectomics.volumes.store import Store
+from connectomics.volumes.volume import Array, VolumeInfo
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from connectomics.decode.faces import block_number
 from connectomics.decode.members import load, save
 from connectomics.decode.merge import IDS, OBJECTS, OFFSETS
 from connectomics.decode.watershed import SEED_COUNTS, Runs, flood
-from connectomics.io.volume import Array, Nanometres
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.pieces import Read, block_file, saved, smallest_dtype
 from connectomics.pipeline.windows import Labelled, Windows
+from connectomics.volumes.volume import Array, Nanometres
 
 
 @dataclass(frozen=True, slots=True)

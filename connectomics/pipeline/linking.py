@@ -21,11 +21,11 @@ from connectomics.decode.members import load
 from connectomics.decode.merge import FIRST_ID, IDS, OBJECTS, OFFSETS
 from connectomics.decode.overlaps import OVERLAP, Overlaps, Runs, overlaps, summed
 from connectomics.decode.selection import NUMBERS, Selection
-from connectomics.io.volume import Array
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.pieces import PiecesTask, block_file, saved, smallest_dtype
 from connectomics.pipeline.steps import EVERYTHING, Values
 from connectomics.pipeline.workshop import CUT, TABLES, Scene, Workshop
+from connectomics.volumes.volume import Array
 
 SECTIONS, OVERLAPS = "sections", "overlaps"
 IN_SECTIONS = Connectivity(8)

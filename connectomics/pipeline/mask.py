@@ -16,13 +16,13 @@ from connectomics.core.geometry import BlockGrid, Box
 from connectomics.decode.components import Connectivity
 from connectomics.decode.selection import Selection
 from connectomics.inference.case import ReadBox
-from connectomics.io.store import Store
-from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 from connectomics.pipeline.blocks import BlocksDone
 from connectomics.pipeline.contracts import Task
 from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.pieces import PiecesTask
 from connectomics.pipeline.workshop import BLOCK_VOXELS, CUT, PLAN, VOXEL_BYTES, Room, Workshop, decode_plan, kept_plan
+from connectomics.volumes.store import Store
+from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 MASK = "mask"
 HOLES = Selection(off_border=True, by_value=True)

@@ -30,12 +30,12 @@ from connectomics.decode.pieces import (
     plane_name,
     value_pieces,
 )
-from connectomics.io.source import reason
-from connectomics.io.store import Store
-from connectomics.io.volume import Array
 from connectomics.pipeline.blocks import write_block
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.retry import PAUSES_S, retried
+from connectomics.volumes.source import reason
+from connectomics.volumes.store import Store
+from connectomics.volumes.volume import Array
 
 Read = Callable[[Box], Array]
 PAINT = "paint"

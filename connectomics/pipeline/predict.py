@@ -16,8 +16,6 @@ from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.inference.predictor import FINISHED_VALUES, Logits, Predictor
 from connectomics.inference.resample import ImageSource, ResampledPredictor, Resampling
 from connectomics.inference.transfer import on_host
-from connectomics.io.store import Store
-from connectomics.io.volume import Array, VolumeReader
 from connectomics.models.backends.contract import torch_threads
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.blocks import write_block
@@ -28,6 +26,8 @@ from connectomics.pipeline.slabs import SlabReader
 from connectomics.pipeline.survey import keeps_mask, survey
 from connectomics.pipeline.wanted import Wanted
 from connectomics.pipeline.workshop import Room
+from connectomics.volumes.store import Store
+from connectomics.volumes.volume import Array, VolumeReader
 
 Surveyed = Sequence[Sequence[Case]]  # the cases of each member
 LABELS = "labels"

@@ -24,16 +24,16 @@ from connectomics.core.files import TEMPORARY, discard
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import Block, BlockGrid, Box, Vec3, vec3
 from connectomics.decode.downsample import mean, mode
-from connectomics.io.levels import Level, grown
 from connectomics.io.multiscale import LevelArray, Multiscale
-from connectomics.io.source import reason
-from connectomics.io.store import Store
-from connectomics.io.volume import Array
 from connectomics.pipeline.blocks import RunStage, failure_message
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.run_folder import LEDGER
+from connectomics.volumes.levels import Level, grown
+from connectomics.volumes.source import reason
+from connectomics.volumes.store import Store
+from connectomics.volumes.volume import Array
 
 log = logging.getLogger(__name__)
 PIECE_BYTES = 8 << 20

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
-from connectomics.io.source import READ_ERRORS
-from connectomics.io.volume import Array, VolumeInfo, VolumeReader
+from connectomics.volumes.source import READ_ERRORS
+from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -19,8 +19,6 @@ from connectomics.core.errors import OutputError, QuarantineError
 from connectomics.core.files import discard, write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import Box
-from connectomics.io.store import Store, create_store, discard_locks, open_store
-from connectomics.io.volume import VolumeInfo, VolumeReader
 from connectomics.pipeline import agreement as agreements
 from connectomics.pipeline.agreement import SAMPLED_VOXELS, Agreement, FastContract
 from connectomics.pipeline.blocks import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
@@ -45,6 +43,8 @@ from connectomics.pipeline.run_folder import AGREEMENT, FILTERED, HOUSE, LEDGER,
 from connectomics.pipeline.survey import load_survey, save_survey
 from connectomics.pipeline.wanted import Wanted
 from connectomics.pipeline.workshop import BLOCK_VOXELS, VOXEL_BYTES, Room
+from connectomics.volumes.store import Store, create_store, discard_locks, open_store
+from connectomics.volumes.volume import VolumeInfo, VolumeReader
 
 log = logging.getLogger(__name__)
 

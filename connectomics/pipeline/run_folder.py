@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from connectomics.core.errors import ConfigError
-from connectomics.io.digests import SUFFIX
 from connectomics.pipeline.ledger import HEADER
+from connectomics.volumes.digests import SUFFIX
 
 LEDGER = "ledger"  # of the predict stage; those of other stages are called ledger_STAGE
 WORKERS = "workers"

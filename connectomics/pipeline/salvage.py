@@ -14,14 +14,14 @@ from pathlib import Path
 from connectomics.core.errors import VolumeError
 from connectomics.core.files import discard
 from connectomics.io.export import read_stamp
-from connectomics.io.opening import open_volume
-from connectomics.io.source import READ_ERRORS
-from connectomics.io.store import create_store
-from connectomics.io.volume import VolumeReader
 from connectomics.pipeline.blocks import write_block
 from connectomics.pipeline.lease import Worker
 from connectomics.pipeline.ledger import HEADER, Ledger, plan_of, read_header
 from connectomics.pipeline.run_folder import HOUSE, LEDGER, PROVENANCE, WORKERS
+from connectomics.volumes.opening import open_volume
+from connectomics.volumes.source import READ_ERRORS
+from connectomics.volumes.store import create_store
+from connectomics.volumes.volume import VolumeReader
 
 
 def salvage(output: Path, run: Path, works: list[Path]) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from connectomics.core.geometry import Box
 from connectomics.inference.case import ReadBox
-from connectomics.io.volume import Array
+from connectomics.volumes.volume import Array
 
 SLAB_BYTES = 64 << 20  # raw voxels of the sections that are held
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from connectomics.io.digests import SUFFIX
 from connectomics.pipeline.blocks import QUARANTINE
 from connectomics.pipeline.lease import HEARTBEAT, living
 from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.lines import whole_lines
 from connectomics.pipeline.run_folder import CHECKSUMS, LOG, SURVEY, WORKERS, ledger_folders, stage_of, work_folders
+from connectomics.volumes.digests import SUFFIX
 
 SHOWN = 10  # quarantined blocks that are named
 RECENT = 64  # records of each worker that its rate is taken from

@@ -20,9 +20,9 @@ from connectomics.decode.components import Connectivity
 from connectomics.decode.merge import OBJECTS
 from connectomics.decode.pieces import FIXED_POINT
 from connectomics.decode.selection import NUMBERS, Holes, Selection, absorb, inherit
-from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 from connectomics.pipeline.pieces import PiecesTask, smallest_dtype
 from connectomics.pipeline.workshop import CUT, Scene, Workshop
+from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 EVERYTHING = Selection()
 

@@ -24,11 +24,11 @@ from connectomics.core.geometry import AxisOrder, BlockGrid, Box, Vec3, vec3
 from connectomics.inference.case import Case, Range, ReadBox
 from connectomics.inference.normalise import ChannelSummary, IntensityStats, check_intensities, is_exact
 from connectomics.inference.section_cases import SectionCases
-from connectomics.io.turned import Turn, TurnedVolume
-from connectomics.io.volume import Array, VolumeInfo, VolumeReader
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.mask import is_inside, make_mask, sections_of
 from connectomics.pipeline.workshop import Room
+from connectomics.volumes.turned import Turn, TurnedVolume
+from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 TILE_VOXELS = 1 << 23
 STATISTICS_BYTES = 48 << 20  # float64 and index copies of the values that are summed at once

@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 
 from connectomics.core.files import discard
-from connectomics.io.digests import SUFFIX, digests, is_intact
 from connectomics.pipeline.blocks import is_kept
 from connectomics.pipeline.lease import Worker
 from connectomics.pipeline.ledger import Ledger
@@ -28,6 +27,7 @@ from connectomics.pipeline.run_folder import (
     work_folders,
 )
 from connectomics.pipeline.salvage import salvage
+from connectomics.volumes.digests import SUFFIX, digests, is_intact
 
 SHOWN = 10
 

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.io.volume import VolumeReader
 from connectomics.pipeline.retry import PatientReader
+from connectomics.volumes.volume import VolumeReader
 
 PIECE_BYTES = 1 << 24  # of a mask read at once
 Flags = npt.NDArray[np.bool_]

@@ -21,13 +21,13 @@ from connectomics.decode.components import Connectivity
 from connectomics.decode.merge import AT_ONCE, OBJECTS, spans
 from connectomics.decode.selection import Selection
 from connectomics.decode.watershed import SEED_COUNTS, count_seeds
-from connectomics.io.volume import Array, VolumeInfo
 from connectomics.pipeline.flooding import Contests, Distance, Flooded, FloodTask, Seeds
 from connectomics.pipeline.pieces import PiecesTask, Read, smallest_dtype
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.steps import EVERYTHING, Values, probability_units
 from connectomics.pipeline.windows import BasinTask, BridgeTask, Labelled, RefineTask, Windows, grow_trees
 from connectomics.pipeline.workshop import CUT, SUMMARY, Scene, Workshop
+from connectomics.volumes.volume import Array, VolumeInfo
 
 log = logging.getLogger(__name__)
 FLOOD = "flood"

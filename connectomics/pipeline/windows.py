@@ -18,10 +18,10 @@ from connectomics.decode.basins import Saddles, basins_of, ends_of, seeds_of_bas
 from connectomics.decode.components import Connectivity
 from connectomics.decode.members import load, save
 from connectomics.decode.watershed import Runs, flood
-from connectomics.io.store import Store
-from connectomics.io.volume import Array
 from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.pieces import Read, block_file, saved
+from connectomics.volumes.store import Store
+from connectomics.volumes.volume import Array
 
 SEEDS, FIRSTS = "seeds.npy", "firsts.npy"
 

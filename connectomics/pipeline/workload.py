@@ -21,9 +21,9 @@ from connectomics.inference.normalise import ChannelSummary
 from connectomics.inference.predictor import SlidingWindow
 from connectomics.inference.section_cases import SectionCases
 from connectomics.inference.windows import window_starts
-from connectomics.io.volume import Array
 from connectomics.pipeline.agreement import SAMPLED_VOXELS
 from connectomics.pipeline.predict import Member
+from connectomics.volumes.volume import Array
 
 Span = tuple[int, int]
 

@@ -23,14 +23,14 @@ from connectomics.decode.merge import Cuts, merge
 from connectomics.decode.numbering import number_by_first
 from connectomics.decode.objects import Frame
 from connectomics.decode.selection import Rule, select
-from connectomics.io.store import Store, create_store, open_store
-from connectomics.io.volume import VolumeInfo, VolumeReader
 from connectomics.pipeline.blocks import RunStage, failure_message, void_lost
 from connectomics.pipeline.contracts import Task
 from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.pieces import JoinTask, PaintTask, PiecesTask, Read, block_file
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.run_folder import LEDGER
+from connectomics.volumes.store import Store, create_store, open_store
+from connectomics.volumes.volume import VolumeInfo, VolumeReader
 
 log = logging.getLogger(__name__)
 BLOCK_VOXELS = 1 << 24

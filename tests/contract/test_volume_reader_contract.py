@@ -23,9 +23,9 @@ from PIL import Image
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box
-from connectomics.io.opening import open_channels, open_volume
-from connectomics.io.store import create_store
-from connectomics.io.volume import VolumeInfo, VolumeReader
+from connectomics.volumes.opening import open_channels, open_volume
+from connectomics.volumes.store import create_store
+from connectomics.volumes.volume import VolumeInfo, VolumeReader
 
 from chunk_writers import write_n5, write_precomputed
 

@@ -29,7 +29,7 @@ from PIL import Image
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box
-from connectomics.io.opening import open_volume
+from connectomics.volumes.opening import open_volume
 
 from chunk_writers import write_n5, write_precomputed
 
@@ -547,15 +547,15 @@ def test_nothing_a_file_brings_is_run(tmp_path: Path, monkeypatch: pytest.Monkey
 AS_NOBODY = """
 import json, mmap, os, sys
 import h5py, tensorstore, tifffile
-import connectomics.io.hdf5, connectomics.io.images, connectomics.io.zarr_volume
+import connectomics.volumes.formats.hdf5, connectomics.volumes.formats.images, connectomics.volumes.formats.zarr
 from connectomics.core.errors import VolumeError
-from connectomics.io.opening import open_volume
+from connectomics.volumes.opening import open_volume
 if os.geteuid() == 0:
     os.setuid(65534)
 for uri in sys.argv[1:]:
     try:
         reader = open_volume(uri)
-        reader.read(connectomics.io.images.Box((0, 0, 0), reader.info.extent))
+        reader.read(connectomics.volumes.formats.images.Box((0, 0, 0), reader.info.extent))
         print("opened")
     except VolumeError as error:
         print(error)

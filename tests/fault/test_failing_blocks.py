@@ -18,10 +18,10 @@ from connectomics.core.errors import DeviceMemoryError, QuarantineError, Storage
 from connectomics.core.geometry import Box, Vec3
 from connectomics.executors.serial import SerialExecutor
 from connectomics.inference.case import CaseInput
-from connectomics.io.store import Store
-from connectomics.io.volume import Array
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.run import VolumeJob, run_volume
+from connectomics.volumes.store import Store
+from connectomics.volumes.volume import Array
 
 from small_jobs import quick_folder
 from small_runs import BLOCKS, EXPECTED, EXTENT, Bright, Reader, cores, job_in, labels, run, settings_in

@@ -17,12 +17,12 @@ import zarr
 
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Box
-from connectomics.io.opening import open_volume
-from connectomics.io.stored import reading_bytes
-from connectomics.io.volume import VolumeInfo
 from connectomics.lightning.inference import InferenceManager
 from connectomics.pipeline.memory import Budget, Work
 from connectomics.pipeline.planning import plan_blocks
+from connectomics.volumes.opening import open_volume
+from connectomics.volumes.stored import reading_bytes
+from connectomics.volumes.volume import VolumeInfo
 
 from nnunet_models import make_model
 from small_jobs import em_like, infer_words, write_h5, write_png

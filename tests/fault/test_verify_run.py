@@ -15,7 +15,6 @@ import pytest
 
 from connectomics.cli import main
 from connectomics.core.errors import QuarantineError, VolumeError
-from connectomics.io.store import open_store
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.finish import Filters, Output
 from connectomics.pipeline.lease import Worker
@@ -23,6 +22,7 @@ from connectomics.pipeline.predict import LABELS, Member
 from connectomics.pipeline.run import VolumeJob
 from connectomics.pipeline.status import status_of
 from connectomics.pipeline.verify_run import verify_run
+from connectomics.volumes.store import open_store
 
 from small_jobs import finals
 from small_runs import BLOCKS, EXPECTED, IMAGE, Failing, NotNegative, Reader, cores, job_in, labels, run

@@ -21,7 +21,6 @@ from connectomics.core.errors import OutputError
 from connectomics.core.geometry import AxisOrder, BlockGrid, Box, Vec3, vec3
 from connectomics.inference.case import CaseInput
 from connectomics.inference.resample import ResampledInput
-from connectomics.io.volume import VolumeInfo
 from connectomics.lightning.inference import InferenceManager
 from connectomics.pipeline import mask as masks
 from connectomics.pipeline.mask import make_mask
@@ -29,6 +28,7 @@ from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import Segmenter
 from connectomics.pipeline.survey import survey
 from connectomics.pipeline.workshop import VOXEL_BYTES, Room
+from connectomics.volumes.volume import VolumeInfo
 
 import oracle
 from decoding import in_order

@@ -12,7 +12,7 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from connectomics.core.geometry import Box
-from connectomics.io.opening import open_volume
+from connectomics.volumes.opening import open_volume
 
 RNG = np.random.default_rng(8)
 TURNED = np.array([[0, 0, 3.3, 5], [2.2, 0, 0, 1], [0, 1.1, 0, 0], [0, 0, 0, 1.0]])

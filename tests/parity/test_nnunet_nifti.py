@@ -14,9 +14,9 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from connectomics.core.errors import OutputError, VolumeError
 from connectomics.core.geometry import Box
-from connectomics.io.nnunet_folder import FileKind, list_cases, write_labels
-from connectomics.io.nnunet_nifti import frame_of, header_of, holds
-from connectomics.io.opening import open_volume
+from connectomics.volumes.nnunet.folder import FileKind, list_cases, write_labels
+from connectomics.volumes.nnunet.nifti import frame_of, header_of, holds
+from connectomics.volumes.opening import open_volume
 
 from small_jobs import write_h5
 
@@ -92,7 +92,7 @@ def test_units_are_taken_as_each_reader_takes_them(tmp_path: Path, reader: str, 
 def test_thin_images_and_many_labels(
     tmp_path: Path, reader: str, shape: tuple[int, ...], largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("connectomics.io.nnunet_folder.SLAB_BYTES", 4000)
+    monkeypatch.setattr("connectomics.volumes.nnunet.folder.SLAB_BYTES", 4000)
     written(tmp_path / "in" / "a_0000.nii.gz", AFFINES["flipped"], shape)
     assert_same_labels(tmp_path / "in", reader, ".nii.gz", largest)
 

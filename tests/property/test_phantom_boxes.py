@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from connectomics.core.geometry import Box, Vec3, vec3
-from connectomics.io import phantom
+from connectomics.volumes.phantom import volume as phantom
 
 SEED = st.sampled_from([0, 7, 101, phantom.LARGEST_SEED])
 WHAT = st.sampled_from(["image", "label", "instances"])

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.io.volume import Array, VolumeInfo
 from connectomics.lightning.inference import InferenceManager
 from connectomics.pipeline import wanted as module
 from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter, Surveyed
 from connectomics.pipeline.wanted import Wanted
+from connectomics.volumes.volume import Array, VolumeInfo
 
 from nnunet_models import make_model
 from parity_table import ArrayVolume, scene

@@ -19,8 +19,8 @@ from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Box
-from connectomics.io.volume import Array, VolumeInfo
 from connectomics.lightning.engines import Engines
+from connectomics.volumes.volume import Array, VolumeInfo
 
 from nnunet_models import make_model
 from small_jobs import quick_folder

@@ -15,10 +15,10 @@ from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box, Vec3
 from connectomics.inference.head import LabelRule
 from connectomics.inference.predictor import RollingPredictor, SlidingWindow
-from connectomics.io.volume import Array
 from connectomics.lightning.inference import InferenceManager
 from connectomics.models.backends.contract import NumericClass
 from connectomics.models.backends.torch_eager import TorchBackend
+from connectomics.volumes.volume import Array
 
 from nnunet_models import make_model
 from small_jobs import em_like

@@ -19,9 +19,9 @@ from connectomics.core.geometry import BlockGrid, Box
 from connectomics.io import export_files
 from connectomics.io.export import FORMATS, export_file, export_path, read_stamp, require_exportable
 from connectomics.io.export_files import _Sink
-from connectomics.io.opening import open_volume
-from connectomics.io.store import Store, create_store
-from connectomics.io.volume import VolumeInfo
+from connectomics.volumes.opening import open_volume
+from connectomics.volumes.store import Store, create_store
+from connectomics.volumes.volume import VolumeInfo
 
 from small_jobs import read_h5
 
@@ -291,7 +291,7 @@ import resource, signal, sys
 from pathlib import Path
 from connectomics.core.errors import OutputError
 from connectomics.io.export import export_file, export_path
-from connectomics.io.store import open_store
+from connectomics.volumes.store import open_store
 folder = Path(sys.argv[1])
 store = open_store(folder / "work.zarr")
 export_file(store, folder / "warm.h5", "h5", {})

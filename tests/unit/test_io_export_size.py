@@ -14,12 +14,12 @@ from connectomics.executors.serial import SerialExecutor
 from connectomics.io import export_files
 from connectomics.io.export import FORMATS, export_path
 from connectomics.io.export_size import STAMP_BYTES, Size, largest_size, store_size
-from connectomics.io.store import create_store
-from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline.blocks import run_blocks
 from connectomics.pipeline.finish import Output, export_output
 from connectomics.pipeline.lease import Worker
 from connectomics.pipeline.run_folder import WORKERS
+from connectomics.volumes.store import create_store
+from connectomics.volumes.volume import VolumeInfo
 
 SIZE = (40.0, 4.0, 5.0)
 FLAT: tuple[Vec3, Vec3] = ((1, 128, 128), (2, 256, 384))

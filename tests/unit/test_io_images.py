@@ -12,8 +12,8 @@ from PIL import Image
 from skimage.io import imread
 
 from connectomics.core.geometry import Box
-from connectomics.io import images
-from connectomics.io.opening import open_volume
+from connectomics.volumes.formats import images
+from connectomics.volumes.opening import open_volume
 
 RNG = np.random.default_rng(8)
 

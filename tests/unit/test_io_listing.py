@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from connectomics.core.errors import ConfigError
-from connectomics.io.listing import VolumeSource, expand, group, refuse_collisions, stem_of, without_results
+from connectomics.volumes.listing import VolumeSource, expand, group, refuse_collisions, stem_of, without_results
 
 
 @pytest.fixture

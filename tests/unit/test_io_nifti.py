@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from connectomics.core.geometry import Box
-from connectomics.io.opening import open_volume
+from connectomics.volumes.opening import open_volume
 
 WHOLE = Box((0, 0, 0), (5, 6, 7))
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from connectomics.core.errors import ConfigError, OutputError, VolumeError
 from connectomics.core.geometry import Box
-from connectomics.io import nnunet_folder
-from connectomics.io.images import open_image
-from connectomics.io.listing import VolumeSource
-from connectomics.io.nnunet_folder import (
+from connectomics.volumes.formats.images import open_image
+from connectomics.volumes.listing import VolumeSource
+from connectomics.volumes.nnunet import folder as nnunet_folder
+from connectomics.volumes.nnunet.folder import (
     FileKind,
     copy_descriptions,
     list_cases,
@@ -25,8 +25,8 @@ from connectomics.io.nnunet_folder import (
     write_labels,
     write_spacing,
 )
-from connectomics.io.opening import open_volume
-from connectomics.io.volume import VolumeReader
+from connectomics.volumes.opening import open_volume
+from connectomics.volumes.volume import VolumeReader
 
 from small_jobs import em_like, write_h5, write_png
 

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box
-from connectomics.io.opening import open_channels, open_volume
-from connectomics.io.source import Source
-from connectomics.io.stored import Layout, RecentArrays, layout_of, row_chunk
+from connectomics.volumes.opening import open_channels, open_volume
+from connectomics.volumes.source import Source
+from connectomics.volumes.stored import Layout, RecentArrays, layout_of, row_chunk
 
 from chunk_writers import write_n5, write_precomputed
 
@@ -287,7 +287,7 @@ def test_a_format_loads_only_its_own_libraries(tmp_path: Path, name: str) -> Non
     zarr.create_array(tmp_path / "a.zarr", shape=(2, 3, 4), dtype="u1", zarr_format=3)
     tifffile.imwrite(tmp_path / "a.png", np.zeros((3, 4), np.uint8))
     code = (
-        "import sys, json; from connectomics.io.opening import open_volume; open_volume(sys.argv[1]);"
+        "import sys, json; from connectomics.volumes.opening import open_volume; open_volume(sys.argv[1]);"
         "print(json.dumps([m for m in ('h5py', 'tensorstore', 'tifffile', 'torch') if m in sys.modules]))"
     )
     result = subprocess.run(

@@ -9,8 +9,8 @@ import pytest
 from connectomics.core.errors import VolumeError
 from connectomics.core.fingerprint import sha256_of_bytes
 from connectomics.core.geometry import Box
-from connectomics.io.phantom import LARGEST_SEED, VERSION, PhantomReader, open_phantom, section_damage
-from connectomics.io.volume import Array
+from connectomics.volumes.phantom.volume import LARGEST_SEED, VERSION, PhantomReader, open_phantom, section_damage
+from connectomics.volumes.volume import Array
 
 
 def read_all(uri: str) -> Array:

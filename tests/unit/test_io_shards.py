@@ -15,8 +15,8 @@ import zarr
 from connectomics.core.geometry import BlockGrid, Box, Vec3
 from connectomics.io import shards
 from connectomics.io.shards import ShardWriter
-from connectomics.io.store import METADATA, array_metadata
-from connectomics.io.volume import VolumeInfo
+from connectomics.volumes.store import METADATA, array_metadata
+from connectomics.volumes.volume import VolumeInfo
 
 CHUNK, SHARD = (2, 16, 16), (6, 32, 48)
 SHAPES: list[tuple[int, int, int, int]] = [(1, 13, 50, 61), (3, 7, 33, 48)]

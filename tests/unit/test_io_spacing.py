@@ -12,8 +12,8 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box
-from connectomics.io.opening import open_channels, open_volume
-from connectomics.io.volume import VolumeInfo
+from connectomics.volumes.opening import open_channels, open_volume
+from connectomics.volumes.volume import VolumeInfo
 
 VOXELS = np.arange(3 * 4 * 5, dtype=np.uint16).reshape(3, 4, 5)
 

@@ -16,9 +16,9 @@ import zarr
 
 from connectomics.core.errors import OutputError, VolumeError
 from connectomics.core.geometry import BlockGrid, Box
-from connectomics.io.opening import open_volume
-from connectomics.io.store import Store, create_store, discard_locks, open_store
-from connectomics.io.volume import VolumeInfo
+from connectomics.volumes.opening import open_volume
+from connectomics.volumes.store import Store, create_store, discard_locks, open_store
+from connectomics.volumes.volume import VolumeInfo
 
 RNG = np.random.default_rng(3)
 EXTENT = (10, 50, 40)
@@ -196,7 +196,7 @@ WRITER = """
 import sys, numpy as np
 from pathlib import Path
 from connectomics.core.geometry import BlockGrid
-from connectomics.io.store import open_store
+from connectomics.volumes.store import open_store
 store = open_store(Path(sys.argv[1]))
 grid = list(BlockGrid(store.info.extent, store.shard_shape))
 print("begin", flush=True)

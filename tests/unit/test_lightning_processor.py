@@ -19,10 +19,10 @@ from connectomics.assembly.volumes import named_sources
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError
-from connectomics.io.listing import VolumeSource
 from connectomics.lightning import inference
 from connectomics.lightning.inference import VolumeProcessor, check_output_folder
 from connectomics.lightning.outcome import Observer, Silence, VolumeOutcome
+from connectomics.volumes.listing import VolumeSource
 
 from nnunet_models import make_model
 from small_jobs import em_like, final_names, quick_folder, write_h5

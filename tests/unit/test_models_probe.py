@@ -21,10 +21,10 @@ from connectomics.core.errors import DeviceMemoryError
 from connectomics.core.geometry import Box, Vec3
 from connectomics.inference.predictor import RollingPredictor, SlidingWindow
 from connectomics.inference.resample import ResampledPredictor, Resampling
-from connectomics.io.volume import VolumeInfo
 from connectomics.models.backends.contract import Backend, NumericClass
 from connectomics.models.backends.probe import exhausted, largest_fitting, naming_what_ran_out, try_batch
 from connectomics.models.spec import ResamplingRule
+from connectomics.volumes.volume import VolumeInfo
 
 from nnunet_models import make_model
 

@@ -10,12 +10,12 @@ import pytest
 from scipy import ndimage
 
 from connectomics.core.geometry import BlockGrid, Box, Vec3
-from connectomics.io.store import Store, create_store
-from connectomics.io.volume import Array, VolumeInfo
 from connectomics.pipeline import filtering
 from connectomics.pipeline.filtering import filter_labels
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.workshop import Room
+from connectomics.volumes.store import Store, create_store
+from connectomics.volumes.volume import Array, VolumeInfo
 
 from decoding import in_order
 

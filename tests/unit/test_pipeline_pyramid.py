@@ -28,11 +28,7 @@ from connectomics.decode.downsample import mean, mode
 from connectomics.executors.serial import SerialExecutor
 from connectomics.io import multiscale_n5, multiscale_precomputed, multiscale_zarr, shards
 from connectomics.io.export import PYRAMIDS, export_path, multiscale_of, read_stamp, require_exportable
-from connectomics.io.levels import plan_levels
 from connectomics.io.multiscale import LevelArray
-from connectomics.io.opening import open_volume
-from connectomics.io.store import Store, create_store, open_store
-from connectomics.io.volume import VolumeInfo
 from connectomics.pipeline import pyramid as pyramid_stage
 from connectomics.pipeline.blocks import run_blocks
 from connectomics.pipeline.contracts import BlockRecord, Task
@@ -40,6 +36,10 @@ from connectomics.pipeline.finish import Output, export_output
 from connectomics.pipeline.lease import Worker
 from connectomics.pipeline.pyramid import LevelTask
 from connectomics.pipeline.run_folder import WORKERS
+from connectomics.volumes.levels import plan_levels
+from connectomics.volumes.opening import open_volume
+from connectomics.volumes.store import Store, create_store, open_store
+from connectomics.volumes.volume import VolumeInfo
 
 from pyramids import READERS, coarser
 
@@ -292,7 +292,7 @@ import os, signal, sys, threading, time
 from pathlib import Path
 import pytest
 import test_pipeline_pyramid as tests
-from connectomics.io.store import open_store
+from connectomics.volumes.store import open_store
 from connectomics.pipeline.pyramid import LevelTask
 folder, form, after, later_s = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 tests.small_units(pytest.MonkeyPatch(), 4096)

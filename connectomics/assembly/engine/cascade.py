@@ -14,11 +14,11 @@ from connectomics.config.validation import shown
 from connectomics.core.errors import ConfigError, ModelError, VolumeError
 from connectomics.core.geometry import Box
 from connectomics.inference.case import ReadBox
-from connectomics.io.listing import VolumeSource
-from connectomics.io.opening import open_volume
-from connectomics.io.volume import Array, VolumeReader
 from connectomics.models.converted import MANIFEST
 from connectomics.models.spec import ModelSpec
+from connectomics.volumes.listing import VolumeSource
+from connectomics.volumes.opening import open_volume
+from connectomics.volumes.volume import Array, VolumeReader
 
 KEY = "model.previous_stage"
 NAME = "*"  # stands for the volume's name in a path of label volumes

@@ -7,8 +7,8 @@ from pathlib import Path
 from connectomics.config.schema import Config
 from connectomics.config.validation import PLANES
 from connectomics.core.errors import ModelError, VolumeError
-from connectomics.io.volume import Nanometres, Spacing
 from connectomics.models.spec import ModelSpec
+from connectomics.volumes.volume import Nanometres, Spacing
 
 KEY = "inference.planes"
 LARGEST_RATIO = 1.5

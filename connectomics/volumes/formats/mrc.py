@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from connectomics.core.errors import VolumeError
-from connectomics.io.mapped import MappedArray
-from connectomics.io.source import (
+from connectomics.volumes.mapped import MappedArray
+from connectomics.volumes.source import (
     NM_PER_UNIT,
     READ_ERRORS,
     Source,
@@ -21,8 +21,8 @@ from connectomics.io.source import (
     three_positive,
     unreadable,
 )
-from connectomics.io.stored import StoredVolume, info_of, layout_of
-from connectomics.io.volume import Nanometres
+from connectomics.volumes.stored import StoredVolume, info_of, layout_of
+from connectomics.volumes.volume import Nanometres
 
 IMOD_STAMP = 1146047817
 IMOD_SIGNED_BYTES = 1

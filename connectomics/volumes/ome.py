@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from connectomics.io.levels import Level
-from connectomics.io.volume import VolumeInfo
+from connectomics.volumes.levels import Level
+from connectomics.volumes.volume import VolumeInfo
 
 
 def multiscale(name: str, info: VolumeInfo, levels: Sequence[Level]) -> dict[str, object]:

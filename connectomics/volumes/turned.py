@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from connectomics.core.geometry import AxisOrder, Box, vec3
-from connectomics.io.volume import Array, VolumeInfo, VolumeReader
+from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 
 @dataclass(frozen=True, slots=True)

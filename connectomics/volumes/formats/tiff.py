@@ -18,8 +18,8 @@ import numpy as np
 import tifffile
 
 from connectomics.core.errors import VolumeError
-from connectomics.io.source import NM_PER_UNIT, READ_ERRORS, Source, file_identity, three_positive, unreadable
-from connectomics.io.stored import (
+from connectomics.volumes.source import NM_PER_UNIT, READ_ERRORS, Source, file_identity, three_positive, unreadable
+from connectomics.volumes.stored import (
     Layout,
     RecentArrays,
     StoredVolume,
@@ -28,7 +28,7 @@ from connectomics.io.stored import (
     require_small_chunks,
     row_chunk,
 )
-from connectomics.io.volume import Array, Nanometres, Spacing
+from connectomics.volumes.volume import Array, Nanometres, Spacing
 
 LETTERS = {"S": "c", "C": "c", "Q": "z", "I": "z", "Z": "z", "Y": "y", "X": "x", "T": "t"}
 """TIFF series axes: samples are channels, pages of unstated meaning are sections."""

@@ -25,11 +25,11 @@ from nibabel.wrapstruct import WrapStructError
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import AxisOrder, vec3
-from connectomics.io.mapped import MappedArray, contiguous_chunk
-from connectomics.io.source import READ_ERRORS, Source, file_identity, three_positive, unreadable
-from connectomics.io.stored import Layout, StoredVolume, info_of, layout_of, native_dtype
-from connectomics.io.turned import Turn, TurnedVolume
-from connectomics.io.volume import Array, Spacing, VolumeReader
+from connectomics.volumes.mapped import MappedArray, contiguous_chunk
+from connectomics.volumes.source import READ_ERRORS, Source, file_identity, three_positive, unreadable
+from connectomics.volumes.stored import Layout, StoredVolume, info_of, layout_of, native_dtype
+from connectomics.volumes.turned import Turn, TurnedVolume
+from connectomics.volumes.volume import Array, Spacing, VolumeReader
 
 LETTERS = {2: "xy", 3: "xyz", 4: "xyzc"}
 """Stored axes by their number; the fourth holds channels, as nnU-Net's SimpleITKIO takes it."""

@@ -18,10 +18,10 @@ from PIL import BmpImagePlugin, ImageFile, ImageMode, JpegImagePlugin, PngImageP
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box
-from connectomics.io.source import READ_ERRORS, Source, file_identity, folded_identity, reason, unreadable
-from connectomics.io.stored import Layout, RecentArrays, StoredVolume, info_of, native_dtype
-from connectomics.io.tiff import open_tiff
-from connectomics.io.volume import Array
+from connectomics.volumes.formats.tiff import open_tiff
+from connectomics.volumes.source import READ_ERRORS, Source, file_identity, folded_identity, reason, unreadable
+from connectomics.volumes.stored import Layout, RecentArrays, StoredVolume, info_of, native_dtype
+from connectomics.volumes.volume import Array
 
 FORMAT_OF_SUFFIX = {
     ".png": "png",

@@ -10,9 +10,9 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy_format
 
-from connectomics.io.mapped import MappedArray
-from connectomics.io.source import READ_ERRORS, Source, file_identity, refuse_inner, unreadable
-from connectomics.io.stored import StoredVolume, info_of, layout_of, native_dtype
+from connectomics.volumes.mapped import MappedArray
+from connectomics.volumes.source import READ_ERRORS, Source, file_identity, refuse_inner, unreadable
+from connectomics.volumes.stored import StoredVolume, info_of, layout_of, native_dtype
 
 
 def open_npy(source: Source) -> StoredVolume:

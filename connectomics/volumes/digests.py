@@ -7,7 +7,7 @@ from pathlib import Path
 
 from connectomics.core.files import replacing
 from connectomics.core.fingerprint import sha256_of_file
-from connectomics.io.source import files_below
+from connectomics.volumes.source import files_below
 
 SUFFIX = ".sha256"
 

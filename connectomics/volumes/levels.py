@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from connectomics.core.geometry import Vec3, vec3
-from connectomics.io.volume import Nanometres, VolumeInfo
+from connectomics.volumes.volume import Nanometres, VolumeInfo
 
 ISOTROPIC = math.sqrt(2)  # an axis is coarse when its voxels are so much longer than the shortest
 
@@ -68,7 +68,7 @@ def plan_levels(info: VolumeInfo, offset: Vec3 = (0, 0, 0)) -> tuple[Level, ...]
 
     Examples
     --------
-    >>> from connectomics.io.volume import VolumeInfo
+    >>> from connectomics.volumes.volume import VolumeInfo
     >>> import numpy as np
     >>> info = VolumeInfo((1, 100, 1024, 1023), np.dtype("u1"), (64, 64, 64), (40.0, 8.0, 8.0))
     >>> [level.factor for level in plan_levels(info)]

@@ -12,9 +12,9 @@ import h5py
 import numpy as np
 
 from connectomics.core.errors import VolumeError
-from connectomics.io.source import READ_ERRORS, Source, file_identity, three_positive, unreadable
-from connectomics.io.stored import StoredVolume, info_of, layout_of, require_small_chunks, row_chunk
-from connectomics.io.volume import Array, Nanometres
+from connectomics.volumes.source import READ_ERRORS, Source, file_identity, three_positive, unreadable
+from connectomics.volumes.stored import StoredVolume, info_of, layout_of, require_small_chunks, row_chunk
+from connectomics.volumes.volume import Array, Nanometres
 
 DEFAULT_DATASET = "main"
 VOXEL_SIZE_ATTRIBUTES = {"voxel_size_nm": 1.0, "resolution": 1.0, "element_size_um": 1000.0}

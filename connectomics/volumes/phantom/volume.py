@@ -16,9 +16,9 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box, Vec3, vec3
-from connectomics.io.phantom_picture import Damage, picture, section
-from connectomics.io.phantom_shapes import VOXEL_SIZE_NM, Tile, id_dtype, mitochondria, warp_of
-from connectomics.io.volume import Array, VolumeInfo, VolumeReader
+from connectomics.volumes.phantom.picture import Damage, picture, section
+from connectomics.volumes.phantom.shapes import VOXEL_SIZE_NM, Tile, id_dtype, mitochondria, warp_of
+from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 What = Literal["image", "label", "instances"]
 

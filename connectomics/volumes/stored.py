@@ -16,8 +16,8 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box, Vec3, pieces, vec3
-from connectomics.io.source import READ_ERRORS, Source, reason, require_believable
-from connectomics.io.volume import Array, Nanometres, Spacing, VolumeInfo
+from connectomics.volumes.source import READ_ERRORS, Source, reason, require_believable
+from connectomics.volumes.volume import Array, Nanometres, Spacing, VolumeInfo
 
 AXES = "czyx"
 CACHE_BYTES = 64 << 20

@@ -10,7 +10,7 @@ import numpy as np
 import tensorstore as ts
 
 from connectomics.core.errors import VolumeError
-from connectomics.io.source import (
+from connectomics.volumes.source import (
     READ_ERRORS,
     Source,
     files_below,
@@ -19,8 +19,8 @@ from connectomics.io.source import (
     three_positive,
     unreadable,
 )
-from connectomics.io.stored import StoredVolume, info_of, layout_of, require_small_chunks
-from connectomics.io.volume import Array
+from connectomics.volumes.stored import StoredVolume, info_of, layout_of, require_small_chunks
+from connectomics.volumes.volume import Array
 
 PACKED_SUFFIXES = (".gz", ".br", ".zst", ".zstd", ".xz", ".lzma")
 ENCODINGS = ("raw", "jpeg", "png", "compressed_segmentation")

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.io.phantom_shapes import (
+from connectomics.volumes.phantom.shapes import (
     FAR,
     Floats,
     Mitochondria,

@@ -1,6 +1,6 @@
 """What a volume is to the program: VolumeInfo and the reader and writer contracts.
 
-Formats implement these; ``connectomics.io.opening`` picks the format. Inside the program axes are (c, z, y, x).
+Formats implement these; ``connectomics.volumes.opening`` picks the format. Inside the program axes are (c, z, y, x).
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box
-from connectomics.io.source import Source, is_folder, reason, without_prefix
-from connectomics.io.volume import Array, Nanometres, VolumeInfo, VolumeReader
+from connectomics.volumes.source import Source, is_folder, reason, without_prefix
+from connectomics.volumes.volume import Array, Nanometres, VolumeInfo, VolumeReader
 
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
@@ -47,7 +47,7 @@ def open_volume(uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres 
         If the volume cannot be opened; the message names it and says what was found.
     """
     if uri.startswith("phantom:"):
-        from connectomics.io.phantom import open_phantom
+        from connectomics.volumes.phantom.volume import open_phantom
 
         return open_phantom(uri)
     prefix, local = without_prefix(uri)
@@ -183,61 +183,61 @@ def _holds(source: Source, names: Sequence[str]) -> bool:
 
 
 def _hdf5(source: Source) -> VolumeReader:
-    from connectomics.io.hdf5 import open_hdf5
+    from connectomics.volumes.formats.hdf5 import open_hdf5
 
     return open_hdf5(source)
 
 
 def _tiff(source: Source) -> VolumeReader:
-    from connectomics.io.spacing import stated_spacing
-    from connectomics.io.tiff import open_tiff
+    from connectomics.volumes.formats.tiff import open_tiff
+    from connectomics.volumes.spacing import stated_spacing
 
     return open_tiff(source, spacing=stated_spacing(source))
 
 
 def _image(source: Source) -> VolumeReader:
-    from connectomics.io.images import open_image
+    from connectomics.volumes.formats.images import open_image
 
     return open_image(source)
 
 
 def _nifti(source: Source) -> VolumeReader:
-    from connectomics.io.nifti import open_nifti
+    from connectomics.volumes.formats.nifti import open_nifti
 
     return open_nifti(source)
 
 
 def _mrc(source: Source) -> VolumeReader:
-    from connectomics.io.mrc import open_mrc
+    from connectomics.volumes.formats.mrc import open_mrc
 
     return open_mrc(source)
 
 
 def _npy(source: Source) -> VolumeReader:
-    from connectomics.io.npy import open_npy
+    from connectomics.volumes.formats.npy import open_npy
 
     return open_npy(source)
 
 
 def _stack(source: Source) -> VolumeReader:
-    from connectomics.io.images import open_stack
+    from connectomics.volumes.formats.images import open_stack
 
     return open_stack(source)
 
 
 def _zarr(source: Source) -> VolumeReader:
-    from connectomics.io.zarr_volume import open_zarr
+    from connectomics.volumes.formats.zarr import open_zarr
 
     return open_zarr(source)
 
 
 def _n5(source: Source) -> VolumeReader:
-    from connectomics.io.n5 import open_n5
+    from connectomics.volumes.formats.n5 import open_n5
 
     return open_n5(source)
 
 
 def _precomputed(source: Source) -> VolumeReader:
-    from connectomics.io.precomputed import open_precomputed
+    from connectomics.volumes.formats.precomputed import open_precomputed
 
     return open_precomputed(source)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from connectomics.core.geometry import Vec3, vec3
-from connectomics.io.volume import Nanometres
+from connectomics.volumes.volume import Nanometres
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from connectomics.core.errors import VolumeError
-from connectomics.io.source import Source, reason, three_positive
-from connectomics.io.volume import Spacing
+from connectomics.volumes.source import Source, reason, three_positive
+from connectomics.volumes.volume import Spacing
 
 CHANNEL_SUFFIX = re.compile(r"_\d{4}$")
 LARGEST_BYTES = 1 << 20

@@ -20,15 +20,15 @@ from PIL import Image
 from connectomics.core.errors import ConfigError, OutputError, VolumeError
 from connectomics.core.files import replacing, write_text
 from connectomics.core.geometry import BlockGrid
-from connectomics.io.images import open_image
-from connectomics.io.listing import VolumeSource
-from connectomics.io.nifti import RAS
-from connectomics.io.nnunet_nifti import NIBABEL_TURNED, NIFTI_READERS, Frame, header_of, holds, write_nifti
-from connectomics.io.opening import open_volume
-from connectomics.io.source import Source, three_positive
-from connectomics.io.tiff import open_tiff
-from connectomics.io.turned import TurnedVolume
-from connectomics.io.volume import Array, VolumeReader
+from connectomics.volumes.formats.images import open_image
+from connectomics.volumes.formats.nifti import RAS
+from connectomics.volumes.formats.tiff import open_tiff
+from connectomics.volumes.listing import VolumeSource
+from connectomics.volumes.nnunet.nifti import NIBABEL_TURNED, NIFTI_READERS, Frame, header_of, holds, write_nifti
+from connectomics.volumes.opening import open_volume
+from connectomics.volumes.source import Source, three_positive
+from connectomics.volumes.turned import TurnedVolume
+from connectomics.volumes.volume import Array, VolumeReader
 
 IMAGES, TIFFS = "NaturalImage2DIO", "Tiff3DIO"
 ENDINGS = {

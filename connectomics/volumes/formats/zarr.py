@@ -10,7 +10,7 @@ import numpy as np
 import tensorstore as ts
 
 from connectomics.core.errors import VolumeError
-from connectomics.io.source import (
+from connectomics.volumes.source import (
     DEEPEST,
     NM_PER_UNIT,
     READ_ERRORS,
@@ -22,8 +22,8 @@ from connectomics.io.source import (
     three_positive,
     unreadable,
 )
-from connectomics.io.stored import StoredVolume, info_of, layout_of, require_small_chunks
-from connectomics.io.volume import Array, Nanometres
+from connectomics.volumes.stored import StoredVolume, info_of, layout_of, require_small_chunks
+from connectomics.volumes.volume import Array, Nanometres
 
 METADATA_FILES = ("zarr.json", ".zarray", ".zgroup")
 

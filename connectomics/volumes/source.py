@@ -19,7 +19,7 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.fingerprint import key_of
-from connectomics.io.volume import Nanometres
+from connectomics.volumes.volume import Nanometres
 
 READ_ERRORS = (
     OSError,

@@ -16,12 +16,12 @@ from connectomics.core.errors import OutputError, VolumeError
 from connectomics.core.files import replacing
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.core.geometry import Box, Vec3, vec3
-from connectomics.io.levels import Level
-from connectomics.io.ome import multiscale
-from connectomics.io.source import READ_ERRORS, Source, reason
-from connectomics.io.stored import StoredVolume
-from connectomics.io.volume import Array, VolumeInfo
-from connectomics.io.zarr_volume import open_array, open_zarr
+from connectomics.volumes.formats.zarr import open_array, open_zarr
+from connectomics.volumes.levels import Level
+from connectomics.volumes.ome import multiscale
+from connectomics.volumes.source import READ_ERRORS, Source, reason
+from connectomics.volumes.stored import StoredVolume
+from connectomics.volumes.volume import Array, VolumeInfo
 
 ARRAY = "0"
 ATTRIBUTES = "connectomics"

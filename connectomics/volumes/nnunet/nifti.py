@@ -22,10 +22,10 @@ from nibabel.wrapstruct import WrapStructError
 
 from connectomics.core.errors import OutputError, VolumeError
 from connectomics.core.geometry import Vec3
-from connectomics.io.nifti import turn_to_ras
-from connectomics.io.source import reason, three_positive
-from connectomics.io.turned import Turn
-from connectomics.io.volume import Array, Spacing
+from connectomics.volumes.formats.nifti import turn_to_ras
+from connectomics.volumes.source import reason, three_positive
+from connectomics.volumes.turned import Turn
+from connectomics.volumes.volume import Array, Spacing
 
 SIMPLE_ITK, NIBABEL, NIBABEL_TURNED = "SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"
 NIFTI_READERS = (SIMPLE_ITK, NIBABEL, NIBABEL_TURNED)

@@ -11,7 +11,7 @@ from pathlib import Path
 from natsort import natsorted
 
 from connectomics.core.errors import ConfigError
-from connectomics.io.source import without_prefix
+from connectomics.volumes.source import without_prefix
 
 CHANNEL = re.compile(r"^(?P<stem>.+)_(?P<channel>\d{4})$")
 FOLDER_SUFFIXES = (".zarr", ".n5", ".precomputed")

@@ -13,7 +13,7 @@ from typing import Any
 import tensorstore as ts
 
 from connectomics.core.errors import VolumeError
-from connectomics.io.source import (
+from connectomics.volumes.source import (
     NM_PER_UNIT,
     READ_ERRORS,
     Source,
@@ -24,8 +24,8 @@ from connectomics.io.source import (
     three_positive,
     unreadable,
 )
-from connectomics.io.stored import StoredVolume, info_of, layout_of, require_small_chunks
-from connectomics.io.volume import Array, Nanometres
+from connectomics.volumes.stored import StoredVolume, info_of, layout_of, require_small_chunks
+from connectomics.volumes.volume import Array, Nanometres
 
 LETTERS = {2: "xy", 3: "xyz", 4: "xyzc"}
 ATTRIBUTES = "attributes.json"

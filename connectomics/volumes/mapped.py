@@ -10,8 +10,8 @@ from typing import IO, Literal
 
 import numpy as np
 
-from connectomics.io.stored import row_chunk
-from connectomics.io.volume import Array
+from connectomics.volumes.stored import row_chunk
+from connectomics.volumes.volume import Array
 
 
 class MappedArray:
