@@ -28,12 +28,12 @@ import cc3d
 import numpy as np
 
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.decode.components import Connectivity
-from connectomics.decode.members import save
-from connectomics.decode.merge import Cuts, merge
-from connectomics.decode.pieces import Pieces, nothing
-from connectomics.decode.selection import Selection
 from connectomics.executors.serial import SerialExecutor
+from connectomics.objects.arrays import save
+from connectomics.objects.components import Connectivity
+from connectomics.objects.merge import Cuts, merge
+from connectomics.objects.pieces import Pieces, nothing
+from connectomics.objects.selection import Selection
 from connectomics.pipeline.blocks import BlocksDone, run_blocks
 from connectomics.pipeline.contracts import Task
 from connectomics.pipeline.lease import Worker

@@ -18,12 +18,12 @@ import numpy as np
 from decode import PLAN, Spent, measured, phantom_mask, tiled
 
 from connectomics.core.geometry import BlockGrid, Vec3
-from connectomics.decode.links import Linking, Sections, link
-from connectomics.decode.merge import IDS, OBJECTS, OFFSETS, table
-from connectomics.decode.objects import Frame
-from connectomics.decode.overlaps import OVERLAP, Overlaps, summed
-from connectomics.decode.pieces import PIECE
 from connectomics.executors.serial import SerialExecutor
+from connectomics.objects.links import Linking, Sections, link
+from connectomics.objects.merge import IDS, OBJECTS, OFFSETS, table
+from connectomics.objects.overlaps import OVERLAP, Overlaps, summed
+from connectomics.objects.pieces import PIECE
+from connectomics.objects.table import Frame
 from connectomics.pipeline.blocks import BlocksDone, run_blocks
 from connectomics.pipeline.contracts import Task
 from connectomics.pipeline.lease import Worker

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import pyarrow.parquet
 
 from connectomics.core.geometry import BlockGrid, Box, Vec3
-from connectomics.decode.components import Connectivity
-from connectomics.decode.merge import AT_ONCE, FIRST_ID, Cuts, merge
-from connectomics.decode.objects import COLUMNS, Frame, write_table
 from connectomics.executors.serial import SerialExecutor
+from connectomics.objects.components import Connectivity
+from connectomics.objects.merge import AT_ONCE, FIRST_ID, Cuts, merge
+from connectomics.objects.table import COLUMNS, Frame, write_table
 from connectomics.pipeline.blocks import BlocksDone, run_blocks
 from connectomics.pipeline.contracts import Task
 from connectomics.pipeline.lease import Worker

@@ -18,10 +18,10 @@ from connectomics.config.load import written
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.core.fingerprint import key_of
-from connectomics.decode.links import Linking
-from connectomics.decode.objects import require_parquet
-from connectomics.decode.selection import Selection
 from connectomics.io.export import FORMATS, export_path, read_stamp
+from connectomics.objects.links import Linking
+from connectomics.objects.selection import Selection
+from connectomics.objects.table import require_parquet
 from connectomics.pipeline import linking, steps
 from connectomics.pipeline.decode import DecodeJob
 from connectomics.pipeline.finish import Output

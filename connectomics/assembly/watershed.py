@@ -12,9 +12,9 @@ from connectomics.config.decoding import ConnectedComponents, DecodingStep, Wate
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ResourceError, VolumeError
 from connectomics.core.geometry import Box, Vec3
-from connectomics.decode.basins import window_grid
-from connectomics.decode.components import Connectivity
-from connectomics.decode.distance import reach
+from connectomics.objects.basins import window_grid
+from connectomics.objects.components import Connectivity
+from connectomics.objects.distance import reach
 from connectomics.pipeline import watershed
 from connectomics.pipeline.planning import REFUSAL_STEP_BYTES, BlockPlan
 from connectomics.pipeline.workshop import CHUNK, VOXEL_BYTES, decode_plan

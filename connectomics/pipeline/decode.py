@@ -20,7 +20,7 @@ from connectomics.core.files import write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
 from connectomics.core.process import new_mark
-from connectomics.decode.objects import Frame, write_table
+from connectomics.objects.table import Frame, write_table
 from connectomics.pipeline.blocks import BlocksDone, OnBlock, RunStage, run_blocks
 from connectomics.pipeline.contracts import Executor, RunReport, Task
 from connectomics.pipeline.finish import (

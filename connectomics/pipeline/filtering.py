@@ -10,8 +10,8 @@ from pathlib import Path
 from connectomics.core.files import discard, put_in_place
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid
-from connectomics.decode.components import Connectivity
-from connectomics.decode.selection import Holes, Selection
+from connectomics.objects.components import Connectivity
+from connectomics.objects.selection import Holes, Selection
 from connectomics.pipeline.pieces import PiecesTask
 from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.run_folder import FILTERED, LEDGER

@@ -11,8 +11,8 @@ from connectomics.core.errors import OutputError
 from connectomics.core.files import discard, put_in_place
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid
-from connectomics.decode.filters import fill_holes, remove_small_objects
 from connectomics.io.export import PYRAMIDS, export_file, export_path, multiscale_of, read_stamp, require_exportable
+from connectomics.objects.filters import fill_holes, remove_small_objects
 from connectomics.pipeline.blocks import RunStage
 from connectomics.pipeline.filtering import filter_labels
 from connectomics.pipeline.lease import tidy

@@ -13,9 +13,9 @@ import numpy as np
 
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
-from connectomics.decode.components import Connectivity
-from connectomics.decode.selection import Selection
 from connectomics.inference.case import ReadBox
+from connectomics.objects.components import Connectivity
+from connectomics.objects.selection import Selection
 from connectomics.pipeline.blocks import BlocksDone
 from connectomics.pipeline.contracts import Task
 from connectomics.pipeline.ledger import Ledger

@@ -17,11 +17,11 @@ import numpy as np
 from connectomics.core.errors import OutputError
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.core.geometry import Block, BlockGrid, Box
-from connectomics.decode.components import Connectivity
-from connectomics.decode.faces import block_number, directions, first_axis, neighbour, pairs
-from connectomics.decode.members import SUFFIX, load, save
-from connectomics.decode.merge import IDS, OFFSETS
-from connectomics.decode.pieces import (
+from connectomics.objects.arrays import SUFFIX, load, save
+from connectomics.objects.components import Connectivity
+from connectomics.objects.faces import block_number, directions, first_axis, neighbour, pairs
+from connectomics.objects.merge import IDS, OFFSETS
+from connectomics.objects.pieces import (
     Cut,
     Pieces,
     component_pieces,

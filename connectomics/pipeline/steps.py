@@ -16,10 +16,10 @@ import numpy as np
 from connectomics.core.errors import VolumeError
 from connectomics.core.files import replacing
 from connectomics.core.geometry import Box
-from connectomics.decode.components import Connectivity
-from connectomics.decode.merge import OBJECTS
-from connectomics.decode.pieces import FIXED_POINT
-from connectomics.decode.selection import NUMBERS, Holes, Selection, absorb, inherit
+from connectomics.objects.components import Connectivity
+from connectomics.objects.merge import OBJECTS
+from connectomics.objects.pieces import FIXED_POINT
+from connectomics.objects.selection import NUMBERS, Holes, Selection, absorb, inherit
 from connectomics.pipeline.pieces import PiecesTask, smallest_dtype
 from connectomics.pipeline.workshop import CUT, Scene, Workshop
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader

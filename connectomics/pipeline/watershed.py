@@ -16,11 +16,11 @@ import numpy as np
 from connectomics.core.errors import ConfigError
 from connectomics.core.files import replacing
 from connectomics.core.geometry import BlockGrid
-from connectomics.decode.basins import refining_grid, window_grid
-from connectomics.decode.components import Connectivity
-from connectomics.decode.merge import AT_ONCE, OBJECTS, spans
-from connectomics.decode.selection import Selection
-from connectomics.decode.watershed import SEED_COUNTS, count_seeds
+from connectomics.objects.basins import refining_grid, window_grid
+from connectomics.objects.components import Connectivity
+from connectomics.objects.merge import AT_ONCE, OBJECTS, spans
+from connectomics.objects.selection import Selection
+from connectomics.objects.watershed import SEED_COUNTS, count_seeds
 from connectomics.pipeline.flooding import Contests, Distance, Flooded, FloodTask, Seeds
 from connectomics.pipeline.pieces import PiecesTask, Read, smallest_dtype
 from connectomics.pipeline.planning import BlockPlan

@@ -19,10 +19,10 @@ import numpy as np
 from connectomics.core.errors import QuarantineError
 from connectomics.core.files import replacing, write_once
 from connectomics.core.geometry import BlockGrid, vec3
-from connectomics.decode.merge import Cuts, merge
-from connectomics.decode.numbering import number_by_first
-from connectomics.decode.objects import Frame
-from connectomics.decode.selection import Rule, select
+from connectomics.objects.merge import Cuts, merge
+from connectomics.objects.numbering import number_by_first
+from connectomics.objects.selection import Rule, select
+from connectomics.objects.table import Frame
 from connectomics.pipeline.blocks import RunStage, failure_message, void_lost
 from connectomics.pipeline.contracts import Task
 from connectomics.pipeline.ledger import Ledger

@@ -13,10 +13,10 @@ from skimage.metrics import adapted_rand_error
 from skimage.segmentation import watershed
 
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.decode.distance import beyond, squared_distance
-from connectomics.decode.merge import Cuts, merge
-from connectomics.decode.numbering import number_by_first
-from connectomics.decode.watershed import flooding_order
+from connectomics.objects.distance import beyond, squared_distance
+from connectomics.objects.merge import Cuts, merge
+from connectomics.objects.numbering import number_by_first
+from connectomics.objects.watershed import flooding_order
 from connectomics.pipeline.flooding import Distance
 from connectomics.pipeline.pieces import PiecesTask, block_file, painted_block
 from connectomics.pipeline.watershed import Watershed

@@ -9,7 +9,7 @@ import pytest
 from scipy import ndimage
 from skimage.morphology import remove_small_objects as skimage_remove
 
-from connectomics.decode.filters import fill_holes, remove_small_objects
+from connectomics.objects.filters import fill_holes, remove_small_objects
 
 
 def blobs(seed: int, shape: tuple[int, int, int], classes: int, dtype: type = np.uint8) -> np.ndarray:

@@ -19,9 +19,9 @@ from skimage.measure import label, regionprops
 
 from connectomics.core.errors import QuarantineError
 from connectomics.core.geometry import Vec3, vec3
-from connectomics.decode import links, overlaps
-from connectomics.decode.links import Linking
-from connectomics.decode.selection import Selection
+from connectomics.objects import links, overlaps
+from connectomics.objects.links import Linking
+from connectomics.objects.selection import Selection
 from connectomics.pipeline import linking
 from connectomics.pipeline.linking import SliceLinking
 from connectomics.pipeline.steps import ConnectedComponents, Filters

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from connectomics.core.errors import LedgerError
-from connectomics.decode.members import load, save
-from connectomics.decode.pieces import PIECE, nothing
+from connectomics.objects.arrays import load, save
+from connectomics.objects.pieces import PIECE, nothing
 
 
 def test_members_come_back(tmp_path: Path) -> None:

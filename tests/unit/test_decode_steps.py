@@ -14,8 +14,8 @@ import pytest
 from scipy import ndimage
 from skimage.measure import regionprops
 
-from connectomics.decode.objects import write_table
-from connectomics.decode.selection import Selection
+from connectomics.objects.selection import Selection
+from connectomics.objects.table import write_table
 from connectomics.pipeline.steps import ConnectedComponents, Filters
 
 from decoding import VOXEL_SIZE_NM, decode_array, table_of, whole_components

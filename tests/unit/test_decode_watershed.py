@@ -17,8 +17,8 @@ from skimage.measure import regionprops
 from skimage.segmentation import watershed
 
 from connectomics.cli import main
-from connectomics.decode.objects import write_table
-from connectomics.decode.selection import Selection
+from connectomics.objects.selection import Selection
+from connectomics.objects.table import write_table
 from connectomics.pipeline.steps import Filters
 from connectomics.pipeline.watershed import Watershed
 

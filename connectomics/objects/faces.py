@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from connectomics.core.geometry import Vec3, vec3
-from connectomics.decode.components import Connectivity
+from connectomics.objects.components import Connectivity
 
 Array = npt.NDArray[Any]
 

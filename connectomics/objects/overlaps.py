@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from connectomics.core.geometry import Vec3
-from connectomics.decode.members import load, save
+from connectomics.objects.arrays import load, save
 
 Array = npt.NDArray[Any]
 VOXELS_AT_ONCE = 1 << 20

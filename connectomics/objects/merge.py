@@ -17,8 +17,8 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from connectomics.decode.members import load
-from connectomics.decode.pieces import PIECE, merged, nothing, together
+from connectomics.objects.arrays import load
+from connectomics.objects.pieces import PIECE, merged, nothing, together
 
 Array = npt.NDArray[Any]
 AT_ONCE = 1 << 22  # rows, nodes or pairs that are in memory at a time

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from connectomics.core.errors import OutputError
 from connectomics.core.files import replacing
-from connectomics.decode.merge import OBJECTS, spans
-from connectomics.decode.selection import NUMBERS
+from connectomics.objects.merge import OBJECTS, spans
+from connectomics.objects.selection import NUMBERS
 
 Array = npt.NDArray[Any]
 Columns = dict[str, Array | None]

@@ -17,8 +17,8 @@ from scipy import ndimage
 from skimage import segmentation
 
 from connectomics.core.geometry import Vec3, vec3
-from connectomics.decode.components import Connectivity
-from connectomics.decode.merge import AT_ONCE, OBJECTS, spans, table
+from connectomics.objects.components import Connectivity
+from connectomics.objects.merge import AT_ONCE, OBJECTS, spans, table
 
 Array = npt.NDArray[Any]
 _watershed: Callable[..., Any] = segmentation.watershed

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.decode.merge import AT_ONCE, FIRST_ID, IDS, OBJECTS, spans, table
-from connectomics.decode.pieces import PIECE, merged, together
+from connectomics.objects.merge import AT_ONCE, FIRST_ID, IDS, OBJECTS, spans, table
+from connectomics.objects.pieces import PIECE, merged, together
 
 Array = npt.NDArray[Any]
 NUMBERS = "numbers.npy"

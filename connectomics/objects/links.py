@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.decode.merge import (
+from connectomics.objects.merge import (
     FIRST_ID,
     IDS,
     OBJECTS,
@@ -26,9 +26,9 @@ from connectomics.decode.merge import (
     table,
     unite,
 )
-from connectomics.decode.numbering import ascending
-from connectomics.decode.overlaps import COLUMNS, OVERLAP, load_overlaps, summed
-from connectomics.decode.pieces import PIECE, merged, nothing, together
+from connectomics.objects.numbering import ascending
+from connectomics.objects.overlaps import COLUMNS, OVERLAP, load_overlaps, summed
+from connectomics.objects.pieces import PIECE, merged, nothing, together
 
 Array = npt.NDArray[Any]
 AT_ONCE = 1 << 20  # rows or pairs that are in memory at a time

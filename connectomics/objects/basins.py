@@ -19,9 +19,9 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from skimage import morphology
 
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.decode.components import Connectivity, connected_components
-from connectomics.decode.faces import directions
-from connectomics.decode.watershed import flood, flooding_order, footprint_of
+from connectomics.objects.components import Connectivity, connected_components
+from connectomics.objects.faces import directions
+from connectomics.objects.watershed import flood, flooding_order, footprint_of
 
 Array = npt.NDArray[Any]
 _minima: Callable[..., Any] = morphology.local_minima

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.decode.merge import AT_ONCE, IDS, OBJECTS, mapped, spans, table, windows
-from connectomics.decode.pieces import PIECE
+from connectomics.objects.merge import AT_ONCE, IDS, OBJECTS, mapped, spans, table, windows
+from connectomics.objects.pieces import PIECE
 
 Array = npt.NDArray[Any]
 

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from connectomics.core.geometry import Box, Vec3, vec3
-from connectomics.decode.components import Connectivity, connected_components
-from connectomics.decode.members import save
+from connectomics.objects.arrays import save
+from connectomics.objects.components import Connectivity, connected_components
 
 Array = npt.NDArray[Any]
 FIXED_POINT = 1 << 24  # probabilities are summed as whole multiples of its inverse, so that no order matters
