@@ -28,19 +28,19 @@ import cc3d
 import numpy as np
 
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.executors.serial import SerialExecutor
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.executors.serial import SerialExecutor
+from connectomics.execution.lease import Worker
+from connectomics.execution.ledger import Ledger
+from connectomics.execution.run_folder import HOUSE, WORKERS
+from connectomics.execution.runner import BlocksDone, run_blocks
+from connectomics.execution.task import Task
 from connectomics.objects.arrays import save
 from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import Cuts, merge
 from connectomics.objects.pieces import Pieces, nothing
 from connectomics.objects.selection import Selection
-from connectomics.pipeline.blocks import BlocksDone, run_blocks
-from connectomics.pipeline.contracts import Task
-from connectomics.pipeline.lease import Worker
-from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.pieces import PiecesTask, smallest_dtype
-from connectomics.pipeline.planning import BlockPlan
-from connectomics.pipeline.run_folder import HOUSE, WORKERS
 from connectomics.pipeline.steps import Values
 from connectomics.pipeline.workshop import CUT, Workshop
 from connectomics.volumes.opening import open_volume

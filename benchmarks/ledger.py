@@ -13,9 +13,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from connectomics.pipeline.contracts import BlockRecord
-from connectomics.pipeline.ledger import Ledger
-from connectomics.pipeline.planning import BlockPlan
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.ledger import Ledger
+from connectomics.execution.task import BlockRecord
 
 PLAN = BlockPlan((1, 64, 64), (1, 64, 64))
 WORKERS = 8  # files that the records are spread over

@@ -18,18 +18,18 @@ import numpy as np
 from decode import PLAN, Spent, measured, phantom_mask, tiled
 
 from connectomics.core.geometry import BlockGrid, Vec3
-from connectomics.executors.serial import SerialExecutor
+from connectomics.execution.executors.serial import SerialExecutor
+from connectomics.execution.lease import Worker
+from connectomics.execution.ledger import Ledger
+from connectomics.execution.run_folder import HOUSE, WORKERS
+from connectomics.execution.runner import BlocksDone, run_blocks
+from connectomics.execution.task import Task
 from connectomics.objects.links import Linking, Sections, link
 from connectomics.objects.merge import IDS, OBJECTS, OFFSETS, table
 from connectomics.objects.overlaps import OVERLAP, Overlaps, summed
 from connectomics.objects.pieces import PIECE
 from connectomics.objects.table import Frame
-from connectomics.pipeline.blocks import BlocksDone, run_blocks
-from connectomics.pipeline.contracts import Task
-from connectomics.pipeline.lease import Worker
-from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.linking import SliceLinking
-from connectomics.pipeline.run_folder import HOUSE, WORKERS
 from connectomics.pipeline.steps import ConnectedComponents
 from connectomics.pipeline.workshop import Scene, Step, Workshop
 from connectomics.volumes.store import open_store

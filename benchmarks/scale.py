@@ -27,18 +27,20 @@ import psutil
 import torch
 
 from connectomics.core.geometry import BlockGrid, Box, Vec3
-from connectomics.executors.overlapping import OverlappingExecutor
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.executors.overlapping import OverlappingExecutor
+from connectomics.execution.ledger import Ledger
+from connectomics.execution.stage import LABELS
+from connectomics.execution.task import BlockRecord
 from connectomics.inference.head import LabelRule
 from connectomics.inference.predictor import RollingPredictor, SlidingWindow
 from connectomics.inference.section_cases import SectionCases
 from connectomics.models.backends.contract import NumericClass
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.finish import Filters, Output
-from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.memory import Budget, Work, share_freed_memory
-from connectomics.pipeline.planning import BlockPlan, plan_blocks
-from connectomics.pipeline.predict import LABELS, Member, PredictTask, Segmenter
+from connectomics.pipeline.planning import plan_blocks
+from connectomics.pipeline.predict import Member, PredictTask, Segmenter
 from connectomics.pipeline.run import RunSettings, VolumeJob, run_volume
 from connectomics.pipeline.survey import load_survey, save_survey, survey, survey_bytes
 from connectomics.volumes.opening import open_volume

@@ -228,7 +228,7 @@ def _reproduce(words: argparse.Namespace) -> int:
 
 
 def _status(words: argparse.Namespace) -> int:
-    from connectomics.pipeline.status import status_of
+    from connectomics.execution.status import status_of
 
     status = status_of(words.run)
     print(json.dumps(status.as_dict(), indent=1) if words.json else "\n".join(status.lines()))

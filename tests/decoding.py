@@ -13,16 +13,16 @@ import numpy.typing as npt
 import pyarrow.parquet
 
 from connectomics.core.geometry import BlockGrid, Box, Vec3
-from connectomics.executors.serial import SerialExecutor
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.executors.serial import SerialExecutor
+from connectomics.execution.lease import Worker
+from connectomics.execution.ledger import Ledger
+from connectomics.execution.runner import BlocksDone, run_blocks
+from connectomics.execution.task import Task
 from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import AT_ONCE, FIRST_ID, Cuts, merge
 from connectomics.objects.table import COLUMNS, Frame, write_table
-from connectomics.pipeline.blocks import BlocksDone, run_blocks
-from connectomics.pipeline.contracts import Task
-from connectomics.pipeline.lease import Worker
-from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.pieces import JoinTask, PiecesTask, block_file, painted_block
-from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.workshop import Scene, Step, Workshop
 from connectomics.volumes.volume import VolumeInfo
 

@@ -13,14 +13,15 @@ import torch
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Block, Box, Vec3
-from connectomics.executors.serial import SerialExecutor
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.executors.serial import SerialExecutor
+from connectomics.execution.stage import LABELS, PROBABILITIES
+from connectomics.execution.task import BlockFailure, BlockRecord, RunReport, Task
 from connectomics.inference.case import CaseInput
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.contracts import BlockFailure, BlockRecord, RunReport, Task
 from connectomics.pipeline.finish import Filters, Output
-from connectomics.pipeline.planning import BlockPlan
-from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segmenter
+from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.run import RunSettings, VolumeJob, run_volume
 from connectomics.volumes.volume import Array, VolumeInfo
 

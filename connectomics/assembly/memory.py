@@ -11,9 +11,10 @@ from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.config.schema import Config
 from connectomics.core.errors import DeviceMemoryError, ResourceError
 from connectomics.core.geometry import Vec3, vec3
+from connectomics.execution.block_plan import BlockPlan
 from connectomics.io.export import exporting_bytes
 from connectomics.pipeline.memory import LIBRARY_BYTES, Budget, Footprint, Work
-from connectomics.pipeline.planning import REFUSAL_STEP_BYTES, BlockPlan, plan_blocks
+from connectomics.pipeline.planning import REFUSAL_STEP_BYTES, plan_blocks
 from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.survey import survey_bytes
 from connectomics.pipeline.workshop import CHUNK, VOXEL_BYTES

@@ -15,12 +15,13 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import Box, Vec3, vec3
+from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.inference.case import ReadBox
 from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.io.export import export_path
 from connectomics.models.spec import NO_RESAMPLING, ModelSpec
 from connectomics.pipeline.finish import Output
-from connectomics.pipeline.predict import LABELS, PROBABILITIES, Member, Segmenter
+from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.run import VolumeJob
 from connectomics.pipeline.wanted import Wanted, require_inside
 from connectomics.volumes.listing import VolumeSource, expand, group, refuse_collisions, without_results

@@ -12,11 +12,12 @@ from connectomics.config.decoding import ConnectedComponents, DecodingStep, Wate
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ResourceError, VolumeError
 from connectomics.core.geometry import Box, Vec3
+from connectomics.execution.block_plan import BlockPlan
 from connectomics.objects.basins import window_grid
 from connectomics.objects.components import Connectivity
 from connectomics.objects.distance import reach
 from connectomics.pipeline import watershed
-from connectomics.pipeline.planning import REFUSAL_STEP_BYTES, BlockPlan
+from connectomics.pipeline.planning import REFUSAL_STEP_BYTES
 from connectomics.pipeline.workshop import CHUNK, VOXEL_BYTES, decode_plan
 from connectomics.volumes.volume import VolumeInfo
 

@@ -24,12 +24,12 @@ from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.windows import make_predictor
 from connectomics.config.schema import Config
 from connectomics.core.geometry import Box, Vec3, vec3
-from connectomics.executors.overlapping import OverlappingExecutor
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.executors.overlapping import OverlappingExecutor
 from connectomics.inference.predictor import Predictor, SlidingWindow
 from connectomics.models.backends.contract import NumericClass, torch_threads
 from connectomics.models.backends.torch_eager import select_device
 from connectomics.pipeline.forecast import Pace, Seconds
-from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.run import VolumeJob, run_volume
 from connectomics.volumes.levels import grown

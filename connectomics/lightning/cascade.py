@@ -10,8 +10,8 @@ from connectomics.assembly.engine.cascade import open_labels, open_previous
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.volumes import first_stage_of, job_of
 from connectomics.config.schema import Config
-from connectomics.executors.overlapping import OverlappingExecutor
-from connectomics.pipeline.blocks import OnBlock
+from connectomics.execution.executors.overlapping import OverlappingExecutor
+from connectomics.execution.runner import OnBlock
 from connectomics.pipeline.finish import check_names
 from connectomics.pipeline.run import run_volume
 from connectomics.volumes.listing import VolumeSource

@@ -25,9 +25,9 @@ from connectomics.assembly.engine.identity import program_version
 from connectomics.assembly.watershed import keeps_probabilities
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
-from connectomics.executors.serial import SerialExecutor
+from connectomics.execution.executors.serial import SerialExecutor
+from connectomics.execution.task import RunReport
 from connectomics.lightning.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
-from connectomics.pipeline.contracts import RunReport
 from connectomics.pipeline.decode import DecodeSettings, run_decode
 from connectomics.pipeline.finish import Output, check_names, settle, work_folder
 from connectomics.volumes.listing import stem_of

@@ -33,16 +33,17 @@ from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ConnectomicsError, VolumeError
 from connectomics.core.geometry import Box
-from connectomics.executors.overlapping import OverlappingExecutor
+from connectomics.execution.executors.overlapping import OverlappingExecutor
+from connectomics.execution.stage import LABELS, PROBABILITIES
+from connectomics.execution.task import RunReport
 from connectomics.inference.case import ReadBox
 from connectomics.lightning.cascade import previous_labels
 from connectomics.lightning.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
 from connectomics.lightning.planning import Foresight
 from connectomics.lightning.resume import Continuation
 from connectomics.lightning.shared_sample import SharedSample
-from connectomics.pipeline.contracts import RunReport
 from connectomics.pipeline.finish import check_names, settle, work_folder
-from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter
+from connectomics.pipeline.predict import Segmenter
 from connectomics.pipeline.run import run_volume
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.volume import Array, Spacing, VolumeInfo

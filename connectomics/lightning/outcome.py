@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from connectomics.core.errors import ConnectomicsError, OutputError, VolumeError
-from connectomics.pipeline.contracts import RunReport
-from connectomics.pipeline.retry import SYSTEMIC, errno_of
+from connectomics.execution.retry import SYSTEMIC, errno_of
+from connectomics.execution.task import RunReport
 
 NOT_BEGUN = "not begun, because the disk of the results refused; mend that and run again"
 EXPECTED = (ConnectomicsError, OSError, MemoryError)  # what may go wrong without a mistake of ours

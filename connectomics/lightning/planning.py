@@ -14,16 +14,16 @@ from connectomics.assembly.volumes import job_of, open_source, wanted_of
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
+from connectomics.execution.ledger import plan_of
+from connectomics.execution.run_folder import LEDGER
+from connectomics.execution.stage import PROBABILITIES
 from connectomics.io.export_size import Size, largest_size, store_size
 from connectomics.lightning.calibration import WindowTimes, measure_pace, measure_windows
 from connectomics.lightning.engines import Engines
 from connectomics.lightning.shared_sample import SharedSample
 from connectomics.pipeline.finish import work_folder
 from connectomics.pipeline.forecast import Forecast, Pace, PlannedOutput, duration
-from connectomics.pipeline.ledger import plan_of
-from connectomics.pipeline.predict import PROBABILITIES
 from connectomics.pipeline.run import VolumeJob, info_of
-from connectomics.pipeline.run_folder import LEDGER
 from connectomics.pipeline.workload import Cut, batch_fill, count_read, count_sample_windows, count_windows
 from connectomics.volumes.listing import VolumeSource
 

@@ -14,8 +14,8 @@ from connectomics.assembly.volumes import job_of, open_source, wanted_of
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
+from connectomics.execution.retry import PatientReader
 from connectomics.pipeline.agreement import SAMPLED_VOXELS, Agreement, spread
-from connectomics.pipeline.retry import PatientReader
 from connectomics.pipeline.run import VolumeJob, measure_agreement
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.volume import VolumeInfo

@@ -20,9 +20,14 @@ from connectomics.core.files import write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
 from connectomics.core.process import new_mark
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.lease import STALE_S, Worker, pauses
+from connectomics.execution.ledger import Ledger
+from connectomics.execution.retry import PAUSES_S, PatientReader, retried
+from connectomics.execution.run_folder import HOUSE, PROVENANCE, WORKERS
+from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blocks
+from connectomics.execution.task import Executor, RunReport, Task
 from connectomics.objects.table import Frame, write_table
-from connectomics.pipeline.blocks import BlocksDone, OnBlock, RunStage, run_blocks
-from connectomics.pipeline.contracts import Executor, RunReport, Task
 from connectomics.pipeline.finish import (
     Output,
     check_exportable,
@@ -32,12 +37,7 @@ from connectomics.pipeline.finish import (
     unseal,
     work_folder,
 )
-from connectomics.pipeline.lease import STALE_S, Worker, pauses
-from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.pieces import Read
-from connectomics.pipeline.planning import BlockPlan
-from connectomics.pipeline.retry import PAUSES_S, PatientReader, retried
-from connectomics.pipeline.run_folder import HOUSE, PROVENANCE, WORKERS
 from connectomics.pipeline.workshop import PLAN, Scene, Step, Workshop, kept_plan
 from connectomics.volumes.store import Store, discard_locks
 from connectomics.volumes.volume import VolumeInfo, VolumeReader

@@ -10,22 +10,14 @@ from pathlib import Path
 from connectomics.core.files import discard, put_in_place
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.run_folder import FILTERED, LEDGER
+from connectomics.execution.stage import Room
 from connectomics.objects.components import Connectivity
 from connectomics.objects.selection import Holes, Selection
 from connectomics.pipeline.pieces import PiecesTask
-from connectomics.pipeline.planning import BlockPlan
-from connectomics.pipeline.run_folder import FILTERED, LEDGER
 from connectomics.pipeline.steps import Values
-from connectomics.pipeline.workshop import (
-    BLOCK_VOXELS,
-    CUT,
-    PLAN,
-    VOXEL_BYTES,
-    Room,
-    Workshop,
-    decode_plan,
-    kept_plan,
-)
+from connectomics.pipeline.workshop import BLOCK_VOXELS, CUT, PLAN, VOXEL_BYTES, Workshop, decode_plan, kept_plan
 from connectomics.volumes.store import Store, open_store
 
 OBJECTS, BACKGROUND = Connectivity(26), Connectivity(6)

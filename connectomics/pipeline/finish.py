@@ -11,15 +11,14 @@ from connectomics.core.errors import OutputError
 from connectomics.core.files import discard, put_in_place
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid
+from connectomics.execution.lease import tidy
+from connectomics.execution.run_folder import LEDGER, WORKERS, checksums_of
+from connectomics.execution.runner import RunStage
+from connectomics.execution.stage import PROBABILITIES, Room
 from connectomics.io.export import PYRAMIDS, export_file, export_path, multiscale_of, read_stamp, require_exportable
 from connectomics.objects.filters import fill_holes, remove_small_objects
-from connectomics.pipeline.blocks import RunStage
 from connectomics.pipeline.filtering import filter_labels
-from connectomics.pipeline.lease import tidy
-from connectomics.pipeline.predict import PROBABILITIES
 from connectomics.pipeline.pyramid import Pyramid, discard_ledgers, fill_pyramid
-from connectomics.pipeline.run_folder import LEDGER, WORKERS, checksums_of
-from connectomics.pipeline.workshop import Room
 from connectomics.volumes.digests import write_digests
 from connectomics.volumes.source import reason
 from connectomics.volumes.store import Store

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from connectomics.core.geometry import Block, BlockGrid, Box, vec3
+from connectomics.execution.task import BlockRecord
 from connectomics.objects.arrays import load, save
 from connectomics.objects.components import Connectivity
 from connectomics.objects.distance import around, beyond, reach, squared_distance
 from connectomics.objects.faces import block_number
 from connectomics.objects.merge import IDS, OBJECTS, OFFSETS
 from connectomics.objects.watershed import SEED_COUNTS, Runs, flood
-from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.pieces import Read, block_file, saved, smallest_dtype
 from connectomics.pipeline.windows import Labelled, Windows
 from connectomics.volumes.volume import Array, Nanometres

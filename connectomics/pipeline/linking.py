@@ -15,13 +15,13 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Block, BlockGrid, Box
+from connectomics.execution.task import BlockRecord
 from connectomics.objects.arrays import load
 from connectomics.objects.components import Connectivity
 from connectomics.objects.links import Linking, Sections, link
 from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS
 from connectomics.objects.overlaps import OVERLAP, Overlaps, Runs, overlaps, summed
 from connectomics.objects.selection import NUMBERS, Selection
-from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.pieces import PiecesTask, block_file, saved, smallest_dtype
 from connectomics.pipeline.steps import EVERYTHING, Values
 from connectomics.pipeline.workshop import CUT, TABLES, Scene, Workshop

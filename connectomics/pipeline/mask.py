@@ -13,14 +13,15 @@ import numpy as np
 
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
+from connectomics.execution.ledger import Ledger
+from connectomics.execution.runner import BlocksDone
+from connectomics.execution.stage import Room
+from connectomics.execution.task import Task
 from connectomics.inference.case import ReadBox
 from connectomics.objects.components import Connectivity
 from connectomics.objects.selection import Selection
-from connectomics.pipeline.blocks import BlocksDone
-from connectomics.pipeline.contracts import Task
-from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.pieces import PiecesTask
-from connectomics.pipeline.workshop import BLOCK_VOXELS, CUT, PLAN, VOXEL_BYTES, Room, Workshop, decode_plan, kept_plan
+from connectomics.pipeline.workshop import BLOCK_VOXELS, CUT, PLAN, VOXEL_BYTES, Workshop, decode_plan, kept_plan
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 

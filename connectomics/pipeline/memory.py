@@ -8,6 +8,7 @@ import platform
 from dataclasses import dataclass, field
 
 from connectomics.core.geometry import AxisOrder, Vec3, vec3
+from connectomics.execution.stage import BEHIND_BYTES
 from connectomics.inference.predictor import FINISHED_VALUES
 from connectomics.pipeline.slabs import SLAB_BYTES
 
@@ -15,7 +16,6 @@ FLOAT_BYTES = 4
 DOUBLE_BYTES = 8
 HEAD_COPIES = 8  # of the logits handed out at once: probabilities, their powers and sums, the winner, what is stored
 DEVICE_COPIES = 3  # of them on a device: their mean, what is added to it, those on their way to the host
-BEHIND_BYTES = 32 << 20  # outputs of a block that may be written while the next one is computed
 WRITE_COPIES = 3  # of a block's outputs while they are written: themselves, encoded chunks, the shard made of them
 WINDOW_COPIES = 4  # of a batch of windows and of its logits: stacked, filled up, mirrored, summed
 RESAMPLED_MARGIN = 4  # network voxels that logits are made of beyond a block

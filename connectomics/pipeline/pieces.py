@@ -17,6 +17,9 @@ import numpy as np
 from connectomics.core.errors import OutputError
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.core.geometry import Block, BlockGrid, Box
+from connectomics.execution.retry import PAUSES_S, retried
+from connectomics.execution.runner import write_block
+from connectomics.execution.task import BlockRecord
 from connectomics.objects.arrays import SUFFIX, load, save
 from connectomics.objects.components import Connectivity
 from connectomics.objects.faces import block_number, directions, first_axis, neighbour, pairs
@@ -30,9 +33,6 @@ from connectomics.objects.pieces import (
     plane_name,
     value_pieces,
 )
-from connectomics.pipeline.blocks import write_block
-from connectomics.pipeline.contracts import BlockRecord
-from connectomics.pipeline.retry import PAUSES_S, retried
 from connectomics.volumes.source import reason
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array

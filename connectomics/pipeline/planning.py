@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Vec3, vec3
+from connectomics.execution.block_plan import BlockPlan
 from connectomics.pipeline.memory import Budget, Footprint, Work
 
 PLANE_CHUNK = 512  # chunk edge in y and x where the patch is one voxel deep
@@ -22,14 +22,6 @@ REFUSAL_STEP_BYTES = 10**7  # a budget that can work is named in such steps, one
 
 
 Need = Callable[[Sequence[int]], Footprint]
-
-
-@dataclass(frozen=True, slots=True)
-class BlockPlan:
-    """Shape of the blocks' cores and of the chunks inside them, (z, y, x) voxels; chunks divide blocks."""
-
-    block_shape: Vec3
-    chunk_shape: Vec3
 
 
 def plan_blocks(extent: Vec3, works: Sequence[Work], budget: Budget, stated: Vec3 | None = None) -> BlockPlan:

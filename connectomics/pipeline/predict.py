@@ -10,6 +10,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from connectomics.core.geometry import AxisOrder, Block, BlockGrid, Box, Vec3, pieces, vec3
+from connectomics.execution.retry import PAUSES_S
+from connectomics.execution.runner import write_block
+from connectomics.execution.stage import LABELS, PROBABILITIES, Room
+from connectomics.execution.task import BlockRecord, Computed
 from connectomics.inference.cascade import PreviousLabels, StackedInput
 from connectomics.inference.case import Case, CaseInput, ReadBox
 from connectomics.inference.head import LabelRule, ProbabilityRule
@@ -18,20 +22,14 @@ from connectomics.inference.resample import ImageSource, ResampledPredictor, Res
 from connectomics.inference.transfer import on_host
 from connectomics.models.backends.contract import torch_threads
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.blocks import write_block
-from connectomics.pipeline.contracts import BlockRecord, Computed
 from connectomics.pipeline.mask import make_mask
-from connectomics.pipeline.retry import PAUSES_S
 from connectomics.pipeline.slabs import SlabReader
 from connectomics.pipeline.survey import keeps_mask, survey
 from connectomics.pipeline.wanted import Wanted
-from connectomics.pipeline.workshop import Room
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array, VolumeReader
 
 Surveyed = Sequence[Sequence[Case]]  # the cases of each member
-LABELS = "labels"
-PROBABILITIES = "probabilities"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,16 @@ from connectomics.core.errors import OutputError, QuarantineError
 from connectomics.core.files import discard, write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import Box
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.lease import STALE_S, Worker
+from connectomics.execution.ledger import HEADER, Ledger, plan_of, read_header
+from connectomics.execution.retry import PAUSES_S, PatientReader
+from connectomics.execution.run_folder import AGREEMENT, FILTERED, HOUSE, LEDGER, PROVENANCE, SURVEY, WORKERS
+from connectomics.execution.runner import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
+from connectomics.execution.stage import LABELS, Room
+from connectomics.execution.task import Executor, RunReport
 from connectomics.pipeline import agreement as agreements
 from connectomics.pipeline.agreement import SAMPLED_VOXELS, Agreement, FastContract
-from connectomics.pipeline.blocks import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
-from connectomics.pipeline.contracts import Executor, RunReport
 from connectomics.pipeline.finish import (
     Filters,
     Output,
@@ -34,15 +40,10 @@ from connectomics.pipeline.finish import (
     unseal,
     work_folder,
 )
-from connectomics.pipeline.lease import STALE_S, Worker
-from connectomics.pipeline.ledger import HEADER, Ledger, plan_of, read_header
-from connectomics.pipeline.planning import BlockPlan
-from connectomics.pipeline.predict import LABELS, PredictTask, Segmenter, Surveyed
-from connectomics.pipeline.retry import PAUSES_S, PatientReader
-from connectomics.pipeline.run_folder import AGREEMENT, FILTERED, HOUSE, LEDGER, PROVENANCE, SURVEY, WORKERS
+from connectomics.pipeline.predict import PredictTask, Segmenter, Surveyed
 from connectomics.pipeline.survey import load_survey, save_survey
 from connectomics.pipeline.wanted import Wanted
-from connectomics.pipeline.workshop import BLOCK_VOXELS, VOXEL_BYTES, Room
+from connectomics.pipeline.workshop import BLOCK_VOXELS, VOXEL_BYTES
 from connectomics.volumes.store import Store, create_store, discard_locks, open_store
 from connectomics.volumes.volume import VolumeInfo, VolumeReader
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.files import discard
+from connectomics.execution.lease import Worker
+from connectomics.execution.ledger import HEADER, Ledger, plan_of, read_header
+from connectomics.execution.run_folder import HOUSE, LEDGER, PROVENANCE, WORKERS
+from connectomics.execution.runner import write_block
 from connectomics.io.export import read_stamp
-from connectomics.pipeline.blocks import write_block
-from connectomics.pipeline.lease import Worker
-from connectomics.pipeline.ledger import HEADER, Ledger, plan_of, read_header
-from connectomics.pipeline.run_folder import HOUSE, LEDGER, PROVENANCE, WORKERS
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.source import READ_ERRORS
 from connectomics.volumes.store import create_store

@@ -21,12 +21,12 @@ import numpy as np
 from connectomics.core.errors import VolumeError
 from connectomics.core.files import replacing
 from connectomics.core.geometry import AxisOrder, BlockGrid, Box, Vec3, vec3
+from connectomics.execution.stage import Room
 from connectomics.inference.case import Case, Range, ReadBox
 from connectomics.inference.normalise import ChannelSummary, IntensityStats, check_intensities, is_exact
 from connectomics.inference.section_cases import SectionCases
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.mask import is_inside, make_mask, sections_of
-from connectomics.pipeline.workshop import Room
 from connectomics.volumes.turned import Turn, TurnedVolume
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 

@@ -11,12 +11,9 @@ from itertools import islice
 from pathlib import Path
 
 from connectomics.core.files import discard
-from connectomics.pipeline.blocks import is_kept
-from connectomics.pipeline.lease import Worker
-from connectomics.pipeline.ledger import Ledger
-from connectomics.pipeline.mask import MASK
-from connectomics.pipeline.predict import LABELS, PROBABILITIES
-from connectomics.pipeline.run_folder import (
+from connectomics.execution.lease import Worker
+from connectomics.execution.ledger import Ledger
+from connectomics.execution.run_folder import (
     CHECKSUMS,
     HOUSE,
     LEDGER,
@@ -26,6 +23,9 @@ from connectomics.pipeline.run_folder import (
     stage_of,
     work_folders,
 )
+from connectomics.execution.runner import is_kept
+from connectomics.execution.stage import LABELS, PROBABILITIES
+from connectomics.pipeline.mask import MASK
 from connectomics.pipeline.salvage import salvage
 from connectomics.volumes.digests import SUFFIX, digests, is_intact
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.pipeline.retry import PatientReader
+from connectomics.execution.retry import PatientReader
 from connectomics.volumes.volume import VolumeReader
 
 PIECE_BYTES = 1 << 24  # of a mask read at once

@@ -16,6 +16,7 @@ import numpy as np
 from connectomics.core.errors import ConfigError
 from connectomics.core.files import replacing
 from connectomics.core.geometry import BlockGrid
+from connectomics.execution.block_plan import BlockPlan
 from connectomics.objects.basins import refining_grid, window_grid
 from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import AT_ONCE, OBJECTS, spans
@@ -23,7 +24,6 @@ from connectomics.objects.selection import Selection
 from connectomics.objects.watershed import SEED_COUNTS, count_seeds
 from connectomics.pipeline.flooding import Contests, Distance, Flooded, FloodTask, Seeds
 from connectomics.pipeline.pieces import PiecesTask, Read, smallest_dtype
-from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.steps import EVERYTHING, Values, probability_units
 from connectomics.pipeline.windows import BasinTask, BridgeTask, Labelled, RefineTask, Windows, grow_trees
 from connectomics.pipeline.workshop import CUT, SUMMARY, Scene, Workshop

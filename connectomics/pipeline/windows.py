@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from connectomics.core.geometry import Block, BlockGrid, Box, vec3
+from connectomics.execution.task import BlockRecord
 from connectomics.objects.arrays import load, save
 from connectomics.objects.basins import Saddles, basins_of, ends_of, seeds_of_basins, shared_with, window
 from connectomics.objects.components import Connectivity
 from connectomics.objects.watershed import Runs, flood
-from connectomics.pipeline.contracts import BlockRecord
 from connectomics.pipeline.pieces import Read, block_file, saved
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array

@@ -19,16 +19,16 @@ import numpy as np
 from connectomics.core.errors import QuarantineError
 from connectomics.core.files import replacing, write_once
 from connectomics.core.geometry import BlockGrid, vec3
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.ledger import Ledger
+from connectomics.execution.run_folder import LEDGER
+from connectomics.execution.runner import RunStage, failure_message, void_lost
+from connectomics.execution.task import Task
 from connectomics.objects.merge import Cuts, merge
 from connectomics.objects.numbering import number_by_first
 from connectomics.objects.selection import Rule, select
 from connectomics.objects.table import Frame
-from connectomics.pipeline.blocks import RunStage, failure_message, void_lost
-from connectomics.pipeline.contracts import Task
-from connectomics.pipeline.ledger import Ledger
 from connectomics.pipeline.pieces import JoinTask, PaintTask, PiecesTask, Read, block_file
-from connectomics.pipeline.planning import BlockPlan
-from connectomics.pipeline.run_folder import LEDGER
 from connectomics.volumes.store import Store, create_store, open_store
 from connectomics.volumes.volume import VolumeInfo, VolumeReader
 
@@ -80,25 +80,6 @@ class Step(Protocol):
     def run(self, scene: Scene, shop: Workshop) -> Scene:
         """Make the next scene, continuing whatever an earlier run left in the shop."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Where work that one process alone looks after is done, and with what.
-
-    Parameters
-    ----------
-    work
-        Work folder; the result and all that is unfinished lie in it.
-    run
-        Brings the blocks of a stage into its ledger.
-    block_bytes
-        Host memory that a block may take.
-    """
-
-    work: Path
-    run: RunStage
-    block_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from fork_server import Ended, ForkServer
 from tuned import keep_profile, torch_trial
 
 from connectomics.cli import main
-from connectomics.pipeline.run_folder import CHECKSUMS
+from connectomics.execution.run_folder import CHECKSUMS
 
 from nnunet_models import make_model
 from parity_table import train_second_stage

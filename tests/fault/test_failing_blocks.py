@@ -16,9 +16,9 @@ import torch
 
 from connectomics.core.errors import DeviceMemoryError, QuarantineError, StorageError, VolumeError
 from connectomics.core.geometry import Box, Vec3
-from connectomics.executors.serial import SerialExecutor
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.inference.case import CaseInput
-from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.run import VolumeJob, run_volume
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array

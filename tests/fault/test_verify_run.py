@@ -15,12 +15,13 @@ import pytest
 
 from connectomics.cli import main
 from connectomics.core.errors import QuarantineError, VolumeError
+from connectomics.execution.lease import Worker
+from connectomics.execution.stage import LABELS
+from connectomics.execution.status import status_of
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.finish import Filters, Output
-from connectomics.pipeline.lease import Worker
-from connectomics.pipeline.predict import LABELS, Member
+from connectomics.pipeline.predict import Member
 from connectomics.pipeline.run import VolumeJob
-from connectomics.pipeline.status import status_of
 from connectomics.pipeline.verify_run import verify_run
 from connectomics.volumes.store import open_store
 

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from connectomics.core.geometry import Box
+from connectomics.execution.stage import LABELS
 from connectomics.lightning.inference import InferenceManager
-from connectomics.pipeline.predict import LABELS, Segmenter
+from connectomics.pipeline.predict import Segmenter
 
 from parity_table import ArrayVolume
 

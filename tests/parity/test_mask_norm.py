@@ -19,15 +19,16 @@ from scipy.ndimage import binary_fill_holes
 from connectomics.cli import main
 from connectomics.core.errors import OutputError
 from connectomics.core.geometry import AxisOrder, BlockGrid, Box, Vec3, vec3
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.stage import Room
 from connectomics.inference.case import CaseInput
 from connectomics.inference.resample import ResampledInput
 from connectomics.lightning.inference import InferenceManager
 from connectomics.pipeline import mask as masks
 from connectomics.pipeline.mask import make_mask
-from connectomics.pipeline.planning import BlockPlan
 from connectomics.pipeline.predict import Segmenter
 from connectomics.pipeline.survey import survey
-from connectomics.pipeline.workshop import VOXEL_BYTES, Room
+from connectomics.pipeline.workshop import VOXEL_BYTES
 from connectomics.volumes.volume import VolumeInfo
 
 import oracle

@@ -17,10 +17,10 @@ from connectomics.cli import main
 from connectomics.config.load import load_config
 from connectomics.core.errors import ConfigError, ModelError, VolumeError
 from connectomics.core.geometry import Block, BlockGrid, Box
+from connectomics.execution.task import Computed
 from connectomics.lightning.inference import InferenceManager, Prediction
 from connectomics.lightning.verify import verify
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.contracts import Computed
 from connectomics.pipeline.predict import PredictTask
 from connectomics.pipeline.survey import load_survey, save_survey, survey
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
+from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.lightning.inference import InferenceManager
 from connectomics.pipeline import wanted as module
-from connectomics.pipeline.predict import LABELS, PROBABILITIES, Segmenter, Surveyed
+from connectomics.pipeline.predict import Segmenter, Surveyed
 from connectomics.pipeline.wanted import Wanted
 from connectomics.volumes.volume import Array, VolumeInfo
 

@@ -13,9 +13,9 @@ import pytest
 
 from connectomics.core.errors import StorageError
 from connectomics.core.geometry import Block, BlockGrid
-from connectomics.executors.overlapping import BEHIND_S, OverlappingExecutor
-from connectomics.pipeline.contracts import BlockFailure, BlockRecord, Computed
-from connectomics.pipeline.memory import BEHIND_BYTES
+from connectomics.execution.executors.overlapping import BEHIND_S, OverlappingExecutor
+from connectomics.execution.stage import BEHIND_BYTES
+from connectomics.execution.task import BlockFailure, BlockRecord, Computed
 
 from small_runs import EXPECTED, job_in, labels, run
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from connectomics.core.geometry import BlockGrid, Vec3
-from connectomics.executors.serial import SerialExecutor
+from connectomics.execution.executors.serial import SerialExecutor
+from connectomics.execution.lease import Worker
+from connectomics.execution.run_folder import WORKERS
+from connectomics.execution.runner import run_blocks
 from connectomics.io import export_files
 from connectomics.io.export import FORMATS, export_path
 from connectomics.io.export_size import STAMP_BYTES, Size, largest_size, store_size
-from connectomics.pipeline.blocks import run_blocks
 from connectomics.pipeline.finish import Output, export_output
-from connectomics.pipeline.lease import Worker
-from connectomics.pipeline.run_folder import WORKERS
 from connectomics.volumes.store import create_store
 from connectomics.volumes.volume import VolumeInfo
 

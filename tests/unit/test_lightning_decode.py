@@ -21,7 +21,7 @@ import pytest
 from connectomics.cli import main
 from connectomics.config.decoding import SliceLinking
 from connectomics.core.geometry import Block
-from connectomics.pipeline.contracts import BlockRecord
+from connectomics.execution.task import BlockRecord
 from connectomics.pipeline.pieces import PiecesTask
 
 from decoding import whole_components

@@ -10,10 +10,10 @@ import pytest
 from scipy import ndimage
 
 from connectomics.core.geometry import BlockGrid, Box, Vec3
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.stage import Room
 from connectomics.pipeline import filtering
 from connectomics.pipeline.filtering import filter_labels
-from connectomics.pipeline.planning import BlockPlan
-from connectomics.pipeline.workshop import Room
 from connectomics.volumes.store import Store, create_store
 from connectomics.volumes.volume import Array, VolumeInfo
 

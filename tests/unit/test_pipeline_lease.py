@@ -14,8 +14,8 @@ import pytest
 
 from connectomics.core import process
 from connectomics.core.process import is_dead, is_mark, new_mark
-from connectomics.pipeline import lease as leases
-from connectomics.pipeline.lease import Worker, living, tidy
+from connectomics.execution import lease as leases
+from connectomics.execution.lease import Worker, living, tidy
 
 FOREIGN = "0123abcd-77-5-aaaaaaaa"  # a process of another machine
 

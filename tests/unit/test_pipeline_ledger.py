@@ -17,10 +17,10 @@ import pytest
 
 from connectomics.core.errors import LedgerError, StorageError
 from connectomics.core.geometry import BlockGrid
-from connectomics.pipeline.contracts import BlockRecord
-from connectomics.pipeline.ledger import Ledger, plan_of
-from connectomics.pipeline.lines import READ_BYTES
-from connectomics.pipeline.planning import BlockPlan
+from connectomics.execution.append_log import READ_BYTES
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.ledger import Ledger, plan_of
+from connectomics.execution.task import BlockRecord
 
 from small_jobs import quick_folder
 

@@ -25,17 +25,17 @@ from connectomics.core.errors import OutputError, QuarantineError, VolumeError
 from connectomics.core.files import TEMPORARY
 from connectomics.core.geometry import Block, BlockGrid, Box
 from connectomics.decode.downsample import mean, mode
-from connectomics.executors.serial import SerialExecutor
+from connectomics.execution.executors.serial import SerialExecutor
+from connectomics.execution.lease import Worker
+from connectomics.execution.run_folder import WORKERS
+from connectomics.execution.runner import run_blocks
+from connectomics.execution.task import BlockRecord, Task
 from connectomics.io import multiscale_n5, multiscale_precomputed, multiscale_zarr, shards
 from connectomics.io.export import PYRAMIDS, export_path, multiscale_of, read_stamp, require_exportable
 from connectomics.io.multiscale import LevelArray
 from connectomics.pipeline import pyramid as pyramid_stage
-from connectomics.pipeline.blocks import run_blocks
-from connectomics.pipeline.contracts import BlockRecord, Task
 from connectomics.pipeline.finish import Output, export_output
-from connectomics.pipeline.lease import Worker
 from connectomics.pipeline.pyramid import LevelTask
-from connectomics.pipeline.run_folder import WORKERS
 from connectomics.volumes.levels import plan_levels
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.store import Store, create_store, open_store

@@ -10,7 +10,7 @@ import pytest
 
 from connectomics.core.errors import OutputError, VolumeError
 from connectomics.core.geometry import Box
-from connectomics.pipeline.retry import PAUSES_S, SYSTEMIC, TRANSIENT, PatientReader, errno_of, retried
+from connectomics.execution.retry import PAUSES_S, SYSTEMIC, TRANSIENT, PatientReader, errno_of, retried
 
 from small_runs import IMAGE, Reader
 

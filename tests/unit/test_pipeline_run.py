@@ -12,12 +12,13 @@ import h5py
 import pytest
 
 from connectomics.core.errors import OutputError, VolumeError
-from connectomics.executors.serial import SerialExecutor
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.executors.serial import SerialExecutor
+from connectomics.execution.lease import Worker
+from connectomics.execution.stage import LABELS
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.finish import Filters, Output, settle, work_folder
-from connectomics.pipeline.lease import Worker
-from connectomics.pipeline.planning import BlockPlan
-from connectomics.pipeline.predict import LABELS, Member
+from connectomics.pipeline.predict import Member
 from connectomics.pipeline.run import RunSettings, VolumeJob, run_volume
 
 from small_runs import (

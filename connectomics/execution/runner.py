@@ -16,10 +16,10 @@ from connectomics.core.errors import ConnectomicsError, DeviceMemoryError, Quara
 from connectomics.core.files import write_text
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.core.geometry import Block
-from connectomics.pipeline.contracts import BlockFailure, BlockRecord, Executor, Task
-from connectomics.pipeline.lease import Worker, pauses
-from connectomics.pipeline.ledger import Ledger
-from connectomics.pipeline.retry import PAUSES_S, SYSTEMIC, errno_of, retried
+from connectomics.execution.lease import Worker, pauses
+from connectomics.execution.ledger import Ledger
+from connectomics.execution.retry import PAUSES_S, SYSTEMIC, errno_of, retried
+from connectomics.execution.task import BlockFailure, BlockRecord, Executor, Task
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from connectomics.core.errors import ConfigError
-from connectomics.pipeline.ledger import HEADER
+from connectomics.execution.ledger import HEADER
 from connectomics.volumes.digests import SUFFIX
 
 LEDGER = "ledger"  # of the predict stage; those of other stages are called ledger_STAGE

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from connectomics.pipeline.blocks import QUARANTINE
-from connectomics.pipeline.lease import HEARTBEAT, living
-from connectomics.pipeline.ledger import Ledger
-from connectomics.pipeline.lines import whole_lines
-from connectomics.pipeline.run_folder import CHECKSUMS, LOG, SURVEY, WORKERS, ledger_folders, stage_of, work_folders
+from connectomics.execution.append_log import whole_lines
+from connectomics.execution.lease import HEARTBEAT, living
+from connectomics.execution.ledger import Ledger
+from connectomics.execution.run_folder import CHECKSUMS, LOG, SURVEY, WORKERS, ledger_folders, stage_of, work_folders
+from connectomics.execution.runner import QUARANTINE
 from connectomics.volumes.digests import SUFFIX
 
 SHOWN = 10  # quarantined blocks that are named

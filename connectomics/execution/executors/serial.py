@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from connectomics.core.geometry import Block
-from connectomics.pipeline.blocks import attempt
-from connectomics.pipeline.contracts import BlockFailure, BlockRecord, Task
+from connectomics.execution.runner import attempt
+from connectomics.execution.task import BlockFailure, BlockRecord, Task
 
 
 class SerialExecutor:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from connectomics.core.geometry import Block
-from connectomics.executors.serial import SerialExecutor
-from connectomics.pipeline.blocks import attempt
-from connectomics.pipeline.contracts import BlockFailure, BlockRecord, Computed, Task, TwoStepTask
-from connectomics.pipeline.memory import BEHIND_BYTES
+from connectomics.execution.executors.serial import SerialExecutor
+from connectomics.execution.runner import attempt
+from connectomics.execution.stage import BEHIND_BYTES
+from connectomics.execution.task import BlockFailure, BlockRecord, Computed, Task, TwoStepTask
 
 BEHIND_S = 5.0
 """Blocks that took longer to compute are waited for: writing them is a small share, and a kill would lose more."""

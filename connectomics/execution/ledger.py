@@ -20,9 +20,9 @@ import numpy.typing as npt
 from connectomics.core.errors import LedgerError
 from connectomics.core.files import write_once, write_text
 from connectomics.core.geometry import Block, BlockGrid, Vec3, vec3
-from connectomics.pipeline.contracts import BlockRecord
-from connectomics.pipeline.lines import LineFile, whole_lines
-from connectomics.pipeline.planning import BlockPlan
+from connectomics.execution.append_log import LineFile, whole_lines
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.task import BlockRecord
 
 log = logging.getLogger(__name__)
 VERSION = 2

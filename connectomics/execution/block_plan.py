@@ -1,0 +1,15 @@
+"""How a volume is cut into blocks and chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from connectomics.core.geometry import Vec3
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """Shape of the blocks' cores and of the chunks inside them, (z, y, x) voxels; chunks divide blocks."""
+
+    block_shape: Vec3
+    chunk_shape: Vec3
