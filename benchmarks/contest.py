@@ -23,7 +23,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 from connectomics.core.geometry import Box  # noqa: E402
 from connectomics.execution.stage import LABELS  # noqa: E402
 from connectomics.lightning.inference import InferenceManager  # noqa: E402
-from connectomics.pipeline.survey import survey  # noqa: E402
+from connectomics.stages.survey.survey import survey  # noqa: E402
 
 import oracle  # noqa: E402
 from conftest import shared_data_folder  # noqa: E402

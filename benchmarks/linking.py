@@ -29,9 +29,9 @@ from connectomics.objects.merge import IDS, OBJECTS, OFFSETS, table
 from connectomics.objects.overlaps import OVERLAP, Overlaps, summed
 from connectomics.objects.pieces import PIECE
 from connectomics.objects.table import Frame
-from connectomics.pipeline.linking import SliceLinking
-from connectomics.pipeline.steps import ConnectedComponents
-from connectomics.pipeline.workshop import Scene, Step, Workshop
+from connectomics.stages.decode.linking import SliceLinking
+from connectomics.stages.decode.steps import ConnectedComponents
+from connectomics.stages.decode.workspace import Scene, Step, Workshop
 from connectomics.volumes.store import open_store
 
 STEPS: dict[str, Step] = {

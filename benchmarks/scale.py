@@ -37,12 +37,14 @@ from connectomics.inference.predictor import RollingPredictor, SlidingWindow
 from connectomics.inference.section_cases import SectionCases
 from connectomics.models.backends.contract import NumericClass
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.finish import Filters, Output
 from connectomics.pipeline.memory import Budget, Work, share_freed_memory
 from connectomics.pipeline.planning import plan_blocks
-from connectomics.pipeline.predict import Member, PredictTask, Segmenter
 from connectomics.pipeline.run import RunSettings, VolumeJob, run_volume
-from connectomics.pipeline.survey import load_survey, save_survey, survey, survey_bytes
+from connectomics.stages.output.finish import Output
+from connectomics.stages.predict.filters import Filters
+from connectomics.stages.predict.segmenter import Member, Segmenter
+from connectomics.stages.predict.task import PredictTask
+from connectomics.stages.survey.survey import load_survey, save_survey, survey, survey_bytes
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.store import create_store
 from connectomics.volumes.stored import reading_bytes

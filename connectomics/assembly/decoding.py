@@ -18,15 +18,15 @@ from connectomics.config.load import written
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.core.fingerprint import key_of
-from connectomics.io.export import FORMATS, export_path, read_stamp
 from connectomics.objects.links import Linking
 from connectomics.objects.selection import Selection
 from connectomics.objects.table import require_parquet
-from connectomics.pipeline import linking, steps
 from connectomics.pipeline.decode import DecodeJob
-from connectomics.pipeline.finish import Output
-from connectomics.pipeline.watershed import Watershed as WatershedStep
-from connectomics.pipeline.workshop import Step, decode_plan
+from connectomics.stages.decode import linking, steps
+from connectomics.stages.decode.watershed.step import Watershed as WatershedStep
+from connectomics.stages.decode.workspace import Step, decode_plan
+from connectomics.stages.output.export import FORMATS, export_path, read_stamp
+from connectomics.stages.output.finish import Output
 from connectomics.volumes.listing import stem_of
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import Nanometres, VolumeInfo, VolumeReader

@@ -12,12 +12,12 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import DeviceMemoryError, ResourceError
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
-from connectomics.io.export import exporting_bytes
 from connectomics.pipeline.memory import LIBRARY_BYTES, Budget, Footprint, Work
 from connectomics.pipeline.planning import REFUSAL_STEP_BYTES, plan_blocks
-from connectomics.pipeline.predict import Member, Segmenter
-from connectomics.pipeline.survey import survey_bytes
-from connectomics.pipeline.workshop import CHUNK, VOXEL_BYTES
+from connectomics.stages.decode.workspace import CHUNK, VOXEL_BYTES
+from connectomics.stages.output.export import exporting_bytes
+from connectomics.stages.predict.segmenter import Member, Segmenter
+from connectomics.stages.survey.survey import survey_bytes
 from connectomics.volumes.stored import READ_BYTES, reading_bytes
 from connectomics.volumes.volume import VolumeInfo
 

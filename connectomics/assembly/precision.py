@@ -8,8 +8,8 @@ from connectomics.assembly.engine.engine import Engine
 from connectomics.config.schema import Config
 from connectomics.core.geometry import Vec3
 from connectomics.models.backends.remembering import sampled
-from connectomics.pipeline.agreement import FastContract, piece_shape
-from connectomics.pipeline.predict import Segmenter
+from connectomics.stages.predict.precision_check import FastContract, piece_shape
+from connectomics.stages.predict.segmenter import Segmenter
 
 
 def fast_contract(config: Config, engine: Engine, exact: Segmenter, block: Vec3) -> FastContract | None:

@@ -12,7 +12,7 @@ from connectomics.assembly.engine.identity import versions
 from connectomics.config.load import written
 from connectomics.config.schema import Config
 from connectomics.models.backends.choice import AUTO
-from connectomics.pipeline.predict import Segmenter
+from connectomics.stages.predict.segmenter import Segmenter
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import VolumeReader

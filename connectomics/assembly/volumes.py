@@ -18,12 +18,12 @@ from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.inference.case import ReadBox
 from connectomics.inference.resample import Resampling, check_ratio
-from connectomics.io.export import export_path
 from connectomics.models.spec import NO_RESAMPLING, ModelSpec
-from connectomics.pipeline.finish import Output
-from connectomics.pipeline.predict import Member, Segmenter
 from connectomics.pipeline.run import VolumeJob
-from connectomics.pipeline.wanted import Wanted, require_inside
+from connectomics.stages.output.export import export_path
+from connectomics.stages.output.finish import Output
+from connectomics.stages.predict.segmenter import Member, Segmenter
+from connectomics.stages.survey.region import Wanted, require_inside
 from connectomics.volumes.listing import VolumeSource, expand, group, refuse_collisions, without_results
 from connectomics.volumes.opening import open_channels, open_volume
 from connectomics.volumes.volume import Nanometres, Spacing, VolumeReader

@@ -16,9 +16,9 @@ from connectomics.execution.block_plan import BlockPlan
 from connectomics.objects.basins import window_grid
 from connectomics.objects.components import Connectivity
 from connectomics.objects.distance import reach
-from connectomics.pipeline import watershed
 from connectomics.pipeline.planning import REFUSAL_STEP_BYTES
-from connectomics.pipeline.workshop import CHUNK, VOXEL_BYTES, decode_plan
+from connectomics.stages.decode.watershed import step as watershed
+from connectomics.stages.decode.workspace import CHUNK, VOXEL_BYTES, decode_plan
 from connectomics.volumes.volume import VolumeInfo
 
 FLOOD_BYTES = 104  # a voxel of a component's box while it is flooded, beside what is read of probabilities

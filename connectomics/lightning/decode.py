@@ -29,7 +29,7 @@ from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.task import RunReport
 from connectomics.lightning.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
 from connectomics.pipeline.decode import DecodeSettings, run_decode
-from connectomics.pipeline.finish import Output, check_names, settle, work_folder
+from connectomics.stages.output.finish import Output, check_names, settle, work_folder
 from connectomics.volumes.listing import stem_of
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import VolumeReader

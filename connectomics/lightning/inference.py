@@ -42,9 +42,9 @@ from connectomics.lightning.outcome import NOT_BEGUN, Observer, Silence, VolumeO
 from connectomics.lightning.planning import Foresight
 from connectomics.lightning.resume import Continuation
 from connectomics.lightning.shared_sample import SharedSample
-from connectomics.pipeline.finish import check_names, settle, work_folder
-from connectomics.pipeline.predict import Segmenter
 from connectomics.pipeline.run import run_volume
+from connectomics.stages.output.finish import check_names, settle, work_folder
+from connectomics.stages.predict.segmenter import Segmenter
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.volume import Array, Spacing, VolumeInfo
 

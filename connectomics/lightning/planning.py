@@ -17,14 +17,14 @@ from connectomics.core.geometry import Box
 from connectomics.execution.ledger import plan_of
 from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.stage import PROBABILITIES
-from connectomics.io.export_size import Size, largest_size, store_size
 from connectomics.lightning.calibration import WindowTimes, measure_pace, measure_windows
 from connectomics.lightning.engines import Engines
 from connectomics.lightning.shared_sample import SharedSample
-from connectomics.pipeline.finish import work_folder
 from connectomics.pipeline.forecast import Forecast, Pace, PlannedOutput, duration
 from connectomics.pipeline.run import VolumeJob, info_of
 from connectomics.pipeline.workload import Cut, batch_fill, count_read, count_sample_windows, count_windows
+from connectomics.stages.output.finish import work_folder
+from connectomics.stages.output.size import Size, largest_size, store_size
 from connectomics.volumes.listing import VolumeSource
 
 log = logging.getLogger(__name__)

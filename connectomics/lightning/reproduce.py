@@ -8,7 +8,7 @@ from pathlib import Path
 
 from connectomics.core.errors import OutputError
 from connectomics.execution.run_folder import PROVENANCE
-from connectomics.io.export import FORMATS, export_path, read_stamp
+from connectomics.stages.output.export import FORMATS, export_path, read_stamp
 
 
 def reproduce(output: Path) -> str:

@@ -30,7 +30,7 @@ from connectomics.models.backends.choice import Chosen
 from connectomics.models.backends.torch_eager import select_device
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
-from connectomics.pipeline.survey import survey
+from connectomics.stages.survey.survey import survey
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 SAMPLED = 4  # windows of the volume

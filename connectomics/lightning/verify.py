@@ -27,7 +27,7 @@ from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.lightning.inference import InferenceManager
 from connectomics.models.backends.contract import torch_threads
 from connectomics.models.checkpoint import LoadedModel
-from connectomics.pipeline.survey import nonzero_box
+from connectomics.stages.survey.survey import nonzero_box
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import Array, VolumeReader

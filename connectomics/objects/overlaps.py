@@ -1,6 +1,6 @@
 """How much objects of one section lie over those of another: voxels of pairs of pieces, counted from runs of blocks.
 
-``pipeline.linking`` counts block by block; ``links`` adds up what the blocks have found.
+``stages.decode.linking`` counts block by block; ``links`` adds up what the blocks have found.
 """
 
 from __future__ import annotations

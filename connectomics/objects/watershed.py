@@ -1,7 +1,7 @@
 """Seeded watershed of one component, and which components need it.
 
-``pipeline.flooding`` calls it. A voxel's order in the flood depends on its component alone, so that a component is
-flooded alike in its own box and in the whole volume.
+``stages.decode.watershed.flooding`` calls it. A voxel's order in the flood depends on its component alone, so that a
+component is flooded alike in its own box and in the whole volume.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ from connectomics.execution.run_folder import HOUSE, PROVENANCE, WORKERS
 from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blocks
 from connectomics.execution.task import Executor, RunReport, Task
 from connectomics.objects.table import Frame, write_table
-from connectomics.pipeline.finish import (
+from connectomics.stages.decode.tasks import Read
+from connectomics.stages.decode.workspace import PLAN, Scene, Step, Workshop, kept_plan
+from connectomics.stages.output.finish import (
     Output,
     check_exportable,
     discard_stores,
@@ -37,8 +39,6 @@ from connectomics.pipeline.finish import (
     unseal,
     work_folder,
 )
-from connectomics.pipeline.pieces import Read
-from connectomics.pipeline.workshop import PLAN, Scene, Step, Workshop, kept_plan
 from connectomics.volumes.store import Store, discard_locks
 from connectomics.volumes.volume import VolumeInfo, VolumeReader
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Vec3
-from connectomics.io.export_size import Size
+from connectomics.stages.output.size import Size
 
 UNCERTAIN = 0.2  # of every prediction, whatever the measurements say: machines are shared, caches cold
 MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86400

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from connectomics.core.geometry import AxisOrder, Vec3, vec3
 from connectomics.execution.stage import BEHIND_BYTES
 from connectomics.inference.predictor import FINISHED_VALUES
-from connectomics.pipeline.slabs import SLAB_BYTES
+from connectomics.stages.survey.section_reader import SLAB_BYTES
 
 FLOAT_BYTES = 4
 DOUBLE_BYTES = 8

@@ -27,23 +27,23 @@ from connectomics.execution.run_folder import AGREEMENT, FILTERED, HOUSE, LEDGER
 from connectomics.execution.runner import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
 from connectomics.execution.stage import LABELS, Room
 from connectomics.execution.task import Executor, RunReport
-from connectomics.pipeline import agreement as agreements
-from connectomics.pipeline.agreement import SAMPLED_VOXELS, Agreement, FastContract
-from connectomics.pipeline.finish import (
-    Filters,
+from connectomics.stages.decode.workspace import BLOCK_VOXELS, VOXEL_BYTES
+from connectomics.stages.output.finish import (
     Output,
     check_exportable,
     discard_stores,
     export_output,
-    filter_store,
     seal,
     unseal,
     work_folder,
 )
-from connectomics.pipeline.predict import PredictTask, Segmenter, Surveyed
-from connectomics.pipeline.survey import load_survey, save_survey
-from connectomics.pipeline.wanted import Wanted
-from connectomics.pipeline.workshop import BLOCK_VOXELS, VOXEL_BYTES
+from connectomics.stages.predict import precision_check as agreements
+from connectomics.stages.predict.filters import Filters, filter_store
+from connectomics.stages.predict.precision_check import SAMPLED_VOXELS, Agreement, FastContract
+from connectomics.stages.predict.segmenter import Segmenter, Surveyed
+from connectomics.stages.predict.task import PredictTask
+from connectomics.stages.survey.region import Wanted
+from connectomics.stages.survey.survey import load_survey, save_survey
 from connectomics.volumes.store import Store, create_store, discard_locks, open_store
 from connectomics.volumes.volume import VolumeInfo, VolumeReader
 

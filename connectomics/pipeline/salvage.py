@@ -17,7 +17,7 @@ from connectomics.execution.lease import Worker
 from connectomics.execution.ledger import HEADER, Ledger, plan_of, read_header
 from connectomics.execution.run_folder import HOUSE, LEDGER, PROVENANCE, WORKERS
 from connectomics.execution.runner import write_block
-from connectomics.io.export import read_stamp
+from connectomics.stages.output.export import read_stamp
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.source import READ_ERRORS
 from connectomics.volumes.store import create_store

@@ -25,8 +25,8 @@ from connectomics.execution.run_folder import (
 )
 from connectomics.execution.runner import is_kept
 from connectomics.execution.stage import LABELS, PROBABILITIES
-from connectomics.pipeline.mask import MASK
 from connectomics.pipeline.salvage import salvage
+from connectomics.stages.survey.mask import MASK
 from connectomics.volumes.digests import SUFFIX, digests, is_intact
 
 SHOWN = 10

@@ -21,8 +21,8 @@ from connectomics.inference.normalise import ChannelSummary
 from connectomics.inference.predictor import SlidingWindow
 from connectomics.inference.section_cases import SectionCases
 from connectomics.inference.windows import window_starts
-from connectomics.pipeline.agreement import SAMPLED_VOXELS
-from connectomics.pipeline.predict import Member
+from connectomics.stages.predict.precision_check import SAMPLED_VOXELS
+from connectomics.stages.predict.segmenter import Member
 from connectomics.volumes.volume import Array
 
 Span = tuple[int, int]

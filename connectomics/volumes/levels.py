@@ -1,6 +1,7 @@
 """The levels of a pyramid: how large each is, what a voxel of it covers, and the units it is written in.
 
-``multiscale`` writes them, ``pipeline.pyramid`` computes them. Levels depend on the volume only, never on who computes.
+``multiscale`` writes them, ``stages.output.pyramid`` computes them. Levels depend on the volume only, never on who
+computes.
 """
 
 from __future__ import annotations

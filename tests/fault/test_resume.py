@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from fork_server import Ended, ForkServer
 
-from connectomics.io.export import FORMATS, export_path, read_stamp
+from connectomics.stages.output.export import FORMATS, export_path, read_stamp
 
 from nnunet_models import make_model
 from small_jobs import em_like, final_names, finals, infer_words, ledger_lines, quick_folder, read_h5, write_h5

@@ -15,7 +15,7 @@ from connectomics.assembly.volumes import named_sources
 from connectomics.config.load import load_config
 from connectomics.core.geometry import BlockGrid, Vec3
 from connectomics.lightning.inference import InferenceManager, VolumeProcessor
-from connectomics.pipeline.survey import survey
+from connectomics.stages.survey.survey import survey
 
 import oracle
 from nnunet_models import make_model

@@ -11,7 +11,7 @@ from PIL import Image
 from connectomics.core.geometry import Box
 from connectomics.execution.stage import LABELS
 from connectomics.lightning.inference import InferenceManager
-from connectomics.pipeline.predict import Segmenter
+from connectomics.stages.predict.segmenter import Segmenter
 
 from parity_table import ArrayVolume
 

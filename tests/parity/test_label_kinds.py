@@ -10,7 +10,7 @@ import torch
 
 from connectomics.core.errors import ConfigError
 from connectomics.lightning.inference import InferenceManager, Prediction
-from connectomics.pipeline.survey import survey
+from connectomics.stages.survey.survey import survey
 
 import oracle
 from nnunet_models import make_model

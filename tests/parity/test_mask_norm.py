@@ -24,11 +24,11 @@ from connectomics.execution.stage import Room
 from connectomics.inference.case import CaseInput
 from connectomics.inference.resample import ResampledInput
 from connectomics.lightning.inference import InferenceManager
-from connectomics.pipeline import mask as masks
-from connectomics.pipeline.mask import make_mask
-from connectomics.pipeline.predict import Segmenter
-from connectomics.pipeline.survey import survey
-from connectomics.pipeline.workshop import VOXEL_BYTES
+from connectomics.stages.decode.workspace import VOXEL_BYTES
+from connectomics.stages.predict.segmenter import Segmenter
+from connectomics.stages.survey import mask as masks
+from connectomics.stages.survey.mask import make_mask
+from connectomics.stages.survey.survey import survey
 from connectomics.volumes.volume import VolumeInfo
 
 import oracle
@@ -311,7 +311,7 @@ def test_the_mask_is_kept_and_a_lost_block_of_it_is_made_again(tmp_path: Path, m
     (store,) = tmp_path.glob("v_labels.run/*/mask.zarr")
     next(path for path in sorted(store.glob("0/c/*/*/*"))[1:]).unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("connectomics.pipeline.predict.survey", lambda *a, **k: pytest.fail("surveyed again"))
+        patch.setattr("connectomics.stages.predict.task.survey", lambda *a, **k: pytest.fail("surveyed again"))
         assert main(words) == 0
     with h5py.File(tmp_path / "v_labels.h5") as file:
         expected = InferenceManager.from_checkpoint(model, trial.words).predict(image).labels

@@ -21,8 +21,8 @@ from connectomics.execution.task import Computed
 from connectomics.lightning.inference import InferenceManager, Prediction
 from connectomics.lightning.verify import verify
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.predict import PredictTask
-from connectomics.pipeline.survey import load_survey, save_survey, survey
+from connectomics.stages.predict.task import PredictTask
+from connectomics.stages.survey.survey import load_survey, save_survey, survey
 
 import oracle
 from nnunet_models import make_model
@@ -256,7 +256,7 @@ def test_thick_sections_are_refused_unless_they_are_resampled_or_allowed(
 def test_sections_across_any_axis_have_the_statistics_of_numpys_slices(
     image: np.ndarray, dtype: str, axis: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("connectomics.pipeline.survey.TILE_VOXELS", 500)
+    monkeypatch.setattr("connectomics.stages.survey.survey.TILE_VOXELS", 500)
     pixels = np.concatenate([image, 255 - image[:, ::-1] // 2]).astype(dtype)
     pixels[:, 5] = pixels[:, :, 7] = pixels[..., 11] = 0
     schemes = [ChannelNormalisation("ZScoreNormalization")] * 2

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from connectomics.lightning.inference import InferenceManager
-from connectomics.pipeline.survey import survey
+from connectomics.stages.survey.survey import survey
 
 import oracle
 from parity_table import ArrayVolume

@@ -21,7 +21,7 @@ from connectomics.inference.interpolation import AxisResampling
 from connectomics.inference.resample import Resampling
 from connectomics.lightning.inference import InferenceManager
 from connectomics.models.spec import DEFAULT_RESAMPLING, NO_RESAMPLING, TORCH_RESAMPLING, ResamplingRule
-from connectomics.pipeline.survey import survey
+from connectomics.stages.survey.survey import survey
 
 import oracle
 from nnunet_models import make_model

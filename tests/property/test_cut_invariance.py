@@ -11,7 +11,7 @@ import torch
 
 from connectomics.core.geometry import BlockGrid, Box
 from connectomics.lightning.inference import InferenceManager
-from connectomics.pipeline.survey import survey
+from connectomics.stages.survey.survey import survey
 
 from nnunet_models import make_model
 from parity_table import ArrayVolume, scene

@@ -17,9 +17,9 @@ from connectomics.objects.distance import beyond, squared_distance
 from connectomics.objects.merge import Cuts, merge
 from connectomics.objects.numbering import number_by_first
 from connectomics.objects.watershed import flooding_order
-from connectomics.pipeline.flooding import Distance
-from connectomics.pipeline.pieces import PiecesTask, block_file, painted_block
-from connectomics.pipeline.watershed import Watershed
+from connectomics.stages.decode.tasks import PiecesTask, block_file, painted_block
+from connectomics.stages.decode.watershed.flooding import Distance
+from connectomics.stages.decode.watershed.step import Watershed
 
 from decoding import VOXEL_SIZE_NM, canonical, decode_array
 

@@ -21,8 +21,8 @@ from connectomics.core.geometry import Box
 from connectomics.inference.normalise import IntensityStats, check_intensities, normalise
 from connectomics.inference.section_cases import SectionCases
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline import survey as survey_module
-from connectomics.pipeline.survey import load_survey, nonzero_box, save_survey, survey, tile_shape
+from connectomics.stages.survey import survey as survey_module
+from connectomics.stages.survey.survey import load_survey, nonzero_box, save_survey, survey, tile_shape
 from connectomics.volumes.volume import VolumeInfo
 
 from parity_table import ArrayVolume

@@ -17,9 +17,9 @@ from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.lightning.inference import InferenceManager
-from connectomics.pipeline import wanted as module
-from connectomics.pipeline.predict import Segmenter, Surveyed
-from connectomics.pipeline.wanted import Wanted
+from connectomics.stages.predict.segmenter import Segmenter, Surveyed
+from connectomics.stages.survey import region as module
+from connectomics.stages.survey.region import Wanted
 from connectomics.volumes.volume import Array, VolumeInfo
 
 from nnunet_models import make_model

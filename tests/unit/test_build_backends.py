@@ -13,7 +13,7 @@ from connectomics.assembly.engine.backends import as_begun, cache_folder, kind_o
 from connectomics.config.load import load_config
 from connectomics.core.errors import AgreementError
 from connectomics.lightning.inference import InferenceManager
-from connectomics.pipeline.agreement import FastContract
+from connectomics.stages.predict.precision_check import FastContract
 
 from nnunet_models import make_model
 from small_jobs import em_like

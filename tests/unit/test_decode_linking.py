@@ -22,9 +22,9 @@ from connectomics.core.geometry import Vec3, vec3
 from connectomics.objects import links, overlaps
 from connectomics.objects.links import Linking
 from connectomics.objects.selection import Selection
-from connectomics.pipeline import linking
-from connectomics.pipeline.linking import SliceLinking
-from connectomics.pipeline.steps import ConnectedComponents, Filters
+from connectomics.stages.decode import linking
+from connectomics.stages.decode.linking import SliceLinking
+from connectomics.stages.decode.steps import ConnectedComponents, Filters
 
 from decoding import canonical, decode_array, table_of
 

@@ -16,7 +16,7 @@ from skimage.measure import regionprops
 
 from connectomics.objects.selection import Selection
 from connectomics.objects.table import write_table
-from connectomics.pipeline.steps import ConnectedComponents, Filters
+from connectomics.stages.decode.steps import ConnectedComponents, Filters
 
 from decoding import VOXEL_SIZE_NM, decode_array, table_of, whole_components
 

@@ -19,8 +19,8 @@ from skimage.segmentation import watershed
 from connectomics.cli import main
 from connectomics.objects.selection import Selection
 from connectomics.objects.table import write_table
-from connectomics.pipeline.steps import Filters
-from connectomics.pipeline.watershed import Watershed
+from connectomics.stages.decode.steps import Filters
+from connectomics.stages.decode.watershed.step import Watershed
 
 from decoding import canonical, decode_array
 from nnunet_models import make_model

@@ -22,7 +22,7 @@ from tuned import keep_profile, torch_trial
 from connectomics.cli import main, script_main
 from connectomics.config.load import known_keys
 from connectomics.models.backends import torch_eager
-from connectomics.pipeline import survey
+from connectomics.stages.survey import survey
 
 from nnunet_models import make_model
 from parity_table import train_second_stage

@@ -16,9 +16,9 @@ from PIL import Image
 
 from connectomics.core.errors import OutputError
 from connectomics.core.geometry import BlockGrid, Box
-from connectomics.io import export_files
-from connectomics.io.export import FORMATS, export_file, export_path, read_stamp, require_exportable
-from connectomics.io.export_files import _Sink
+from connectomics.stages.output import single_file as export_files
+from connectomics.stages.output.export import FORMATS, export_file, export_path, read_stamp, require_exportable
+from connectomics.stages.output.single_file import _Sink
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.store import Store, create_store
 from connectomics.volumes.volume import VolumeInfo
@@ -290,7 +290,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from connectomics.core.errors import OutputError
-from connectomics.io.export import export_file, export_path
+from connectomics.stages.output.export import export_file, export_path
 from connectomics.volumes.store import open_store
 folder = Path(sys.argv[1])
 store = open_store(folder / "work.zarr")

@@ -14,10 +14,10 @@ from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.lease import Worker
 from connectomics.execution.run_folder import WORKERS
 from connectomics.execution.runner import run_blocks
-from connectomics.io import export_files
-from connectomics.io.export import FORMATS, export_path
-from connectomics.io.export_size import STAMP_BYTES, Size, largest_size, store_size
-from connectomics.pipeline.finish import Output, export_output
+from connectomics.stages.output import single_file as export_files
+from connectomics.stages.output.export import FORMATS, export_path
+from connectomics.stages.output.finish import Output, export_output
+from connectomics.stages.output.size import STAMP_BYTES, Size, largest_size, store_size
 from connectomics.volumes.store import create_store
 from connectomics.volumes.volume import VolumeInfo
 

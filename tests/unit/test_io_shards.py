@@ -13,8 +13,8 @@ import tensorstore as ts
 import zarr
 
 from connectomics.core.geometry import BlockGrid, Box, Vec3
-from connectomics.io import shards
-from connectomics.io.shards import ShardWriter
+from connectomics.stages.output import shards
+from connectomics.stages.output.shards import ShardWriter
 from connectomics.volumes.store import METADATA, array_metadata
 from connectomics.volumes.volume import VolumeInfo
 

@@ -22,7 +22,7 @@ from connectomics.cli import main
 from connectomics.config.decoding import SliceLinking
 from connectomics.core.geometry import Block
 from connectomics.execution.task import BlockRecord
-from connectomics.pipeline.pieces import PiecesTask
+from connectomics.stages.decode.tasks import PiecesTask
 
 from decoding import whole_components
 from nnunet_models import make_model

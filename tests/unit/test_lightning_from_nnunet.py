@@ -17,7 +17,7 @@ from PIL import Image
 from connectomics.cli import main
 from connectomics.lightning import from_nnunet, shared_sample
 from connectomics.lightning.inference import InferenceManager
-from connectomics.pipeline.agreement import Agreement, FastContract
+from connectomics.stages.predict.precision_check import Agreement, FastContract
 
 import oracle
 from nnunet_models import make_model

@@ -14,9 +14,9 @@ import pytest
 
 from connectomics.cli import main
 from connectomics.core.errors import ResourceError
-from connectomics.io.export_size import Size
 from connectomics.lightning import calibration, planning
 from connectomics.pipeline.forecast import Forecast, Pace, Seconds, require_within
+from connectomics.stages.output.size import Size
 
 from nnunet_models import make_model
 from small_jobs import em_like, finals, infer_words, quick_folder, write_h5

@@ -11,7 +11,7 @@ import pytest
 
 from connectomics.cli import main
 from connectomics.lightning import shared_sample
-from connectomics.pipeline.agreement import Agreement, FastContract
+from connectomics.stages.predict.precision_check import Agreement, FastContract
 
 from nnunet_models import make_model
 from small_jobs import em_like, final_names, finals, infer_words, quick_folder, read_h5, write_h5

@@ -17,7 +17,7 @@ from connectomics.core.errors import AgreementError
 from connectomics.core.geometry import Box, Vec3
 from connectomics.inference.case import Case
 from connectomics.inference.normalise import ChannelSummary
-from connectomics.pipeline.agreement import (
+from connectomics.stages.predict.precision_check import (
     SAMPLED_VOXELS,
     Agreement,
     FastContract,

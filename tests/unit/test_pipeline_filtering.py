@@ -12,8 +12,8 @@ from scipy import ndimage
 from connectomics.core.geometry import BlockGrid, Box, Vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.stage import Room
-from connectomics.pipeline import filtering
-from connectomics.pipeline.filtering import filter_labels
+from connectomics.stages.decode import binary_filters as filtering
+from connectomics.stages.decode.binary_filters import filter_labels
 from connectomics.volumes.store import Store, create_store
 from connectomics.volumes.volume import Array, VolumeInfo
 

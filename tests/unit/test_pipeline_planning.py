@@ -15,7 +15,7 @@ from connectomics.core.geometry import AxisOrder, Vec3, vec3
 from connectomics.inference.windows import window_starts
 from connectomics.pipeline.memory import LIBRARY_BYTES, Budget, Work
 from connectomics.pipeline.planning import plan_blocks
-from connectomics.pipeline.slabs import SLAB_BYTES
+from connectomics.stages.survey.section_reader import SLAB_BYTES
 
 GIB = 2**30
 EXTENT = st.tuples(st.integers(1, 400), st.integers(1, 30000), st.integers(1, 30000))

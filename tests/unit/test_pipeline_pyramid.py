@@ -24,18 +24,21 @@ from hypothesis import strategies as st
 from connectomics.core.errors import OutputError, QuarantineError, VolumeError
 from connectomics.core.files import TEMPORARY
 from connectomics.core.geometry import Block, BlockGrid, Box
-from connectomics.decode.downsample import mean, mode
 from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.lease import Worker
 from connectomics.execution.run_folder import WORKERS
 from connectomics.execution.runner import run_blocks
 from connectomics.execution.task import BlockRecord, Task
-from connectomics.io import multiscale_n5, multiscale_precomputed, multiscale_zarr, shards
-from connectomics.io.export import PYRAMIDS, export_path, multiscale_of, read_stamp, require_exportable
-from connectomics.io.multiscale import LevelArray
-from connectomics.pipeline import pyramid as pyramid_stage
-from connectomics.pipeline.finish import Output, export_output
-from connectomics.pipeline.pyramid import LevelTask
+from connectomics.stages.output import pyramid as pyramid_stage
+from connectomics.stages.output import shards
+from connectomics.stages.output.downsample import mean, mode
+from connectomics.stages.output.export import PYRAMIDS, export_path, multiscale_of, read_stamp, require_exportable
+from connectomics.stages.output.finish import Output, export_output
+from connectomics.stages.output.multiscale import n5 as multiscale_n5
+from connectomics.stages.output.multiscale import precomputed as multiscale_precomputed
+from connectomics.stages.output.multiscale import zarr as multiscale_zarr
+from connectomics.stages.output.multiscale.contract import LevelArray
+from connectomics.stages.output.pyramid import LevelTask
 from connectomics.volumes.levels import plan_levels
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.store import Store, create_store, open_store
@@ -94,7 +97,7 @@ def small_units(monkeypatch: pytest.MonkeyPatch, unit_bytes: int) -> None:
     ):
         made = vars(module)[name]
         monkeypatch.setattr(
-            f"connectomics.io.export.{name}", lambda *words, made=made: made(*words, unit_bytes=unit_bytes)
+            f"connectomics.stages.output.export.{name}", lambda *words, made=made: made(*words, unit_bytes=unit_bytes)
         )
 
 
@@ -293,7 +296,7 @@ from pathlib import Path
 import pytest
 import test_pipeline_pyramid as tests
 from connectomics.volumes.store import open_store
-from connectomics.pipeline.pyramid import LevelTask
+from connectomics.stages.output.pyramid import LevelTask
 folder, form, after, later_s = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 tests.small_units(pytest.MonkeyPatch(), 4096)
 process, calls = LevelTask.process, []

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from connectomics.core.geometry import AxisOrder, Box
-from connectomics.pipeline import slabs
-from connectomics.pipeline.slabs import SlabReader
+from connectomics.stages.survey import section_reader as slabs
+from connectomics.stages.survey.section_reader import SlabReader
 
 VOXELS = np.random.default_rng(0).integers(0, 99, (2, 9, 20, 30), np.uint16)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from connectomics.inference.predictor import SlidingWindow
 from connectomics.models.backends.remembering import Remembering
 from connectomics.models.spec import ModelSpec
-from connectomics.pipeline.finish import Filters
-from connectomics.pipeline.predict import Segmenter
 from connectomics.pipeline.run import RunSettings
+from connectomics.stages.predict.filters import Filters
+from connectomics.stages.predict.segmenter import Segmenter
 
 NNUNET_STEP = 0.5
 

@@ -9,8 +9,8 @@ import sys
 from connectomics.assembly.engine.engine import NNUNET_STEP, EngineModel
 from connectomics.assembly.engine.planes import stated_planes
 from connectomics.config.schema import Config
-from connectomics.pipeline.finish import Filters
-from connectomics.pipeline.predict import Segmenter
+from connectomics.stages.predict.filters import Filters
+from connectomics.stages.predict.segmenter import Segmenter
 
 PACKAGES = (
     "connectomics",

@@ -26,7 +26,7 @@ from connectomics.inference.case import Case, Range, ReadBox
 from connectomics.inference.normalise import ChannelSummary, IntensityStats, check_intensities, is_exact
 from connectomics.inference.section_cases import SectionCases
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.mask import is_inside, make_mask, sections_of
+from connectomics.stages.survey.mask import is_inside, make_mask, sections_of
 from connectomics.volumes.turned import Turn, TurnedVolume
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 

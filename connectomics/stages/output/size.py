@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectomics.core.geometry import Vec3, vec3
-from connectomics.io.export import PYRAMIDS, multiscale_of
-from connectomics.io.export_files import TILE, is_tiled, section_bytes
-from connectomics.io.multiscale import Multiscale
-from connectomics.io.multiscale_n5 import N5Levels
-from connectomics.io.multiscale_precomputed import PrecomputedLevels
-from connectomics.io.multiscale_zarr import Zarr2Levels, Zarr3Levels
+from connectomics.stages.output.export import PYRAMIDS, multiscale_of
+from connectomics.stages.output.multiscale.contract import Multiscale
+from connectomics.stages.output.multiscale.n5 import N5Levels
+from connectomics.stages.output.multiscale.precomputed import PrecomputedLevels
+from connectomics.stages.output.multiscale.zarr import Zarr2Levels, Zarr3Levels
+from connectomics.stages.output.single_file import TILE, is_tiled, section_bytes
 from connectomics.volumes.levels import Level
 from connectomics.volumes.volume import VolumeInfo
 

@@ -1,6 +1,6 @@
 """The step ``watershed`` of ``decoding``: seeds grow until they meet or have filled their component.
 
-``assembly.decoding`` makes it from the configuration; ``pipeline.flooding`` holds its tasks.
+``assembly.decoding`` makes it from the configuration; ``stages.decode.watershed.flooding`` holds its tasks.
 """
 
 from __future__ import annotations
@@ -22,11 +22,18 @@ from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import AT_ONCE, OBJECTS, spans
 from connectomics.objects.selection import Selection
 from connectomics.objects.watershed import SEED_COUNTS, count_seeds
-from connectomics.pipeline.flooding import Contests, Distance, Flooded, FloodTask, Seeds
-from connectomics.pipeline.pieces import PiecesTask, Read, smallest_dtype
-from connectomics.pipeline.steps import EVERYTHING, Values, probability_units
-from connectomics.pipeline.windows import BasinTask, BridgeTask, Labelled, RefineTask, Windows, grow_trees
-from connectomics.pipeline.workshop import CUT, SUMMARY, Scene, Workshop
+from connectomics.stages.decode.steps import EVERYTHING, Values, probability_units
+from connectomics.stages.decode.tasks import PiecesTask, Read, smallest_dtype
+from connectomics.stages.decode.watershed.flooding import Contests, Distance, Flooded, FloodTask, Seeds
+from connectomics.stages.decode.watershed.windows import (
+    BasinTask,
+    BridgeTask,
+    Labelled,
+    RefineTask,
+    Windows,
+    grow_trees,
+)
+from connectomics.stages.decode.workspace import CUT, SUMMARY, Scene, Workshop
 from connectomics.volumes.volume import Array, VolumeInfo
 
 log = logging.getLogger(__name__)

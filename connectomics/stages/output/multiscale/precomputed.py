@@ -12,7 +12,7 @@ import tensorstore as ts
 
 from connectomics.core.files import replacing, write_text
 from connectomics.core.geometry import Vec3, vec3
-from connectomics.io.multiscale import STAMP_FILE, UNIT_BYTES, LevelArray, open_driver
+from connectomics.stages.output.multiscale.contract import STAMP_FILE, UNIT_BYTES, LevelArray, open_driver
 from connectomics.volumes.levels import Level, plan_levels
 from connectomics.volumes.volume import Nanometres, VolumeInfo
 

@@ -24,7 +24,7 @@ from connectomics.core.files import write_text
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.execution.stage import LABELS
 from connectomics.inference.case import Case, ReadBox
-from connectomics.pipeline.predict import Segmenter, Surveyed
+from connectomics.stages.predict.segmenter import Segmenter, Surveyed
 
 log = logging.getLogger(__name__)
 SAMPLED_VOXELS = 1_000_000

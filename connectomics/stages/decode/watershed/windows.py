@@ -1,6 +1,6 @@
 """Components that are too large for one flood: basins of windows, bridges between windows, and who floods each basin.
 
-``pipeline.watershed`` runs the two tasks, each under a ledger of its own; ``Windows`` reads what came out.
+``stages.decode.watershed.step`` runs the two tasks, each under a ledger of its own; ``Windows`` reads what came out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from connectomics.objects.arrays import load, save
 from connectomics.objects.basins import Saddles, basins_of, ends_of, seeds_of_basins, shared_with, window
 from connectomics.objects.components import Connectivity
 from connectomics.objects.watershed import Runs, flood
-from connectomics.pipeline.pieces import Read, block_file, saved
+from connectomics.stages.decode.tasks import Read, block_file, saved
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array
 

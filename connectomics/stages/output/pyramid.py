@@ -23,13 +23,13 @@ from connectomics.core.errors import OutputError, QuarantineError, VolumeError
 from connectomics.core.files import TEMPORARY, discard
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import Block, BlockGrid, Box, Vec3, vec3
-from connectomics.decode.downsample import mean, mode
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.runner import RunStage, failure_message
 from connectomics.execution.task import BlockRecord
-from connectomics.io.multiscale import LevelArray, Multiscale
+from connectomics.stages.output.downsample import mean, mode
+from connectomics.stages.output.multiscale.contract import LevelArray, Multiscale
 from connectomics.volumes.levels import Level, grown
 from connectomics.volumes.source import reason
 from connectomics.volumes.store import Store

@@ -1,19 +1,15 @@
-"""The predict task: one block from raw voxels to labels (and probabilities) on disk."""
+"""A segmenter: models that give the labels and probabilities of boxes of a volume; the predict task asks it."""
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from connectomics.core.geometry import AxisOrder, Block, BlockGrid, Box, Vec3, pieces, vec3
-from connectomics.execution.retry import PAUSES_S
-from connectomics.execution.runner import write_block
+from connectomics.core.geometry import AxisOrder, Box, Vec3, pieces, vec3
 from connectomics.execution.stage import LABELS, PROBABILITIES, Room
-from connectomics.execution.task import BlockRecord, Computed
 from connectomics.inference.cascade import PreviousLabels, StackedInput
 from connectomics.inference.case import Case, CaseInput, ReadBox
 from connectomics.inference.head import LabelRule, ProbabilityRule
@@ -22,11 +18,10 @@ from connectomics.inference.resample import ImageSource, ResampledPredictor, Res
 from connectomics.inference.transfer import on_host
 from connectomics.models.backends.contract import torch_threads
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.mask import make_mask
-from connectomics.pipeline.slabs import SlabReader
-from connectomics.pipeline.survey import keeps_mask, survey
-from connectomics.pipeline.wanted import Wanted
-from connectomics.volumes.store import Store
+from connectomics.stages.survey.mask import make_mask
+from connectomics.stages.survey.region import Wanted
+from connectomics.stages.survey.section_reader import SlabReader
+from connectomics.stages.survey.survey import keeps_mask, survey
 from connectomics.volumes.volume import Array, VolumeReader
 
 Surveyed = Sequence[Sequence[Case]]  # the cases of each member
@@ -309,39 +304,3 @@ def cases_in(cases: Sequence[Case], box: Box, axis: int) -> Sequence[Case]:
     while last < len(cases) and cases[last].region.start[axis] < box.stop[axis]:
         last += 1
     return cases[first:last]
-
-
-@dataclass(frozen=True, slots=True)
-class PredictTask:
-    """Segments blocks into their shards of the working stores."""
-
-    grid: BlockGrid
-    segmenter: Segmenter
-    surveyed: Surveyed
-    read: ReadBox
-    stores: Mapping[str, Store]
-    pauses_s: tuple[float, ...] = PAUSES_S
-    wanted: Wanted | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the task in logs."""
-        return "predict"
-
-    def process(self, block: Block) -> BlockRecord:
-        """Compute a block, write its shards, return their checksums."""
-        return self.keep(self.compute(block))
-
-    def compute(self, block: Block) -> Computed:
-        """Label a block."""
-        began = time.perf_counter()
-        arrays, windows = self.segmenter.segment_wanted(self.read, self.surveyed, block.core, self.wanted)
-        return Computed(block, arrays, windows, time.perf_counter() - began)
-
-    def keep(self, computed: Computed) -> BlockRecord:
-        """Write a block's shards; their checksums."""
-        began, block = time.perf_counter(), computed.block
-        written = (write_block(s, block, computed.arrays[name], self.pauses_s) for name, s in self.stores.items())
-        checksums = dict(written)
-        seconds = computed.seconds + time.perf_counter() - began
-        return BlockRecord(block.key, checksums, computed.windows, round(seconds, 3))

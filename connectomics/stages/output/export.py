@@ -14,7 +14,15 @@ import numpy as np
 from connectomics.core.errors import OutputError
 from connectomics.core.files import replacing
 from connectomics.core.geometry import Vec3
-from connectomics.io.export_files import (
+from connectomics.stages.output.multiscale.contract import UNIT_BYTES, Multiscale
+from connectomics.stages.output.multiscale.n5 import N5Levels, stamp_of_n5
+from connectomics.stages.output.multiscale.precomputed import (
+    PrecomputedLevels,
+    precomputed_levels,
+    stamp_of_precomputed,
+)
+from connectomics.stages.output.multiscale.zarr import Zarr2Levels, Zarr3Levels, stamp_of_zarr2, stamp_of_zarr3
+from connectomics.stages.output.single_file import (
     SLAB_BYTES,
     compare_file,
     section_bytes,
@@ -23,10 +31,6 @@ from connectomics.io.export_files import (
     stamp_of_tiff,
     write_file,
 )
-from connectomics.io.multiscale import UNIT_BYTES, Multiscale
-from connectomics.io.multiscale_n5 import N5Levels, stamp_of_n5
-from connectomics.io.multiscale_precomputed import PrecomputedLevels, precomputed_levels, stamp_of_precomputed
-from connectomics.io.multiscale_zarr import Zarr2Levels, Zarr3Levels, stamp_of_zarr2, stamp_of_zarr3
 from connectomics.volumes.levels import Level, plan_levels
 from connectomics.volumes.source import READ_ERRORS, reason
 from connectomics.volumes.store import Store

@@ -15,9 +15,9 @@ from connectomics.execution.run_folder import FILTERED, LEDGER
 from connectomics.execution.stage import Room
 from connectomics.objects.components import Connectivity
 from connectomics.objects.selection import Holes, Selection
-from connectomics.pipeline.pieces import PiecesTask
-from connectomics.pipeline.steps import Values
-from connectomics.pipeline.workshop import BLOCK_VOXELS, CUT, PLAN, VOXEL_BYTES, Workshop, decode_plan, kept_plan
+from connectomics.stages.decode.steps import Values
+from connectomics.stages.decode.tasks import PiecesTask
+from connectomics.stages.decode.workspace import BLOCK_VOXELS, CUT, PLAN, VOXEL_BYTES, Workshop, decode_plan, kept_plan
 from connectomics.volumes.store import Store, open_store
 
 OBJECTS, BACKGROUND = Connectivity(26), Connectivity(6)

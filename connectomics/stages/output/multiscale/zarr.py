@@ -10,8 +10,8 @@ from pathlib import Path
 
 from connectomics.core.files import replacing, write_text
 from connectomics.core.geometry import Vec3, vec3
-from connectomics.io.multiscale import CHUNK_BYTES, UNIT_BYTES, LevelArray, open_driver
-from connectomics.io.shards import ShardWriter
+from connectomics.stages.output.multiscale.contract import CHUNK_BYTES, UNIT_BYTES, LevelArray, open_driver
+from connectomics.stages.output.shards import ShardWriter
 from connectomics.volumes.levels import Level, grown
 from connectomics.volumes.ome import multiscale
 from connectomics.volumes.store import ATTRIBUTES, METADATA, array_metadata, group_metadata

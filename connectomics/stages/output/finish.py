@@ -10,48 +10,25 @@ from pathlib import Path
 from connectomics.core.errors import OutputError
 from connectomics.core.files import discard, put_in_place
 from connectomics.core.fingerprint import key_of
-from connectomics.core.geometry import BlockGrid
 from connectomics.execution.lease import tidy
 from connectomics.execution.run_folder import LEDGER, WORKERS, checksums_of
 from connectomics.execution.runner import RunStage
-from connectomics.execution.stage import PROBABILITIES, Room
-from connectomics.io.export import PYRAMIDS, export_file, export_path, multiscale_of, read_stamp, require_exportable
-from connectomics.objects.filters import fill_holes, remove_small_objects
-from connectomics.pipeline.filtering import filter_labels
-from connectomics.pipeline.pyramid import Pyramid, discard_ledgers, fill_pyramid
+from connectomics.execution.stage import PROBABILITIES
+from connectomics.stages.output.export import (
+    PYRAMIDS,
+    export_file,
+    export_path,
+    multiscale_of,
+    read_stamp,
+    require_exportable,
+)
+from connectomics.stages.output.pyramid import Pyramid, discard_ledgers, fill_pyramid
 from connectomics.volumes.digests import write_digests
 from connectomics.volumes.source import reason
 from connectomics.volumes.store import Store
-from connectomics.volumes.volume import Array, VolumeInfo
+from connectomics.volumes.volume import VolumeInfo
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Filters:
-    """Filters that see whole objects; they change labels only.
-
-    Parameters
-    ----------
-    minimum_voxels
-        Objects smaller than this are removed; 0 for none.
-    fill_holes
-        Whether holes inside objects take the object's label.
-    """
-
-    minimum_voxels: int = 0
-    fill_holes: bool = False
-
-    @property
-    def active(self) -> bool:
-        """Whether there is anything to do."""
-        return self.fill_holes or self.minimum_voxels > 0
-
-    def apply(self, labels: Array) -> Array:
-        """Filtered labels (z, y, x) of a whole volume."""
-        if self.minimum_voxels > 0:
-            labels = remove_small_objects(labels, self.minimum_voxels)
-        return fill_holes(labels) if self.fill_holes else labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +87,6 @@ def check_names(outputs: Sequence[Output], folder: Path, *, overwrite: bool) -> 
             f"{taken[0]}: exists, but was made by another model, setting or input (or another program); choose another "
             "inference.volume_mode.output_suffix or output_path, or state inference.output.overwrite=true"
         )
-
-
-def filter_store(store: Store, grid: BlockGrid, room: Room, filters: Filters) -> Store:
-    """Apply filters of whole objects to a store of labels."""
-    return filter_labels(store, grid, room, minimum_voxels=filters.minimum_voxels, fill_holes=filters.fill_holes)
 
 
 def check_exportable(output: Output, info: VolumeInfo, folder: Path, budget_bytes: int) -> None:

@@ -1,6 +1,6 @@
 """Pyramids on disk: what every chunked output format offers, and one level of it as a (c, z, y, x) array.
 
-``pipeline.pyramid`` fills the levels; the formats are the files ``multiscale_*``.
+``stages.output.pyramid`` fills the levels; the formats are the files ``multiscale_*``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tensorstore as ts
 
 from connectomics.core.errors import OutputError, VolumeError
 from connectomics.core.geometry import Box, Vec3, vec3
-from connectomics.io.shards import ShardWriter
+from connectomics.stages.output.shards import ShardWriter
 from connectomics.volumes.levels import Level
 from connectomics.volumes.source import READ_ERRORS, reason
 from connectomics.volumes.volume import Array

@@ -22,9 +22,9 @@ from connectomics.objects.links import Linking, Sections, link
 from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS
 from connectomics.objects.overlaps import OVERLAP, Overlaps, Runs, overlaps, summed
 from connectomics.objects.selection import NUMBERS, Selection
-from connectomics.pipeline.pieces import PiecesTask, block_file, saved, smallest_dtype
-from connectomics.pipeline.steps import EVERYTHING, Values
-from connectomics.pipeline.workshop import CUT, TABLES, Scene, Workshop
+from connectomics.stages.decode.steps import EVERYTHING, Values
+from connectomics.stages.decode.tasks import PiecesTask, block_file, saved, smallest_dtype
+from connectomics.stages.decode.workspace import CUT, TABLES, Scene, Workshop
 from connectomics.volumes.volume import Array
 
 SECTIONS, OVERLAPS = "sections", "overlaps"

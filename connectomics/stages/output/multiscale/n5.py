@@ -10,7 +10,7 @@ import numpy as np
 
 from connectomics.core.files import replacing, write_text
 from connectomics.core.geometry import Vec3
-from connectomics.io.multiscale import CHUNK_BYTES, UNIT_BYTES, LevelArray, open_driver
+from connectomics.stages.output.multiscale.contract import CHUNK_BYTES, UNIT_BYTES, LevelArray, open_driver
 from connectomics.volumes.formats.n5 import ATTRIBUTES
 from connectomics.volumes.levels import Level, grown
 from connectomics.volumes.volume import VolumeInfo

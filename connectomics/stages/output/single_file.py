@@ -15,7 +15,7 @@ from PIL import Image
 
 from connectomics.core.errors import OutputError
 from connectomics.core.geometry import BlockGrid, Box
-from connectomics.io.multiscale import STAMP_FILE
+from connectomics.stages.output.multiscale.contract import STAMP_FILE
 from connectomics.volumes.formats.hdf5 import DEFAULT_DATASET, open_hdf5
 from connectomics.volumes.formats.images import open_stack
 from connectomics.volumes.formats.tiff import open_tiff

@@ -20,8 +20,8 @@ from connectomics.execution.task import Task
 from connectomics.inference.case import ReadBox
 from connectomics.objects.components import Connectivity
 from connectomics.objects.selection import Selection
-from connectomics.pipeline.pieces import PiecesTask
-from connectomics.pipeline.workshop import BLOCK_VOXELS, CUT, PLAN, VOXEL_BYTES, Workshop, decode_plan, kept_plan
+from connectomics.stages.decode.tasks import PiecesTask
+from connectomics.stages.decode.workspace import BLOCK_VOXELS, CUT, PLAN, VOXEL_BYTES, Workshop, decode_plan, kept_plan
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 

@@ -1,7 +1,7 @@
 """The blockwise tasks of decoding: cut blocks into pieces, find which touch, paint the objects.
 
-``pipeline.workshop`` runs them in this order, each under a ledger of its own; a block leaves one file, which is whole
-or absent. A stage is called as the folder that it fills, in the work folder.
+``stages.decode.workspace`` runs them in this order, each under a ledger of its own; a block leaves one file, which is
+whole or absent. A stage is called as the folder that it fills, in the work folder.
 """
 
 from __future__ import annotations

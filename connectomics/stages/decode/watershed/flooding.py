@@ -1,7 +1,7 @@
 """Seeds, the floods of components that fit, and what came out, block by block.
 
-``pipeline.watershed`` runs ``FloodTask`` under a ledger of its own. A component is flooded by the block that holds its
-first voxel. A label is a component's number, or behind those the number of a seed.
+``stages.decode.watershed.step`` runs ``FloodTask`` under a ledger of its own. A component is flooded by the block
+that holds its first voxel. A label is a component's number, or behind those the number of a seed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from connectomics.objects.distance import around, beyond, reach, squared_distanc
 from connectomics.objects.faces import block_number
 from connectomics.objects.merge import IDS, OBJECTS, OFFSETS
 from connectomics.objects.watershed import SEED_COUNTS, Runs, flood
-from connectomics.pipeline.pieces import Read, block_file, saved, smallest_dtype
-from connectomics.pipeline.windows import Labelled, Windows
+from connectomics.stages.decode.tasks import Read, block_file, saved, smallest_dtype
+from connectomics.stages.decode.watershed.windows import Labelled, Windows
 from connectomics.volumes.volume import Array, Nanometres
 
 

@@ -1,6 +1,7 @@
 """Where the steps of decoding work: stages of blocks under ledgers, tables and stores that are whole or absent.
 
-``pipeline.decode`` and ``pipeline.filtering`` make a workshop for each step; ``pipeline.steps`` are what is done in it.
+``pipeline.decode`` and ``stages.decode.binary_filters`` make a workshop for each step; ``stages.decode.steps`` are
+what is done in it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from connectomics.objects.merge import Cuts, merge
 from connectomics.objects.numbering import number_by_first
 from connectomics.objects.selection import Rule, select
 from connectomics.objects.table import Frame
-from connectomics.pipeline.pieces import JoinTask, PaintTask, PiecesTask, Read, block_file
+from connectomics.stages.decode.tasks import JoinTask, PaintTask, PiecesTask, Read, block_file
 from connectomics.volumes.store import Store, create_store, open_store
 from connectomics.volumes.volume import VolumeInfo, VolumeReader
 
