@@ -39,7 +39,7 @@ from connectomics.models.backends.contract import NumericClass
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.pipeline.memory import Budget, Work, share_freed_memory
 from connectomics.pipeline.planning import plan_blocks
-from connectomics.pipeline.run import RunSettings, VolumeJob, run_volume
+from connectomics.runs.volume import RunSettings, VolumeJob, run_volume
 from connectomics.stages.output.finish import Output
 from connectomics.stages.predict.filters import Filters
 from connectomics.stages.predict.segmenter import Member, Segmenter

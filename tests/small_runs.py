@@ -20,7 +20,7 @@ from connectomics.execution.task import BlockFailure, BlockRecord, RunReport, Ta
 from connectomics.inference.case import CaseInput
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.run import RunSettings, VolumeJob, run_volume
+from connectomics.runs.volume import RunSettings, VolumeJob, run_volume
 from connectomics.stages.output.finish import Output
 from connectomics.stages.predict.filters import Filters
 from connectomics.stages.predict.segmenter import Member, Segmenter

@@ -21,7 +21,7 @@ from connectomics.core.fingerprint import key_of
 from connectomics.objects.links import Linking
 from connectomics.objects.selection import Selection
 from connectomics.objects.table import require_parquet
-from connectomics.pipeline.decode import DecodeJob
+from connectomics.runs.decode import DecodeJob
 from connectomics.stages.decode import linking, steps
 from connectomics.stages.decode.watershed.step import Watershed as WatershedStep
 from connectomics.stages.decode.workspace import Step, decode_plan

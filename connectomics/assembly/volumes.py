@@ -19,7 +19,7 @@ from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.inference.case import ReadBox
 from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.models.spec import NO_RESAMPLING, ModelSpec
-from connectomics.pipeline.run import VolumeJob
+from connectomics.runs.volume import VolumeJob
 from connectomics.stages.output.export import export_path
 from connectomics.stages.output.finish import Output
 from connectomics.stages.predict.segmenter import Member, Segmenter

@@ -30,7 +30,7 @@ from connectomics.inference.predictor import Predictor, SlidingWindow
 from connectomics.models.backends.contract import NumericClass, torch_threads
 from connectomics.models.backends.torch_eager import select_device
 from connectomics.pipeline.forecast import Pace, Seconds
-from connectomics.pipeline.run import VolumeJob, run_volume
+from connectomics.runs.volume import VolumeJob, run_volume
 from connectomics.stages.predict.segmenter import Member, Segmenter
 from connectomics.volumes.levels import grown
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader

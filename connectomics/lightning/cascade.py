@@ -12,7 +12,7 @@ from connectomics.assembly.volumes import first_stage_of, job_of
 from connectomics.config.schema import Config
 from connectomics.execution.executors.overlapping import OverlappingExecutor
 from connectomics.execution.runner import OnBlock
-from connectomics.pipeline.run import run_volume
+from connectomics.runs.volume import run_volume
 from connectomics.stages.output.finish import check_names
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.volume import VolumeReader

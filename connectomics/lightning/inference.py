@@ -42,7 +42,7 @@ from connectomics.lightning.outcome import NOT_BEGUN, Observer, Silence, VolumeO
 from connectomics.lightning.planning import Foresight
 from connectomics.lightning.resume import Continuation
 from connectomics.lightning.shared_sample import SharedSample
-from connectomics.pipeline.run import run_volume
+from connectomics.runs.volume import run_volume
 from connectomics.stages.output.finish import check_names, settle, work_folder
 from connectomics.stages.predict.segmenter import Segmenter
 from connectomics.volumes.listing import VolumeSource

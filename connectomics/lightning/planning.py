@@ -21,8 +21,8 @@ from connectomics.lightning.calibration import WindowTimes, measure_pace, measur
 from connectomics.lightning.engines import Engines
 from connectomics.lightning.shared_sample import SharedSample
 from connectomics.pipeline.forecast import Forecast, Pace, PlannedOutput, duration
-from connectomics.pipeline.run import VolumeJob, info_of
 from connectomics.pipeline.workload import Cut, batch_fill, count_read, count_sample_windows, count_windows
+from connectomics.runs.volume import VolumeJob, info_of
 from connectomics.stages.output.finish import work_folder
 from connectomics.stages.output.size import Size, largest_size, store_size
 from connectomics.volumes.listing import VolumeSource

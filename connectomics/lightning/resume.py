@@ -14,7 +14,7 @@ from connectomics.assembly.volumes import first_stage_of, outputs_of, run_folder
 from connectomics.config.schema import Config
 from connectomics.core.errors import DeviceError, ResourceError
 from connectomics.lightning.engines import Engines
-from connectomics.pipeline.run import begun_class
+from connectomics.runs.volume import begun_class
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.volume import VolumeReader
 

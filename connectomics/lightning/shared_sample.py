@@ -15,7 +15,7 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
 from connectomics.execution.retry import PatientReader
-from connectomics.pipeline.run import VolumeJob, measure_agreement
+from connectomics.runs.volume import VolumeJob, measure_agreement
 from connectomics.stages.predict.precision_check import SAMPLED_VOXELS, Agreement, spread
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.volume import VolumeInfo

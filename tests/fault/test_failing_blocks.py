@@ -19,7 +19,7 @@ from connectomics.core.geometry import Box, Vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.inference.case import CaseInput
-from connectomics.pipeline.run import VolumeJob, run_volume
+from connectomics.runs.volume import VolumeJob, run_volume
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array
 

@@ -19,8 +19,8 @@ from connectomics.execution.lease import Worker
 from connectomics.execution.stage import LABELS
 from connectomics.execution.status import status_of
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.run import VolumeJob
 from connectomics.pipeline.verify_run import verify_run
+from connectomics.runs.volume import VolumeJob
 from connectomics.stages.output.finish import Output
 from connectomics.stages.predict.filters import Filters
 from connectomics.stages.predict.segmenter import Member

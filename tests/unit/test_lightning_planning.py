@@ -141,7 +141,7 @@ def test_a_resumed_run_is_planned_as_it_was_begun_and_gives_the_same_bytes(
     assert main(words(folder, tmp_path / "whole", BLOCKS, tiff)) == 0
     begun = words(folder, tmp_path / "out", BLOCKS, tiff)
     with monkeypatch.context() as patched:
-        patched.setattr("connectomics.pipeline.run._finish", lambda *each: 1 / 0)
+        patched.setattr("connectomics.runs.volume._finish", lambda *each: 1 / 0)
         assert main(begun) == 3
     (work,) = (tmp_path / "out" / "v_labels.run").glob("*/labels.zarr")
     for shard in [f for f in (work / "0" / "c").rglob("*") if f.is_file()][:7]:

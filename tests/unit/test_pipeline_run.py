@@ -17,7 +17,7 @@ from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.lease import Worker
 from connectomics.execution.stage import LABELS
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.run import RunSettings, VolumeJob, run_volume
+from connectomics.runs.volume import RunSettings, VolumeJob, run_volume
 from connectomics.stages.output.finish import Output, settle, work_folder
 from connectomics.stages.predict.filters import Filters
 from connectomics.stages.predict.segmenter import Member

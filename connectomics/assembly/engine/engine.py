@@ -9,7 +9,7 @@ from pathlib import Path
 from connectomics.inference.predictor import SlidingWindow
 from connectomics.models.backends.remembering import Remembering
 from connectomics.models.spec import ModelSpec
-from connectomics.pipeline.run import RunSettings
+from connectomics.runs.volume import RunSettings
 from connectomics.stages.predict.filters import Filters
 from connectomics.stages.predict.segmenter import Segmenter
 

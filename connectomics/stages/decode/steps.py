@@ -1,6 +1,6 @@
 """The steps of ``decoding``: connected components, filters. Each is a frozen value with a name and a ``run``.
 
-``assembly.decoding`` makes them from the configuration; ``pipeline.decode`` runs them one after the other.
+``assembly.decoding`` makes them from the configuration; ``runs.decode`` runs them one after the other.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where the steps of decoding work: stages of blocks under ledgers, tables and stores that are whole or absent.
 
-``pipeline.decode`` and ``stages.decode.binary_filters`` make a workshop for each step; ``stages.decode.steps`` are
+``runs.decode`` and ``stages.decode.binary_filters`` make a workshop for each step; ``stages.decode.steps`` are
 what is done in it.
 """
 
