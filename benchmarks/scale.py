@@ -37,8 +37,8 @@ from connectomics.inference.predictor import RollingPredictor, SlidingWindow
 from connectomics.inference.section_cases import SectionCases
 from connectomics.models.backends.contract import NumericClass
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.memory import Budget, Work, share_freed_memory
-from connectomics.pipeline.planning import plan_blocks
+from connectomics.planning.blocks import plan_blocks
+from connectomics.planning.memory import Budget, Work, share_freed_memory
 from connectomics.runs.volume import RunSettings, VolumeJob, run_volume
 from connectomics.stages.output.finish import Output
 from connectomics.stages.predict.filters import Filters

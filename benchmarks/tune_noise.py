@@ -27,8 +27,8 @@ import torch
 from connectomics.assembly.engine.backends import trial_backends
 from connectomics.assembly.engine.models import load_members
 from connectomics.assembly.engine.windows import make_window
-from connectomics.assembly.profile import WORTH, Profile, Trial
 from connectomics.config.load import load_config
+from connectomics.planning.profile import WORTH, Profile, Trial
 
 MODEL = Path(__file__).parents[1] / "connectomics" / "example" / "phantom_mito_2d"
 PASSES = (3, 5, 9, 15, 25)

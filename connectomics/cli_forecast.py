@@ -58,7 +58,7 @@ def check_limits(words: argparse.Namespace, config: Config, engine: Engine, sour
 
 
 def _require(found: Plan, words: argparse.Namespace) -> None:
-    from connectomics.pipeline.forecast import require_within
+    from connectomics.planning.forecast import require_within
 
     require_within(found.forecasts, words.max_hours, words.max_gb)
 

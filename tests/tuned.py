@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from connectomics.assembly.engine.models import load_members
-from connectomics.assembly.profile import Profile, Trial, profile_path, save_profile
 from connectomics.config.load import load_config
+from connectomics.planning.profile import Profile, Trial, profile_path, save_profile
 
 
 def keep_profile(cache: Path, model: Path, *trials: Trial) -> Path:

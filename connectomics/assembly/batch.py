@@ -9,12 +9,12 @@ from connectomics.assembly.engine.backends import known_profile, measured_as, wa
 from connectomics.assembly.engine.cascade import first_stage_config
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.memory import plan_volume
-from connectomics.assembly.profile import WORTH
 from connectomics.assembly.volumes import segmenter_of
 from connectomics.config.schema import Config
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Box
-from connectomics.pipeline.workload import Cut, batch_fill
+from connectomics.planning.profile import WORTH
+from connectomics.planning.workload import Cut, batch_fill
 from connectomics.volumes.volume import VolumeInfo
 
 TOO_LARGE = "the memory budget has no room for more beside blocks of the same size"

@@ -12,8 +12,8 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import DeviceMemoryError, ResourceError
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
-from connectomics.pipeline.memory import LIBRARY_BYTES, Budget, Footprint, Work
-from connectomics.pipeline.planning import REFUSAL_STEP_BYTES, plan_blocks
+from connectomics.planning.blocks import REFUSAL_STEP_BYTES, plan_blocks
+from connectomics.planning.memory import LIBRARY_BYTES, Budget, Footprint, Work
 from connectomics.stages.decode.workspace import CHUNK, VOXEL_BYTES
 from connectomics.stages.output.export import exporting_bytes
 from connectomics.stages.predict.segmenter import Member, Segmenter

@@ -16,7 +16,7 @@ from connectomics.execution.block_plan import BlockPlan
 from connectomics.objects.basins import window_grid
 from connectomics.objects.components import Connectivity
 from connectomics.objects.distance import reach
-from connectomics.pipeline.planning import REFUSAL_STEP_BYTES
+from connectomics.planning.blocks import REFUSAL_STEP_BYTES
 from connectomics.stages.decode.watershed import step as watershed
 from connectomics.stages.decode.workspace import CHUNK, VOXEL_BYTES, decode_plan
 from connectomics.volumes.volume import VolumeInfo

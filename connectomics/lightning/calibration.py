@@ -29,7 +29,7 @@ from connectomics.execution.executors.overlapping import OverlappingExecutor
 from connectomics.inference.predictor import Predictor, SlidingWindow
 from connectomics.models.backends.contract import NumericClass, torch_threads
 from connectomics.models.backends.torch_eager import select_device
-from connectomics.pipeline.forecast import Pace, Seconds
+from connectomics.planning.forecast import Pace, Seconds
 from connectomics.runs.volume import VolumeJob, run_volume
 from connectomics.stages.predict.segmenter import Member, Segmenter
 from connectomics.volumes.levels import grown

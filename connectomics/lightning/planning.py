@@ -20,8 +20,8 @@ from connectomics.execution.stage import PROBABILITIES
 from connectomics.lightning.calibration import WindowTimes, measure_pace, measure_windows
 from connectomics.lightning.engines import Engines
 from connectomics.lightning.shared_sample import SharedSample
-from connectomics.pipeline.forecast import Forecast, Pace, PlannedOutput, duration
-from connectomics.pipeline.workload import Cut, batch_fill, count_read, count_sample_windows, count_windows
+from connectomics.planning.forecast import Forecast, Pace, PlannedOutput, duration
+from connectomics.planning.workload import Cut, batch_fill, count_read, count_sample_windows, count_windows
 from connectomics.runs.volume import VolumeJob, info_of
 from connectomics.stages.output.finish import work_folder
 from connectomics.stages.output.size import Size, largest_size, store_size

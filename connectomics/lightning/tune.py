@@ -20,7 +20,6 @@ from connectomics.assembly.engine.backends import cache_folder, device_name, thr
 from connectomics.assembly.engine.budget import holds_batch
 from connectomics.assembly.engine.models import load_members
 from connectomics.assembly.engine.windows import make_window
-from connectomics.assembly.profile import Profile, Trial, profile_path, save_profile
 from connectomics.assembly.volumes import named_sources, open_input
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, DeviceError
@@ -30,6 +29,7 @@ from connectomics.models.backends.choice import Chosen
 from connectomics.models.backends.torch_eager import select_device
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
+from connectomics.planning.profile import Profile, Trial, profile_path, save_profile
 from connectomics.stages.survey.survey import survey
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 

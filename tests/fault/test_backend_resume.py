@@ -23,7 +23,7 @@ from connectomics.inference.predictor import RollingPredictor
 from connectomics.models.backends import remembering, torch_eager
 from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.torch_eager import TorchBackend
-from connectomics.pipeline.memory import Footprint, Work
+from connectomics.planning.memory import Footprint, Work
 from connectomics.stages.predict.precision_check import FastContract
 
 from nnunet_models import make_model

@@ -18,8 +18,8 @@ import zarr
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Box
 from connectomics.lightning.inference import InferenceManager
-from connectomics.pipeline.memory import Budget, Work
-from connectomics.pipeline.planning import plan_blocks
+from connectomics.planning.blocks import plan_blocks
+from connectomics.planning.memory import Budget, Work
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.stored import reading_bytes
 from connectomics.volumes.volume import VolumeInfo

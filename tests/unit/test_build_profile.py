@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from tuned import keep_profile, torch_trial
 
-from connectomics.assembly import profile as profiles
 from connectomics.assembly.engine.backends import as_begun
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.engine.models import load_members
-from connectomics.assembly.profile import Profile, Trial, load_profile, profile_path
 from connectomics.cli import main
 from connectomics.config.load import load_config
 from connectomics.core.errors import ConfigError, OutputError
 from connectomics.lightning.inference import InferenceManager
 from connectomics.lightning.tune import table, tune
+from connectomics.planning import profile as profiles
+from connectomics.planning.profile import Profile, Trial, load_profile, profile_path
 
 from nnunet_models import make_model
 from small_jobs import em_like, infer_words, quick_folder, write_h5

@@ -15,7 +15,7 @@ import pytest
 from connectomics.cli import main
 from connectomics.core.errors import ResourceError
 from connectomics.lightning import calibration, planning
-from connectomics.pipeline.forecast import Forecast, Pace, Seconds, require_within
+from connectomics.planning.forecast import Forecast, Pace, Seconds, require_within
 from connectomics.stages.output.size import Size
 
 from nnunet_models import make_model

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import AxisOrder, Vec3, vec3
 from connectomics.inference.windows import window_starts
-from connectomics.pipeline.memory import LIBRARY_BYTES, Budget, Work
-from connectomics.pipeline.planning import plan_blocks
+from connectomics.planning.blocks import plan_blocks
+from connectomics.planning.memory import LIBRARY_BYTES, Budget, Work
 from connectomics.stages.survey.section_reader import SLAB_BYTES
 
 GIB = 2**30

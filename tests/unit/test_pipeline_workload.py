@@ -19,7 +19,7 @@ from connectomics.assembly.volumes import segmenter_of
 from connectomics.config.load import load_config
 from connectomics.core.geometry import BlockGrid, Box, Vec3
 from connectomics.models.backends.torch_eager import TorchBackend
-from connectomics.pipeline.workload import (
+from connectomics.planning.workload import (
     Cut,
     assumed_cases,
     batch_fill,

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from connectomics.assembly.engine.budget import holds_batch
-from connectomics.assembly.profile import Profile, Trial, load_profile, profile_path
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError
 from connectomics.core.geometry import Vec3
@@ -19,6 +18,7 @@ from connectomics.models.backends.contract import NumericClass
 from connectomics.models.backends.probe import largest_fitting, try_batch
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
+from connectomics.planning.profile import Profile, Trial, load_profile, profile_path
 
 NNUNET_THREADS = 8  # nnU-Net's own upper bound of threads in a forward pass
 REFERENCES = ("torch", "openvino")  # fast is held against its own float32, or where that is not listed the first's

@@ -27,7 +27,7 @@ from connectomics.models.backends.remembering import REMEMBERED_BYTES, Rememberi
 from connectomics.models.backends.torch_eager import free_device_bytes, window_bytes
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
-from connectomics.pipeline.memory import share_freed_memory
+from connectomics.planning.memory import share_freed_memory
 from connectomics.runs.volume import RunSettings
 from connectomics.stages.predict.filters import Filters
 from connectomics.stages.predict.segmenter import Member, Segmenter

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
-from connectomics.pipeline.memory import Budget, Footprint, Work
+from connectomics.planning.memory import Budget, Footprint, Work
 
 PLANE_CHUNK = 512  # chunk edge in y and x where the patch is one voxel deep
 CUBE_CHUNK = 64  # chunk edge where it is deeper
