@@ -27,8 +27,8 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 from connectomics.assembly.engine.make_engine import build_engine  # noqa: E402
 from connectomics.assembly.volumes import named_sources  # noqa: E402
 from connectomics.config.load import load_config  # noqa: E402
+from connectomics.forecast.volumes import plan_volumes  # noqa: E402
 from connectomics.lightning.inference import VolumeProcessor  # noqa: E402
-from connectomics.lightning.planning import plan_volumes  # noqa: E402
 
 from nnunet_models import make_model  # noqa: E402
 from small_jobs import em_like  # noqa: E402

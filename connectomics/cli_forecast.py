@@ -15,8 +15,8 @@ from connectomics.core.errors import ConnectomicsError
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine
     from connectomics.config.schema import Config
-    from connectomics.lightning.planning import Plan
-    from connectomics.lightning.tune import Progress
+    from connectomics.forecast.tune import Progress
+    from connectomics.forecast.volumes import Plan
     from connectomics.volumes.listing import VolumeSource
 
 
@@ -40,7 +40,7 @@ def plan(words: argparse.Namespace) -> int:
 
 def planned(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
     """The plan of some volumes."""
-    from connectomics.lightning.planning import plan_volumes
+    from connectomics.forecast.volumes import plan_volumes
 
     return plan_volumes(config, engine, sources)
 
@@ -70,7 +70,7 @@ def tune(words: argparse.Namespace) -> int:
     config = load_config(words.config, words.overrides)
     from dataclasses import asdict
 
-    from connectomics.lightning import tune as tuning
+    from connectomics.forecast import tune as tuning
 
     with _progress() as progress:
         found = tuning.tune(config, words.model, words.volume, words.seconds, progress)

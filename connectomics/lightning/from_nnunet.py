@@ -11,13 +11,13 @@ from pathlib import Path
 
 from connectomics.assembly.engine.backends import with_batch
 from connectomics.assembly.engine.make_engine import build_engine, check_resampling
+from connectomics.assembly.shared_sample import SharedSample
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.config.validation import validate
 from connectomics.core.errors import ConfigError, ModelError
 from connectomics.lightning.inference import VolumeProcessor
 from connectomics.lightning.outcome import EXPECTED, NOT_BEGUN, Observer, Silence, VolumeOutcome, failed_outcome
-from connectomics.lightning.shared_sample import SharedSample
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.nnunet.folder import (
     IMAGES,

@@ -20,6 +20,7 @@ from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.engine.planes import check_isotropic
 from connectomics.assembly.precision import fast_contract
 from connectomics.assembly.provenance import batch_note
+from connectomics.assembly.shared_sample import SharedSample
 from connectomics.assembly.volumes import (
     final_paths,
     job_of,
@@ -36,12 +37,11 @@ from connectomics.core.geometry import Box
 from connectomics.execution.executors.overlapping import OverlappingExecutor
 from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.execution.task import RunReport
+from connectomics.forecast.volumes import Foresight
 from connectomics.inference.case import ReadBox
 from connectomics.lightning.cascade import previous_labels
 from connectomics.lightning.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
-from connectomics.lightning.planning import Foresight
 from connectomics.lightning.resume import Continuation
-from connectomics.lightning.shared_sample import SharedSample
 from connectomics.runs.volume import run_volume
 from connectomics.stages.output.finish import check_names, settle, work_folder
 from connectomics.stages.predict.segmenter import Segmenter

@@ -9,11 +9,11 @@ from dataclasses import replace
 from connectomics.assembly.engine.backends import as_begun
 from connectomics.assembly.engine.cascade import first_stage_config
 from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.engines import Engines
 from connectomics.assembly.memory import plan_volume
 from connectomics.assembly.volumes import first_stage_of, outputs_of, run_folder, segmenter_of
 from connectomics.config.schema import Config
 from connectomics.core.errors import DeviceError, ResourceError
-from connectomics.lightning.engines import Engines
 from connectomics.runs.volume import begun_class
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.volume import VolumeReader

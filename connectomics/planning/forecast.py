@@ -1,6 +1,6 @@
 """What a run of a volume will take: time with a range, memory, disk, reading; and the pace that time is judged by.
 
-Plain values and their texts: ``lightning.planning`` puts them together, ``connectomics plan`` prints them.
+Plain values and their texts: ``forecast.volumes`` puts them together, ``connectomics plan`` prints them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How much work a volume is, counted before anything of it is read: blocks, windows, voxels read.
 
 Blocks are the product of spans along three axes, and so are the windows each of them touches. So one line of blocks
-along each axis says all: time and memory do not grow with the number of blocks. ``lightning.planning`` asks.
+along each axis says all: time and memory do not grow with the number of blocks. ``forecast.volumes`` asks.
 """
 
 from __future__ import annotations

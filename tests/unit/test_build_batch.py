@@ -13,13 +13,13 @@ from tuned import keep_profile, torch_trial
 from connectomics.assembly.batch import PADDED, TOO_LARGE, against_batch
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.make_engine import build_engine
+from connectomics.assembly.engines import Engines
 from connectomics.assembly.memory import plan_volume
 from connectomics.assembly.volumes import segmenter_of
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Box
-from connectomics.lightning.engines import Engines
 from connectomics.volumes.volume import Array, VolumeInfo
 
 from nnunet_models import make_model

@@ -18,8 +18,8 @@ from connectomics.assembly.engine.models import load_members
 from connectomics.cli import main
 from connectomics.config.load import load_config
 from connectomics.core.errors import ConfigError, OutputError
+from connectomics.forecast.tune import table, tune
 from connectomics.lightning.inference import InferenceManager
-from connectomics.lightning.tune import table, tune
 from connectomics.planning import profile as profiles
 from connectomics.planning.profile import Profile, Trial, load_profile, profile_path
 

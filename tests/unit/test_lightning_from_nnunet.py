@@ -14,8 +14,9 @@ import pytest
 import tifffile
 from PIL import Image
 
+from connectomics.assembly import shared_sample
 from connectomics.cli import main
-from connectomics.lightning import from_nnunet, shared_sample
+from connectomics.lightning import from_nnunet
 from connectomics.lightning.inference import InferenceManager
 from connectomics.stages.predict.precision_check import Agreement, FastContract
 

@@ -14,7 +14,8 @@ import pytest
 
 from connectomics.cli import main
 from connectomics.core.errors import ResourceError
-from connectomics.lightning import calibration, planning
+from connectomics.forecast import calibration
+from connectomics.forecast import volumes as planning
 from connectomics.planning.forecast import Forecast, Pace, Seconds, require_within
 from connectomics.stages.output.size import Size
 

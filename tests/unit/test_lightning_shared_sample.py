@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from connectomics.assembly import shared_sample
 from connectomics.cli import main
-from connectomics.lightning import shared_sample
 from connectomics.stages.predict.precision_check import Agreement, FastContract
 
 from nnunet_models import make_model

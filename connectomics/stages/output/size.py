@@ -1,6 +1,6 @@
 """How large an output can become at most, and how many files it is, before a voxel of it is known.
 
-Every chunk is taken as whole and incompressible, though labels are most compressible. ``lightning.planning`` asks.
+Every chunk is taken as whole and incompressible, though labels are most compressible. ``forecast.volumes`` asks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fast against exact, measured on the user's own volume before the first block of a run.
 
 ``run_volume`` measures once a run and keeps the result in the work folder; ``InferenceManager`` does so on arrays. Many
-small volumes of one call share a sample, which ``lightning.shared_sample`` takes.
+small volumes of one call share a sample, which ``assembly.shared_sample`` takes.
 """
 
 from __future__ import annotations

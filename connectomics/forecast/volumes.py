@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.engines import Engines
 from connectomics.assembly.memory import peak_of
+from connectomics.assembly.shared_sample import SharedSample
 from connectomics.assembly.volumes import job_of, open_source, wanted_of
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
@@ -17,9 +19,7 @@ from connectomics.core.geometry import Box
 from connectomics.execution.ledger import plan_of
 from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.stage import PROBABILITIES
-from connectomics.lightning.calibration import WindowTimes, measure_pace, measure_windows
-from connectomics.lightning.engines import Engines
-from connectomics.lightning.shared_sample import SharedSample
+from connectomics.forecast.calibration import WindowTimes, measure_pace, measure_windows
 from connectomics.planning.forecast import Forecast, Pace, PlannedOutput, duration
 from connectomics.planning.workload import Cut, batch_fill, count_read, count_sample_windows, count_windows
 from connectomics.runs.volume import VolumeJob, info_of
