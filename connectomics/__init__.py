@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from connectomics.config.schema import Config
     from connectomics.core.errors import ConnectomicsError
     from connectomics.core.geometry import Box
+    from connectomics.jobs.outcome import VolumeOutcome
     from connectomics.lightning.inference import InferenceManager, Prediction, VolumeProcessor
-    from connectomics.lightning.outcome import VolumeOutcome
     from connectomics.models.checkpoint import read_spec
     from connectomics.volumes.opening import open_volume
 
@@ -42,7 +42,7 @@ _HOMES = {
     "ConnectomicsError": "core.errors",
     "InferenceManager": "lightning.inference",
     "Prediction": "lightning.inference",
-    "VolumeOutcome": "lightning.outcome",
+    "VolumeOutcome": "jobs.outcome",
     "VolumeProcessor": "lightning.inference",
     "build_engine": "assembly.engine.make_engine",
     "list_sources": "assembly.volumes",

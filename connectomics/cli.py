@@ -23,8 +23,8 @@ from connectomics.core.errors import ConfigError
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine
     from connectomics.config.schema import Config
+    from connectomics.jobs.outcome import VolumeOutcome
     from connectomics.lightning.evaluation import Scores
-    from connectomics.lightning.outcome import VolumeOutcome
     from connectomics.volumes.listing import VolumeSource
 
 

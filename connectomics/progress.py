@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from connectomics.lightning.outcome import VolumeOutcome
+from connectomics.jobs.outcome import VolumeOutcome
 
 PLAIN_EVERY_S = 30.0  # seconds between lines where there is no terminal
 ESTIMATED_OVER_S = 86_400.0  # blocks take minutes each, and rich looks back over half a minute only

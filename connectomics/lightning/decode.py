@@ -27,7 +27,7 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.task import RunReport
-from connectomics.lightning.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
+from connectomics.jobs.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
 from connectomics.runs.decode import DecodeSettings, run_decode
 from connectomics.stages.output.finish import Output, check_names, settle, work_folder
 from connectomics.volumes.listing import stem_of

@@ -11,9 +11,9 @@ from connectomics.config.load import load_config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
 from connectomics.evaluate.montage import montage
+from connectomics.jobs.outcome import Observer
 from connectomics.lightning.evaluation import evaluate_outcomes
 from connectomics.lightning.inference import VolumeProcessor
-from connectomics.lightning.outcome import Observer
 from connectomics.lightning.score_table import score_table
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import Array

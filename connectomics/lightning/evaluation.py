@@ -24,7 +24,7 @@ from connectomics.volumes.opening import open_volume
 
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine
-    from connectomics.lightning.outcome import VolumeOutcome
+    from connectomics.jobs.outcome import VolumeOutcome
 
 BINARY = 2
 Entries = dict[str, dict[str, Any]]

@@ -16,8 +16,8 @@ from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.config.validation import validate
 from connectomics.core.errors import ConfigError, ModelError
+from connectomics.jobs.outcome import EXPECTED, NOT_BEGUN, Observer, Silence, VolumeOutcome, failed_outcome
 from connectomics.lightning.inference import VolumeProcessor
-from connectomics.lightning.outcome import EXPECTED, NOT_BEGUN, Observer, Silence, VolumeOutcome, failed_outcome
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.nnunet.folder import (
     IMAGES,

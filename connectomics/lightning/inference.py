@@ -39,9 +39,9 @@ from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.execution.task import RunReport
 from connectomics.forecast.volumes import Foresight
 from connectomics.inference.case import ReadBox
-from connectomics.lightning.cascade import previous_labels
-from connectomics.lightning.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
-from connectomics.lightning.resume import Continuation
+from connectomics.jobs.cascade import previous_labels
+from connectomics.jobs.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
+from connectomics.jobs.resume import Continuation
 from connectomics.runs.volume import run_volume
 from connectomics.stages.output.finish import check_names, settle, work_folder
 from connectomics.stages.predict.segmenter import Segmenter

@@ -22,8 +22,8 @@ from connectomics import cli, progress
 from connectomics.cli import main, script_main
 from connectomics.cli_exit import FAILED
 from connectomics.core.errors import ConnectomicsError
+from connectomics.jobs.outcome import VolumeOutcome
 from connectomics.lightning import demo
-from connectomics.lightning.outcome import VolumeOutcome
 
 from nnunet_models import make_model
 from small_jobs import em_like, final_names, infer_words, quick_folder, write_h5

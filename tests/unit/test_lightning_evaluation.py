@@ -19,10 +19,10 @@ from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ConnectomicsError
 from connectomics.evaluate.volumes import Comparison
+from connectomics.jobs.outcome import Silence, VolumeOutcome
 from connectomics.lightning import demo
 from connectomics.lightning.evaluation import Labelling, check_known_answers, evaluate_outcomes, evaluate_volumes
 from connectomics.lightning.inference import VolumeProcessor
-from connectomics.lightning.outcome import Silence, VolumeOutcome
 from connectomics.lightning.score_table import score_table
 
 from nnunet_models import make_model

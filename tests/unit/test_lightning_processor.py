@@ -19,9 +19,9 @@ from connectomics.assembly.volumes import named_sources
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError
+from connectomics.jobs.outcome import Observer, Silence, VolumeOutcome
 from connectomics.lightning import inference
 from connectomics.lightning.inference import VolumeProcessor, check_output_folder
-from connectomics.lightning.outcome import Observer, Silence, VolumeOutcome
 from connectomics.volumes.listing import VolumeSource
 
 from nnunet_models import make_model
