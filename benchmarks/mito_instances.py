@@ -39,15 +39,15 @@ sys.path.insert(0, str(REPOSITORY))
 
 from connectomics import Box, InferenceManager, load_config, open_volume  # noqa: E402
 from connectomics.assembly.decoding import Decodable  # noqa: E402
+from connectomics.commands.decode import Decoder  # noqa: E402
+from connectomics.commands.evaluate import Scores  # noqa: E402
+from connectomics.commands.score_table import score_table  # noqa: E402
 from connectomics.evaluate.contingency import Contingency, side_by_side  # noqa: E402
 from connectomics.evaluate.instances import instance_scores  # noqa: E402
 from connectomics.evaluate.montage import montage  # noqa: E402
 from connectomics.evaluate.objects import MATCHED, Overlaps, match_table, write_matches  # noqa: E402
 from connectomics.evaluate.semantic import Confusion  # noqa: E402
 from connectomics.evaluate.semantic import scores as semantic_scores  # noqa: E402
-from connectomics.lightning.decode import Decoder  # noqa: E402
-from connectomics.lightning.evaluation import Scores  # noqa: E402
-from connectomics.lightning.score_table import score_table  # noqa: E402
 
 UNSEEN = (0, 7, 8, 11)
 EMBEDDED = REPOSITORY / "connectomics" / "example" / "phantom_mito_2d"

@@ -22,9 +22,9 @@ from connectomics.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine
+    from connectomics.commands.evaluate import Scores
     from connectomics.config.schema import Config
     from connectomics.jobs.outcome import VolumeOutcome
-    from connectomics.lightning.evaluation import Scores
     from connectomics.volumes.listing import VolumeSource
 
 
@@ -95,7 +95,7 @@ def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> lis
             return VolumeProcessor(config, engine, bar).run(sources)
     from connectomics.assembly.decoding import check_decoding
     from connectomics.assembly.watershed import check_run
-    from connectomics.lightning.decode import decode_outcomes
+    from connectomics.commands.decode import decode_outcomes
 
     check_decoding(config)
     check_run(config, engine)
@@ -124,7 +124,7 @@ def _test(words: argparse.Namespace) -> int:
     with _importing():
         from connectomics.assembly.engine.make_engine import build_engine
         from connectomics.assembly.volumes import named_sources
-        from connectomics.lightning.evaluation import check_known_answers, evaluate_outcomes
+        from connectomics.commands.evaluate import check_known_answers, evaluate_outcomes
 
     images = config.test.data.test_image
     if not images:
@@ -146,8 +146,8 @@ def _evaluate(words: argparse.Namespace) -> int:
 
     stated = [INSTANCES] if words.instances else []
     config = load_config(words.config, [*stated, *words.overrides])
+    from connectomics.commands.evaluate import evaluate_volumes, stated_comparisons
     from connectomics.evaluate.volumes import Comparison
-    from connectomics.lightning.evaluation import evaluate_volumes, stated_comparisons
     from connectomics.lightning.inference import check_output_folder
 
     if words.checkpoint is not None:
@@ -161,7 +161,7 @@ def _evaluate(words: argparse.Namespace) -> int:
 
 def _print_scores(scores: Scores, as_json: bool) -> int:
     """Print a table or JSON, and where the files are; the exit code."""
-    from connectomics.lightning.score_table import score_table
+    from connectomics.commands.score_table import score_table
 
     print(json.dumps(scores.content, indent=1) if as_json else score_table(scores))
     for path in () if as_json else (*scores.matches, scores.path):
@@ -191,7 +191,7 @@ def _verify(words: argparse.Namespace) -> int:
     config = load_config(None, [word for word in words.overrides if "=" in word])
     if len(outputs) > 1:
         raise ConfigError(f"verify compares one output, found {', '.join(outputs)}; give one, or none")
-    from connectomics.lightning.verify import report, verify
+    from connectomics.commands.verify import report, verify
 
     result = verify(
         config,
@@ -210,7 +210,7 @@ def _verify(words: argparse.Namespace) -> int:
 def _decode(words: argparse.Namespace) -> int:
     config = _configured(words)
     from connectomics.assembly.decoding import decodable
-    from connectomics.lightning.decode import Decoder
+    from connectomics.commands.decode import Decoder
     from connectomics.lightning.inference import check_output_folder
     from connectomics.progress import ProgressBar
 
@@ -221,7 +221,7 @@ def _decode(words: argparse.Namespace) -> int:
 
 
 def _reproduce(words: argparse.Namespace) -> int:
-    from connectomics.lightning.reproduce import reproduce
+    from connectomics.commands.reproduce import reproduce
 
     print(reproduce(words.output))
     return 0
@@ -236,7 +236,7 @@ def _status(words: argparse.Namespace) -> int:
 
 
 def _verify_run(words: argparse.Namespace) -> int:
-    from connectomics.pipeline.verify_run import verify_run
+    from connectomics.commands.verify_run import verify_run
 
     if words.sample is not None and words.sample < 1:
         raise ConfigError(f"--sample is {words.sample}, expected at least 1")
@@ -269,7 +269,7 @@ def _doctor(words: argparse.Namespace) -> int:
 
 
 def _demo(words: argparse.Namespace) -> int:
-    from connectomics.lightning.demo import run_demo
+    from connectomics.commands.demo import run_demo
     from connectomics.progress import ProgressBar
 
     with ProgressBar() as bar:
@@ -284,7 +284,7 @@ def _from_nnunet(words: argparse.Namespace) -> int:
         if vars(words)[word]:
             print(f"note: {word} changes nothing here and is ignored", file=sys.stderr)
     with _importing():
-        from connectomics.lightning.from_nnunet import FolderPrediction, NnunetCall
+        from connectomics.commands.from_nnunet import FolderPrediction, NnunetCall
         from connectomics.lightning.inference import check_output_folder
         from connectomics.progress import ProgressBar
 

@@ -216,8 +216,8 @@ def _import_everything(model: Path) -> None:
 
     from connectomics import doctor, progress  # noqa: F401
     from connectomics.assembly.engine.models import load
+    from connectomics.commands import decode  # noqa: F401
     from connectomics.config.load import load_config
-    from connectomics.lightning import decode  # noqa: F401
     from connectomics.volumes.formats import (
         hdf5,  # noqa: F401
         images,  # noqa: F401

@@ -1,6 +1,6 @@
 """From labels or probabilities to objects: steps one after the other, then the final volume and its table.
 
-``lightning.decode`` calls ``run_decode`` for each volume. A step is a frozen value with a name and a ``run`` from one
+``commands.decode`` calls ``run_decode`` for each volume. A step is a frozen value with a name and a ``run`` from one
 scene to the next; whatever it leaves on disk is whole or absent, so that a rerun continues.
 """
 

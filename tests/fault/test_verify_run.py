@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from connectomics.cli import main
+from connectomics.commands.verify_run import verify_run
 from connectomics.core.errors import QuarantineError, VolumeError
 from connectomics.execution.lease import Worker
 from connectomics.execution.stage import LABELS
 from connectomics.execution.status import status_of
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.pipeline.verify_run import verify_run
 from connectomics.runs.volume import VolumeJob
 from connectomics.stages.output.finish import Output
 from connectomics.stages.predict.filters import Filters

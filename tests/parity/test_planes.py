@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from connectomics.cli import main
+from connectomics.commands.verify import verify
 from connectomics.config.load import load_config
 from connectomics.core.errors import ConfigError, ModelError, VolumeError
 from connectomics.core.geometry import Block, BlockGrid, Box
 from connectomics.execution.task import Computed
 from connectomics.lightning.inference import InferenceManager, Prediction
-from connectomics.lightning.verify import verify
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.stages.predict.task import PredictTask
 from connectomics.stages.survey.survey import load_survey, save_survey, survey

@@ -21,9 +21,9 @@ from rich.console import Console
 from connectomics import cli, progress
 from connectomics.cli import main, script_main
 from connectomics.cli_exit import FAILED
+from connectomics.commands import demo
 from connectomics.core.errors import ConnectomicsError
 from connectomics.jobs.outcome import VolumeOutcome
-from connectomics.lightning import demo
 
 from nnunet_models import make_model
 from small_jobs import em_like, final_names, infer_words, quick_folder, write_h5

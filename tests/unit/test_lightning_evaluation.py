@@ -15,15 +15,15 @@ from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_sco
 from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.volumes import named_sources
 from connectomics.cli import main
+from connectomics.commands import demo
+from connectomics.commands.evaluate import Labelling, check_known_answers, evaluate_outcomes, evaluate_volumes
+from connectomics.commands.score_table import score_table
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ConnectomicsError
 from connectomics.evaluate.volumes import Comparison
 from connectomics.jobs.outcome import Silence, VolumeOutcome
-from connectomics.lightning import demo
-from connectomics.lightning.evaluation import Labelling, check_known_answers, evaluate_outcomes, evaluate_volumes
 from connectomics.lightning.inference import VolumeProcessor
-from connectomics.lightning.score_table import score_table
 
 from nnunet_models import make_model
 from parity_table import scene

@@ -16,7 +16,7 @@ from PIL import Image
 
 from connectomics.assembly import shared_sample
 from connectomics.cli import main
-from connectomics.lightning import from_nnunet
+from connectomics.commands import from_nnunet
 from connectomics.lightning.inference import InferenceManager
 from connectomics.stages.predict.precision_check import Agreement, FastContract
 

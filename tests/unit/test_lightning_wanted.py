@@ -15,10 +15,10 @@ import zarr
 from PIL import Image
 
 from connectomics.cli import main
+from connectomics.commands.verify import verify
 from connectomics.config.load import load_config
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.lightning.inference import InferenceManager
-from connectomics.lightning.verify import verify
 
 from nnunet_models import make_model
 from small_jobs import em_like, final_names, infer_words, ledger_lines, quick_folder, read_h5, write_h5

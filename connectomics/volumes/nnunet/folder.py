@@ -1,6 +1,6 @@
 """Folders as nnU-Net's predictor reads and writes them: cases by name, their spacing, one label file a case.
 
-Called by ``lightning.from_nnunet``.
+Called by ``commands.from_nnunet``.
 """
 
 from __future__ import annotations

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.volumes import named_sources
+from connectomics.commands.evaluate import evaluate_outcomes
+from connectomics.commands.score_table import score_table
 from connectomics.config.load import load_config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
 from connectomics.evaluate.montage import montage
 from connectomics.jobs.outcome import Observer
-from connectomics.lightning.evaluation import evaluate_outcomes
 from connectomics.lightning.inference import VolumeProcessor
-from connectomics.lightning.score_table import score_table
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import Array
 

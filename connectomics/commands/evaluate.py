@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from connectomics.commands.decode import objects_of
 from connectomics.config.schema import Config, Evaluation
 from connectomics.config.validation import INSTANCE_METRICS, SEMANTIC_METRICS
 from connectomics.core.errors import ConfigError, ConnectomicsError
@@ -18,7 +19,6 @@ from connectomics.evaluate.instances import instance_scores
 from connectomics.evaluate.objects import Overlaps, match_table, write_matches
 from connectomics.evaluate.semantic import Confusion, labels_found, scores
 from connectomics.evaluate.volumes import Comparison, Within, compare
-from connectomics.lightning.decode import objects_of
 from connectomics.volumes.listing import VolumeSource, refuse_collisions, stem_of
 from connectomics.volumes.opening import open_volume
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from connectomics.commands.salvage import salvage
 from connectomics.core.files import discard
 from connectomics.execution.lease import Worker
 from connectomics.execution.ledger import Ledger
@@ -25,7 +26,6 @@ from connectomics.execution.run_folder import (
 )
 from connectomics.execution.runner import is_kept
 from connectomics.execution.stage import LABELS, PROBABILITIES
-from connectomics.pipeline.salvage import salvage
 from connectomics.stages.survey.mask import MASK
 from connectomics.volumes.digests import SUFFIX, digests, is_intact
 

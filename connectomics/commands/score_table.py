@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from connectomics.lightning.evaluation import Scores
+from connectomics.commands.evaluate import Scores
 
 POOLED = "all volumes"
 _NAME = 32
