@@ -142,7 +142,7 @@ def command(contender: str, contest: Contest, images: Path, output: Path, thread
         words.append("--disable_tta")
     if contender == THEIRS:
         return [shutil.which(COMMAND, path=str(Path(sys.executable).parent)) or COMMAND, *map(str, words)]
-    ours = [sys.executable, "-c", "from connectomics.cli import program; program()", "from-nnunet"]
+    ours = [sys.executable, "-c", "from connectomics.cli.program import run_program; run_program()", "from-nnunet"]
     return [*ours, *map(str, words), f"system.num_cpus={threads}", *VARIANTS[contender]]
 
 

@@ -214,8 +214,11 @@ def _import_everything(model: Path) -> None:
     import pyarrow.parquet  # noqa: F401
     from PIL import Image
 
-    from connectomics import doctor, progress  # noqa: F401
     from connectomics.assembly.engine.models import load
+    from connectomics.cli import (
+        doctor,  # noqa: F401
+        progress,  # noqa: F401
+    )
     from connectomics.commands import decode  # noqa: F401
     from connectomics.config.load import load_config
     from connectomics.volumes.formats import (

@@ -51,7 +51,7 @@ find_program() {
     return
   fi
   for home in "${CONNECTOMICS_HOME:-}" "${SLURM_SUBMIT_DIR:-$PWD}"; do
-    if [[ -n $home && -f $home/connectomics/cli.py && -x $home/.venv/bin/python ]]; then
+    if [[ -n $home && -f $home/pyproject.toml && -x $home/.venv/bin/python ]]; then
       program=("$home/.venv/bin/python" -m connectomics.cli)
       return
     fi

@@ -137,7 +137,7 @@ def test_the_program_is_looked_for_in_the_stated_order(bench: Bench, script: Pat
     program(bench.folder / "bin" / "connectomics", PYTHON)
     for name in ("submitted", "home"):
         program(bench.folder / name / ".venv" / "bin" / "python", PYTHON)
-        program(bench.folder / name / "connectomics" / "cli.py", "")
+        program(bench.folder / name / "pyproject.toml", "")
     submitted = absent | {"SLURM_SUBMIT_DIR": str(bench.folder / "submitted")}
     home = submitted | {"CONNECTOMICS_HOME": str(bench.folder / "home")}
     stated = home | {"CONNECTOMICS_PYTHON": str(bench.folder / "bin" / "python")}

@@ -18,9 +18,9 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-from connectomics import cli, progress
-from connectomics.cli import main, script_main
-from connectomics.cli_exit import FAILED
+from connectomics.cli import program as cli
+from connectomics.cli import main, progress, script_main
+from connectomics.cli.exit import FAILED
 from connectomics.commands import demo
 from connectomics.core.errors import ConnectomicsError
 from connectomics.jobs.outcome import VolumeOutcome
@@ -52,7 +52,7 @@ def model(folder: Path) -> Path:
 )
 def test_waiting_threads_sleep_unless_the_environment_says_otherwise(stated: dict[str, str], expected: str) -> None:
     code = (
-        "import os, sys; from connectomics import cli\n"
+        "import os, sys; from connectomics.cli import program as cli\n"
         "def told(words): print('torch' in sys.modules, os.environ.get('OMP_WAIT_POLICY'))\n"
         "cli._COMMANDS['status'] = told\n"
         "cli.main(['status', 'nowhere.run'])\n"
@@ -250,7 +250,7 @@ def test_an_end_that_is_no_result_is_one_sentence(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_ends_the_command_and_the_handlers_are_put_back(number: signal.Signals, code: int) -> None:
     program = (
-        "import os, signal, time; from connectomics import cli\n"
+        "import os, signal, time; from connectomics.cli import program as cli\n"
         f"def command(words): os.kill(os.getpid(), {int(number)}); time.sleep(5); return 0\n"
         f"before = signal.getsignal({int(number)})\n"
         "cli._COMMANDS['doctor'] = command\n"
@@ -379,7 +379,7 @@ def test_a_process_ends_with_its_code_after_what_was_registered(
     if not device.exists():
         pytest.skip(f"there is no {device} here")
     words = (
-        "import atexit, pathlib; from connectomics.cli_exit import leave; atexit.register(pathlib.Path('done').touch)"
+        "import atexit, pathlib; from connectomics.cli.exit import leave; atexit.register(pathlib.Path('done').touch)"
     )
     with device.open("w") as stream:
         ended = subprocess.run(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from connectomics import cli
+from connectomics.cli import program as cli
 from connectomics.core.errors import ModelError, UnsafeModelError
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.models.checkpoint import load_model, read_spec

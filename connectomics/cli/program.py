@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from connectomics import cli_forecast
-from connectomics.cli_arguments import INSTANCES, parse_command, parse_mode
-from connectomics.cli_exit import FAILED, guarded, leave
+from connectomics.cli import forecast
+from connectomics.cli.arguments import INSTANCES, parse_command, parse_mode
+from connectomics.cli.exit import FAILED, guarded, leave
 from connectomics.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(_COMMANDS[words.command], words)
 
 
-def program() -> NoReturn:
+def run_program() -> NoReturn:
     """The program ``connectomics``: as ``main``, and the process ends."""
     leave(main())
 
@@ -73,14 +73,14 @@ def _infer_volume(words: argparse.Namespace) -> int:
 
     engine = build_engine(config, words.checkpoint)
     sources = share_of(config, list_sources(config, engine.spec.channels))
-    cli_forecast.check_limits(words, config, engine, sources)
+    forecast.check_limits(words, config, engine, sources)
     return _ended(_run(config, engine, sources))
 
 
 def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> list[VolumeOutcome]:
     from connectomics.assembly.provenance import batch_note
+    from connectomics.cli.progress import ProgressBar
     from connectomics.lightning.inference import VolumeProcessor, check_output_folder
-    from connectomics.progress import ProgressBar
 
     for deviation in engine.deviations:
         print(f"not nnU-Net: {deviation}", file=sys.stderr)
@@ -210,9 +210,9 @@ def _verify(words: argparse.Namespace) -> int:
 def _decode(words: argparse.Namespace) -> int:
     config = _configured(words)
     from connectomics.assembly.decoding import decodable
+    from connectomics.cli.progress import ProgressBar
     from connectomics.commands.decode import Decoder
     from connectomics.lightning.inference import check_output_folder
-    from connectomics.progress import ProgressBar
 
     source = decodable(words.volume)
     check_output_folder(Path(config.inference.data.output_path))
@@ -258,7 +258,7 @@ def _convert(words: argparse.Namespace) -> int:
 
 def _doctor(words: argparse.Namespace) -> int:
     config = _configured(words)
-    from connectomics.doctor import examine
+    from connectomics.cli.doctor import examine
 
     findings = examine(config, words.checkpoint)
     for finding in findings:
@@ -269,8 +269,8 @@ def _doctor(words: argparse.Namespace) -> int:
 
 
 def _demo(words: argparse.Namespace) -> int:
+    from connectomics.cli.progress import ProgressBar
     from connectomics.commands.demo import run_demo
-    from connectomics.progress import ProgressBar
 
     with ProgressBar() as bar:
         lines = run_demo(words.output, bar)
@@ -284,9 +284,9 @@ def _from_nnunet(words: argparse.Namespace) -> int:
         if vars(words)[word]:
             print(f"note: {word} changes nothing here and is ignored", file=sys.stderr)
     with _importing():
+        from connectomics.cli.progress import ProgressBar
         from connectomics.commands.from_nnunet import FolderPrediction, NnunetCall
         from connectomics.lightning.inference import check_output_folder
-        from connectomics.progress import ProgressBar
 
     call = NnunetCall(
         words.i,
@@ -331,8 +331,8 @@ def _model_of(words: argparse.Namespace) -> Path:
 
 _COMMANDS = {
     "infer-volume": _infer_volume,
-    "plan": cli_forecast.plan,
-    "tune": cli_forecast.tune,
+    "plan": forecast.plan,
+    "tune": forecast.tune,
     "test": _test,
     "evaluate": _evaluate,
     "inspect": _inspect,
@@ -346,6 +346,3 @@ _COMMANDS = {
     "demo": _demo,
     "from-nnunet": _from_nnunet,
 }
-
-if __name__ == "__main__":
-    program()

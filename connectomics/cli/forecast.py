@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from connectomics.cli_exit import FAILED
+from connectomics.cli.exit import FAILED
 from connectomics.core.errors import ConnectomicsError
 
 if TYPE_CHECKING:
