@@ -16,7 +16,7 @@ BEHIND_BYTES = 32 << 20  # outputs of a block that may be written while the next
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Workspace:
     """Where work that one process alone looks after is done, and with what.
 
     Parameters

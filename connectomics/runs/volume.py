@@ -25,7 +25,7 @@ from connectomics.execution.ledger import HEADER, Ledger, plan_of, read_header
 from connectomics.execution.retry import PAUSES_S, PatientReader
 from connectomics.execution.run_folder import AGREEMENT, FILTERED, HOUSE, LEDGER, PROVENANCE, SURVEY, WORKERS
 from connectomics.execution.runner import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
-from connectomics.execution.stage import LABELS, Room
+from connectomics.execution.stage import LABELS, Workspace
 from connectomics.execution.task import Executor, RunReport
 from connectomics.stages.decode.workspace import BLOCK_VOXELS, VOXEL_BYTES
 from connectomics.stages.output.finish import (
@@ -155,9 +155,9 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
         job = replace(job, wanted=job.wanted.patiently(settings.pauses_s))
     with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
         run = functools.partial(run_blocks, executor=executor, worker=worker, on_block=on_block)
-        room = Room(work, run, job.filter_block_bytes)
+        workspace = Workspace(work, run, job.filter_block_bytes)
         with worker.alone(HOUSE):
-            prepared = _prepare(room, job, reader, settings, worker)
+            prepared = _prepare(workspace, job, reader, settings, worker)
         ledger = prepared.ledger
         try:
             task = PredictTask(
@@ -173,21 +173,23 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
             if not blocks.failures:
                 with worker.alone(HOUSE):
                     worker.wait_until_free(f"{task.name}.")
-                    _finish(prepared, job, settings, room)
+                    _finish(prepared, job, settings, workspace)
             return _report(job, prepared, blocks, began)
         finally:
             ledger.close()
 
 
-def _prepare(room: Room, job: VolumeJob, reader: PatientReader, settings: RunSettings, worker: Worker) -> _Prepared:
+def _prepare(
+    workspace: Workspace, job: VolumeJob, reader: PatientReader, settings: RunSettings, worker: Worker
+) -> _Prepared:
     """Survey, agreement, ledger and stores; records whose shards were lost are undone."""
-    work = room.work
+    work = workspace.work
     plan = plan_of(work / LEDGER) or job.plan  # a rerun elsewhere cuts the volume as it was begun
     if job.on_device and plan != job.plan:
         job.segmenter.rehearse(plan.block_shape)
     facts = _result_keys(job) | {"grid": list(plan.block_shape), "program": settings.program}
     run_key, extent = key_of(facts), reader.info.extent
-    surveyed = _surveyed(job, reader, room)
+    surveyed = _surveyed(job, reader, workspace)
     agreement = _agreement(work, job, reader, surveyed)
     ledger = Ledger(
         work / LEDGER, run_key, settings.numeric_class, plan, extent, allow_other_class=settings.allow_mixed
@@ -208,7 +210,7 @@ def _prepare(room: Room, job: VolumeJob, reader: PatientReader, settings: RunSet
     return _Prepared(work, run_key, ledger, surveyed, pending, stores, agreement)
 
 
-def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, room: Room) -> None:
+def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, workspace: Workspace) -> None:
     """Write what is still missing of the outputs, and remove the working stores."""
     pending = [o for o in prepared.pending if o.missing(settings.folder)]  # another process may have been first
     prepared.ledger.refresh()
@@ -225,7 +227,7 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, room: Ro
         record = stamp | {"result_keys": _result_keys(job), "command": list(job.command)}
         write_text(job.run_folder / PROVENANCE, json.dumps(record, indent=1) + "\n")
     for output in pending:
-        _export(prepared, job, output, settings, stamp, room)
+        _export(prepared, job, output, settings, stamp, workspace)
     seal(job.run_folder, (p for o in job.outputs for p in o.paths(settings.folder).values()))
     for store in prepared.stores.values():
         store.close()
@@ -238,16 +240,16 @@ def _export(
     output: Output,
     settings: RunSettings,
     stamp: dict[str, object],
-    room: Room,
+    workspace: Workspace,
 ) -> None:
     store, filtered = prepared.stores[output.name], prepared.work / FILTERED
     source = store
     if output.name == LABELS and job.filters.active:
-        source = filter_store(store, prepared.ledger.grid, room, job.filters)
+        source = filter_store(store, prepared.ledger.grid, workspace, job.filters)
     discard_locks(source.path)
     for form in output.missing(settings.folder):  # what stands there is replaced
         unseal(job.run_folder, output.paths(settings.folder)[form])
-    export_output(source, output, settings.folder, stamp, prepared.work, room.run)
+    export_output(source, output, settings.folder, stamp, prepared.work, workspace.run)
     source.close()
     store.close()
     discard(filtered)
@@ -326,12 +328,12 @@ def _choose_blocks(ledger: Ledger, job: VolumeJob, wanted: Wanted) -> None:
         ledger.choose(flags)
 
 
-def _surveyed(job: VolumeJob, reader: VolumeReader, room: Room) -> Surveyed:
-    path = room.work / SURVEY
+def _surveyed(job: VolumeJob, reader: VolumeReader, workspace: Workspace) -> Surveyed:
+    path = workspace.work / SURVEY
     kept = load_survey(path)
     if kept is not None:
-        return job.segmenter.masked(kept, reader, room)
-    surveyed = job.segmenter.survey(reader, job.name, job.readers, room)
+        return job.segmenter.masked(kept, reader, workspace)
+    surveyed = job.segmenter.survey(reader, job.name, job.readers, workspace)
     save_survey(surveyed, path)
     log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
     return surveyed

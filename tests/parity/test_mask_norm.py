@@ -20,7 +20,7 @@ from connectomics.cli import main
 from connectomics.core.errors import OutputError
 from connectomics.core.geometry import AxisOrder, BlockGrid, Box, Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
-from connectomics.execution.stage import Room
+from connectomics.execution.stage import Workspace
 from connectomics.inference.case import CaseInput
 from connectomics.inference.resample import ResampledInput
 from connectomics.lightning.inference import InferenceManager
@@ -231,12 +231,12 @@ class Watched(ArrayVolume):
         return super().read(box)
 
 
-def filled(mask: np.ndarray, room: Room | None = None) -> np.ndarray:
-    """Our mask of a volume that is not zero where ``mask`` says so; with ``room`` a block is read at once, no more."""
+def filled(mask: np.ndarray, workspace: Workspace | None = None) -> np.ndarray:
+    """Our mask of a volume that is not zero where ``mask`` says so; with ``workspace`` a block is read at once, no more."""
     volume = Watched(mask[None].astype(np.uint8))
     box = Box.of_shape(vec3(mask.shape))
-    found = make_mask(volume, box, None, room)
-    assert room is None or volume.most <= room.block_bytes // VOXEL_BYTES
+    found = make_mask(volume, box, None, workspace)
+    assert workspace is None or volume.most <= workspace.block_bytes // VOXEL_BYTES
     return found(box)[0]
 
 
@@ -254,8 +254,8 @@ def test_a_winding_way_out_is_followed_from_block_to_block(tmp_path: Path) -> No
     np.testing.assert_array_equal(binary_fill_holes(opened), opened)
     for name, holed, expected in (("closed", mask, np.ones_like(mask)), ("opened", opened, opened)):
         (tmp_path / name).mkdir()
-        room = Room(tmp_path / name, in_order, 30 * (VOXEL_BYTES + 1))  # of 30 voxels
-        np.testing.assert_array_equal(filled(holed, room), expected)
+        workspace = Workspace(tmp_path / name, in_order, 30 * (VOXEL_BYTES + 1))  # of 30 voxels
+        np.testing.assert_array_equal(filled(holed, workspace), expected)
         assert len(list((tmp_path / name / "mask.cut").iterdir())) > 20
 
 
@@ -268,7 +268,7 @@ def test_a_mask_in_blocks_is_filled_as_scipy_fills_it(shape: Vec3, tmp_path: Pat
         expected = binary_fill_holes(mask)
         work = tmp_path / str(seed)
         work.mkdir()
-        np.testing.assert_array_equal(filled(mask, Room(work, in_order, 600 * VOXEL_BYTES)), expected)
+        np.testing.assert_array_equal(filled(mask, Workspace(work, in_order, 600 * VOXEL_BYTES)), expected)
         assert shape[0] < 9 or (expected != mask).any(), "the example must hold holes"
 
 

@@ -18,8 +18,8 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-from connectomics.cli import program as cli
 from connectomics.cli import main, progress, script_main
+from connectomics.cli import program as cli
 from connectomics.cli.exit import FAILED
 from connectomics.commands import demo
 from connectomics.core.errors import ConnectomicsError

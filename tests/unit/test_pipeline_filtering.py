@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from connectomics.core.geometry import BlockGrid, Box, Vec3
 from connectomics.execution.block_plan import BlockPlan
-from connectomics.execution.stage import Room
+from connectomics.execution.stage import Workspace
 from connectomics.stages.decode import binary_filters as filtering
 from connectomics.stages.decode.binary_filters import filter_labels
 from connectomics.volumes.store import Store, create_store
@@ -53,7 +53,7 @@ def test_filters_by_blocks(shape: Vec3, minimum: int, fill: bool, folder: Path) 
     filtered = filter_labels(
         store,
         BlockGrid(shape, (4, 8, 20)),
-        Room(folder, in_order, 1 << 30),
+        Workspace(folder, in_order, 1 << 30),
         minimum_voxels=minimum,
         fill_holes=fill,
     )
@@ -68,6 +68,6 @@ def test_blocks_too_large_for_labelling_are_cut_smaller(folder: Path, monkeypatc
     monkeypatch.setattr(filtering, "BLOCK_VOXELS", 1000)
     monkeypatch.setattr(filtering, "decode_plan", lambda info, budget: BlockPlan((4, 8, 10), (4, 8, 10)))
     grid = BlockGrid((8, 24, 20), (8, 24, 20))
-    filtered = filter_labels(store, grid, Room(folder, in_order, 1 << 30), minimum_voxels=12, fill_holes=True)
+    filtered = filter_labels(store, grid, Workspace(folder, in_order, 1 << 30), minimum_voxels=12, fill_holes=True)
     assert filtered.shard_shape == (4, 8, 10)
     assert np.array_equal(filtered.read(Box.of_shape((8, 24, 20)))[0], whole(labels, 12, fill=True))

@@ -12,7 +12,7 @@ from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.run_folder import FILTERED, LEDGER
-from connectomics.execution.stage import Room
+from connectomics.execution.stage import Workspace
 from connectomics.objects.components import Connectivity
 from connectomics.objects.selection import Holes, Selection
 from connectomics.stages.decode.steps import Values
@@ -24,7 +24,9 @@ OBJECTS, BACKGROUND = Connectivity(26), Connectivity(6)
 FILTER = "filter"
 
 
-def filter_labels(store: Store, grid: BlockGrid, room: Room, *, minimum_voxels: int, fill_holes: bool) -> Store:
+def filter_labels(
+    store: Store, grid: BlockGrid, workspace: Workspace, *, minimum_voxels: int, fill_holes: bool
+) -> Store:
     """Write filtered labels, block by block, continuing what an earlier run left; one process alone does so.
 
     Parameters
@@ -33,7 +35,7 @@ def filter_labels(store: Store, grid: BlockGrid, room: Room, *, minimum_voxels: 
         Labels.
     grid
         How the volume was cut; blocks that are too large for labelling are cut smaller.
-    room
+    workspace
         Where the filtered store, ``filtered.zarr``, stands once it is complete.
     minimum_voxels
         Components (26-connected, of one label) of fewer voxels become background; 0 for none.
@@ -45,15 +47,15 @@ def filter_labels(store: Store, grid: BlockGrid, room: Room, *, minimum_voxels: 
     QuarantineError
         If blocks failed.
     """
-    work, target = room.work, room.work / FILTERED
+    work, target = workspace.work, workspace.work / FILTERED
     if not target.exists():
         plan = BlockPlan(grid.block_shape, store.info.chunk_shape)
-        if grid.block((0, 0, 0)).core.voxels > min(BLOCK_VOXELS, room.block_bytes // VOXEL_BYTES):
-            plan = decode_plan(store.info, room.block_bytes)
+        if grid.block((0, 0, 0)).core.voxels > min(BLOCK_VOXELS, workspace.block_bytes // VOXEL_BYTES):
+            plan = decode_plan(store.info, workspace.block_bytes)
         plan = kept_plan(work / f"{FILTER}.{PLAN}", plan)
         facts = {"small": minimum_voxels, "holes": fill_holes, "block": list(plan.block_shape)}
         cut = BlockGrid(grid.volume, plan.block_shape)
-        shop = Workshop(work, FILTER, plan, cut, key_of(facts), room.run)
+        shop = Workshop(work, FILTER, plan, cut, key_of(facts), workspace.run)
         current = store
         if minimum_voxels > 0:
             current = _without_small_objects(current, minimum_voxels, shop.part("dust"))

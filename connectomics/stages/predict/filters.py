@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from connectomics.core.geometry import BlockGrid
-from connectomics.execution.stage import Room
+from connectomics.execution.stage import Workspace
 from connectomics.objects.filters import fill_holes, remove_small_objects
 from connectomics.stages.decode.binary_filters import filter_labels
 from connectomics.volumes.store import Store
@@ -39,6 +39,6 @@ class Filters:
         return fill_holes(labels) if self.fill_holes else labels
 
 
-def filter_store(store: Store, grid: BlockGrid, room: Room, filters: Filters) -> Store:
+def filter_store(store: Store, grid: BlockGrid, workspace: Workspace, filters: Filters) -> Store:
     """Apply filters of whole objects to a store of labels."""
-    return filter_labels(store, grid, room, minimum_voxels=filters.minimum_voxels, fill_holes=filters.fill_holes)
+    return filter_labels(store, grid, workspace, minimum_voxels=filters.minimum_voxels, fill_holes=filters.fill_holes)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from connectomics.core.geometry import AxisOrder, Box, Vec3, pieces, vec3
-from connectomics.execution.stage import LABELS, PROBABILITIES, Room
+from connectomics.execution.stage import LABELS, PROBABILITIES, Workspace
 from connectomics.inference.cascade import PreviousLabels, StackedInput
 from connectomics.inference.case import Case, CaseInput, ReadBox
 from connectomics.inference.head import LabelRule, ProbabilityRule
@@ -169,10 +169,10 @@ class Segmenter:
         """Names of what ``segment`` returns."""
         return (LABELS,) if self.probabilities is None else (LABELS, PROBABILITIES)
 
-    def survey(self, reader: VolumeReader, name: str, workers: int = 1, room: Room | None = None) -> Surveyed:
+    def survey(self, reader: VolumeReader, name: str, workers: int = 1, workspace: Workspace | None = None) -> Surveyed:
         """The cases of a volume for each member; the volume is read once for members that see it alike.
 
-        Masks are kept in the work folder of ``room``, in memory without one.
+        Masks are kept in the work folder of ``workspace``, in memory without one.
         """
         found: dict[object, Sequence[Case]] = {}
         for m in self.members:
@@ -187,14 +187,14 @@ class Segmenter:
                     plane_axis=m.plane_axis,
                     with_mask=m.keeps_mask,
                     previous=m.labels_in_mask,
-                    room=room,
+                    workspace=workspace,
                 )
         return tuple(found[m.sees] for m in self.members)
 
-    def masked(self, surveyed: Surveyed, reader: VolumeReader, room: Room) -> Surveyed:
+    def masked(self, surveyed: Surveyed, reader: VolumeReader, workspace: Workspace) -> Surveyed:
         """Cases that were kept without their masks, with them."""
         return tuple(
-            tuple(replace(c, mask=make_mask(reader, c.box, m.labels_in_mask, room)) for c in cases)
+            tuple(replace(c, mask=make_mask(reader, c.box, m.labels_in_mask, workspace)) for c in cases)
             if m.keeps_mask
             else cases
             for m, cases in zip(self.members, surveyed, strict=True)

@@ -15,7 +15,7 @@ from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.runner import BlocksDone
-from connectomics.execution.stage import Room
+from connectomics.execution.stage import Workspace
 from connectomics.execution.task import Task
 from connectomics.inference.case import ReadBox
 from connectomics.objects.components import Connectivity
@@ -35,7 +35,7 @@ def is_inside(image: Array) -> Array:
     return inside
 
 
-def make_mask(reader: VolumeReader, box: Box, labels: ReadBox | None, room: Room | None) -> ReadBox:
+def make_mask(reader: VolumeReader, box: Box, labels: ReadBox | None, workspace: Workspace | None) -> ReadBox:
     """The mask of a volume: what is not zero, with its holes filled as scipy's ``binary_fill_holes`` fills them.
 
     Parameters
@@ -46,7 +46,7 @@ def make_mask(reader: VolumeReader, box: Box, labels: ReadBox | None, room: Room
         Its nonzero box.
     labels
         Gives labels (1, z, y, x) that count as inside, within ``box``; None: there are none.
-    room
+    workspace
         Where the mask is made and kept, block by block; what is there already is not made again. None: it is made for
         a volume in memory, and kept there.
 
@@ -66,11 +66,11 @@ def make_mask(reader: VolumeReader, box: Box, labels: ReadBox | None, room: Room
     if 1 in reader.info.extent:
         return lambda part: inside(part)[None]
     name = MASK if labels is None else f"{MASK}_with_labels"
-    if room is not None:
-        store = _stored(reader, inside, name, room)
+    if workspace is not None:
+        store = _stored(reader, inside, name, workspace)
         return lambda part: store.read(part).view(np.bool_)
     with tempfile.TemporaryDirectory() as folder:
-        store = _stored(reader, inside, name, Room(Path(folder), _in_order, BLOCK_VOXELS * VOXEL_BYTES))
+        store = _stored(reader, inside, name, Workspace(Path(folder), _in_order, BLOCK_VOXELS * VOXEL_BYTES))
         whole = store.read(Box.of_shape(store.info.extent)).view(np.bool_)
         store.close()
     return lambda part: whole[(slice(None), *part.slices)]
@@ -85,13 +85,13 @@ def sections_of(mask: ReadBox, info: VolumeInfo, axis: int) -> Array:
     return counts
 
 
-def _stored(reader: VolumeReader, inside: ReadBox, name: str, room: Room) -> Store:
+def _stored(reader: VolumeReader, inside: ReadBox, name: str, workspace: Workspace) -> Store:
     info = reader.info
     raw_bytes = info.channels * info.dtype.itemsize
-    plan = decode_plan(info, room.block_bytes * VOXEL_BYTES // (VOXEL_BYTES + raw_bytes))
-    plan = kept_plan(room.work / f"{name}.{PLAN}", plan)
+    plan = decode_plan(info, workspace.block_bytes * VOXEL_BYTES // (VOXEL_BYTES + raw_bytes))
+    plan = kept_plan(workspace.work / f"{name}.{PLAN}", plan)
     grid = BlockGrid(info.extent, plan.block_shape)
-    shop = Workshop(room.work, name, plan, grid, key_of({"block": list(plan.block_shape)}), room.run)
+    shop = Workshop(workspace.work, name, plan, grid, key_of({"block": list(plan.block_shape)}), workspace.run)
 
     def outside(part: Box) -> Array:
         return np.logical_not(is_inside(reader.read(part)))

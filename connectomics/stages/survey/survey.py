@@ -21,7 +21,7 @@ import numpy as np
 from connectomics.core.errors import VolumeError
 from connectomics.core.files import replacing
 from connectomics.core.geometry import AxisOrder, BlockGrid, Box, Vec3, vec3
-from connectomics.execution.stage import Room
+from connectomics.execution.stage import Workspace
 from connectomics.inference.case import Case, Range, ReadBox
 from connectomics.inference.normalise import ChannelSummary, IntensityStats, check_intensities, is_exact
 from connectomics.inference.section_cases import SectionCases
@@ -165,7 +165,7 @@ def survey(
     plane_axis: int | None = 0,
     with_mask: bool = False,
     previous: ReadBox | None = None,
-    room: Room | None = None,
+    workspace: Workspace | None = None,
 ) -> Sequence[Case]:
     """Read the whole volume once and describe its cases; memory holds a few tiles and a table of the sections.
 
@@ -189,7 +189,7 @@ def survey(
         Whether the case of a volume is given its mask although no channel is normalised within it.
     previous
         Gives labels (1, z, y, x) of a cascade's previous stage, which nnU-Net counts as within the mask.
-    room
+    workspace
         Where the mask is kept; None: in memory, whole.
 
     Raises
@@ -204,7 +204,7 @@ def survey(
     whole, region = _volume_tally(reader, name, workers, planes), Box.of_shape(reader.info.extent)
     mask, inside = None, None
     if with_mask or keeps_mask(schemes, by_slice=False):
-        mask = make_mask(reader, whole.box or region, previous, room)
+        mask = make_mask(reader, whole.box or region, previous, workspace)
         inside = sections_of(mask, reader.info, plane_axis or 0)
         whole.inside = int(inside.sum())
     case = dataclasses.replace(_checked(whole.case(region, schemes), name, schemes), mask=mask)
