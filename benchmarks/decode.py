@@ -42,7 +42,7 @@ from connectomics.objects.pieces import Pieces, nothing
 from connectomics.objects.selection import Selection
 from connectomics.stages.decode.steps import Values
 from connectomics.stages.decode.tasks import PiecesTask, smallest_dtype
-from connectomics.stages.decode.workspace import CUT, Workshop
+from connectomics.stages.decode.workspace import CUT, StepContext
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.store import Store, create_store, open_store
 from connectomics.volumes.volume import VolumeInfo
@@ -114,11 +114,11 @@ def labelled(source: Store, work: Path, plan: BlockPlan, connectivity: int) -> i
         def run(task: Task, ledger: Ledger) -> BlocksDone:
             return run_blocks(task, ledger, SerialExecutor(), worker, lambda done, planned: None)
 
-        shop = Workshop(work, NAME, plan, grid, "0" * 64, run, functools.partial(worker.alone, HOUSE))
-        task = PiecesTask(grid, shop.place(CUT), Values(source), Connectivity(connectivity))
-        shop.pieces(task)
-        tables, count, largest = shop.objects(task.folder, Selection(), joined=True)
-        shop.paint(task.folder, tables, source.info, smallest_dtype(largest))
+        context = StepContext(work, NAME, plan, grid, "0" * 64, run, functools.partial(worker.alone, HOUSE))
+        task = PiecesTask(grid, context.place(CUT), Values(source), Connectivity(connectivity))
+        context.pieces(task)
+        tables, count, largest = context.objects(task.folder, Selection(), joined=True)
+        context.paint(task.folder, tables, source.info, smallest_dtype(largest))
     return count
 
 

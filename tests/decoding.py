@@ -23,7 +23,7 @@ from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import AT_ONCE, FIRST_ID, Cuts, merge
 from connectomics.objects.table import COLUMNS, Frame, write_table
 from connectomics.stages.decode.tasks import JoinTask, PiecesTask, block_file, painted_block
-from connectomics.stages.decode.workspace import Scene, Step, Workshop
+from connectomics.stages.decode.workspace import Scene, Step, StepContext
 from connectomics.volumes.volume import VolumeInfo
 
 Array = npt.NDArray[Any]
@@ -118,8 +118,8 @@ def decode_array(
     units = None if probabilities is None else (255.0, 255.0)
     scene = Scene(Volume(values), Frame(VOXEL_SIZE_NM, probability_units=units), read)
     for number, step in enumerate(steps):
-        shop = Workshop(folder, str(number), BlockPlan(block, block), grid, "0" * 64, in_order)
-        scene = step.run(scene, shop)
+        context = StepContext(folder, str(number), BlockPlan(block, block), grid, "0" * 64, in_order)
+        scene = step.run(scene, context)
     return Decoded(scene.volume.read(Box.of_shape(values.shape))[0], scene)
 
 

@@ -29,7 +29,7 @@ from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blo
 from connectomics.execution.task import Executor, RunReport, Task
 from connectomics.objects.table import Frame, write_table
 from connectomics.stages.decode.tasks import Read
-from connectomics.stages.decode.workspace import PLAN, Scene, Step, Workshop, kept_plan
+from connectomics.stages.decode.workspace import PLAN, Scene, Step, StepContext, kept_plan
 from connectomics.stages.output.finish import (
     Output,
     check_exportable,
@@ -199,7 +199,7 @@ def _objects(
     )
     alone = functools.partial(worker.alone, HOUSE)
     for number, step in enumerate(job.steps, 1):
-        scene = step.run(scene, Workshop(job.work, f"{number}_{step.name}", plan, grid, run_key, run, alone))
+        scene = step.run(scene, StepContext(job.work, f"{number}_{step.name}", plan, grid, run_key, run, alone))
     return scene, run_key
 
 

@@ -17,7 +17,15 @@ from connectomics.objects.components import Connectivity
 from connectomics.objects.selection import Holes, Selection
 from connectomics.stages.decode.steps import Values
 from connectomics.stages.decode.tasks import PiecesTask
-from connectomics.stages.decode.workspace import BLOCK_VOXELS, CUT, PLAN, VOXEL_BYTES, Workshop, decode_plan, kept_plan
+from connectomics.stages.decode.workspace import (
+    BLOCK_VOXELS,
+    CUT,
+    PLAN,
+    VOXEL_BYTES,
+    StepContext,
+    decode_plan,
+    kept_plan,
+)
 from connectomics.volumes.store import Store, open_store
 
 OBJECTS, BACKGROUND = Connectivity(26), Connectivity(6)
@@ -55,12 +63,12 @@ def filter_labels(
         plan = kept_plan(work / f"{FILTER}.{PLAN}", plan)
         facts = {"small": minimum_voxels, "holes": fill_holes, "block": list(plan.block_shape)}
         cut = BlockGrid(grid.volume, plan.block_shape)
-        shop = Workshop(work, FILTER, plan, cut, key_of(facts), workspace.run)
+        context = StepContext(work, FILTER, plan, cut, key_of(facts), workspace.run)
         current = store
         if minimum_voxels > 0:
-            current = _without_small_objects(current, minimum_voxels, shop.part("dust"))
+            current = _without_small_objects(current, minimum_voxels, context.part("dust"))
         if fill_holes:
-            current = _without_holes(current, shop.part("holes"))
+            current = _without_holes(current, context.part("holes"))
         current.close()
         put_in_place(current.path, target)
     discard_unfinished(work)
@@ -73,16 +81,16 @@ def discard_unfinished(work: Path) -> None:
         discard(path)
 
 
-def _without_small_objects(store: Store, minimum_voxels: int, shop: Workshop) -> Store:
-    task = PiecesTask(shop.grid, shop.place(CUT), Values(store), OBJECTS)
-    shop.pieces(task)
-    tables, _, _ = shop.objects(task.folder, Selection(minimum_voxels, by_value=True), joined=True)
-    return shop.paint(task.folder, tables, store.info, store.info.dtype)
+def _without_small_objects(store: Store, minimum_voxels: int, context: StepContext) -> Store:
+    task = PiecesTask(context.grid, context.place(CUT), Values(store), OBJECTS)
+    context.pieces(task)
+    tables, _, _ = context.objects(task.folder, Selection(minimum_voxels, by_value=True), joined=True)
+    return context.paint(task.folder, tables, store.info, store.info.dtype)
 
 
-def _without_holes(store: Store, shop: Workshop) -> Store:
+def _without_holes(store: Store, context: StepContext) -> Store:
     values = Values(store)
-    task = PiecesTask(shop.grid, shop.place(CUT), values, BACKGROUND, holes=True)
-    shop.pieces(task)
-    tables, _, _ = shop.objects(task.folder, Holes(), joined=True)
-    return shop.paint(task.folder, tables, store.info, store.info.dtype, under=values)
+    task = PiecesTask(context.grid, context.place(CUT), values, BACKGROUND, holes=True)
+    context.pieces(task)
+    tables, _, _ = context.objects(task.folder, Holes(), joined=True)
+    return context.paint(task.folder, tables, store.info, store.info.dtype, under=values)

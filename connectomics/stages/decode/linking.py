@@ -24,7 +24,7 @@ from connectomics.objects.overlaps import OVERLAP, Overlaps, Runs, overlaps, sum
 from connectomics.objects.selection import NUMBERS, Selection
 from connectomics.stages.decode.steps import EVERYTHING, Values
 from connectomics.stages.decode.tasks import PiecesTask, block_file, saved, smallest_dtype
-from connectomics.stages.decode.workspace import CUT, TABLES, Scene, Workshop
+from connectomics.stages.decode.workspace import CUT, TABLES, Scene, StepContext
 from connectomics.volumes.volume import Array
 
 SECTIONS, OVERLAPS = "sections", "overlaps"
@@ -157,32 +157,34 @@ class SliceLinking:
         """As in the configuration."""
         return "slice_linking"
 
-    def run(self, scene: Scene, shop: Workshop) -> Scene:
+    def run(self, scene: Scene, context: StepContext) -> Scene:
         """Link the scene's objects, or those of its labels."""
-        values, depth = Values(scene.volume), shop.grid.volume[0]
-        cut, likely, classes = shop.place(CUT), scene.probabilities, scene.frame.classes
+        values, depth = Values(scene.volume), context.grid.volume[0]
+        cut, likely, classes = context.place(CUT), scene.probabilities, scene.frame.classes
         of_rows: Callable[[Array], Array]
         if self.ids or scene.tables is not None:
             named = SectionIds(values, depth)
-            task = PiecesTask(shop.grid, cut, named, None, likely)
+            task = PiecesTask(context.grid, cut, named, None, likely)
             classes = classes and scene.tables is not None
             of_rows = _classes(scene, named) if classes else _no_class
         else:
-            task = PiecesTask(shop.grid, cut, values, IN_SECTIONS, likely)
+            task = PiecesTask(context.grid, cut, values, IN_SECTIONS, likely)
             of_rows = _value
-        shop.pieces(task)
+        context.pieces(task)
         joined = task.connectivity is not None
-        sections, found, _ = shop.objects(cut, EVERYTHING, joined=joined, kind=SECTIONS)
-        counted = shop.place(OVERLAPS)
+        sections, found, _ = context.objects(cut, EVERYTHING, joined=joined, kind=SECTIONS)
+        counted = context.place(OVERLAPS)
         counted.mkdir(exist_ok=True)
-        shop.do(OverlapTask(shop.grid, cut, sections, counted, self.rule.reach), counted)
+        context.do(OverlapTask(context.grid, cut, sections, counted, self.rule.reach), counted)
 
         def file(number: int) -> Path:
-            return block_file(counted, shop.grid.numbered(number))
+            return block_file(counted, context.grid.numbered(number))
 
-        linked = Sections(sections, found, of_rows, len(shop.grid), file, depth)
-        tables, count, largest = shop.selected(TABLES, lambda folder: link(linked, self.rule, folder), self.selection)
-        store = shop.paint(cut, tables, scene.volume.info, smallest_dtype(largest))
+        linked = Sections(sections, found, of_rows, len(context.grid), file, depth)
+        tables, count, largest = context.selected(
+            TABLES, lambda folder: link(linked, self.rule, folder), self.selection
+        )
+        store = context.paint(cut, tables, scene.volume.info, smallest_dtype(largest))
         frame = dataclasses.replace(scene.frame, flat=False, classes=classes)
         return dataclasses.replace(scene, volume=store, frame=frame, tables=tables, count=count)
 

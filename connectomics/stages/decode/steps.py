@@ -21,7 +21,7 @@ from connectomics.objects.merge import OBJECTS
 from connectomics.objects.pieces import FIXED_POINT
 from connectomics.objects.selection import NUMBERS, Holes, Selection, absorb, inherit
 from connectomics.stages.decode.tasks import PiecesTask, smallest_dtype
-from connectomics.stages.decode.workspace import CUT, Scene, Workshop
+from connectomics.stages.decode.workspace import CUT, Scene, StepContext
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 EVERYTHING = Selection()
@@ -99,17 +99,17 @@ class ConnectedComponents:
         """As in the configuration."""
         return "connected_components"
 
-    def run(self, scene: Scene, shop: Workshop) -> Scene:
+    def run(self, scene: Scene, context: StepContext) -> Scene:
         """Label the scene's volume."""
         connectivity = Connectivity(self.connectivity)
         values = Values(scene.volume, self.channel, self.threshold, not self.per_class)
         likely, units = scene.probabilities, scene.frame.probability_units
         if self.threshold is not None:
             likely, units = values.raw, probability_units(scene.volume.info)
-        task = PiecesTask(shop.grid, shop.place(CUT), values, connectivity, likely)
-        shop.pieces(task)
-        tables, count, largest = shop.objects(task.folder, self.selection, joined=True)
-        store = shop.paint(task.folder, tables, scene.volume.info, smallest_dtype(largest))
+        task = PiecesTask(context.grid, context.place(CUT), values, connectivity, likely)
+        context.pieces(task)
+        tables, count, largest = context.objects(task.folder, self.selection, joined=True)
+        store = context.paint(task.folder, tables, scene.volume.info, smallest_dtype(largest))
         frame = dataclasses.replace(scene.frame, probability_units=units, flat=connectivity.by_section)
         return Scene(store, frame, likely, tables, count)
 
@@ -187,43 +187,45 @@ class Filters:
         """As in the configuration."""
         return "filters"
 
-    def run(self, scene: Scene, shop: Workshop) -> Scene:
+    def run(self, scene: Scene, context: StepContext) -> Scene:
         """Filter the scene's objects; where it has none yet, all voxels of one value are one object."""
         if self.selection.active or scene.tables is None:
-            scene = self._selected(scene, shop.part("dropped"))
+            scene = self._selected(scene, context.part("dropped"))
         if self.fill_holes is None:
             return scene
-        return _filled(scene, self.fill_holes, shop.part("filled"))
+        return _filled(scene, self.fill_holes, context.part("filled"))
 
-    def _selected(self, scene: Scene, shop: Workshop) -> Scene:
+    def _selected(self, scene: Scene, context: StepContext) -> Scene:
         task = PiecesTask(
-            shop.grid, shop.place(CUT), Values(scene.volume), None, scene.probabilities, flat=scene.frame.flat
+            context.grid, context.place(CUT), Values(scene.volume), None, scene.probabilities, flat=scene.frame.flat
         )
-        shop.pieces(task)
+        context.pieces(task)
         rule = dataclasses.replace(self.selection, by_value=True)
-        tables, count, largest = shop.objects(task.folder, rule, joined=False)
-        store = shop.paint(task.folder, tables, scene.volume.info, smallest_dtype(largest))
+        tables, count, largest = context.objects(task.folder, rule, joined=False)
+        store = context.paint(task.folder, tables, scene.volume.info, smallest_dtype(largest))
         if scene.tables is None:
             frame = dataclasses.replace(scene.frame, classes=False)
             return dataclasses.replace(scene, volume=store, frame=frame, tables=tables, count=count)
         before = (scene.tables, scene.count)
-        final = _derived(shop, tables, lambda copy: inherit(copy, count, *before))
+        final = _derived(context, tables, lambda copy: inherit(copy, count, *before))
         return dataclasses.replace(scene, volume=store, tables=final, count=count)
 
 
-def _filled(scene: Scene, connectivity: int, shop: Workshop) -> Scene:
+def _filled(scene: Scene, connectivity: int, context: StepContext) -> Scene:
     assert scene.tables is not None
     values = Values(scene.volume)
-    task = PiecesTask(shop.grid, shop.place(CUT), values, Connectivity(connectivity), scene.probabilities, holes=True)
-    shop.pieces(task)
-    holes, found, _ = shop.objects(task.folder, Holes(), joined=True)
-    store = shop.paint(task.folder, holes, scene.volume.info, scene.volume.info.dtype, under=values)
+    task = PiecesTask(
+        context.grid, context.place(CUT), values, Connectivity(connectivity), scene.probabilities, holes=True
+    )
+    context.pieces(task)
+    holes, found, _ = context.objects(task.folder, Holes(), joined=True)
+    store = context.paint(task.folder, holes, scene.volume.info, scene.volume.info.dtype, under=values)
     count = scene.count
-    final = _derived(shop, scene.tables, lambda copy: absorb(copy, count, holes, found))
+    final = _derived(context, scene.tables, lambda copy: absorb(copy, count, holes, found))
     return dataclasses.replace(scene, volume=store, tables=final)
 
 
-def _derived(shop: Workshop, tables: Path, change: Callable[[Path], None]) -> Path:
+def _derived(context: StepContext, tables: Path, change: Callable[[Path], None]) -> Path:
     """A changed copy of the tables of objects, whole or not at all."""
 
     def make(path: Path) -> None:
@@ -233,4 +235,4 @@ def _derived(shop: Workshop, tables: Path, change: Callable[[Path], None]) -> Pa
                 shutil.copyfile(tables / name, temporary / name)
             change(temporary)
 
-    return shop.made("objects", make)
+    return context.made("objects", make)

@@ -78,13 +78,13 @@ class Step(Protocol):
     @property
     def name(self) -> str: ...
 
-    def run(self, scene: Scene, shop: Workshop) -> Scene:
+    def run(self, scene: Scene, context: StepContext) -> Scene:
         """Make the next scene, continuing whatever an earlier run left in the shop."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Workshop:
+class StepContext:
     """Where a step works, and who does its blocks.
 
     Parameters
@@ -113,7 +113,7 @@ class Workshop:
     run: RunStage
     alone: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def part(self, name: str) -> Workshop:
+    def part(self, name: str) -> StepContext:
         """The workshop of a part of the step."""
         return dataclasses.replace(self, name=f"{self.name}.{name}")
 

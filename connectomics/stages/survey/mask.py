@@ -21,7 +21,15 @@ from connectomics.inference.case import ReadBox
 from connectomics.objects.components import Connectivity
 from connectomics.objects.selection import Selection
 from connectomics.stages.decode.tasks import PiecesTask
-from connectomics.stages.decode.workspace import BLOCK_VOXELS, CUT, PLAN, VOXEL_BYTES, Workshop, decode_plan, kept_plan
+from connectomics.stages.decode.workspace import (
+    BLOCK_VOXELS,
+    CUT,
+    PLAN,
+    VOXEL_BYTES,
+    StepContext,
+    decode_plan,
+    kept_plan,
+)
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
@@ -91,15 +99,15 @@ def _stored(reader: VolumeReader, inside: ReadBox, name: str, workspace: Workspa
     plan = decode_plan(info, workspace.block_bytes * VOXEL_BYTES // (VOXEL_BYTES + raw_bytes))
     plan = kept_plan(workspace.work / f"{name}.{PLAN}", plan)
     grid = BlockGrid(info.extent, plan.block_shape)
-    shop = Workshop(workspace.work, name, plan, grid, key_of({"block": list(plan.block_shape)}), workspace.run)
+    context = StepContext(workspace.work, name, plan, grid, key_of({"block": list(plan.block_shape)}), workspace.run)
 
     def outside(part: Box) -> Array:
         return np.logical_not(is_inside(reader.read(part)))
 
-    task = PiecesTask(grid, shop.place(CUT), outside, Connectivity(6))
-    shop.pieces(task)
-    tables, _, _ = shop.objects(task.folder, HOLES, joined=True)
-    return shop.paint(task.folder, tables, info, np.dtype(np.uint8), under=inside)
+    task = PiecesTask(grid, context.place(CUT), outside, Connectivity(6))
+    context.pieces(task)
+    tables, _, _ = context.objects(task.folder, HOLES, joined=True)
+    return context.paint(task.folder, tables, info, np.dtype(np.uint8), under=inside)
 
 
 def _in_order(task: Task, ledger: Ledger) -> BlocksDone:

@@ -33,7 +33,7 @@ from connectomics.stages.decode.watershed.windows import (
     Windows,
     grow_trees,
 )
-from connectomics.stages.decode.workspace import CUT, SUMMARY, Scene, Workshop
+from connectomics.stages.decode.workspace import CUT, SUMMARY, Scene, StepContext
 from connectomics.volumes.volume import Array, VolumeInfo
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Watershed:
         """As in the configuration."""
         return "watershed"
 
-    def run(self, scene: Scene, shop: Workshop) -> Scene:
+    def run(self, scene: Scene, context: StepContext) -> Scene:
         """Find the objects of the scene's volume.
 
         Raises
@@ -92,27 +92,27 @@ class Watershed:
         likely, units = scene.probabilities, scene.frame.probability_units
         if self.threshold is not None:
             likely, units = values.raw, probability_units(info)
-        heights, floor = self._heights(values, likely, scene, shop.grid)
-        ground = _labelled(values, connectivity, info, shop.part("components"))
-        seeds = _labelled(Seeds(ground, heights, floor), connectivity, info, shop.part("seeds"))
-        contests, counts, large = self._contests(ground, seeds, shop)
-        task = FloodTask(shop.grid, shop.place(FLOOD), contests, seeds, heights, connectivity)
+        heights, floor = self._heights(values, likely, scene, context.grid)
+        ground = _labelled(values, connectivity, info, context.part("components"))
+        seeds = _labelled(Seeds(ground, heights, floor), connectivity, info, context.part("seeds"))
+        contests, counts, large = self._contests(ground, seeds, context)
+        task = FloodTask(context.grid, context.place(FLOOD), contests, seeds, heights, connectivity)
         task.folder.mkdir(exist_ok=True)
-        shop.do(task, task.folder)
+        context.do(task, task.folder)
         windows = None
         if len(large):
-            grid = window_grid(shop.grid.volume, self.max_component_voxels, connectivity)
+            grid = window_grid(context.grid.volume, self.max_component_voxels, connectivity)
             near = (lambda box: heights.near(box, floor)) if isinstance(heights, Distance) else heights
             basins = BasinTask(grid, task.folder, ground, seeds, large, near, connectivity)
-            windows = _in_windows(basins, shop.part("windows"))
+            windows = _in_windows(basins, context.part("windows"))
         flooded = Flooded(contests, seeds.count, task.folder, windows, self.keep_unseeded)
-        last = shop.part("objects")
+        last = context.part("objects")
         pieces = PiecesTask(last.grid, last.place(CUT), flooded, None, likely, flat=connectivity.by_section)
         last.pieces(pieces)
         tables, count, largest = last.objects(pieces.folder, self.selection, joined=False, by_first=True)
         store = last.paint(pieces.folder, tables, info, smallest_dtype(largest))
         frame = dataclasses.replace(scene.frame, probability_units=units, flat=connectivity.by_section, classes=True)
-        return Scene(store, frame, likely, tables, count, {**scene.facts, shop.name: counts})
+        return Scene(store, frame, likely, tables, count, {**scene.facts, context.name: counts})
 
     def _heights(self, values: Values, likely: Read | None, scene: Scene, grid: BlockGrid) -> tuple[Read, float]:
         """What is flooded, the highest first, and above which height seeds lie."""
@@ -126,33 +126,35 @@ class Watershed:
             )
         return Distance(values, grid, size, Connectivity(self.connectivity).by_section), self.seed_distance_nm
 
-    def _contests(self, ground: Labelled, seeds: Labelled, shop: Workshop) -> tuple[Contests, dict[str, int], Array]:
+    def _contests(
+        self, ground: Labelled, seeds: Labelled, context: StepContext
+    ) -> tuple[Contests, dict[str, int], Array]:
         """Which components are flooded, how many there are of each kind, and which are too large for one flood."""
 
         def make(path: Path) -> None:
             with replacing(path) as temporary:
                 temporary.mkdir()
                 count_seeds(seeds.tables, seeds.count, ground.count, temporary)
-                counts, large = _counted(Contests(shop.grid, ground, temporary, self.max_component_voxels))
+                counts, large = _counted(Contests(context.grid, ground, temporary, self.max_component_voxels))
                 np.save(temporary / LARGE, large)
                 (temporary / SUMMARY).write_text(json.dumps(counts | {"seeds": seeds.count}))
                 if len(large):
                     log.warning(
                         "%s: %d of %d components are larger than max_component_voxels=%d and are flooded in windows",
-                        *(shop.name, len(large), ground.count, self.max_component_voxels),
+                        *(context.name, len(large), ground.count, self.max_component_voxels),
                     )
 
-        folder = shop.made("contests", make)
+        folder = context.made("contests", make)
         counts: dict[str, int] = json.loads((folder / SUMMARY).read_text())
-        return Contests(shop.grid, ground, folder, self.max_component_voxels), counts, np.load(folder / LARGE)
+        return Contests(context.grid, ground, folder, self.max_component_voxels), counts, np.load(folder / LARGE)
 
 
-def _labelled(read: Read, connectivity: Connectivity, info: VolumeInfo, shop: Workshop) -> Labelled:
+def _labelled(read: Read, connectivity: Connectivity, info: VolumeInfo, context: StepContext) -> Labelled:
     """The components of what is read, in a store."""
-    task = PiecesTask(shop.grid, shop.place(CUT), read, connectivity)
-    shop.pieces(task)
-    tables, count, largest = shop.objects(task.folder, EVERYTHING, joined=True)
-    return Labelled(shop.paint(task.folder, tables, info, smallest_dtype(largest)), tables, count)
+    task = PiecesTask(context.grid, context.place(CUT), read, connectivity)
+    context.pieces(task)
+    tables, count, largest = context.objects(task.folder, EVERYTHING, joined=True)
+    return Labelled(context.paint(task.folder, tables, info, smallest_dtype(largest)), tables, count)
 
 
 def _counted(contests: Contests) -> tuple[dict[str, int], Array]:
@@ -170,26 +172,26 @@ def _counted(contests: Contests) -> tuple[dict[str, int], Array]:
     return {"components": count, "unseeded": unseeded, "flooded": contested, "cut": len(numbers)}, numbers
 
 
-def _in_windows(task: BasinTask, shop: Workshop) -> Windows:
+def _in_windows(task: BasinTask, context: StepContext) -> Windows:
     """Flood what is too large to be flooded whole."""
-    task = dataclasses.replace(task, folder=shop.place("basins"))
-    bridges = BridgeTask(task.grid, shop.place("bridges"), task.folder, task.connectivity)
-    _do(task, shop)
-    _do(bridges, shop)
+    task = dataclasses.replace(task, folder=context.place("basins"))
+    bridges = BridgeTask(task.grid, context.place("bridges"), task.folder, task.connectivity)
+    _do(task, context)
+    _do(bridges, context)
 
     def make(path: Path) -> None:
         with replacing(path) as temporary:
             temporary.mkdir()
             grow_trees(task.grid, task.folder, bridges.folder, task.seeds.count, temporary)
 
-    coarse = Windows(task.grid, task.folder, task.seeds.count, shop.made("trees", make))
-    refine = RefineTask(refining_grid(task.grid), shop.place("refined"), task, coarse)
-    _do(refine, shop)
+    coarse = Windows(task.grid, task.folder, task.seeds.count, context.made("trees", make))
+    refine = RefineTask(refining_grid(task.grid), context.place("refined"), task, coarse)
+    _do(refine, context)
     return Windows(refine.grid, refine.folder, task.seeds.count)
 
 
-def _do(task: BasinTask | BridgeTask | RefineTask, shop: Workshop) -> None:
+def _do(task: BasinTask | BridgeTask | RefineTask, context: StepContext) -> None:
     """Do the windows of a task, which are cut by its own grid."""
     task.folder.mkdir(exist_ok=True)
     shape = task.grid.block_shape
-    dataclasses.replace(shop, grid=task.grid, plan=BlockPlan(shape, shape)).do(task, task.folder)
+    dataclasses.replace(context, grid=task.grid, plan=BlockPlan(shape, shape)).do(task, task.folder)
