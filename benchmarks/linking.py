@@ -31,7 +31,7 @@ from connectomics.objects.pieces import PIECE
 from connectomics.objects.table import Frame
 from connectomics.stages.decode.linking import SliceLinking
 from connectomics.stages.decode.steps import ConnectedComponents
-from connectomics.stages.decode.workspace import Scene, Step, StepContext
+from connectomics.stages.decode.workspace import DecodingState, Step, StepContext
 from connectomics.volumes.store import open_store
 
 STEPS: dict[str, Step] = {
@@ -52,7 +52,7 @@ def by_blocks(source_path: Path, work: Path, name: str) -> None:
             return run_blocks(task, ledger, SerialExecutor(), worker, lambda done, planned: None)
 
         context = StepContext(work, "step", PLAN, grid, "0" * 64, run, functools.partial(worker.alone, HOUSE))
-        STEPS[name].run(Scene(source, Frame()), context)
+        STEPS[name].run(DecodingState(source, Frame()), context)
 
 
 def compare(shape: Vec3, rounds: int, folder: Path) -> None:

@@ -23,7 +23,7 @@ from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import AT_ONCE, FIRST_ID, Cuts, merge
 from connectomics.objects.table import COLUMNS, Frame, write_table
 from connectomics.stages.decode.tasks import JoinTask, PiecesTask, block_file, painted_block
-from connectomics.stages.decode.workspace import Scene, Step, StepContext
+from connectomics.stages.decode.workspace import DecodingState, Step, StepContext
 from connectomics.volumes.volume import VolumeInfo
 
 Array = npt.NDArray[Any]
@@ -106,7 +106,7 @@ class Decoded:
     """What steps left: the ids (z, y, x), and the last scene."""
 
     ids: Array
-    scene: Scene
+    state: DecodingState
 
 
 def decode_array(
@@ -116,18 +116,18 @@ def decode_array(
     grid = BlockGrid(values.shape, block)
     read = None if probabilities is None else lambda box: probabilities[box.slices]
     units = None if probabilities is None else (255.0, 255.0)
-    scene = Scene(Volume(values), Frame(VOXEL_SIZE_NM, probability_units=units), read)
+    state = DecodingState(Volume(values), Frame(VOXEL_SIZE_NM, probability_units=units), read)
     for number, step in enumerate(steps):
         context = StepContext(folder, str(number), BlockPlan(block, block), grid, "0" * 64, in_order)
-        scene = step.run(scene, context)
-    return Decoded(scene.volume.read(Box.of_shape(values.shape))[0], scene)
+        state = step.run(state, context)
+    return Decoded(state.volume.read(Box.of_shape(values.shape))[0], state)
 
 
 def table_of(decoded: Decoded, folder: Path) -> dict[str, list[Any]]:
     """The table of the last scene's objects, written to a folder and read again."""
-    assert decoded.scene.tables is not None
+    assert decoded.state.tables is not None
     path = folder / "objects.parquet"
-    write_table(decoded.scene.tables, decoded.scene.count, path, decoded.scene.frame, "key")
+    write_table(decoded.state.tables, decoded.state.count, path, decoded.state.frame, "key")
     found: dict[str, list[Any]] = pyarrow.parquet.read_table(path).to_pydict()
     assert list(found) == list(COLUMNS)
     return found

@@ -167,7 +167,7 @@ LEVELS = (0.15, 0.5, 0.9)  # mean intensity of the three classes, as a share of 
 TRAINING_STEPS = 160  # with 80, twice as many voxels are so undecided that half precision turns them
 
 
-def scene(channels: int, extent: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def state(channels: int, extent: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Blobs of three brightnesses with noise, (c, z, y, x) in 0 to 1, and their classes (z, y, x)."""
     random = np.random.default_rng(seed)
     sigma = [0.0 if n < 5 else 4.0 for n in extent]
@@ -185,7 +185,7 @@ def extent_of(case: ParityCase) -> tuple[int, ...]:
 
 def previous_of(case: ParityCase, seed: int = 0) -> np.ndarray | None:
     """What the first stage of a cascade may have found: the classes (z, y, x), displaced."""
-    return displaced(scene(case.channels, extent_of(case), seed)[1]) if case.stage == "cascade" else None
+    return displaced(state(case.channels, extent_of(case), seed)[1]) if case.stage == "cascade" else None
 
 
 def displaced(classes: np.ndarray) -> np.ndarray:
@@ -195,7 +195,7 @@ def displaced(classes: np.ndarray) -> np.ndarray:
 def image_of(case: ParityCase, seed: int = 0) -> np.ndarray:
     """An image (c, z, y, x) whose extents and zeros fit the situation."""
     extent = extent_of(case)
-    image, _ = scene(case.channels, extent, seed)
+    image, _ = state(case.channels, extent, seed)
     image = (image * case.top).astype(case.dtype)
     if case.situation == "border":
         image[:, :, :5] = 0
@@ -215,7 +215,7 @@ def train(network: torch.nn.Module, case: ParityCase) -> None:
     patch = patch_of(case)
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2)
     for step in range(TRAINING_STEPS):
-        pairs = [scene(case.channels, (1,) * (3 - len(patch)) + patch, 1000 + 2 * step + i) for i in range(2)]
+        pairs = [state(case.channels, (1,) * (3 - len(patch)) + patch, 1000 + 2 * step + i) for i in range(2)]
         image = np.stack([seen(case, *pair) for pair in pairs]).astype(np.float32)
         classes = torch.from_numpy(np.stack([classes for _, classes in pairs]))
         batch = torch.from_numpy(image)
@@ -234,7 +234,7 @@ def train_second_stage(network: torch.nn.Module, *, regions: bool = False, steps
     patch = (16, 24) if dimensions == 2 else (8, 16, 16)
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2)
     for step in range(steps):
-        image, own = scene(channels, (1,) * (3 - dimensions) + patch, 3000 + step)
+        image, own = state(channels, (1,) * (3 - dimensions) + patch, 3000 + step)
         found = np.roll(own, (step % 5, 2), (1, 2))
         image = (image - image.mean((1, 2, 3), keepdims=True)) / image.std((1, 2, 3), keepdims=True)
         stacked = np.concatenate([image, [found == 1, found == 2]]).astype(np.float32)

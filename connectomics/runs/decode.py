@@ -29,7 +29,7 @@ from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blo
 from connectomics.execution.task import Executor, RunReport, Task
 from connectomics.objects.table import Frame, write_table
 from connectomics.stages.decode.tasks import Read
-from connectomics.stages.decode.workspace import PLAN, Scene, Step, StepContext, kept_plan
+from connectomics.stages.decode.workspace import PLAN, DecodingState, Step, StepContext, kept_plan
 from connectomics.stages.output.finish import (
     Output,
     check_exportable,
@@ -162,10 +162,10 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
 
         try:
             if not finished:
-                scene, run_key = _objects(job, plan, settings, run, worker)
+                state, run_key = _objects(job, plan, settings, run, worker)
                 worker.release(here)
                 with _last(worker):
-                    _finish(job, scene, run_key, settings.folder, run)
+                    _finish(job, state, run_key, settings.folder, run)
         finally:
             report = _report(job, stages, began)
     return report
@@ -187,41 +187,41 @@ def _last(worker: Worker) -> Iterator[None]:
 
 def _objects(
     job: DecodeJob, plan: BlockPlan, settings: DecodeSettings, run: RunStage, worker: Worker
-) -> tuple[Scene, str]:
+) -> tuple[DecodingState, str]:
     """What the last step leaves, and the run key."""
     grid = BlockGrid(job.volume.info.extent, plan.block_shape)
     run_key = key_of({"result": job.output.result_key, "grid": list(grid.block_shape), "program": job.program})
     info, likely = job.volume.info, job.probabilities
-    scene = Scene(
+    state = DecodingState(
         PatientReader(job.volume, job.output.stem, settings.pauses_s),
         Frame(info.voxel_size_nm, info.origin_nm, job.probability_units),
         None if likely is None else _patiently(likely, job.output.stem, settings.pauses_s),
     )
     alone = functools.partial(worker.alone, HOUSE)
     for number, step in enumerate(job.steps, 1):
-        scene = step.run(scene, StepContext(job.work, f"{number}_{step.name}", plan, grid, run_key, run, alone))
-    return scene, run_key
+        state = step.run(state, StepContext(job.work, f"{number}_{step.name}", plan, grid, run_key, run, alone))
+    return state, run_key
 
 
 def _patiently(read: Read, name: str, pauses_s: tuple[float, ...]) -> Read:
     return lambda box: retried(lambda: read(box), f"reading probabilities of {name}", pauses_s)
 
 
-def _finish(job: DecodeJob, scene: Scene, run_key: str, folder: Path, run: RunStage) -> None:
+def _finish(job: DecodeJob, state: DecodingState, run_key: str, folder: Path, run: RunStage) -> None:
     """Write what is still missing, and remove what is not needed any more."""
-    assert isinstance(scene.volume, Store), "every step leaves a store"
+    assert isinstance(state.volume, Store), "every step leaves a store"
     if not job.is_finished(folder):  # else another process was first
-        stamp = dict(job.provenance) | {"run_key": run_key, "objects": scene.count, **scene.facts}
-        if job.table is not None and scene.tables is not None:
+        stamp = dict(job.provenance) | {"run_key": run_key, "objects": state.count, **state.facts}
+        if job.table is not None and state.tables is not None:
             unseal(job.run_folder, job.table)
-            write_table(scene.tables, scene.count, job.table, scene.frame, job.output.result_key)
-        discard_locks(scene.volume.path)
+            write_table(state.tables, state.count, job.table, state.frame, job.output.result_key)
+        discard_locks(state.volume.path)
         for form in job.output.missing(folder):
             unseal(job.run_folder, job.output.paths(folder)[form])
         record = stamp | {"result_keys": {job.output.name: job.output.result_key}, "command": list(job.command)}
         write_text(job.run_folder / PROVENANCE, json.dumps(record, indent=1) + "\n")
-        export_output(scene.volume, job.output, folder, stamp, job.work, run)
-    scene.volume.close()
+        export_output(state.volume, job.output, folder, stamp, job.work, run)
+    state.volume.close()
     seal(job.run_folder, job.paths(folder))
     discard_stores(job.work)
 

@@ -82,7 +82,7 @@ def test_seeds_of_probabilities(neighbours: int, folder: Path) -> None:
         found = decode_array(likely, [step], block, folder / str(seed))
         expected = whole(inside, likely, high, neighbours, keep, canonically=False)
         assert np.array_equal(found.ids, expected), (seed, likely.shape, block)
-        several += found.scene.facts["0"]["flooded"]  # type: ignore[index]
+        several += found.state.facts["0"]["flooded"]  # type: ignore[index]
     assert several > 0
 
 
@@ -97,7 +97,7 @@ def test_seeds_of_distances(neighbours: int, folder: Path) -> None:
         found = decode_array(inside.astype(np.uint8) * 3, [step], block, folder / str(seed))
         expected = whole(inside, distance_nm(inside, neighbours), deep, neighbours, keep, canonically=True)
         assert np.array_equal(found.ids, expected), (seed, inside.shape, block)
-        several += found.scene.facts["0"]["flooded"]  # type: ignore[index]
+        several += found.state.facts["0"]["flooded"]  # type: ignore[index]
     assert several > 0
 
 
@@ -142,8 +142,8 @@ def test_large_components_of_real_predictions(case: str, shared_data: Path, fold
         decode_array(likely, [Watershed(**settings, max_component_voxels=most)], block, folder / str(block))
         for block in (vec3(likely.shape), vec3([-(-n // 2) for n in likely.shape]))
     ]
-    assert cut[0].scene.facts == cut[1].scene.facts
-    assert cut[0].scene.facts["0"]["cut"] >= 1 and once.scene.facts["0"]["cut"] == 0  # type: ignore[index]
+    assert cut[0].state.facts == cut[1].state.facts
+    assert cut[0].state.facts["0"]["cut"] >= 1 and once.state.facts["0"]["cut"] == 0  # type: ignore[index]
     assert cut[0].ids.tobytes() == cut[1].ids.tobytes()
     assert cut[0].ids.max() == once.ids.max() and np.array_equal(cut[0].ids > 0, once.ids > 0)
     assert adapted_rand_error(once.ids, cut[0].ids)[0] < 0.001
@@ -161,7 +161,7 @@ def test_random_components_in_tiny_windows(neighbours: int, folder: Path) -> Non
         other = decode_array(likely, [step], (9, 30, 20), folder / f"{seed} in blocks")
         expected = whole(likely > threshold, likely, high, neighbours, keep=False, canonically=False)
         assert found.ids.tobytes() == other.ids.tobytes()
-        assert found.scene.facts["0"]["cut"] >= 1  # type: ignore[index]
+        assert found.state.facts["0"]["cut"] >= 1  # type: ignore[index]
         assert found.ids.max() == expected.max() and np.array_equal(found.ids > 0, expected > 0)
         assert adapted_rand_error(expected.astype(np.int64), found.ids)[0] < 0.001
 

@@ -158,7 +158,7 @@ def test_ids_of_another_program(folder: Path, small_parts: Any) -> None:
             small_parts(3)
         decoded = decode_array(values, [SliceLinking(rule, ids=True)], block_of(seed, values.shape), folder / str(seed))
         assert np.array_equal(decoded.ids, linked(values, rule, ids=True)), (seed, rule)
-        assert not decoded.scene.frame.classes and not decoded.scene.frame.flat
+        assert not decoded.state.frame.classes and not decoded.state.frame.flat
 
 
 def test_after_components_of_sections(folder: Path) -> None:
@@ -172,7 +172,7 @@ def test_after_components_of_sections(folder: Path) -> None:
             section[np.isin(section, np.flatnonzero(np.bincount(section.ravel()) < 2))] = 0
         expected = linked(parts, rule, ids=True, classes=values)
         assert np.array_equal(decoded.ids, expected), (seed, rule)
-        assert decoded.scene.frame.classes and not decoded.scene.frame.flat
+        assert decoded.state.frame.classes and not decoded.state.frame.flat
         classes = [int(values[expected == i].min()) for i in range(1, expected.max() + 1)]
         assert table_of(decoded, folder)["class"] == classes
 
@@ -207,7 +207,7 @@ def test_selected_objects_are_those_of_a_filter_behind(folder: Path) -> None:
     selection = Selection(minimum_voxels=12, largest=4)
     fused = decode_array(values, [SliceLinking(rule, selection=selection)], (3, 9, 9), folder / "fused")
     after = decode_array(values, [SliceLinking(rule), Filters(selection)], (3, 9, 9), folder / "after")
-    assert np.array_equal(fused.ids, after.ids) and 0 < fused.scene.count < linked(values, rule).max()
+    assert np.array_equal(fused.ids, after.ids) and 0 < fused.state.count < linked(values, rule).max()
     assert table_of(fused, folder) == table_of(after, folder)
 
 

@@ -205,8 +205,8 @@ def test_filled_holes_are_counted_in_the_table(folder: Path) -> None:
 def test_csv_has_the_same_lines(folder: Path) -> None:
     decoded = decode_array(blobs(), [ConnectedComponents(26)], BLOCK, folder)
     table = table_of(decoded, folder)
-    assert decoded.scene.tables is not None
-    write_table(decoded.scene.tables, decoded.scene.count, folder / "o.csv", decoded.scene.frame, "key")
+    assert decoded.state.tables is not None
+    write_table(decoded.state.tables, decoded.state.count, folder / "o.csv", decoded.state.frame, "key")
     with (folder / "o.csv").open(newline="") as stream:
         lines = list(csv.DictReader(stream))
     assert [int(line["id"]) for line in lines] == table["id"]

@@ -54,8 +54,8 @@ def test_the_table_is_regionprops(folder: Path) -> None:
     likely = probabilities()
     decoded = decode_array(likely, [Watershed(26, LOW, seed_threshold=HIGH)], (5, 11, 13), folder)
     ids = expected_ids(likely)
-    assert np.array_equal(decoded.ids, ids) and decoded.scene.tables is not None
-    write_table(decoded.scene.tables, decoded.scene.count, folder / "t.parquet", decoded.scene.frame, "key")
+    assert np.array_equal(decoded.ids, ids) and decoded.state.tables is not None
+    write_table(decoded.state.tables, decoded.state.count, folder / "t.parquet", decoded.state.frame, "key")
     table = pyarrow.parquet.read_table(folder / "t.parquet").to_pydict()
     regions = regionprops(ids.astype(np.int64), likely)
     assert table["id"] == [r.label for r in regions] and table["class"] == [1] * len(regions)
@@ -83,7 +83,7 @@ def test_empty_and_full(fill: int, folder: Path) -> None:
     decoded = decode_array(values, [Watershed(6, seed_distance_nm=1e6)], (4, 5, 7), folder)
     assert np.array_equal(decoded.ids, values)
     facts = {"components": fill, "unseeded": 0, "flooded": 0, "cut": 0, "seeds": fill}
-    assert decoded.scene.facts == {"0": facts}
+    assert decoded.state.facts == {"0": facts}
 
 
 Run = Callable[..., tuple[int, str]]

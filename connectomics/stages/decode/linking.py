@@ -24,7 +24,7 @@ from connectomics.objects.overlaps import OVERLAP, Overlaps, Runs, overlaps, sum
 from connectomics.objects.selection import NUMBERS, Selection
 from connectomics.stages.decode.steps import EVERYTHING, Values
 from connectomics.stages.decode.tasks import PiecesTask, block_file, saved, smallest_dtype
-from connectomics.stages.decode.workspace import CUT, TABLES, Scene, StepContext
+from connectomics.stages.decode.workspace import CUT, TABLES, DecodingState, StepContext
 from connectomics.volumes.volume import Array
 
 SECTIONS, OVERLAPS = "sections", "overlaps"
@@ -157,16 +157,16 @@ class SliceLinking:
         """As in the configuration."""
         return "slice_linking"
 
-    def run(self, scene: Scene, context: StepContext) -> Scene:
+    def run(self, state: DecodingState, context: StepContext) -> DecodingState:
         """Link the scene's objects, or those of its labels."""
-        values, depth = Values(scene.volume), context.grid.volume[0]
-        cut, likely, classes = context.place(CUT), scene.probabilities, scene.frame.classes
+        values, depth = Values(state.volume), context.grid.volume[0]
+        cut, likely, classes = context.place(CUT), state.probabilities, state.frame.classes
         of_rows: Callable[[Array], Array]
-        if self.ids or scene.tables is not None:
+        if self.ids or state.tables is not None:
             named = SectionIds(values, depth)
             task = PiecesTask(context.grid, cut, named, None, likely)
-            classes = classes and scene.tables is not None
-            of_rows = _classes(scene, named) if classes else _no_class
+            classes = classes and state.tables is not None
+            of_rows = _classes(state, named) if classes else _no_class
         else:
             task = PiecesTask(context.grid, cut, values, IN_SECTIONS, likely)
             of_rows = _value
@@ -184,16 +184,16 @@ class SliceLinking:
         tables, count, largest = context.selected(
             TABLES, lambda folder: link(linked, self.rule, folder), self.selection
         )
-        store = context.paint(cut, tables, scene.volume.info, smallest_dtype(largest))
-        frame = dataclasses.replace(scene.frame, flat=False, classes=classes)
-        return dataclasses.replace(scene, volume=store, frame=frame, tables=tables, count=count)
+        store = context.paint(cut, tables, state.volume.info, smallest_dtype(largest))
+        frame = dataclasses.replace(state.frame, flat=False, classes=classes)
+        return dataclasses.replace(state, volume=store, frame=frame, tables=tables, count=count)
 
 
-def _classes(scene: Scene, named: SectionIds) -> Callable[[Array], Array]:
+def _classes(state: DecodingState, named: SectionIds) -> Callable[[Array], Array]:
     """Class of each row, looked up in the scene's tables by the id."""
-    assert scene.tables is not None
-    rows = np.load(scene.tables / OBJECTS, mmap_mode="r")
-    numbers = np.load(scene.tables / NUMBERS, mmap_mode="r")[: scene.count]
+    assert state.tables is not None
+    rows = np.load(state.tables / OBJECTS, mmap_mode="r")
+    numbers = np.load(state.tables / NUMBERS, mmap_mode="r")[: state.count]
     return lambda found: rows["value"][np.searchsorted(numbers, named.own(found["value"]))]
 
 

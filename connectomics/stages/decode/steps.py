@@ -21,7 +21,7 @@ from connectomics.objects.merge import OBJECTS
 from connectomics.objects.pieces import FIXED_POINT
 from connectomics.objects.selection import NUMBERS, Holes, Selection, absorb, inherit
 from connectomics.stages.decode.tasks import PiecesTask, smallest_dtype
-from connectomics.stages.decode.workspace import CUT, Scene, StepContext
+from connectomics.stages.decode.workspace import CUT, DecodingState, StepContext
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 EVERYTHING = Selection()
@@ -99,19 +99,19 @@ class ConnectedComponents:
         """As in the configuration."""
         return "connected_components"
 
-    def run(self, scene: Scene, context: StepContext) -> Scene:
+    def run(self, state: DecodingState, context: StepContext) -> DecodingState:
         """Label the scene's volume."""
         connectivity = Connectivity(self.connectivity)
-        values = Values(scene.volume, self.channel, self.threshold, not self.per_class)
-        likely, units = scene.probabilities, scene.frame.probability_units
+        values = Values(state.volume, self.channel, self.threshold, not self.per_class)
+        likely, units = state.probabilities, state.frame.probability_units
         if self.threshold is not None:
-            likely, units = values.raw, probability_units(scene.volume.info)
+            likely, units = values.raw, probability_units(state.volume.info)
         task = PiecesTask(context.grid, context.place(CUT), values, connectivity, likely)
         context.pieces(task)
         tables, count, largest = context.objects(task.folder, self.selection, joined=True)
-        store = context.paint(task.folder, tables, scene.volume.info, smallest_dtype(largest))
-        frame = dataclasses.replace(scene.frame, probability_units=units, flat=connectivity.by_section)
-        return Scene(store, frame, likely, tables, count)
+        store = context.paint(task.folder, tables, state.volume.info, smallest_dtype(largest))
+        frame = dataclasses.replace(state.frame, probability_units=units, flat=connectivity.by_section)
+        return DecodingState(store, frame, likely, tables, count)
 
 
 def probability_units(info: VolumeInfo, certain: float | None = None) -> tuple[float, float]:
@@ -187,42 +187,42 @@ class Filters:
         """As in the configuration."""
         return "filters"
 
-    def run(self, scene: Scene, context: StepContext) -> Scene:
+    def run(self, state: DecodingState, context: StepContext) -> DecodingState:
         """Filter the scene's objects; where it has none yet, all voxels of one value are one object."""
-        if self.selection.active or scene.tables is None:
-            scene = self._selected(scene, context.part("dropped"))
+        if self.selection.active or state.tables is None:
+            state = self._selected(state, context.part("dropped"))
         if self.fill_holes is None:
-            return scene
-        return _filled(scene, self.fill_holes, context.part("filled"))
+            return state
+        return _filled(state, self.fill_holes, context.part("filled"))
 
-    def _selected(self, scene: Scene, context: StepContext) -> Scene:
+    def _selected(self, state: DecodingState, context: StepContext) -> DecodingState:
         task = PiecesTask(
-            context.grid, context.place(CUT), Values(scene.volume), None, scene.probabilities, flat=scene.frame.flat
+            context.grid, context.place(CUT), Values(state.volume), None, state.probabilities, flat=state.frame.flat
         )
         context.pieces(task)
         rule = dataclasses.replace(self.selection, by_value=True)
         tables, count, largest = context.objects(task.folder, rule, joined=False)
-        store = context.paint(task.folder, tables, scene.volume.info, smallest_dtype(largest))
-        if scene.tables is None:
-            frame = dataclasses.replace(scene.frame, classes=False)
-            return dataclasses.replace(scene, volume=store, frame=frame, tables=tables, count=count)
-        before = (scene.tables, scene.count)
+        store = context.paint(task.folder, tables, state.volume.info, smallest_dtype(largest))
+        if state.tables is None:
+            frame = dataclasses.replace(state.frame, classes=False)
+            return dataclasses.replace(state, volume=store, frame=frame, tables=tables, count=count)
+        before = (state.tables, state.count)
         final = _derived(context, tables, lambda copy: inherit(copy, count, *before))
-        return dataclasses.replace(scene, volume=store, tables=final, count=count)
+        return dataclasses.replace(state, volume=store, tables=final, count=count)
 
 
-def _filled(scene: Scene, connectivity: int, context: StepContext) -> Scene:
-    assert scene.tables is not None
-    values = Values(scene.volume)
+def _filled(state: DecodingState, connectivity: int, context: StepContext) -> DecodingState:
+    assert state.tables is not None
+    values = Values(state.volume)
     task = PiecesTask(
-        context.grid, context.place(CUT), values, Connectivity(connectivity), scene.probabilities, holes=True
+        context.grid, context.place(CUT), values, Connectivity(connectivity), state.probabilities, holes=True
     )
     context.pieces(task)
     holes, found, _ = context.objects(task.folder, Holes(), joined=True)
-    store = context.paint(task.folder, holes, scene.volume.info, scene.volume.info.dtype, under=values)
-    count = scene.count
-    final = _derived(context, scene.tables, lambda copy: absorb(copy, count, holes, found))
-    return dataclasses.replace(scene, volume=store, tables=final)
+    store = context.paint(task.folder, holes, state.volume.info, state.volume.info.dtype, under=values)
+    count = state.count
+    final = _derived(context, state.tables, lambda copy: absorb(copy, count, holes, found))
+    return dataclasses.replace(state, volume=store, tables=final)
 
 
 def _derived(context: StepContext, tables: Path, change: Callable[[Path], None]) -> Path:

@@ -45,7 +45,7 @@ SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class DecodingState:
     """What a step is given and gives.
 
     Parameters
@@ -78,7 +78,7 @@ class Step(Protocol):
     @property
     def name(self) -> str: ...
 
-    def run(self, scene: Scene, context: StepContext) -> Scene:
+    def run(self, state: DecodingState, context: StepContext) -> DecodingState:
         """Make the next scene, continuing whatever an earlier run left in the shop."""
         ...
 

@@ -33,7 +33,7 @@ from connectomics.stages.decode.watershed.windows import (
     Windows,
     grow_trees,
 )
-from connectomics.stages.decode.workspace import CUT, SUMMARY, Scene, StepContext
+from connectomics.stages.decode.workspace import CUT, SUMMARY, DecodingState, StepContext
 from connectomics.volumes.volume import Array, VolumeInfo
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Watershed:
         """As in the configuration."""
         return "watershed"
 
-    def run(self, scene: Scene, context: StepContext) -> Scene:
+    def run(self, state: DecodingState, context: StepContext) -> DecodingState:
         """Find the objects of the scene's volume.
 
         Raises
@@ -87,12 +87,12 @@ class Watershed:
         ConfigError
             If the scene lacks the probabilities or the voxel size that the seeds need.
         """
-        info, connectivity = scene.volume.info, Connectivity(self.connectivity)
-        values = Values(scene.volume, self.channel, self.threshold, joined=True)
-        likely, units = scene.probabilities, scene.frame.probability_units
+        info, connectivity = state.volume.info, Connectivity(self.connectivity)
+        values = Values(state.volume, self.channel, self.threshold, joined=True)
+        likely, units = state.probabilities, state.frame.probability_units
         if self.threshold is not None:
             likely, units = values.raw, probability_units(info)
-        heights, floor = self._heights(values, likely, scene, context.grid)
+        heights, floor = self._heights(values, likely, state, context.grid)
         ground = _labelled(values, connectivity, info, context.part("components"))
         seeds = _labelled(Seeds(ground, heights, floor), connectivity, info, context.part("seeds"))
         contests, counts, large = self._contests(ground, seeds, context)
@@ -111,14 +111,16 @@ class Watershed:
         last.pieces(pieces)
         tables, count, largest = last.objects(pieces.folder, self.selection, joined=False, by_first=True)
         store = last.paint(pieces.folder, tables, info, smallest_dtype(largest))
-        frame = dataclasses.replace(scene.frame, probability_units=units, flat=connectivity.by_section, classes=True)
-        return Scene(store, frame, likely, tables, count, {**scene.facts, context.name: counts})
+        frame = dataclasses.replace(state.frame, probability_units=units, flat=connectivity.by_section, classes=True)
+        return DecodingState(store, frame, likely, tables, count, {**state.facts, context.name: counts})
 
-    def _heights(self, values: Values, likely: Read | None, scene: Scene, grid: BlockGrid) -> tuple[Read, float]:
+    def _heights(
+        self, values: Values, likely: Read | None, state: DecodingState, grid: BlockGrid
+    ) -> tuple[Read, float]:
         """What is flooded, the highest first, and above which height seeds lie."""
         if self.seed_threshold is not None and likely is not None:
             return likely, self.seed_threshold
-        size = scene.frame.voxel_size_nm
+        size = state.frame.voxel_size_nm
         if self.seed_distance_nm is None or size is None:
             raise ConfigError(
                 "watershed needs the probabilities of the volume for seed_threshold, or its voxel size for "
