@@ -32,7 +32,7 @@ from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.lease import Worker
 from connectomics.execution.ledger import Ledger
-from connectomics.execution.run_folder import HOUSE, WORKERS
+from connectomics.execution.run_folder import SINGLE_WRITER, WORKERS
 from connectomics.execution.runner import BlocksDone, run_blocks
 from connectomics.execution.task import Task
 from connectomics.objects.arrays import save
@@ -114,7 +114,7 @@ def labelled(source: Store, work: Path, plan: BlockPlan, connectivity: int) -> i
         def run(task: Task, ledger: Ledger) -> BlocksDone:
             return run_blocks(task, ledger, SerialExecutor(), worker, lambda done, planned: None)
 
-        context = StepContext(work, NAME, plan, grid, "0" * 64, run, functools.partial(worker.alone, HOUSE))
+        context = StepContext(work, NAME, plan, grid, "0" * 64, run, functools.partial(worker.alone, SINGLE_WRITER))
         task = PiecesTask(grid, context.place(CUT), Values(source), Connectivity(connectivity))
         context.pieces(task)
         tables, count, largest = context.objects(task.folder, Selection(), joined=True)

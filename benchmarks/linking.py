@@ -21,7 +21,7 @@ from connectomics.core.geometry import BlockGrid, Vec3
 from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.lease import Worker
 from connectomics.execution.ledger import Ledger
-from connectomics.execution.run_folder import HOUSE, WORKERS
+from connectomics.execution.run_folder import SINGLE_WRITER, WORKERS
 from connectomics.execution.runner import BlocksDone, run_blocks
 from connectomics.execution.task import Task
 from connectomics.objects.links import Linking, Sections, link
@@ -51,7 +51,7 @@ def by_blocks(source_path: Path, work: Path, name: str) -> None:
         def run(task: Task, ledger: Ledger) -> BlocksDone:
             return run_blocks(task, ledger, SerialExecutor(), worker, lambda done, planned: None)
 
-        context = StepContext(work, "step", PLAN, grid, "0" * 64, run, functools.partial(worker.alone, HOUSE))
+        context = StepContext(work, "step", PLAN, grid, "0" * 64, run, functools.partial(worker.alone, SINGLE_WRITER))
         STEPS[name].run(DecodingState(source, Frame()), context)
 
 

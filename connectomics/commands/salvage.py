@@ -15,7 +15,7 @@ from connectomics.core.errors import VolumeError
 from connectomics.core.files import discard
 from connectomics.execution.lease import Worker
 from connectomics.execution.ledger import HEADER, Ledger, plan_of, read_header
-from connectomics.execution.run_folder import HOUSE, LEDGER, PROVENANCE, WORKERS
+from connectomics.execution.run_folder import LEDGER, PROVENANCE, SINGLE_WRITER, WORKERS
 from connectomics.execution.runner import write_block
 from connectomics.stages.output.export import read_stamp
 from connectomics.volumes.opening import open_volume
@@ -59,7 +59,7 @@ def salvage(output: Path, run: Path, works: list[Path]) -> int | None:
         reader = open_volume(str(output))
     except VolumeError:
         return None
-    with contextlib.closing(reader), Worker(folder.parent / WORKERS) as worker, worker.alone(HOUSE):
+    with contextlib.closing(reader), Worker(folder.parent / WORKERS) as worker, worker.alone(SINGLE_WRITER):
         return _copy_back(reader, folder, folder.parent / f"{name}.zarr")
 
 

@@ -16,8 +16,8 @@ from connectomics.execution.lease import Worker
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import (
     CHECKSUMS,
-    HOUSE,
     LEDGER,
+    SINGLE_WRITER,
     SURVEY,
     WORKERS,
     ledger_folders,
@@ -76,7 +76,7 @@ def verify_run(run: Path, sample: int | None = None) -> list[Finding]:
 def _verify_blocks(work: Path, sample: int | None) -> Iterator[Finding]:
     stores = {path.name for path in work.iterdir() if path.is_dir()}
     suspect: list[str] = []  # stages with damaged blocks
-    with Worker(work / WORKERS) as worker, worker.alone(HOUSE):
+    with Worker(work / WORKERS) as worker, worker.alone(SINGLE_WRITER):
         for folder in ledger_folders(work):
             ledger = Ledger.existing(folder)
             stride = 1 if sample is None else max(1, ledger.finished // sample)

@@ -16,7 +16,7 @@ FILTERED = "filtered.zarr"
 CHECKSUMS = "checksums"  # of final outputs
 LOG = "run.log"
 PROVENANCE = "provenance.json"  # of the outputs that were made last
-HOUSE = "house"  # the lease on what one process alone does: survey, stores, filters, exports, tidying
+SINGLE_WRITER = "house"  # the lease on what one process alone does: survey, stores, filters, exports, tidying
 
 
 def work_folders(run: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.lease import STALE_S, Worker, pauses
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.retry import PAUSES_S, PatientReader, retried
-from connectomics.execution.run_folder import HOUSE, PROVENANCE, WORKERS
+from connectomics.execution.run_folder import PROVENANCE, SINGLE_WRITER, WORKERS
 from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blocks
 from connectomics.execution.task import Executor, RunReport, Task
 from connectomics.objects.table import Frame, write_table
@@ -147,7 +147,7 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
     work.mkdir(parents=True, exist_ok=True)
     with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
         here = f"{HERE}.{new_mark()}"
-        with worker.alone(HOUSE):
+        with worker.alone(SINGLE_WRITER):
             plan = kept_plan(work / PLAN, job.plan)
             finished = job.is_finished(settings.folder)
             if not finished:
@@ -178,7 +178,7 @@ def _last(worker: Worker) -> Iterator[None]:
     Who still needs it may be waiting for the house, so it is not held while one waits.
     """
     for pause in pauses():
-        with worker.alone(HOUSE):
+        with worker.alone(SINGLE_WRITER):
             if worker.is_free(HERE):
                 yield
                 return
@@ -197,7 +197,7 @@ def _objects(
         Frame(info.voxel_size_nm, info.origin_nm, job.probability_units),
         None if likely is None else _patiently(likely, job.output.stem, settings.pauses_s),
     )
-    alone = functools.partial(worker.alone, HOUSE)
+    alone = functools.partial(worker.alone, SINGLE_WRITER)
     for number, step in enumerate(job.steps, 1):
         state = step.run(state, StepContext(job.work, f"{number}_{step.name}", plan, grid, run_key, run, alone))
     return state, run_key

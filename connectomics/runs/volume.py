@@ -23,7 +23,7 @@ from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.lease import STALE_S, Worker
 from connectomics.execution.ledger import HEADER, Ledger, plan_of, read_header
 from connectomics.execution.retry import PAUSES_S, PatientReader
-from connectomics.execution.run_folder import AGREEMENT, FILTERED, HOUSE, LEDGER, PROVENANCE, SURVEY, WORKERS
+from connectomics.execution.run_folder import AGREEMENT, FILTERED, LEDGER, PROVENANCE, SINGLE_WRITER, SURVEY, WORKERS
 from connectomics.execution.runner import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
 from connectomics.execution.stage import LABELS, Workspace
 from connectomics.execution.task import Executor, RunReport
@@ -156,7 +156,7 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
         run = functools.partial(run_blocks, executor=executor, worker=worker, on_block=on_block)
         workspace = Workspace(work, run, job.filter_block_bytes)
-        with worker.alone(HOUSE):
+        with worker.alone(SINGLE_WRITER):
             prepared = _prepare(workspace, job, reader, settings, worker)
         ledger = prepared.ledger
         try:
@@ -171,7 +171,7 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
             )
             blocks = run(task, ledger)
             if not blocks.failures:
-                with worker.alone(HOUSE):
+                with worker.alone(SINGLE_WRITER):
                     worker.wait_until_free(f"{task.name}.")
                     _finish(prepared, job, settings, workspace)
             return _report(job, prepared, blocks, began)
