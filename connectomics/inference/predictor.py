@@ -144,13 +144,13 @@ class RollingPredictor:
             f"sums of blocks of {shape} voxels and {self._setting.batch} windows do not fit the device's memory",
             "end what else runs there, set a smaller inference.block_shape or sw_batch_size, or use system.device=cpu",
         ):
-            ledge = self._accumulator(core, window)
+            accumulator = self._accumulator(core, window)
             empty = np.zeros((channels, *patch), np.float32)
             with self._uploads.batch([empty] * count, (count, *empty.shape)) as batch:
                 for folds in self._through_folds(batch):
-                    ledge.add(window, folds, self._weight)
+                    accumulator.add(window, folds, self._weight)
             for part in pieces(window.intersect(core), (1, 1, 1), max(1, FINISHED_VALUES // self._classes)):
-                ledge.finish(part).amax().item()  # waits for the device, which says only then what went wrong
+                accumulator.finish(part).amax().item()  # waits for the device, which says only then what went wrong
 
     def _grid(self, source: WindowSource) -> WindowGrid:
         return WindowGrid(source.box, self._setting.patch, self._setting.step)
@@ -160,20 +160,20 @@ class RollingPredictor:
 
     @torch.inference_mode()
     def predict(self, parts: Iterable[Part]) -> Iterator[tuple[Box, Logits]]:
-        lanes, reads = itertools.tee(self._lanes(parts))
-        with contextlib.closing(_read_ahead((lane.source, box) for lane in reads for box in lane.fresh())) as read:
-            windows = (window for lane in lanes for window in lane.windows())
+        sweeps, reads = itertools.tee(self._lanes(parts))
+        with contextlib.closing(_read_ahead((sweep.source, box) for sweep in reads for box in sweep.fresh())) as read:
+            windows = (window for sweep in sweeps for window in sweep.windows())
             yield from self._blended(self._computed(windows, _Rows(self._axis, read)))
 
-    def _lanes(self, parts: Iterable[Part]) -> Iterator[_Lane]:
+    def _lanes(self, parts: Iterable[Part]) -> Iterator[_Sweep]:
         for source, core in parts:
             for box in [core] if self._axis == 0 else core.sections():
-                yield _Lane(source, box, self._axis, self._setting.patch, self._grid(source).touching(box))
+                yield _Sweep(source, box, self._axis, self._setting.patch, self._grid(source).touching(box))
 
     def _computed(self, windows: Iterator[_Window], rows: _Rows) -> Iterator[tuple[_Window, Folds]]:
         """Each window with its logits; those that fill the network's batches together, whatever rows they lie in."""
         while group := list(itertools.islice(windows, self._setting.group)):
-            shape = (len(group), group[0].lane.source.channels, *self._setting.patch)
+            shape = (len(group), group[0].sweep.source.channels, *self._setting.patch)
             with self._uploads.batch(map(rows.window, group), shape) as batch:
                 yield from zip(group, self._through_folds(batch), strict=True)
 
@@ -196,14 +196,14 @@ class RollingPredictor:
 
     def _blended(self, computed: Iterable[tuple[_Window, Folds]]) -> Iterator[tuple[Box, Logits]]:
         """Add up the windows of one lane after the other, and give out rows that no later window touches."""
-        ledge: _Accumulator | None = None
+        accumulator: _Accumulator | None = None
         for window, folds in computed:
-            ledge = ledge or self._accumulator(window.lane.core, window.box)
-            ledge.add(window.box, folds, self._weight)
+            accumulator = accumulator or self._accumulator(window.sweep.core, window.box)
+            accumulator.add(window.box, folds, self._weight)
             if window.next_row is not None:
-                yield from ledge.advance(window.next_row)
-                if window.next_row == window.lane.core.stop[self._axis]:
-                    ledge = None
+                yield from accumulator.advance(window.next_row)
+                if window.next_row == window.sweep.core.stop[self._axis]:
+                    accumulator = None
 
 
 class _Accumulator:
@@ -268,7 +268,7 @@ class _Accumulator:
 
 
 @dataclass(frozen=True, slots=True)
-class _Lane:
+class _Sweep:
     """A box that an accumulator rolls over, all of a part or a section of it, and the starts of its windows."""
 
     source: WindowSource
@@ -303,7 +303,7 @@ class _Lane:
 class _Window:
     """A window of a lane; after the last one of a row, ``next_row`` is where the next begins, or the lane's end."""
 
-    lane: _Lane
+    sweep: _Sweep
     box: Box
     next_row: int | None
 
@@ -321,18 +321,18 @@ class _Rows:
 
     def __init__(self, axis: int, read: Iterator[Array]) -> None:
         self._axis, self._read = axis, read
-        self._lane: _Lane | None = None
+        self._lane: _Sweep | None = None
         self._held = Box.of_shape((0, 0, 0))
         self._data: Array = np.empty((0, 0, 0, 0), np.float32)
 
     def window(self, window: _Window) -> Array:
         """float32 (c, z, y, x) of a window, valid until the next one is asked for; asked for in raster order."""
         start, stop = window.box.start[self._axis], window.box.stop[self._axis]
-        if window.lane is not self._lane:
+        if window.sweep is not self._lane:
             self._data = next(self._read)
         elif start > self._held.start[self._axis]:
             self._advance(start - self._held.start[self._axis], stop - start)
-        self._lane, self._held = window.lane, window.lane.rows(start, stop)
+        self._lane, self._held = window.sweep, window.sweep.rows(start, stop)
         view: Array = self._data[(slice(None), *window.box.relative_to(self._held).slices)]
         return view
 
