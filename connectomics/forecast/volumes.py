@@ -105,7 +105,7 @@ def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]
     return Plan(tuple(forecasts), tuple(refused))
 
 
-class Foresight:
+class JobForecaster:
     """Predicts volumes as they come; an engine is measured once, where a volume is long enough to be worth it.
 
     Parameters
@@ -119,7 +119,7 @@ class Foresight:
         self._times: dict[int, tuple[Engine, WindowTimes]] = {}
         self._paces: dict[int, Pace] = {}
 
-    def foreseen(self, engine: Engine, job: VolumeJob) -> VolumeJob:
+    def with_forecast(self, engine: Engine, job: VolumeJob) -> VolumeJob:
         """The job with its predicted time, and a line of the plan in the log."""
         try:
             told = forecast(self._config, engine, job, self._pace(engine, job))

@@ -37,7 +37,7 @@ from connectomics.core.geometry import Box
 from connectomics.execution.executors.overlapping import OverlappingExecutor
 from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.execution.task import RunReport
-from connectomics.forecast.volumes import Foresight
+from connectomics.forecast.volumes import JobForecaster
 from connectomics.inference.case import ReadBox
 from connectomics.jobs.cascade import previous_labels
 from connectomics.jobs.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
@@ -219,7 +219,7 @@ class VolumeProcessor:
         self._engine = engine
         self._observer = observer or Silence()
         self._continuation = Continuation(config, engine)
-        self._foresight = Foresight(config)
+        self._forecaster = JobForecaster(config)
 
     def run(self, sources: Sequence[VolumeSource], sample: SharedSample | None = None) -> list[VolumeOutcome]:
         """Bring volumes to their final outputs.
@@ -293,7 +293,7 @@ class VolumeProcessor:
             previous = opened.enter_context(previous_labels(self._config, engine, source, reader, self._observer.block))
             job = job_of(self._config, engine, source, reader, previous, wanted)
             check_names(job.outputs, settings.folder, overwrite=self._config.inference.output.overwrite)
-            job = self._foresight.foreseen(engine, sample.shared_by(engine, job))
+            job = self._forecaster.with_forecast(engine, sample.shared_by(engine, job))
             report = run_volume(job, engine.settings, OverlappingExecutor(), self._observer.block)
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report
 
