@@ -21,7 +21,7 @@ from connectomics.volumes.volume import VolumeReader
 log = logging.getLogger(__name__)
 
 
-class Continuation:
+class ResumedEngines:
     """Finds the engine for each volume: the one there is, or one as an earlier run of that volume had.
 
     Parameters

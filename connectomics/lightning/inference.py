@@ -41,7 +41,7 @@ from connectomics.forecast.volumes import JobForecaster
 from connectomics.inference.case import ReadBox
 from connectomics.jobs.cascade import previous_labels
 from connectomics.jobs.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
-from connectomics.jobs.resume import Continuation
+from connectomics.jobs.resume import ResumedEngines
 from connectomics.runs.volume import run_volume
 from connectomics.stages.output.finish import check_names, settle, work_folder
 from connectomics.stages.predict.segmenter import Segmenter
@@ -218,7 +218,7 @@ class VolumeProcessor:
         self._config = config
         self._engine = engine
         self._observer = observer or Silence()
-        self._continuation = Continuation(config, engine)
+        self._resumed = ResumedEngines(config, engine)
         self._forecaster = JobForecaster(config)
 
     def run(self, sources: Sequence[VolumeSource], sample: SharedSample | None = None) -> list[VolumeOutcome]:
@@ -284,7 +284,7 @@ class VolumeProcessor:
         with contextlib.ExitStack() as opened:
             reader = open_source(self._config, self._engine, source)
             opened.callback(reader.close)
-            engine = self._continuation.engine(source, reader)
+            engine = self._resumed.engine(source, reader)
             for note in [*engine.notes, *batch_note(self._config, engine)]:
                 log.info("backend: %s", note)
             wanted = wanted_of(self._config, reader.info.extent, source.name)  # refused before a first stage is run
