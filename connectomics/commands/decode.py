@@ -27,7 +27,7 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.task import RunReport
-from connectomics.jobs.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
+from connectomics.jobs.outcome import NOT_BEGUN, NullObserver, Observer, VolumeOutcome, attempted
 from connectomics.runs.decode import DecodeSettings, run_decode
 from connectomics.stages.output.finish import Output, check_names, settle, work_folder
 from connectomics.volumes.listing import stem_of
@@ -54,7 +54,7 @@ class Decoder:
     def __init__(self, config: Config, observer: Observer | None = None) -> None:
         check_decoding(config)
         self._config = config
-        self._observer = observer or Silence()
+        self._observer = observer or NullObserver()
         self._folder = Path(config.inference.data.output_path)
 
     def run(self, sources: Sequence[Decodable]) -> list[VolumeOutcome]:

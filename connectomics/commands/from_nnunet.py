@@ -16,7 +16,7 @@ from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.config.validation import validate
 from connectomics.core.errors import ConfigError, ModelError
-from connectomics.jobs.outcome import EXPECTED, NOT_BEGUN, Observer, Silence, VolumeOutcome, failed_outcome
+from connectomics.jobs.outcome import EXPECTED, NOT_BEGUN, NullObserver, Observer, VolumeOutcome, failed_outcome
 from connectomics.lightning.inference import VolumeProcessor
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.nnunet.folder import (
@@ -140,7 +140,7 @@ class FolderPrediction:
             If the output folder refuses its first files.
         """
         copy_descriptions(self._call.model, self._call.output_folder)
-        observer = observer or Silence()
+        observer = observer or NullObserver()
         kept = {s.name: paths for s in self._sources if (paths := self._kept(s))}
         observer.listed(len(self._sources), len(kept))
         sample = SharedSample(self._sources, self._config_of)

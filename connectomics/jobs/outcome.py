@@ -48,7 +48,7 @@ class Observer(Protocol):
     def ended(self, outcome: VolumeOutcome) -> None: ...
 
 
-class Silence:
+class NullObserver:
     """An observer that does nothing."""
 
     def listed(self, total: int, finished: int) -> None:

@@ -40,7 +40,7 @@ from connectomics.execution.task import RunReport
 from connectomics.forecast.volumes import JobForecaster
 from connectomics.inference.case import ReadBox
 from connectomics.jobs.cascade import previous_labels
-from connectomics.jobs.outcome import NOT_BEGUN, Observer, Silence, VolumeOutcome, attempted
+from connectomics.jobs.outcome import NOT_BEGUN, NullObserver, Observer, VolumeOutcome, attempted
 from connectomics.jobs.resume import ResumedEngines
 from connectomics.runs.volume import run_volume
 from connectomics.stages.output.finish import check_names, settle, work_folder
@@ -217,7 +217,7 @@ class VolumeProcessor:
         torch.manual_seed(config.system.seed)
         self._config = config
         self._engine = engine
-        self._observer = observer or Silence()
+        self._observer = observer or NullObserver()
         self._resumed = ResumedEngines(config, engine)
         self._forecaster = JobForecaster(config)
 

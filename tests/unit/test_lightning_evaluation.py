@@ -22,7 +22,7 @@ from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ConnectomicsError
 from connectomics.evaluate.volumes import Comparison
-from connectomics.jobs.outcome import Silence, VolumeOutcome
+from connectomics.jobs.outcome import NullObserver, VolumeOutcome
 from connectomics.lightning.inference import VolumeProcessor
 
 from nnunet_models import make_model
@@ -177,17 +177,17 @@ def test_ignored_voxels_of_a_binary_truth_are_no_foreground(tmp_path: Path) -> N
 def test_the_demo_labels_its_phantom_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "VOLUME", "phantom:5x256x320?seed=7")
     monkeypatch.setattr(demo, "TRUTH", "phantom:5x256x320?seed=7&what=label")
-    lines = demo.run_demo(tmp_path, Silence())
+    lines = demo.run_demo(tmp_path, NullObserver())
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["pooled"]["labels"]["mitochondrion"]["dice"] > 0.9
     assert (tmp_path / "montage.png").exists()
     assert any("montage.png" in line for line in lines)
-    assert demo.run_demo(tmp_path, Silence())[0].startswith("skipped")
+    assert demo.run_demo(tmp_path, NullObserver())[0].startswith("skipped")
     labels = tmp_path / "phantom_5x256x320_seed_7_labels.h5"
     made = labels.read_bytes()
     labels.write_text("of another version of this program")
-    assert demo.run_demo(tmp_path, Silence())[0].startswith("done")
+    assert demo.run_demo(tmp_path, NullObserver())[0].startswith("done")
     assert labels.read_bytes() == made
     monkeypatch.setattr(demo, "VOLUME", "phantom:0x1x1")
     with pytest.raises(ConnectomicsError, match="phantom"):
-        demo.run_demo(tmp_path, Silence())
+        demo.run_demo(tmp_path, NullObserver())

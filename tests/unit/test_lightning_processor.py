@@ -19,7 +19,7 @@ from connectomics.assembly.volumes import named_sources
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError
-from connectomics.jobs.outcome import Observer, Silence, VolumeOutcome
+from connectomics.jobs.outcome import NullObserver, Observer, VolumeOutcome
 from connectomics.lightning import inference
 from connectomics.lightning.inference import VolumeProcessor, check_output_folder
 from connectomics.volumes.listing import VolumeSource
@@ -111,7 +111,7 @@ def test_an_observer_hears_of_everything_in_order(folder: Path, output: Path) ->
 
 
 def test_silence_is_an_observer() -> None:
-    silence: Observer = Silence()
+    silence: Observer = NullObserver()
     silence.listed(1, 0)
     silence.began("v")
     silence.block(0, 1)
