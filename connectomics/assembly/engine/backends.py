@@ -137,7 +137,7 @@ def reference_backends(
     config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], fast: NumericClass
 ) -> Chosen:
     """As ``choose_backends``, in float32: what a fast backend is held against."""
-    terms = Terms(device_name(config), "exact", fast.batch, fast.threads, frugal=True)
+    terms = Terms(device_name(config), "exact", fast.batch, fast.threads, low_memory=True)
     own = kind_of(fast.as_dict())
     name = own if own in REFERENCES else REFERENCES[0]
     return choose(name, terms, _networks(models, patches), Artefacts(cache_folder(config)))

@@ -52,14 +52,14 @@ class Networks:
 class Terms:
     """How networks are to be run: device (a name ``select_device`` knows), precision, rows of a batch, CPU threads.
 
-    ``frugal`` ones are run seldom, beside others, and give the memory of a forward pass back after it where they can.
+    ``low_memory`` ones are run seldom, beside others, and give the memory of a forward pass back after it where they can.
     """
 
     device: str
     precision: str
     batch: int
     threads: int
-    frugal: bool = False
+    low_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ def _openvino(networks: Networks, fold: int, terms: Terms, artefacts: Artefacts)
         precision=terms.precision,
         model=f"{networks.sha256} {fold}",
         artefacts=artefacts,
-        frugal=terms.frugal,
+        low_memory=terms.low_memory,
     )
     networks.let_go()
     return backend

@@ -51,7 +51,7 @@ class OpenVinoBackend:
         Identity of the network's weights, under which what is compiled is kept.
     artefacts
         Where it is kept.
-    frugal
+    low_memory
         Whether the memory of a forward pass is given back after it, for some percent of its time.
 
     Raises
@@ -69,7 +69,7 @@ class OpenVinoBackend:
         precision: str,
         model: str,
         artefacts: Artefacts,
-        frugal: bool = False,
+        low_memory: bool = False,
     ) -> None:
         openvino = load_openvino()
         core = openvino.Core()
@@ -94,7 +94,7 @@ class OpenVinoBackend:
             "precision": precision,
             "threads": threads,
         }
-        self._shape, self._frugal = shape, frugal
+        self._shape, self._low_memory = shape, low_memory
         self._model, self._kept = _compiled(core, network, shape, options, facts, artefacts)
         self._request: Any = self._model.create_infer_request()
         self._numeric_class = NumericClass(
@@ -132,7 +132,7 @@ class OpenVinoBackend:
         if tuple(batch.shape) != self._shape:
             raise ValueError(f"compiled for batches of {list(self._shape)}, got {list(batch.shape)}")
         found = self._request.infer([batch.contiguous().numpy()], share_inputs=True)
-        if self._frugal:
+        if self._low_memory:
             self._model.release_memory()
         return torch.from_numpy(found[0][:rows])
 
