@@ -7,7 +7,7 @@ import functools
 from connectomics.assembly.engine.engine import Engine
 from connectomics.config.schema import Config
 from connectomics.core.geometry import Vec3
-from connectomics.models.backends.remembering import sampled
+from connectomics.models.backends.cached_backends import sampled
 from connectomics.stages.predict.precision_check import FastContract, piece_shape
 from connectomics.stages.predict.segmenter import Segmenter
 
@@ -33,5 +33,5 @@ def fast_contract(config: Config, engine: Engine, exact: Segmenter, block: Vec3)
         exact,
         config.inference.max_disagreement,
         piece_shape(member.order.inverse.turn(size), block),
-        sampled=functools.partial(sampled, engine.remembering),
+        sampled=functools.partial(sampled, engine.cached_backends),
     )

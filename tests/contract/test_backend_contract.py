@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from connectomics.models.backends.cached_backends import CachedBackend
 from torch import nn
 
 from connectomics.core.errors import ConfigError, DeviceError
@@ -22,7 +23,6 @@ from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.contract import Backend, torch_threads
 from connectomics.models.backends.cuda import CudaBackend, CudaGraphs, Recorded, in_half
 from connectomics.models.backends.openvino import OpenVinoBackend
-from connectomics.models.backends.remembering import Remembering
 from connectomics.models.backends.torch_compile import CompiledBackend
 from connectomics.models.backends.torch_eager import TorchBackend, arithmetic, capability, select_device
 
@@ -209,7 +209,7 @@ def openvino(folder: Path, precision: str) -> OpenVinoBackend:
 class TestRemembering(BackendContract):
     @pytest.fixture
     def backend(self) -> Iterator[Backend]:
-        made = Remembering(TorchBackend(small_network(), device="cpu", batch=4, threads=1))
+        made = CachedBackend(TorchBackend(small_network(), device="cpu", batch=4, threads=1))
         yield made
         made.close()
 

@@ -20,7 +20,7 @@ from connectomics.assembly.engine import backends
 from connectomics.cli import main
 from connectomics.core.geometry import Vec3
 from connectomics.inference.predictor import RollingPredictor
-from connectomics.models.backends import remembering, torch_eager
+from connectomics.models.backends import cached_backends, torch_eager
 from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.torch_eager import TorchBackend
 from connectomics.planning.memory import Footprint, Work
@@ -245,7 +245,7 @@ def test_what_fast_computed_for_the_sample_is_not_computed_again(
     windows = passes.pop("exact")
     assert run(folder, tmp_path / "fast", *FAST) == 0
     assert passes == {"exact": windows, "fast": windows}
-    monkeypatch.setattr(remembering, "REMEMBERED_BYTES", 0)
+    monkeypatch.setattr(cached_backends, "CACHED_BYTES", 0)
     assert run(folder, tmp_path / "again", *FAST) == 0
     assert passes["fast"] == windows + 2 * windows
     assert finals(tmp_path / "again") == finals(tmp_path / "fast")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from connectomics.models.backends.cached_backends import CachedBackend, sampled
 from torch import nn
 
-from connectomics.models.backends import remembering
-from connectomics.models.backends.remembering import Remembering, sampled
+from connectomics.models.backends import cached_backends
 from connectomics.models.backends.torch_eager import TorchBackend
 
 
@@ -27,9 +27,9 @@ def batch(value: float) -> torch.Tensor:
     return torch.full((1, 1, 1, 4, 8), value)
 
 
-def remembering_counting() -> tuple[Remembering, Counting]:
+def remembering_counting() -> tuple[CachedBackend, Counting]:
     network = Counting()
-    return Remembering(TorchBackend(network, device="cpu", batch=1, threads=1)), network
+    return CachedBackend(TorchBackend(network, device="cpu", batch=1, threads=1)), network
 
 
 def test_a_batch_of_the_sample_is_computed_once_whatever_was_done_to_its_logits() -> None:
@@ -65,7 +65,7 @@ def test_another_shape_is_another_batch() -> None:
 
 
 def test_no_more_is_kept_than_stated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remembering, "REMEMBERED_BYTES", 2 * 32 * 4)
+    monkeypatch.setattr(cached_backends, "CACHED_BYTES", 2 * 32 * 4)
     backend, network = remembering_counting()
     with sampled([backend]):
         for value in (1.0, 2.0, 3.0):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectomics.inference.predictor import SlidingWindow
-from connectomics.models.backends.remembering import Remembering
+from connectomics.models.backends.cached_backends import CachedBackend
 from connectomics.models.spec import ModelSpec
 from connectomics.runs.volume import RunSettings
 from connectomics.stages.predict.filters import Filters
@@ -64,7 +64,7 @@ class Engine:
         The first stage of a cascade, where a model gives its labels.
     exact
         Where the precision is fast, the segmenter it is held against: the same models in float32.
-    remembering
+    cached_backends
         Backends that need not compute again what they compute for the sample of fast against exact.
     notes
         Why backends that ``auto`` tried first were not taken, or the one that was does less than it can.
@@ -80,7 +80,7 @@ class Engine:
     device_bytes: int | None
     previous: Engine | None = None
     exact: Segmenter | None = None
-    remembering: tuple[Remembering, ...] = ()
+    cached_backends: tuple[CachedBackend, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property

@@ -21,9 +21,9 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ModelError
 from connectomics.core.geometry import AxisOrder
 from connectomics.inference.resample import check_rules
+from connectomics.models.backends.cached_backends import CACHED_BYTES, CachedBackend
 from connectomics.models.backends.choice import Chosen
 from connectomics.models.backends.contract import Backend
-from connectomics.models.backends.remembering import REMEMBERED_BYTES, Remembering
 from connectomics.models.backends.torch_eager import free_device_bytes, window_bytes
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
@@ -56,8 +56,8 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     stated, config, chosen, reference = config, fitting.config, fitting.chosen, fitting.reference
     models = tuple(_engine_model(config, path, model) for path, model in loaded)
     first, fast = chosen.backends[0][0], reference is not None
-    remembering = _remembering(chosen) if fast else ()
-    segmenter = _segmenter(config, models, remembering or chosen.backends)
+    cached_backends = _cached(chosen) if fast else ()
+    segmenter = _segmenter(config, models, cached_backends or chosen.backends)
     exact = None if reference is None else _segmenter(config, models, reference.backends)
     binary = config.inference.postprocessing.binary
     filters = Filters(binary.remove_small_objects, binary.fill_holes) if binary.enabled else Filters()
@@ -76,7 +76,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         deviations += ("bfloat16 instead of float32 (inference.precision=fast)",)
     if previous is not None:
         deviations += tuple(f"the previous stage: {text}" for text in previous.deviations)
-    base_bytes = psutil.Process().memory_info().rss + REMEMBERED_BYTES * sum(map(len, remembering))
+    base_bytes = psutil.Process().memory_info().rss + CACHED_BYTES * sum(map(len, cached_backends))
     free = free_device_bytes(first.device)
     return Engine(
         models,
@@ -89,17 +89,17 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         free,
         previous,
         exact,
-        tuple(itertools.chain(*remembering)),
+        tuple(itertools.chain(*cached_backends)),
         chosen.notes,
     )
 
 
-def _remembering(chosen: Chosen) -> tuple[tuple[Remembering, ...], ...]:
+def _cached(chosen: Chosen) -> tuple[tuple[CachedBackend, ...], ...]:
     """The backends, if they can remember: on the CPU, one window at a time, for larger batches do not recur."""
     first = chosen.backends[0][0]
     if first.device.type != "cpu" or first.numeric_class.batch > 1:
         return ()
-    return tuple(tuple(map(Remembering, row)) for row in chosen.backends)
+    return tuple(tuple(map(CachedBackend, row)) for row in chosen.backends)
 
 
 def _segmenter(config: Config, models: tuple[EngineModel, ...], backends: Sequence[tuple[Backend, ...]]) -> Segmenter:

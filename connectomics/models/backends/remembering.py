@@ -10,14 +10,14 @@ import torch
 
 from connectomics.models.backends.contract import Backend, NumericClass
 
-REMEMBERED_BYTES = 64 << 20
+CACHED_BYTES = 64 << 20
 """Logits kept at most; a sample of a million voxels of two classes, not mirrored, takes a fifth of it."""
 
 
-class Remembering:
+class CachedBackend:
     """Runs another backend of the CPU, and gives what it gave where a batch has the same bytes as one of the sample.
 
-    Logits are kept until they are asked for again, at most ``REMEMBERED_BYTES`` of them, the latest.
+    Logits are kept until they are asked for again, at most ``CACHED_BYTES`` of them, the latest.
 
     Parameters
     ----------
@@ -57,12 +57,12 @@ class Remembering:
 
     def _keep(self, key: bytes, logits: torch.Tensor) -> None:
         self._known[key] = logits
-        while sum(each.nbytes for each in self._known.values()) > REMEMBERED_BYTES:
+        while sum(each.nbytes for each in self._known.values()) > CACHED_BYTES:
             del self._known[next(iter(self._known))]
 
 
 @contextlib.contextmanager
-def sampled(backends: Sequence[Remembering]) -> Iterator[None]:
+def sampled(backends: Sequence[CachedBackend]) -> Iterator[None]:
     """While open, backends remember what they compute."""
     for backend in backends:
         backend.sampling = True
