@@ -14,7 +14,7 @@ from connectomics.assembly.volumes import job_of, open_source, wanted_of
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
-from connectomics.execution.retry import PatientReader
+from connectomics.execution.retry import RetryingReader
 from connectomics.runs.volume import VolumeJob, measure_agreement
 from connectomics.stages.predict.precision_check import SAMPLED_VOXELS, Agreement, spread
 from connectomics.volumes.listing import VolumeSource
@@ -81,8 +81,8 @@ class SharedSample:
             if wanted is not None:
                 opened.callback(wanted.close)
             job = job_of(config, engine, source, reader, None, wanted)
-            patient = PatientReader(reader, source.name, engine.settings.pauses_s)
-            return measure_agreement(job, patient, job.segmenter.survey(patient, source.name), voxels)
+            retrying = RetryingReader(reader, source.name, engine.settings.pauses_s)
+            return measure_agreement(job, retrying, job.segmenter.survey(retrying, source.name), voxels)
 
 
 def _small(info: VolumeInfo) -> bool:

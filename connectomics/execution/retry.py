@@ -90,7 +90,7 @@ def retried(action: Callable[[], T], what: str, pauses_s: tuple[float, ...] = PA
     return action()
 
 
-class PatientReader:
+class RetryingReader:
     """A volume whose reading is tried again when it fails for a moment.
 
     Parameters

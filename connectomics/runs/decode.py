@@ -23,7 +23,7 @@ from connectomics.core.process import new_mark
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.lease import STALE_S, Worker, pauses
 from connectomics.execution.ledger import Ledger
-from connectomics.execution.retry import PAUSES_S, PatientReader, retried
+from connectomics.execution.retry import PAUSES_S, RetryingReader, retried
 from connectomics.execution.run_folder import PROVENANCE, SINGLE_WRITER, WORKERS
 from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blocks
 from connectomics.execution.task import Executor, RunReport, Task
@@ -193,7 +193,7 @@ def _objects(
     run_key = key_of({"result": job.output.result_key, "grid": list(grid.block_shape), "program": job.program})
     info, likely = job.volume.info, job.probabilities
     state = DecodingState(
-        PatientReader(job.volume, job.output.stem, settings.pauses_s),
+        RetryingReader(job.volume, job.output.stem, settings.pauses_s),
         Frame(info.voxel_size_nm, info.origin_nm, job.probability_units),
         None if likely is None else _patiently(likely, job.output.stem, settings.pauses_s),
     )

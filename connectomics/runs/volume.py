@@ -22,7 +22,7 @@ from connectomics.core.geometry import Box
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.lease import STALE_S, Worker
 from connectomics.execution.ledger import HEADER, Ledger, plan_of, read_header
-from connectomics.execution.retry import PAUSES_S, PatientReader
+from connectomics.execution.retry import PAUSES_S, RetryingReader
 from connectomics.execution.run_folder import AGREEMENT, FILTERED, LEDGER, PROVENANCE, SINGLE_WRITER, SURVEY, WORKERS
 from connectomics.execution.runner import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
 from connectomics.execution.stage import LABELS, Workspace
@@ -150,7 +150,7 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
         check_exportable(output, info_of(job, output.name, job.plan), settings.folder, settings.budget_bytes)
     work = work_folder(job.run_folder, job.outputs, settings.program)
     _make_work_folder(work)
-    reader = PatientReader(job.reader, job.name, settings.pauses_s)
+    reader = RetryingReader(job.reader, job.name, settings.pauses_s)
     if job.wanted is not None:
         job = replace(job, wanted=job.wanted.patiently(settings.pauses_s))
     with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
@@ -180,7 +180,7 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
 
 
 def _prepare(
-    workspace: Workspace, job: VolumeJob, reader: PatientReader, settings: RunSettings, worker: Worker
+    workspace: Workspace, job: VolumeJob, reader: RetryingReader, settings: RunSettings, worker: Worker
 ) -> _Prepared:
     """Survey, agreement, ledger and stores; records whose shards were lost are undone."""
     work = workspace.work
@@ -349,7 +349,7 @@ def measure_agreement(
     return job.contract.measure(job.segmenter, reader.read, surveyed, wanted, seed, Path(job.name).name, voxels)
 
 
-def _agreement(work: Path, job: VolumeJob, reader: PatientReader, surveyed: Surveyed) -> Agreement | None:
+def _agreement(work: Path, job: VolumeJob, reader: RetryingReader, surveyed: Surveyed) -> Agreement | None:
     """What a fast run changes in this volume's sample; measured once a run, None where it is exact.
 
     Raises

@@ -10,7 +10,7 @@ import pytest
 
 from connectomics.core.errors import OutputError, VolumeError
 from connectomics.core.geometry import Box
-from connectomics.execution.retry import PAUSES_S, SYSTEMIC, TRANSIENT, PatientReader, errno_of, retried
+from connectomics.execution.retry import PAUSES_S, SYSTEMIC, TRANSIENT, RetryingReader, errno_of, retried
 
 from small_runs import IMAGE, Reader
 
@@ -105,9 +105,9 @@ def test_a_patient_reader_is_the_volume() -> None:
         return IMAGE[(slice(None), *box.slices)]
 
     reader.read = read  # type: ignore[method-assign, assignment]  # a disk that is shaky
-    patient = PatientReader(reader, "v", (0.0, 0.0))
-    assert (patient.info, patient.identity) == (reader.info, reader.identity)
+    retrying = RetryingReader(reader, "v", (0.0, 0.0))
+    assert (retrying.info, retrying.identity) == (reader.info, reader.identity)
     box = Box((1, 2, 3), (2, 4, 6))
-    assert (patient.read(box) == IMAGE[(slice(None), *box.slices)]).all()
+    assert (retrying.read(box) == IMAGE[(slice(None), *box.slices)]).all()
     assert calls.calls == 3
-    patient.close()
+    retrying.close()

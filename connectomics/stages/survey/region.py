@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.execution.retry import PatientReader
+from connectomics.execution.retry import RetryingReader
 from connectomics.volumes.volume import VolumeReader
 
 PIECE_BYTES = 1 << 24  # of a mask read at once
@@ -110,7 +110,7 @@ class Wanted:
         """The same, with a mask whose reading is tried again when it fails for a moment."""
         if self.mask is None:
             return self
-        return replace(self, mask=PatientReader(self.mask, self.name, pauses_s))
+        return replace(self, mask=RetryingReader(self.mask, self.name, pauses_s))
 
     def close(self) -> None:
         """Release the mask; closing twice is harmless."""
