@@ -58,7 +58,7 @@ def provenance_of(
         "regions": {name: list(values) for name, values in engine.spec.regions},
         "resample": resampling_facts(segmenter),
         "seed": config.system.seed,
-    } | wanted_facts(config)
+    } | roi_facts(config)
     return (
         provenance
         | (described[0] if len(described) == 1 else {"models": described})
@@ -125,7 +125,7 @@ def resampling_facts(segmenter: Segmenter) -> object:
     return facts[0] if len(facts) == 1 else facts
 
 
-def wanted_facts(config: Config) -> dict[str, object]:
+def roi_facts(config: Config) -> dict[str, object]:
     """What restricts a volume, for result keys and provenance; nothing where nothing does."""
     roi, mask = config.inference.roi, config.inference.mask
     facts: dict[str, object] = {} if roi is None else {"roi": roi}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from connectomics.assembly.engine.engine import Engine
-from connectomics.assembly.volumes import job_of, open_source, wanted_of
+from connectomics.assembly.volumes import job_of, open_source, roi_of
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
@@ -77,10 +77,10 @@ class SharedSample:
             opened.callback(reader.close)
             if not _small(reader.info):
                 return Agreement(0, 0, ())
-            wanted = wanted_of(config, reader.info.extent, source.name)
-            if wanted is not None:
-                opened.callback(wanted.close)
-            job = job_of(config, engine, source, reader, None, wanted)
+            roi = roi_of(config, reader.info.extent, source.name)
+            if roi is not None:
+                opened.callback(roi.close)
+            job = job_of(config, engine, source, reader, None, roi)
             retrying = RetryingReader(reader, source.name, engine.settings.pauses_s)
             return measure_agreement(job, retrying, job.segmenter.survey(retrying, source.name), voxels)
 

@@ -10,7 +10,7 @@ from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.planes import check_isotropic
 from connectomics.assembly.memory import decoding_bytes, rehearsed_plan
 from connectomics.assembly.precision import fast_contract
-from connectomics.assembly.provenance import command_of, provenance_of, resampling_facts, wanted_facts
+from connectomics.assembly.provenance import command_of, provenance_of, resampling_facts, roi_facts
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.core.fingerprint import key_of
@@ -23,7 +23,7 @@ from connectomics.runs.volume import VolumeJob
 from connectomics.stages.output.export import export_path
 from connectomics.stages.output.finish import Output
 from connectomics.stages.predict.segmenter import Member, Segmenter
-from connectomics.stages.survey.region import Wanted, require_inside
+from connectomics.stages.survey.region import RegionOfInterest, require_inside
 from connectomics.volumes.listing import VolumeSource, expand, group, refuse_collisions, without_results
 from connectomics.volumes.opening import open_channels, open_volume
 from connectomics.volumes.volume import Nanometres, Spacing, VolumeReader
@@ -132,7 +132,7 @@ def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: Vol
     names = final_names(config, engine, source)
     resampling = resampling_facts(segmenter_of(config, engine, reader.info.spacing))
     facts = dict(engine.facts) | {"input": reader.identity, "resample": resampling}
-    facts |= _previous_facts(config, engine, source, reader) | wanted_facts(config)
+    facts |= _previous_facts(config, engine, source, reader) | roi_facts(config)
     pyramid = config.inference.output.pyramid
     outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1], pyramid)]
     rule = engine.segmenter.probabilities
@@ -219,7 +219,7 @@ def _resampling_of(config: Config, model: EngineModel, member: Member, own: Spac
     return Resampling(spacing, target, spec.resampling_data, spec.resampling_probabilities, spec.resampling_labels)
 
 
-def wanted_of(config: Config, extent: Vec3, name: str) -> Wanted | None:
+def roi_of(config: Config, extent: Vec3, name: str) -> RegionOfInterest | None:
     """What ``inference.roi`` and ``inference.mask`` leave of a volume, or None where they do not restrict it.
 
     Parameters
@@ -240,10 +240,10 @@ def wanted_of(config: Config, extent: Vec3, name: str) -> Wanted | None:
     box = Box.of_shape(extent) if roi is None else Box(vec3(roi[0]), vec3(roi[1]))
     require_inside(box, extent, name)
     if mask is None:
-        return Wanted(extent, box)
+        return RegionOfInterest(extent, box)
     reader = open_volume(mask)
     try:
-        return Wanted(extent, box, reader, f"inference.mask={mask}, for {name}")
+        return RegionOfInterest(extent, box, reader, f"inference.mask={mask}, for {name}")
     except VolumeError:
         reader.close()
         raise
@@ -255,7 +255,7 @@ def job_of(
     source: VolumeSource,
     reader: VolumeReader,
     previous: VolumeReader | None = None,
-    wanted: Wanted | None = None,
+    roi: RegionOfInterest | None = None,
 ) -> VolumeJob:
     """All that running one volume needs.
 
@@ -263,8 +263,8 @@ def job_of(
     ----------
     previous
         The labels of the previous stage of a cascade.
-    wanted
-        What ``wanted_of`` gives.
+    roi
+        What ``roi_of`` gives.
 
     Raises
     ------
@@ -289,7 +289,7 @@ def job_of(
         provenance_of(config, engine, reader, segmenter, previous),
         command_of(config, engine, source),
         readers,
-        wanted,
+        roi,
         contract,
         decoding_bytes(reader.info, engine.settings.budget_bytes, engine.base_bytes),
         on_device=engine.device_bytes is not None,

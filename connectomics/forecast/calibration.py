@@ -233,7 +233,7 @@ def _miniature(job: VolumeJob, engine: Engine, segmenter: Segmenter, shape: Vec3
             plan=BlockPlan(block, chunk),
             provenance={},
             command=(),
-            wanted=None,
+            roi=None,
             contract=None,
         )
         settings = replace(engine.settings, folder=folder)

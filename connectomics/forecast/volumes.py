@@ -12,7 +12,7 @@ from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engines import Engines
 from connectomics.assembly.memory import peak_of
 from connectomics.assembly.shared_sample import SharedSample
-from connectomics.assembly.volumes import job_of, open_source, wanted_of
+from connectomics.assembly.volumes import job_of, open_source, roi_of
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
@@ -92,11 +92,11 @@ def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]
             with contextlib.ExitStack() as opened:
                 reader = open_source(config, engine, source)
                 opened.callback(reader.close)
-                wanted = wanted_of(config, reader.info.extent, source.name)
-                if wanted is not None:
-                    opened.callback(wanted.close)
+                roi = roi_of(config, reader.info.extent, source.name)
+                if roi is not None:
+                    opened.callback(roi.close)
                 suiting = engines.suiting(reader)
-                job = sample.shared_by(suiting, job_of(config, suiting, source, reader, None, wanted))
+                job = sample.shared_by(suiting, job_of(config, suiting, source, reader, None, roi))
                 if id(suiting) not in paces:
                     paces[id(suiting)] = measure_pace(config, suiting, job, measure_windows(config, suiting))
                 forecasts.append(forecast(config, suiting, job, paces[id(suiting)]))
@@ -165,10 +165,10 @@ def forecast(config: Config, engine: Engine, job: VolumeJob, pace: Pace | None) 
     voxels = Box.of_shape(info.extent).voxels
     peak = peak_of(config, engine, job.segmenter, info, cut.block_shape)
     outputs, scratch = _sizes(engine, job, cut)
-    everything = job.wanted is None or _written_everywhere(job)
+    everything = job.roi is None or _written_everywhere(job)
     return Forecast(
         job.name,
-        replace(cut, wanted=Box.of_shape(info.extent)).blocks if everything else cut.blocks,
+        replace(cut, roi=Box.of_shape(info.extent)).blocks if everything else cut.blocks,
         cut.block_shape,
         sum(windows),
         passes,
@@ -191,7 +191,7 @@ def _cut(engine: Engine, job: VolumeJob) -> Cut:
     ledger = work_folder(job.run_folder, job.outputs, engine.settings.program) / LEDGER
     plan = plan_of(ledger) or job.plan
     extent = job.reader.info.extent
-    return Cut(extent, plan.block_shape, Box.of_shape(extent) if job.wanted is None else job.wanted.box)
+    return Cut(extent, plan.block_shape, Box.of_shape(extent) if job.roi is None else job.roi.box)
 
 
 def _written_everywhere(job: VolumeJob) -> bool:
@@ -222,7 +222,7 @@ def _not_counted(config: Config, engine: Engine, job: VolumeJob) -> tuple[str, .
             "the sample of fast against exact, which small volumes share",
         ),
         (
-            job.wanted is not None and job.wanted.mask is not None,
+            job.roi is not None and job.roi.mask is not None,
             "what inference.mask leaves out: all is taken as wanted",
         ),
     ]

@@ -26,9 +26,9 @@ from connectomics.assembly.volumes import (
     job_of,
     open_source,
     outputs_of,
+    roi_of,
     run_folder,
     segmenter_of,
-    wanted_of,
 )
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
@@ -137,8 +137,8 @@ class InferenceManager:
         check_isotropic(self._config, self._edges(spacing), "the image")
         first = self._previous(reader, spacing, previous)
         segmenter, whole = self.segmenter(spacing, first), Box.of_shape(reader.info.extent)
-        wanted = wanted_of(self._config, reader.info.extent, "the image")
-        with contextlib.closing(wanted) if wanted is not None else contextlib.nullcontext():
+        roi = roi_of(self._config, reader.info.extent, "the image")
+        with contextlib.closing(roi) if roi is not None else contextlib.nullcontext():
             surveyed = segmenter.survey(reader, "the image")
             if not self._held:
                 exact = segmenter_of(self._config, self.engine, spacing, first, exact=True)
@@ -148,7 +148,7 @@ class InferenceManager:
                         contract.measure(segmenter, reader.read, surveyed, whole, 0, "the image"), "the image"
                     )
                 self._held = True
-            arrays, _ = segmenter.segment_wanted(reader.read, surveyed, whole, wanted)
+            arrays, _ = segmenter.segment_roi(reader.read, surveyed, whole, roi)
         labels = self.engine.filters.apply(arrays[LABELS][0])
         probabilities = arrays.get(PROBABILITIES)
         if image.ndim == 2:
@@ -287,11 +287,11 @@ class VolumeProcessor:
             engine = self._resumed.engine(source, reader)
             for note in [*engine.notes, *batch_note(self._config, engine)]:
                 log.info("backend: %s", note)
-            wanted = wanted_of(self._config, reader.info.extent, source.name)  # refused before a first stage is run
-            if wanted is not None:
-                opened.callback(wanted.close)
+            roi = roi_of(self._config, reader.info.extent, source.name)  # refused before a first stage is run
+            if roi is not None:
+                opened.callback(roi.close)
             previous = opened.enter_context(previous_labels(self._config, engine, source, reader, self._observer.block))
-            job = job_of(self._config, engine, source, reader, previous, wanted)
+            job = job_of(self._config, engine, source, reader, previous, roi)
             check_names(job.outputs, settings.folder, overwrite=self._config.inference.output.overwrite)
             job = self._forecaster.with_forecast(engine, sample.shared_by(engine, job))
             report = run_volume(job, engine.settings, OverlappingExecutor(), self._observer.block)

@@ -42,7 +42,7 @@ from connectomics.stages.predict.filters import Filters, filter_store
 from connectomics.stages.predict.precision_check import SAMPLED_VOXELS, Agreement, FastContract
 from connectomics.stages.predict.segmenter import Segmenter, Surveyed
 from connectomics.stages.predict.task import PredictTask
-from connectomics.stages.survey.region import Wanted
+from connectomics.stages.survey.region import RegionOfInterest
 from connectomics.stages.survey.survey import load_survey, save_survey
 from connectomics.volumes.store import Store, create_store, discard_locks, open_store
 from connectomics.volumes.volume import VolumeInfo, VolumeReader
@@ -88,7 +88,7 @@ class RunSettings:
 class VolumeJob:
     """One volume and what is wanted of it.
 
-    ``readers`` threads survey it; without ``wanted`` every voxel is; ``contract`` is what a fast run is held to.
+    ``readers`` threads survey it; without ``roi`` every voxel is; ``contract`` is what a fast run is held to.
     ``filter_block_bytes`` is what a block may take whose filters, or the holes of whose mask, are worked out.
     ``predicted_s`` is what all of it was predicted to take, None where nobody did.
     ``on_device`` tells that a device has memory of its own, which the blocks of ``plan`` were tried on.
@@ -104,7 +104,7 @@ class VolumeJob:
     provenance: Mapping[str, object]
     command: tuple[str, ...]
     readers: int = 1
-    wanted: Wanted | None = None
+    roi: RegionOfInterest | None = None
     contract: FastContract | None = None
     filter_block_bytes: int = BLOCK_VOXELS * VOXEL_BYTES
     predicted_s: float | None = None
@@ -151,8 +151,8 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     work = work_folder(job.run_folder, job.outputs, settings.program)
     _make_work_folder(work)
     reader = RetryingReader(job.reader, job.name, settings.pauses_s)
-    if job.wanted is not None:
-        job = replace(job, wanted=job.wanted.patiently(settings.pauses_s))
+    if job.roi is not None:
+        job = replace(job, roi=job.roi.patiently(settings.pauses_s))
     with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
         run = functools.partial(run_blocks, executor=executor, worker=worker, on_block=on_block)
         workspace = Workspace(work, run, job.filter_block_bytes)
@@ -167,7 +167,7 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
                 reader.read,
                 prepared.stores,
                 settings.pauses_s,
-                job.wanted,
+                job.roi,
             )
             blocks = run(task, ledger)
             if not blocks.failures:
@@ -200,8 +200,8 @@ def _prepare(
         if not worker.others():
             for store in stores.values():
                 discard_locks(store.path)
-        if job.wanted is not None:
-            _choose_blocks(ledger, job, job.wanted)
+        if job.roi is not None:
+            _choose_blocks(ledger, job, job.roi)
         if pending:
             void_lost(ledger, work, [store.path.name for store in stores.values()])
     except BaseException:
@@ -316,9 +316,9 @@ def _make_work_folder(work: Path) -> None:
         )
 
 
-def _choose_blocks(ledger: Ledger, job: VolumeJob, wanted: Wanted) -> None:
+def _choose_blocks(ledger: Ledger, job: VolumeJob, roi: RegionOfInterest) -> None:
     """Leave blocks without wanted voxels out: an absent shard reads as 0, which is right where the outside is 0."""
-    flags = wanted.blocks(ledger.grid)
+    flags = roi.blocks(ledger.grid)
     count = int(np.count_nonzero(flags))
     log.info("%d of %d blocks hold wanted voxels", count, len(ledger.grid))
     if count == 0:
@@ -344,9 +344,9 @@ def measure_agreement(
 ) -> Agreement:
     """What a fast run changes in a sample of this volume of at least so many voxels, if it has them."""
     assert job.contract is not None
-    wanted = Box.of_shape(reader.info.extent) if job.wanted is None else job.wanted.box
+    roi = Box.of_shape(reader.info.extent) if job.roi is None else job.roi.box
     seed = int(job.outputs[0].result_key[:16], 16)
-    return job.contract.measure(job.segmenter, reader.read, surveyed, wanted, seed, Path(job.name).name, voxels)
+    return job.contract.measure(job.segmenter, reader.read, surveyed, roi, seed, Path(job.name).name, voxels)
 
 
 def _agreement(work: Path, job: VolumeJob, reader: RetryingReader, surveyed: Surveyed) -> Agreement | None:

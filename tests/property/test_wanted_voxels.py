@@ -19,7 +19,7 @@ from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.lightning.inference import InferenceManager
 from connectomics.stages.predict.segmenter import Segmenter, Surveyed
 from connectomics.stages.survey import region as module
-from connectomics.stages.survey.region import Wanted
+from connectomics.stages.survey.region import RegionOfInterest
 from connectomics.volumes.volume import Array, VolumeInfo
 
 from nnunet_models import make_model
@@ -71,13 +71,13 @@ def test_blocks_and_boxes_are_those_of_brute_force(data: st.DataObject, monkeypa
     box = data.draw(boxes_in(extent))
     mask = data.draw(st.none() | masks_of(extent))
     monkeypatch.setattr(module, "PIECE_BYTES", data.draw(st.sampled_from([8, 64, 1 << 20])))
-    wanted = Wanted(extent, box, None if mask is None else ArrayVolume(mask[None]), "the mask")
+    roi = RegionOfInterest(extent, box, None if mask is None else ArrayVolume(mask[None]), "the mask")
     truth, grid = brute_force(extent, box, mask), BlockGrid(extent, shape)
-    flags = wanted.blocks(grid)
+    flags = roi.blocks(grid)
     chosen = [b.key for b, flag in zip(grid, flags.flat, strict=True) if flag]
     assert chosen == [b.key for b in grid if truth[b.core.slices].any()]
     for block in grid:
-        inner, part = wanted.within(block.core)
+        inner, part = roi.within(block.core)
         expected = expected_box(truth[block.core.slices])
         if expected is None:
             assert inner.voxels == 0
@@ -96,20 +96,20 @@ def test_masks_are_of_the_volume_or_divided_by_whole_numbers(reduced: Vec3, fits
     extent = (7, 5, 3)
     mask = ArrayVolume(np.ones((1, *reduced), np.uint8))
     if fits:
-        Wanted(extent, Box.of_shape(extent), mask, "m")
+        RegionOfInterest(extent, Box.of_shape(extent), mask, "m")
         return
     with pytest.raises(VolumeError, match=r"\(7, 5, 3\) or these divided"):
-        Wanted(extent, Box.of_shape(extent), mask, "m")
+        RegionOfInterest(extent, Box.of_shape(extent), mask, "m")
 
 
 def test_masks_of_colours_or_undefined_numbers_are_refused() -> None:
     extent = (2, 4, 4)
     with pytest.raises(VolumeError, match="3 channels, expected one"):
-        Wanted(extent, Box.of_shape(extent), ArrayVolume(np.ones((3, *extent), np.uint8)), "m")
+        RegionOfInterest(extent, Box.of_shape(extent), ArrayVolume(np.ones((3, *extent), np.uint8)), "m")
     values = np.ones((1, *extent), np.float32)
     values[0, 1, 2, 3] = np.nan
-    wanted = Wanted(extent, Box.of_shape(extent), ArrayVolume(values), "m")
-    for ask in (lambda: wanted.within(Box.of_shape(extent)), lambda: wanted.blocks(BlockGrid(extent, (1, 4, 4)))):
+    roi = RegionOfInterest(extent, Box.of_shape(extent), ArrayVolume(values), "m")
+    for ask in (lambda: roi.within(Box.of_shape(extent)), lambda: roi.blocks(BlockGrid(extent, (1, 4, 4)))):
         with pytest.raises(VolumeError, match="m: NaN or infinite values in voxels"):
             ask()
 
@@ -135,7 +135,7 @@ def test_a_million_blocks_are_decided_with_little_memory() -> None:
     extent, grid = (12800, 12800, 12800), BlockGrid((12800, 12800, 12800), (128, 128, 128))
     mask = Sparse((200, 200, 200))
     tracemalloc.start()
-    flags = Wanted(extent, Box.of_shape(extent), mask, "m").blocks(grid)
+    flags = RegionOfInterest(extent, Box.of_shape(extent), mask, "m").blocks(grid)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert flags.size == len(grid) == 10**6
@@ -149,8 +149,8 @@ def test_a_million_blocks_are_decided_with_little_memory() -> None:
 def test_a_large_block_of_a_fine_mask_is_read_piece_by_piece() -> None:
     extent = (1, 2048, 20_000)
     mask = Sparse(extent)
-    wanted = Wanted(extent, Box.of_shape(extent), mask, "m")
-    box, flags = wanted.within(Box.of_shape(extent))
+    roi = RegionOfInterest(extent, Box.of_shape(extent), mask, "m")
+    box, flags = roi.within(Box.of_shape(extent))
     assert max(mask.sizes) <= module.PIECE_BYTES < Box.of_shape(extent).voxels
     assert flags is not None
     assert np.array_equal(flags, mask.read(box)[0] != 0)
@@ -231,11 +231,11 @@ def test_wanted_voxels_are_those_of_the_full_run_and_others_background(full: Ful
     extent = full.extent
     box, mask = data.draw(boxes_in(extent)), data.draw(st.none() | masks_of(extent))
     shape = vec3(data.draw(st.tuples(*(st.integers(max(1, n // 3), n) for n in extent))))
-    wanted = Wanted(extent, box, None if mask is None else ArrayVolume(mask[None]), "the mask")
+    roi = RegionOfInterest(extent, box, None if mask is None else ArrayVolume(mask[None]), "the mask")
     truth, grid = brute_force(extent, box, mask), BlockGrid(extent, shape)
     result = {name: np.full_like(array, 77) for name, array in full.whole.items()}
     for block in grid:
-        arrays, windows = full.segmenter.segment_wanted(full.reader.read, full.surveyed, block.core, wanted)
+        arrays, windows = full.segmenter.segment_roi(full.reader.read, full.surveyed, block.core, roi)
         hull = expected_box(truth[block.core.slices])
         assert windows == (0 if hull is None else full.windows(hull.shift(block.core.start)))
         for name, array in arrays.items():
@@ -249,14 +249,14 @@ def test_wanted_voxels_are_those_of_the_full_run_and_others_background(full: Ful
 
 def test_few_wanted_voxels_take_few_windows(full: Full) -> None:
     extent = full.extent
-    corner = Wanted(extent, Box(vec3([n // 2 for n in extent]), vec3([n // 2 + 1 for n in extent])))
+    corner = RegionOfInterest(extent, Box(vec3([n // 2 for n in extent]), vec3([n // 2 + 1 for n in extent])))
     voxels = []
 
     def read(box: Box) -> Array:
         voxels.append(box.voxels)
         return full.reader.read(box)
 
-    _, windows = full.segmenter.segment_wanted(read, full.surveyed, Box.of_shape(extent), corner)
+    _, windows = full.segmenter.segment_roi(read, full.surveyed, Box.of_shape(extent), corner)
     few = sum(voxels)
     voxels.clear()
     full.segmenter.segment(read, full.surveyed, Box.of_shape(extent))

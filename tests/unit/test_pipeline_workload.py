@@ -72,8 +72,8 @@ def test_windows_and_reading_are_those_of_the_blocks(
 ) -> None:
     """Each block is really predicted: forward passes are counted where they happen, voxels where they are read."""
     engine, member = made(models[kind], words)
-    wanted = Box((1, 3, 5), (extent[0], extent[1] - 2, extent[2] - 7)) if part else Box.of_shape(extent)
-    cut = Cut(extent, block, wanted)
+    roi = Box((1, 3, 5), (extent[0], extent[1] - 2, extent[2] - 7)) if part else Box.of_shape(extent)
+    cut = Cut(extent, block, roi)
     image = np.random.default_rng(0).integers(1, 200, (1, *extent), np.uint8)
     cases, read, passes, blocks = assumed_cases(member, extent, 1), 0, 0, 0
 
@@ -90,7 +90,7 @@ def test_windows_and_reading_are_those_of_the_blocks(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(TorchBackend, "forward", forward)
         for each in BlockGrid(extent, block):
-            core = each.core.intersect(wanted)
+            core = each.core.intersect(roi)
             blocks += core.voxels > 0
             for _ in member.logits(reading, cases, core) if core.voxels else ():
                 pass

@@ -135,15 +135,15 @@ class LevelTask:
         A window has two voxels an axis at most, so repeating counts each remaining voxel alike.
         """
         step, phase = self.level.step, self.level.phase
-        wanted = Box(
+        roi = Box(
             vec3([a * s - p for a, s, p in zip(box.start, step, phase, strict=True)]),
             vec3([b * s - p for b, s, p in zip(box.stop, step, phase, strict=True)]),
         )
-        inside = wanted.intersect(self.extent_before)
+        inside = roi.intersect(self.extent_before)
         voxels = self.before.read(inside)
         if step == (1, 1, 1):
             return voxels
-        edges = zip(wanted.start, inside.start, inside.stop, wanted.stop, strict=True)
+        edges = zip(roi.start, inside.start, inside.stop, roi.stop, strict=True)
         padded = np.pad(voxels, [(0, 0), *((b - a, d - c) for a, b, c, d in edges)], mode="edge")
         return (mode if self.labels else mean)(padded, step)
 

@@ -86,7 +86,7 @@ class FastContract:
         fast: Segmenter,
         read: ReadBox,
         surveyed: Surveyed,
-        wanted: Box,
+        roi: Box,
         seed: int,
         name: str,
         voxels: int = SAMPLED_VOXELS,
@@ -99,7 +99,7 @@ class FastContract:
             What the run uses.
         read, surveyed
             The volume's raw voxels, and the cases of each member.
-        wanted
+        roi
             The part of the volume that is labelled.
         seed
             Decides, with the shape of the cases, where the sample is taken.
@@ -110,7 +110,7 @@ class FastContract:
         """
         found = Agreement(0, 0, ())
         with self.sampled():
-            for box in sample(surveyed[0], wanted, self.piece, seed, voxels):
+            for box in sample(surveyed[0], roi, self.piece, seed, voxels):
                 exact, changed = (s.segment(read, surveyed, box)[LABELS] for s in (self.exact, fast))
                 differ = int(np.count_nonzero(exact != changed))
                 found += Agreement(box.voxels, differ, ((name, box.start, box.stop),))
@@ -143,16 +143,16 @@ def piece_shape(patch: Sequence[float], block: Vec3) -> Vec3:
     """
     thick = [p > 1 for p in patch]
     scale = (PIECE_VOXELS / math.prod(patch)) ** (1 / max(1, sum(thick)))
-    wanted = (math.ceil(p * scale) if t else 1 for p, t in zip(patch, thick, strict=True))
-    return vec3([min(w, b) for w, b in zip(wanted, block, strict=True)])
+    roi = (math.ceil(p * scale) if t else 1 for p, t in zip(patch, thick, strict=True))
+    return vec3([min(w, b) for w, b in zip(roi, block, strict=True)])
 
 
-def sample(cases: Sequence[Case], wanted: Box, piece: Vec3, seed: int, least: int = SAMPLED_VOXELS) -> Iterator[Box]:
+def sample(cases: Sequence[Case], roi: Box, piece: Vec3, seed: int, least: int = SAMPLED_VOXELS) -> Iterator[Box]:
     """Pieces of the nonzero boxes of cases, spread evenly, until they hold ``least`` voxels; all where there are fewer.
 
     Each box is cut into equal pieces no larger than ``piece``, which are taken as ``spread`` orders them.
     """
-    boxes = [box for case in cases if not _is_empty(case) and (box := case.box.intersect(wanted)).voxels]
+    boxes = [box for case in cases if not _is_empty(case) and (box := case.box.intersect(roi)).voxels]
     counts = [vec3([-(-n // p) for n, p in zip(box.shape, piece, strict=True)]) for box in boxes]
     ends = list(accumulate(math.prod(count) for count in counts))
     voxels = 0

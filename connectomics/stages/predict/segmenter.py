@@ -19,7 +19,7 @@ from connectomics.inference.transfer import on_host
 from connectomics.models.backends.contract import torch_threads
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.stages.survey.mask import make_mask
-from connectomics.stages.survey.region import Wanted
+from connectomics.stages.survey.region import RegionOfInterest
 from connectomics.stages.survey.section_reader import SlabReader
 from connectomics.stages.survey.survey import keeps_mask, survey
 from connectomics.volumes.volume import Array, VolumeReader
@@ -241,14 +241,14 @@ class Segmenter:
             result[PROBABILITIES] = np.broadcast_to(values, (len(values), *shape)).copy()
         return result
 
-    def segment_wanted(
-        self, read: ReadBox, surveyed: Surveyed, core: Box, wanted: Wanted | None
+    def segment_roi(
+        self, read: ReadBox, surveyed: Surveyed, core: Box, roi: RegionOfInterest | None
     ) -> tuple[dict[str, Array], int]:
         """As ``segment`` where voxels are wanted, and background elsewhere; the number of windows computed.
 
         Only windows that touch the smallest box around the wanted voxels are computed; None wants every voxel.
         """
-        part, flags = (core, None) if wanted is None else wanted.within(core)
+        part, flags = (core, None) if roi is None else roi.within(core)
         if part == core and flags is None:
             return self.segment(read, surveyed, core), self.windows(read, surveyed, core)
         result = self.outside(core.shape)

@@ -12,7 +12,7 @@ from connectomics.execution.runner import write_block
 from connectomics.execution.task import BlockRecord, Computed
 from connectomics.inference.case import ReadBox
 from connectomics.stages.predict.segmenter import Segmenter, Surveyed
-from connectomics.stages.survey.region import Wanted
+from connectomics.stages.survey.region import RegionOfInterest
 from connectomics.volumes.store import Store
 
 
@@ -26,7 +26,7 @@ class PredictTask:
     read: ReadBox
     stores: Mapping[str, Store]
     pauses_s: tuple[float, ...] = PAUSES_S
-    wanted: Wanted | None = None
+    roi: RegionOfInterest | None = None
 
     @property
     def name(self) -> str:
@@ -40,7 +40,7 @@ class PredictTask:
     def compute(self, block: Block) -> Computed:
         """Label a block."""
         began = time.perf_counter()
-        arrays, windows = self.segmenter.segment_wanted(self.read, self.surveyed, block.core, self.wanted)
+        arrays, windows = self.segmenter.segment_roi(self.read, self.surveyed, block.core, self.roi)
         return Computed(block, arrays, windows, time.perf_counter() - began)
 
     def keep(self, computed: Computed) -> BlockRecord:

@@ -1,6 +1,6 @@
 """Which voxels of a volume are wanted: a box, a mask, or where both hold; decides which blocks have work.
 
-``assembly`` makes a ``Wanted`` of ``inference.roi`` and ``inference.mask``; the runner and the predict task ask it.
+``assembly`` makes a ``RegionOfInterest`` of ``inference.roi`` and ``inference.mask``; the runner and the predict task ask it.
 It is about labels only: statistics, nonzero box and windows stay those of the whole case.
 """
 
@@ -24,7 +24,7 @@ Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class RegionOfInterest:
     """The wanted voxels of one volume.
 
     Parameters
@@ -106,7 +106,7 @@ class Wanted:
             flags[tile.core.shift(touched.start).slices] = found
         return flags
 
-    def patiently(self, pauses_s: tuple[float, ...]) -> Wanted:
+    def patiently(self, pauses_s: tuple[float, ...]) -> RegionOfInterest:
         """The same, with a mask whose reading is tried again when it fails for a moment."""
         if self.mask is None:
             return self

@@ -50,9 +50,9 @@ class SlabReader:
                 part: Array = voxels[(slice(None), *box.relative_to(kept).slices)]
                 return part
         left = SLAB_BYTES - sum(voxels.nbytes for _, voxels in self._slabs)
-        wanted = min(SLAB_BYTES // self._most, self._stop - self._at) if self._most else 1
-        slab = box.with_span(self._axis, self._at, self._at + max(1, wanted))
-        if wanted <= 1 or slab.voxels * self._voxel_bytes > left:
+        roi = min(SLAB_BYTES // self._most, self._stop - self._at) if self._most else 1
+        slab = box.with_span(self._axis, self._at, self._at + max(1, roi))
+        if roi <= 1 or slab.voxels * self._voxel_bytes > left:
             voxels = self._read(box)
             self._voxel_bytes = voxels.nbytes // box.voxels
             return voxels
