@@ -7,7 +7,7 @@ import functools
 from connectomics.assembly.engine.engine import Engine
 from connectomics.config.schema import Config
 from connectomics.core.geometry import Vec3
-from connectomics.models.backends.cached_backends import sampled
+from connectomics.models.backends.cached import sampled
 from connectomics.stages.predict.precision_check import FastContract, piece_shape
 from connectomics.stages.predict.segmenter import Segmenter
 

@@ -153,10 +153,10 @@ def evaluate_outcomes(config: Config, engine: Engine, outcomes: Sequence[VolumeO
 
 def _within(config: Config, outcome: VolumeOutcome, opened: ExitStack) -> Within | None:
     """Gives the voxels of a box that were wanted, or None where all were."""
-    from connectomics.assembly.volumes import wanted_of
+    from connectomics.assembly.volumes import roi_of
 
     with closing(open_volume(str(outcome.paths[0]))) as labels:
-        wanted = wanted_of(config, labels.info.extent, outcome.name)
+        wanted = roi_of(config, labels.info.extent, outcome.name)
     return None if wanted is None else opened.enter_context(closing(wanted)).within
 
 

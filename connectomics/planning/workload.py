@@ -38,24 +38,24 @@ class Cut:
         Of the volume (z, y, x) in voxels.
     block_shape
         Of a block's core (z, y, x).
-    wanted
+    roi
         Box of the wanted voxels, not empty.
     """
 
     extent: Vec3
     block_shape: Vec3
-    wanted: Box
+    roi: Box
 
     def along(self, axis: int) -> Iterator[Span]:
         """First voxel and the one after the last of the wanted part of each block along an axis, in order."""
-        size, low, high = self.block_shape[axis], self.wanted.start[axis], self.wanted.stop[axis]
+        size, low, high = self.block_shape[axis], self.roi.start[axis], self.roi.stop[axis]
         for start in range(low - low % size, high, size):
             yield max(low, start), min(high, start + size)
 
     @property
     def counts(self) -> Vec3:
         """Blocks with wanted voxels along each axis."""
-        spans = zip(self.wanted.start, self.wanted.stop, self.block_shape, strict=True)
+        spans = zip(self.roi.start, self.roi.stop, self.block_shape, strict=True)
         return vec3([-(-high // size) - low // size for low, high, size in spans])
 
     @property
@@ -95,17 +95,17 @@ def count_windows(member: Member, cut: Cut, channels: int) -> int:
         if axis != member.section_axis or not member.by_slice:
             return sum(count(axis, span) for span in cut.along(axis))
         begin = first[axis][0]
-        return count(axis, (begin, begin + 1)) * cut.wanted.shape[axis]  # one section is like the other
+        return count(axis, (begin, begin + 1)) * cut.roi.shape[axis]  # one section is like the other
 
     return math.prod(line(axis) for axis in range(3)) // count(0, first[0]) ** 2
 
 
 def count_sample_windows(member: Member, cut: Cut, channels: int, piece: Vec3) -> int:
     """About the windows that a member computes in the sample on which fast is compared with exact."""
-    shape = vec3([min(n, p) for n, p in zip(cut.wanted.shape, piece, strict=True)])
-    middle = [a + (n - p) // 2 for a, n, p in zip(cut.wanted.start, cut.wanted.shape, shape, strict=True)]
+    shape = vec3([min(n, p) for n, p in zip(cut.roi.shape, piece, strict=True)])
+    middle = [a + (n - p) // 2 for a, n, p in zip(cut.roi.start, cut.roi.shape, shape, strict=True)]
     box = Box.of_shape(shape).shift(vec3(middle))
-    pieces = -(-min(SAMPLED_VOXELS, cut.wanted.voxels) // box.voxels)
+    pieces = -(-min(SAMPLED_VOXELS, cut.roi.voxels) // box.voxels)
     cases = assumed_cases(member, cut.extent, channels)
     return pieces * _knowing(member).windows(_unread, cases, box)
 

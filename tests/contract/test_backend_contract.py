@@ -14,12 +14,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from connectomics.models.backends.cached_backends import CachedBackend
 from torch import nn
 
 from connectomics.core.errors import ConfigError, DeviceError
 from connectomics.models.backends import openvino as openvino_backend
 from connectomics.models.backends.artefacts import Artefacts
+from connectomics.models.backends.cached import CachedBackend
 from connectomics.models.backends.contract import Backend, torch_threads
 from connectomics.models.backends.cuda import CudaBackend, CudaGraphs, Recorded, in_half
 from connectomics.models.backends.openvino import OpenVinoBackend

@@ -20,7 +20,7 @@ from connectomics.assembly.engine import backends
 from connectomics.cli import main
 from connectomics.core.geometry import Vec3
 from connectomics.inference.predictor import RollingPredictor
-from connectomics.models.backends import cached_backends, torch_eager
+from connectomics.models.backends import cached, torch_eager
 from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.torch_eager import TorchBackend
 from connectomics.planning.memory import Footprint, Work

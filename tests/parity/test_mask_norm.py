@@ -232,7 +232,7 @@ class Watched(ArrayVolume):
 
 
 def filled(mask: np.ndarray, workspace: Workspace | None = None) -> np.ndarray:
-    """Our mask of a volume that is not zero where ``mask`` says so; with ``workspace`` a block is read at once, no more."""
+    """Our mask of a volume that is not zero where ``mask`` says so; with ``workspace`` one block is read at a time."""
     volume = Watched(mask[None].astype(np.uint8))
     box = Box.of_shape(vec3(mask.shape))
     found = make_mask(volume, box, None, workspace)

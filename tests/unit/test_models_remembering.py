@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from connectomics.models.backends.cached_backends import CachedBackend, sampled
 from torch import nn
 
-from connectomics.models.backends import cached_backends
+from connectomics.models.backends import cached
+from connectomics.models.backends.cached import CachedBackend, sampled
 from connectomics.models.backends.torch_eager import TorchBackend
 
 
@@ -27,13 +27,13 @@ def batch(value: float) -> torch.Tensor:
     return torch.full((1, 1, 1, 4, 8), value)
 
 
-def remembering_counting() -> tuple[CachedBackend, Counting]:
+def cached_counting() -> tuple[CachedBackend, Counting]:
     network = Counting()
     return CachedBackend(TorchBackend(network, device="cpu", batch=1, threads=1)), network
 
 
 def test_a_batch_of_the_sample_is_computed_once_whatever_was_done_to_its_logits() -> None:
-    backend, network = remembering_counting()
+    backend, network = cached_counting()
     with sampled([backend]):
         for value in (1.0, 2.0, 2.0):
             assert torch.equal(backend.forward(batch(value)), batch(2 * value))
@@ -47,7 +47,7 @@ def test_a_batch_of_the_sample_is_computed_once_whatever_was_done_to_its_logits(
 
 
 def test_what_is_computed_after_the_sample_is_not_kept() -> None:
-    backend, network = remembering_counting()
+    backend, network = cached_counting()
     with pytest.raises(KeyError), sampled([backend]):
         backend.forward(batch(1.0))
         raise KeyError
@@ -57,7 +57,7 @@ def test_what_is_computed_after_the_sample_is_not_kept() -> None:
 
 
 def test_another_shape_is_another_batch() -> None:
-    backend, network = remembering_counting()
+    backend, network = cached_counting()
     with sampled([backend]):
         backend.forward(batch(1.0))
     assert backend.forward(batch(1.0).reshape(1, 1, 1, 8, 4)).shape == (1, 1, 1, 8, 4)
@@ -66,7 +66,7 @@ def test_another_shape_is_another_batch() -> None:
 
 def test_no_more_is_kept_than_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cached_backends, "CACHED_BYTES", 2 * 32 * 4)
-    backend, network = remembering_counting()
+    backend, network = cached_counting()
     with sampled([backend]):
         for value in (1.0, 2.0, 3.0):
             backend.forward(batch(value))

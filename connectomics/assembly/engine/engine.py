@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectomics.inference.predictor import SlidingWindow
-from connectomics.models.backends.cached_backends import CachedBackend
+from connectomics.models.backends.cached import CachedBackend
 from connectomics.models.spec import ModelSpec
 from connectomics.runs.volume import RunSettings
 from connectomics.stages.predict.filters import Filters

@@ -21,7 +21,7 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ModelError
 from connectomics.core.geometry import AxisOrder
 from connectomics.inference.resample import check_rules
-from connectomics.models.backends.cached_backends import CACHED_BYTES, CachedBackend
+from connectomics.models.backends.cached import CACHED_BYTES, CachedBackend
 from connectomics.models.backends.choice import Chosen
 from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.torch_eager import free_device_bytes, window_bytes

@@ -52,7 +52,7 @@ class Networks:
 class Terms:
     """How networks are to be run: device (a name ``select_device`` knows), precision, rows of a batch, CPU threads.
 
-    ``low_memory`` ones are run seldom, beside others, and give the memory of a forward pass back after it where they can.
+    ``low_memory`` ones are run seldom, beside others, and give a forward pass's memory back after it where they can.
     """
 
     device: str
