@@ -28,7 +28,7 @@ VOLUMES_OPENED = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Diagnosis:
     """One thing that was looked at; ``mend`` says what to do when it is not ok."""
 
     subject: str
@@ -37,7 +37,7 @@ class Finding:
     mend: str = ""
 
 
-def examine(config: Config, checkpoint: Path | None) -> list[Finding]:
+def examine(config: Config, checkpoint: Path | None) -> list[Diagnosis]:
     """Look at everything a run would need.
 
     Parameters
@@ -53,71 +53,73 @@ def examine(config: Config, checkpoint: Path | None) -> list[Finding]:
     return findings
 
 
-def _python() -> Finding:
-    return Finding("python", True, f"{platform.python_version()}, torch {torch.__version__}")
+def _python() -> Diagnosis:
+    return Diagnosis("python", True, f"{platform.python_version()}, torch {torch.__version__}")
 
 
-def _nnunet() -> Finding:
+def _nnunet() -> Diagnosis:
     version = importlib.metadata.version("nnunetv2")
     ok = TESTED_NNUNET[0] <= version < TESTED_NNUNET[1]
     mend = "" if ok else f"pip install 'nnunetv2>={TESTED_NNUNET[0]},<{TESTED_NNUNET[1]}'"
-    return Finding("nnunetv2", ok, f"{version} (tested: {TESTED_NNUNET[0]} up to, not with, {TESTED_NNUNET[1]})", mend)
+    return Diagnosis(
+        "nnunetv2", ok, f"{version} (tested: {TESTED_NNUNET[0]} up to, not with, {TESTED_NNUNET[1]})", mend
+    )
 
 
-def _torchvision() -> Finding:
+def _torchvision() -> Diagnosis:
     """A torchvision built for another torch breaks timm, hence parts of nnunetv2, and lightning."""
     try:
         version = importlib.metadata.version("torchvision")
     except importlib.metadata.PackageNotFoundError:
-        return Finding("torchvision", True, "absent; nothing here needs it")
+        return Diagnosis("torchvision", True, "absent; nothing here needs it")
     try:
         importlib.import_module("torchvision")
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
-        return Finding(
+        return Diagnosis(
             "torchvision",
             False,
             f"{version} does not load with torch {torch.__version__} ({' '.join(str(error).split())[:80]})",
             "install the torchvision that matches this torch, or pip uninstall torchvision",
         )
-    return Finding("torchvision", True, f"{version} matches torch {torch.__version__}")
+    return Diagnosis("torchvision", True, f"{version} matches torch {torch.__version__}")
 
 
-def _device(config: Config) -> Finding:
+def _device(config: Config) -> Diagnosis:
     try:
         device = select_device(device_name(config))
     except ConnectomicsError as error:
-        return Finding("device", False, str(error), "set system.device to cpu, or mend the driver")
-    return Finding("device", True, str(device))
+        return Diagnosis("device", False, str(error), "set system.device to cpu, or mend the driver")
+    return Diagnosis("device", True, str(device))
 
 
-def _memory(config: Config) -> Finding:
+def _memory(config: Config) -> Diagnosis:
     memory = psutil.virtual_memory()
     budget = memory_budget_bytes(config)
     text = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free, budget {budget / 2**30:.1f} GiB"
     if budget > memory.total or memory.available < LOW_MEMORY_BYTES:
-        return Finding("memory", False, text, "lower system.memory_budget_gb, or free memory")
-    return Finding("memory", True, text)
+        return Diagnosis("memory", False, text, "lower system.memory_budget_gb, or free memory")
+    return Diagnosis("memory", True, text)
 
 
-def _disk(config: Config) -> Finding:
+def _disk(config: Config) -> Diagnosis:
     folder = Path(config.inference.data.output_path).absolute()
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     text = f"{free / 2**30:.1f} GiB free at {folder}"
     if free < LOW_DISK_BYTES:
-        return Finding("disk", False, text, "free the disk, or set inference.data.output_path to another one")
-    return Finding("disk", True, text)
+        return Diagnosis("disk", False, text, "free the disk, or set inference.data.output_path to another one")
+    return Diagnosis("disk", True, text)
 
 
-def _model_and_volumes(config: Config, checkpoint: Path | None) -> list[Finding]:
+def _model_and_volumes(config: Config, checkpoint: Path | None) -> list[Diagnosis]:
     try:
         engine = build_engine(config, checkpoint)
     except ConnectomicsError as error:
-        return [Finding("model", False, str(error), "see connectomics inspect MODEL")]
+        return [Diagnosis("model", False, str(error), "see connectomics inspect MODEL")]
     spec = engine.spec
     size = f"{len(spec.folds)} folds of {spec.parameters / 1e6:.2f} M parameters"
     text = f"{spec.configuration}, patch {spec.patch_shape}, {size}"
-    findings = [Finding("model", True, text)]
+    findings = [Diagnosis("model", True, text)]
     mode = config.inference.volume_mode
     if mode.file_list is None and mode.file_pattern is None:
         return findings
@@ -125,11 +127,11 @@ def _model_and_volumes(config: Config, checkpoint: Path | None) -> list[Finding]
         sources = share_of(config, list_sources(config, spec.channels))
         check_previous_stage(config, engine.specs, sources)
     except ConnectomicsError as error:
-        return [*findings, Finding("volumes", False, str(error), "mend inference.volume_mode")]
+        return [*findings, Diagnosis("volumes", False, str(error), "mend inference.volume_mode")]
     for source in sources[:VOLUMES_OPENED]:
         try:
             open_source(config, engine, source).close()
         except ConnectomicsError as error:
-            findings.append(Finding("volume", False, str(error), "mend or leave out this volume"))
+            findings.append(Diagnosis("volume", False, str(error), "mend or leave out this volume"))
     count = f"{len(sources)} volumes, the first {min(len(sources), VOLUMES_OPENED)} opened"
-    return [*findings, Finding("volumes", True, count)]
+    return [*findings, Diagnosis("volumes", True, count)]

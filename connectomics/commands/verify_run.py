@@ -33,7 +33,7 @@ SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class DamageReport:
     """What was looked at, how much of it was read, what was damaged, and what was done about it."""
 
     subject: str
@@ -51,7 +51,7 @@ class Finding:
             yield f"  {self.mend}"
 
 
-def verify_run(run: Path, sample: int | None = None) -> list[Finding]:
+def verify_run(run: Path, sample: int | None = None) -> list[DamageReport]:
     """Read the blocks and final outputs of a RUN folder again.
 
     Parameters
@@ -73,7 +73,7 @@ def verify_run(run: Path, sample: int | None = None) -> list[Finding]:
     return found
 
 
-def _verify_blocks(work: Path, sample: int | None) -> Iterator[Finding]:
+def _verify_blocks(work: Path, sample: int | None) -> Iterator[DamageReport]:
     stores = {path.name for path in work.iterdir() if path.is_dir()}
     suspect: list[str] = []  # stages with damaged blocks
     with Worker(work / WORKERS) as worker, worker.alone(SINGLE_WRITER):
@@ -91,7 +91,7 @@ def _verify_blocks(work: Path, sample: int | None) -> Iterator[Finding]:
             ledger.close()
             suspect += [stage_of(folder)] if damaged else []
             if read:
-                yield Finding(
+                yield DamageReport(
                     f"{work.name}, blocks of {stage_of(folder)}", read, tuple(damaged), "the next run mends them"
                 )
         for stage in suspect:
@@ -115,7 +115,7 @@ def _forget_derived(work: Path, stage: str) -> None:
             discard(path)
 
 
-def _verify_output(run: Path, works: list[Path], record: Path, sample: int | None) -> Finding:
+def _verify_output(run: Path, works: list[Path], record: Path, sample: int | None) -> DamageReport:
     name = record.name.removesuffix(SUFFIX)
     output = run.parent / name
     count = sum(1 for _ in digests(record))
@@ -137,4 +137,4 @@ def _verify_output(run: Path, works: list[Path], record: Path, sample: int | Non
         mend = f"it was renamed {aside.name}; the next run makes it again"
         if lost is not None:
             mend += f", computing {lost} of its blocks; all others were kept in {run.name}"
-    return Finding(f"{name}, files", read, tuple(damaged), mend)
+    return DamageReport(f"{name}, files", read, tuple(damaged), mend)
