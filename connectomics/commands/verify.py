@@ -34,7 +34,7 @@ from connectomics.volumes.volume import Array, VolumeReader
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class SampleComparison:
     """Labels of one sample held against nnU-Net's.
 
     Parameters
@@ -66,7 +66,7 @@ class Certificate:
     """What was found, and whether the share of differing labels stays within the threshold in every sample."""
 
     path: Path
-    agreements: tuple[Agreement, ...]
+    agreements: tuple[SampleComparison, ...]
     threshold: float
 
     @property
@@ -283,7 +283,7 @@ def _samples(reader: VolumeReader, engine: Engine, count: int, largest: int) -> 
     return [("case" if whole else "crop", Box.of_shape(vec3(shape)).shift(start))]
 
 
-def _agreement(scope: str, box: Box, ours: Array, theirs: Array) -> Agreement:
+def _agreement(scope: str, box: Box, ours: Array, theirs: Array) -> SampleComparison:
     differ = ours != theirs
     edge = np.zeros(theirs.shape, bool)
     for axis in range(3):
@@ -291,7 +291,7 @@ def _agreement(scope: str, box: Box, ours: Array, theirs: Array) -> Agreement:
         edge[tuple(slice(1, None) if a == axis else slice(None) for a in range(3))] |= step
         edge[tuple(slice(None, -1) if a == axis else slice(None) for a in range(3))] |= step
     where = nonzero_box(differ[None])
-    return Agreement(
+    return SampleComparison(
         scope,
         box,
         differ.size,
