@@ -22,7 +22,7 @@ from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.runs.volume import RunSettings, VolumeJob, run_volume
 from connectomics.stages.output.finish import Output
-from connectomics.stages.predict.filters import Filters
+from connectomics.stages.predict.filters import BinaryFilters
 from connectomics.stages.predict.segmenter import Member, Segmenter
 from connectomics.volumes.volume import Array, VolumeInfo
 
@@ -113,7 +113,7 @@ def job_in(folder: Path, *, key: str = "k", probabilities: bool = False, **chang
         folder / "v_labels.run",
         Reader(),
         segmenter,
-        Filters(),
+        BinaryFilters(),
         tuple(outputs),
         PLAN,
         {"seed": 0},

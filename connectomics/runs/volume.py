@@ -38,7 +38,7 @@ from connectomics.stages.output.finish import (
     work_folder,
 )
 from connectomics.stages.predict import precision_check as agreements
-from connectomics.stages.predict.filters import Filters, filter_store
+from connectomics.stages.predict.filters import BinaryFilters, filter_store
 from connectomics.stages.predict.precision_check import SAMPLED_VOXELS, Agreement, FastContract
 from connectomics.stages.predict.segmenter import Segmenter, Surveyed
 from connectomics.stages.predict.task import PredictTask
@@ -98,7 +98,7 @@ class VolumeJob:
     run_folder: Path
     reader: VolumeReader
     segmenter: Segmenter
-    filters: Filters
+    filters: BinaryFilters
     outputs: tuple[Output, ...]
     plan: BlockPlan
     provenance: Mapping[str, object]

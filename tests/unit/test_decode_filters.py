@@ -1,4 +1,4 @@
-"""Filters against scikit-image and scipy on random volumes, and their conventions."""
+"""BinaryFilters against scikit-image and scipy on random volumes, and their conventions."""
 
 from __future__ import annotations
 

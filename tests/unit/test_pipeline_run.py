@@ -19,7 +19,7 @@ from connectomics.execution.stage import LABELS
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.runs.volume import RunSettings, VolumeJob, run_volume
 from connectomics.stages.output.finish import Output, settle, work_folder
-from connectomics.stages.predict.filters import Filters
+from connectomics.stages.predict.filters import BinaryFilters
 from connectomics.stages.predict.segmenter import Member
 
 from small_runs import (
@@ -151,7 +151,7 @@ def test_without_its_ledger_a_store_of_other_blocks_is_made_again(tmp_path: Path
 
 
 def test_filters_see_the_whole_volume(tmp_path: Path) -> None:
-    run(tmp_path, job_in(tmp_path, filters=Filters(minimum_voxels=10**6)))
+    run(tmp_path, job_in(tmp_path, filters=BinaryFilters(minimum_voxels=10**6)))
     assert not labels(tmp_path).any()
     assert not list(tmp_path.glob("v_labels.run/*/*.zarr"))
 

@@ -10,7 +10,7 @@ from connectomics.inference.predictor import SlidingWindow
 from connectomics.models.backends.cached import CachedBackend
 from connectomics.models.spec import ModelSpec
 from connectomics.runs.volume import RunSettings
-from connectomics.stages.predict.filters import Filters
+from connectomics.stages.predict.filters import BinaryFilters
 from connectomics.stages.predict.segmenter import Segmenter
 
 NNUNET_STEP = 0.5
@@ -72,7 +72,7 @@ class Engine:
 
     models: tuple[EngineModel, ...]
     segmenter: Segmenter
-    filters: Filters
+    filters: BinaryFilters
     settings: RunSettings
     facts: Mapping[str, object]
     deviations: tuple[str, ...]

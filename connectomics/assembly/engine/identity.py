@@ -9,7 +9,7 @@ import sys
 from connectomics.assembly.engine.engine import NNUNET_STEP, EngineModel
 from connectomics.assembly.engine.planes import stated_planes
 from connectomics.config.schema import Config
-from connectomics.stages.predict.filters import Filters
+from connectomics.stages.predict.filters import BinaryFilters
 from connectomics.stages.predict.segmenter import Segmenter
 
 PACKAGES = (
@@ -41,7 +41,7 @@ def _version(name: str) -> str:
 
 
 def result_facts(
-    config: Config, models: tuple[EngineModel, ...], segmenter: Segmenter, filters: Filters, *, fast: bool
+    config: Config, models: tuple[EngineModel, ...], segmenter: Segmenter, filters: BinaryFilters, *, fast: bool
 ) -> dict[str, object]:
     """Settings that decide labels and probabilities alike, as JSON values."""
     stated = config.inference

@@ -29,7 +29,7 @@ from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 from connectomics.planning.memory import share_freed_memory
 from connectomics.runs.volume import RunSettings
-from connectomics.stages.predict.filters import Filters
+from connectomics.stages.predict.filters import BinaryFilters
 from connectomics.stages.predict.segmenter import Member, Segmenter
 
 
@@ -60,7 +60,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     segmenter = _segmenter(config, models, cached_backends or chosen.backends)
     exact = None if reference is None else _segmenter(config, models, reference.backends)
     binary = config.inference.postprocessing.binary
-    filters = Filters(binary.remove_small_objects, binary.fill_holes) if binary.enabled else Filters()
+    filters = BinaryFilters(binary.remove_small_objects, binary.fill_holes) if binary.enabled else BinaryFilters()
     settings = RunSettings(
         Path(config.inference.data.output_path),
         program_version(),

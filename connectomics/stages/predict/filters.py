@@ -13,8 +13,8 @@ from connectomics.volumes.volume import Array
 
 
 @dataclass(frozen=True, slots=True)
-class Filters:
-    """Filters that see whole objects; they change labels only.
+class BinaryFilters:
+    """BinaryFilters that see whole objects; they change labels only.
 
     Parameters
     ----------
@@ -39,6 +39,6 @@ class Filters:
         return fill_holes(labels) if self.fill_holes else labels
 
 
-def filter_store(store: Store, grid: BlockGrid, workspace: Workspace, filters: Filters) -> Store:
+def filter_store(store: Store, grid: BlockGrid, workspace: Workspace, filters: BinaryFilters) -> Store:
     """Apply filters of whole objects to a store of labels."""
     return filter_labels(store, grid, workspace, minimum_voxels=filters.minimum_voxels, fill_holes=filters.fill_holes)
