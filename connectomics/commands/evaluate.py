@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectomics.commands.decode import objects_of
-from connectomics.config.schema import Config, Evaluation
+from connectomics.config.schema import Config, EvaluationConfig
 from connectomics.config.validation import INSTANCE_METRICS, SEMANTIC_METRICS
 from connectomics.core.errors import ConfigError, ConnectomicsError
 from connectomics.core.files import write_text
@@ -215,7 +215,7 @@ def _compared(
 
 
 def _semantic(
-    tables: Mapping[str, Contingency], wanted: Evaluation, labelling: Labelling | None, failures: dict[str, str]
+    tables: Mapping[str, Contingency], wanted: EvaluationConfig, labelling: Labelling | None, failures: dict[str, str]
 ) -> tuple[Entries, dict[str, Any]]:
     """Entries of each volume and of all pooled; volumes with unknown labels are added to ``failures``."""
     metrics = [metric for metric in wanted.metrics if metric in SEMANTIC_METRICS]
@@ -241,7 +241,7 @@ def _semantic(
     return entries, scores(pooled, labelling.classes, metrics)
 
 
-def _instances(tables: Mapping[str, Contingency], wanted: Evaluation) -> tuple[Entries, dict[str, Any]]:
+def _instances(tables: Mapping[str, Contingency], wanted: EvaluationConfig) -> tuple[Entries, dict[str, Any]]:
     """Entries of each volume and of all beside each other, as if they were one."""
     metrics = [metric for metric in wanted.metrics if metric in INSTANCE_METRICS]
     if not metrics:

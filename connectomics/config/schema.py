@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class SystemInference:
+class SystemInferenceConfig:
     """``system.inference``: what replaces the values of ``system`` while predicting; None keeps those."""
 
     batch_size: int | None = None
@@ -21,7 +21,7 @@ class SystemInference:
 
 
 @dataclass(frozen=True, slots=True)
-class System:
+class SystemConfig:
     """``system``: the machine.
 
     ``device`` is auto (the first CUDA device when there is one, otherwise the CPU), cpu, mps, cuda or cuda:N;
@@ -38,11 +38,11 @@ class System:
     num_cpus: int | None = None
     memory_budget_gb: float | None = None
     allow_mixed_devices: bool = False
-    inference: SystemInference = field(default_factory=SystemInference)
+    inference: SystemInferenceConfig = field(default_factory=SystemInferenceConfig)
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class ModelConfig:
     """``model``: which trained network, and what is expected of it."""
 
     architecture: str = "nnunet"
@@ -63,7 +63,7 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Data:
+class DataConfig:
     """``data``: what the user expects of volumes and model; checked against the model, never changing it."""
 
     do_2d: bool | None = None
@@ -72,14 +72,14 @@ class Data:
 
 
 @dataclass(frozen=True, slots=True)
-class InferenceData:
+class InferenceDataConfig:
     """``inference.data``: where results go."""
 
     output_path: str = "outputs"
 
 
 @dataclass(frozen=True, slots=True)
-class VolumeMode:
+class VolumeModeConfig:
     """``inference.volume_mode``: the list of volumes and this process's share of it."""
 
     enabled: bool = True
@@ -92,7 +92,7 @@ class VolumeMode:
 
 
 @dataclass(frozen=True, slots=True)
-class SlidingWindow:
+class SlidingWindowConfig:
     """``inference.sliding_window``: windows in voxels, (y, x) or (z, y, x); overlap = 1 - tile_step_size."""
 
     window_size: list[int] | None = None
@@ -104,7 +104,7 @@ class SlidingWindow:
 
 
 @dataclass(frozen=True, slots=True)
-class Augmentation:
+class AugmentationConfig:
     """``inference.test_time_augmentation``: mirroring (axes 0 = z, 1 = y, 2 = x) and activation."""
 
     enabled: bool = True
@@ -115,7 +115,7 @@ class Augmentation:
 
 
 @dataclass(frozen=True, slots=True)
-class Binary:
+class BinaryConfig:
     """``inference.postprocessing.binary``: foreground probability above ``threshold``, then cleaned up."""
 
     enabled: bool = False
@@ -125,16 +125,16 @@ class Binary:
 
 
 @dataclass(frozen=True, slots=True)
-class Postprocessing:
+class PostprocessingConfig:
     """``inference.postprocessing``: after the network; ``intensity_*`` say how probabilities are saved."""
 
-    binary: Binary = field(default_factory=Binary)
+    binary: BinaryConfig = field(default_factory=BinaryConfig)
     intensity_scale: float | None = None
     intensity_dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class OutputConfig:
     """``inference.output``: which files are left."""
 
     formats: list[str] = field(default_factory=lambda: ["h5"])
@@ -145,7 +145,7 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Inference:
+class InferenceConfig:
     """``inference``: how volumes become labels. ``voxel_size_nm`` and ``block_shape`` are (z, y, x).
 
     ``planes`` are those along which a 2D model runs. ``roi`` is the first voxel that is wanted and the one after the
@@ -166,16 +166,16 @@ class Inference:
     resample: str = "off"
     spacing: list[float] | None = None
     allow_large_resampling: bool = False
-    data: InferenceData = field(default_factory=InferenceData)
-    volume_mode: VolumeMode = field(default_factory=VolumeMode)
-    sliding_window: SlidingWindow = field(default_factory=SlidingWindow)
-    test_time_augmentation: Augmentation = field(default_factory=Augmentation)
-    postprocessing: Postprocessing = field(default_factory=Postprocessing)
-    output: Output = field(default_factory=Output)
+    data: InferenceDataConfig = field(default_factory=InferenceDataConfig)
+    volume_mode: VolumeModeConfig = field(default_factory=VolumeModeConfig)
+    sliding_window: SlidingWindowConfig = field(default_factory=SlidingWindowConfig)
+    test_time_augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    postprocessing: PostprocessingConfig = field(default_factory=PostprocessingConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
 
 
 @dataclass(frozen=True, slots=True)
-class KnownVolumes:
+class TestDataConfig:
     """``test.data``: volumes of ``--mode test``, or results of ``--mode evaluate``; in the same order, their truth."""
 
     test_image: list[str] | None = None
@@ -186,7 +186,7 @@ class KnownVolumes:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class EvaluationConfig:
     """``test.evaluation``: what is measured where labels are given."""
 
     enabled: bool = True
@@ -197,11 +197,11 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class KnownAnswers:
+class TestConfig:
     """``test``: the run with known answers."""
 
-    data: KnownVolumes = field(default_factory=KnownVolumes)
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    data: TestDataConfig = field(default_factory=TestDataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +210,9 @@ class Config:
 
     experiment_name: str = "connectomics"
     description: str = ""
-    system: System = field(default_factory=System)
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
-    inference: Inference = field(default_factory=Inference)
+    system: SystemConfig = field(default_factory=SystemConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
     decoding: list[Any] = field(default_factory=list)  # of ``config.decoding.DecodingStep``
-    test: KnownAnswers = field(default_factory=KnownAnswers)
+    test: TestConfig = field(default_factory=TestConfig)

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from connectomics.config.schema import Config, Evaluation, Inference, KnownAnswers, Model, System
+from connectomics.config.schema import Config, EvaluationConfig, InferenceConfig, ModelConfig, SystemConfig, TestConfig
 from connectomics.core.errors import ConfigError
 
 FORMATS = ("h5", "zarr", "tiff", "png", "zarr2", "n5", "precomputed")
@@ -106,7 +106,7 @@ def _device(key: str, value: str) -> None:
     _require(bool(_DEVICE.fullmatch(value)), key, value, "must be auto, cpu, mps, cuda or cuda:N")
 
 
-def _system(system: System) -> None:
+def _system(system: SystemConfig) -> None:
     _device("system.device", system.device)
     _one_of(BACKENDS, "system.backend", system.backend)
     rule = "must name a folder, or be null for the user's own cache"
@@ -137,7 +137,7 @@ def _gpus(key: str, count: int | None) -> None:
     _require(count is None or count <= 1, key, count, rule)
 
 
-def _model(model: Model, device: str) -> None:
+def _model(model: ModelConfig, device: str) -> None:
     deep = model.use_deep_supervision
     rule = "inference uses the full-resolution head only, so it must be false or null"
     _require(not deep, "model.use_deep_supervision", deep, rule)
@@ -196,7 +196,7 @@ def _expectations(config: Config) -> None:
         _require(agree, f"data.{name}", in_data, f"model.{name} is {in_model}; state the number once")
 
 
-def _volumes(inference: Inference) -> None:
+def _volumes(inference: InferenceConfig) -> None:
     mode, key = inference.volume_mode, "inference.volume_mode"
     _at_least(0, f"{key}.start_index", mode.start_index)
     _at_least(1, f"{key}.step", mode.step)
@@ -213,14 +213,14 @@ def _volumes(inference: Inference) -> None:
     _require(path != "", "inference.data.output_path", path, "must name a folder")
 
 
-def _precision(inference: Inference) -> None:
+def _precision(inference: InferenceConfig) -> None:
     if inference.precision is not None:
         _one_of(PRECISIONS, "inference.precision", inference.precision)
     most = inference.max_disagreement
     _require(0 <= most <= 1, "inference.max_disagreement", most, "must be a share from 0 to 1")
 
 
-def _frame(inference: Inference) -> None:
+def _frame(inference: InferenceConfig) -> None:
     _one_of(CASES, "inference.case", inference.case)
     size = inference.voxel_size_nm
     possible = size is None or (len(size) == 3 and all(0 < v < math.inf for v in size))
@@ -239,7 +239,7 @@ def _frame(inference: Inference) -> None:
     _extents("inference.block_shape", inference.block_shape, (3,))
 
 
-def _planes(inference: Inference) -> None:
+def _planes(inference: InferenceConfig) -> None:
     """Several planes are averaged as the models of an ensemble are."""
     planes, key = inference.planes, "inference.planes"
     _require(len(planes) > 0, key, planes, f"must name at least one of {', '.join(PLANES)}")
@@ -256,7 +256,7 @@ def _planes(inference: Inference) -> None:
     _require(len(planes) == 1 or act != "none", "inference.test_time_augmentation.act", act, rule)
 
 
-def _wanted(inference: Inference) -> None:
+def _wanted(inference: InferenceConfig) -> None:
     roi, mask, binary = inference.roi, inference.mask, inference.postprocessing.binary
     possible = roi is None or (len(roi) == 2 and len(roi[0]) == len(roi[1]) == 3)
     possible = possible and (roi is None or all(0 <= a < b for a, b in zip(*roi, strict=True)))
@@ -274,7 +274,7 @@ def _wanted(inference: Inference) -> None:
     _require(whole or not binary.fill_holes, f"{key}.fill_holes", binary.fill_holes, rule)
 
 
-def _windows(inference: Inference) -> None:
+def _windows(inference: InferenceConfig) -> None:
     window, key = inference.sliding_window, "inference.sliding_window"
     _extents(f"{key}.window_size", window.window_size, (2, 3), LARGEST_WINDOW)
     overlap = window.overlap
@@ -289,7 +289,7 @@ def _windows(inference: Inference) -> None:
     _require(possible, f"{key}.padding_mode", window.padding_mode, rule)
 
 
-def _mirroring(inference: Inference) -> None:
+def _mirroring(inference: InferenceConfig) -> None:
     tta, key = inference.test_time_augmentation, "inference.test_time_augmentation"
     axes = tta.flip_axes
     rule = "must name axes by 0 = z, 1 = y, 2 = x"
@@ -299,7 +299,7 @@ def _mirroring(inference: Inference) -> None:
     _require(tta.ensemble_mode == "mean", f"{key}.ensemble_mode", tta.ensemble_mode, rule)
 
 
-def _activation(inference: Inference) -> None:
+def _activation(inference: InferenceConfig) -> None:
     tta, key = inference.test_time_augmentation, "inference.test_time_augmentation"
     binary, saved = inference.postprocessing.binary, inference.output.save_probabilities
     rule = f"must be one of {', '.join(ACTIVATIONS)}, or null for the model's own"
@@ -320,7 +320,7 @@ def _activation(inference: Inference) -> None:
     _require(channels is None or saved or binary.enabled, f"{key}.select_channel", channels, rule)
 
 
-def _binary(inference: Inference) -> None:
+def _binary(inference: InferenceConfig) -> None:
     binary, key = inference.postprocessing.binary, "inference.postprocessing.binary"
     _require(0 <= binary.threshold <= 1, f"{key}.threshold", binary.threshold, "must lie between 0 and 1")
     small = binary.remove_small_objects
@@ -330,7 +330,7 @@ def _binary(inference: Inference) -> None:
     _require(binary.enabled or not binary.fill_holes, f"{key}.fill_holes", binary.fill_holes, rule)
 
 
-def _output(inference: Inference) -> None:
+def _output(inference: InferenceConfig) -> None:
     post, output = inference.postprocessing, inference.output
     scale, dtype, key = post.intensity_scale, post.intensity_dtype, "inference.postprocessing"
     rule = "must be a positive number, or null"
@@ -346,7 +346,7 @@ def _output(inference: Inference) -> None:
     _one_of(TABLES, "inference.output.table", output.table)
 
 
-def _known_answers(test: KnownAnswers) -> None:
+def _known_answers(test: TestConfig) -> None:
     images, labels = test.data.test_image, test.data.test_label
     _names("test.data.test_image", images)
     _distinct("test.data.test_image", images)
@@ -362,7 +362,7 @@ def _known_answers(test: KnownAnswers) -> None:
     _evaluation(test.evaluation)
 
 
-def _evaluation(evaluation: Evaluation) -> None:
+def _evaluation(evaluation: EvaluationConfig) -> None:
     metrics = evaluation.metrics
     _subset_of(METRICS, "test.evaluation.metrics", metrics)
     rule = f"must name at least one of {', '.join(METRICS)}, or set test.evaluation.enabled=false"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from connectomics.assembly.engine.models import check_alike
-from connectomics.config.schema import Config, Output, Postprocessing
+from connectomics.config.schema import Config, OutputConfig, PostprocessingConfig
 from connectomics.config.validation import shown
 from connectomics.core.errors import ConfigError, ModelError, VolumeError
 from connectomics.core.geometry import Box
@@ -71,8 +71,8 @@ def first_stage_config(config: Config, specs: Sequence[ModelSpec]) -> Config | N
             mask=None,
             sliding_window=dataclasses.replace(inference.sliding_window, window_size=None),
             test_time_augmentation=dataclasses.replace(inference.test_time_augmentation, act=None, select_channel=None),
-            postprocessing=Postprocessing(),
-            output=Output(formats=["zarr"], overwrite=True),
+            postprocessing=PostprocessingConfig(),
+            output=OutputConfig(formats=["zarr"], overwrite=True),
         ),
     )
 
