@@ -40,7 +40,7 @@ from connectomics.models.spec import ChannelNormalisation
 from connectomics.planning.blocks import plan_blocks
 from connectomics.planning.memory import Budget, Work, share_freed_memory
 from connectomics.runs.volume import RunSettings, VolumeJob, run_volume
-from connectomics.stages.output.finish import Output
+from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.predict.filters import Filters
 from connectomics.stages.predict.segmenter import Member, Segmenter
 from connectomics.stages.predict.task import PredictTask
@@ -174,7 +174,7 @@ def process(extent: Vec3, folder: Path) -> dict[str, float]:
     base = psutil.Process().memory_info().rss
     reader = open_volume(str(make_volume(folder, extent)))
     plan = plan_for(reader.info, base)
-    output = Output(LABELS, "volume", "key", ("zarr",))
+    output = FinalOutput(LABELS, "volume", "key", ("zarr",))
     job = VolumeJob("volume", folder / "volume.run", reader, segmenter(), Filters(), (output,), plan, {}, ())
     before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     report = run_volume(job, settings_in(folder), OverlappingExecutor(), lambda done, planned: None)

@@ -21,7 +21,7 @@ from connectomics.inference.case import CaseInput
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.runs.volume import RunSettings, VolumeJob, run_volume
-from connectomics.stages.output.finish import Output
+from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.predict.filters import BinaryFilters
 from connectomics.stages.predict.segmenter import Member, Segmenter
 from connectomics.volumes.volume import Array, VolumeInfo
@@ -105,9 +105,9 @@ def job_in(folder: Path, *, key: str = "k", probabilities: bool = False, **chang
     rule = ProbabilityRule((1,)) if probabilities else None
     schemes = (ChannelNormalisation("NoNormalization"),)
     segmenter = Segmenter((Member(Bright(), schemes),), 2, LabelRule(np.dtype(np.uint8)), rule)
-    outputs = [Output(LABELS, "v_labels", key, ("h5",))]
+    outputs = [FinalOutput(LABELS, "v_labels", key, ("h5",))]
     if probabilities:
-        outputs.append(Output(PROBABILITIES, "v_labels_probabilities", f"{key}p", ("h5", "zarr")))
+        outputs.append(FinalOutput(PROBABILITIES, "v_labels_probabilities", f"{key}p", ("h5", "zarr")))
     job = VolumeJob(
         "v",
         folder / "v_labels.run",

@@ -26,7 +26,7 @@ from connectomics.stages.decode import linking, steps
 from connectomics.stages.decode.watershed.step import Watershed as WatershedStep
 from connectomics.stages.decode.workspace import Step, decode_plan
 from connectomics.stages.output.export import FORMATS, export_path, read_stamp
-from connectomics.stages.output.finish import Output
+from connectomics.stages.output.finish import FinalOutput
 from connectomics.volumes.listing import stem_of
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import Nanometres, VolumeInfo, VolumeReader
@@ -108,7 +108,7 @@ def _formats(config: Config) -> tuple[str, ...]:
     return tuple(form for form in config.inference.output.formats if form != "png")
 
 
-def output_of(config: Config, source: Decodable, volume: VolumeReader) -> Output:
+def output_of(config: Config, source: Decodable, volume: VolumeReader) -> FinalOutput:
     """The final volume with its result key."""
     facts: dict[str, object] = {
         "decoding": [dataclasses.asdict(step) for step in config.decoding],
@@ -120,7 +120,7 @@ def output_of(config: Config, source: Decodable, volume: VolumeReader) -> Output
     for step in config.decoding:
         if isinstance(step, LABELLING) and step.probabilities is not None:
             facts["probabilities"] = _known(step.probabilities)
-    return Output(OBJECTS, source.stem, key_of(facts), _formats(config), config.inference.output.pyramid)
+    return FinalOutput(OBJECTS, source.stem, key_of(facts), _formats(config), config.inference.output.pyramid)
 
 
 def _known(uri: str) -> dict[str, object]:

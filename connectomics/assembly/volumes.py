@@ -21,7 +21,7 @@ from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.models.spec import NO_RESAMPLING, ModelSpec
 from connectomics.runs.volume import VolumeJob
 from connectomics.stages.output.export import export_path
-from connectomics.stages.output.finish import Output
+from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.predict.segmenter import Member, Segmenter
 from connectomics.stages.survey.region import RegionOfInterest, require_inside
 from connectomics.volumes.listing import VolumeSource, expand, group, refuse_collisions, without_results
@@ -127,20 +127,20 @@ def final_paths(config: Config, engine: Engine, source: VolumeSource) -> list[Pa
     return [export_path(engine.settings.folder, stem, f) for stem, formats in names for f in formats]
 
 
-def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> tuple[Output, ...]:
+def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> tuple[FinalOutput, ...]:
     """The final results of a volume with their result keys."""
     names = final_names(config, engine, source)
     resampling = resampling_facts(segmenter_of(config, engine, reader.info.spacing))
     facts = dict(engine.facts) | {"input": reader.identity, "resample": resampling}
     facts |= _previous_facts(config, engine, source, reader) | roi_facts(config)
     pyramid = config.inference.output.pyramid
-    outputs = [Output(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1], pyramid)]
+    outputs = [FinalOutput(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1], pyramid)]
     rule = engine.segmenter.probabilities
     if rule is not None:
         kept = {"channels": list(rule.channels), "activation": rule.activation, "scale": rule.scale}
         key = key_of(facts | {"probabilities": kept | {"dtype": rule.dtype.str}})
         stem, formats = names[PROBABILITIES]
-        outputs.append(Output(PROBABILITIES, stem, key, formats, pyramid))
+        outputs.append(FinalOutput(PROBABILITIES, stem, key, formats, pyramid))
     return tuple(outputs)
 
 

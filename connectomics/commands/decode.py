@@ -29,7 +29,7 @@ from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.task import RunReport
 from connectomics.jobs.outcome import NOT_BEGUN, NullObserver, Observer, VolumeOutcome, attempted
 from connectomics.runs.decode import DecodeSettings, run_decode
-from connectomics.stages.output.finish import Output, check_names, settle, work_folder
+from connectomics.stages.output.finish import FinalOutput, check_names, settle, work_folder
 from connectomics.volumes.listing import stem_of
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import VolumeReader
@@ -89,7 +89,7 @@ class Decoder:
         settle(folder, work_folder(folder, (output,), program_version()), paths)
         return paths
 
-    def _paths(self, source: Decodable, output: Output) -> tuple[Path, ...]:
+    def _paths(self, source: Decodable, output: FinalOutput) -> tuple[Path, ...]:
         table = table_of(self._config, source)
         return (*output.paths(self._folder).values(), *([table] if table is not None else []))
 

@@ -111,7 +111,7 @@ class StandIn:
     window
         How windows are laid.
     classes
-        Output channels.
+        FinalOutput channels.
     device
         A name ``select_device`` knows.
     """

@@ -31,7 +31,7 @@ from connectomics.objects.table import Frame, write_table
 from connectomics.stages.decode.tasks import Read
 from connectomics.stages.decode.workspace import PLAN, DecodingState, Step, StepContext, kept_plan
 from connectomics.stages.output.finish import (
-    Output,
+    FinalOutput,
     check_exportable,
     discard_stores,
     export_output,
@@ -76,7 +76,7 @@ class DecodeJob:
     run_folder: Path
     volume: VolumeReader
     steps: tuple[Step, ...]
-    output: Output
+    output: FinalOutput
     table: Path | None
     plan: BlockPlan
     program: str

@@ -29,7 +29,7 @@ from connectomics.execution.stage import LABELS, Workspace
 from connectomics.execution.task import Executor, RunReport
 from connectomics.stages.decode.workspace import BLOCK_VOXELS, VOXEL_BYTES
 from connectomics.stages.output.finish import (
-    Output,
+    FinalOutput,
     check_exportable,
     discard_stores,
     export_output,
@@ -99,7 +99,7 @@ class VolumeJob:
     reader: VolumeReader
     segmenter: Segmenter
     filters: BinaryFilters
-    outputs: tuple[Output, ...]
+    outputs: tuple[FinalOutput, ...]
     plan: BlockPlan
     provenance: Mapping[str, object]
     command: tuple[str, ...]
@@ -119,7 +119,7 @@ class _Prepared:
     run_key: str
     ledger: Ledger
     surveyed: Surveyed
-    pending: tuple[Output, ...]
+    pending: tuple[FinalOutput, ...]
     stores: Mapping[str, Store]
     agreement: Agreement | None
 
@@ -237,7 +237,7 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, workspac
 def _export(
     prepared: _Prepared,
     job: VolumeJob,
-    output: Output,
+    output: FinalOutput,
     settings: RunSettings,
     stamp: dict[str, object],
     workspace: Workspace,
@@ -280,7 +280,7 @@ def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: floa
     return report
 
 
-def begun_class(run_folder: Path, outputs: Sequence[Output], program: str) -> Mapping[str, object] | None:
+def begun_class(run_folder: Path, outputs: Sequence[FinalOutput], program: str) -> Mapping[str, object] | None:
     """The numeric class in which unfinished work on these outputs was begun, or None where there is none.
 
     Raises

@@ -21,7 +21,7 @@ from connectomics.execution.stage import LABELS
 from connectomics.execution.status import status_of
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.runs.volume import VolumeJob
-from connectomics.stages.output.finish import Output
+from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.predict.filters import Filters
 from connectomics.stages.predict.segmenter import Member
 from connectomics.volumes.store import open_store
@@ -31,7 +31,7 @@ from small_runs import BLOCKS, EXPECTED, IMAGE, Failing, NotNegative, Reader, co
 
 
 def job(folder: Path, *formats: str, **changes: Any) -> VolumeJob:
-    return job_in(folder, outputs=(Output(LABELS, "v_labels", "k", formats or ("h5",)),), **changes)
+    return job_in(folder, outputs=(FinalOutput(LABELS, "v_labels", "k", formats or ("h5",)),), **changes)
 
 
 def run_folder(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from connectomics.execution.run_folder import WORKERS
 from connectomics.execution.runner import run_blocks
 from connectomics.stages.output import single_file as export_files
 from connectomics.stages.output.export import FORMATS, export_path
-from connectomics.stages.output.finish import Output, export_output
+from connectomics.stages.output.finish import FinalOutput, export_output
 from connectomics.stages.output.size import STAMP_BYTES, Size, largest_size, store_size
 from connectomics.volumes.store import create_store
 from connectomics.volumes.volume import VolumeInfo
@@ -69,7 +69,7 @@ def test_noise_is_smaller_than_its_bound(
         run = functools.partial(
             run_blocks, executor=SerialExecutor(), worker=worker, on_block=lambda done, planned: None
         )
-        export_output(store, Output(name, "a", "k", (form,)), tmp_path / "out", {}, tmp_path, run)
+        export_output(store, FinalOutput(name, "a", "k", (form,)), tmp_path / "out", {}, tmp_path, run)
     found = size_of(export_path(tmp_path / "out", "a", form))
     near = 12 if form in GROWN and chunk == CUBES[0] else 4  # what fills up chunks at the far faces compresses well
     assert found.nbytes <= bound.nbytes <= near * found.nbytes + 3 * STAMP_BYTES

@@ -33,7 +33,7 @@ from connectomics.stages.output import pyramid as pyramid_stage
 from connectomics.stages.output import shards
 from connectomics.stages.output.downsample import mean, mode
 from connectomics.stages.output.export import PYRAMIDS, export_path, multiscale_of, read_stamp, require_exportable
-from connectomics.stages.output.finish import Output, export_output
+from connectomics.stages.output.finish import FinalOutput, export_output
 from connectomics.stages.output.multiscale import n5 as multiscale_n5
 from connectomics.stages.output.multiscale import precomputed as multiscale_precomputed
 from connectomics.stages.output.multiscale import zarr as multiscale_zarr
@@ -80,7 +80,7 @@ def filled(
 def export(
     folder: Path, store: Store, name: str, form: str, *, pyramid: bool = True, executor: Any = None, key: str = KEY
 ) -> Path:
-    output, work = Output(name, "a_seg", key, (form,), pyramid), store.path.parent
+    output, work = FinalOutput(name, "a_seg", key, (form,), pyramid), store.path.parent
     with Worker(work / WORKERS) as worker:
         hands = {"executor": executor or SerialExecutor(), "worker": worker, "on_block": lambda done, planned: None}
         export_output(store, output, folder, STAMP, work, functools.partial(run_blocks, **hands))

@@ -18,7 +18,7 @@ from connectomics.execution.lease import Worker
 from connectomics.execution.stage import LABELS
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.runs.volume import RunSettings, VolumeJob, run_volume
-from connectomics.stages.output.finish import Output, settle, work_folder
+from connectomics.stages.output.finish import FinalOutput, settle, work_folder
 from connectomics.stages.predict.filters import BinaryFilters
 from connectomics.stages.predict.segmenter import Member
 
@@ -161,7 +161,7 @@ def test_formats_that_cannot_hold_an_output_are_refused_before_any_work(tmp_path
         ("precomputed", 1 << 30, r"v_labels\.precomputed: precomputed states voxel sizes"),
         ("png", 500, r"v_labels_png: png holds whole sections"),
     ):
-        job = job_in(tmp_path, outputs=(Output(LABELS, "v_labels", "k", ("h5", form)),))
+        job = job_in(tmp_path, outputs=(FinalOutput(LABELS, "v_labels", "k", ("h5", form)),))
         with pytest.raises(OutputError, match=finding):
             run(tmp_path, job, budget_bytes=budget)
         assert not cores(job) and not list(tmp_path.iterdir())

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class FinalOutput:
     """One final result of a volume.
 
     Parameters
@@ -73,7 +73,7 @@ def _key_at(path: Path, form: str) -> object:
     return None if stamp is None else stamp.get("result_key")
 
 
-def check_names(outputs: Sequence[Output], folder: Path, *, overwrite: bool) -> None:
+def check_names(outputs: Sequence[FinalOutput], folder: Path, *, overwrite: bool) -> None:
     """Refuse to replace what another model, setting or input made.
 
     Raises
@@ -89,7 +89,7 @@ def check_names(outputs: Sequence[Output], folder: Path, *, overwrite: bool) -> 
         )
 
 
-def check_exportable(output: Output, info: VolumeInfo, folder: Path, budget_bytes: int) -> None:
+def check_exportable(output: FinalOutput, info: VolumeInfo, folder: Path, budget_bytes: int) -> None:
     """Refuse formats that cannot hold an output, before any work is done.
 
     Raises
@@ -102,7 +102,7 @@ def check_exportable(output: Output, info: VolumeInfo, folder: Path, budget_byte
 
 
 def export_output(
-    store: Store, output: Output, folder: Path, stamp: dict[str, object], work: Path, run: RunStage
+    store: Store, output: FinalOutput, folder: Path, stamp: dict[str, object], work: Path, run: RunStage
 ) -> None:
     """Write what is missing of an output.
 
@@ -135,7 +135,7 @@ def export_output(
 
 
 def _export_pyramid(
-    store: Store, output: Output, form: str, path: Path, stamp: dict[str, object], work: Path, run: RunStage
+    store: Store, output: FinalOutput, form: str, path: Path, stamp: dict[str, object], work: Path, run: RunStage
 ) -> None:
     """Build a chunked output in the work folder, stamp it and move it to its final name."""
     labels, most = output.name != PROBABILITIES, None if output.pyramid else 1
@@ -154,7 +154,7 @@ def _export_pyramid(
         ) from error
 
 
-def work_folder(run_folder: Path, outputs: Sequence[Output], program: str) -> Path:
+def work_folder(run_folder: Path, outputs: Sequence[FinalOutput], program: str) -> Path:
     """Where the unfinished work on these results lies."""
     facts: dict[str, object] = {o.name: o.result_key for o in outputs}
     return run_folder / key_of(facts | {"program": program})[:16]
