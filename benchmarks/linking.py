@@ -26,7 +26,7 @@ from connectomics.execution.runner import BlocksDone, run_blocks
 from connectomics.execution.task import Task
 from connectomics.objects.links import Linking, Sections, link
 from connectomics.objects.merge import IDS, OBJECTS, OFFSETS, table
-from connectomics.objects.overlaps import OVERLAP, Overlaps, summed
+from connectomics.objects.overlaps import OVERLAP, SliceOverlaps, summed
 from connectomics.objects.pieces import PIECE
 from connectomics.objects.table import Frame
 from connectomics.stages.decode.linking import SliceLinking
@@ -87,7 +87,7 @@ def many_pairs(pairs: int, folder: Path) -> None:
         found["here"] = part.start + np.arange(len(found)) // 2
         found["there"] = part.stop + generator.integers(0, each, len(found))
         found["voxels"] = 2
-        Overlaps(summed(found)).save(folder / f"{z}.members")
+        SliceOverlaps(summed(found)).save(folder / f"{z}.members")
     np.save(folder / OFFSETS, np.arange(SECTIONS + 1) * each)
     rows.flush()
     spent = measured(link_pairs, folder, count)

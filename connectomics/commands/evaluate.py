@@ -16,7 +16,7 @@ from connectomics.core.errors import ConfigError, ConnectomicsError
 from connectomics.core.files import write_text
 from connectomics.evaluate.contingency import Contingency, side_by_side
 from connectomics.evaluate.instances import instance_scores
-from connectomics.evaluate.objects import Overlaps, match_table, write_matches
+from connectomics.evaluate.objects import ObjectPairs, match_table, write_matches
 from connectomics.evaluate.semantic import Confusion, labels_found, scores
 from connectomics.evaluate.volumes import Comparison, Within, compare
 from connectomics.volumes.listing import VolumeSource, refuse_collisions, stem_of
@@ -190,7 +190,7 @@ def evaluate_volumes(
     paths = []
     for job in (jobs if objects is None else objects) if instances else ():
         if job.name in tables:
-            columns = match_table(Overlaps.of(tables[job.name]))
+            columns = match_table(ObjectPairs.of(tables[job.name]))
             paths.append(write_matches(columns, folder, stem_of(job.prediction)))
     result = Scores(folder / "scores.json", volumes, pooled_semantic | pooled_instances, failures, tuple(paths))
     write_text(result.path, json.dumps(result.content, indent=1) + "\n")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.evaluate.contingency import Contingency
-from connectomics.evaluate.objects import LEAST, TWENTIETHS, Overlaps, Places, Reals
+from connectomics.evaluate.objects import LEAST, TWENTIETHS, ObjectPairs, Places, Reals
 
 INSTANCE_METRICS = ("ap", "f1", "pq", "voi", "arand")
 _THRESHOLDS = range(LEAST, TWENTIETHS)  # 0.5, 0.55, … 0.95
@@ -52,7 +52,7 @@ def instance_scores(
     for metric in metrics:
         if metric not in INSTANCE_METRICS:
             raise ConfigError(f"unknown metric {metric!r}; known are {', '.join(INSTANCE_METRICS)}")
-    overlaps = Overlaps.of(table)
+    overlaps = ObjectPairs.of(table)
     result: dict[str, Any] = {
         "prediction_objects": int(overlaps.prediction.size),
         "truth_objects": int(overlaps.truth.size),
@@ -73,7 +73,7 @@ def instance_scores(
     return result
 
 
-def _rank(overlaps: Overlaps, confidences: Mapping[int, float] | None) -> Places:
+def _rank(overlaps: ObjectPairs, confidences: Mapping[int, float] | None) -> Places:
     """Places of the predicted objects, the surest first."""
     if confidences is None:
         return np.argsort(-overlaps.prediction_voxels, kind="stable")
@@ -87,7 +87,7 @@ def _rank(overlaps: Overlaps, confidences: Mapping[int, float] | None) -> Places
     return np.argsort(-values, kind="stable")
 
 
-def _by_size(overlaps: Overlaps, rank: Places, bounds: Sequence[int]) -> list[dict[str, Any]]:
+def _by_size(overlaps: ObjectPairs, rank: Places, bounds: Sequence[int]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for low, high in zip([0, *bounds], [*bounds, None], strict=True):
         inside = _inside(overlaps.truth_voxels, low, high)
@@ -100,7 +100,7 @@ def _inside(voxels: npt.NDArray[np.int64], low: int, high: int | None) -> npt.ND
     return (voxels > low) & (voxels <= (np.iinfo(np.int64).max if high is None else high))
 
 
-def _precisions(overlaps: Overlaps, rank: Places, low: int, high: int | None) -> dict[str, float | None]:
+def _precisions(overlaps: ObjectPairs, rank: Places, low: int, high: int | None) -> dict[str, float | None]:
     """AP at 0.5 and 0.75, and the mean over 0.5, 0.55, … 0.95, of true objects of a range of sizes.
 
     As COCO does, matches with true objects outside the range do not count, nor do unmatched predictions outside it.
@@ -136,7 +136,7 @@ def _quotient(numerator: float, denominator: float) -> float | None:
     return numerator / denominator if denominator else None
 
 
-def _counts(overlaps: Overlaps, threshold: int) -> dict[str, float | int | None]:
+def _counts(overlaps: ObjectPairs, threshold: int) -> dict[str, float | int | None]:
     tp = int(overlaps.matches(threshold).size)
     fp, fn = int(overlaps.prediction.size) - tp, int(overlaps.truth.size) - tp
     return {
@@ -150,7 +150,7 @@ def _counts(overlaps: Overlaps, threshold: int) -> dict[str, float | int | None]
     }
 
 
-def _panoptic(overlaps: Overlaps) -> dict[str, float | None]:
+def _panoptic(overlaps: ObjectPairs) -> dict[str, float | None]:
     """Kirillov et al. (2019) with one class, pairs of IoU of at least 0.5."""
     pairs = overlaps.matches()
     sum_of_ious = float(overlaps.iou[pairs].sum())

@@ -27,7 +27,7 @@ MATCHED, FALSE_POSITIVE, FALSE_NEGATIVE = "matched", "false positive", "false ne
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Overlaps:
+class ObjectPairs:
     """Objects of both sides and the pairs of them that share voxels.
 
     Parameters
@@ -52,7 +52,7 @@ class Overlaps:
     shared: Counts
 
     @classmethod
-    def of(cls, table: Contingency) -> Overlaps:
+    def of(cls, table: Contingency) -> ObjectPairs:
         """The objects of a table."""
         prediction, prediction_voxels = _sizes(table.prediction, table.counts)
         truth, truth_voxels = _sizes(table.truth, table.counts)
@@ -106,7 +106,7 @@ def _sizes(ids: Ids, counts: Counts) -> tuple[Ids, Counts]:
     return distinct[distinct > 0], sizes[distinct > 0]
 
 
-def match_table(overlaps: Overlaps) -> dict[str, npt.NDArray[np.generic]]:
+def match_table(overlaps: ObjectPairs) -> dict[str, npt.NDArray[np.generic]]:
     """One row an object or matched pair of objects, matched where the IoU is at least 0.5.
 
     Returns
@@ -142,7 +142,7 @@ def match_table(overlaps: Overlaps) -> dict[str, npt.NDArray[np.generic]]:
     }
 
 
-def _best(overlaps: Overlaps, objects: Places, count: int) -> Places:
+def _best(overlaps: ObjectPairs, objects: Places, count: int) -> Places:
     """For each of ``count`` objects the place of its pair of highest IoU, or -1."""
     best = np.full(count, _NONE)
     order = np.lexsort((overlaps.of_truth, overlaps.of_prediction, -overlaps.iou))

@@ -102,7 +102,7 @@ def summed(rows: Array) -> Array:
 
 
 @dataclass(frozen=True, slots=True)
-class Overlaps:
+class SliceOverlaps:
     """What one block leaves behind: ``OVERLAP`` [n] of whole objects, counted from 0, sorted."""
 
     rows: Array

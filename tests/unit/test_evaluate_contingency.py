@@ -19,7 +19,7 @@ from connectomics.core.geometry import BlockGrid
 from connectomics.evaluate import contingency
 from connectomics.evaluate.contingency import Contingency, Tally, combined
 from connectomics.evaluate.instances import instance_scores
-from connectomics.evaluate.objects import Overlaps, match_table
+from connectomics.evaluate.objects import ObjectPairs, match_table
 
 IDS = st.sampled_from([0, 1, 2, 3, 2**31, 2**32 - 1, 2**32, 2**40, 2**63, 2**64 - 1])
 
@@ -58,7 +58,7 @@ def test_scores_are_the_same_bytes_for_any_cut(seed: int, monkeypatch: pytest.Mo
         tally = Tally()
         for block in blocks:
             tally.add(Contingency.from_arrays(prediction[block.core.slices], truth[block.core.slices]))
-        rows = {name: column.tolist() for name, column in match_table(Overlaps.of(tally.total())).items()}
+        rows = {name: column.tolist() for name, column in match_table(ObjectPairs.of(tally.total())).items()}
         texts.add(json.dumps([instance_scores(tally.total()), rows]))
     assert len(texts) == 1
 

@@ -18,7 +18,7 @@ from connectomics.config import validation
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.evaluate.contingency import Contingency, side_by_side
 from connectomics.evaluate.instances import INSTANCE_METRICS, instance_scores
-from connectomics.evaluate.objects import Overlaps, match_table
+from connectomics.evaluate.objects import ObjectPairs, match_table
 
 Ids = npt.NDArray[Any]
 PAIRS = 120
@@ -128,7 +128,7 @@ def test_confidences_rank_the_objects() -> None:
 def test_two_halves_of_an_object_match_it_once() -> None:
     one, halves = np.array([7, 7, 7, 7, 0]), np.array([1, 1, 2, 2, 0])
     for given, true, place in ((halves, one, 0), (one, halves, 0)):
-        overlaps = Overlaps.of(Contingency.from_arrays(given, true))
+        overlaps = ObjectPairs.of(Contingency.from_arrays(given, true))
         assert overlaps.matches().tolist() == [place]
         assert overlaps.matches(11).size == 0
     with pytest.raises(ValueError, match=r"from an IoU of 0\.5 on"):
@@ -210,7 +210,7 @@ def test_volumes_beside_each_other_share_no_objects() -> None:
 
 def test_the_table_of_matches_names_every_object_once() -> None:
     given, true = random_pair(18)
-    rows = match_table(Overlaps.of(Contingency.from_arrays(given, true)))
+    rows = match_table(ObjectPairs.of(Contingency.from_arrays(given, true)))
     counts = instance_scores(Contingency.from_arrays(given, true), ["f1"])["matched"]["50"]
     kinds = rows["kind"].tolist()
     assert [kinds.count(kind) for kind in ("matched", "false positive", "false negative")] == [

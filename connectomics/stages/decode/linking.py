@@ -20,7 +20,7 @@ from connectomics.objects.arrays import load
 from connectomics.objects.components import Connectivity
 from connectomics.objects.links import Linking, Sections, link
 from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS
-from connectomics.objects.overlaps import OVERLAP, Overlaps, Runs, overlaps, summed
+from connectomics.objects.overlaps import OVERLAP, Runs, SliceOverlaps, overlaps, summed
 from connectomics.objects.selection import NUMBERS, Selection
 from connectomics.stages.decode.steps import EVERYTHING, Values
 from connectomics.stages.decode.tasks import PiecesTask, block_file, saved, smallest_dtype
@@ -117,7 +117,7 @@ class OverlapTask:
             rows = overlaps(here, here if other == block else self._runs(other), above, self.reach)
             rows["here"], rows["there"] = objects[rows["here"] - 1], self._objects(other)[rows["there"] - 1]
             found.append(rows)
-        counted = Overlaps(summed(np.concatenate(found)))
+        counted = SliceOverlaps(summed(np.concatenate(found)))
         return saved(counted, block_file(self.folder, block), block, began)
 
     def _runs(self, block: Block) -> Runs:
