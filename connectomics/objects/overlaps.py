@@ -24,7 +24,7 @@ COLUMNS = ("here", "there", "voxels")
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
+class PieceRuns:
     """A block as runs of equal piece in raster order, which end with their lines.
 
     Parameters
@@ -42,7 +42,7 @@ class Runs:
     shape: Vec3
 
     @classmethod
-    def of(cls, lengths: Array, labels: Array, shape: Vec3) -> Runs:
+    def of(cls, lengths: Array, labels: Array, shape: Vec3) -> PieceRuns:
         """From the lengths of the runs."""
         return cls(np.cumsum(lengths, dtype=np.int64) - lengths, labels, shape)
 
@@ -52,7 +52,7 @@ class Runs:
         return self.starts[first:last] - begin, self.labels[first:last]
 
 
-def overlaps(here: Runs, there: Runs, above: int, reach: int) -> Array:
+def overlaps(here: PieceRuns, there: PieceRuns, above: int, reach: int) -> Array:
     """Voxels that pieces of a block share with pieces of a block at the same (y, x), section on section.
 
     Parameters
@@ -76,7 +76,7 @@ def overlaps(here: Runs, there: Runs, above: int, reach: int) -> Array:
     return summed(np.concatenate(found))
 
 
-def _of_sections(here: Runs, z: int, there: Runs, other: int) -> Iterator[Array]:
+def _of_sections(here: PieceRuns, z: int, there: PieceRuns, other: int) -> Iterator[Array]:
     _, ny, nx = here.shape
     step = max(1, VOXELS_AT_ONCE // nx) * nx
     for begin in range(0, ny * nx, step):

@@ -103,14 +103,14 @@ def flooding_order(heights: Array, marked: Array, inside: Array) -> Array:
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
+class RunLengths:
     """Labels in raster order as runs of equal ones: lengths and u8 labels."""
 
     lengths: Array
     labels: Array
 
     @classmethod
-    def of(cls, labels: Array) -> Runs:
+    def of(cls, labels: Array) -> RunLengths:
         """The runs of an array."""
         flat = labels.ravel()
         begins = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))

@@ -20,7 +20,7 @@ from connectomics.objects.arrays import load
 from connectomics.objects.components import Connectivity
 from connectomics.objects.links import Linking, Sections, link
 from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS
-from connectomics.objects.overlaps import OVERLAP, Runs, SliceOverlaps, overlaps, summed
+from connectomics.objects.overlaps import OVERLAP, PieceRuns, SliceOverlaps, overlaps, summed
 from connectomics.objects.selection import NUMBERS, Selection
 from connectomics.stages.decode.steps import EVERYTHING, Values
 from connectomics.stages.decode.tasks import PiecesTask, block_file, saved, smallest_dtype
@@ -120,9 +120,9 @@ class OverlapTask:
         counted = SliceOverlaps(summed(np.concatenate(found)))
         return saved(counted, block_file(self.folder, block), block, began)
 
-    def _runs(self, block: Block) -> Runs:
+    def _runs(self, block: Block) -> PieceRuns:
         lengths, labels = load(block_file(self.pieces, block), "lengths", "labels")
-        return Runs.of(lengths, labels, block.core.shape)
+        return PieceRuns.of(lengths, labels, block.core.shape)
 
     def _objects(self, block: Block) -> Array:
         """The object of each piece, from 0 on."""

@@ -20,7 +20,7 @@ from connectomics.objects.components import Connectivity
 from connectomics.objects.distance import around, beyond, reach, squared_distance
 from connectomics.objects.faces import block_number
 from connectomics.objects.merge import IDS, OBJECTS, OFFSETS
-from connectomics.objects.watershed import SEED_COUNTS, Runs, flood
+from connectomics.objects.watershed import SEED_COUNTS, RunLengths, flood
 from connectomics.stages.decode.tasks import Read, block_file, saved, smallest_dtype
 from connectomics.stages.decode.watershed.windows import Labelled, Windows
 from connectomics.volumes.volume import Array, Nanometres
@@ -157,7 +157,7 @@ class Floods:
     labels: Array
 
     @classmethod
-    def of(cls, runs: dict[int, Runs]) -> Floods:
+    def of(cls, runs: dict[int, RunLengths]) -> Floods:
         """What was flooded, by component in ascending order."""
         edges = np.cumsum([0, *(len(each.lengths) for each in runs.values())])
         lengths = [each.lengths.astype(np.uint32) for each in runs.values()]
@@ -174,11 +174,11 @@ class Floods:
         """What ``save`` has written."""
         return cls(*load(path, "components", "edges", "lengths", "labels"))
 
-    def runs(self, component: int) -> Runs:
+    def runs(self, component: int) -> RunLengths:
         """Of one component, over its box."""
         i = int(np.searchsorted(self.components, component))
         span = slice(self.edges[i], self.edges[i + 1])
-        return Runs(self.lengths[span], self.labels[span])
+        return RunLengths(self.lengths[span], self.labels[span])
 
     def save(self, path: Path) -> None:
         """Write whole or not at all."""
@@ -226,9 +226,9 @@ class FloodTask:
     def _owned(self, block: Block) -> Iterator[tuple[int, Box]]:
         return ((n, box) for n, box, owner in self.contests.whole(block) if owner.index == block.index)
 
-    def _flooded(self, component: int, box: Box) -> Runs:
+    def _flooded(self, component: int, box: Box) -> RunLengths:
         inside = self.contests.ground.read(box) == component
-        return Runs.of(flood(self.heights(box), self.seeds.read(box), inside, self.connectivity))
+        return RunLengths.of(flood(self.heights(box), self.seeds.read(box), inside, self.connectivity))
 
 
 @dataclass(frozen=True, slots=True)

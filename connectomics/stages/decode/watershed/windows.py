@@ -18,7 +18,7 @@ from connectomics.execution.task import BlockRecord
 from connectomics.objects.arrays import load, save
 from connectomics.objects.basins import Saddles, basins_of, ends_of, seeds_of_basins, shared_with, window
 from connectomics.objects.components import Connectivity
-from connectomics.objects.watershed import Runs, flood
+from connectomics.objects.watershed import RunLengths, flood
 from connectomics.stages.decode.tasks import Read, block_file, saved
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array
@@ -114,7 +114,7 @@ class BasinTask:
 
 
 def _members(own: Array, count: int, saddles: Saddles, beyond: Array, beyond_heights: Array) -> Members:
-    runs = Runs.of(own)
+    runs = RunLengths.of(own)
     arrays = {"lengths": runs.lengths, "labels": runs.labels, "count": np.array([count])}
     arrays |= {"pairs": saddles.pairs, "heights": saddles.heights}
     return Members(arrays | {"beyond": beyond, "beyond_heights": beyond_heights.astype(np.float64)})
@@ -165,8 +165,8 @@ class BridgeTask:
         return saved(Members({"number": number, "other": other}), block_file(self.folder, block), block, began)
 
 
-def _runs(folder: Path, block: Block) -> Runs:
-    return Runs(*load(block_file(folder, block), "lengths", "labels"))
+def _runs(folder: Path, block: Block) -> RunLengths:
+    return RunLengths(*load(block_file(folder, block), "lengths", "labels"))
 
 
 def grow_trees(grid: BlockGrid, basins: Path, bridges: Path, seed_count: int, folder: Path) -> None:
@@ -236,7 +236,7 @@ class Windows:
                 result[common.relative_to(box).slices] = found
         return result
 
-    def _seeds(self, block: Block) -> Runs:
+    def _seeds(self, block: Block) -> RunLengths:
         runs = _runs(self.folder, block)
         basin = runs.labels > self.seed_count
         if self.trees is not None and basin.any():
@@ -276,7 +276,7 @@ class RefineTask:
         """Flood a window; its file is on disk on return."""
         began = time.perf_counter()
         window = self.grid.block(block.index)  # a ledger's blocks have no halo
-        runs = Runs.of(self._flooded(window.core, window.read))
+        runs = RunLengths.of(self._flooded(window.core, window.read))
         return saved(Members(asdict(runs)), block_file(self.folder, block), block, began)
 
     def _flooded(self, core: Box, read: Box) -> Array:
