@@ -14,7 +14,7 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Box
 from connectomics.planning.profile import WORTH
-from connectomics.planning.workload import Cut, batch_fill
+from connectomics.planning.workload import Partition, batch_fill
 from connectomics.volumes.volume import VolumeInfo
 
 TOO_LARGE = "the memory budget has no room for more beside blocks of the same size"
@@ -46,10 +46,10 @@ def against_batch(config: Config, engine: Engine, info: VolumeInfo) -> str | Non
             return TOO_LARGE
     except ResourceError:
         return TOO_LARGE
-    cut = Cut(info.extent, plan.block_shape, Box.of_shape(info.extent))
+    partition = Partition(info.extent, plan.block_shape, Box.of_shape(info.extent))
     whole = config.inference.sliding_window.engine == "monai"
     pairs = zip(segmenter.members, engine.of_members, strict=True)
-    fill = min(batch_fill(member, model.window, cut, whole=whole) for member, model in pairs)
+    fill = min(batch_fill(member, model.window, partition, whole=whole) for member, model in pairs)
     return None if _share(config, engine) / fill <= 1 - WORTH else PADDED
 
 

@@ -21,7 +21,7 @@ from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.stage import PROBABILITIES
 from connectomics.forecast.calibration import WindowTimes, measure_pace, measure_windows
 from connectomics.planning.forecast import Forecast, Pace, PlannedOutput, duration
-from connectomics.planning.workload import Cut, batch_fill, count_read, count_sample_windows, count_windows
+from connectomics.planning.workload import Partition, batch_fill, count_read, count_sample_windows, count_windows
 from connectomics.runs.volume import VolumeJob, info_of
 from connectomics.stages.output.finish import work_folder
 from connectomics.stages.output.size import Size, largest_size, store_size
@@ -131,8 +131,8 @@ class JobForecaster:
 
     def _pace(self, engine: Engine, job: VolumeJob) -> Pace | None:
         """None where measuring would take a good part of the run."""
-        cut, channels = _cut(engine, job), job.reader.info.channels
-        counts = [count_windows(member, cut, channels) for member in job.segmenter.members]
+        partition, channels = _cut(engine, job), job.reader.info.channels
+        counts = [count_windows(member, partition, channels) for member in job.segmenter.members]
         if id(engine) in self._paces or sum(counts) < WORTH_WINDOWS:
             return self._paces.get(id(engine))
         if id(engine) not in self._times:
@@ -153,23 +153,23 @@ def forecast(config: Config, engine: Engine, job: VolumeJob, pace: Pace | None) 
         The volume; of its wanted voxels the box counts, and all of it.
     """
     info, members = job.reader.info, job.segmenter.members
-    cut = _cut(engine, job)
-    windows = [count_windows(member, cut, info.channels) for member in members]
+    partition = _cut(engine, job)
+    windows = [count_windows(member, partition, info.channels) for member in members]
     piece = None if job.contract is None or job.contract.shared is not None else job.contract.piece
-    sampled = [0 if piece is None else count_sample_windows(m, cut, info.channels, piece) for m in members]
+    sampled = [0 if piece is None else count_sample_windows(m, partition, info.channels, piece) for m in members]
     passes = sum(n * m.window.passes * len(m.spec.folds) for n, m in zip(windows, engine.of_members, strict=True))
     whole = config.inference.sliding_window.engine == "monai"
     pairs = list(zip(members, engine.of_members, strict=True))
-    read = sum(count_read(member, model.window, cut, whole=whole) for member, model in pairs)
-    fills = [batch_fill(member, model.window, cut, whole=whole) for member, model in pairs]
+    read = sum(count_read(member, model.window, partition, whole=whole) for member, model in pairs)
+    fills = [batch_fill(member, model.window, partition, whole=whole) for member, model in pairs]
     voxels = Box.of_shape(info.extent).voxels
-    peak = peak_of(config, engine, job.segmenter, info, cut.block_shape)
-    outputs, scratch = _sizes(engine, job, cut)
+    peak = peak_of(config, engine, job.segmenter, info, partition.block_shape)
+    outputs, scratch = _sizes(engine, job, partition)
     everything = job.roi is None or _written_everywhere(job)
     return Forecast(
         job.name,
-        replace(cut, roi=Box.of_shape(info.extent)).blocks if everything else cut.blocks,
-        cut.block_shape,
+        replace(partition, roi=Box.of_shape(info.extent)).blocks if everything else partition.blocks,
+        partition.block_shape,
         sum(windows),
         passes,
         None if pace is None else pace.predict([n / f for n, f in zip(windows, fills, strict=True)], sampled, voxels),
@@ -186,12 +186,12 @@ def forecast(config: Config, engine: Engine, job: VolumeJob, pace: Pace | None) 
     )
 
 
-def _cut(engine: Engine, job: VolumeJob) -> Cut:
+def _cut(engine: Engine, job: VolumeJob) -> Partition:
     """Blocks as a run would cut them: as the ledger of an earlier one has them, where there is one."""
     ledger = work_folder(job.run_folder, job.outputs, engine.settings.program) / LEDGER
     plan = plan_of(ledger) or job.plan
     extent = job.reader.info.extent
-    return Cut(extent, plan.block_shape, Box.of_shape(extent) if job.roi is None else job.roi.box)
+    return Partition(extent, plan.block_shape, Box.of_shape(extent) if job.roi is None else job.roi.box)
 
 
 def _written_everywhere(job: VolumeJob) -> bool:
@@ -199,16 +199,16 @@ def _written_everywhere(job: VolumeJob) -> bool:
     return any(outside[output.name].any() for output in job.outputs)
 
 
-def _sizes(engine: Engine, job: VolumeJob, cut: Cut) -> tuple[tuple[PlannedOutput, ...], Size]:
+def _sizes(engine: Engine, job: VolumeJob, partition: Partition) -> tuple[tuple[PlannedOutput, ...], Size]:
     """Final outputs, and the working stores, which are gone when these are complete."""
     outputs, scratch = [], Size(0, 0)
     for output in job.outputs:
         info, labels = info_of(job, output.name, job.plan), output.name != PROBABILITIES
         levels = None if output.pyramid else 1
         for form, path in output.paths(engine.settings.folder).items():
-            size = largest_size(info, form, cut.block_shape, labels=labels, levels=levels)
+            size = largest_size(info, form, partition.block_shape, labels=labels, levels=levels)
             outputs.append(PlannedOutput(path, form, size))
-        scratch += store_size(info, cut.block_shape)
+        scratch += store_size(info, partition.block_shape)
     return tuple(outputs), scratch
 
 

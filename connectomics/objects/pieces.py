@@ -139,7 +139,7 @@ def plane_name(axis: int, high: bool) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class BlockPlacement:
     """Where a block lies.
 
     Parameters
@@ -159,7 +159,9 @@ class Cut:
         return low + [(axis, True) for axis in axes if self.core.stop[axis] < self.volume[axis]]
 
 
-def component_pieces(values: Array, connectivity: Connectivity, cut: Cut, probabilities: Array | None = None) -> Pieces:
+def component_pieces(
+    values: Array, connectivity: Connectivity, cut: BlockPlacement, probabilities: Array | None = None
+) -> Pieces:
     """The components of a block.
 
     Parameters
@@ -190,7 +192,9 @@ def component_pieces(values: Array, connectivity: Connectivity, cut: Cut, probab
     return Pieces(rows, lengths, labels, joints, {name: positions[plane] for name, plane in planes.items()})
 
 
-def hole_pieces(values: Array, read: Box, connectivity: Connectivity, cut: Cut, probabilities: Array | None) -> Pieces:
+def hole_pieces(
+    values: Array, read: Box, connectivity: Connectivity, cut: BlockPlacement, probabilities: Array | None
+) -> Pieces:
     """The components of a block's background, with the smallest and largest value beside each.
 
     Parameters
@@ -220,7 +224,9 @@ def hole_pieces(values: Array, read: Box, connectivity: Connectivity, cut: Cut, 
     return pieces
 
 
-def value_pieces(values: Array, cut: Cut, probabilities: Array | None = None, *, by_section: bool = False) -> Pieces:
+def value_pieces(
+    values: Array, cut: BlockPlacement, probabilities: Array | None = None, *, by_section: bool = False
+) -> Pieces:
     """All voxels of each value of a block, as one piece; pieces of equal value are one object.
 
     Parameters
@@ -280,13 +286,13 @@ def _runs(array: Array) -> tuple[Array, Array]:
     return np.diff(starts, append=flat.size), starts
 
 
-def _measured(numbered: Array, values: Array, cut: Cut, *, by_section: bool) -> tuple[Array, Array, Array]:
+def _measured(numbered: Array, values: Array, cut: BlockPlacement, *, by_section: bool) -> tuple[Array, Array, Array]:
     lengths, starts = _runs(numbered)
     return _rows(lengths, starts, numbered.ravel()[starts], values, cut, by_section=by_section)
 
 
 def _rows(
-    lengths: Array, starts: Array, labels: Array, values: Array, cut: Cut, *, by_section: bool
+    lengths: Array, starts: Array, labels: Array, values: Array, cut: BlockPlacement, *, by_section: bool
 ) -> tuple[Array, Array, Array]:
     """Runs in their smallest types, and a row for each label from 1 on, all of which occur."""
     shape = cut.core.shape

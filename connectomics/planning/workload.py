@@ -29,7 +29,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Partition:
     """How the wanted part of a volume is cut into blocks.
 
     Parameters
@@ -75,7 +75,7 @@ def assumed_cases(member: Member, extent: Vec3, channels: int) -> Sequence[Case]
     return SectionCases(0, (height, width), boxes, values, member.section_axis)
 
 
-def count_windows(member: Member, cut: Cut, channels: int) -> int:
+def count_windows(member: Member, partition: Partition, channels: int) -> int:
     """Windows that a member computes in all blocks of a volume whose nonzero boxes are the whole cases.
 
     Notes
@@ -83,8 +83,8 @@ def count_windows(member: Member, cut: Cut, channels: int) -> int:
     A block touches a(i) b(j) c(k) windows. The sums of the lines through the first block are Σa b c, a Σb c and
     a b Σc, of which the product, over (a b c)², is ΣaΣbΣc.
     """
-    cases = assumed_cases(member, cut.extent, channels)
-    first = [next(cut.along(axis)) for axis in range(3)]
+    cases = assumed_cases(member, partition.extent, channels)
+    first = [next(partition.along(axis)) for axis in range(3)]
 
     def count(axis: int, span: Span) -> int:
         spans = [span if a == axis else other for a, other in enumerate(first)]
@@ -93,24 +93,24 @@ def count_windows(member: Member, cut: Cut, channels: int) -> int:
 
     def line(axis: int) -> int:
         if axis != member.section_axis or not member.by_slice:
-            return sum(count(axis, span) for span in cut.along(axis))
+            return sum(count(axis, span) for span in partition.along(axis))
         begin = first[axis][0]
-        return count(axis, (begin, begin + 1)) * cut.roi.shape[axis]  # one section is like the other
+        return count(axis, (begin, begin + 1)) * partition.roi.shape[axis]  # one section is like the other
 
     return math.prod(line(axis) for axis in range(3)) // count(0, first[0]) ** 2
 
 
-def count_sample_windows(member: Member, cut: Cut, channels: int, piece: Vec3) -> int:
+def count_sample_windows(member: Member, partition: Partition, channels: int, piece: Vec3) -> int:
     """About the windows that a member computes in the sample on which fast is compared with exact."""
-    shape = vec3([min(n, p) for n, p in zip(cut.roi.shape, piece, strict=True)])
-    middle = [a + (n - p) // 2 for a, n, p in zip(cut.roi.start, cut.roi.shape, shape, strict=True)]
+    shape = vec3([min(n, p) for n, p in zip(partition.roi.shape, piece, strict=True)])
+    middle = [a + (n - p) // 2 for a, n, p in zip(partition.roi.start, partition.roi.shape, shape, strict=True)]
     box = Box.of_shape(shape).shift(vec3(middle))
-    pieces = -(-min(SAMPLED_VOXELS, cut.roi.voxels) // box.voxels)
-    cases = assumed_cases(member, cut.extent, channels)
+    pieces = -(-min(SAMPLED_VOXELS, partition.roi.voxels) // box.voxels)
+    cases = assumed_cases(member, partition.extent, channels)
     return pieces * _knowing(member).windows(_unread, cases, box)
 
 
-def count_read(member: Member, window: SlidingWindow, cut: Cut, *, whole: bool) -> int:
+def count_read(member: Member, window: SlidingWindow, partition: Partition, *, whole: bool) -> int:
     """Voxels of a volume that a member reads in all its blocks.
 
     Parameters
@@ -120,7 +120,7 @@ def count_read(member: Member, window: SlidingWindow, cut: Cut, *, whole: bool) 
     whole
         Whether the engine predicts whole sections, or the whole volume, for each block.
     """
-    own = member.order.turn(cut.extent)
+    own = member.order.turn(partition.extent)
     section = member.order.axes.index(member.section_axis) if member.by_slice else None
     total = 1
     for axis, volume_axis in enumerate(member.order.axes):
@@ -129,12 +129,12 @@ def count_read(member: Member, window: SlidingWindow, cut: Cut, *, whole: bool) 
         reach = _Reach(member, window, own, axis)
         total *= sum(
             own[axis] if everything else stop - start if flat else reach.voxels(start, stop)
-            for start, stop in cut.along(volume_axis)
+            for start, stop in partition.along(volume_axis)
         )
     return total
 
 
-def batch_fill(member: Member, window: SlidingWindow, cut: Cut, *, whole: bool) -> float:
+def batch_fill(member: Member, window: SlidingWindow, partition: Partition, *, whole: bool) -> float:
     """Share of the rows of a member's forward passes that are windows, mirrored or not; the others are padding.
 
     Parameters
@@ -144,7 +144,7 @@ def batch_fill(member: Member, window: SlidingWindow, cut: Cut, *, whole: bool) 
     whole
         Whether the engine fills batches from a whole section, or volume, rather than from a block.
     """
-    own = member.order.turn(cut.extent)
+    own = member.order.turn(partition.extent)
     section = member.order.axes.index(member.section_axis) if member.by_slice else None
     counts = []
     for axis, volume_axis in enumerate(member.order.axes):
@@ -153,7 +153,7 @@ def batch_fill(member: Member, window: SlidingWindow, cut: Cut, *, whole: bool) 
             alone = axis == section or (axis == 0 and window.patch[0] == 1)
             counts.append(Counter([1 if alone else reach.windows(0, own[axis])]))
         else:
-            spans = cut.along(volume_axis)
+            spans = partition.along(volume_axis)
             counts.append(Counter(b - a if axis == section else reach.windows(a, b) for a, b in spans))
     filled = rows = 0
     for each in itertools.product(*(count.items() for count in counts)):

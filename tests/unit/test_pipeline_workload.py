@@ -20,7 +20,7 @@ from connectomics.config.load import load_config
 from connectomics.core.geometry import BlockGrid, Box, Vec3
 from connectomics.models.backends.torch_eager import TorchBackend
 from connectomics.planning.workload import (
-    Cut,
+    Partition,
     assumed_cases,
     batch_fill,
     count_read,
@@ -73,7 +73,7 @@ def test_windows_and_reading_are_those_of_the_blocks(
     """Each block is really predicted: forward passes are counted where they happen, voxels where they are read."""
     engine, member = made(models[kind], words)
     roi = Box((1, 3, 5), (extent[0], extent[1] - 2, extent[2] - 7)) if part else Box.of_shape(extent)
-    cut = Cut(extent, block, roi)
+    cut = Partition(extent, block, roi)
     image = np.random.default_rng(0).integers(1, 200, (1, *extent), np.uint8)
     cases, read, passes, blocks = assumed_cases(member, extent, 1), 0, 0, 0
 
@@ -124,7 +124,7 @@ def test_the_padding_of_batches_is_that_of_the_blocks(
         for each in BlockGrid(extent, block):
             for _ in member.logits(lambda box: image[(slice(None), *box.slices)], cases, each.core):
                 pass
-    cut, whole = Cut(extent, block, Box.of_shape(extent)), "engine=monai" in "".join(words)
+    cut, whole = Partition(extent, block, Box.of_shape(extent)), "engine=monai" in "".join(words)
     fill = batch_fill(member, engine.models[0].window, cut, whole=whole)
     # resampled blocks touch a row more here and there; MONAI lays its windows otherwise
     assert fill == pytest.approx(filled / (rows * batches), rel=0.15 if words == PLAN or whole else 1e-9)
@@ -135,13 +135,13 @@ def test_one_block_has_the_windows_that_nnunet_lays(models: dict[str, Path]) -> 
     extent = (20, 41, 33)
     engine, member = made(models[THREE], [])
     steps = compute_steps_for_sliding_window(extent, engine.models[0].window.patch, 0.5)
-    assert count_windows(member, Cut(extent, extent, Box.of_shape(extent)), 1) == np.prod([len(s) for s in steps])
+    assert count_windows(member, Partition(extent, extent, Box.of_shape(extent)), 1) == np.prod([len(s) for s in steps])
 
 
 @pytest.mark.parametrize(("kind", "extent"), [(TWO, (14_901, 8192, 8192)), (THREE, (10_000, 10_000, 10_000))])
 def test_a_terabyte_is_counted_at_once_and_in_little_memory(models: dict[str, Path], kind: str, extent: Vec3) -> None:
     engine, member = made(models[kind], [])
-    cut = Cut(extent, (1, 1024, 1024) if kind == TWO else (64, 512, 512), Box.of_shape(extent))
+    cut = Partition(extent, (1, 1024, 1024) if kind == TWO else (64, 512, 512), Box.of_shape(extent))
     assert cut.blocks == len(BlockGrid(extent, cut.block_shape)) > 60_000
     tracemalloc.start()
     began = time.perf_counter()
@@ -158,7 +158,7 @@ def test_a_terabyte_is_counted_at_once_and_in_little_memory(models: dict[str, Pa
 
 def test_the_sample_of_fast_is_about_a_million_voxels(models: dict[str, Path]) -> None:
     _, member = made(models[TWO], [])
-    cut = Cut((4, 2000, 2000), (4, 2000, 2000), Box.of_shape((4, 2000, 2000)))
+    cut = Partition((4, 2000, 2000), (4, 2000, 2000), Box.of_shape((4, 2000, 2000)))
     cases = assumed_cases(member, cut.extent, 1)
     piece = (1, 600, 800)
     one = member.windows(lambda box: np.zeros(0), cases, Box((2, 700, 600), (3, 1300, 1400)))

@@ -25,7 +25,7 @@ from connectomics.objects.components import Connectivity
 from connectomics.objects.faces import block_number, directions, first_axis, neighbour, pairs
 from connectomics.objects.merge import IDS, OFFSETS
 from connectomics.objects.pieces import (
-    Cut,
+    BlockPlacement,
     Pieces,
     component_pieces,
     hole_pieces,
@@ -48,7 +48,7 @@ def block_file(folder: Path, block: Block) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class PiecesTask:
-    """Cut each block into pieces and measure them.
+    """BlockPlacement each block into pieces and measure them.
 
     Parameters
     ----------
@@ -82,12 +82,12 @@ class PiecesTask:
         return self.folder.name
 
     def process(self, block: Block) -> BlockRecord:
-        """Cut a block; its file is on disk on return."""
+        """BlockPlacement a block; its file is on disk on return."""
         began = time.perf_counter()
         return saved(self._pieces(block), block_file(self.folder, block), block, began)
 
     def _pieces(self, block: Block) -> Pieces:
-        cut = Cut(block.core, self.grid.volume)
+        cut = BlockPlacement(block.core, self.grid.volume)
         likely = None if self.probabilities is None else self.probabilities(block.core)
         if self.connectivity is None:
             return value_pieces(self.read(block.core), cut, likely, by_section=self.flat)
