@@ -28,7 +28,7 @@ from connectomics.objects.links import Linking, Sections, link
 from connectomics.objects.merge import IDS, OBJECTS, OFFSETS, table
 from connectomics.objects.overlaps import OVERLAP, SliceOverlaps, summed
 from connectomics.objects.pieces import PIECE
-from connectomics.objects.table import Frame
+from connectomics.objects.table import MeasurementUnits
 from connectomics.stages.decode.linking import SliceLinking
 from connectomics.stages.decode.steps import ConnectedComponents
 from connectomics.stages.decode.workspace import DecodingState, Step, StepContext
@@ -52,7 +52,7 @@ def by_blocks(source_path: Path, work: Path, name: str) -> None:
             return run_blocks(task, ledger, SerialExecutor(), worker, lambda done, planned: None)
 
         context = StepContext(work, "step", PLAN, grid, "0" * 64, run, functools.partial(worker.alone, SINGLE_WRITER))
-        STEPS[name].run(DecodingState(source, Frame()), context)
+        STEPS[name].run(DecodingState(source, MeasurementUnits()), context)
 
 
 def compare(shape: Vec3, rounds: int, folder: Path) -> None:

@@ -21,7 +21,7 @@ from connectomics.execution.runner import BlocksDone, run_blocks
 from connectomics.execution.task import Task
 from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import AT_ONCE, FIRST_ID, Cuts, merge
-from connectomics.objects.table import COLUMNS, Frame, write_table
+from connectomics.objects.table import COLUMNS, MeasurementUnits, write_table
 from connectomics.stages.decode.tasks import JoinTask, PiecesTask, block_file, painted_block
 from connectomics.stages.decode.workspace import DecodingState, Step, StepContext
 from connectomics.volumes.volume import VolumeInfo
@@ -116,7 +116,7 @@ def decode_array(
     grid = BlockGrid(values.shape, block)
     read = None if probabilities is None else lambda box: probabilities[box.slices]
     units = None if probabilities is None else (255.0, 255.0)
-    state = DecodingState(Volume(values), Frame(VOXEL_SIZE_NM, probability_units=units), read)
+    state = DecodingState(Volume(values), MeasurementUnits(VOXEL_SIZE_NM, probability_units=units), read)
     for number, step in enumerate(steps):
         context = StepContext(folder, str(number), BlockPlan(block, block), grid, "0" * 64, in_order)
         state = step.run(state, context)

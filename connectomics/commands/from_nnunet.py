@@ -31,7 +31,7 @@ from connectomics.volumes.nnunet.folder import (
     write_labels,
     write_spacing,
 )
-from connectomics.volumes.nnunet.nifti import NIFTI_READERS, Frame, frame_of
+from connectomics.volumes.nnunet.nifti import NIFTI_READERS, NiftiGeometry, frame_of
 from connectomics.volumes.opening import open_volume
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ class FolderPrediction:
             return failed_outcome(source.name, error, 0.0)
 
     def _deliver(
-        self, source: VolumeSource, own: tuple[Path, ...], spacing: Spacing3, frame: Frame | None
+        self, source: VolumeSource, own: tuple[Path, ...], spacing: Spacing3, frame: NiftiGeometry | None
     ) -> tuple[Path, ...]:
         """Write a finished case under nnU-Net's name; this program's own probabilities follow in the list."""
         target = self._label_file(source)
@@ -196,7 +196,7 @@ class FolderPrediction:
             write_spacing(self._call.output_folder / f"{source.stem}.json", spacing)
         return (target, *own[1:])
 
-    def _frame(self, source: VolumeSource) -> Frame | None:
+    def _frame(self, source: VolumeSource) -> NiftiGeometry | None:
         if self._kind.reader not in NIFTI_READERS:
             return None
         return frame_of(Path(source.uris[0].removesuffix(self._kind.inner)), self._kind.reader)
@@ -204,7 +204,7 @@ class FolderPrediction:
     def _config_of(self, source: VolumeSource) -> Config:
         return self._config_at(self._spacing(source, self._frame(source)))
 
-    def _spacing(self, source: VolumeSource, frame: Frame | None) -> Spacing3:
+    def _spacing(self, source: VolumeSource, frame: NiftiGeometry | None) -> Spacing3:
         if frame is not None:
             return frame.spacing
         if self._kind.reader == IMAGES:

@@ -39,7 +39,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class MeasurementUnits:
     """What turns voxels into lengths and sums into probabilities.
 
     Parameters
@@ -63,7 +63,7 @@ class Frame:
     classes: bool = True
 
 
-def columns_of(rows: Array, numbers: Array, frame: Frame) -> Columns:
+def columns_of(rows: Array, numbers: Array, frame: MeasurementUnits) -> Columns:
     """Values of ``COLUMNS`` for some objects.
 
     Parameters
@@ -102,7 +102,7 @@ def columns_of(rows: Array, numbers: Array, frame: Frame) -> Columns:
     return columns
 
 
-def write_table(tables: Path, count: int, path: Path, frame: Frame, stamp: str) -> None:
+def write_table(tables: Path, count: int, path: Path, frame: MeasurementUnits, stamp: str) -> None:
     """Write the table of the objects in a folder of tables, whole or not at all.
 
     Parameters

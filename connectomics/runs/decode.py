@@ -27,7 +27,7 @@ from connectomics.execution.retry import PAUSES_S, RetryingReader, retried
 from connectomics.execution.run_folder import PROVENANCE, SINGLE_WRITER, WORKERS
 from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blocks
 from connectomics.execution.task import Executor, RunReport, Task
-from connectomics.objects.table import Frame, write_table
+from connectomics.objects.table import MeasurementUnits, write_table
 from connectomics.stages.decode.tasks import Read
 from connectomics.stages.decode.workspace import PLAN, DecodingState, Step, StepContext, kept_plan
 from connectomics.stages.output.finish import (
@@ -194,7 +194,7 @@ def _objects(
     info, likely = job.volume.info, job.probabilities
     state = DecodingState(
         RetryingReader(job.volume, job.output.stem, settings.pauses_s),
-        Frame(info.voxel_size_nm, info.origin_nm, job.probability_units),
+        MeasurementUnits(info.voxel_size_nm, info.origin_nm, job.probability_units),
         None if likely is None else _patiently(likely, job.output.stem, settings.pauses_s),
     )
     alone = functools.partial(worker.alone, SINGLE_WRITER)

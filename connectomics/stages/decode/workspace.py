@@ -28,7 +28,7 @@ from connectomics.execution.task import Task
 from connectomics.objects.merge import Cuts, merge
 from connectomics.objects.numbering import number_by_first
 from connectomics.objects.selection import Rule, select
-from connectomics.objects.table import Frame
+from connectomics.objects.table import MeasurementUnits
 from connectomics.stages.decode.tasks import JoinTask, PaintTask, PiecesTask, Read, block_file
 from connectomics.volumes.store import Store, create_store, open_store
 from connectomics.volumes.volume import VolumeInfo, VolumeReader
@@ -65,7 +65,7 @@ class DecodingState:
     """
 
     volume: VolumeReader
-    frame: Frame
+    frame: MeasurementUnits
     probabilities: Read | None = None
     tables: Path | None = None
     count: int = 0

@@ -24,7 +24,14 @@ from connectomics.volumes.formats.images import open_image
 from connectomics.volumes.formats.nifti import RAS
 from connectomics.volumes.formats.tiff import open_tiff
 from connectomics.volumes.listing import VolumeSource
-from connectomics.volumes.nnunet.nifti import NIBABEL_TURNED, NIFTI_READERS, Frame, header_of, holds, write_nifti
+from connectomics.volumes.nnunet.nifti import (
+    NIBABEL_TURNED,
+    NIFTI_READERS,
+    NiftiGeometry,
+    header_of,
+    holds,
+    write_nifti,
+)
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.source import Source, three_positive
 from connectomics.volumes.turned import TurnedVolume
@@ -180,7 +187,7 @@ def copy_descriptions(model: Path, folder: Path) -> None:
             raise OutputError(f"{folder / name}: cannot be written ({error.strerror}); choose another -o") from error
 
 
-def write_labels(labels: VolumeReader, path: Path, kind: FileKind, frame: Frame | None = None) -> None:
+def write_labels(labels: VolumeReader, path: Path, kind: FileKind, frame: NiftiGeometry | None = None) -> None:
     """Write labels in the file nnU-Net would leave: uint8 where every label is below 255, else uint16.
 
     It is read back and compared, and appears under its name when it is complete.
@@ -208,7 +215,7 @@ def write_labels(labels: VolumeReader, path: Path, kind: FileKind, frame: Frame 
             raise OutputError(f"{path}: reads back with other voxels than were written; check the disk, run again")
 
 
-def _write_nifti(labels: VolumeReader, path: Path, dtype: np.dtype[Any], kind: FileKind, frame: Frame) -> bool:
+def _write_nifti(labels: VolumeReader, path: Path, dtype: np.dtype[Any], kind: FileKind, frame: NiftiGeometry) -> bool:
     stored = labels if frame.turn is None else TurnedVolume(labels, frame.turn.inverse)
     header = header_of(frame, stored.info.extent, dtype)
     packed = kind.ending.endswith(".gz")

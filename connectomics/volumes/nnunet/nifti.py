@@ -44,7 +44,7 @@ READ_ERRORS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class NiftiGeometry:
     """Where the voxels of an image lie.
 
     Parameters
@@ -65,7 +65,7 @@ class Frame:
     turn: Turn | None = None
 
 
-def frame_of(path: Path, reader: str) -> Frame:
+def frame_of(path: Path, reader: str) -> NiftiGeometry:
     """Read an image's header as nnU-Net's ``reader`` would.
 
     Raises
@@ -87,7 +87,7 @@ def _cause(error: Exception) -> str:
     return reason(ValueError(lines[-1].removeprefix("ITK ERROR: "))) if lines else type(error).__name__
 
 
-def _itk_frame(path: Path) -> Frame:
+def _itk_frame(path: Path) -> NiftiGeometry:
     import SimpleITK
 
     file = SimpleITK.ImageFileReader()
@@ -100,10 +100,10 @@ def _itk_frame(path: Path) -> Frame:
             "split the channels into CASE_0000, CASE_0001 and so on"
         )
     stated = spacing[::-1] if len(spacing) == 3 else (999 * max(spacing), *spacing[::-1])
-    return Frame(_positive(stated), (file.GetSpacing(), file.GetOrigin(), file.GetDirection()))
+    return NiftiGeometry(_positive(stated), (file.GetSpacing(), file.GetOrigin(), file.GetDirection()))
 
 
-def _nibabel_frame(path: Path, *, turned: bool) -> Frame:
+def _nibabel_frame(path: Path, *, turned: bool) -> NiftiGeometry:
     image: Any = nibabel.load(path)
     if image.ndim != 3:
         raise VolumeError(
@@ -116,7 +116,7 @@ def _nibabel_frame(path: Path, *, turned: bool) -> Frame:
         zooms, turn = blank.header.get_zooms(), turn_to_ras(affine)
         back = ornt_transform(axcodes2ornt("RAS"), orientation)
         affine = nibabel.Nifti1Image(_blank(blank.shape), blank.affine).as_reoriented(back).affine
-    return Frame(_positive(zooms[::-1]), affine=affine, turn=turn)
+    return NiftiGeometry(_positive(zooms[::-1]), affine=affine, turn=turn)
 
 
 def _blank(shape: tuple[int, ...]) -> Array:
@@ -131,7 +131,7 @@ def _positive(values: object) -> Spacing:
     return found
 
 
-def header_of(frame: Frame, extent: Vec3, dtype: np.dtype[Any]) -> bytes:
+def header_of(frame: NiftiGeometry, extent: Vec3, dtype: np.dtype[Any]) -> bytes:
     """All that stands before the voxels of a label file, made by the library that nnU-Net's reader writes with.
 
     Parameters
@@ -157,7 +157,7 @@ def header_of(frame: Frame, extent: Vec3, dtype: np.dtype[Any]) -> bytes:
     return bytes(header.binaryblock + content[HEADER_BYTES : int(header["vox_offset"])])
 
 
-def _itk_file(frame: Frame, labels: Array) -> bytes:
+def _itk_file(frame: NiftiGeometry, labels: Array) -> bytes:
     import SimpleITK
 
     assert frame.itk is not None
