@@ -46,7 +46,7 @@ _SMALL_VOXELS = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
-class _Header:
+class _ImageHeader:
     """What an image file says of its pixels."""
 
     channels: int
@@ -188,11 +188,11 @@ def _identity(source: Source, sections: Sequence[tuple[Path, ...]]) -> dict[str,
     return folded_identity(source.path.name, [(path.name, path) for path in paths])
 
 
-def _words(header: _Header) -> str:
+def _words(header: _ImageHeader) -> str:
     return f"{header.height} × {header.width} {header.dtype} with {header.channels} channel(s)"
 
 
-def _header(source: Source, path: Path) -> _Header:
+def _header(source: Source, path: Path) -> _ImageHeader:
     """What the file says of its pixels, without decoding them."""
     try:
         file_identity(path)  # refuses pipes, at which opening would wait for ever
@@ -205,7 +205,7 @@ def _header(source: Source, path: Path) -> _Header:
             raise ValueError(f"its header promises {width} × {height} pixels, more than the file can hold")
     except READ_ERRORS as error:
         raise unreadable(source, f"an image ({path.name})", error) from error
-    return _Header(len(mode.bands), height, width, native_dtype(source, np.dtype(mode.typestr)))
+    return _ImageHeader(len(mode.bands), height, width, native_dtype(source, np.dtype(mode.typestr)))
 
 
 def _decoded(source: Source, path: Path) -> Array:
@@ -225,7 +225,7 @@ def _decoded(source: Source, path: Path) -> Array:
     return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
 
 
-def _tiff_header(path: Path) -> _Header:
+def _tiff_header(path: Path) -> _ImageHeader:
     volume = open_tiff(Source(str(path), path))
     volume.close()
     channels, sections, height, width = volume.info.shape
@@ -234,7 +234,7 @@ def _tiff_header(path: Path) -> _Header:
             f"{path}: {sections} pages in one file of a folder of sections, so their order is ambiguous; "
             "open the file alone, or keep one page in each file."
         )
-    return _Header(channels, height, width, volume.info.dtype)
+    return _ImageHeader(channels, height, width, volume.info.dtype)
 
 
 def _is_tiff(path: Path) -> bool:

@@ -34,7 +34,7 @@ COMPRESSIONS = ("raw", "gzip", "bzip2", "xz", "blosc", "zstd")
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
+class _N5Frame:
     """What attributes say of an array: voxel size and position of the first voxel, (z, y, x)."""
 
     voxel_size_nm: Nanometres | None = None
@@ -136,7 +136,7 @@ def _require_known(source: Source, attributes: dict[str, Any]) -> None:
             )
 
 
-def _frame(folder: Path, attributes: dict[str, Any], root: Path) -> _Frame:
+def _frame(folder: Path, attributes: dict[str, Any], root: Path) -> _N5Frame:
     """From ``transform``, ``pixelResolution`` or ``resolution`` of the array, else of the group of levels above it.
 
     The group's size is that of level s0, multiplied by the array's ``downsamplingFactors``. An array with factors and
@@ -148,13 +148,13 @@ def _frame(folder: Path, attributes: dict[str, Any], root: Path) -> _Frame:
     own = _size(attributes)
     whole = factors == [1, 1, 1]
     if own is not None:
-        return _Frame(own, _offset(attributes)) if whole else _Frame()
+        return _N5Frame(own, _offset(attributes)) if whole else _N5Frame()
     if folder == root:
-        return _Frame()
+        return _N5Frame()
     above, steps = _size(_attributes(folder.parent)), three_positive(factors)
     if above is None or steps is None:
-        return _Frame()
-    return _Frame((above[0] * steps[2], above[1] * steps[1], above[2] * steps[0]))
+        return _N5Frame()
+    return _N5Frame((above[0] * steps[2], above[1] * steps[1], above[2] * steps[0]))
 
 
 def _size(attributes: dict[str, Any]) -> Nanometres | None:
@@ -183,12 +183,12 @@ def _offset(attributes: dict[str, Any]) -> Nanometres:
     return (z, y, x)
 
 
-def _of_transform(transform: dict[str, Any]) -> _Frame:
+def _of_transform(transform: dict[str, Any]) -> _N5Frame:
     """``transform`` names its axes, so their order does not matter."""
     axes, units = transform.get("axes"), transform.get("units")
     scale, shift = transform.get("scale"), transform.get("translate")
     if not isinstance(axes, list) or not isinstance(units, list) or not isinstance(scale, list):
-        return _Frame()
+        return _N5Frame()
     moved = shift if isinstance(shift, list) else [0.0] * len(axes)
     rows = {
         str(axis): (float(step) * _nanometres(unit), float(start) * _nanometres(unit))
@@ -196,7 +196,7 @@ def _of_transform(transform: dict[str, Any]) -> _Frame:
     }
     z, y, x = (rows.get(letter, (math.nan, math.nan)) for letter in "zyx")
     size = three_positive((z[0], y[0], x[0]))
-    return _Frame(size, (z[1], y[1], x[1])) if size else _Frame()
+    return _N5Frame(size, (z[1], y[1], x[1])) if size else _N5Frame()
 
 
 def _nanometres(unit: object) -> float:

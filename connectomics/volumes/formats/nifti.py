@@ -41,7 +41,7 @@ LARGEST_RATIO = 1040  # gzip packs 1032 bytes into one at best
 
 
 @dataclass(frozen=True, slots=True)
-class _Header:
+class _NiftiHeader:
     """What a NIfTI header says of the array behind it."""
 
     shape: tuple[int, ...]
@@ -119,7 +119,7 @@ def open_nifti(source: Source) -> VolumeReader:
     return TurnedVolume(volume, turn) if turn else volume
 
 
-def _header(path: Path, packed: bool) -> _Header:
+def _header(path: Path, packed: bool) -> _NiftiHeader:
     with gzip.open(path) if packed else path.open("rb") as stream:
         block = stream.read(HEADER_BYTES)
     kinds: tuple[Any, ...] = (Nifti1Header, Nifti2Header)
@@ -134,7 +134,7 @@ def _header(path: Path, packed: bool) -> _Header:
         slope = None
     with np.errstate(over="ignore", invalid="ignore"):
         affine = header.get_best_affine()
-    return _Header(
+    return _NiftiHeader(
         tuple(int(n) for n in header.get_data_shape()),
         header.get_data_dtype(),
         int(header.get_data_offset()),
@@ -163,13 +163,13 @@ def turn_to_ras(affine: Array) -> Turn:
     return Turn((back[0], back[1], back[2]), AxisOrder(vec3([2 - stored[axis] for axis in (2, 1, 0)])))
 
 
-def _spatial(layout: Layout, header: _Header, factor: float) -> Spacing | None:
+def _spatial(layout: Layout, header: _NiftiHeader, factor: float) -> Spacing | None:
     """Distances (z, y, x) times ``factor``, or None where an axis is absent or a distance is not positive."""
     found = dict(zip(layout.letters, header.zooms, strict=True))
     return three_positive([found.get(letter, math.nan) for letter in "zyx"], factor)
 
 
-def _spacing(layout: Layout, header: _Header, *, by_itk: bool) -> Spacing | None:
+def _spacing(layout: Layout, header: _NiftiHeader, *, by_itk: bool) -> Spacing | None:
     factor = MILLIMETRES_PER_UNIT.get(header.unit, 1.0) if by_itk else 1.0
     if len(header.shape) > 2:
         return _spatial(layout, header, factor)
@@ -180,7 +180,7 @@ def _spacing(layout: Layout, header: _Header, *, by_itk: bool) -> Spacing | None
 class _Unpacked:
     """The voxels of a ``.nii.gz`` file, unpacked when first asked for."""
 
-    def __init__(self, source: Source, header: _Header) -> None:
+    def __init__(self, source: Source, header: _NiftiHeader) -> None:
         self._source = source
         self._header = header
         self._lock = threading.Lock()

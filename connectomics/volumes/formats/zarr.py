@@ -40,7 +40,7 @@ class _Node:
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
+class _OmeFrame:
     """What OME metadata say of one array: axis letters, voxel size and position of the first voxel."""
 
     letters: str
@@ -189,7 +189,7 @@ def _dimension_names(node: _Node) -> str | None:
     return None
 
 
-def _frame(source: Source, node: _Node) -> _Frame | None:
+def _frame(source: Source, node: _Node) -> _OmeFrame | None:
     """OME metadata of the array, from the nearest group above it that names it."""
     for parent in list(node.path.parents)[:DEEPEST]:
         group = _node(parent)
@@ -205,7 +205,7 @@ def _frame(source: Source, node: _Node) -> _Frame | None:
     return None
 
 
-def _frame_of(multiscale: dict[str, Any], dataset: dict[str, Any], group: Path) -> _Frame | None:
+def _frame_of(multiscale: dict[str, Any], dataset: dict[str, Any], group: Path) -> _OmeFrame | None:
     axes = [{"name": axis} if isinstance(axis, str) else axis for axis in multiscale.get("axes") or "tczyx"]
     letters = "".join(
         name if name in set("tczyx") else "?" for name in (str(axis.get("name")).lower() for axis in axes)
@@ -219,14 +219,14 @@ def _frame_of(multiscale: dict[str, Any], dataset: dict[str, Any], group: Path) 
             elif step.get("type") == "translation":
                 origin = origin + np.asarray(values, float)
     if not all(letter in letters for letter in "zyx"):
-        return _Frame(letters, None, (0.0, 0.0, 0.0), group)
+        return _OmeFrame(letters, None, (0.0, 0.0, 0.0), group)
     order = [letters.index(letter) for letter in "zyx"]
     factors = [NM_PER_UNIT.get(str(axes[i].get("unit")), np.nan) for i in order]
     voxel_size_nm = three_positive(scale[order] * factors)
     if voxel_size_nm is None:
-        return _Frame(letters, None, (0.0, 0.0, 0.0), group)
+        return _OmeFrame(letters, None, (0.0, 0.0, 0.0), group)
     z, y, x = (float(value) for value in origin[order] * factors)
-    return _Frame(letters, voxel_size_nm, (z, y, x), group)
+    return _OmeFrame(letters, voxel_size_nm, (z, y, x), group)
 
 
 def _metadata_files(folder: Path) -> list[tuple[str, Path]]:
