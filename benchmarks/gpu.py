@@ -113,10 +113,10 @@ def window_flops(model: Path) -> int:
 
 
 def network_of(model: Path) -> tuple[torch.nn.Module, tuple[int, ...]]:
-    from connectomics.assembly.engine.models import load_members
+    from connectomics.assembly.engine.models import load_models
     from connectomics.config.load import load_config
 
-    ((_, loaded),) = load_members(load_config(None, ["model.folds=[0]"]), model)
+    ((_, loaded),) = load_models(load_config(None, ["model.folds=[0]"]), model)
     return loaded.networks[0], loaded.spec.patch_shape
 
 

@@ -42,7 +42,7 @@ from connectomics.planning.memory import Budget, Work, share_freed_memory
 from connectomics.runs.volume import RunSettings, VolumeJob, run_volume
 from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.predict.filters import Filters
-from connectomics.stages.predict.segmenter import Member, Segmenter
+from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.stages.predict.task import PredictTask
 from connectomics.stages.survey.survey import load_survey, save_survey, survey, survey_bytes
 from connectomics.volumes.opening import open_volume
@@ -76,7 +76,7 @@ class Threshold:
 def segmenter() -> Segmenter:
     """Each section a case, as for models trained on images."""
     predictor = RollingPredictor((Threshold(),), WINDOW, 2)
-    member = Member(predictor, (ChannelNormalisation("ZScoreNormalization"),), by_slice=True)
+    member = EnsembleMember(predictor, (ChannelNormalisation("ZScoreNormalization"),), by_slice=True)
     return Segmenter((member,), 2, LabelRule(np.dtype(np.uint8)), None)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from connectomics.assembly.engine.backends import trial_backends
-from connectomics.assembly.engine.models import load_members
+from connectomics.assembly.engine.models import load_models
 from connectomics.assembly.engine.windows import make_window
 from connectomics.config.load import load_config
 from connectomics.planning.profile import WORTH, Profile, Trial
@@ -38,7 +38,7 @@ COPIES = 6
 def measured(rounds: int) -> list[np.ndarray]:
     """Of each round, seconds of a window [copy, pass] of the same backend, turn by turn."""
     config = load_config(None, ["system.device=cpu", "system.num_cpus=1"])
-    models = [model for _, model in load_members(config, MODEL)]
+    models = [model for _, model in load_models(config, MODEL)]
     patches = [make_window(config, model.spec).patch for model in models]
     trial = Trial("torch", "exact", 1, 1)
     copies = [trial_backends(config, models, patches, trial).backends[0][0] for _ in range(COPIES)]

@@ -23,7 +23,7 @@ from connectomics.models.spec import ChannelNormalisation
 from connectomics.runs.volume import RunSettings, VolumeJob, run_volume
 from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.predict.filters import BinaryFilters
-from connectomics.stages.predict.segmenter import Member, Segmenter
+from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.volumes.volume import Array, VolumeInfo
 
 from small_jobs import read_h5
@@ -104,7 +104,7 @@ class Failing:
 def job_in(folder: Path, *, key: str = "k", probabilities: bool = False, **changes: Any) -> VolumeJob:
     rule = ProbabilityRule((1,)) if probabilities else None
     schemes = (ChannelNormalisation("NoNormalization"),)
-    segmenter = Segmenter((Member(Bright(), schemes),), 2, LabelRule(np.dtype(np.uint8)), rule)
+    segmenter = Segmenter((EnsembleMember(Bright(), schemes),), 2, LabelRule(np.dtype(np.uint8)), rule)
     outputs = [FinalOutput(LABELS, "v_labels", key, ("h5",))]
     if probabilities:
         outputs.append(FinalOutput(PROBABILITIES, "v_labels_probabilities", f"{key}p", ("h5", "zarr")))

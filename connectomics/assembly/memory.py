@@ -16,7 +16,7 @@ from connectomics.planning.blocks import REFUSAL_STEP_BYTES, plan_blocks
 from connectomics.planning.memory import LIBRARY_BYTES, Budget, Footprint, Work
 from connectomics.stages.decode.workspace import CHUNK, VOXEL_BYTES
 from connectomics.stages.output.export import exporting_bytes
-from connectomics.stages.predict.segmenter import Member, Segmenter
+from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.stages.survey.survey import survey_bytes
 from connectomics.volumes.stored import READ_BYTES, reading_bytes
 from connectomics.volumes.volume import VolumeInfo
@@ -88,7 +88,7 @@ def _works(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInf
 
 
 def _work(
-    config: Config, engine: Engine, segmenter: Segmenter, model: EngineModel, member: Member, info: VolumeInfo
+    config: Config, engine: Engine, segmenter: Segmenter, model: EngineModel, member: EnsembleMember, info: VolumeInfo
 ) -> Work:
     ratio = None
     if member.resampling is not None:

@@ -22,7 +22,7 @@ from connectomics.models.spec import NO_RESAMPLING, ModelSpec
 from connectomics.runs.volume import VolumeJob
 from connectomics.stages.output.export import export_path
 from connectomics.stages.output.finish import FinalOutput
-from connectomics.stages.predict.segmenter import Member, Segmenter
+from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.stages.survey.region import RegionOfInterest, require_inside
 from connectomics.volumes.listing import VolumeSource, expand, group, refuse_collisions, without_results
 from connectomics.volumes.opening import open_channels, open_volume
@@ -201,7 +201,9 @@ def segmenter_of(
     return dataclasses.replace(segmenter, members=tuple(members))
 
 
-def _resampling_of(config: Config, model: EngineModel, member: Member, own: Spacing | None) -> Resampling | None:
+def _resampling_of(
+    config: Config, model: EngineModel, member: EnsembleMember, own: Spacing | None
+) -> Resampling | None:
     """How a volume is resampled for a model, or None when it is taken as it is, also as the plans resample nothing."""
     stated, spec = config.inference, model.spec
     if stated.resample == "off" or spec.resampling_data.function == NO_RESAMPLING:

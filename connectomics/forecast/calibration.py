@@ -31,7 +31,7 @@ from connectomics.models.backends.contract import NumericClass, torch_threads
 from connectomics.models.backends.torch_eager import select_device
 from connectomics.planning.forecast import Pace, Seconds
 from connectomics.runs.volume import VolumeJob, run_volume
-from connectomics.stages.predict.segmenter import Member, Segmenter
+from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.volumes.levels import grown
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
@@ -211,7 +211,7 @@ def _within(extent: Vec3, shape: Vec3) -> Vec3:
     return vec3([min(p, n) for p, n in zip(shape, extent, strict=True)])
 
 
-def _without_previous(member: Member) -> Member:
+def _without_previous(member: EnsembleMember) -> EnsembleMember:
     """A second stage that finds background in the first one's labels."""
     if not member.previous_values:
         return member

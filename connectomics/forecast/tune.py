@@ -18,7 +18,7 @@ import torch
 
 from connectomics.assembly.engine.backends import cache_folder, device_name, threads, trial_backends
 from connectomics.assembly.engine.budget import holds_batch
-from connectomics.assembly.engine.models import load_members
+from connectomics.assembly.engine.models import load_models
 from connectomics.assembly.engine.windows import make_window
 from connectomics.assembly.volumes import named_sources, open_input
 from connectomics.config.schema import Config
@@ -110,7 +110,7 @@ def tune(config: Config, checkpoint: Path | None, volume: str, seconds: float, p
     if seconds <= 0:
         raise ConfigError(f"--seconds is {seconds:g}, expected more than 0")
     began = time.perf_counter()
-    models = [model for _, model in load_members(config, checkpoint)]
+    models = [model for _, model in load_models(config, checkpoint)]
     patches = [make_window(config, model.spec).patch for model in models]
     windows = _sample(config, models, patches, volume)
     planned = _candidates(config, models, patches)

@@ -1,6 +1,6 @@
 """What the second stage of a cascade sees besides the image: the labels of the first stage, a channel for each.
 
-``stages.predict.task.Member`` stacks them on its cases; ``resample`` brings both to the network's grid.
+``stages.predict.task.EnsembleMember`` stacks them on its cases; ``resample`` brings both to the network's grid.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from connectomics.inference.predictor import SlidingWindow
 from connectomics.inference.section_cases import SectionCases
 from connectomics.inference.windows import window_starts
 from connectomics.stages.predict.precision_check import SAMPLED_VOXELS
-from connectomics.stages.predict.segmenter import Member
+from connectomics.stages.predict.segmenter import EnsembleMember
 from connectomics.volumes.volume import Array
 
 Span = tuple[int, int]
@@ -64,7 +64,7 @@ class Partition:
         return math.prod(self.counts)
 
 
-def assumed_cases(member: Member, extent: Vec3, channels: int) -> Sequence[Case]:
+def assumed_cases(member: EnsembleMember, extent: Vec3, channels: int) -> Sequence[Case]:
     """The cases of a volume nobody has looked at: each fills its box; no memory is taken for sections."""
     if not member.by_slice:
         whole = Box.of_shape(extent)
@@ -75,7 +75,7 @@ def assumed_cases(member: Member, extent: Vec3, channels: int) -> Sequence[Case]
     return SectionCases(0, (height, width), boxes, values, member.section_axis)
 
 
-def count_windows(member: Member, partition: Partition, channels: int) -> int:
+def count_windows(member: EnsembleMember, partition: Partition, channels: int) -> int:
     """Windows that a member computes in all blocks of a volume whose nonzero boxes are the whole cases.
 
     Notes
@@ -100,7 +100,7 @@ def count_windows(member: Member, partition: Partition, channels: int) -> int:
     return math.prod(line(axis) for axis in range(3)) // count(0, first[0]) ** 2
 
 
-def count_sample_windows(member: Member, partition: Partition, channels: int, piece: Vec3) -> int:
+def count_sample_windows(member: EnsembleMember, partition: Partition, channels: int, piece: Vec3) -> int:
     """About the windows that a member computes in the sample on which fast is compared with exact."""
     shape = vec3([min(n, p) for n, p in zip(partition.roi.shape, piece, strict=True)])
     middle = [a + (n - p) // 2 for a, n, p in zip(partition.roi.start, partition.roi.shape, shape, strict=True)]
@@ -110,7 +110,7 @@ def count_sample_windows(member: Member, partition: Partition, channels: int, pi
     return pieces * _knowing(member).windows(_unread, cases, box)
 
 
-def count_read(member: Member, window: SlidingWindow, partition: Partition, *, whole: bool) -> int:
+def count_read(member: EnsembleMember, window: SlidingWindow, partition: Partition, *, whole: bool) -> int:
     """Voxels of a volume that a member reads in all its blocks.
 
     Parameters
@@ -134,7 +134,7 @@ def count_read(member: Member, window: SlidingWindow, partition: Partition, *, w
     return total
 
 
-def batch_fill(member: Member, window: SlidingWindow, partition: Partition, *, whole: bool) -> float:
+def batch_fill(member: EnsembleMember, window: SlidingWindow, partition: Partition, *, whole: bool) -> float:
     """Share of the rows of a member's forward passes that are windows, mirrored or not; the others are padding.
 
     Parameters
@@ -166,7 +166,7 @@ def batch_fill(member: Member, window: SlidingWindow, partition: Partition, *, w
 class _Reach:
     """Along one axis of a model, the windows of a span, and the voxels that they lie on."""
 
-    def __init__(self, member: Member, window: SlidingWindow, extent: Vec3, axis: int) -> None:
+    def __init__(self, member: EnsembleMember, window: SlidingWindow, extent: Vec3, axis: int) -> None:
         self._extent, self._axis, self._window = extent, axis, window
         self._resampling = member.resampling
         self._network = extent if self._resampling is None else self._resampling.network_shape(extent)
@@ -198,7 +198,7 @@ class _Reach:
         return starts[0], starts[-1] + patch
 
 
-def _knowing(member: Member) -> Member:
+def _knowing(member: EnsembleMember) -> EnsembleMember:
     """The member of a second stage with labels of the first that nobody reads."""
     if not member.previous_values:
         return member

@@ -23,7 +23,7 @@ from connectomics.models.spec import ChannelNormalisation
 from connectomics.runs.volume import VolumeJob
 from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.predict.filters import Filters
-from connectomics.stages.predict.segmenter import Member
+from connectomics.stages.predict.segmenter import EnsembleMember
 from connectomics.volumes.store import open_store
 
 from small_jobs import finals
@@ -195,7 +195,7 @@ def test_all_is_made_again_that_was_made_with_a_damaged_mask(folder: Path, tmp_p
 
     def masked(place: Path) -> VolumeJob:
         made = job(place, reader=Reader(image))
-        return replace(made, segmenter=replace(made.segmenter, members=(Member(NotNegative(), (scheme,)),)))
+        return replace(made, segmenter=replace(made.segmenter, members=(EnsembleMember(NotNegative(), (scheme,)),)))
 
     run(tmp_path, masked(tmp_path))
     with pytest.raises(VolumeError):

@@ -14,7 +14,7 @@ from tuned import keep_profile, torch_trial
 from connectomics.assembly.engine.backends import as_begun
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.make_engine import build_engine
-from connectomics.assembly.engine.models import load_members
+from connectomics.assembly.engine.models import load_models
 from connectomics.cli import main
 from connectomics.config.load import load_config
 from connectomics.core.errors import ConfigError, OutputError
@@ -110,7 +110,7 @@ def test_another_version_model_patch_or_machine_is_not_taken(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = keep(folder, cache, FAST)
-    (_, model), *_ = load_members(load_config(None, []), model_in(folder))
+    (_, model), *_ = load_models(load_config(None, []), model_in(folder))
     other = replace(model.spec, sha256="0" * 64)
     assert profile_path(cache, [other], [model.spec.patch_shape], "cpu") != path
     assert profile_path(cache, [model.spec], [(1, 16, 16)], "cpu") != path

@@ -14,7 +14,7 @@ from connectomics.assembly.engine import make_engine as build_engine_module
 from connectomics.assembly.engine.backends import as_begun, fitting_backends
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.make_engine import build_engine
-from connectomics.assembly.engine.models import load_members
+from connectomics.assembly.engine.models import load_models
 from connectomics.assembly.memory import rehearsed_plan
 from connectomics.config.load import load_config
 from connectomics.core.errors import DeviceMemoryError
@@ -181,7 +181,7 @@ def test_what_fast_is_held_against_has_to_fit_too(model: Path, monkeypatch: pyte
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(build_backends, "try_batch", noting)
-    loaded = [each for _, each in load_members(config, None)]
+    loaded = [each for _, each in load_models(config, None)]
     fitting = fitting_backends(config, loaded, [(1, 16, 16)])
     assert tried == [("fast", 4), ("exact", 4), ("fast", 2), ("exact", 2)]
     assert fitting.config.inference.sliding_window.sw_batch_size == 2

@@ -20,7 +20,7 @@ from connectomics.models.spec import ChannelNormalisation
 from connectomics.runs.volume import RunSettings, VolumeJob, run_volume
 from connectomics.stages.output.finish import FinalOutput, settle, work_folder
 from connectomics.stages.predict.filters import BinaryFilters
-from connectomics.stages.predict.segmenter import Member
+from connectomics.stages.predict.segmenter import EnsembleMember
 
 from small_runs import (
     BLOCKS,
@@ -96,7 +96,9 @@ def test_the_mask_is_the_same_after_a_failure(tmp_path: Path, by_slice: bool) ->
     for name, fails in (("whole", ()), ("resumed", (3, 4))):
         folder = tmp_path / name
         job = job_in(folder, reader=Reader(image))
-        job = replace(job, segmenter=replace(job.segmenter, members=(Member(NotNegative(), (scheme,), by_slice),)))
+        job = replace(
+            job, segmenter=replace(job.segmenter, members=(EnsembleMember(NotNegative(), (scheme,), by_slice),))
+        )
         for after in fails:
             with pytest.raises(VolumeError, match="the disk is gone"):
                 run(folder, job, Failing(after=after))

@@ -13,7 +13,7 @@ from connectomics.assembly.engine.budget import memory_budget_bytes
 from connectomics.assembly.engine.cascade import check_first_stage, first_stage_config
 from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.identity import deviations_of, program_version, result_facts
-from connectomics.assembly.engine.models import load_members
+from connectomics.assembly.engine.models import load_models
 from connectomics.assembly.engine.planes import check_planes, section_axes
 from connectomics.assembly.engine.rules import check_activation, label_rule, probability_rule
 from connectomics.assembly.engine.windows import make_predictor, make_window
@@ -30,7 +30,7 @@ from connectomics.models.spec import ModelSpec
 from connectomics.planning.memory import share_freed_memory
 from connectomics.runs.volume import RunSettings
 from connectomics.stages.predict.filters import BinaryFilters
-from connectomics.stages.predict.segmenter import Member, Segmenter
+from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 
 
 def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
@@ -49,7 +49,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         If the configuration, the model or the device does not fit.
     """
     share_freed_memory()
-    loaded = load_members(config, checkpoint)
+    loaded = load_models(config, checkpoint)
     spec = loaded[0][1].spec
     check_activation(config, spec)
     fitting = fitting_backends(config, [m for _, m in loaded], [make_window(config, m.spec).patch for _, m in loaded])
@@ -127,7 +127,9 @@ def _engine_model(config: Config, path: Path, model: LoadedModel) -> EngineModel
     return EngineModel(path, model.spec, window, window_bytes(model.skeleton, window.patch))
 
 
-def _members(config: Config, model: EngineModel, backends: tuple[Backend, ...], weight: float) -> tuple[Member, ...]:
+def _members(
+    config: Config, model: EngineModel, backends: tuple[Backend, ...], weight: float
+) -> tuple[EnsembleMember, ...]:
     """A model along each plane."""
     spec = model.spec
     check_planes(config, spec, model.checkpoint)
@@ -142,7 +144,7 @@ def _members(config: Config, model: EngineModel, backends: tuple[Backend, ...], 
     predictor = make_predictor(config, backends, model.window, spec)
     values = () if spec.previous_stage is None else spec.foreground_labels
     return tuple(
-        Member(
+        EnsembleMember(
             predictor,
             spec.normalisations,
             by_slice,

@@ -39,7 +39,7 @@ def load(config: Config, path: Path) -> LoadedModel:
     return loaded
 
 
-def load_members(config: Config, checkpoint: Path | None) -> list[tuple[Path, LoadedModel]]:
+def load_models(config: Config, checkpoint: Path | None) -> list[tuple[Path, LoadedModel]]:
     """The model that is named and those of ``model.ensemble``, which must segment the same labels of the same channels.
 
     Raises

@@ -28,7 +28,7 @@ Surveyed = Sequence[Sequence[Case]]  # the cases of each member
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class EnsembleMember:
     """One model of a segmenter: gives the logits of boxes of a volume.
 
     Parameters
@@ -160,7 +160,7 @@ class Segmenter:
         Rules for what is kept.
     """
 
-    members: tuple[Member, ...]
+    members: tuple[EnsembleMember, ...]
     classes: int
     labels: LabelRule
     probabilities: ProbabilityRule | None

@@ -51,7 +51,7 @@ class Labelled:
 
 
 @dataclass(frozen=True, slots=True)
-class Members:
+class SavedArrays:
     """Arrays that a window leaves behind."""
 
     arrays: dict[str, Array]
@@ -99,25 +99,25 @@ class BasinTask:
         began = time.perf_counter()
         return saved(self._cut(block.core), block_file(self.folder, block), block, began)
 
-    def _cut(self, core: Box) -> Members:
+    def _cut(self, core: Box) -> SavedArrays:
         read = window(core, self.grid.volume, self.connectivity)
         inside = np.isin(self.ground.read(read), self.large)
         if not inside.any():
-            return _members(np.zeros(core.shape, np.uint8), 0, Saddles.together([]), np.zeros((2, 0)), np.zeros(0))
+            return _saved_arrays(np.zeros(core.shape, np.uint8), 0, Saddles.together([]), np.zeros((2, 0)), np.zeros(0))
         shared, others = shared_with(core, read)
         heights, seeds = self.heights(read), self.seeds.read(read)
         found = basins_of(heights, seeds, inside, shared, self.connectivity, self.seeds.count)
         at = np.flatnonzero(others & inside)
         beyond = np.stack([at, found.labels.ravel()[at]])
         own = found.labels[core.relative_to(read).slices]
-        return _members(own, found.count, found.saddles, beyond, heights.ravel()[at])
+        return _saved_arrays(own, found.count, found.saddles, beyond, heights.ravel()[at])
 
 
-def _members(own: Array, count: int, saddles: Saddles, beyond: Array, beyond_heights: Array) -> Members:
+def _saved_arrays(own: Array, count: int, saddles: Saddles, beyond: Array, beyond_heights: Array) -> SavedArrays:
     runs = RunLengths.of(own)
     arrays = {"lengths": runs.lengths, "labels": runs.labels, "count": np.array([count])}
     arrays |= {"pairs": saddles.pairs, "heights": saddles.heights}
-    return Members(arrays | {"beyond": beyond, "beyond_heights": beyond_heights.astype(np.float64)})
+    return SavedArrays(arrays | {"beyond": beyond, "beyond_heights": beyond_heights.astype(np.float64)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ class BridgeTask:
                 labels = _runs(self.basins, neighbour).array(neighbour.core.shape, np.int64)
                 other[among] = labels[tuple((places[among] - neighbour.core.start).T)]
                 number[among] = self.grid.number(there)
-        return saved(Members({"number": number, "other": other}), block_file(self.folder, block), block, began)
+        return saved(SavedArrays({"number": number, "other": other}), block_file(self.folder, block), block, began)
 
 
 def _runs(folder: Path, block: Block) -> RunLengths:
@@ -277,7 +277,7 @@ class RefineTask:
         began = time.perf_counter()
         window = self.grid.block(block.index)  # a ledger's blocks have no halo
         runs = RunLengths.of(self._flooded(window.core, window.read))
-        return saved(Members(asdict(runs)), block_file(self.folder, block), block, began)
+        return saved(SavedArrays(asdict(runs)), block_file(self.folder, block), block, began)
 
     def _flooded(self, core: Box, read: Box) -> Array:
         cut, kept = self.cut, core.relative_to(read).slices
