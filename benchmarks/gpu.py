@@ -36,7 +36,7 @@ ABSENT = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class BackendRequest:
     """What is measured: edge of a slice, precision, mirroring, rows of a forward pass."""
 
     size: int
@@ -75,7 +75,7 @@ def peak_flops(device: torch.device, precision: str, edge: int = PRODUCT) -> flo
 
 
 def slices_a_second(
-    model: Path, terms: Terms, device: str, slices: int, rounds: int, warm: Callable[[], None] | None = None
+    model: Path, terms: BackendRequest, device: str, slices: int, rounds: int, warm: Callable[[], None] | None = None
 ) -> dict[str, object]:
     """Label ``slices`` sections of noise, each a case of its own."""
     from connectomics.core.geometry import Box
@@ -178,7 +178,7 @@ def work(words: argparse.Namespace) -> int:
         print("ready", flush=True)
         sys.stdin.readline()
 
-    terms = Terms(SIZES[0], "fast", True, words.batch[0])
+    terms = BackendRequest(SIZES[0], "fast", True, words.batch[0])
     found = slices_a_second(words.worker, terms, words.device, words.slices, words.rounds, wait)
     print(found["slices_a_second"])
     return 0
@@ -196,7 +196,7 @@ def measure(model: Path, devices: Sequence[str], words: argparse.Namespace) -> d
         for size in SIZES:
             for mirror in (False, True):
                 for batch in words.batch:
-                    terms = Terms(size, precision, mirror, batch)
+                    terms = BackendRequest(size, precision, mirror, batch)
                     row = slices_a_second(model, terms, devices[0], words.slices, words.rounds)
                     row["share_of_peak"] = float(str(row["windows_a_second"])) * flops / peaks[precision]
                     rows.append(row)

@@ -25,7 +25,7 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, DeviceError
 from connectomics.core.geometry import AxisOrder, Box, Vec3, vec3
 from connectomics.inference.case import CaseInput
-from connectomics.models.backends.choice import Chosen
+from connectomics.models.backends.choice import ChosenBackends
 from connectomics.models.backends.torch_eager import select_device
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
@@ -58,7 +58,7 @@ class _Running:
     """A trial whose backends are there."""
 
     trial: Trial
-    chosen: Chosen
+    chosen: ChosenBackends
     windows: list[Array]
     seconds: list[float]
 

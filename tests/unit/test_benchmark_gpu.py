@@ -44,7 +44,7 @@ def test_what_it_measures_is_what_it_says(gpu: ModuleType, tmp_path: Path) -> No
         if isinstance(module, torch.nn.Conv2d) and module.out_channels in (4, 8)
     )
     assert products < gpu.window_flops(model) < 2 * products  # and the transposed one, and the head
-    found = gpu.slices_a_second(model, gpu.Terms(24, "exact", True, 2), "cpu", slices=3, rounds=1)
+    found = gpu.slices_a_second(model, gpu.BackendRequest(24, "exact", True, 2), "cpu", slices=3, rounds=1)
     assert found["windows_a_second"] == pytest.approx(found["slices_a_second"] * 2 * 1 * 4)  # two windows along y
     assert (found["class"]["batch"], found["memory_gb"], found["notes"]) == (2, None, [])
     by_way = gpu.ways(model, "cpu", 2, 1)

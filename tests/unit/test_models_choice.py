@@ -15,10 +15,10 @@ from connectomics.config import validation
 from connectomics.core.errors import ConfigError, DeviceError
 from connectomics.models.backends import choice
 from connectomics.models.backends.artefacts import Artefacts
-from connectomics.models.backends.choice import BACKENDS, Networks, Terms, choose, default_precision
+from connectomics.models.backends.choice import BACKENDS, BackendRequest, ModelNetworks, choose, default_precision
 from connectomics.models.backends.cuda import CudaBackend
 
-TERMS = Terms("cpu", "exact", 1, 1)
+TERMS = BackendRequest("cpu", "exact", 1, 1)
 NONE = Artefacts(None)
 
 
@@ -29,11 +29,11 @@ class Bessel(nn.Module):
         return torch.special.bessel_j0(batch)
 
 
-def networks(*modules: nn.Module) -> Networks:
-    return Networks(modules, "0" * 64, 1, (2, 4, 4))
+def networks(*modules: nn.Module) -> ModelNetworks:
+    return ModelNetworks(modules, "0" * 64, 1, (2, 4, 4))
 
 
-def kinds(name: str, *models: Networks, terms: Terms = TERMS) -> tuple[list[list[str]], tuple[str, ...]]:
+def kinds(name: str, *models: ModelNetworks, terms: BackendRequest = TERMS) -> tuple[list[list[str]], tuple[str, ...]]:
     chosen = choose(name, terms, models, NONE)
     return [[b.numeric_class.backend.split()[0] for b in row] for row in chosen.backends], chosen.notes
 
@@ -94,7 +94,7 @@ def test_a_processor_without_bfloat16_is_named(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(library.Core, "get_property", less)
     with pytest.raises(DeviceError, match=r"which this processor lacks; set inference.precision=exact"):
-        kinds("openvino", networks(nn.ReLU()), terms=Terms("cpu", "fast", 1, 1))
+        kinds("openvino", networks(nn.ReLU()), terms=BackendRequest("cpu", "fast", 1, 1))
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -123,14 +123,14 @@ def test_openvino_sends_nothing_anywhere(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_mps_has_no_fast_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(DeviceError, match="device 'mps' has no fast precision"):
-        kinds("torch", networks(nn.Identity()), terms=Terms("mps", "fast", 1, 1))
+        kinds("torch", networks(nn.Identity()), terms=BackendRequest("mps", "fast", 1, 1))
 
 
 def test_openvino_is_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(DeviceError, match="backend 'openvino' runs on the CPU, but the device is 'cuda'"):
-        kinds("openvino", networks(nn.Identity()), terms=Terms("cuda", "fast", 1, 1))
+        kinds("openvino", networks(nn.Identity()), terms=BackendRequest("cuda", "fast", 1, 1))
     assert default_precision("auto") == "fast"
     assert default_precision("cpu") == "exact"
 
@@ -149,7 +149,7 @@ def test_on_cuda_fast_is_recorded_and_exact_is_the_reference(monkeypatch: pytest
     monkeypatch.setattr(choice, "CudaBackend", Recording)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    found, notes = kinds("auto", networks(nn.ReLU(), nn.ReLU()), terms=Terms("cuda:1", "fast", 3, 2))
+    found, notes = kinds("auto", networks(nn.ReLU(), nn.ReLU()), terms=BackendRequest("cuda:1", "fast", 3, 2))
     assert found == [["torch", "torch"]]
     assert notes == ("passes are not recorded as a graph: no graph here",)
     assert made == [{"device": "cuda:1", "shape": (3, 1, 2, 4, 4), "threads": 2}] * 2

@@ -13,7 +13,14 @@ from connectomics.core.errors import ConfigError
 from connectomics.core.geometry import Vec3
 from connectomics.core.process import cpus
 from connectomics.models.backends.artefacts import Artefacts
-from connectomics.models.backends.choice import AUTO, Chosen, Networks, Terms, choose, default_precision
+from connectomics.models.backends.choice import (
+    AUTO,
+    BackendRequest,
+    ChosenBackends,
+    ModelNetworks,
+    choose,
+    default_precision,
+)
 from connectomics.models.backends.contract import NumericClass
 from connectomics.models.backends.probe import largest_fitting, try_batch
 from connectomics.models.checkpoint import LoadedModel
@@ -69,7 +76,7 @@ def cache_folder(config: Config) -> Path | None:
 
 def choose_backends(
     config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], trials: Sequence[Trial] = ()
-) -> Chosen:
+) -> ChosenBackends:
     """Backends of all networks, of one kind.
 
     Parameters
@@ -121,7 +128,9 @@ def known_profile(config: Config, specs: Sequence[ModelSpec], patches: Sequence[
     return None if folder is None else load_profile(profile_path(folder, specs, patches, device_name(config)))
 
 
-def trial_backends(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], trial: Trial) -> Chosen:
+def trial_backends(
+    config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], trial: Trial
+) -> ChosenBackends:
     """As ``choose_backends``, as a trial wants them.
 
     Raises
@@ -129,33 +138,33 @@ def trial_backends(config: Config, models: Sequence[LoadedModel], patches: Seque
     DeviceError
         If they are not available, with the reason.
     """
-    terms = Terms(device_name(config), trial.precision, trial.batch, trial.threads)
+    terms = BackendRequest(device_name(config), trial.precision, trial.batch, trial.threads)
     return choose(trial.backend, terms, _networks(models, patches), Artefacts(cache_folder(config)))
 
 
 def reference_backends(
     config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], fast: NumericClass
-) -> Chosen:
+) -> ChosenBackends:
     """As ``choose_backends``, in float32: what a fast backend is held against."""
-    terms = Terms(device_name(config), "exact", fast.batch, fast.threads, low_memory=True)
+    terms = BackendRequest(device_name(config), "exact", fast.batch, fast.threads, low_memory=True)
     own = kind_of(fast.as_dict())
     name = own if own in REFERENCES else REFERENCES[0]
     return choose(name, terms, _networks(models, patches), Artefacts(cache_folder(config)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Fitting:
+class FittedBackends:
     """Backends whose whole batches fit the device: what the run uses, what fast is held against, and how it is run.
 
     ``config`` is the given one, with the batch that was chosen, or a smaller one where that does not fit.
     """
 
     config: Config
-    chosen: Chosen
-    reference: Chosen | None
+    chosen: ChosenBackends
+    reference: ChosenBackends | None
 
 
-def fitting_backends(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> Fitting:
+def fitting_backends(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> FittedBackends:
     """``choose_backends`` and ``reference_backends``, with as many windows a batch as the device's memory holds.
 
     Raises
@@ -170,7 +179,7 @@ def fitting_backends(config: Config, models: Sequence[LoadedModel], patches: Seq
     measured = _measured(config, models, patches)
     first = measured[0].batch if measured else stated or 1
 
-    def made(batch: int) -> Fitting:
+    def made(batch: int) -> FittedBackends:
         tried, trials = config, measured
         if batch != first:
             tried = with_batch(config, batch)
@@ -183,7 +192,7 @@ def fitting_backends(config: Config, models: Sequence[LoadedModel], patches: Seq
             for model, patch, row in zip(models, patches, each.backends if each is not None else (), strict=False):
                 for backend in row:
                     try_batch(backend, model.spec.input_channels, patch)
-        return Fitting(tried, chosen, reference)
+        return FittedBackends(tried, chosen, reference)
 
     fitting, _ = largest_fitting(made, first)
     return fitting
@@ -195,14 +204,14 @@ def with_batch(config: Config, batch: int) -> Config:
     return dataclasses.replace(config, inference=dataclasses.replace(config.inference, sliding_window=window))
 
 
-def _terms(config: Config) -> Terms:
+def _terms(config: Config) -> BackendRequest:
     batch = config.inference.sliding_window.sw_batch_size
-    return Terms(device_name(config), precision(config), batch or 1, threads(config))
+    return BackendRequest(device_name(config), precision(config), batch or 1, threads(config))
 
 
-def _networks(models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Networks]:
+def _networks(models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[ModelNetworks]:
     return [
-        Networks(model.networks, model.spec.sha256, model.spec.input_channels, patch, model.networks.let_go)
+        ModelNetworks(model.networks, model.spec.sha256, model.spec.input_channels, patch, model.networks.let_go)
         for model, patch in zip(models, patches, strict=True)
     ]
 

@@ -22,7 +22,7 @@ from connectomics.core.errors import ConfigError, ModelError
 from connectomics.core.geometry import AxisOrder
 from connectomics.inference.resample import check_rules
 from connectomics.models.backends.cached import CACHED_BYTES, CachedBackend
-from connectomics.models.backends.choice import Chosen
+from connectomics.models.backends.choice import ChosenBackends
 from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.torch_eager import free_device_bytes, window_bytes
 from connectomics.models.checkpoint import LoadedModel
@@ -94,7 +94,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     )
 
 
-def _cached(chosen: Chosen) -> tuple[tuple[CachedBackend, ...], ...]:
+def _cached(chosen: ChosenBackends) -> tuple[tuple[CachedBackend, ...], ...]:
     """The backends, if they can remember: on the CPU, one window at a time, for larger batches do not recur."""
     first = chosen.backends[0][0]
     if first.device.type != "cpu" or first.numeric_class.batch > 1:

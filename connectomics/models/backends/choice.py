@@ -26,7 +26,7 @@ FIRST_ON_CPU = ("openvino", "torch")
 
 
 @dataclass(frozen=True, slots=True)
-class Networks:
+class ModelNetworks:
     """The networks of one model, one a fold.
 
     Parameters
@@ -49,7 +49,7 @@ class Networks:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class BackendRequest:
     """How networks are to be run: device (a name ``select_device`` knows), precision, rows of a batch, CPU threads.
 
     ``low_memory`` ones are run seldom, beside others, and give a forward pass's memory back after it where they can.
@@ -63,14 +63,14 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ChosenBackends:
     """Backends of each model, one a fold; why others that come first were not taken, or these do less than they can."""
 
     backends: tuple[tuple[Backend, ...], ...]
     notes: tuple[str, ...] = ()
 
 
-def _torch(networks: Networks, fold: int, terms: Terms, artefacts: Artefacts) -> Backend:
+def _torch(networks: ModelNetworks, fold: int, terms: BackendRequest, artefacts: Artefacts) -> Backend:
     if terms.precision == "fast" and select_device(terms.device).type == "cuda":
         return CudaBackend(
             networks.modules[fold],
@@ -87,7 +87,7 @@ def _torch(networks: Networks, fold: int, terms: Terms, artefacts: Artefacts) ->
     )
 
 
-def _compile(networks: Networks, fold: int, terms: Terms, artefacts: Artefacts) -> Backend:
+def _compile(networks: ModelNetworks, fold: int, terms: BackendRequest, artefacts: Artefacts) -> Backend:
     from connectomics.models.backends.torch_compile import CompiledBackend
 
     return CompiledBackend(
@@ -100,7 +100,7 @@ def _compile(networks: Networks, fold: int, terms: Terms, artefacts: Artefacts) 
     )
 
 
-def _openvino(networks: Networks, fold: int, terms: Terms, artefacts: Artefacts) -> Backend:
+def _openvino(networks: ModelNetworks, fold: int, terms: BackendRequest, artefacts: Artefacts) -> Backend:
     from connectomics.models.backends.openvino import OpenVinoBackend
 
     if select_device(terms.device).type != "cpu":
@@ -119,7 +119,7 @@ def _openvino(networks: Networks, fold: int, terms: Terms, artefacts: Artefacts)
     return backend
 
 
-BACKENDS: Mapping[str, Callable[[Networks, int, Terms, Artefacts], Backend]] = {
+BACKENDS: Mapping[str, Callable[[ModelNetworks, int, BackendRequest, Artefacts], Backend]] = {
     "torch": _torch,
     "compile": _compile,
     "openvino": _openvino,
@@ -128,11 +128,11 @@ BACKENDS: Mapping[str, Callable[[Networks, int, Terms, Artefacts], Backend]] = {
 
 def choose(
     name: str,
-    terms: Terms,
-    models: Sequence[Networks],
+    terms: BackendRequest,
+    models: Sequence[ModelNetworks],
     artefacts: Artefacts,
-    measured: Sequence[tuple[str, Terms]] = (),
-) -> Chosen:
+    measured: Sequence[tuple[str, BackendRequest]] = (),
+) -> ChosenBackends:
     """Backends for all networks of all models, of the one kind that is named.
 
     Parameters
@@ -172,12 +172,14 @@ def choose(
     return _noted(_made(last, its_terms, models, artefacts), notes)
 
 
-def _noted(backends: tuple[tuple[Backend, ...], ...], notes: Sequence[str]) -> Chosen:
+def _noted(backends: tuple[tuple[Backend, ...], ...], notes: Sequence[str]) -> ChosenBackends:
     own = (backend.note for row in backends for backend in row if isinstance(backend, CudaBackend) and backend.note)
-    return Chosen(backends, tuple(dict.fromkeys([*notes, *own])))
+    return ChosenBackends(backends, tuple(dict.fromkeys([*notes, *own])))
 
 
-def _made(name: str, terms: Terms, models: Sequence[Networks], artefacts: Artefacts) -> tuple[tuple[Backend, ...], ...]:
+def _made(
+    name: str, terms: BackendRequest, models: Sequence[ModelNetworks], artefacts: Artefacts
+) -> tuple[tuple[Backend, ...], ...]:
     make = BACKENDS[name]
     return tuple(tuple(make(m, fold, terms, artefacts) for fold in range(len(m.modules))) for m in models)
 
