@@ -39,7 +39,7 @@ LABELLING = (ConnectedComponents, Watershed)
 
 
 @dataclass(frozen=True, slots=True)
-class Decodable:
+class DecodingInput:
     """A volume to be decoded.
 
     Parameters
@@ -83,7 +83,7 @@ def check_decoding(config: Config) -> None:
         require_parquet()
 
 
-def decodable(word: str) -> Decodable:
+def decoding_input(word: str) -> DecodingInput:
     """What a volume, or the RUN folder of an earlier run, means.
 
     Raises
@@ -93,11 +93,11 @@ def decodable(word: str) -> Decodable:
     """
     path = Path(word)
     if path.suffix != RUN:
-        return Decodable(word)
+        return DecodingInput(word)
     for form in FORMATS:
         labels = export_path(path.parent, path.name.removesuffix(RUN), form)
         if labels.exists():
-            return Decodable(str(labels))
+            return DecodingInput(str(labels))
     raise VolumeError(
         f"{word}: no finished labels lie beside this RUN folder; run the command that began it again until it ends, or "
         "name a volume"
@@ -108,7 +108,7 @@ def _formats(config: Config) -> tuple[str, ...]:
     return tuple(form for form in config.inference.output.formats if form != "png")
 
 
-def output_of(config: Config, source: Decodable, volume: VolumeReader) -> FinalOutput:
+def output_of(config: Config, source: DecodingInput, volume: VolumeReader) -> FinalOutput:
     """The final volume with its result key."""
     facts: dict[str, object] = {
         "decoding": [dataclasses.asdict(step) for step in config.decoding],
@@ -142,13 +142,13 @@ def _identity(uri: str, reader: VolumeReader) -> dict[str, object]:
     return reader.identity
 
 
-def table_of(config: Config, source: Decodable) -> Path | None:
+def table_of(config: Config, source: DecodingInput) -> Path | None:
     """Final name of the table of objects, or None where none is wanted."""
     kind = config.inference.output.table
     return None if kind == "none" else Path(config.inference.data.output_path) / f"{source.stem}.{kind}"
 
 
-def open_decodable(config: Config, source: Decodable) -> VolumeReader:
+def open_decoding_input(config: Config, source: DecodingInput) -> VolumeReader:
     """Open a volume and hold it against the first step.
 
     Raises
@@ -182,12 +182,12 @@ def _problem(first: DecodingStep, info: VolumeInfo) -> str:
     return ""
 
 
-def run_folder_of(config: Config, source: Decodable) -> Path:
+def run_folder_of(config: Config, source: DecodingInput) -> Path:
     """RUN: the folder of a decoding's log, ledgers and report."""
     return Path(config.inference.data.output_path) / f"{source.stem}{RUN}"
 
 
-def decode_job(config: Config, source: Decodable, volume: VolumeReader, likely: VolumeReader | None) -> DecodeJob:
+def decode_job(config: Config, source: DecodingInput, volume: VolumeReader, likely: VolumeReader | None) -> DecodeJob:
     """All that decoding one volume needs.
 
     Parameters
@@ -245,13 +245,13 @@ def decode_job(config: Config, source: Decodable, volume: VolumeReader, likely: 
     )
 
 
-def stated_probabilities(config: Config, source: Decodable) -> str | None:
+def stated_probabilities(config: Config, source: DecodingInput) -> str | None:
     """The volume of probabilities that a step names, else what the source brings."""
     named = [s.probabilities for s in config.decoding if isinstance(s, LABELLING) and s.probabilities]
     return named[0] if named else source.probabilities
 
 
-def _command(config: Config, source: Decodable) -> tuple[str, ...]:
+def _command(config: Config, source: DecodingInput) -> tuple[str, ...]:
     """Words of the command that makes this result again, but for where it goes."""
     stated = {
         "decoding": [dataclasses.asdict(step) for step in config.decoding],

@@ -209,12 +209,12 @@ def _verify(words: argparse.Namespace) -> int:
 
 def _decode(words: argparse.Namespace) -> int:
     config = _configured(words)
-    from connectomics.assembly.decoding import decodable
+    from connectomics.assembly.decoding import decoding_input
     from connectomics.cli.progress import ProgressBar
     from connectomics.commands.decode import Decoder
     from connectomics.lightning.inference import check_output_folder
 
-    source = decodable(words.volume)
+    source = decoding_input(words.volume)
     check_output_folder(Path(config.inference.data.output_path))
     with ProgressBar() as bar:
         return _ended(Decoder(config, bar).run([source]))

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from connectomics.assembly.decoding import (
     SUFFIX,
-    Decodable,
+    DecodingInput,
     check_decoding,
     decode_job,
-    open_decodable,
+    open_decoding_input,
     output_of,
     run_folder_of,
     stated_probabilities,
@@ -57,7 +57,7 @@ class Decoder:
         self._observer = observer or NullObserver()
         self._folder = Path(config.inference.data.output_path)
 
-    def run(self, sources: Sequence[Decodable]) -> list[VolumeOutcome]:
+    def run(self, sources: Sequence[DecodingInput]) -> list[VolumeOutcome]:
         """Bring volumes to their objects; one outcome each, in the given order."""
         finished = {source.uri: paths for source in sources if (paths := self._finished(source)) is not None}
         self._observer.listed(len(sources), len(finished))
@@ -75,10 +75,10 @@ class Decoder:
             outcomes.append(outcome)
         return outcomes
 
-    def _finished(self, source: Decodable) -> tuple[Path, ...] | None:
+    def _finished(self, source: DecodingInput) -> tuple[Path, ...] | None:
         """Final paths of a volume that is done, or None; a volume that cannot be opened is not done."""
         try:
-            with contextlib.closing(open_decodable(self._config, source)) as volume:
+            with contextlib.closing(open_decoding_input(self._config, source)) as volume:
                 output = output_of(self._config, source, volume)
         except (ConnectomicsError, OSError):
             return None
@@ -89,13 +89,13 @@ class Decoder:
         settle(folder, work_folder(folder, (output,), program_version()), paths)
         return paths
 
-    def _paths(self, source: Decodable, output: FinalOutput) -> tuple[Path, ...]:
+    def _paths(self, source: DecodingInput, output: FinalOutput) -> tuple[Path, ...]:
         table = table_of(self._config, source)
         return (*output.paths(self._folder).values(), *([table] if table is not None else []))
 
-    def _process(self, source: Decodable) -> tuple[tuple[Path, ...], RunReport]:
+    def _process(self, source: DecodingInput) -> tuple[tuple[Path, ...], RunReport]:
         with (
-            contextlib.closing(open_decodable(self._config, source)) as volume,
+            contextlib.closing(open_decoding_input(self._config, source)) as volume,
             _opened(stated_probabilities(self._config, source)) as likely,
         ):
             job = decode_job(self._config, source, volume, likely)
@@ -147,11 +147,11 @@ def objects_of(outcome: VolumeOutcome) -> Path:
     return next(path for path in outcome.paths if stem_of(str(path)).endswith(SUFFIX))
 
 
-def _labels_of(engine: Engine, outcome: VolumeOutcome) -> Decodable:
+def _labels_of(engine: Engine, outcome: VolumeOutcome) -> DecodingInput:
     """The labels of a finished volume, with its probabilities where they are of all labels."""
     rule = engine.segmenter.probabilities
     labels = outcome.paths[0]
     if rule is None or not keeps_probabilities(engine):
-        return Decodable(str(labels))
+        return DecodingInput(str(labels))
     likely = [path for path in outcome.paths if path.stem.endswith("_probabilities")]
-    return Decodable(str(labels), str(likely[0]) if likely else None, rule.scale)
+    return DecodingInput(str(labels), str(likely[0]) if likely else None, rule.scale)

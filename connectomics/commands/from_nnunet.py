@@ -173,7 +173,7 @@ class FolderPrediction:
             frame = self._frame(source)
             spacing = self._spacing(source, frame)
             config = self._config_at(spacing)
-            (outcome,) = VolumeProcessor(config, self._engine, _Relay(observer)).run([source], sample)
+            (outcome,) = VolumeProcessor(config, self._engine, _BlockProgress(observer)).run([source], sample)
             if outcome.state == "failed":
                 return outcome
             return dataclasses.replace(
@@ -229,7 +229,7 @@ class FolderPrediction:
         return config
 
 
-class _Relay:
+class _BlockProgress:
     """Passes on what happens within a volume; the list of volumes and their ends are told by ``FolderPrediction``."""
 
     def __init__(self, observer: Observer) -> None:

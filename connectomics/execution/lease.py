@@ -163,7 +163,7 @@ class Worker:
 
 
 def pauses() -> Iterator[float]:
-    """Seconds to sleep between looks at something that others do, growing, without end."""
+    """Timing to sleep between looks at something that others do, growing, without end."""
     pause = FIRST_PAUSE_S
     while True:
         yield pause

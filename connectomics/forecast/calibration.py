@@ -29,7 +29,7 @@ from connectomics.execution.executors.overlapping import OverlappingExecutor
 from connectomics.inference.predictor import Predictor, SlidingWindow
 from connectomics.models.backends.contract import NumericClass, torch_threads
 from connectomics.models.backends.torch_eager import select_device
-from connectomics.planning.forecast import Pace, Seconds
+from connectomics.planning.forecast import CostModel, Timing
 from connectomics.runs.volume import VolumeJob, run_volume
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.volumes.levels import grown
@@ -46,7 +46,7 @@ TUNED = "connectomics tune"
 class WindowTimes:
     """Of each member, seconds of a window, seconds with the stand-in, and where the first come from."""
 
-    full: tuple[Seconds, ...]
+    full: tuple[Timing, ...]
     stand_in: tuple[float, ...]
     basis: str
 
@@ -70,11 +70,11 @@ def measure_windows(config: Config, engine: Engine, seconds: float = WINDOWS_S) 
             full.append(_window_seconds(member.predictor, model, seconds))
         else:
             network = tuned * model.window.passes * len(model.spec.folds)
-            full.append(Seconds(network + without[-1], network, network + 2 * without[-1]))
+            full.append(Timing(network + without[-1], network, network + 2 * without[-1]))
     return WindowTimes(tuple(full), tuple(without), TUNED if tuned is not None else "a calibration of some windows")
 
 
-def measure_pace(config: Config, engine: Engine, job: VolumeJob, times: WindowTimes) -> Pace:
+def measure_pace(config: Config, engine: Engine, job: VolumeJob, times: WindowTimes) -> CostModel:
     """Measure how fast an engine labels a volume.
 
     Parameters
@@ -95,7 +95,7 @@ def measure_pace(config: Config, engine: Engine, job: VolumeJob, times: WindowTi
         sample_s = [t.median + _window_seconds(m.predictor, model, 0.0).median for model, m, t in triples]
     predictors = [_standing_in(config, model) for model in engine.of_members]
     voxel_s, fixed_s = _outside(job, engine, predictors, times.stand_in)
-    return Pace(times.full, tuple(sample_s), voxel_s, fixed_s, times.basis)
+    return CostModel(times.full, tuple(sample_s), voxel_s, fixed_s, times.basis)
 
 
 def _standing_in(config: Config, model: EngineModel) -> Predictor:
@@ -157,7 +157,7 @@ class _Noise:
         return np.ascontiguousarray(self.values[(slice(None), *box.slices)])
 
 
-def _window_seconds(predictor: Predictor, model: EngineModel, seconds: float) -> Seconds:
+def _window_seconds(predictor: Predictor, model: EngineModel, seconds: float) -> Timing:
     """Measure full batches of windows from normalised voxels in memory to finished logits; seconds of one window."""
     window, width = model.window, model.window.patch[2]
     step = max(1, math.floor(width * window.step))
@@ -178,13 +178,13 @@ def _window_seconds(predictor: Predictor, model: EngineModel, seconds: float) ->
         ends = time.perf_counter() + seconds
         while len(values) < FEWEST or (len(values) < MOST and time.perf_counter() < ends):
             values.append(once())
-    return Seconds.of(values)
+    return Timing.of(values)
 
 
 def _outside(
     job: VolumeJob, engine: Engine, predictors: Sequence[Predictor], window_s: Sequence[float]
 ) -> tuple[float, float]:
-    """Seconds of a voxel outside the network, and those that every volume takes."""
+    """Timing of a voxel outside the network, and those that every volume takes."""
     members = [replace(m, predictor=p) for m, p in zip(job.segmenter.members, predictors, strict=True)]
     segmenter = replace(job.segmenter, members=tuple(_without_previous(m) for m in members))
     extent = job.reader.info.extent

@@ -46,7 +46,7 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
+class TuneReport:
     """What was found, and where it is kept (None where there is no cache folder)."""
 
     profile: Profile
@@ -86,7 +86,7 @@ class _Running:
         return found
 
 
-def tune(config: Config, checkpoint: Path | None, volume: str, seconds: float, progress: Progress) -> Tuned:
+def tune(config: Config, checkpoint: Path | None, volume: str, seconds: float, progress: Progress) -> TuneReport:
     """Measure all ways to run a model, and keep the result.
 
     Parameters
@@ -145,7 +145,7 @@ def tune(config: Config, checkpoint: Path | None, volume: str, seconds: float, p
     profile = Profile(tuple(_timed(trial, running) for trial in trials))
     path = _kept(config, models, patches, profile)
     progress(total, total, "done")
-    return Tuned(profile, path)
+    return TuneReport(profile, path)
 
 
 def _candidates(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Trial]:
@@ -254,7 +254,7 @@ class _Array:
         """Nothing to close."""
 
 
-def table(tuned: Tuned) -> list[str]:
+def table(tuned: TuneReport) -> list[str]:
     """The trials for the screen, the fastest of each precision first, then what could not be run and why."""
     trials = tuned.profile.trials
     lines = [

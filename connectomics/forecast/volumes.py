@@ -20,7 +20,7 @@ from connectomics.execution.ledger import plan_of
 from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.stage import PROBABILITIES
 from connectomics.forecast.calibration import WindowTimes, measure_pace, measure_windows
-from connectomics.planning.forecast import Forecast, Pace, PlannedOutput, duration
+from connectomics.planning.forecast import CostModel, Forecast, PlannedOutput, duration
 from connectomics.planning.workload import Partition, batch_fill, count_read, count_sample_windows, count_windows
 from connectomics.runs.volume import VolumeJob, info_of
 from connectomics.stages.output.finish import work_folder
@@ -86,7 +86,7 @@ def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]
     forecasts: list[Forecast] = []
     refused: list[tuple[str, str]] = []
     engines, sample = Engines(config, engine), SharedSample(sources, lambda _: config)
-    paces: dict[int, Pace] = {}
+    paces: dict[int, CostModel] = {}
     for source in sources:
         try:
             with contextlib.ExitStack() as opened:
@@ -117,7 +117,7 @@ class JobForecaster:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._times: dict[int, tuple[Engine, WindowTimes]] = {}
-        self._paces: dict[int, Pace] = {}
+        self._paces: dict[int, CostModel] = {}
 
     def with_forecast(self, engine: Engine, job: VolumeJob) -> VolumeJob:
         """The job with its predicted time, and a line of the plan in the log."""
@@ -129,7 +129,7 @@ class JobForecaster:
         log.info("plan: %s%s", told.short(), "; too short to be timed" if told.seconds is None else "")
         return replace(job, predicted_s=None if told.seconds is None else told.seconds.median)
 
-    def _pace(self, engine: Engine, job: VolumeJob) -> Pace | None:
+    def _pace(self, engine: Engine, job: VolumeJob) -> CostModel | None:
         """None where measuring would take a good part of the run."""
         partition, channels = _cut(engine, job), job.reader.info.channels
         counts = [count_windows(member, partition, channels) for member in job.segmenter.members]
@@ -144,7 +144,7 @@ class JobForecaster:
         return self._paces[id(engine)]
 
 
-def forecast(config: Config, engine: Engine, job: VolumeJob, pace: Pace | None) -> Forecast:
+def forecast(config: Config, engine: Engine, job: VolumeJob, pace: CostModel | None) -> Forecast:
     """What one volume takes; without a pace no time is told.
 
     Parameters

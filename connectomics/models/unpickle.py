@@ -92,7 +92,7 @@ _ALLOWED = frozenset(
 )
 
 
-class _Cautious:
+class _BoundedStream:
     """A stream that never gives more at once than a plain checkpoint needs, whatever length a pickle states."""
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -111,7 +111,7 @@ def _named_globals(stream: IO[bytes]) -> list[str]:
     """Names of the functions and classes a pickle asks for, found by reading its instructions only."""
     names: list[str] = []
     strings: list[str] = []
-    for opcode, argument, _ in pickletools.genops(cast(IO[bytes], _Cautious(stream))):
+    for opcode, argument, _ in pickletools.genops(cast(IO[bytes], _BoundedStream(stream))):
         if isinstance(argument, str):
             strings.append(argument)
         if opcode.name in ("GLOBAL", "INST"):

@@ -28,7 +28,7 @@ GB_ADVICE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Seconds:
+class Timing:
     """A measured time: the median, and the least and largest of the measurements."""
 
     median: float
@@ -36,20 +36,20 @@ class Seconds:
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Seconds:
+    def of(cls, values: Sequence[float]) -> Timing:
         """Of some measurements, at least one.
 
         Examples
         --------
-        >>> Seconds.of([3.0, 1.0, 2.0])
-        Seconds(median=2.0, low=1.0, high=3.0)
+        >>> Timing.of([3.0, 1.0, 2.0])
+        Timing(median=2.0, low=1.0, high=3.0)
         """
         ordered = sorted(values)
         return cls(ordered[len(ordered) // 2], ordered[0], ordered[-1])
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class CostModel:
     """How fast an engine goes on this machine.
 
     Parameters
@@ -66,13 +66,13 @@ class Pace:
         Where the time of a window comes from, in words.
     """
 
-    windows_s: tuple[Seconds, ...]
+    windows_s: tuple[Timing, ...]
     sample_s: tuple[float, ...]
     voxel_s: float
     fixed_s: float
     basis: str
 
-    def predict(self, windows: Sequence[float], sampled: Sequence[int], voxels: int) -> Seconds:
+    def predict(self, windows: Sequence[float], sampled: Sequence[int], voxels: int) -> Timing:
         """Time of a volume.
 
         Parameters
@@ -89,7 +89,7 @@ class Pace:
             outside + sum(n * t for n, t in zip(windows, each, strict=True))
             for each in zip(*((t.low, t.median, t.high) for t in self.windows_s), strict=True)
         )
-        return Seconds(middle, min(low, middle * (1 - UNCERTAIN)), max(high, middle * (1 + UNCERTAIN)))
+        return Timing(middle, min(low, middle * (1 - UNCERTAIN)), max(high, middle * (1 + UNCERTAIN)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class Forecast:
     block_shape: Vec3
     windows: int
     passes: int
-    seconds: Seconds | None
+    seconds: Timing | None
     host_bytes: int
     device_bytes: int
     budget_bytes: int
@@ -256,7 +256,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / HOUR_S:.1f} h" if seconds < 2 * DAY_S else f"{seconds / DAY_S:.1f} days"
 
 
-def _range(seconds: Seconds) -> str:
+def _range(seconds: Timing) -> str:
     return f"{duration(seconds.median)} ({duration(seconds.low)} to {duration(seconds.high)})"
 
 

@@ -16,7 +16,7 @@ from connectomics.cli import main
 from connectomics.core.errors import ResourceError
 from connectomics.forecast import calibration
 from connectomics.forecast import volumes as planning
-from connectomics.planning.forecast import Forecast, Pace, Seconds, require_within
+from connectomics.planning.forecast import CostModel, Forecast, Timing, require_within
 from connectomics.stages.output.size import Size
 
 from nnunet_models import make_model
@@ -161,13 +161,13 @@ def test_a_resumed_run_is_planned_as_it_was_begun_and_gives_the_same_bytes(
 
 
 def test_the_pace_adds_up() -> None:
-    pace = Pace((Seconds(2.0, 1.0, 6.0), Seconds(0.5, 0.5, 0.5)), (3.0, 0.0), 0.001, 10.0, "")
+    pace = CostModel((Timing(2.0, 1.0, 6.0), Timing(0.5, 0.5, 0.5)), (3.0, 0.0), 0.001, 10.0, "")
     found = pace.predict([10, 4], [2, 0], 1000)
-    assert found == Seconds(20 + 2 + 6 + 1 + 10, min(29, 39 * 0.8), 79)
+    assert found == Timing(20 + 2 + 6 + 1 + 10, min(29, 39 * 0.8), 79)
 
 
 def test_limits_are_of_all_volumes_together() -> None:
-    one = Forecast("v", 1, (1, 1, 1), 1, 1, Seconds(2000.0, 1.0, 3000.0), 1, 0, 1, (), Size(0, 0), 1, 2, "", "")
+    one = Forecast("v", 1, (1, 1, 1), 1, 1, Timing(2000.0, 1.0, 3000.0), 1, 0, 1, (), Size(0, 0), 1, 2, "", "")
     require_within([one], 0.6, None)
     with pytest.raises(ResourceError, match=r"2 volumes are .* 1\.11 hours, --max-hours allows 1;"):
         require_within([one, replace(one, name="w")], 1.0, None)

@@ -1,4 +1,4 @@
-"""Kept artefacts: what comes out is what went in, or nothing; never what another user may have put there."""
+"""MappedArtefact artefacts: what comes out is what went in, or nothing; never what another user may have put there."""
 
 from __future__ import annotations
 

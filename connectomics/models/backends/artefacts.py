@@ -26,7 +26,7 @@ DIGEST_BYTES = 64
 LARGEST_BYTES = 4 << 30  # of all files together; those that were not used for the longest time go first
 
 
-class Kept:
+class MappedArtefact:
     """A kept file in memory: its pages are the file's own, and can be given back while its content is still held."""
 
     def __init__(self, mapped: mmap.mmap) -> None:
@@ -51,7 +51,7 @@ class Artefacts:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def get(self, facts: Mapping[str, object]) -> Kept | None:
+    def get(self, facts: Mapping[str, object]) -> MappedArtefact | None:
         """What was kept for these facts; None where nothing is, it is damaged, or others may have written it."""
         folder = self._usable()
         if folder is None:
@@ -63,7 +63,7 @@ class Artefacts:
                     log.warning("%s: others may write to it, so it is not used", path)
                     return None
                 stated = file.read(DIGEST_BYTES)
-                kept = Kept(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)) if stated else None
+                kept = MappedArtefact(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)) if stated else None
             os.utime(path)
         except OSError:
             return None

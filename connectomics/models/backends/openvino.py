@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from connectomics.core.errors import DeviceError
-from connectomics.models.backends.artefacts import Artefacts, Kept
+from connectomics.models.backends.artefacts import Artefacts, MappedArtefact
 from connectomics.models.backends.contract import NumericClass, whole_batch
 from connectomics.models.backends.torch_eager import capability
 
@@ -173,7 +173,7 @@ def _compiled(
     options: dict[str, object],
     facts: dict[str, object],
     artefacts: Artefacts,
-) -> tuple[Any, Kept | None]:
+) -> tuple[Any, MappedArtefact | None]:
     """The network for the CPU: as it was kept, else converted and kept; and the file it may look into."""
     kept = artefacts.get(facts)
     if kept is not None:
@@ -193,7 +193,7 @@ def _compiled(
     return (compiled if kept is None else _loaded(core, kept, options)), kept  # which takes half of the memory
 
 
-def _loaded(core: Any, kept: Kept, options: dict[str, object]) -> Any:
+def _loaded(core: Any, kept: MappedArtefact, options: dict[str, object]) -> Any:
     """What was kept, laid out anew for this processor; the weights as they were need no memory afterwards."""
     content = importlib.import_module("openvino").Tensor(np.frombuffer(kept.content, np.uint8), shared_memory=True)
     model = core.import_model(content, "CPU", options)

@@ -55,7 +55,7 @@ def tile_shape(info: VolumeInfo) -> Vec3:
     return vec3(shape)
 
 
-class _Tally:
+class _CaseTally:
     """What is known of some voxels: statistics of each channel, the nonzero box, voxels inside the mask."""
 
     def __init__(self, channels: int, exact: bool) -> None:
@@ -69,7 +69,7 @@ class _Tally:
         box = None if found is None else found.shift(origin.start)
         self._merge([IntensityStats.of(values) for values in tile], box, int(np.count_nonzero(mask)))
 
-    def add(self, other: _Tally) -> None:
+    def add(self, other: _CaseTally) -> None:
         """Add what is known of other voxels."""
         self._merge(other.stats, other.box, other.inside)
 
@@ -87,7 +87,7 @@ class _Tally:
         return Case(region, box, tuple(summaries))
 
 
-class _Planes:
+class _SectionExtremes:
     """Number, minimum and maximum of the nonzero voxels of each section along one axis; 24 bytes for each channel."""
 
     def __init__(self, extent: int, channels: int, axis: int) -> None:
@@ -200,7 +200,11 @@ def survey(
     if by_slice:
         cases = _section_cases(reader, name, schemes, workers, section_axis)
         return SectionCases.of(cases, reader.info.extent[section_axis], reader.info.channels, section_axis)
-    planes = None if plane_axis is None else _Planes(reader.info.extent[plane_axis], reader.info.channels, plane_axis)
+    planes = (
+        None
+        if plane_axis is None
+        else _SectionExtremes(reader.info.extent[plane_axis], reader.info.channels, plane_axis)
+    )
     whole, region = _volume_tally(reader, name, workers, planes), Box.of_shape(reader.info.extent)
     mask, inside = None, None
     if with_mask or keeps_mask(schemes, by_slice=False):
@@ -225,14 +229,14 @@ def _section_cases(
         yield _checked(Case(region, box, turned.channels), name, schemes)
 
 
-def _volume_tally(reader: VolumeReader, name: str, workers: int, planes: _Planes | None) -> _Tally:
+def _volume_tally(reader: VolumeReader, name: str, workers: int, planes: _SectionExtremes | None) -> _CaseTally:
     """What is known of a whole volume; ``planes`` learn of each section."""
 
     def see(tile: Array, box: Box) -> None:
         if planes is not None:
             planes.add(tile, box)
 
-    whole = _Tally(reader.info.channels, is_exact(reader.info.dtype))
+    whole = _CaseTally(reader.info.channels, is_exact(reader.info.dtype))
     for tally in _tallies(reader, name, workers, see):
         whole.add(tally)
     return whole
@@ -244,17 +248,17 @@ def _tallies(
     workers: int,
     see: Callable[[Array, Box], None],
     order: AxisOrder = AS_THEY_ARE,
-) -> Iterator[_Tally]:
+) -> Iterator[_CaseTally]:
     """What is known of each section, in order of z; ``see`` gets each tile and its box.
 
     ``order`` is how the volume was turned into what ``reader`` gives, for messages.
     """
     channels, exact = reader.info.channels, is_exact(reader.info.dtype)
-    band: list[_Tally] = []  # the sections of the tiles at one z
+    band: list[_CaseTally] = []  # the sections of the tiles at one z
     for box, tile in _tiles(reader, workers):
         if box.start[1:] == (0, 0):
             yield from band
-            band = [_Tally(channels, exact) for _ in range(box.shape[0])]
+            band = [_CaseTally(channels, exact) for _ in range(box.shape[0])]
         _check_finite(tile, box, name, order)
         nonzero = is_inside(tile)
         see(tile, box)

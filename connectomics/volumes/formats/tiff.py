@@ -111,7 +111,7 @@ def _require_whole(source: Source, tif: Any, series: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pieces:
+class _StripLayout:
     """The strips or tiles of a page: their size in rows and columns, and how many there are."""
 
     height: int
@@ -121,7 +121,7 @@ class _Pieces:
     total: int
 
     @classmethod
-    def of(cls, page: Any) -> _Pieces:
+    def of(cls, page: Any) -> _StripLayout:
         height = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
         width = page.tilewidth if page.is_tiled else page.imagewidth
         down, across = -(-page.imagelength // height), -(-page.imagewidth // width)
@@ -152,7 +152,7 @@ class _Pages:
             )
         self._y = self._key.axes.index("Y")
         self._x = self._key.axes.index("X")
-        self._pieces = _Pieces.of(self._key)
+        self._pieces = _StripLayout.of(self._key)
         if not self._key.is_final:
             piece = (self._pieces.height, self._pieces.width, self._key.samplesperpixel)
             require_small_chunks(source, piece, self._key.dtype.itemsize)

@@ -22,7 +22,7 @@ from connectomics.objects.faces import block_number
 from connectomics.objects.merge import IDS, OBJECTS, OFFSETS
 from connectomics.objects.watershed import SEED_COUNTS, RunLengths, flood
 from connectomics.stages.decode.tasks import Read, block_file, saved, smallest_dtype
-from connectomics.stages.decode.watershed.windows import Labelled, Windows
+from connectomics.stages.decode.watershed.windows import PaintedComponents, Windows
 from connectomics.volumes.volume import Array, Nanometres
 
 
@@ -83,7 +83,7 @@ class Seeds:
         Seeds are higher: a height, or a distance in nm.
     """
 
-    ground: Labelled
+    ground: PaintedComponents
     heights: Read | Distance
     floor: float
 
@@ -101,7 +101,7 @@ class Seeds:
 
 
 @dataclass(frozen=True, slots=True)
-class Contests:
+class ContestedComponents:
     """Which components have several seeds, and which of them are too large to be flooded whole.
 
     Parameters
@@ -117,7 +117,7 @@ class Contests:
     """
 
     grid: BlockGrid
-    ground: Labelled
+    ground: PaintedComponents
     folder: Path
     most_voxels: int
 
@@ -207,8 +207,8 @@ class FloodTask:
 
     grid: BlockGrid
     folder: Path
-    contests: Contests
-    seeds: Labelled
+    contests: ContestedComponents
+    seeds: PaintedComponents
     heights: Read
     connectivity: Connectivity
 
@@ -249,7 +249,7 @@ class Flooded:
         Whether components without a seed are objects.
     """
 
-    contests: Contests
+    contests: ContestedComponents
     seeds: int
     folder: Path
     windows: Windows | None

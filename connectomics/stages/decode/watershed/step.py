@@ -24,11 +24,11 @@ from connectomics.objects.selection import Selection
 from connectomics.objects.watershed import SEED_COUNTS, count_seeds
 from connectomics.stages.decode.steps import EVERYTHING, Values, probability_units
 from connectomics.stages.decode.tasks import PiecesTask, Read, smallest_dtype
-from connectomics.stages.decode.watershed.flooding import Contests, Distance, Flooded, FloodTask, Seeds
+from connectomics.stages.decode.watershed.flooding import ContestedComponents, Distance, Flooded, FloodTask, Seeds
 from connectomics.stages.decode.watershed.windows import (
     BasinTask,
     BridgeTask,
-    Labelled,
+    PaintedComponents,
     RefineTask,
     Windows,
     grow_trees,
@@ -129,15 +129,17 @@ class Watershed:
         return Distance(values, grid, size, Connectivity(self.connectivity).by_section), self.seed_distance_nm
 
     def _contests(
-        self, ground: Labelled, seeds: Labelled, context: StepContext
-    ) -> tuple[Contests, dict[str, int], Array]:
+        self, ground: PaintedComponents, seeds: PaintedComponents, context: StepContext
+    ) -> tuple[ContestedComponents, dict[str, int], Array]:
         """Which components are flooded, how many there are of each kind, and which are too large for one flood."""
 
         def make(path: Path) -> None:
             with replacing(path) as temporary:
                 temporary.mkdir()
                 count_seeds(seeds.tables, seeds.count, ground.count, temporary)
-                counts, large = _counted(Contests(context.grid, ground, temporary, self.max_component_voxels))
+                counts, large = _counted(
+                    ContestedComponents(context.grid, ground, temporary, self.max_component_voxels)
+                )
                 np.save(temporary / LARGE, large)
                 (temporary / SUMMARY).write_text(json.dumps(counts | {"seeds": seeds.count}))
                 if len(large):
@@ -148,18 +150,22 @@ class Watershed:
 
         folder = context.made("contests", make)
         counts: dict[str, int] = json.loads((folder / SUMMARY).read_text())
-        return Contests(context.grid, ground, folder, self.max_component_voxels), counts, np.load(folder / LARGE)
+        return (
+            ContestedComponents(context.grid, ground, folder, self.max_component_voxels),
+            counts,
+            np.load(folder / LARGE),
+        )
 
 
-def _labelled(read: Read, connectivity: Connectivity, info: VolumeInfo, context: StepContext) -> Labelled:
+def _labelled(read: Read, connectivity: Connectivity, info: VolumeInfo, context: StepContext) -> PaintedComponents:
     """The components of what is read, in a store."""
     task = PiecesTask(context.grid, context.place(CUT), read, connectivity)
     context.pieces(task)
     tables, count, largest = context.objects(task.folder, EVERYTHING, joined=True)
-    return Labelled(context.paint(task.folder, tables, info, smallest_dtype(largest)), tables, count)
+    return PaintedComponents(context.paint(task.folder, tables, info, smallest_dtype(largest)), tables, count)
 
 
-def _counted(contests: Contests) -> tuple[dict[str, int], Array]:
+def _counted(contests: ContestedComponents) -> tuple[dict[str, int], Array]:
     """How many components there are of each kind, and the numbers of those that are flooded in windows."""
     rows = np.load(contests.ground.tables / OBJECTS, mmap_mode="r")
     seeds = np.load(contests.folder / SEED_COUNTS, mmap_mode="r")

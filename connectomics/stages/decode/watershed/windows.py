@@ -27,7 +27,7 @@ SEEDS, FIRSTS = "seeds.npy", "firsts.npy"
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class PaintedComponents:
     """Components that were found in all blocks and painted.
 
     Parameters
@@ -83,8 +83,8 @@ class BasinTask:
 
     grid: BlockGrid
     folder: Path
-    ground: Labelled
-    seeds: Labelled
+    ground: PaintedComponents
+    seeds: PaintedComponents
     large: Array
     heights: Read
     connectivity: Connectivity
