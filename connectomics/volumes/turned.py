@@ -12,23 +12,23 @@ from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class Orientation:
     """Which axes (z, y, x) of a volume are reversed, and in which order they then come.
 
     Examples
     --------
-    >>> turn = Turn((True, False, False), AxisOrder((2, 0, 1)))
+    >>> turn = Orientation((True, False, False), AxisOrder((2, 0, 1)))
     >>> turn.inverse
-    Turn(reversed=(False, True, False), order=AxisOrder(axes=(1, 2, 0)))
+    Orientation(reversed=(False, True, False), order=AxisOrder(axes=(1, 2, 0)))
     """
 
     reversed: tuple[bool, bool, bool] = (False, False, False)
     order: AxisOrder = field(default_factory=AxisOrder)
 
     @property
-    def inverse(self) -> Turn:
+    def inverse(self) -> Orientation:
         """The turn that undoes this one."""
-        return Turn(self.order.turn(self.reversed), self.order.inverse)
+        return Orientation(self.order.turn(self.reversed), self.order.inverse)
 
     def of_info(self, info: VolumeInfo) -> VolumeInfo:
         """The description of the turned volume."""
@@ -42,7 +42,7 @@ class Turn:
         )
 
 
-class TurnedVolume:
+class ReorientedVolume:
     """A VolumeReader over another one, turned. Closing it closes the other.
 
     Parameters
@@ -53,7 +53,7 @@ class TurnedVolume:
         What is done to it.
     """
 
-    def __init__(self, volume: VolumeReader, turn: Turn) -> None:
+    def __init__(self, volume: VolumeReader, turn: Orientation) -> None:
         self._volume = volume
         self._turn = turn
         self._info = turn.of_info(volume.info)

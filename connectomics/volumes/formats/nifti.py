@@ -28,7 +28,7 @@ from connectomics.core.geometry import AxisOrder, vec3
 from connectomics.volumes.mapped import MappedArray, contiguous_chunk
 from connectomics.volumes.source import READ_ERRORS, Source, file_identity, three_positive, unreadable
 from connectomics.volumes.stored import Layout, StoredVolume, info_of, layout_of, native_dtype
-from connectomics.volumes.turned import Turn, TurnedVolume
+from connectomics.volumes.turned import Orientation, ReorientedVolume
 from connectomics.volumes.volume import Array, Spacing, VolumeReader
 
 LETTERS = {2: "xy", 3: "xyz", 4: "xyzc"}
@@ -116,7 +116,7 @@ def open_nifti(source: Source) -> VolumeReader:
             return (voxels.astype(np.float64) * header.slope + header.intercept).astype(np.float32)
 
     volume = StoredVolume(source, info, layout, fetch=fetch, identity=lambda: identity, release=release)
-    return TurnedVolume(volume, turn) if turn else volume
+    return ReorientedVolume(volume, turn) if turn else volume
 
 
 def _header(path: Path, packed: bool) -> _NiftiHeader:
@@ -147,7 +147,7 @@ def _header(path: Path, packed: bool) -> _NiftiHeader:
     )
 
 
-def turn_to_ras(affine: Array) -> Turn:
+def turn_to_ras(affine: Array) -> Orientation:
     """From (z, y, x) as stored to those of nnU-Net's NibabelIOWithReorient: x to the right, y to the front, z up.
 
     Raises
@@ -160,7 +160,7 @@ def turn_to_ras(affine: Array) -> Turn:
         raise ValueError("its affine has no direction for one of the axes, so they cannot be turned")
     stored = {int(axis): i for i, axis in enumerate(orientation[:, 0])}
     back = [bool(sign < 0) for sign in orientation[::-1, 1]]
-    return Turn((back[0], back[1], back[2]), AxisOrder(vec3([2 - stored[axis] for axis in (2, 1, 0)])))
+    return Orientation((back[0], back[1], back[2]), AxisOrder(vec3([2 - stored[axis] for axis in (2, 1, 0)])))
 
 
 def _spatial(layout: Layout, header: _NiftiHeader, factor: float) -> Spacing | None:

@@ -34,7 +34,7 @@ from connectomics.volumes.nnunet.nifti import (
 )
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.source import Source, three_positive
-from connectomics.volumes.turned import TurnedVolume
+from connectomics.volumes.turned import ReorientedVolume
 from connectomics.volumes.volume import Array, VolumeReader
 
 IMAGES, TIFFS = "NaturalImage2DIO", "Tiff3DIO"
@@ -216,7 +216,7 @@ def write_labels(labels: VolumeReader, path: Path, kind: FileKind, frame: NiftiG
 
 
 def _write_nifti(labels: VolumeReader, path: Path, dtype: np.dtype[Any], kind: FileKind, frame: NiftiGeometry) -> bool:
-    stored = labels if frame.turn is None else TurnedVolume(labels, frame.turn.inverse)
+    stored = labels if frame.turn is None else ReorientedVolume(labels, frame.turn.inverse)
     header = header_of(frame, stored.info.extent, dtype)
     packed = kind.ending.endswith(".gz")
     write_nifti(path, header, (slab.astype(dtype) for slab in _slabs(stored)), packed=packed)

@@ -24,7 +24,7 @@ from connectomics.core.errors import OutputError, VolumeError
 from connectomics.core.geometry import Vec3
 from connectomics.volumes.formats.nifti import turn_to_ras
 from connectomics.volumes.source import reason, three_positive
-from connectomics.volumes.turned import Turn
+from connectomics.volumes.turned import Orientation
 from connectomics.volumes.volume import Array, Spacing
 
 SIMPLE_ITK, NIBABEL, NIBABEL_TURNED = "SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"
@@ -62,7 +62,7 @@ class NiftiGeometry:
     spacing: Spacing
     itk: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]] | None = None
     affine: Array | None = None
-    turn: Turn | None = None
+    turn: Orientation | None = None
 
 
 def frame_of(path: Path, reader: str) -> NiftiGeometry:
