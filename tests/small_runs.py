@@ -66,7 +66,7 @@ class Bright:
     def windows(self, source: CaseInput, core: Box) -> int:
         return core.shape[0]
 
-    def rehearse(self, shape: Vec3, channels: int) -> None:
+    def try_memory(self, shape: Vec3, channels: int) -> None:
         """Nothing is taken."""
 
 

@@ -47,7 +47,7 @@ def plan_volume(config: Config, engine: Engine, segmenter: Segmenter, info: Volu
     return plan_blocks(info.extent, works, budget, None if stated is None else vec3(stated)), readers
 
 
-def rehearsed_plan(
+def plan_within_device(
     config: Config, engine: Engine, segmenters: Sequence[Segmenter], info: VolumeInfo
 ) -> tuple[BlockPlan, int]:
     """As ``plan_volume``, of blocks whose memory the device really had for once.
@@ -68,7 +68,7 @@ def rehearsed_plan(
     while True:
         try:
             for segmenter in segmenters:
-                segmenter.rehearse(plan.block_shape)
+                segmenter.try_memory(plan.block_shape)
         except DeviceMemoryError as error:
             log.warning("blocks of %s voxels are too large: %s", plan.block_shape, error)
             works = _works(config, engine, segmenters[0], info)

@@ -8,7 +8,7 @@ from pathlib import Path
 from connectomics.assembly.engine.cascade import checked_labels, first_stage_config, open_previous
 from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.planes import check_isotropic
-from connectomics.assembly.memory import decoding_bytes, rehearsed_plan
+from connectomics.assembly.memory import decoding_bytes, plan_within_device
 from connectomics.assembly.precision import fast_contract
 from connectomics.assembly.provenance import command_of, provenance_of, resampling_facts, roi_facts
 from connectomics.config.schema import Config
@@ -278,7 +278,7 @@ def job_of(
     segmenter = segmenter_of(config, engine, reader.info.spacing, given)
     exact = segmenter_of(config, engine, reader.info.spacing, given, exact=True)
     working = (segmenter,) if engine.exact is None else (segmenter, exact)
-    plan, readers = rehearsed_plan(config, engine, working, reader.info)
+    plan, readers = plan_within_device(config, engine, working, reader.info)
     contract = fast_contract(config, engine, exact, plan.block_shape)
     return VolumeJob(
         source.name,

@@ -62,7 +62,7 @@ class MonaiPredictor:
         return math.prod(counts)
 
     @torch.inference_mode()
-    def rehearse(self, shape: Vec3, channels: int) -> None:
+    def try_memory(self, shape: Vec3, channels: int) -> None:
         """One full batch of empty windows; what MONAI takes for a case is counted by the planner alone."""
         device, batch = self._folds[0].device, self._setting.batch
         with naming_what_ran_out(

@@ -87,7 +87,7 @@ class Predictor(Protocol):
         """Number of windows that ``predict`` computes."""
         ...
 
-    def rehearse(self, shape: Vec3, channels: int) -> None:
+    def try_memory(self, shape: Vec3, channels: int) -> None:
         """Take for once the device's memory that ``predict`` takes for a core of this shape (z, y, x).
 
         Raises
@@ -135,7 +135,7 @@ class RollingPredictor:
         return 0 if self._setting.patch[0] > 1 else 1
 
     @torch.inference_mode()
-    def rehearse(self, shape: Vec3, channels: int) -> None:
+    def try_memory(self, shape: Vec3, channels: int) -> None:
         """See ``Predictor``: sums of that shape, one full group of empty windows in them, finished rows."""
         patch, axis, count = self._setting.patch, self._axis, self._setting.group
         core = Box.of_shape(shape if axis == 0 else (1, *shape[1:]))

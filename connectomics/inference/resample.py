@@ -270,11 +270,11 @@ class ResampledPredictor:
         axes = self._resampling.to_image(source.box.shape, resampled.box.shape)
         return self._inner.windows(resampled, reach_of(axes, core.relative_to(source.box)))
 
-    def rehearse(self, shape: Vec3, channels: int) -> None:
+    def try_memory(self, shape: Vec3, channels: int) -> None:
         """As if for a core of this shape (z, y, x) of the image; see ``Predictor``."""
         spacing, target = self._resampling.spacing, self._resampling.target
         ratios = zip(shape, spacing, target, strict=True)
-        self._inner.rehearse(vec3([math.ceil(n * own / network) for n, own, network in ratios]), channels)
+        self._inner.try_memory(vec3([math.ceil(n * own / network) for n, own, network in ratios]), channels)
 
     def predict(self, parts: Iterable[tuple[ImageSource, Box]]) -> Iterator[tuple[Box, Logits]]:
         """Logits of each part at the image's spacing; see ``Predictor``."""

@@ -186,7 +186,7 @@ def _prepare(
     work = workspace.work
     plan = plan_of(work / LEDGER) or job.plan  # a rerun elsewhere cuts the volume as it was begun
     if job.on_device and plan != job.plan:
-        job.segmenter.rehearse(plan.block_shape)
+        job.segmenter.try_memory(plan.block_shape)
     facts = _result_keys(job) | {"grid": list(plan.block_shape), "program": settings.program}
     run_key, extent = key_of(facts), reader.info.extent
     surveyed = _surveyed(job, reader, workspace)

@@ -186,7 +186,7 @@ class Crowded(Bright):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         yield from super().predict(parts)
 
-    def rehearse(self, shape: Vec3, channels: int) -> None:
+    def try_memory(self, shape: Vec3, channels: int) -> None:
         if math.prod(shape) > self.most_voxels:
             raise DeviceMemoryError(f"blocks of {shape} voxels do not fit")
 

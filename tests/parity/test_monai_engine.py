@@ -71,11 +71,11 @@ def test_a_batch_that_does_not_fit_the_device_is_named(
 ) -> None:
     words = [*WORDS, "inference.sliding_window.engine=monai", "inference.sliding_window.sw_batch_size=3"]
     segmenter = InferenceManager.from_checkpoint(model[1], words).engine.segmenter
-    segmenter.rehearse((4, 30, 30))
+    segmenter.try_memory((4, 30, 30))
 
     def full(self: TorchBackend, batch: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError(f"no room for {len(batch)}")
 
     monkeypatch.setattr(TorchBackend, "forward", full)
     with pytest.raises(DeviceMemoryError, match=r"3 windows do not fit .*\(no room for 3\)"):
-        segmenter.rehearse((4, 30, 30))
+        segmenter.try_memory((4, 30, 30))

@@ -15,7 +15,7 @@ from connectomics.assembly.engine.backends import as_begun, fitting_backends
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.engine.models import load_models
-from connectomics.assembly.memory import rehearsed_plan
+from connectomics.assembly.memory import plan_within_device
 from connectomics.config.load import load_config
 from connectomics.core.errors import DeviceMemoryError
 from connectomics.core.geometry import Box, Vec3
@@ -113,25 +113,25 @@ def test_a_rehearsal_takes_whole_sums_and_a_full_batch(patch: Vec3, monkeypatch:
     held = depth * 30 * (20 if patch[0] == 4 else 1)
     backend = Small(3, 3)
     predictor = RollingPredictor((backend, backend), SlidingWindow(patch, mirror_axes=(2,), batch=3), 2)
-    predictor.rehearse(shape, 1)
+    predictor.try_memory(shape, 1)
     assert backend.passes == 4  # two folds, each mirrored
     assert taken == [2 * 2 * held, held]
     tight = RollingPredictor((Small(3, 2),), SlidingWindow(patch, batch=3), 2)
     with pytest.raises(DeviceMemoryError, match=r"blocks of \(6, 20, 30\) voxels and 3 windows.*block_shape"):
-        tight.rehearse(shape, 1)
-    predictor.rehearse((1, 3, 5), 1)  # smaller than a window
+        tight.try_memory(shape, 1)
+    predictor.try_memory((1, 3, 5), 1)  # smaller than a window
 
 
 def test_a_rehearsal_is_as_large_as_the_networks_grid() -> None:
     asked: list[tuple[Vec3, int]] = []
 
     class Inner:
-        def rehearse(self, shape: Vec3, channels: int) -> None:
+        def try_memory(self, shape: Vec3, channels: int) -> None:
             asked.append((shape, channels))
 
     rule = ResamplingRule("resample_data_or_seg_to_shape", 1, 0, None)
     resampling = Resampling((4.0, 2.0, 1.0), (2.0, 2.0, 3.0), rule, rule)
-    ResampledPredictor(Inner(), resampling).rehearse((5, 7, 10), 2)  # type: ignore[arg-type]  # the rest is not asked
+    ResampledPredictor(Inner(), resampling).try_memory((5, 7, 10), 2)  # type: ignore[arg-type]  # the rest is not asked
     assert asked == [((10, 7, 4), 2)]
 
 
@@ -201,19 +201,19 @@ def test_blocks_are_cut_until_the_device_really_has_their_memory(
 ) -> None:
     tried: list[Vec3] = []
 
-    def rehearse(self: RollingPredictor, shape: Vec3, channels: int) -> None:
+    def try_memory(self: RollingPredictor, shape: Vec3, channels: int) -> None:
         tried.append(shape)
         if shape[2] > most:
             raise DeviceMemoryError(f"{shape} does not fit")
 
-    monkeypatch.setattr(RollingPredictor, "rehearse", rehearse)
+    monkeypatch.setattr(RollingPredictor, "rehearse", try_memory)
     info = VolumeInfo((1, 1, 2000, 2000), np.dtype(np.uint8), (1, 512, 512))
     config = load_config(None, words(model))
     if most == 10:
         with pytest.raises(DeviceMemoryError, match="does not fit"):
-            rehearsed_plan(config, engine, [engine.segmenter], info)
+            plan_within_device(config, engine, [engine.segmenter], info)
         return
-    plan, _ = rehearsed_plan(config, engine, [engine.segmenter, engine.segmenter], info)
+    plan, _ = plan_within_device(config, engine, [engine.segmenter, engine.segmenter], info)
     assert tried[-2:] == [plan.block_shape] * 2
     assert plan.block_shape[2] == {4096: 2048, 1100: 1024}[most]
     assert (len(tried) == 2) == (most == 4096)
@@ -225,5 +225,5 @@ def test_on_the_host_nothing_is_rehearsed(model: Path, monkeypatch: pytest.Monke
     info = VolumeInfo((1, 1, 64, 64), np.dtype(np.uint8), (1, 64, 64))
     engine = build_engine(config)
     assert engine.device_bytes is None
-    plan, _ = rehearsed_plan(config, engine, [engine.segmenter], info)
+    plan, _ = plan_within_device(config, engine, [engine.segmenter], info)
     assert Box.of_shape(plan.block_shape).voxels >= 64 * 64

@@ -115,10 +115,10 @@ class EnsembleMember:
         """Number of windows that ``logits`` computes."""
         return sum(self._engine().windows(source, part) for source, part in self._parts(read, cases, core))
 
-    def rehearse(self, block: Vec3) -> None:
+    def try_memory(self, block: Vec3) -> None:
         """Take for once the device's memory that a block (z, y, x) of the volume takes; see ``Predictor``."""
         channels = len(self.schemes) + len(self.previous_values)
-        self._engine().rehearse(self.order.turn(block), channels)
+        self._engine().try_memory(self.order.turn(block), channels)
 
     def _engine(self) -> Predictor | ResampledPredictor:
         return self.predictor if self.resampling is None else ResampledPredictor(self.predictor, self.resampling)
@@ -259,7 +259,7 @@ class Segmenter:
             np.copyto(result[name][index], array, where=True if flags is None else flags)
         return result, self.windows(read, surveyed, part)
 
-    def rehearse(self, block: Vec3) -> None:
+    def try_memory(self, block: Vec3) -> None:
         """Take for once the device's memory that a block (z, y, x) takes.
 
         Raises
@@ -268,7 +268,7 @@ class Segmenter:
             If it does not suffice.
         """
         for member in self.members:
-            member.rehearse(block)
+            member.try_memory(block)
 
     def windows(self, read: ReadBox, surveyed: Surveyed, core: Box) -> int:
         """Number of windows that ``segment`` computes."""
