@@ -156,7 +156,7 @@ def machine(threads: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """Timing of each round by contender, and the answer (labels) that each gave every time."""
+    """Seconds of each round by contender, and the answer (labels) that each gave every time."""
 
     seconds: dict[str, list[float]]
     answers: dict[str, Any]

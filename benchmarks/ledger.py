@@ -1,4 +1,4 @@
-"""Timing and memory for opening a ledger of a million finished blocks, beside Python's own JSON in a loop.
+"""Seconds and memory for opening a ledger of a million finished blocks, beside Python's own JSON in a loop.
 
 Prints what docs/architecture.md says of it: ``python benchmarks/ledger.py [--blocks N] [--json FILE]``.
 """

@@ -1,4 +1,4 @@
-"""Timing and memory to load a large model: the checkpoint, its converted copy, its exported zip, and torch.load.
+"""Seconds and memory to load a large model: the checkpoint, its converted copy, its exported zip, and torch.load.
 
 Makes a residual network of about 270 MB of weights with nnunetv2's own classes, or takes ``--model``. Every way runs in
 a process of its own, in turn, ``--rounds`` times; prints medians. Memory is what the process grew by and what

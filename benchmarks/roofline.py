@@ -5,7 +5,7 @@ in bfloat16 for ``fast``. The network is one window of 384 x 512 of the architec
 random weights; its operations are those of its convolutions without what falls on padding, so whatever else it does
 (normalisation, skips) is time lost. A convolution may use caches better than any of the products, so 100 % is no wall.
 Prints GFLOP/s of all threads
-together and the median of the shares round by round. Timing are the CPU's (``--clock cpu``), which other programs on
+together and the median of the shares round by round. Seconds are the CPU's (``--clock cpu``), which other programs on
 the machine disturb least, but a thread that sleeps costs none: for several threads on a quiet machine there is
 ``--clock wall``. Exits with 1 where OpenVINO's share is below what is asked for.
 """

@@ -163,7 +163,7 @@ class Worker:
 
 
 def pauses() -> Iterator[float]:
-    """Timing to sleep between looks at something that others do, growing, without end."""
+    """Seconds to sleep between looks at something that others do, growing, without end."""
     pause = FIRST_PAUSE_S
     while True:
         yield pause

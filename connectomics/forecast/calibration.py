@@ -111,7 +111,7 @@ class StandIn:
     window
         How windows are laid.
     classes
-        FinalOutput channels.
+        Output channels.
     device
         A name ``select_device`` knows.
     """
@@ -184,7 +184,7 @@ def _window_seconds(predictor: Predictor, model: EngineModel, seconds: float) ->
 def _outside(
     job: VolumeJob, engine: Engine, predictors: Sequence[Predictor], window_s: Sequence[float]
 ) -> tuple[float, float]:
-    """Timing of a voxel outside the network, and those that every volume takes."""
+    """Seconds of a voxel outside the network, and those that every volume takes."""
     members = [replace(m, predictor=p) for m, p in zip(job.segmenter.members, predictors, strict=True)]
     segmenter = replace(job.segmenter, members=tuple(_without_previous(m) for m in members))
     extent = job.reader.info.extent

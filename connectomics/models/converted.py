@@ -119,7 +119,7 @@ def write_copy(
 
 
 def _write_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """ModelNetworks hold some tensors under several names: each is written once, the other names stand in the header."""
+    """Networks hold some tensors under several names: each is written once, the other names stand in the header."""
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}

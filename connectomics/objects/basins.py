@@ -105,7 +105,7 @@ class Basins:
 def basins_of(
     heights: Array, seeds: Array, inside: Array, shared: Array, connectivity: Connectivity, seed_count: int
 ) -> Basins:
-    """BlockPlacement a window into basins; those that no other window meets are united with the one they are flooded from.
+    """Cut a window into basins; those that no other window meets are united with the one they are flooded from.
 
     Parameters
     ----------

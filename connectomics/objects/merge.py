@@ -226,7 +226,7 @@ Span = tuple[int, int]
 
 
 def windows(keys: Array, runs: Sequence[Span], at_once: int) -> Iterator[list[Span]]:
-    """BlockPlacement sorted runs of keys at common keys, until what lies between two cuts fits."""
+    """Cut sorted runs of keys at common keys, until what lies between two cuts fits."""
     waiting = [[run for run in runs if run[1] > run[0]]]
     while waiting:
         window = waiting.pop()

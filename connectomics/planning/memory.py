@@ -47,7 +47,7 @@ class Work:
     patch
         Window (z, y, x) in voxels.
     classes, folds
-        FinalOutput channels of each network, and networks whose logits are summed apart.
+        Output channels of each network, and networks whose logits are summed apart.
     channels, voxel_bytes
         Input channels, and bytes of a raw voxel.
     stored_bytes

@@ -37,7 +37,7 @@ class Trial:
     backend, precision, batch, threads
         As the configuration has them.
     window_s
-        Timing of a window in one forward pass of one fold of each model; None where it could not be run.
+        Seconds of a window in one forward pass of one fold of each model; None where it could not be run.
     ratio
         How many times faster than PyTorch, eager and exact, with the configured batch and threads.
     disagreement
@@ -99,7 +99,7 @@ class Profile:
         return tuple(found)
 
     def window_s(self, backend: str, precision: str, batch: int, threads: int) -> float | None:
-        """Timing of a window in one pass of one fold, where exactly this was measured."""
+        """Seconds of a window in one pass of one fold, where exactly this was measured."""
         wanted = (backend, precision, batch, threads)
         return next((t.window_s for t in self.trials if (t.backend, t.precision, t.batch, t.threads) == wanted), None)
 

@@ -71,7 +71,7 @@ class RunSettings:
     stale_s
         Age of the heartbeat of another machine's process from which on it counts as dead.
     pauses_s
-        Timing to wait before each further attempt where reading or writing fails for a moment.
+        Seconds to wait before each further attempt where reading or writing fails for a moment.
     """
 
     folder: Path

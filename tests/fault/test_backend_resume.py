@@ -245,7 +245,7 @@ def test_what_fast_computed_for_the_sample_is_not_computed_again(
     windows = passes.pop("exact")
     assert run(folder, tmp_path / "fast", *FAST) == 0
     assert passes == {"exact": windows, "fast": windows}
-    monkeypatch.setattr(cached_backends, "CACHED_BYTES", 0)
+    monkeypatch.setattr(cached, "CACHED_BYTES", 0)
     assert run(folder, tmp_path / "again", *FAST) == 0
     assert passes["fast"] == windows + 2 * windows
     assert finals(tmp_path / "again") == finals(tmp_path / "fast")

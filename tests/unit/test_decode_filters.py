@@ -1,4 +1,4 @@
-"""BinaryFilters against scikit-image and scipy on random volumes, and their conventions."""
+"""Filters against scikit-image and scipy on random volumes, and their conventions."""
 
 from __future__ import annotations
 

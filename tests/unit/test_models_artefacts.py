@@ -1,4 +1,4 @@
-"""MappedArtefact artefacts: what comes out is what went in, or nothing; never what another user may have put there."""
+"""Kept artefacts: what comes out is what went in, or nothing; never what another user may have put there."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_another_shape_is_another_batch() -> None:
 
 
 def test_no_more_is_kept_than_stated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cached_backends, "CACHED_BYTES", 2 * 32 * 4)
+    monkeypatch.setattr(cached, "CACHED_BYTES", 2 * 32 * 4)
     backend, network = cached_counting()
     with sampled([backend]):
         for value in (1.0, 2.0, 3.0):

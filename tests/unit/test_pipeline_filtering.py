@@ -1,4 +1,4 @@
-"""BinaryFilters of binary post-processing on a store, block by block, are those of the whole volume by cc3d and scipy."""
+"""Filters of binary post-processing on a store, block by block, are those of the whole volume by cc3d and scipy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ModelNetworks by name: the architecture registry and nnU-Net's networks behind one five-axis forward.
+"""Networks by name: the architecture registry and nnU-Net's networks behind one five-axis forward.
 
 Called by ``checkpoint``. Class names that a plans file carries are looked up in a list here, never imported.
 """

@@ -73,7 +73,7 @@ def whole_batch(batch: torch.Tensor, rows: int, device: torch.device) -> torch.T
 def torch_threads(count: int) -> Iterator[None]:
     """While open, PyTorch's operations take this many CPU threads (which holds for the whole process).
 
-    ModelNetworks take as many as were asked for. All that surrounds them works on one window at a time, where waking and
+    Networks take as many as were asked for. All that surrounds them works on one window at a time, where waking and
     awaiting threads costs more than they save, above all on a machine that other programs use too.
     """
     before = torch.get_num_threads()

@@ -48,7 +48,7 @@ def block_file(folder: Path, block: Block) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class PiecesTask:
-    """BlockPlacement each block into pieces and measure them.
+    """Cut each block into pieces and measure them.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ class PiecesTask:
         return self.folder.name
 
     def process(self, block: Block) -> BlockRecord:
-        """BlockPlacement a block; its file is on disk on return."""
+        """Cut a block; its file is on disk on return."""
         began = time.perf_counter()
         return saved(self._pieces(block), block_file(self.folder, block), block, began)
 

@@ -146,7 +146,7 @@ class StepContext:
                 raise QuarantineError(failure_message(blocks.failures, blocks.planned, folder))
 
     def pieces(self, task: PiecesTask) -> None:
-        """BlockPlacement all blocks into pieces and, where they are joined over faces, find which touch."""
+        """Cut all blocks into pieces and, where they are joined over faces, find which touch."""
         task.folder.mkdir(parents=True, exist_ok=True)
         self.do(task, task.folder)
         if task.connectivity is not None:

@@ -130,7 +130,7 @@ class _Sink(io.FileIO):
         return memoryview(data).nbytes
 
     def truncate(self, size: int | None = None) -> int:
-        """BlockPlacement or extend the file, or remember why not."""
+        """Cut or extend the file, or remember why not."""
         try:
             return super().truncate(size) if self.error is None else 0
         except OSError as error:

@@ -14,7 +14,7 @@ from connectomics.volumes.volume import Array
 
 @dataclass(frozen=True, slots=True)
 class BinaryFilters:
-    """BinaryFilters that see whole objects; they change labels only.
+    """Filters that see whole objects; they change labels only.
 
     Parameters
     ----------

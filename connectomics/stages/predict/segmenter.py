@@ -155,7 +155,7 @@ class Segmenter:
     members
         The models; of several the probabilities are averaged, as nnU-Net's ensembling does.
     classes
-        FinalOutput channels of each member, k.
+        Output channels of each member, k.
     labels, probabilities
         Rules for what is kept.
     """

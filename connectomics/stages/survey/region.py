@@ -1,6 +1,6 @@
 """Which voxels of a volume are wanted: a box, a mask, or where both hold; decides which blocks have work.
 
-``assembly`` makes a ``RegionOfInterest`` of ``inference.roi`` and ``inference.mask``; the runner and the predict task ask it.
+``assembly`` makes a ``RegionOfInterest`` of ``inference.roi`` and ``inference.mask``; runner and predict task ask it.
 It is about labels only: statistics, nonzero box and windows stay those of the whole case.
 """
 

@@ -27,7 +27,7 @@ from connectomics.inference.normalise import ChannelSummary, IntensityStats, che
 from connectomics.inference.section_cases import SectionCases
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.stages.survey.mask import is_inside, make_mask, sections_of
-from connectomics.volumes.turned import Turn, TurnedVolume
+from connectomics.volumes.turned import Orientation, ReorientedVolume
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 TILE_VOXELS = 1 << 23
@@ -221,7 +221,7 @@ def _section_cases(
 ) -> Iterator[Case]:
     """The case of each section across ``axis``; the volume is read with that axis as its first."""
     order = AxisOrder.across(axis)
-    source = reader if order.identity else TurnedVolume(reader, Turn(order=order))
+    source = reader if order.identity else ReorientedVolume(reader, Orientation(order=order))
     for i, tally in enumerate(_tallies(source, name, workers, lambda tile, box: None, order)):
         region = Box((i, 0, 0), (i + 1, *source.info.extent[1:]))
         turned = tally.case(region, schemes)
@@ -311,7 +311,7 @@ def survey_bytes(info: VolumeInfo, workers: int, section_axis: int = 0) -> int:
     While a tile is turned there are two of it.
     """
     order = AxisOrder.across(section_axis)
-    info = Turn(order=order).of_info(info)
+    info = Orientation(order=order).of_info(info)
     shape = tile_shape(info)
     tile, held = math.prod(shape), workers + 2 if order.identity else 2 * workers + 2
     waiting = tile * info.channels * info.dtype.itemsize * held

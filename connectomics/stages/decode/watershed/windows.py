@@ -63,7 +63,7 @@ class SavedArrays:
 
 @dataclass(frozen=True, slots=True)
 class BasinTask:
-    """BlockPlacement into basins what lies in a window of the components that are too large.
+    """Cut into basins what lies in a window of the components that are too large.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ class BasinTask:
         return self.folder.name
 
     def process(self, block: Block) -> BlockRecord:
-        """BlockPlacement a window; its file is on disk on return."""
+        """Cut a window; its file is on disk on return."""
         began = time.perf_counter()
         return saved(self._cut(block.core), block_file(self.folder, block), block, began)
 
