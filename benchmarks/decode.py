@@ -40,9 +40,9 @@ from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import Cuts, merge
 from connectomics.objects.pieces import Pieces, nothing
 from connectomics.objects.selection import Selection
+from connectomics.stages.decode.context import CUT, StepContext
 from connectomics.stages.decode.steps import Values
 from connectomics.stages.decode.tasks import PiecesTask, smallest_dtype
-from connectomics.stages.decode.workspace import CUT, StepContext
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.store import Store, create_store, open_store
 from connectomics.volumes.volume import VolumeInfo

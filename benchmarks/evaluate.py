@@ -26,9 +26,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from connectomics.core.geometry import Box  # noqa: E402
+from connectomics.evaluate.comparison import Comparison, compare  # noqa: E402
 from connectomics.evaluate.contingency import Contingency  # noqa: E402
 from connectomics.evaluate.instances import instance_scores  # noqa: E402
-from connectomics.evaluate.volumes import Comparison, compare  # noqa: E402
 from connectomics.volumes.opening import open_volume  # noqa: E402
 
 

@@ -29,9 +29,9 @@ from connectomics.objects.merge import IDS, OBJECTS, OFFSETS, table
 from connectomics.objects.overlaps import OVERLAP, SliceOverlaps, summed
 from connectomics.objects.pieces import PIECE
 from connectomics.objects.table import MeasurementUnits
+from connectomics.stages.decode.context import DecodingState, Step, StepContext
 from connectomics.stages.decode.linking import SliceLinking
 from connectomics.stages.decode.steps import ConnectedComponents
-from connectomics.stages.decode.workspace import DecodingState, Step, StepContext
 from connectomics.volumes.store import open_store
 
 STEPS: dict[str, Step] = {

@@ -40,12 +40,11 @@ sys.path.insert(0, str(REPOSITORY))
 from connectomics import Box, InferenceManager, load_config, open_volume  # noqa: E402
 from connectomics.assembly.decoding import DecodingInput  # noqa: E402
 from connectomics.commands.decode import Decoder  # noqa: E402
-from connectomics.commands.evaluate import Scores  # noqa: E402
-from connectomics.commands.score_table import score_table  # noqa: E402
+from connectomics.commands.evaluate import Scores, score_table  # noqa: E402
 from connectomics.evaluate.contingency import Contingency, side_by_side  # noqa: E402
 from connectomics.evaluate.instances import instance_scores  # noqa: E402
 from connectomics.evaluate.montage import montage  # noqa: E402
-from connectomics.evaluate.objects import MATCHED, Overlaps, match_table, write_matches  # noqa: E402
+from connectomics.evaluate.pairs import MATCHED, ObjectPairs, match_table, write_matches  # noqa: E402
 from connectomics.evaluate.semantic import Confusion  # noqa: E402
 from connectomics.evaluate.semantic import scores as semantic_scores  # noqa: E402
 
@@ -138,7 +137,7 @@ def compare_ways(given: Array, truth: Array, smallest: int) -> None:
 
 def painted_as_truth(given: Array, truth: Array) -> Array:
     """Predicted ids, those of matched objects replaced by their partners', so that a picture gives both one colour."""
-    rows = match_table(Overlaps.of(Contingency.from_arrays(given, truth)))
+    rows = match_table(ObjectPairs.of(Contingency.from_arrays(given, truth)))
     matched = rows["kind"] == MATCHED
     partner = dict(zip(rows["prediction"][matched].tolist(), rows["truth"][matched].tolist(), strict=True))
     painted: Array = np.vectorize(lambda n: partner.get(n, n + int(truth.max()) if n else 0), otypes=[np.int64])(given)
@@ -161,7 +160,7 @@ def measured(given: Array, truth: Array, names: list[str], smallest: int, folder
     rows = zip(names, tables, given, truth, strict=True)
     volumes = {name: entry(table, p, t) for name, table, p, t in rows}
     paths = [
-        write_matches(match_table(Overlaps.of(table)), folder, name.replace(" ", "_"))
+        write_matches(match_table(ObjectPairs.of(table)), folder, name.replace(" ", "_"))
         for name, table in zip(names, tables, strict=True)
     ]
     pooled = entry(side_by_side(tables), np.concatenate(list(given)), np.concatenate(list(truth)))

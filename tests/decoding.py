@@ -22,8 +22,8 @@ from connectomics.execution.task import Task
 from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import AT_ONCE, FIRST_ID, Cuts, merge
 from connectomics.objects.table import COLUMNS, MeasurementUnits, write_table
+from connectomics.stages.decode.context import DecodingState, Step, StepContext
 from connectomics.stages.decode.tasks import JoinTask, PiecesTask, block_file, painted_block
-from connectomics.stages.decode.workspace import DecodingState, Step, StepContext
 from connectomics.volumes.volume import VolumeInfo
 
 Array = npt.NDArray[Any]

@@ -23,8 +23,8 @@ from connectomics.objects.selection import Selection
 from connectomics.objects.table import require_parquet
 from connectomics.runs.decode import DecodeJob
 from connectomics.stages.decode import linking, steps
+from connectomics.stages.decode.context import Step, decode_plan
 from connectomics.stages.decode.watershed.step import Watershed as WatershedStep
-from connectomics.stages.decode.workspace import Step, decode_plan
 from connectomics.stages.output.export import FORMATS, export_path, read_stamp
 from connectomics.stages.output.finish import FinalOutput
 from connectomics.volumes.listing import stem_of

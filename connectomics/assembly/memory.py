@@ -14,7 +14,7 @@ from connectomics.core.geometry import Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.planning.blocks import REFUSAL_STEP_BYTES, plan_blocks
 from connectomics.planning.memory import LIBRARY_BYTES, Budget, Footprint, Work
-from connectomics.stages.decode.workspace import CHUNK, VOXEL_BYTES
+from connectomics.stages.decode.context import CHUNK, VOXEL_BYTES
 from connectomics.stages.output.export import exporting_bytes
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.stages.survey.survey import survey_bytes

@@ -13,12 +13,12 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ResourceError, VolumeError
 from connectomics.core.geometry import Box, Vec3
 from connectomics.execution.block_plan import BlockPlan
-from connectomics.objects.basins import window_grid
+from connectomics.objects.basins import subvolume_grid
 from connectomics.objects.components import Connectivity
 from connectomics.objects.distance import reach
 from connectomics.planning.blocks import REFUSAL_STEP_BYTES
+from connectomics.stages.decode.context import CHUNK, VOXEL_BYTES, decode_plan
 from connectomics.stages.decode.watershed import step as watershed
-from connectomics.stages.decode.workspace import CHUNK, VOXEL_BYTES, decode_plan
 from connectomics.volumes.volume import VolumeInfo
 
 FLOOD_BYTES = 104  # a voxel of a component's box while it is flooded, beside what is read of probabilities
@@ -176,8 +176,8 @@ def _for_distances(key: str, step: Watershed, info: VolumeInfo, memory: Memory, 
     while need(plan) > memory.free_bytes and part >= VOXEL_BYTES * CHUNK**3:
         part //= 2
         plan = decode_plan(info, part)
-    windows = window_grid(info.extent, step.max_component_voxels, Connectivity(step.connectivity))
-    most = max(need(plan), around(windows.block_shape))
+    subvolumes = subvolume_grid(info.extent, step.max_component_voxels, Connectivity(step.connectivity))
+    most = max(need(plan), around(subvolumes.block_shape))
     memory.require(most, f"{key}={distance}, {margin} voxels (z, y, x) around a block,", f"lower {key}")
     return plan
 

@@ -147,7 +147,7 @@ def _evaluate(words: argparse.Namespace) -> int:
     stated = [INSTANCES] if words.instances else []
     config = load_config(words.config, [*stated, *words.overrides])
     from connectomics.commands.evaluate import evaluate_volumes, stated_comparisons
-    from connectomics.evaluate.volumes import Comparison
+    from connectomics.evaluate.comparison import Comparison
     from connectomics.lightning.inference import check_output_folder
 
     if words.checkpoint is not None:
@@ -161,7 +161,7 @@ def _evaluate(words: argparse.Namespace) -> int:
 
 def _print_scores(scores: Scores, as_json: bool) -> int:
     """Print a table or JSON, and where the files are; the exit code."""
-    from connectomics.commands.score_table import score_table
+    from connectomics.commands.evaluate import score_table
 
     print(json.dumps(scores.content, indent=1) if as_json else score_table(scores))
     for path in () if as_json else (*scores.matches, scores.path):

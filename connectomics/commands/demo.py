@@ -7,8 +7,7 @@ from pathlib import Path
 
 from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.volumes import named_sources
-from connectomics.commands.evaluate import evaluate_outcomes
-from connectomics.commands.score_table import score_table
+from connectomics.commands.evaluate import evaluate_outcomes, score_table
 from connectomics.config.load import load_config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box

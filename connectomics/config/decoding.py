@@ -77,7 +77,7 @@ class Watershed:
     ``connectivity``, ``threshold``, ``channel`` and ``probabilities`` as for connected components; all labels count as
     one. Seeds are where the probability exceeds ``seed_threshold``, or what is farther than ``seed_distance_nm`` from
     the background. ``keep_unseeded`` keeps components without a seed. A component whose bounding box has more than
-    ``max_component_voxels`` is flooded in windows.
+    ``max_component_voxels`` is flooded in subvolumes.
     """
 
     name: str = "watershed"

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.evaluate.contingency import Contingency
-from connectomics.evaluate.objects import LEAST, TWENTIETHS, ObjectPairs, Places, Reals
+from connectomics.evaluate.pairs import LEAST, TWENTIETHS, ObjectPairs, Places, Reals
 
 INSTANCE_METRICS = ("ap", "f1", "pq", "voi", "arand")
 _THRESHOLDS = range(LEAST, TWENTIETHS)  # 0.5, 0.55, … 0.95

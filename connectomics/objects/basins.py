@@ -1,4 +1,4 @@
-"""Watershed of a component that is too large for one flood: basins of windows, and which seed reaches each first.
+"""Watershed of a component that is too large for one flood: basins of subvolumes, and which seed reaches each first.
 
 A basin is what flows to one local maximum or seed. A flood that starts at the seeds enters every other basin over its
 highest saddle, so that the basins of a seed are a tree of a spanning forest over the saddles; only heights are
@@ -85,12 +85,12 @@ class Saddles:
 
 @dataclass(frozen=True, slots=True)
 class Basins:
-    """The basins of a window.
+    """The basins of a subvolume.
 
     Parameters
     ----------
     labels
-        int64 (z, y, x): 0, a seed's number, or behind all seeds 1 + the position of a basin that other windows meet.
+        int64 (z, y, x): 0, a seed's number, or behind all seeds 1 + the position of a basin that other subvolumes meet.
     count
         Basins of the latter kind.
     saddles
@@ -105,7 +105,7 @@ class Basins:
 def basins_of(
     heights: Array, seeds: Array, inside: Array, shared: Array, connectivity: Connectivity, seed_count: int
 ) -> Basins:
-    """Cut a window into basins; those that no other window meets are united with the one they are flooded from.
+    """Cut a subvolume into basins; those that no other subvolume meets are united with the one they are flooded from.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def basins_of(
     inside
         bool (z, y, x): what is flooded.
     shared
-        bool (z, y, x): what other windows hold, too.
+        bool (z, y, x): what other subvolumes hold, too.
     connectivity
         Which voxels are neighbours.
     seed_count
@@ -155,44 +155,44 @@ def saddles_of(labels: Array, heights: Array, connectivity: Connectivity) -> Sad
     return Saddles.together(found)
 
 
-def window_grid(volume: Vec3, most_voxels: int, connectivity: Connectivity) -> BlockGrid:
-    """The windows, which with the first plane of the next ones have at most so many voxels.
+def subvolume_grid(volume: Vec3, most_voxels: int, connectivity: Connectivity) -> BlockGrid:
+    """The subvolumes, which with the first plane of the next ones have at most so many voxels.
 
     The volume is halved along its longest axis until they do.
 
     Examples
     --------
-    >>> window_grid((100, 400, 400), 10**6, Connectivity(26)).block_shape
+    >>> subvolume_grid((100, 400, 400), 10**6, Connectivity(26)).block_shape
     (50, 100, 100)
     """
     side = [1 if connectivity.by_section else volume[0], *volume[1:]]
-    while window(Box.of_shape(vec3(side)), volume, connectivity).voxels > most_voxels:
+    while subvolume(Box.of_shape(vec3(side)), volume, connectivity).voxels > most_voxels:
         axis = max(range(3), key=lambda a: side[a])
         side[axis] = -(-side[axis] // 2)
     return BlockGrid(volume, vec3(side))
 
 
-def window(core: Box, volume: Vec3, connectivity: Connectivity) -> Box:
-    """A window and the first plane of the next ones."""
+def subvolume(core: Box, volume: Vec3, connectivity: Connectivity) -> Box:
+    """A subvolume and the first plane of the next ones."""
     z, y, x = core.stop
     return Box(core.start, (z + (not connectivity.by_section), y + 1, x + 1)).clip(volume)
 
 
-def refining_grid(windows: BlockGrid) -> BlockGrid:
-    """Windows of about the same size whose outer quarters are halos, so that they see what is behind the others' faces.
+def refining_grid(subvolumes: BlockGrid) -> BlockGrid:
+    """Subvolumes of about the same size whose outer quarters are halos: they see what is behind the others' faces.
 
     Examples
     --------
     >>> refining_grid(BlockGrid((100, 400, 400), (100, 100, 50)))
     BlockGrid(volume=(100, 400, 400), block_shape=(100, 50, 26), halo=(0, 25, 12))
     """
-    halo = [s // 4 if s < n else 0 for s, n in zip(windows.block_shape, windows.volume, strict=True)]
-    core = [s - 2 * h for s, h in zip(windows.block_shape, halo, strict=True)]
-    return BlockGrid(windows.volume, vec3(core), vec3(halo))
+    halo = [s // 4 if s < n else 0 for s, n in zip(subvolumes.block_shape, subvolumes.volume, strict=True)]
+    core = [s - 2 * h for s, h in zip(subvolumes.block_shape, halo, strict=True)]
+    return BlockGrid(subvolumes.volume, vec3(core), vec3(halo))
 
 
 def ends_of(read: Box, volume: Vec3) -> Array:
-    """bool (z, y, x): the outermost planes of a window that do not lie at the border of the volume."""
+    """bool (z, y, x): the outermost planes of a subvolume that do not lie at the border of the volume."""
     ends = np.zeros(read.shape, bool)
     for axis in range(3):
         for plane, inner in ((0, read.start[axis] > 0), (-1, read.stop[axis] < volume[axis])):
@@ -202,7 +202,7 @@ def ends_of(read: Box, volume: Vec3) -> Array:
 
 
 def shared_with(core: Box, read: Box) -> tuple[Array, Array]:
-    """Which voxels of a window other windows hold, too, and which of them are the others' own; bool (z, y, x) each."""
+    """Which voxels of a subvolume others hold, too, and which of them are those others' own; bool (z, y, x) each."""
     own = np.zeros(read.shape, bool)
     own[core.relative_to(read).slices] = True
     shared = ~own

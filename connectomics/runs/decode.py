@@ -28,8 +28,8 @@ from connectomics.execution.run_folder import PROVENANCE, SINGLE_WRITER, WORKERS
 from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blocks
 from connectomics.execution.task import Executor, RunReport, Task
 from connectomics.objects.table import MeasurementUnits, write_table
+from connectomics.stages.decode.context import PLAN, DecodingState, Step, StepContext, kept_plan
 from connectomics.stages.decode.tasks import Read
-from connectomics.stages.decode.workspace import PLAN, DecodingState, Step, StepContext, kept_plan
 from connectomics.stages.output.finish import (
     FinalOutput,
     check_exportable,

@@ -27,7 +27,7 @@ from connectomics.execution.run_folder import AGREEMENT, FILTERED, LEDGER, PROVE
 from connectomics.execution.runner import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
 from connectomics.execution.stage import LABELS, Workspace
 from connectomics.execution.task import Executor, RunReport
-from connectomics.stages.decode.workspace import BLOCK_VOXELS, VOXEL_BYTES
+from connectomics.stages.decode.context import BLOCK_VOXELS, VOXEL_BYTES
 from connectomics.stages.output.finish import (
     FinalOutput,
     check_exportable,

@@ -24,7 +24,7 @@ from connectomics.execution.stage import Workspace
 from connectomics.inference.case import CaseInput
 from connectomics.inference.resample import ResampledInput
 from connectomics.lightning.inference import InferenceManager
-from connectomics.stages.decode.workspace import VOXEL_BYTES
+from connectomics.stages.decode.context import VOXEL_BYTES
 from connectomics.stages.predict.segmenter import Segmenter
 from connectomics.stages.survey import mask as masks
 from connectomics.stages.survey.mask import make_mask

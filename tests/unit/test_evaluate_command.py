@@ -19,9 +19,9 @@ from skimage.metrics import adapted_rand_error
 from connectomics.cli import main, script_main
 from connectomics.core.errors import OutputError
 from connectomics.core.geometry import Vec3
+from connectomics.evaluate.comparison import Comparison, compare
 from connectomics.evaluate.contingency import Contingency
-from connectomics.evaluate.objects import write_matches
-from connectomics.evaluate.volumes import Comparison, compare
+from connectomics.evaluate.pairs import write_matches
 
 SHAPE = (5, 40, 50)
 

@@ -19,7 +19,7 @@ from connectomics.core.geometry import BlockGrid
 from connectomics.evaluate import contingency
 from connectomics.evaluate.contingency import Contingency, Tally, combined
 from connectomics.evaluate.instances import instance_scores
-from connectomics.evaluate.objects import ObjectPairs, match_table
+from connectomics.evaluate.pairs import ObjectPairs, match_table
 
 IDS = st.sampled_from([0, 1, 2, 3, 2**31, 2**32 - 1, 2**32, 2**40, 2**63, 2**64 - 1])
 

@@ -18,7 +18,7 @@ from connectomics.config import validation
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.evaluate.contingency import Contingency, side_by_side
 from connectomics.evaluate.instances import INSTANCE_METRICS, instance_scores
-from connectomics.evaluate.objects import ObjectPairs, match_table
+from connectomics.evaluate.pairs import ObjectPairs, match_table
 
 Ids = npt.NDArray[Any]
 PAIRS = 120

@@ -16,12 +16,17 @@ from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.volumes import named_sources
 from connectomics.cli import main
 from connectomics.commands import demo
-from connectomics.commands.evaluate import Labelling, check_known_answers, evaluate_outcomes, evaluate_volumes
-from connectomics.commands.score_table import score_table
+from connectomics.commands.evaluate import (
+    Labelling,
+    check_known_answers,
+    evaluate_outcomes,
+    evaluate_volumes,
+    score_table,
+)
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ConnectomicsError
-from connectomics.evaluate.volumes import Comparison
+from connectomics.evaluate.comparison import Comparison
 from connectomics.jobs.outcome import NullObserver, VolumeOutcome
 from connectomics.lightning.inference import VolumeProcessor
 

@@ -15,9 +15,7 @@ from connectomics.execution.run_folder import FILTERED, LEDGER
 from connectomics.execution.stage import Workspace
 from connectomics.objects.components import Connectivity
 from connectomics.objects.selection import Holes, Selection
-from connectomics.stages.decode.steps import Values
-from connectomics.stages.decode.tasks import PiecesTask
-from connectomics.stages.decode.workspace import (
+from connectomics.stages.decode.context import (
     BLOCK_VOXELS,
     CUT,
     PLAN,
@@ -26,6 +24,8 @@ from connectomics.stages.decode.workspace import (
     decode_plan,
     kept_plan,
 )
+from connectomics.stages.decode.steps import Values
+from connectomics.stages.decode.tasks import PiecesTask
 from connectomics.volumes.store import Store, open_store
 
 OBJECTS, BACKGROUND = Connectivity(26), Connectivity(6)

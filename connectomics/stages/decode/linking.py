@@ -22,9 +22,9 @@ from connectomics.objects.links import Linking, Sections, link
 from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS
 from connectomics.objects.overlaps import OVERLAP, PieceRuns, SliceOverlaps, overlaps, summed
 from connectomics.objects.selection import NUMBERS, Selection
+from connectomics.stages.decode.context import CUT, TABLES, DecodingState, StepContext
 from connectomics.stages.decode.steps import EVERYTHING, Values
 from connectomics.stages.decode.tasks import PiecesTask, block_file, saved, smallest_dtype
-from connectomics.stages.decode.workspace import CUT, TABLES, DecodingState, StepContext
 from connectomics.volumes.volume import Array
 
 SECTIONS, OVERLAPS = "sections", "overlaps"

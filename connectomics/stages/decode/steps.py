@@ -20,8 +20,8 @@ from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import OBJECTS
 from connectomics.objects.pieces import FIXED_POINT
 from connectomics.objects.selection import NUMBERS, Holes, Selection, absorb, inherit
+from connectomics.stages.decode.context import CUT, DecodingState, StepContext
 from connectomics.stages.decode.tasks import PiecesTask, smallest_dtype
-from connectomics.stages.decode.workspace import CUT, DecodingState, StepContext
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 EVERYTHING = Selection()

@@ -1,6 +1,6 @@
 """The blockwise tasks of decoding: cut blocks into pieces, find which touch, paint the objects.
 
-``stages.decode.workspace`` runs them in this order, each under a ledger of its own; a block leaves one file, which is
+``stages.decode.context`` runs them in this order, each under a ledger of its own; a block leaves one file, which is
 whole or absent. A stage is called as the folder that it fills, in the work folder.
 """
 

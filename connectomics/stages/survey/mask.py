@@ -20,8 +20,7 @@ from connectomics.execution.task import Task
 from connectomics.inference.case import ReadBox
 from connectomics.objects.components import Connectivity
 from connectomics.objects.selection import Selection
-from connectomics.stages.decode.tasks import PiecesTask
-from connectomics.stages.decode.workspace import (
+from connectomics.stages.decode.context import (
     BLOCK_VOXELS,
     CUT,
     PLAN,
@@ -30,6 +29,7 @@ from connectomics.stages.decode.workspace import (
     decode_plan,
     kept_plan,
 )
+from connectomics.stages.decode.tasks import PiecesTask
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 

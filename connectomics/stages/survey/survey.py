@@ -27,7 +27,7 @@ from connectomics.inference.normalise import ChannelSummary, IntensityStats, che
 from connectomics.inference.section_cases import SectionCases
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.stages.survey.mask import is_inside, make_mask, sections_of
-from connectomics.volumes.turned import Orientation, ReorientedVolume
+from connectomics.volumes.reoriented import Orientation, ReorientedVolume
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 TILE_VOXELS = 1 << 23

@@ -26,9 +26,9 @@ from nibabel.wrapstruct import WrapStructError
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import AxisOrder, vec3
 from connectomics.volumes.mapped import MappedArray, contiguous_chunk
+from connectomics.volumes.reoriented import Orientation, ReorientedVolume
 from connectomics.volumes.source import READ_ERRORS, Source, file_identity, three_positive, unreadable
 from connectomics.volumes.stored import Layout, StoredVolume, info_of, layout_of, native_dtype
-from connectomics.volumes.turned import Orientation, ReorientedVolume
 from connectomics.volumes.volume import Array, Spacing, VolumeReader
 
 LETTERS = {2: "xy", 3: "xyz", 4: "xyzc"}

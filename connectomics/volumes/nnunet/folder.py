@@ -33,8 +33,8 @@ from connectomics.volumes.nnunet.nifti import (
     write_nifti,
 )
 from connectomics.volumes.opening import open_volume
+from connectomics.volumes.reoriented import ReorientedVolume
 from connectomics.volumes.source import Source, three_positive
-from connectomics.volumes.turned import ReorientedVolume
 from connectomics.volumes.volume import Array, VolumeReader
 
 IMAGES, TIFFS = "NaturalImage2DIO", "Tiff3DIO"

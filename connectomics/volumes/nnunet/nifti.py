@@ -23,8 +23,8 @@ from nibabel.wrapstruct import WrapStructError
 from connectomics.core.errors import OutputError, VolumeError
 from connectomics.core.geometry import Vec3
 from connectomics.volumes.formats.nifti import turn_to_ras
+from connectomics.volumes.reoriented import Orientation
 from connectomics.volumes.source import reason, three_positive
-from connectomics.volumes.turned import Orientation
 from connectomics.volumes.volume import Array, Spacing
 
 SIMPLE_ITK, NIBABEL, NIBABEL_TURNED = "SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"

@@ -22,7 +22,7 @@ from connectomics.objects.faces import block_number
 from connectomics.objects.merge import IDS, OBJECTS, OFFSETS
 from connectomics.objects.watershed import SEED_COUNTS, RunLengths, flood
 from connectomics.stages.decode.tasks import Read, block_file, saved, smallest_dtype
-from connectomics.stages.decode.watershed.windows import PaintedComponents, Windows
+from connectomics.stages.decode.watershed.subvolumes import FloodedSubvolumes, PaintedComponents
 from connectomics.volumes.volume import Array, Nanometres
 
 
@@ -243,8 +243,8 @@ class Flooded:
         How many seeds there are.
     folder
         What was flooded whole.
-    windows
-        What was flooded in windows, or None.
+    subvolumes
+        What was flooded in subvolumes, or None.
     keep_unseeded
         Whether components without a seed are objects.
     """
@@ -252,7 +252,7 @@ class Flooded:
     contests: ContestedComponents
     seeds: int
     folder: Path
-    windows: Windows | None
+    subvolumes: FloodedSubvolumes | None
     keep_unseeded: bool
 
     def __call__(self, box: Box) -> Array:
@@ -273,7 +273,7 @@ class Flooded:
             within = common.relative_to(box).slices
             parts = flooded[common.relative_to(whole).slices] + labels.dtype.type(ground.count)
             np.copyto(labels[within], parts, where=components[within] == component)
-        if self.windows is not None:
-            parts = self.windows.read(box, labels.dtype)
+        if self.subvolumes is not None:
+            parts = self.subvolumes.read(box, labels.dtype)
             np.copyto(labels, parts + labels.dtype.type(ground.count), where=parts > 0)
         return labels

@@ -17,23 +17,23 @@ from connectomics.core.errors import ConfigError
 from connectomics.core.files import replacing
 from connectomics.core.geometry import BlockGrid
 from connectomics.execution.block_plan import BlockPlan
-from connectomics.objects.basins import refining_grid, window_grid
+from connectomics.objects.basins import refining_grid, subvolume_grid
 from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import AT_ONCE, OBJECTS, spans
 from connectomics.objects.selection import Selection
 from connectomics.objects.watershed import SEED_COUNTS, count_seeds
+from connectomics.stages.decode.context import CUT, SUMMARY, DecodingState, StepContext
 from connectomics.stages.decode.steps import EVERYTHING, Values, probability_units
 from connectomics.stages.decode.tasks import PiecesTask, Read, smallest_dtype
 from connectomics.stages.decode.watershed.flooding import ContestedComponents, Distance, Flooded, FloodTask, Seeds
-from connectomics.stages.decode.watershed.windows import (
+from connectomics.stages.decode.watershed.subvolumes import (
     BasinTask,
     BridgeTask,
+    FloodedSubvolumes,
     PaintedComponents,
     RefineTask,
-    Windows,
     grow_trees,
 )
-from connectomics.stages.decode.workspace import CUT, SUMMARY, DecodingState, StepContext
 from connectomics.volumes.volume import Array, VolumeInfo
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Watershed:
     keep_unseeded
         Whether components without a seed are objects.
     max_component_voxels
-        Of the bounding box of a component that is flooded whole; larger ones are flooded in windows of this size.
+        Of the bounding box of a component that is flooded whole; larger ones are flooded in subvolumes of this size.
     selection
         Which objects stay.
     """
@@ -99,13 +99,13 @@ class Watershed:
         task = FloodTask(context.grid, context.place(FLOOD), contests, seeds, heights, connectivity)
         task.folder.mkdir(exist_ok=True)
         context.do(task, task.folder)
-        windows = None
+        subvolumes = None
         if len(large):
-            grid = window_grid(context.grid.volume, self.max_component_voxels, connectivity)
+            grid = subvolume_grid(context.grid.volume, self.max_component_voxels, connectivity)
             near = (lambda box: heights.near(box, floor)) if isinstance(heights, Distance) else heights
             basins = BasinTask(grid, task.folder, ground, seeds, large, near, connectivity)
-            windows = _in_windows(basins, context.part("windows"))
-        flooded = Flooded(contests, seeds.count, task.folder, windows, self.keep_unseeded)
+            subvolumes = _in_subvolumes(basins, context.part("windows"))
+        flooded = Flooded(contests, seeds.count, task.folder, subvolumes, self.keep_unseeded)
         last = context.part("objects")
         pieces = PiecesTask(last.grid, last.place(CUT), flooded, None, likely, flat=connectivity.by_section)
         last.pieces(pieces)
@@ -144,7 +144,7 @@ class Watershed:
                 (temporary / SUMMARY).write_text(json.dumps(counts | {"seeds": seeds.count}))
                 if len(large):
                     log.warning(
-                        "%s: %d of %d components are larger than max_component_voxels=%d and are flooded in windows",
+                        "%s: %d of %d components are larger than max_component_voxels=%d and are flooded in subvolumes",
                         *(context.name, len(large), ground.count, self.max_component_voxels),
                     )
 
@@ -166,7 +166,7 @@ def _labelled(read: Read, connectivity: Connectivity, info: VolumeInfo, context:
 
 
 def _counted(contests: ContestedComponents) -> tuple[dict[str, int], Array]:
-    """How many components there are of each kind, and the numbers of those that are flooded in windows."""
+    """How many components there are of each kind, and the numbers of those that are flooded in subvolumes."""
     rows = np.load(contests.ground.tables / OBJECTS, mmap_mode="r")
     seeds = np.load(contests.folder / SEED_COUNTS, mmap_mode="r")
     count, large = contests.ground.count, [np.zeros(0, np.int64)]
@@ -180,7 +180,7 @@ def _counted(contests: ContestedComponents) -> tuple[dict[str, int], Array]:
     return {"components": count, "unseeded": unseeded, "flooded": contested, "cut": len(numbers)}, numbers
 
 
-def _in_windows(task: BasinTask, context: StepContext) -> Windows:
+def _in_subvolumes(task: BasinTask, context: StepContext) -> FloodedSubvolumes:
     """Flood what is too large to be flooded whole."""
     task = dataclasses.replace(task, folder=context.place("basins"))
     bridges = BridgeTask(task.grid, context.place("bridges"), task.folder, task.connectivity)
@@ -192,14 +192,14 @@ def _in_windows(task: BasinTask, context: StepContext) -> Windows:
             temporary.mkdir()
             grow_trees(task.grid, task.folder, bridges.folder, task.seeds.count, temporary)
 
-    coarse = Windows(task.grid, task.folder, task.seeds.count, context.made("trees", make))
+    coarse = FloodedSubvolumes(task.grid, task.folder, task.seeds.count, context.made("trees", make))
     refine = RefineTask(refining_grid(task.grid), context.place("refined"), task, coarse)
     _do(refine, context)
-    return Windows(refine.grid, refine.folder, task.seeds.count)
+    return FloodedSubvolumes(refine.grid, refine.folder, task.seeds.count)
 
 
 def _do(task: BasinTask | BridgeTask | RefineTask, context: StepContext) -> None:
-    """Do the windows of a task, which are cut by its own grid."""
+    """Do the subvolumes of a task, which are cut by its own grid."""
     task.folder.mkdir(exist_ok=True)
     shape = task.grid.block_shape
     dataclasses.replace(context, grid=task.grid, plan=BlockPlan(shape, shape)).do(task, task.folder)

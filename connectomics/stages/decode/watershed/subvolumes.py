@@ -1,6 +1,8 @@
-"""Components that are too large for one flood: basins of windows, bridges between windows, and who floods each basin.
+"""Components that are too large for one flood: basins of subvolumes, bridges between subvolumes, and who floods each
+basin.
 
-``stages.decode.watershed.step`` runs the two tasks, each under a ledger of its own; ``Windows`` reads what came out.
+``stages.decode.watershed.step`` runs the two tasks, each under a ledger of its own; ``FloodedSubvolumes`` reads what
+came out.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import numpy.typing as npt
 from connectomics.core.geometry import Block, BlockGrid, Box, vec3
 from connectomics.execution.task import BlockRecord
 from connectomics.objects.arrays import load, save
-from connectomics.objects.basins import Saddles, basins_of, ends_of, seeds_of_basins, shared_with, window
+from connectomics.objects.basins import Saddles, basins_of, ends_of, seeds_of_basins, shared_with, subvolume
 from connectomics.objects.components import Connectivity
 from connectomics.objects.watershed import RunLengths, flood
 from connectomics.stages.decode.tasks import Read, block_file, saved
@@ -52,7 +54,7 @@ class PaintedComponents:
 
 @dataclass(frozen=True, slots=True)
 class SavedArrays:
-    """Arrays that a window leaves behind."""
+    """Arrays that a subvolume leaves behind."""
 
     arrays: dict[str, Array]
 
@@ -63,12 +65,12 @@ class SavedArrays:
 
 @dataclass(frozen=True, slots=True)
 class BasinTask:
-    """Cut into basins what lies in a window of the components that are too large.
+    """Cut into basins what lies in a subvolume of the components that are too large.
 
     Parameters
     ----------
     grid
-        The windows.
+        The subvolumes.
     folder
         Where the results go.
     ground, seeds
@@ -95,12 +97,12 @@ class BasinTask:
         return self.folder.name
 
     def process(self, block: Block) -> BlockRecord:
-        """Cut a window; its file is on disk on return."""
+        """Cut a subvolume; its file is on disk on return."""
         began = time.perf_counter()
         return saved(self._cut(block.core), block_file(self.folder, block), block, began)
 
     def _cut(self, core: Box) -> SavedArrays:
-        read = window(core, self.grid.volume, self.connectivity)
+        read = subvolume(core, self.grid.volume, self.connectivity)
         inside = np.isin(self.ground.read(read), self.large)
         if not inside.any():
             return _saved_arrays(np.zeros(core.shape, np.uint8), 0, Saddles.together([]), np.zeros((2, 0)), np.zeros(0))
@@ -122,12 +124,12 @@ def _saved_arrays(own: Array, count: int, saddles: Saddles, beyond: Array, beyon
 
 @dataclass(frozen=True, slots=True)
 class BridgeTask:
-    """Find which basins of a window are which basins of the next ones: those of the voxels that both hold.
+    """Find which basins of a subvolume are which basins of the next ones: those of the voxels that both hold.
 
     Parameters
     ----------
     grid
-        The windows.
+        The subvolumes.
     folder
         Where the results go.
     basins
@@ -147,9 +149,9 @@ class BridgeTask:
         return self.folder.name
 
     def process(self, block: Block) -> BlockRecord:
-        """Look at a window's last planes; its file is on disk on return."""
+        """Look at a subvolume's last planes; its file is on disk on return."""
         began = time.perf_counter()
-        read = window(block.core, self.grid.volume, self.connectivity)
+        read = subvolume(block.core, self.grid.volume, self.connectivity)
         (beyond,) = load(block_file(self.basins, block), "beyond")
         places = np.stack(np.unravel_index(beyond[0].astype(np.int64), read.shape), axis=1) + read.start
         index = places // self.grid.block_shape
@@ -170,14 +172,14 @@ def _runs(folder: Path, block: Block) -> RunLengths:
 
 
 def grow_trees(grid: BlockGrid, basins: Path, bridges: Path, seed_count: int, folder: Path) -> None:
-    """Find which seed floods each basin; in memory for all basins that touch other windows.
+    """Find which seed floods each basin; in memory for all basins that touch other subvolumes.
 
-    Leaves in ``folder``: ``firsts.npy``, the number of the first basin of each window; ``seeds.npy`` u8, by basin.
+    Leaves in ``folder``: ``firsts.npy``, the number of the first basin of each subvolume; ``seeds.npy`` u8, by basin.
 
     Parameters
     ----------
     grid
-        The windows.
+        The subvolumes.
     basins, bridges
         Where the tasks' results lie.
     seed_count
@@ -202,13 +204,13 @@ def grow_trees(grid: BlockGrid, basins: Path, bridges: Path, seed_count: int, fo
 
 
 @dataclass(frozen=True, slots=True)
-class Windows:
-    """What was flooded in windows.
+class FloodedSubvolumes:
+    """What was flooded in subvolumes.
 
     Parameters
     ----------
     grid
-        The windows.
+        The subvolumes.
     folder
         Where their labels lie.
     seed_count
@@ -248,12 +250,12 @@ class Windows:
 
 @dataclass(frozen=True, slots=True)
 class RefineTask:
-    """Flood windows anew, from seeds and from what the basins say at the ends of a halo; of each the core is kept.
+    """Flood subvolumes anew, from seeds and from what the basins say at the ends of a halo; of each the core is kept.
 
     Parameters
     ----------
     grid
-        Windows with halos.
+        FloodedSubvolumes with halos.
     folder
         Where the results go.
     cut
@@ -265,7 +267,7 @@ class RefineTask:
     grid: BlockGrid
     folder: Path
     cut: BasinTask
-    coarse: Windows
+    coarse: FloodedSubvolumes
 
     @property
     def name(self) -> str:
@@ -273,10 +275,10 @@ class RefineTask:
         return self.folder.name
 
     def process(self, block: Block) -> BlockRecord:
-        """Flood a window; its file is on disk on return."""
+        """Flood a subvolume; its file is on disk on return."""
         began = time.perf_counter()
-        window = self.grid.block(block.index)  # a ledger's blocks have no halo
-        runs = RunLengths.of(self._flooded(window.core, window.read))
+        subvolume = self.grid.block(block.index)  # a ledger's blocks have no halo
+        runs = RunLengths.of(self._flooded(subvolume.core, subvolume.read))
         return saved(SavedArrays(asdict(runs)), block_file(self.folder, block), block, began)
 
     def _flooded(self, core: Box, read: Box) -> Array:
@@ -288,6 +290,6 @@ class RefineTask:
         coarse = self.coarse.read(read, seeds.dtype)
         markers = np.where(ends_of(read, self.grid.volume), coarse, seeds)
         found = flood(cut.heights(read), markers, inside, cut.connectivity)
-        np.copyto(found, coarse, where=found == 0)  # what no marker of the window reaches
+        np.copyto(found, coarse, where=found == 0)  # what no marker of the subvolume reaches
         found[~inside] = 0
         return found[kept]
