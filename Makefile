@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 JOBS ?= 2
 
-.PHONY: setup demo test test-long coverage lint parity bench clean
+.PHONY: setup demo test test-long coverage lint parity bench structure clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -26,8 +26,10 @@ demo: $(READY)  ## the whole job on an embedded example
 	$(PY) -m connectomics.cli demo --output demo_output
 
 test: $(READY)  ## the test suite, with coverage data
-	rm -f .coverage .coverage.*
-	$(PY) -m pytest -n $(JOBS) --dist loadgroup -m "not long" --cov --cov-report=
+	rm -f .coverage .coverage.* .make-test-seconds
+	start=$$(date +%s); \
+	    $(PY) -m pytest -n $(JOBS) --dist loadgroup -m "not long" --cov --cov-report= && \
+	    echo $$(($$(date +%s) - start)) > .make-test-seconds
 
 test-long: $(READY)  ## every combination, long storms
 	$(PY) -m pytest -n $(JOBS) --dist loadgroup -m long
@@ -47,5 +49,8 @@ parity: $(READY)  ## print the table of docs/fidelity.md
 bench: $(READY)  ## the network loop against nnUNetPredictor
 	$(PY) benchmarks/vs_nnunet.py
 
+structure: $(READY)  ## rooms, sizes and names, before and now
+	$(PY) scripts/structure.py
+
 clean:
-	rm -rf $(VENV) demo_output .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo_output .coverage* .make-test-seconds .pytest_cache .mypy_cache .ruff_cache .hypothesis
