@@ -44,6 +44,14 @@ IN_KEYS = (
 )
 """Entries of provenance.json that go into the result key of labels or objects."""
 
+DESCRIBING = (
+    *("agreement", "axis_order", "backend_choice", "cases", "command", "configuration", "description"),
+    *("experiment_name", "filtered", "folds", "labels", "model_weights_sha256", "models", "nnunet", "numeric_class"),
+    *("objects", "plan_spacing", "program", "regions", "result_keys", "run_key", "seed", "statistics", "trainer"),
+    "versions",
+)
+"""Entries that do not; a step of decoding adds one that begins with its number."""
+
 
 @dataclass(frozen=True, slots=True)
 class GoldenCase:
@@ -248,7 +256,8 @@ def run_case(case: GoldenCase, folder: Path, threads: int = 1) -> dict[str, dict
 def keys_of(output: Path, case: GoldenCase) -> dict[str, dict[str, Any]]:
     """Keys of each RUN in an output folder by its name, and the facts that they were made of.
 
-    Each has ``result_keys`` by the output's name, ``run_key``, ``grid`` (z, y, x) and ``facts``.
+    Each has ``result_keys`` by the output's name, ``run_key``, ``grid`` (z, y, x), ``facts``, and in ``unknown`` names
+    of what provenance.json holds beside what it held when the golden keys were made.
     """
     found = {path.parent: json.loads(path.read_text()) for path in sorted(output.rglob("provenance.json"))}
     described = {}
@@ -270,6 +279,7 @@ def keys_of(output: Path, case: GoldenCase) -> dict[str, dict[str, Any]]:
             "run_key": run_key,
             "grid": grids[0],
             "facts": facts,
+            "unknown": sorted(n for n in provenance if n not in IN_KEYS + DESCRIBING and not n[0].isdecimal()),
         }
     return described
 
@@ -307,16 +317,17 @@ def derived_keys(described: Mapping[str, Any]) -> tuple[dict[str, str], str]:
 
 
 def differences(found: Mapping[str, Any], golden: Mapping[str, Any]) -> list[str]:
-    """A sentence for each key and fact of one RUN that is not the golden one."""
-    told = []
-    for name in ("result_keys", "run_key", "grid"):
-        if found[name] != golden[name]:
-            told.append(f"{name} is {found[name]}, golden is {golden[name]}")
-    facts, kept_facts = found["facts"], golden["facts"]
-    for name in sorted({*facts, *kept_facts}):
-        if name not in facts or name not in kept_facts or facts[name] != kept_facts[name]:
-            now, before = facts.get(name, "absent"), kept_facts.get(name, "absent")
-            told.append(f"the fact {name} is {now!r}, golden is {before!r}")
-    if told and facts == kept_facts and found["grid"] == golden["grid"]:
-        told.append("all facts that the outputs state are the golden ones, so something else has come into the key")
+    """A sentence for each key of one RUN that is not the golden one, then for each fact that may be why."""
+    keys = ("result_keys", "run_key", "grid")
+    told = [f"{name} is {found[name]}, golden is {golden[name]}" for name in keys if found[name] != golden[name]]
+    if not told:
+        return []
+    now, before = found["facts"], golden["facts"]
+    changed = [name for name in sorted({*now, *before}) if now.get(name, ...) != before.get(name, ...)]
+    told += [
+        f"the fact {name} is {now.get(name, 'absent')!r}, golden is {before.get(name, 'absent')!r}" for name in changed
+    ]
+    if not changed and found["grid"] == golden["grid"]:
+        unknown = ", ".join(found["unknown"]) or "nothing"
+        told.append(f"all known facts are the golden ones; {unknown} is new in provenance.json, and program may differ")
     return told
