@@ -123,9 +123,9 @@ CASES: Mapping[str, GoldenCase] = {
     "resampled sections": GoldenCase(
         window("inference.case=volume", "inference.resample=plan", "inference.spacing=[30,1.5,1.25]")
     ),
-    "an ensemble": GoldenCase(window("model.ensemble=[@phantom_mito_2d]")),
+    "an ensemble": GoldenCase(window("model.ensemble=['@phantom_mito_2d']")),
     "an ensemble with weights": GoldenCase(
-        window("model.ensemble=[@phantom_mito_2d]", "model.ensemble_weights=[1,3]")
+        window("model.ensemble=['@phantom_mito_2d']", "model.ensemble_weights=[1,3]")
     ),
     "probabilities": GoldenCase(window(SAVED), unstated=kept([0, 1], "softmax", 1.0, "<f4")),
     "probabilities in bytes": GoldenCase(
@@ -157,7 +157,7 @@ CASES: Mapping[str, GoldenCase] = {
     "a second stage after given labels": GoldenCase(
         ["model.previous_stage='phantom:8x32x32?seed=4&what=label'"], DEEP, SECOND
     ),
-    "a second stage after its first": GoldenCase(["model.previous_stage=@volume_3d"], DEEP, SECOND),
+    "a second stage after its first": GoldenCase(["model.previous_stage='@volume_3d'"], DEEP, SECOND),
     "labels and their objects": GoldenCase(
         window("decoding=[{name: connected_components, connectivity: 6}]", "inference.output.table=none"),
         SEEN,
@@ -256,8 +256,8 @@ def run_case(case: GoldenCase, folder: Path, threads: int = 1) -> dict[str, dict
 def keys_of(output: Path, case: GoldenCase) -> dict[str, dict[str, Any]]:
     """Keys of each RUN in an output folder by its name, and the facts that they were made of.
 
-    Each has ``result_keys`` by the output's name, ``run_key``, ``grid`` (z, y, x), ``facts``, and in ``unknown`` names
-    of what provenance.json holds beside what it held when the golden keys were made.
+    Each has ``result_keys`` by the output's name, ``run_key``, ``grid`` (z, y, x), ``facts``, ``program``, and in
+    ``unknown`` names of what provenance.json holds beside what it held when the golden keys were made.
     """
     found = {path.parent: json.loads(path.read_text()) for path in sorted(output.rglob("provenance.json"))}
     described = {}
@@ -279,6 +279,7 @@ def keys_of(output: Path, case: GoldenCase) -> dict[str, dict[str, Any]]:
             "run_key": run_key,
             "grid": grids[0],
             "facts": facts,
+            "program": provenance["program"],
             "unknown": sorted(n for n in provenance if n not in IN_KEYS + DESCRIBING and not n[0].isdecimal()),
         }
     return described
@@ -327,7 +328,9 @@ def differences(found: Mapping[str, Any], golden: Mapping[str, Any]) -> list[str
     told += [
         f"the fact {name} is {now.get(name, 'absent')!r}, golden is {before.get(name, 'absent')!r}" for name in changed
     ]
-    if not changed and found["grid"] == golden["grid"]:
+    if found["program"] != PROGRAM:
+        told.append(f"program is '{found['program']}', golden is '{PROGRAM}'")
+    elif not changed and found["grid"] == golden["grid"]:
         unknown = ", ".join(found["unknown"]) or "nothing"
-        told.append(f"all known facts are the golden ones; {unknown} is new in provenance.json, and program may differ")
+        told.append(f"all known facts are the golden ones; {unknown} is new in provenance.json")
     return told
