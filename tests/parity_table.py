@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -319,19 +320,23 @@ def partner_of(case: ParityCase) -> ParityCase:
 
 @dataclass(frozen=True, slots=True)
 class ParityResult:
-    """Voxels, those that differ from the oracle, from stock nnU-Net and when cut into blocks, labels that occur,
-    probability error."""
+    """Voxels, those that differ from the oracle, from stock nnU-Net (if asked) and when cut into blocks, labels that
+    occur, probability error."""
 
     voxels: int
     differ: int
-    differ_stock: int
+    differ_stock: int | None
     differ_cut: int
     labels: int
     probability_error: float
 
 
-def compare(case: ParityCase, folder: Path) -> ParityResult:
-    """Label one image with both and count what differs."""
+def compare(case: ParityCase, folder: Path, *, stock: bool = True, blocks: int | None = None) -> ParityResult:
+    """Label one image with both and count what differs.
+
+    ``stock`` asks stock nnU-Net too; of the blocks that the image is cut into, so many are computed, others in each
+    case, or all.
+    """
     torch.set_num_threads(1)
     image = image_of(case)
     members = [case, partner_of(case)] if case.stage == "ensemble" else [case]
@@ -354,23 +359,25 @@ def compare(case: ParityCase, folder: Path) -> ParityResult:
     read = None if previous is None else ArrayVolume(previous[None]).read
     segmenter, reader = manager.segmenter(spacing, read), ArrayVolume(image)  # type: ignore[arg-type]
     surveyed = segmenter.survey(reader, "image")
-    exact, stock = [], []
+    exact, halves = [], []
     for model, member, cases, engine_model in zip(models, members, surveyed, manager.engine.models, strict=True):
         predictor = oracle.make_predictor(model, engine_model.spec.folds, mirror=mirror)
         zscore = member.scheme == "ZScoreNormalization"
         exact.append(oracle.predict_cases(predictor, image, cases, spacing, inject=zscore, previous=previous))
-        stock.append(oracle.predict_cases(predictor, image, cases, spacing, exact=False, previous=previous))
+        if stock:
+            halves.append(oracle.predict_cases(predictor, image, cases, spacing, exact=False, previous=previous))
     label_manager = predictor.label_manager
     labels, probabilities = oracle.ensembled(label_manager, exact)
     differ_cut = 0
-    for block in BlockGrid(image.shape[1:], (2, 17, 40) if case.dimensions == 2 else (11, 40, 19)):  # type: ignore[arg-type]
+    grid = list(BlockGrid(image.shape[1:], (2, 17, 40) if case.dimensions == 2 else (11, 40, 19)))  # type: ignore[arg-type]
+    for block in random.Random(case.title).sample(grid, len(grid) if blocks is None else blocks):
         part = segmenter.segment(reader.read, surveyed, block.core)
         whole = ours.probabilities[(slice(None), *block.core.slices)], ours.labels[block.core.slices]
         differ_cut += int((part["probabilities"] != whole[0]).any(0).sum() + (part["labels"][0] != whole[1]).sum())
     return ParityResult(
         ours.labels.size,
         int((labels != ours.labels).sum()),
-        int((oracle.ensembled(label_manager, stock)[0] != ours.labels).sum()),
+        int((oracle.ensembled(label_manager, halves)[0] != ours.labels).sum()) if stock else None,
         differ_cut,
         len(np.unique(ours.labels)),
         float(np.abs(probabilities - ours.probabilities).max()),

@@ -65,7 +65,7 @@ def storm() -> Iterator[Storm]:
         model = make_model(folder / "model", dimensions=2, patch=(16, 16), features=(4, 8))
         likely = ndimage.gaussian_filter(np.random.default_rng(0).random((8, 32, 48)), 0.8).astype(np.float32)
         volume = write_h5(folder / "v.h5", likely)
-        with ForkServer(model, folder) as server:
+        with ForkServer(folder) as server:
             output = folder / "undisturbed"
             begun = Storm(server, folder, volume, {}, ())
             ended = server.run(begun.words(output), watched=output)

@@ -50,7 +50,7 @@ def bench() -> Iterator[Bench]:
         labels = (em_like((8, 32, 64)) > 150).astype(np.uint8)
         write_h5(folder / "v.h5", labels)
         model = make_model(folder / "model", dimensions=2, patch=(16, 16), features=(4, 8))
-        with ForkServer(model, folder) as server:
+        with ForkServer(folder) as server:
             made = Bench(server, folder, whole_components(labels, 6))
             ended = server.run(made.words(made.reference))
             assert ended.code == 0, ended.stdout + ended.stderr

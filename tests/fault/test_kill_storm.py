@@ -101,7 +101,7 @@ def storm() -> Iterator[Storm]:
         image = em_like((3, 48, 64))
         image[1, 20:26, 30:38] = 0  # a hole in the mask that is normalised within
         volume = write_h5(folder / "v.h5", image)
-        with ForkServer(model, folder) as server:
+        with ForkServer(folder) as server:
             output = folder / "undisturbed"
             ended = server.run(infer_words(model, output, volume, *SETTINGS), watched=output)
             assert (ended.code, ended.stderr.count("error")) == (0, 0), ended.stderr
