@@ -36,12 +36,16 @@ FILE_EVENTS = {
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: its exit code or minus the signal that killed it, what it printed, how long it lived."""
+    """How a child ended: its exit code or minus the signal that killed it, what it printed, how long it lived.
+
+    ``peak_bytes`` is the most memory that it had, with what it shares with the server.
+    """
 
     code: int
     stdout: str
     stderr: str
     seconds: float
+    peak_bytes: int
     touched: tuple[str, ...]  # the path of each file operation in the watched folder
 
 
@@ -163,7 +167,8 @@ class ForkServer:
         ended = []
         for request, answer in zip(named, answers, strict=True):
             out, err, touched = (Path(request["output"] + name).read_text() for name in ("stdout", "stderr", "touched"))
-            ended.append(Ended(answer["code"], out, err, answer["seconds"], tuple(touched.splitlines())))
+            measured = (answer["seconds"], answer["peak_bytes"])
+            ended.append(Ended(answer["code"], out, err, *measured, tuple(touched.splitlines())))
         return ended
 
 
@@ -222,7 +227,6 @@ def _import_everything() -> None:
     import encodings.ascii
     import encodings.latin_1
     import encodings.utf_8_sig  # noqa: F401
-
     from importlib.resources import as_file, files
 
     import pandas  # noqa: F401 - pyarrow looks for it when it makes a table
@@ -261,18 +265,18 @@ def _forked(request: dict[str, Any]) -> int:
 
 
 def _awaited(child: int, request: dict[str, Any], began: float) -> dict[str, Any]:
-    """Wait for a child, which may be signalled by the clock; its exit code and seconds."""
-    deadline, status, ended = request["after_s"], 0, 0
+    """Wait for a child, which may be signalled by the clock; its exit code, seconds and memory."""
+    deadline, ended = request["after_s"], False
     while deadline is not None and not ended:
         left = deadline - (time.perf_counter() - began)
         if left <= 0:
             os.kill(child, request["signal"])
             break
         time.sleep(min(left, 0.002))
-        ended, status = os.waitpid(child, os.WNOHANG)
-    if not ended:
-        _, status = os.waitpid(child, 0)
-    return {"code": os.waitstatus_to_exitcode(status), "seconds": time.perf_counter() - began}
+        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    _, status, used = os.wait4(child, 0)
+    seconds = time.perf_counter() - began
+    return {"code": os.waitstatus_to_exitcode(status), "seconds": seconds, "peak_bytes": used.ru_maxrss * 1024}
 
 
 if __name__ == "__main__":

@@ -166,6 +166,7 @@ MIRRORED = {  # mirror axes of the model; all three take eight times as long as 
 }
 LEVELS = (0.15, 0.5, 0.9)  # mean intensity of the three classes, as a share of the range
 TRAINING_STEPS = 160  # with 80, twice as many voxels are so undecided that half precision turns them
+FEWER_STEPS = 80  # where nothing is computed in half precision
 
 
 def scene(channels: int, extent: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -210,12 +211,12 @@ def image_of(case: ParityCase, seed: int = 0) -> np.ndarray:
     return image
 
 
-def train(network: torch.nn.Module, case: ParityCase) -> None:
+def train(network: torch.nn.Module, case: ParityCase, steps: int = TRAINING_STEPS) -> None:
     """Teach nnU-Net's network the scene's classes, so that its logits are as decided as a trained model's."""
     torch.set_num_threads(1)
     patch = patch_of(case)
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2)
-    for step in range(TRAINING_STEPS):
+    for step in range(steps):
         pairs = [scene(case.channels, (1,) * (3 - len(patch)) + patch, 1000 + 2 * step + i) for i in range(2)]
         image = np.stack([seen(case, *pair) for pair in pairs]).astype(np.float32)
         classes = torch.from_numpy(np.stack([classes for _, classes in pairs]))
@@ -275,7 +276,7 @@ def normalised(case: ParityCase, image: np.ndarray) -> np.ndarray:
     return image if case.scheme == "RescaleTo01Normalization" else scaled
 
 
-def model_of(case: ParityCase, folder: Path) -> Path:
+def model_of(case: ParityCase, folder: Path, steps: int = TRAINING_STEPS) -> Path:
     planned = None if case.spacings is None else case.spacings[0]
     functions = {"torch even": TORCH, "torch thick": TORCH, "no resampling": NONE}
     return make_model(
@@ -290,7 +291,7 @@ def model_of(case: ParityCase, folder: Path) -> Path:
         reader="NaturalImage2DIO" if case.by_slice else "SimpleITKIO",
         scheme=case.scheme,
         seed=3,
-        give_weights=functools.partial(train, case=case),
+        give_weights=functools.partial(train, case=case, steps=steps),
         labels=REGIONS if case.labels == "regions" else None,
         regions_class_order=[1, 2] if case.labels == "regions" else None,
         spacing=planned,
@@ -341,7 +342,8 @@ def compare(case: ParityCase, folder: Path, *, stock: bool = True, blocks: int |
     image = image_of(case)
     members = [case, partner_of(case)] if case.stage == "ensemble" else [case]
     previous = previous_of(case)
-    models = [model_of(member, folder / str(i)) for i, member in enumerate(members)]
+    steps = TRAINING_STEPS if stock else FEWER_STEPS
+    models = [model_of(member, folder / str(i), steps) for i, member in enumerate(members)]
     mirror = case.situation != "no mirroring"
     words = [
         "system.device=cpu",
@@ -370,7 +372,7 @@ def compare(case: ParityCase, folder: Path, *, stock: bool = True, blocks: int |
     labels, probabilities = oracle.ensembled(label_manager, exact)
     differ_cut = 0
     grid = list(BlockGrid(image.shape[1:], (2, 17, 40) if case.dimensions == 2 else (11, 40, 19)))  # type: ignore[arg-type]
-    for block in random.Random(case.title).sample(grid, len(grid) if blocks is None else blocks):
+    for block in random.Random(case.title).sample(grid, min(len(grid), blocks or len(grid))):
         part = segmenter.segment(reader.read, surveyed, block.core)
         whole = ours.probabilities[(slice(None), *block.core.slices)], ours.labels[block.core.slices]
         differ_cut += int((part["probabilities"] != whole[0]).any(0).sum() + (part["labels"][0] != whole[1]).sum())
