@@ -25,17 +25,19 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the whole job on an embedded example
 	$(PY) -m connectomics.cli demo --output demo_output
 
-test: $(READY)  ## the test suite, with coverage data
-	rm -f .coverage .coverage.* .make-test-seconds
+# Whole files go to the workers, the slow ones first (tests/conftest.py). Compiled files are kept even where the
+# environment says otherwise: the tests start many processes, and each would compile the package again.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+test: $(READY)  ## the test suite
+	rm -f .make-test-seconds
 	start=$$(date +%s); \
-	    $(PY) -m pytest -n $(JOBS) --dist loadgroup -m "not long" --cov --cov-report= && \
+	    $(PYTEST) -m "not long" && \
 	    echo $$(($$(date +%s) - start)) > .make-test-seconds
 
-test-long: $(READY)  ## every combination, long storms
-	$(PY) -m pytest -n $(JOBS) --dist loadgroup -m long
 
-coverage: $(READY)
-	$(PY) -m coverage report --skip-covered --fail-under=95
+test-long: $(READY)  ## every combination, long storms
+	$(PYTEST) -m long
 
 lint: $(READY)  ## the gates that read the code
 	$(PY) -m ruff check .

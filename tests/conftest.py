@@ -6,11 +6,20 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import fork_server
 import pytest
 
 from small_jobs import quick_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+SLOW_FIRST = (REPOSITORY / "tests" / "slow_files.txt").read_text().split()
+"""Files that take more than a few seconds, the slowest first: so the last ones to be run are short."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow files; a worker takes whole files, so that it makes what their tests share once."""
+    place = {name: i for i, name in enumerate(SLOW_FIRST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
 
 
 def shared_data_folder() -> Path | None:
@@ -26,6 +35,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_processes() -> Iterator[None]:
+    """The server that some tests start ends with the session."""
+    yield
+    fork_server.end()
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ As a module: ``ForkServer``. As a script: the server itself, one JSON request a 
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import json
 import os
 import signal
@@ -34,36 +36,50 @@ FILE_EVENTS = {
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: its exit code or minus the signal that killed it, what it printed, how long it lived."""
+    """How a child ended: its exit code or minus the signal that killed it, what it printed, how long it lived.
+
+    ``peak_bytes`` is the most memory that it had, with what it shares with the server.
+    """
 
     code: int
     stdout: str
     stderr: str
     seconds: float
+    peak_bytes: int
     touched: tuple[str, ...]  # the path of each file operation in the watched folder
 
 
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """Start the server process: one for all files that a worker of the tests runs; ``end`` ends it."""
+    return subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def end() -> None:
+    """End the server process, if there is one."""
+    if _server.cache_info().currsize:
+        _server().communicate(timeout=60)
+        _server.cache_clear()
+
+
 class ForkServer:
-    """A context manager around the server process.
+    """A context manager around the server process, which outlives it: starting one takes seconds.
 
     Parameters
     ----------
-    model
-        Loaded once in the parent so that children find everything imported.
     folder
         Where children's output is kept for a moment.
     """
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, str(model)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        self._process = _server()
 
     def __enter__(self) -> ForkServer:
         return self
@@ -71,10 +87,7 @@ class ForkServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(timeout=60)
+        """Leave the process to the next one."""
 
     def run(
         self,
@@ -143,7 +156,8 @@ class ForkServer:
 
     def _answers(self, requests: list[dict[str, Any]]) -> list[Ended]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        named = [request | {"output": str(self._folder / f"child{i}_")} for i, request in enumerate(requests)]
+        given = {"environment": os.environ | {"OMP_NUM_THREADS": "1"}}
+        named = [request | given | {"output": str(self._folder / f"child{i}_")} for i, request in enumerate(requests)]
         self._process.stdin.write(json.dumps(named) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -153,7 +167,8 @@ class ForkServer:
         ended = []
         for request, answer in zip(named, answers, strict=True):
             out, err, touched = (Path(request["output"] + name).read_text() for name in ("stdout", "stderr", "touched"))
-            ended.append(Ended(answer["code"], out, err, answer["seconds"], tuple(touched.splitlines())))
+            measured = (answer["seconds"], answer["peak_bytes"])
+            ended.append(Ended(answer["code"], out, err, *measured, tuple(touched.splitlines())))
         return ended
 
 
@@ -174,6 +189,8 @@ def _child(request: dict[str, Any]) -> None:
         if count == fatal > 0:
             os.kill(os.getpid(), request["signal"])
 
+    os.environ.clear()
+    os.environ.update(request["environment"])
     sys.addaudithook(hook)
     os.chdir(request["working_folder"])
     if request["memory_bytes"] is not None:
@@ -205,36 +222,35 @@ def _child(request: dict[str, Any]) -> None:
         os._exit(code)
 
 
-def _import_everything(model: Path) -> None:
+def _import_everything() -> None:
     """Import what a run imports when it is needed; an unprivileged child may not read this Python's folders."""
     import encodings.ascii
     import encodings.latin_1
     import encodings.utf_8_sig  # noqa: F401
+    from importlib.resources import as_file, files
 
+    import pandas  # noqa: F401 - pyarrow looks for it when it makes a table
     import pyarrow.parquet  # noqa: F401
     from PIL import Image
 
     from connectomics.assembly.engine.models import load
-    from connectomics.cli import (
-        doctor,  # noqa: F401
-        progress,  # noqa: F401
-    )
+    from connectomics.cli import doctor, program, progress  # noqa: F401
     from connectomics.commands import decode  # noqa: F401
     from connectomics.config.load import load_config
-    from connectomics.volumes.formats import (
-        hdf5,  # noqa: F401
-        images,  # noqa: F401
-        tiff,  # noqa: F401
-    )
-    from connectomics.volumes.formats import zarr as zarr_volume  # noqa: F401
-    from connectomics.volumes.phantom import volume as phantom  # noqa: F401
+    from connectomics.lightning import inference  # noqa: F401
+    from connectomics.volumes.formats import hdf5, images, tiff, zarr  # noqa: F401
+    from connectomics.volumes.phantom import volume  # noqa: F401
 
     Image.init()
-    load(load_config(None, ["system.device=cpu"]), model)
+    with as_file(files("connectomics") / "example" / "phantom_mito_2d") as model:
+        load(load_config(None, ["system.device=cpu"]), model)
 
 
-def _serve(model: Path) -> None:
-    _import_everything(model)
+def _serve() -> None:
+    """Answer requests, each a list of children that are run at once."""
+    _import_everything()
+    gc.collect()
+    gc.freeze()  # children share these objects and do not look at them
     for line in sys.stdin:
         began = time.perf_counter()
         children = [(_forked(request), request) for request in json.loads(line)]
@@ -251,19 +267,19 @@ def _forked(request: dict[str, Any]) -> int:
 
 
 def _awaited(child: int, request: dict[str, Any], began: float) -> dict[str, Any]:
-    """Wait for a child, which may be signalled by the clock; its exit code and seconds."""
-    deadline, status, ended = request["after_s"], 0, 0
+    """Wait for a child, which may be signalled by the clock; its exit code, seconds and memory."""
+    deadline, ended = request["after_s"], False
     while deadline is not None and not ended:
         left = deadline - (time.perf_counter() - began)
         if left <= 0:
             os.kill(child, request["signal"])
             break
         time.sleep(min(left, 0.002))
-        ended, status = os.waitpid(child, os.WNOHANG)
-    if not ended:
-        _, status = os.waitpid(child, 0)
-    return {"code": os.waitstatus_to_exitcode(status), "seconds": time.perf_counter() - began}
+        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    _, status, used = os.wait4(child, 0)
+    seconds = time.perf_counter() - began
+    return {"code": os.waitstatus_to_exitcode(status), "seconds": seconds, "peak_bytes": used.ru_maxrss * 1024}
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))
+    _serve()

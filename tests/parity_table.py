@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -165,9 +166,10 @@ MIRRORED = {  # mirror axes of the model; all three take eight times as long as 
 }
 LEVELS = (0.15, 0.5, 0.9)  # mean intensity of the three classes, as a share of the range
 TRAINING_STEPS = 160  # with 80, twice as many voxels are so undecided that half precision turns them
+FEWER_STEPS = 80  # where nothing is computed in half precision
 
 
-def state(channels: int, extent: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def scene(channels: int, extent: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Blobs of three brightnesses with noise, (c, z, y, x) in 0 to 1, and their classes (z, y, x)."""
     random = np.random.default_rng(seed)
     sigma = [0.0 if n < 5 else 4.0 for n in extent]
@@ -185,7 +187,7 @@ def extent_of(case: ParityCase) -> tuple[int, ...]:
 
 def previous_of(case: ParityCase, seed: int = 0) -> np.ndarray | None:
     """What the first stage of a cascade may have found: the classes (z, y, x), displaced."""
-    return displaced(state(case.channels, extent_of(case), seed)[1]) if case.stage == "cascade" else None
+    return displaced(scene(case.channels, extent_of(case), seed)[1]) if case.stage == "cascade" else None
 
 
 def displaced(classes: np.ndarray) -> np.ndarray:
@@ -195,7 +197,7 @@ def displaced(classes: np.ndarray) -> np.ndarray:
 def image_of(case: ParityCase, seed: int = 0) -> np.ndarray:
     """An image (c, z, y, x) whose extents and zeros fit the situation."""
     extent = extent_of(case)
-    image, _ = state(case.channels, extent, seed)
+    image, _ = scene(case.channels, extent, seed)
     image = (image * case.top).astype(case.dtype)
     if case.situation == "border":
         image[:, :, :5] = 0
@@ -209,13 +211,13 @@ def image_of(case: ParityCase, seed: int = 0) -> np.ndarray:
     return image
 
 
-def train(network: torch.nn.Module, case: ParityCase) -> None:
+def train(network: torch.nn.Module, case: ParityCase, steps: int = TRAINING_STEPS) -> None:
     """Teach nnU-Net's network the scene's classes, so that its logits are as decided as a trained model's."""
     torch.set_num_threads(1)
     patch = patch_of(case)
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2)
-    for step in range(TRAINING_STEPS):
-        pairs = [state(case.channels, (1,) * (3 - len(patch)) + patch, 1000 + 2 * step + i) for i in range(2)]
+    for step in range(steps):
+        pairs = [scene(case.channels, (1,) * (3 - len(patch)) + patch, 1000 + 2 * step + i) for i in range(2)]
         image = np.stack([seen(case, *pair) for pair in pairs]).astype(np.float32)
         classes = torch.from_numpy(np.stack([classes for _, classes in pairs]))
         batch = torch.from_numpy(image)
@@ -234,7 +236,7 @@ def train_second_stage(network: torch.nn.Module, *, regions: bool = False, steps
     patch = (16, 24) if dimensions == 2 else (8, 16, 16)
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2)
     for step in range(steps):
-        image, own = state(channels, (1,) * (3 - dimensions) + patch, 3000 + step)
+        image, own = scene(channels, (1,) * (3 - dimensions) + patch, 3000 + step)
         found = np.roll(own, (step % 5, 2), (1, 2))
         image = (image - image.mean((1, 2, 3), keepdims=True)) / image.std((1, 2, 3), keepdims=True)
         stacked = np.concatenate([image, [found == 1, found == 2]]).astype(np.float32)
@@ -274,7 +276,7 @@ def normalised(case: ParityCase, image: np.ndarray) -> np.ndarray:
     return image if case.scheme == "RescaleTo01Normalization" else scaled
 
 
-def model_of(case: ParityCase, folder: Path) -> Path:
+def model_of(case: ParityCase, folder: Path, steps: int = TRAINING_STEPS) -> Path:
     planned = None if case.spacings is None else case.spacings[0]
     functions = {"torch even": TORCH, "torch thick": TORCH, "no resampling": NONE}
     return make_model(
@@ -289,7 +291,7 @@ def model_of(case: ParityCase, folder: Path) -> Path:
         reader="NaturalImage2DIO" if case.by_slice else "SimpleITKIO",
         scheme=case.scheme,
         seed=3,
-        give_weights=functools.partial(train, case=case),
+        give_weights=functools.partial(train, case=case, steps=steps),
         labels=REGIONS if case.labels == "regions" else None,
         regions_class_order=[1, 2] if case.labels == "regions" else None,
         spacing=planned,
@@ -319,24 +321,29 @@ def partner_of(case: ParityCase) -> ParityCase:
 
 @dataclass(frozen=True, slots=True)
 class ParityResult:
-    """Voxels, those that differ from the oracle, from stock nnU-Net and when cut into blocks, labels that occur,
-    probability error."""
+    """Voxels, those that differ from the oracle, from stock nnU-Net (if asked) and when cut into blocks, labels that
+    occur, probability error."""
 
     voxels: int
     differ: int
-    differ_stock: int
+    differ_stock: int | None
     differ_cut: int
     labels: int
     probability_error: float
 
 
-def compare(case: ParityCase, folder: Path) -> ParityResult:
-    """Label one image with both and count what differs."""
+def compare(case: ParityCase, folder: Path, *, stock: bool = True, blocks: int | None = None) -> ParityResult:
+    """Label one image with both and count what differs.
+
+    ``stock`` asks stock nnU-Net too; of the blocks that the image is cut into, so many are computed, others in each
+    case, or all.
+    """
     torch.set_num_threads(1)
     image = image_of(case)
     members = [case, partner_of(case)] if case.stage == "ensemble" else [case]
     previous = previous_of(case)
-    models = [model_of(member, folder / str(i)) for i, member in enumerate(members)]
+    steps = TRAINING_STEPS if stock else FEWER_STEPS
+    models = [model_of(member, folder / str(i), steps) for i, member in enumerate(members)]
     mirror = case.situation != "no mirroring"
     words = [
         "system.device=cpu",
@@ -354,23 +361,25 @@ def compare(case: ParityCase, folder: Path) -> ParityResult:
     read = None if previous is None else ArrayVolume(previous[None]).read
     segmenter, reader = manager.segmenter(spacing, read), ArrayVolume(image)  # type: ignore[arg-type]
     surveyed = segmenter.survey(reader, "image")
-    exact, stock = [], []
+    exact, halves = [], []
     for model, member, cases, engine_model in zip(models, members, surveyed, manager.engine.models, strict=True):
         predictor = oracle.make_predictor(model, engine_model.spec.folds, mirror=mirror)
         zscore = member.scheme == "ZScoreNormalization"
         exact.append(oracle.predict_cases(predictor, image, cases, spacing, inject=zscore, previous=previous))
-        stock.append(oracle.predict_cases(predictor, image, cases, spacing, exact=False, previous=previous))
+        if stock:
+            halves.append(oracle.predict_cases(predictor, image, cases, spacing, exact=False, previous=previous))
     label_manager = predictor.label_manager
     labels, probabilities = oracle.ensembled(label_manager, exact)
     differ_cut = 0
-    for block in BlockGrid(image.shape[1:], (2, 17, 40) if case.dimensions == 2 else (11, 40, 19)):  # type: ignore[arg-type]
+    grid = list(BlockGrid(image.shape[1:], (2, 17, 40) if case.dimensions == 2 else (11, 40, 19)))  # type: ignore[arg-type]
+    for block in random.Random(case.title).sample(grid, min(len(grid), blocks or len(grid))):
         part = segmenter.segment(reader.read, surveyed, block.core)
         whole = ours.probabilities[(slice(None), *block.core.slices)], ours.labels[block.core.slices]
         differ_cut += int((part["probabilities"] != whole[0]).any(0).sum() + (part["labels"][0] != whole[1]).sum())
     return ParityResult(
         ours.labels.size,
         int((labels != ours.labels).sum()),
-        int((oracle.ensembled(label_manager, stock)[0] != ours.labels).sum()),
+        int((oracle.ensembled(label_manager, halves)[0] != ours.labels).sum()) if stock else None,
         differ_cut,
         len(np.unique(ours.labels)),
         float(np.abs(probabilities - ours.probabilities).max()),

@@ -31,7 +31,13 @@ def host_mark() -> str:
 def new_mark() -> str:
     """A name that no other process, and no other call, gives: host, process, its start, and a random part."""
     pid = os.getpid()
-    return f"{host_mark()}-{pid}-{_started(pid)}-{secrets.token_hex(4)}"
+    return f"{host_mark()}-{pid}-{_start_of_this(pid, PROC)}-{secrets.token_hex(4)}"
+
+
+@functools.lru_cache(maxsize=1)
+def _start_of_this(pid: int, proc: Path) -> str:
+    """Return when this process was started; its number is asked for since a forked child has another."""
+    return _started(pid)
 
 
 def is_dead(mark: str) -> bool:

@@ -189,7 +189,7 @@ def bench() -> Iterator[Bench]:
         model = make_model(folder / "model", dimensions=2, patch=(16, 16), features=(4, 8))
         write_h5(folder / "good" / "good_first.h5", GOOD)
         write_h5(folder / "good" / "good_last.h5", GOOD)
-        with ForkServer(model, folder) as server:
+        with ForkServer(folder) as server:
             yield Bench(folder, model, server)
 
 

@@ -57,7 +57,7 @@ def bench() -> Iterator[Bench]:
             **common,  # type: ignore[arg-type]
         )
         volume = write_h5(folder / "v.h5", em_like((3, 24, 64)))
-        with ForkServer(first, folder) as server:
+        with ForkServer(folder) as server:
             made = Bench(server, folder, first, second, volume, {})
             assert main(made.words(folder / "undisturbed")) == 0
             yield Bench(server, folder, first, second, volume, finals(folder / "undisturbed"))

@@ -15,7 +15,6 @@ import pytest
 from fork_server import ForkServer
 from scipy import ndimage
 
-from nnunet_models import make_model
 from small_jobs import final_names, finals, quick_folder, write_h5
 
 STEPS = (
@@ -62,10 +61,9 @@ class Storm:
 @pytest.fixture(scope="module")
 def storm() -> Iterator[Storm]:
     with quick_folder() as folder:
-        model = make_model(folder / "model", dimensions=2, patch=(16, 16), features=(4, 8))
         likely = ndimage.gaussian_filter(np.random.default_rng(0).random((8, 32, 48)), 0.8).astype(np.float32)
         volume = write_h5(folder / "v.h5", likely)
-        with ForkServer(model, folder) as server:
+        with ForkServer(folder) as server:
             output = folder / "undisturbed"
             begun = Storm(server, folder, volume, {}, ())
             ended = server.run(begun.words(output), watched=output)

@@ -16,7 +16,6 @@ from tifffile import imread
 from connectomics.cli import main
 
 from decoding import Array, whole_components
-from nnunet_models import make_model
 from pyramids import READERS
 from small_jobs import em_like, final_names, finals, ledger_lines, quick_folder, write_h5
 
@@ -49,8 +48,7 @@ def bench() -> Iterator[Bench]:
     with quick_folder() as folder:
         labels = (em_like((8, 32, 64)) > 150).astype(np.uint8)
         write_h5(folder / "v.h5", labels)
-        model = make_model(folder / "model", dimensions=2, patch=(16, 16), features=(4, 8))
-        with ForkServer(model, folder) as server:
+        with ForkServer(folder) as server:
             made = Bench(server, folder, whole_components(labels, 6))
             ended = server.run(made.words(made.reference))
             assert ended.code == 0, ended.stdout + ended.stderr

@@ -57,7 +57,7 @@ def server() -> Iterator[tuple[ForkServer, Path, Path, Path, dict[str, bytes]]]:
     with quick_folder() as folder:
         model = make_model(folder / "model", dimensions=2, patch=(16, 16), features=(4, 8))
         volume = write_h5(folder / "v.h5", em_like((3, 96, 128)))
-        with ForkServer(model, folder) as running:
+        with ForkServer(folder) as running:
             ended = running.run(infer_words(model, folder / "undisturbed", volume, *SETTINGS))
             assert ended.code == 0, ended.stderr
             yield running, folder, model, volume, finals(folder / "undisturbed")

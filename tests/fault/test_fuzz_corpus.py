@@ -86,7 +86,7 @@ def bench() -> Iterator[Bench]:
         (folder / "temporary").mkdir()
         patch.setenv("TMPDIR", str(folder / "temporary"))
         patch.setattr(tempfile, "tempdir", None)
-        with ForkServer(model, folder) as server:
+        with ForkServer(folder) as server:
             assert server.run(infer_words(model, folder / "undisturbed", folder / "good" / "*.h5")).code == 0
             yield Bench(folder, model, server, finals(folder / "undisturbed"))
 

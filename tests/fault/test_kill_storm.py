@@ -22,7 +22,7 @@ from fork_server import ForkServer
 from nnunet_models import make_model
 from small_jobs import em_like, final_names, finals, infer_words, ledger_lines, quick_folder, write_h5
 
-BLOCKS = 12
+BLOCKS = 8
 SHARD = "s.zarr/0/c/"  # in the path of a shard of labels, probabilities or components, which is opened for its checksum
 STAGES = {  # text in the paths of a stage's file operations, and how many kills are spread over them
     "survey": ("survey.json", 1),
@@ -98,10 +98,10 @@ def storm() -> Iterator[Storm]:
         model = make_model(
             folder / "model", dimensions=2, patch=(16, 16), features=(4, 8), reader="SimpleITKIO", masked=(True,)
         )
-        image = em_like((3, 48, 64))
+        image = em_like((2, 48, 64))
         image[1, 20:26, 30:38] = 0  # a hole in the mask that is normalised within
         volume = write_h5(folder / "v.h5", image)
-        with ForkServer(model, folder) as server:
+        with ForkServer(folder) as server:
             output = folder / "undisturbed"
             ended = server.run(infer_words(model, output, volume, *SETTINGS), watched=output)
             assert (ended.code, ended.stderr.count("error")) == (0, 0), ended.stderr
@@ -213,7 +213,7 @@ def kill_the_true_command(storm: Storm, output: Path, blocks: int, after_s: floa
     require_whole(output, storm.reference)
 
 
-@pytest.mark.parametrize("blocks", [0, 5])
+@pytest.mark.parametrize("blocks", [pytest.param(0, marks=pytest.mark.long), 5])
 def test_the_true_command_line_is_killed(storm: Storm, blocks: int) -> None:
     output = storm.folder / f"true_{blocks}"
     kill_the_true_command(storm, output, blocks)

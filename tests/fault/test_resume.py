@@ -83,7 +83,7 @@ def bench() -> Iterator[Bench]:
         model, other = (
             make_model(folder / f"model{i}", dimensions=2, patch=(16, 16), features=(4, 8), seed=i) for i in (0, 1)
         )
-        with ForkServer(model, folder) as server:
+        with ForkServer(folder) as server:
             job = Job(Bench(server, folder, model, other, {}), make_volume(folder / "v.h5"), folder / "undisturbed")
             assert job.run().code == 0
             yield Bench(server, folder, model, other, finals(job.output))

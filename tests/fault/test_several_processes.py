@@ -44,7 +44,7 @@ def bench() -> Iterator[Bench]:
     with quick_folder() as folder:
         model = make_model(folder / "model", dimensions=2, patch=(16, 16), features=(4, 8))
         volume = write_h5(folder / "v.h5", em_like((4, 96, 128)))
-        with ForkServer(model, folder) as server:
+        with ForkServer(folder) as server:
             output = folder / "one"
             ended = server.run(infer_words(model, output, volume, *SETTINGS))
             assert ended.code == 0, ended.stderr

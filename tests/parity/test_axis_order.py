@@ -19,7 +19,7 @@ from connectomics.stages.survey.survey import survey
 
 import oracle
 from nnunet_models import make_model
-from parity_table import ArrayVolume, state
+from parity_table import ArrayVolume, scene
 
 WORDS = ("system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true")
 ORDERS = list(itertools.permutations(range(3)))[1:]
@@ -41,7 +41,7 @@ def model_of(folder: Path, dimensions: int, order: tuple[int, ...], reader: str 
 
 def bordered() -> np.ndarray:
     """An image (c, z, y, x) with zeros around, other ones at each side."""
-    image: np.ndarray = (state(1, EXTENT, 6)[0] * 255).astype(np.uint8)
+    image: np.ndarray = (scene(1, EXTENT, 6)[0] * 255).astype(np.uint8)
     image[:, :1] = 0
     image[:, :, :3] = 0
     image[..., -4:] = 0

@@ -23,7 +23,7 @@ from connectomics.models.plans import resampling_rule
 
 import oracle
 from nnunet_models import make_model, make_plans
-from parity_table import NONE, REGIONS, TORCH, ArrayVolume, state, train_second_stage
+from parity_table import NONE, REGIONS, TORCH, ArrayVolume, scene, train_second_stage
 
 CPU = ["system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true"]
 LARGE = "inference.allow_large_resampling=true"
@@ -118,7 +118,7 @@ def model_of(trial: Trial, folder: Path) -> Path:
 def scene_of(trial: Trial) -> tuple[np.ndarray, np.ndarray]:
     """An image bordered by zeros, with a hole, and labels that another network may have found in it."""
     extent = (20, 26, 29) if trial.image is None or trial.image[0] < 5 else (9, 26, 29)
-    image, classes = state(trial.channels, extent, 8)
+    image, classes = scene(trial.channels, extent, 8)
     pixels = (image * 250).astype(np.uint8)
     pixels[:, :, :3] = 0
     pixels[..., -2:] = 0
@@ -167,7 +167,7 @@ def test_three_hundred_labels_have_a_channel_each(tmp_path: Path) -> None:
         previous_stage="3d_lowres",
     )
     manager = InferenceManager.from_checkpoint(model, [*CPU, "inference.resample=plan"])
-    image = (state(1, (6, 8, 9), 3)[0] * 250).astype(np.uint8)
+    image = (scene(1, (6, 8, 9), 3)[0] * 250).astype(np.uint8)
     previous = np.random.default_rng(0).integers(0, 301, (4, 3, 4)).repeat(2, 0).repeat(3, 1).repeat(3, 2)
     previous = previous[:6, :8, :9].astype(np.uint16)
     spacing = (0.8, 1.2, 1.1)

@@ -19,7 +19,7 @@ from connectomics.lightning.inference import InferenceManager
 
 import oracle
 from nnunet_models import make_model
-from parity_table import ArrayVolume, state
+from parity_table import ArrayVolume, scene
 from small_jobs import infer_words, write_h5
 
 WORDS = ("system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true")
@@ -29,7 +29,7 @@ REGIONS: dict[str, int | list[int]] = {"background": 0, "whole": [1, 2], "core":
 
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
-    pixels: np.ndarray = (state(1, EXTENT, 6)[0] * 255).astype(np.uint8)
+    pixels: np.ndarray = (scene(1, EXTENT, 6)[0] * 255).astype(np.uint8)
     pixels[:, :, :3] = 0
     pixels[:, 2, :, :9] = 0
     return pixels

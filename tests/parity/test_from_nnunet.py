@@ -22,7 +22,7 @@ from connectomics.core.errors import ConfigError
 from connectomics.models.installed import installed_model
 
 from nnunet_models import DATASET_NAME, make_model
-from parity_table import ParityCase, displaced, patch_of, state, train, train_second_stage
+from parity_table import ParityCase, displaced, patch_of, scene, train, train_second_stage
 from small_jobs import quick_folder
 
 SHARE = 1e-4  # labels that may differ from stock nnU-Net, which adds windows up in half precision
@@ -93,10 +93,10 @@ def _images(folder: Path) -> None:
     for kind in ("png", "tif", "first"):
         (folder / kind).mkdir()
     for seed, (name, extent) in enumerate({"b": (75, 101), "a": (99, 117), "c_0001": (64, 48)}.items()):
-        for channel, image in enumerate(state(2, (1, *extent), seed)[0]):
+        for channel, image in enumerate(scene(2, (1, *extent), seed)[0]):
             Image.fromarray((250 * image[0]).astype(np.uint8)).save(folder / "png" / f"{name}_{channel:04d}.png")
     for seed, name in enumerate("xyz"):
-        image, classes = state(1, (17 + seed, 34, 36), seed)
+        image, classes = scene(1, (17 + seed, 34, 36), seed)
         tifffile.imwrite(folder / "tif" / f"{name}_0000.tif", (250 * image[0]).astype(np.uint8))
         tifffile.imwrite(folder / "first" / f"{name}.tif", displaced(classes).astype(np.uint8))
     for name, spacing in SPACINGS.items():

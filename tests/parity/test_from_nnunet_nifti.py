@@ -19,7 +19,7 @@ import SimpleITK
 from connectomics.cli import main
 
 from nnunet_models import make_model
-from parity_table import ParityCase, patch_of, state, train
+from parity_table import ParityCase, patch_of, scene, train
 from small_jobs import quick_folder
 
 SHARE = 1e-4  # labels that may differ from stock nnU-Net, which adds windows up in half precision
@@ -84,12 +84,12 @@ def _models(folder: Path) -> None:
 def _images(folder: Path) -> None:
     for kind in ("images", f"images_{FLAT}"):
         (folder / kind).mkdir()
-    for channel, image in enumerate(state(2, (1, 60, 71), 9)[0]):
+    for channel, image in enumerate(scene(2, (1, 60, 71), 9)[0]):
         stored = nibabel.Nifti1Image((250 * image[0].T).astype(np.uint8), AFFINES["flipped"])
         nibabel.save(stored, folder / f"images_{FLAT}" / f"section_{channel:04d}.nii.gz")
     for seed, (name, affine) in enumerate(AFFINES.items()):
         extent = (17, 34, 36) if name == "thick" else (20 + seed, 34, 36)
-        for channel, image in enumerate(state(2, extent, seed)[0]):
+        for channel, image in enumerate(scene(2, extent, seed)[0]):
             stored = nibabel.Nifti1Image((250 * image.transpose(2, 1, 0)).astype(np.uint8), affine)
             nibabel.save(stored, folder / "images" / f"{name}_{channel:04d}.nii.gz")
     for path in (folder / "images").glob("flipped_*"):

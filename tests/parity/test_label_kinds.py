@@ -14,7 +14,7 @@ from connectomics.stages.survey.survey import survey
 
 import oracle
 from nnunet_models import make_model
-from parity_table import ArrayVolume, state
+from parity_table import ArrayVolume, scene
 
 Labels = dict[str, int | list[int]]
 WORDS = ("system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true")
@@ -38,7 +38,7 @@ def model_of(folder: Path, dimensions: int, labels: Labels, order: list[int] | N
 
 def bordered(dimensions: int) -> np.ndarray:
     """An image (c, z, y, x) with zeros around, and one section of zeros."""
-    image: np.ndarray = (state(1, EXTENT[dimensions], 6)[0] * 255).astype(np.uint8)
+    image: np.ndarray = (scene(1, EXTENT[dimensions], 6)[0] * 255).astype(np.uint8)
     image[:, 0] = 0
     image[:, :, :5] = 0
     image[..., -4:] = 0

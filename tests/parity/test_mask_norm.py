@@ -34,7 +34,7 @@ from connectomics.volumes.volume import VolumeInfo
 import oracle
 from decoding import in_order
 from nnunet_models import make_model
-from parity_table import ArrayVolume, state
+from parity_table import ArrayVolume, scene
 
 WORDS = ["system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true"]
 Z, CT = "ZScoreNormalization", "CTNormalization"
@@ -102,9 +102,9 @@ def image_of(trial: Trial, seed: int = 8) -> np.ndarray:
     """
     extent = (9, 31, 37) if trial.dimensions == 3 else (6, 31, 37)
     top = {"uint8": 200, "uint16": 3000, "float32": 3.0}[trial.dtype]
-    image = state(len(trial.masked), extent, seed)[0] * top
+    image = scene(len(trial.masked), extent, seed)[0] * top
     image[:, 5] = image[:, 5] * 0.3 + top * 0.9  # far above the mean, all of it
-    outline = state(1, extent, seed + 1)[1] > 0
+    outline = scene(1, extent, seed + 1)[1] > 0
     inner = np.zeros(extent, bool)
     inner[1:, 4:-5, 5:-3] = True
     body = inner | (outline & (np.indices(extent)[0] > 0) & (np.indices(extent)[2] > 2))

@@ -13,7 +13,7 @@ from connectomics.lightning.inference import InferenceManager
 from connectomics.models.backends.torch_eager import TorchBackend
 
 from nnunet_models import make_model
-from parity_table import state
+from parity_table import scene
 
 WORDS = ["system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true"]
 
@@ -29,7 +29,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def both(folder: Path, extent: tuple[int, int, int], *words: str) -> tuple[np.ndarray, np.ndarray]:
-    image = (state(1, extent, 9)[0] * 255).astype(np.uint8)
+    image = (scene(1, extent, 9)[0] * 255).astype(np.uint8)
     results = []
     for engine in ("nnunet", "monai"):
         stated = [*WORDS, f"inference.sliding_window.engine={engine}", *words]
@@ -52,7 +52,7 @@ def test_padding_of_small_images_is_nnunets(model: tuple[int, Path]) -> None:
     extent = (2, 11, 17) if dimensions == 2 else (5, 9, 6)
     ours, monais = both(folder, extent)
     np.testing.assert_allclose(ours, monais, atol=1e-5)
-    image = (state(1, extent, 9)[0] * 255).astype(np.uint8)
+    image = (scene(1, extent, 9)[0] * 255).astype(np.uint8)
     words = [*WORDS, "inference.sliding_window.engine=monai", "inference.sliding_window.padding_mode=replicate"]
     replicated = InferenceManager.from_checkpoint(folder, words).predict(image).probabilities
     assert np.abs(replicated - monais).max() > 1e-3

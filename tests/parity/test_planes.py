@@ -26,7 +26,7 @@ from connectomics.stages.survey.survey import load_survey, save_survey, survey
 
 import oracle
 from nnunet_models import make_model
-from parity_table import ArrayVolume, ParityCase, state, train
+from parity_table import ArrayVolume, ParityCase, scene, train
 from small_jobs import infer_words, ledger_lines, write_h5
 
 WORDS = ("system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true")
@@ -46,7 +46,7 @@ KINDS = {
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
     """Zeros at some faces, so that every section of every plane has a nonzero box of its own."""
-    pixels: np.ndarray = (state(1, EXTENT, 6)[0] * 255).astype(np.uint8)
+    pixels: np.ndarray = (scene(1, EXTENT, 6)[0] * 255).astype(np.uint8)
     pixels[:, :1] = 0
     pixels[:, :, :3] = 0
     pixels[:, :, :, -4:] = 0

@@ -25,7 +25,7 @@ from connectomics.stages.survey.survey import survey
 
 import oracle
 from nnunet_models import make_model
-from parity_table import ArrayVolume, state
+from parity_table import ArrayVolume, scene
 
 SHARE = 1e-5  # labels that may differ after resampling; every case below gives 0
 LARGE = "inference.allow_large_resampling=true"
@@ -169,7 +169,7 @@ def model_of(trial: Trial, folder: Path) -> Path:
 
 
 def image_of(trial: Trial) -> np.ndarray:
-    image = (state(trial.channels, trial.extent, 8)[0] * 250).astype(np.uint8)
+    image = (scene(trial.channels, trial.extent, 8)[0] * 250).astype(np.uint8)
     if trial.border:
         image[:, :, : trial.border] = 0
         image[..., -trial.border :] = 0
@@ -293,7 +293,7 @@ def test_a_large_ratio_can_be_confirmed_and_images_may_state_their_own_spacing(t
     )
     words = [*WORDS, "inference.resample=plan", LARGE]
     manager = InferenceManager.from_checkpoint(folder, words)
-    image = (state(1, (4, 20, 20), 8)[0][0] * 250).astype(np.uint8)
+    image = (scene(1, (4, 20, 20), 8)[0][0] * 250).astype(np.uint8)
     resampling = manager.segmenter((9.0, 1.0, 1.0)).members[0].resampling
     assert resampling == Resampling((9.0, 1.0, 1.0), (1.0, 1.0, 1.0), RULE, LINEAR)
     stated = InferenceManager.from_checkpoint(folder, [*words, "inference.spacing=[9,1,1]"])

@@ -22,7 +22,7 @@ from connectomics.cli import main
 
 import oracle
 from nnunet_models import make_model
-from parity_table import ParityCase, patch_of, state, train
+from parity_table import ParityCase, patch_of, scene, train
 from small_jobs import infer_words, quick_folder
 
 MODEL = "nnUNetTrainer__nnUNetPlans__2d"
@@ -32,7 +32,7 @@ Write = Callable[[Path, np.ndarray], object]
 
 def colours(channels: int, seed: int) -> np.ndarray:
     """An image (y, x, c) of the three classes that the models know."""
-    planes = state(channels, (1, *EXTENT), seed)[0][:, 0]
+    planes = scene(channels, (1, *EXTENT), seed)[0][:, 0]
     return np.ascontiguousarray((255 * planes).astype(np.uint8).transpose(1, 2, 0))
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from connectomics.cli import main
 
 from nnunet_models import make_model
-from parity_table import displaced, state, train_second_stage
+from parity_table import displaced, scene, train_second_stage
 
 CPU = ["system.device=cpu", "system.num_cpus=1"]
 
@@ -27,7 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     model = make_model(folder / "model", dimensions=2, patch=(32, 32), classes=3, folds=("0", "1"), seed=2)
     volume = folder / "v.h5"
     with h5py.File(volume, "w") as file:
-        file["main"] = (state(1, (3, 90, 110), 4)[0][0] * 255).astype(np.uint8)
+        file["main"] = (scene(1, (3, 90, 110), 4)[0][0] * 255).astype(np.uint8)
     words = [f"inference.volume_mode.file_list=['{volume}']", f"inference.data.output_path={folder}", "model.folds=[0]"]
     assert main(["infer-volume", "--checkpoint", str(model), *CPU, *words]) == 0
     return model, volume, folder / "v_labels.h5"
@@ -111,7 +111,7 @@ def test_a_large_volume_is_compared_on_its_middle(tmp_path: Path) -> None:
     model = make_model(tmp_path, dimensions=3, patch=(8, 16, 16), classes=3, reader="SimpleITKIO", seed=2)
     volume = tmp_path / "v.h5"
     with h5py.File(volume, "w") as file:
-        file["main"] = (state(1, (20, 40, 30), 4)[0][0] * 255).astype(np.uint8)
+        file["main"] = (scene(1, (20, 40, 30), 4)[0][0] * 255).astype(np.uint8)
     words = [str(model), str(volume), "--max-voxels", "8000", "--threshold", "1e-2"]
     code, certificate = verified(tmp_path, *words)
     assert code == 0
@@ -136,7 +136,7 @@ def test_transposed_plans_are_told_the_spacing_of_the_volume(tmp_path: Path, wor
         seed=4,
     )
     with h5py.File(tmp_path / "v.h5", "w") as file:
-        file["main"] = (state(1, (20, 26, 12), 4)[0][0] * 255).astype(np.uint8)
+        file["main"] = (scene(1, (20, 26, 12), 4)[0][0] * 255).astype(np.uint8)
     code, _ = verified(tmp_path, str(model), str(tmp_path / "v.h5"), "--threshold", "1e-2", *words)
     assert code == 0
 
@@ -151,7 +151,7 @@ def test_a_second_stage_is_verified_with_its_first(tmp_path: Path, given: str) -
         give_weights=train_second_stage,
         **common,  # type: ignore[arg-type]
     )
-    image, classes = state(1, (12, 20, 24), 4)
+    image, classes = scene(1, (12, 20, 24), 4)
     for name, array in (("v", image[0] * 255), ("labels", displaced(classes)), ("wrong", displaced(classes)[::-1])):
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
             file["main"] = array.astype(np.uint8)

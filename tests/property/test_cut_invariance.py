@@ -14,7 +14,7 @@ from connectomics.lightning.inference import InferenceManager
 from connectomics.stages.survey.survey import survey
 
 from nnunet_models import make_model
-from parity_table import ArrayVolume, state
+from parity_table import ArrayVolume, scene
 
 EXTENT = {2: (3, 50, 61), 3: (21, 24, 29)}
 SHAPES = {
@@ -50,7 +50,7 @@ def volume(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     torch.set_num_threads(1)
     words = ["system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true"]
     engine = InferenceManager.from_checkpoint(folder, words).engine
-    image = (state(1, EXTENT[dimensions], 6)[0] * 255).astype(np.uint8)
+    image = (scene(1, EXTENT[dimensions], 6)[0] * 255).astype(np.uint8)
     image[:, :, :3] = 0
     image[:, :, :, -4:] = 0
     reader = ArrayVolume(image)
@@ -79,7 +79,7 @@ def test_batches_of_windows_do_not_depend_on_the_cut_either(tmp_path: Path) -> N
     folder = make_model(tmp_path, dimensions=2, classes=2, patch=(16, 24), seed=4)
     words = ["system.device=cpu", "system.num_cpus=1", "inference.sliding_window.sw_batch_size=3"]
     engine = InferenceManager.from_checkpoint(folder, words).engine
-    reader = ArrayVolume((state(1, (2, 50, 61), 6)[0] * 255).astype(np.uint8))
+    reader = ArrayVolume((scene(1, (2, 50, 61), 6)[0] * 255).astype(np.uint8))
     cases = survey(reader, "image", engine.segmenter.members[0].schemes, by_slice=True)
     whole = engine.segmenter.segment(reader.read, [cases], Box.of_shape((2, 50, 61)))["labels"]
     for block in BlockGrid((2, 50, 61), (1, 13, 40)):

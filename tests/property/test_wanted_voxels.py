@@ -23,7 +23,7 @@ from connectomics.stages.survey.region import RegionOfInterest
 from connectomics.volumes.volume import Array, VolumeInfo
 
 from nnunet_models import make_model
-from parity_table import ArrayVolume, state
+from parity_table import ArrayVolume, scene
 
 WORDS = ["system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true"]
 REGIONS: dict[str, int | list[int]] = {"background": 0, "whole": [1, 2], "core": 2}
@@ -215,7 +215,7 @@ def full(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model, words, extent = request.param(tmp_path_factory.mktemp("model"))
     torch.set_num_threads(1)
     segmenter = InferenceManager.from_checkpoint(model, words).segmenter()
-    image = (state(1, extent, 6)[0] * 255).astype(np.uint8)
+    image = (scene(1, extent, 6)[0] * 255).astype(np.uint8)
     image[:, :, :3] = 0
     image[:, :, :, -4:] = 0
     reader = ArrayVolume(image)

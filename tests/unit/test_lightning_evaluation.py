@@ -31,7 +31,7 @@ from connectomics.jobs.outcome import NullObserver, VolumeOutcome
 from connectomics.lightning.inference import VolumeProcessor
 
 from nnunet_models import make_model
-from parity_table import state
+from parity_table import scene
 
 
 def listed(*paths: str) -> str:
@@ -67,7 +67,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scores_are_scikit_learns(model: Path, tmp_path: Path) -> None:
     uris, truths = [], []
     for i in range(2):
-        image, classes = state(1, (2, 40, 51), i)
+        image, classes = scene(1, (2, 40, 51), i)
         uris.append(h5(tmp_path / f"image{i}.h5", (image[0] * 255).astype(np.uint8)))
         truths.append(h5(tmp_path / f"truth{i}.h5", classes.astype(np.uint8)))
     config = known_answers(uris, truths, tmp_path / "out")
@@ -119,7 +119,7 @@ def test_what_cannot_be_measured_is_named_and_the_rest_is(model: Path, tmp_path:
 def test_decoded_objects_are_compared_with_true_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of two runs with other blocks and formats; the numbers are those of ``evaluate`` on the files."""
     model = make_model(tmp_path / "model", dimensions=2, patch=(16, 24), classes=2, seed=2)
-    image, classes = state(1, (2, 40, 51), 0)
+    image, classes = scene(1, (2, 40, 51), 0)
     volume = h5(tmp_path / "v.h5", (image[0] * 255).astype(np.uint8))
     truth = h5(tmp_path / "truth.h5", measure.label(classes > 0).astype(np.uint32))
     for form, block in (("h5", "[2,40,51]"), ("zarr", "[1,20,26]")):

@@ -13,7 +13,7 @@ from connectomics.core.errors import ConfigError, DeviceError, ModelError, Volum
 from connectomics.lightning.inference import InferenceManager
 
 from nnunet_models import make_model
-from parity_table import state
+from parity_table import scene
 
 WORDS = ["system.device=cpu", "system.num_cpus=1"]
 
@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
-    return (state(1, (2, 40, 51), 1)[0][0] * 255).astype(np.uint8)
+    return (scene(1, (2, 40, 51), 1)[0][0] * 255).astype(np.uint8)
 
 
 def test_images_and_volumes_keep_their_axes(model: Path, image: np.ndarray) -> None:
