@@ -120,7 +120,7 @@ def output_of(config: Config, source: DecodingInput, volume: VolumeReader) -> Fi
     for step in config.decoding:
         if isinstance(step, LABELLING) and step.probabilities is not None:
             facts["probabilities"] = _known(step.probabilities)
-    return FinalOutput(OBJECTS, source.stem, key_of(facts), _formats(config), config.inference.output.pyramid)
+    return FinalOutput(OBJECTS, source.stem, key_of(facts), _formats(config), pyramid=config.inference.output.pyramid)
 
 
 def _known(uri: str) -> dict[str, object]:
@@ -235,13 +235,13 @@ def decode_job(config: Config, source: DecodingInput, volume: VolumeReader, like
         volume,
         _steps(config.decoding, volume.info),
         output,
-        table_of(config, source),
-        plan,
-        program_version(),
-        provenance,
-        _command(config, source),
-        probabilities,
-        units,
+        table=table_of(config, source),
+        plan=plan,
+        program=program_version(),
+        provenance=provenance,
+        command=_command(config, source),
+        probabilities=probabilities,
+        probability_units=units,
     )
 
 

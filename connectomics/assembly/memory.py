@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def peak_of(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo, block: Vec3) -> Footprint:
     """Memory of the whole process, and of the device, while a volume is worked on in such blocks (z, y, x)."""
     works = _works(config, engine, segmenter, info)
-    budget, _ = _budget(config, engine, segmenter, info, works[0].stored_bytes)
+    budget, _ = _budget(config, engine, segmenter, info, stored_bytes=works[0].stored_bytes)
     each = [work.footprint(block, info.extent) for work in works]
     need = Footprint(max(f.host_bytes for f in each), max(f.device_bytes for f in each))
     return Footprint(budget.host_need(need), need.device_bytes)
@@ -43,7 +43,7 @@ def plan_volume(config: Config, engine: Engine, segmenter: Segmenter, info: Volu
     """
     works = _works(config, engine, segmenter, info)
     stated = config.inference.block_shape
-    budget, readers = _budget(config, engine, segmenter, info, works[0].stored_bytes)
+    budget, readers = _budget(config, engine, segmenter, info, stored_bytes=works[0].stored_bytes)
     return plan_blocks(info.extent, works, budget, None if stated is None else vec3(stated)), readers
 
 
@@ -84,7 +84,7 @@ def plan_within_device(
 
 def _works(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo) -> list[Work]:
     pairs = zip(engine.of_members, segmenter.members, strict=True)
-    return [_work(config, engine, segmenter, model, member, info) for model, member in pairs]
+    return [_work(config, engine, segmenter, model, member=member, info=info) for model, member in pairs]
 
 
 def _work(
@@ -101,13 +101,13 @@ def _work(
         model.spec.classes,
         len(model.spec.folds),
         model.spec.input_channels,
-        info.dtype.itemsize,
-        segmenter.labels.dtype.itemsize + probabilities,
-        model.window.batch,
-        model.window_bytes,
-        segmenter.classes if len(segmenter.members) > 1 else 0,
-        ratio,
-        member.order,
+        voxel_bytes=info.dtype.itemsize,
+        stored_bytes=segmenter.labels.dtype.itemsize + probabilities,
+        batch=model.window.batch,
+        window_bytes=model.window_bytes,
+        mean_classes=segmenter.classes if len(segmenter.members) > 1 else 0,
+        ratio=ratio,
+        order=member.order,
         whole=config.inference.sliding_window.engine == "monai",
         on_device=engine.device_bytes is not None,
     )
@@ -128,7 +128,7 @@ def _budget(
     passing = max(exporting, *(survey_bytes(info, readers, axis) for axis in axes))
     chunk_bytes = math.prod(info.chunk_shape) * info.channels * info.dtype.itemsize
     decides = info.chunk_shape if chunk_bytes > READ_BYTES else None
-    return Budget(host, taken, passing, engine.device_bytes, decides), readers
+    return Budget(host, taken, passing, engine.device_bytes, input_chunk=decides), readers
 
 
 def decoding_bytes(info: VolumeInfo, budget_bytes: int, base_bytes: int) -> int:

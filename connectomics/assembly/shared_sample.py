@@ -80,7 +80,7 @@ class SharedSample:
             roi = roi_of(config, reader.info.extent, source.name)
             if roi is not None:
                 opened.callback(roi.close)
-            job = job_of(config, engine, source, reader, None, roi)
+            job = job_of(config, engine, source, reader, previous=None, roi=roi)
             retrying = RetryingReader(reader, source.name, engine.settings.pauses_s)
             return measure_agreement(job, retrying, job.segmenter.survey(retrying, source.name), voxels)
 

@@ -134,13 +134,13 @@ def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: Vol
     facts = dict(engine.facts) | {"input": reader.identity, "resample": resampling}
     facts |= _previous_facts(config, engine, source, reader) | roi_facts(config)
     pyramid = config.inference.output.pyramid
-    outputs = [FinalOutput(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1], pyramid)]
+    outputs = [FinalOutput(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1], pyramid=pyramid)]
     rule = engine.segmenter.probabilities
     if rule is not None:
         kept = {"channels": list(rule.channels), "activation": rule.activation, "scale": rule.scale}
         key = key_of(facts | {"probabilities": kept | {"dtype": rule.dtype.str}})
         stem, formats = names[PROBABILITIES]
-        outputs.append(FinalOutput(PROBABILITIES, stem, key, formats, pyramid))
+        outputs.append(FinalOutput(PROBABILITIES, stem, key, formats, pyramid=pyramid))
     return tuple(outputs)
 
 
@@ -218,7 +218,9 @@ def _resampling_of(
     spacing = member.order.turn(spacing)
     target = (spacing[0] if spec.spacing[0] is None else spec.spacing[0], spec.spacing[1], spec.spacing[2])
     check_ratio(spacing, target, allowed=stated.allow_large_resampling)
-    return Resampling(spacing, target, spec.resampling_data, spec.resampling_probabilities, spec.resampling_labels)
+    return Resampling(
+        spacing, target, spec.resampling_data, spec.resampling_probabilities, labels=spec.resampling_labels
+    )
 
 
 def roi_of(config: Config, extent: Vec3, name: str) -> RegionOfInterest | None:
@@ -285,14 +287,14 @@ def job_of(
         run_folder(config, source),
         reader,
         segmenter,
-        engine.filters,
-        outputs,
-        plan,
-        provenance_of(config, engine, reader, segmenter, previous),
-        command_of(config, engine, source),
-        readers,
-        roi,
-        contract,
-        decoding_bytes(reader.info, engine.settings.budget_bytes, engine.base_bytes),
+        filters=engine.filters,
+        outputs=outputs,
+        plan=plan,
+        provenance=provenance_of(config, engine, reader, segmenter, previous=previous),
+        command=command_of(config, engine, source),
+        readers=readers,
+        roi=roi,
+        contract=contract,
+        filter_block_bytes=decoding_bytes(reader.info, engine.settings.budget_bytes, engine.base_bytes),
         on_device=engine.device_bytes is not None,
     )

@@ -148,7 +148,7 @@ def watershed_plan(stated: Sequence[DecodingStep], info: VolumeInfo, memory: Mem
                 f"a component of {key}={step.max_component_voxels}",
                 f"lower {key}, which changes the objects of larger components",
             )
-            plan = _for_distances(f"decoding[{i}].seed_distance_nm", step, info, memory, plan)
+            plan = _for_distances(f"decoding[{i}].seed_distance_nm", step, info, memory, plan=plan)
     return plan
 
 

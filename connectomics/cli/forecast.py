@@ -73,7 +73,7 @@ def tune(words: argparse.Namespace) -> int:
     from connectomics.forecast import tune as tuning
 
     with _progress() as progress:
-        found = tuning.tune(config, words.model, words.volume, words.seconds, progress)
+        found = tuning.tune(config, words.model, words.volume, words.seconds, progress=progress)
     if words.json:
         path = None if found.path is None else str(found.path)
         print(json.dumps({"profile": path, "trials": [asdict(t) for t in found.profile.trials]}, indent=1))

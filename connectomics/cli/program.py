@@ -293,8 +293,8 @@ def _from_nnunet(words: argparse.Namespace) -> int:
         words.o,
         model,
         tuple(words.f),
-        words.chk,
-        words.step_size,
+        checkpoint_name=words.chk,
+        step_size=words.step_size,
         mirroring=not words.disable_tta,
         save_probabilities=words.save_probabilities,
         keep_finished=words.continue_prediction,
@@ -326,7 +326,7 @@ def _model_of(words: argparse.Namespace) -> Path:
         raise ConfigError("no model is named; give -d DATASET -c CONFIGURATION, or the training folder with -m")
     from connectomics.models.installed import installed_model
 
-    return installed_model(words.d, words.c, words.p, words.tr, os.environ)
+    return installed_model(words.d, words.c, words.p, words.tr, environment=os.environ)
 
 
 _COMMANDS = {

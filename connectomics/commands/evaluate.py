@@ -161,7 +161,7 @@ def evaluate_outcomes(config: Config, engine: Engine, outcomes: Sequence[VolumeO
         for i, (outcome, truth, mask) in enumerate(zip(outcomes, data.test_label or (), masks, strict=False)):
             if outcome.state == "failed":
                 continue
-            job = Comparison(outcome.name, str(outcome.paths[0]), truth, mask, _within(config, outcome, opened))
+            job = Comparison(outcome.name, str(outcome.paths[0]), truth, mask, within=_within(config, outcome, opened))
             jobs.append(job)
             if data.test_instances is not None and _objects_wanted(config):
                 objects.append(replace(job, prediction=str(objects_of(outcome)), truth=data.test_instances[i]))
@@ -209,7 +209,7 @@ def evaluate_volumes(
         if job.name in tables:
             columns = match_table(ObjectPairs.of(tables[job.name]))
             paths.append(write_matches(columns, folder, stem_of(job.prediction)))
-    result = Scores(folder / "scores.json", volumes, pooled_semantic | pooled_instances, failures, tuple(paths))
+    result = Scores(folder / "scores.json", volumes, pooled_semantic | pooled_instances, failures, matches=tuple(paths))
     write_text(result.path, json.dumps(result.content, indent=1) + "\n")
     return result
 

@@ -200,7 +200,7 @@ def verify(
         )
         found.append(_agreement(scope, box, ours, theirs))
     result = Certificate(certificate, tuple(found), threshold)
-    write_text(certificate, json.dumps(_content(engine, result, volume, output, reader), indent=1) + "\n")
+    write_text(certificate, json.dumps(_content(engine, result, volume, output, reader=reader), indent=1) + "\n")
     reader.close()
     return result
 
@@ -296,9 +296,9 @@ def _agreement(scope: str, box: Box, ours: Array, theirs: Array) -> SampleCompar
         box,
         differ.size,
         int(differ.sum()),
-        int(edge.sum()),
-        int((differ & edge).sum()),
-        None if where is None else where.shift(box.start),
+        edge_voxels=int(edge.sum()),
+        edge_differ=int((differ & edge).sum()),
+        where=None if where is None else where.shift(box.start),
     )
 
 

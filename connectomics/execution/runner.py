@@ -147,7 +147,7 @@ def run_blocks(task: Task, ledger: Ledger, executor: Executor, worker: Worker, o
     left = tuple(f for key, f in failures.items() if not ledger.is_done(ledger.block(key)))
     if ledger.finished > before + done:
         on_block(ledger.finished, planned)
-    return BlocksDone(planned, ledger.finished - done, done, windows, left)
+    return BlocksDone(planned, ledger.finished - done, done, windows, failures=left)
 
 
 def failure_message(failures: tuple[BlockFailure, ...], planned: int, folder: Path) -> str:

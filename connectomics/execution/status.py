@@ -118,8 +118,8 @@ def status_of(run: Path) -> RunStatus:
         any((work / SURVEY).exists() for work in works),
         tuple(stages),
         tuple(workers),
-        tuple(name for name in finished if (run.parent / name).exists()),
-        _last_error(run / LOG),
+        finished=tuple(name for name in finished if (run.parent / name).exists()),
+        last_error=_last_error(run / LOG),
     )
 
 
@@ -144,7 +144,15 @@ def _stage(work: Path, folder: Path, alive: list[str]) -> StageStatus:
                 rate += len(recent) / seconds
     quarantined = (path.stem for path in sorted((folder / QUARANTINE).glob("*.txt")))
     ago = None if last is None else max(0.0, time.time() - last)
-    return StageStatus(work.name, stage_of(folder), ledger.planned, ledger.finished, tuple(quarantined), rate, ago)
+    return StageStatus(
+        work.name,
+        stage_of(folder),
+        ledger.planned,
+        ledger.finished,
+        quarantined=tuple(quarantined),
+        blocks_per_s=rate,
+        last_block_s_ago=ago,
+    )
 
 
 def _process(mark: str) -> str:

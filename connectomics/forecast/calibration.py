@@ -95,7 +95,7 @@ def measure_pace(config: Config, engine: Engine, job: VolumeJob, times: WindowTi
         sample_s = [t.median + _window_seconds(m.predictor, model, 0.0).median for model, m, t in triples]
     predictors = [_standing_in(config, model) for model in engine.of_members]
     voxel_s, fixed_s = _outside(job, engine, predictors, times.stand_in)
-    return CostModel(times.full, tuple(sample_s), voxel_s, fixed_s, times.basis)
+    return CostModel(times.full, tuple(sample_s), voxel_s, fixed_s, basis=times.basis)
 
 
 def _standing_in(config: Config, model: EngineModel) -> Predictor:
@@ -118,7 +118,7 @@ class StandIn:
 
     def __init__(self, window: SlidingWindow, classes: int, device: str) -> None:
         self._device = select_device(device)
-        self._class = NumericClass("stand-in", "exact", window.batch, 1, self._device.type)
+        self._class = NumericClass("stand-in", "exact", window.batch, 1, device=self._device.type)
         blobs = sum(np.ogrid[tuple(slice(n) for n in window.patch)][a] // BLOB for a in range(3)) % 2
         logits = torch.zeros((1, classes, *window.patch))
         logits[0, -1] = torch.from_numpy(np.where(blobs == 1, np.float32(1), np.float32(-1)))

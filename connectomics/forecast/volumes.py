@@ -96,7 +96,7 @@ def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]
                 if roi is not None:
                     opened.callback(roi.close)
                 suiting = engines.suiting(reader)
-                job = sample.shared_by(suiting, job_of(config, suiting, source, reader, None, roi))
+                job = sample.shared_by(suiting, job_of(config, suiting, source, reader, previous=None, roi=roi))
                 if id(suiting) not in paces:
                     paces[id(suiting)] = measure_pace(config, suiting, job, measure_windows(config, suiting))
                 forecasts.append(forecast(config, suiting, job, paces[id(suiting)]))
@@ -163,7 +163,7 @@ def forecast(config: Config, engine: Engine, job: VolumeJob, pace: CostModel | N
     read = sum(count_read(member, model.window, partition, whole=whole) for member, model in pairs)
     fills = [batch_fill(member, model.window, partition, whole=whole) for member, model in pairs]
     voxels = Box.of_shape(info.extent).voxels
-    peak = peak_of(config, engine, job.segmenter, info, partition.block_shape)
+    peak = peak_of(config, engine, job.segmenter, info, block=partition.block_shape)
     outputs, scratch = _sizes(engine, job, partition)
     everything = job.roi is None or _written_everywhere(job)
     return Forecast(
@@ -171,18 +171,20 @@ def forecast(config: Config, engine: Engine, job: VolumeJob, pace: CostModel | N
         replace(partition, roi=Box.of_shape(info.extent)).blocks if everything else partition.blocks,
         partition.block_shape,
         sum(windows),
-        passes,
-        None if pace is None else pace.predict([n / f for n, f in zip(windows, fills, strict=True)], sampled, voxels),
-        peak.host_bytes,
-        peak.device_bytes,
-        engine.settings.budget_bytes,
-        outputs,
-        scratch,
-        voxels,
-        voxels + read,
-        ", ".join(f"{key} {value}" for key, value in engine.settings.numeric_class.items()),
-        "" if pace is None else pace.basis,
-        _not_counted(config, engine, job),
+        passes=passes,
+        seconds=None
+        if pace is None
+        else pace.predict([n / f for n, f in zip(windows, fills, strict=True)], sampled, voxels),
+        host_bytes=peak.host_bytes,
+        device_bytes=peak.device_bytes,
+        budget_bytes=engine.settings.budget_bytes,
+        outputs=outputs,
+        scratch=scratch,
+        voxels=voxels,
+        read_voxels=voxels + read,
+        backend=", ".join(f"{key} {value}" for key, value in engine.settings.numeric_class.items()),
+        basis="" if pace is None else pace.basis,
+        notes=_not_counted(config, engine, job),
     )
 
 

@@ -115,7 +115,7 @@ def interpolated(
 ) -> torch.Tensor:
     """The voxels of ``box`` along some axes, one after the other, from values [c, z, y, x] that begin at ``near``."""
     for axis in order:
-        values = axes[axis].interpolate(values, axis, box.start[axis], box.stop[axis], near.start[axis])
+        values = axes[axis].interpolate(values, axis, box.start[axis], box.stop[axis], first=near.start[axis])
     return values
 
 

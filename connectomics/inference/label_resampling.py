@@ -64,7 +64,7 @@ class LabelResampling:
         """Along some axes; the others are left as they are."""
         if all(self.axes[axis].order == 0 for axis in axes):
             values = torch.from_numpy(np.ascontiguousarray(labels))[None].double()
-            nearest: Array = interpolated(values, self.axes, axes, box, near)[0].numpy().astype(labels.dtype)
+            nearest: Array = interpolated(values, self.axes, axes, box, near=near)[0].numpy().astype(labels.dtype)
             return nearest
         if self.axes[axes[0]].single:
             return self._largest_half(labels, axes, box, near)
@@ -74,7 +74,7 @@ class LabelResampling:
         """As ``resample_torch_simple``: the lowest label of those with the largest share in half precision."""
         present = np.unique(labels)
         shares = torch.from_numpy(np.stack([labels == label for label in present])).float() * SCALE
-        winner = interpolated(shares, self.axes, axes[::-1], box, near).half().argmax(0)
+        winner = interpolated(shares, self.axes, axes[::-1], box, near=near).half().argmax(0)
         result: Array = present[winner.numpy()]
         return result
 

@@ -83,13 +83,15 @@ class IntensityStats:
         count = self.nonzero + other.nonzero
         low, high = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
         if self.exact:
-            return IntensityStats(count, True, self.first + other.first, self.second + other.second, low, high)
+            return IntensityStats(
+                count, True, self.first + other.first, self.second + other.second, minimum=low, maximum=high
+            )
         if 0 in (self.nonzero, other.nonzero):
             return other if self.nonzero == 0 else self
         gap = other.first - self.first
         share = other.nonzero / count
         second = self.second + other.second + gap * gap * self.nonzero * share
-        return IntensityStats(count, False, self.first + gap * share, second, low, high)
+        return IntensityStats(count, False, self.first + gap * share, second, minimum=low, maximum=high)
 
     def summary(self, voxels: int) -> ChannelSummary:
         """Mean, standard deviation, minimum and maximum over ``voxels`` voxels, of which all others are zero.

@@ -156,7 +156,7 @@ class RollingPredictor:
         return WindowGrid(source.box, self._setting.patch, self._setting.step)
 
     def _accumulator(self, core: Box, first: Box) -> _Accumulator:
-        return _Accumulator(len(self._folds), self._classes, core, self._axis, first, self._device)
+        return _Accumulator(len(self._folds), self._classes, core, self._axis, window=first, device=self._device)
 
     @torch.inference_mode()
     def predict(self, parts: Iterable[Part]) -> Iterator[tuple[Box, Logits]]:
@@ -168,7 +168,7 @@ class RollingPredictor:
     def _lanes(self, parts: Iterable[Part]) -> Iterator[_Sweep]:
         for source, core in parts:
             for box in [core] if self._axis == 0 else core.sections():
-                yield _Sweep(source, box, self._axis, self._setting.patch, self._grid(source).touching(box))
+                yield _Sweep(source, box, self._axis, self._setting.patch, starts=self._grid(source).touching(box))
 
     def _computed(self, windows: Iterator[_Window], rows: _Rows) -> Iterator[tuple[_Window, Folds]]:
         """Each window with its logits; those that fill the network's batches together, whatever rows they lie in."""

@@ -166,7 +166,7 @@ class ResampledInput:
         if self._axes[within[0]].order > LINEAR:
             values = torch.from_numpy(self._splines(values.numpy(), within, tile, near))
         else:
-            values = interpolated(values, self._axes, within[::-1], tile, near)
+            values = interpolated(values, self._axes, within[::-1], tile, near=near)
         if self._separate is not None:
             values = self._along(values, self._separate, tile, near)
         result: Array = values.numpy().astype(np.float32)
@@ -195,7 +195,7 @@ class ResampledInput:
     def _along(self, values: torch.Tensor, axis: int, tile: Box, near: Box) -> torch.Tensor:
         """Across the sections, which stand on the network's grid already."""
         if self._axes[axis].order <= LINEAR:
-            return interpolated(values, self._axes, [axis], tile, near)
+            return interpolated(values, self._axes, [axis], tile, near=near)
         image = np.moveaxis(values.double().numpy(), axis + 1, 1)
         axes = [self._axes[axis], *(AxisResampling(n, n, LINEAR) for n in image.shape[2:])]
         corners = [tile.start[axis], 0, 0], [tile.stop[axis], *image.shape[2:]], [near.start[axis], 0, 0]
@@ -299,7 +299,7 @@ class ResampledPredictor:
             near = reach_of(axes, plane)
             values = network[(slice(None), *near.relative_to(needed).slices)]
             order = (2, 1, 0) if axes[0].single else (0, 1, 2)  # torch's sums begin with x; fewest voxels else
-            yield plane.shift(source.box.start), interpolated(values, axes, order, plane, near).float()
+            yield plane.shift(source.box.start), interpolated(values, axes, order, plane, near=near).float()
 
 
 def _blocks_over(grid: BlockGrid, box: Box) -> Iterator[Vec3]:

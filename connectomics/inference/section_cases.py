@@ -82,7 +82,9 @@ class SectionCases(Sequence[Case]):
             start, _, step = index.indices(len(self))
             if step != 1:
                 raise ValueError(f"sections are taken one after the other, not every {step}")
-            return SectionCases(self._first + start, self._plane, self._boxes[index], self._channels[index], self._axis)
+            return SectionCases(
+                self._first + start, self._plane, self._boxes[index], self._channels[index], axis=self._axis
+            )
         at = self._first + range(len(self))[index]
         (top, left, bottom, right), (height, width) = self._boxes[index].tolist(), self._plane
         back = AxisOrder.across(self._axis).inverse

@@ -40,7 +40,7 @@ def previous_labels(
     if engine.previous is None:
         labels = open_previous(config, source, reader)
     else:
-        labels = open_labels(_computed(config, engine, source, reader, on_block), reader)
+        labels = open_labels(_computed(config, engine, source, reader, on_block=on_block), reader)
     try:
         yield labels
     finally:

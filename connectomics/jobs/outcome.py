@@ -82,7 +82,7 @@ def attempted(name: str, folder: Path, run: Callable[[], tuple[tuple[Path, ...],
             paths, report = run()
     except Exception as error:  # noqa: BLE001 - the runner's broad catch: a failure stays with its volume
         return failed_outcome(name, error, time.perf_counter() - began)
-    return VolumeOutcome(name, "done", "", paths, report, time.perf_counter() - began)
+    return VolumeOutcome(name, "done", "", paths, report=report, seconds=time.perf_counter() - began)
 
 
 def failed_outcome(name: str, error: Exception, seconds: float) -> VolumeOutcome:

@@ -145,7 +145,7 @@ class InferenceManager:
                 contract = fast_contract(self._config, self.engine, exact, reader.info.extent)
                 if contract is not None:
                     contract.require(
-                        contract.measure(segmenter, reader.read, surveyed, whole, 0, "the image"), "the image"
+                        contract.measure(segmenter, reader.read, surveyed, whole, seed=0, name="the image"), "the image"
                     )
                 self._held = True
             arrays, _ = segmenter.segment_roi(reader.read, surveyed, whole, roi)
@@ -290,8 +290,10 @@ class VolumeProcessor:
             roi = roi_of(self._config, reader.info.extent, source.name)  # refused before a first stage is run
             if roi is not None:
                 opened.callback(roi.close)
-            previous = opened.enter_context(previous_labels(self._config, engine, source, reader, self._observer.block))
-            job = job_of(self._config, engine, source, reader, previous, roi)
+            previous = opened.enter_context(
+                previous_labels(self._config, engine, source, reader, on_block=self._observer.block)
+            )
+            job = job_of(self._config, engine, source, reader, previous=previous, roi=roi)
             check_names(job.outputs, settings.folder, overwrite=self._config.inference.output.overwrite)
             job = self._forecaster.with_forecast(engine, sample.shared_by(engine, job))
             report = run_volume(job, engine.settings, OverlappingExecutor(), self._observer.block)

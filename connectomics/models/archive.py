@@ -57,7 +57,13 @@ def unpacked(request: ModelRequest) -> Iterator[ModelRequest]:
     with tempfile.TemporaryDirectory(prefix="connectomics_") as folder:
         root = Path(folder, archive_path.name)
         try:
-            place = _unpack(archive_path, path.relative_to(archive_path), root, request.folds, request.checkpoint_name)
+            place = _unpack(
+                archive_path,
+                path.relative_to(archive_path),
+                root,
+                request.folds,
+                checkpoint_name=request.checkpoint_name,
+            )
             yield replace(request, path=place)
         except ModelError as error:
             raise type(error)(str(error).replace(str(root), str(archive_path))) from error
@@ -69,7 +75,9 @@ def _unpack(archive_path: Path, within: Path, root: Path, folds: Sequence[str] |
             members = _checked(archive_path, archive.infolist())
             model, fold = _chosen(archive_path, members, PurePosixPath(within.as_posix()))
             wanted = [model / name for name in _JSON if model / name in members]
-            wanted += _checkpoints(archive_path, members, model, (fold,) if fold else folds, checkpoint_name)
+            wanted += _checkpoints(
+                archive_path, members, model, (fold,) if fold else folds, checkpoint_name=checkpoint_name
+            )
             _check_sizes(archive_path, [members[name] for name in wanted], root)
             for name in wanted:
                 target = root / name

@@ -123,7 +123,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
         for member in model.members:
             check_finite(member)
         networks = FoldNetworks(request, model)
-        return LoadedModel(model.spec, model.skeleton, networks, model.plans.values, model.dataset.values)
+        return LoadedModel(model.spec, model.skeleton, networks, model.plans.values, dataset=model.dataset.values)
 
 
 def read_spec(model: ModelRequest | Path) -> ModelSpec:
@@ -160,7 +160,9 @@ def read_model(request: ModelRequest) -> ModelReading:
             f"but its files give {(request.architecture, spec.sha256)}; convert the model again with this version and "
             "architecture"
         )
-    return ModelReading(spec, skeleton, source.members, source.plans, source.dataset, source.originals)
+    return ModelReading(
+        spec, skeleton, source.members, source.plans, dataset=source.dataset, originals=source.originals
+    )
 
 
 def _describe(member: Fold, plans: PlanText, dataset: PlanText, trust_code: bool) -> tuple[ModelSpec, NetworkPlan]:

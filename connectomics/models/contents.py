@@ -191,7 +191,9 @@ def _read_fold(path: Path, trust_code: bool) -> Fold:
                 f"{path}: the weight {name!r:.60} of shape {list(tensor.shape)!r:.60} is larger than the file of "
                 f"{size} bytes, so one number stands for many; it is not what nnU-Net writes, so use another checkpoint"
             )
-    return Fold(path, content["trainer_name"], init_args["configuration"], tuple(axes), init_args, weights)
+    return Fold(
+        path, content["trainer_name"], init_args["configuration"], tuple(axes), init_args=init_args, weights=weights
+    )
 
 
 def _check_agreement(members: Sequence[Fold]) -> None:

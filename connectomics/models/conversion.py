@@ -50,7 +50,7 @@ def convert_model(request: ModelRequest, folder: Path) -> ModelSpec:
             architecture=request.architecture,
             files={weights_name(fold): "" for fold in model.spec.folds},
         )
-        write_copy(folder, manifest, model.plans, model.dataset, states)
+        write_copy(folder, manifest, model.plans, model.dataset, weights=states)
         return _read_back(request, folder, model, states)
 
 

@@ -111,7 +111,7 @@ def _locate(request: ModelRequest) -> ModelFiles:
         (path,),
         None,
         request.plans or _beside(path, "plans.json"),
-        request.dataset or _beside(path, "dataset.json"),
+        dataset=request.dataset or _beside(path, "dataset.json"),
     )
 
 
@@ -144,7 +144,7 @@ def _in_folder(request: ModelRequest) -> ModelFiles:
         if stated is None and not (root / name).is_file():
             raise ModelError(f"{root / name}: the training folder lacks this file; copy it from where nnU-Net wrote it")
     plans, dataset = request.plans or root / "plans.json", request.dataset or root / "dataset.json"
-    return ModelFiles(root, checkpoints, tuple(folds), plans, dataset)
+    return ModelFiles(root, checkpoints, tuple(folds), plans, dataset=dataset)
 
 
 def _available_folds(root: Path, checkpoint_name: str) -> tuple[str, ...]:

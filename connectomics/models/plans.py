@@ -262,7 +262,7 @@ def normalisations(plans: PlanText, configuration: PlanText, channels: int) -> t
             )
         within = masked[index] and scheme == "ZScoreNormalization"  # nnU-Net's other schemes do not look at it
         mean, std, lower, upper = numbers
-        result.append(ChannelNormalisation(scheme, mean, std, lower, upper, within))
+        result.append(ChannelNormalisation(scheme, mean, std, lower, upper=upper, masked=within))
     return tuple(result)
 
 
@@ -324,5 +324,10 @@ def resampling_rule(configuration: PlanText, key: str) -> ResamplingRule:
         )
     problem = ", ".join(f"{name}={values[name]!r:.40}" for name in sorted(strange))
     return ResamplingRule(
-        function, int(orders[0]), int(orders[1]), None if force is None else bool(force), float(threshold), problem
+        function,
+        int(orders[0]),
+        int(orders[1]),
+        None if force is None else bool(force),
+        anisotropy_threshold=float(threshold),
+        problem=problem,
     )

@@ -122,12 +122,12 @@ def link(sections: Sections, rule: Linking, folder: Path, *, at_once: int = AT_O
     for span in spans(sections.count, at_once):
         classes[span] = sections.classes(rows[span])
         parent[span] = np.arange(span.start, span.stop)
-    candidates = _candidates(sections, rows, classes, rule, folder, at_once)
-    for links in _links(candidates, sections.count, rule, folder, at_once):
+    candidates = _candidates(sections, rows, classes, rule, folder=folder, at_once=at_once)
+    for links in _links(candidates, sections.count, rule, folder, at_once=at_once):
         for span in spans(len(links), at_once):
             unite(parent, np.stack([links["here"][span], links["there"][span]]))
-    numbers, count = _numbered(rows, parent, sections.count, folder, at_once)
-    _written(sections, classes, numbers, count, folder, at_once)
+    numbers, count = _numbered(rows, parent, sections.count, folder, at_once=at_once)
+    _written(sections, classes, numbers, count, folder=folder, at_once=at_once)
     for path in folder.glob("scratch_*"):
         path.unlink()
     return count
@@ -193,7 +193,7 @@ def _links(candidates: Array, count: int, rule: Linking, folder: Path, at_once: 
             places: Array = span.start + np.flatnonzero(free & (rows["distance"] == distance))
             return places
 
-        best = _best(candidates, count, possible, folder, at_once) if rule.one_to_one else None
+        best = _best(candidates, count, possible, folder, at_once=at_once) if rule.one_to_one else None
         path, chosen = folder / f"scratch_links_{distance}", 0
         with path.open("wb") as stream:
             for span in spans(len(candidates), at_once):

@@ -76,7 +76,7 @@ def merge(cuts: Cuts, folder: Path, *, first_id: int = FIRST_ID, at_once: int = 
     count = _numbered(cuts, tables, first_id, at_once)
     if cuts.joins is not None:
         _follow(tables, at_once)
-    objects = _measured(cuts, tables, folder, count, first_id, at_once)
+    objects = _measured(cuts, tables, folder, count, first_id=first_id, at_once=at_once)
     for table in (tables.ids, objects):
         table.flush()
     tables.remove_scratch()
@@ -137,11 +137,11 @@ def _gathered(cuts: Cuts, folder: Path) -> _Tables:
         offsets,
         nodes,
         mapped(paths[0], total, np.uint64),
-        mapped(paths[1], linked, np.int64),
-        leads,
-        table(folder / IDS, total, np.uint64),
-        parent,
-        table(folder / "scratch_leader", linked, np.int64),
+        piece_of=mapped(paths[1], linked, np.int64),
+        leads=leads,
+        ids=table(folder / IDS, total, np.uint64),
+        parent=parent,
+        leader=table(folder / "scratch_leader", linked, np.int64),
     )
 
 

@@ -189,7 +189,7 @@ def component_pieces(
     joints = _distinct(list(planes.values()))
     positions = np.zeros(len(rows) + 1, np.uint32)
     positions[joints] = np.arange(1, len(joints) + 1)
-    return Pieces(rows, lengths, labels, joints, {name: positions[plane] for name, plane in planes.items()})
+    return Pieces(rows, lengths, labels, joints, planes={name: positions[plane] for name, plane in planes.items()})
 
 
 def hole_pieces(
@@ -244,10 +244,10 @@ def value_pieces(
     found, labels = np.unique(values.ravel()[starts], return_inverse=True)
     if len(found) and found[0] != 0:
         labels = labels + 1
-    lengths, labels, rows = _rows(lengths, starts, labels, values, cut, by_section=by_section)
+    lengths, labels, rows = _rows(lengths, starts, labels, values, cut=cut, by_section=by_section)
     if probabilities is not None:
         add_probabilities(rows, probabilities, lengths, labels)
-    return Pieces(rows, lengths, labels, np.zeros(0, np.uint32), {})
+    return Pieces(rows, lengths, labels, np.zeros(0, np.uint32), planes={})
 
 
 def painted(lengths: Array, labels: Array, ids: Array, shape: Vec3) -> Array:
@@ -288,7 +288,7 @@ def _runs(array: Array) -> tuple[Array, Array]:
 
 def _measured(numbered: Array, values: Array, cut: BlockPlacement, *, by_section: bool) -> tuple[Array, Array, Array]:
     lengths, starts = _runs(numbered)
-    return _rows(lengths, starts, numbered.ravel()[starts], values, cut, by_section=by_section)
+    return _rows(lengths, starts, numbered.ravel()[starts], values, cut=cut, by_section=by_section)
 
 
 def _rows(

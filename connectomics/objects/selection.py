@@ -148,8 +148,8 @@ def select(
         ids[span] = painted[ids[span] - np.uint64(first_id)]
     ids.flush()
     del objects
-    _kept(left, folder / OBJECTS, kept, PIECE, at_once)
-    _kept(folder / "scratch_numbers", folder / NUMBERS, kept, np.dtype(np.uint64), at_once)
+    _kept(left, folder / OBJECTS, kept, PIECE, at_once=at_once)
+    _kept(folder / "scratch_numbers", folder / NUMBERS, kept, np.dtype(np.uint64), at_once=at_once)
     (folder / "scratch_painted").unlink()
     return kept, largest
 

@@ -61,7 +61,7 @@ def plan_blocks(extent: Vec3, works: Sequence[Work], budget: Budget, stated: Vec
     while not budget.holds(need(block)):
         axis = None if fixed else _axis_to_cut(block, chunk, works, need)
         if axis is None:
-            raise ResourceError(_refusal(vec3(block), need(block), budget, works, stated))
+            raise ResourceError(_refusal(vec3(block), need(block), budget, works, stated=stated))
         block[axis] = _half(block[axis], chunk[axis])
     return BlockPlan(vec3(block), chunk)
 

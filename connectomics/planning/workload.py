@@ -72,7 +72,7 @@ def assumed_cases(member: EnsembleMember, extent: Vec3, channels: int) -> Sequen
     depth, height, width = AxisOrder.across(member.section_axis).turn(extent)
     boxes = np.broadcast_to(np.array([0, 0, height, width], np.int64), (depth, 4))
     values = np.broadcast_to(np.array([0.0, 1.0, 0.0, 1.0]), (depth, channels, 4))
-    return SectionCases(0, (height, width), boxes, values, member.section_axis)
+    return SectionCases(0, (height, width), boxes, values, axis=member.section_axis)
 
 
 def count_windows(member: EnsembleMember, partition: Partition, channels: int) -> int:

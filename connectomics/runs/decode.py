@@ -157,15 +157,15 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
                     discard_locks(path)
 
         def run(task: Task, ledger: Ledger) -> BlocksDone:
-            stages.append(run_blocks(task, ledger, executor, worker, on_block))
+            stages.append(run_blocks(task, ledger, executor, worker, on_block=on_block))
             return stages[-1]
 
         try:
             if not finished:
-                state, run_key = _objects(job, plan, settings, run, worker)
+                state, run_key = _objects(job, plan, settings, run, worker=worker)
                 worker.release(here)
                 with _last(worker):
-                    _finish(job, state, run_key, settings.folder, run)
+                    _finish(job, state, run_key, settings.folder, run=run)
         finally:
             report = _report(job, stages, began)
     return report
@@ -199,7 +199,9 @@ def _objects(
     )
     alone = functools.partial(worker.alone, SINGLE_WRITER)
     for number, step in enumerate(job.steps, 1):
-        state = step.run(state, StepContext(job.work, f"{number}_{step.name}", plan, grid, run_key, run, alone))
+        state = step.run(
+            state, StepContext(job.work, f"{number}_{step.name}", plan, grid, run_key=run_key, run=run, alone=alone)
+        )
     return state, run_key
 
 
@@ -214,13 +216,13 @@ def _finish(job: DecodeJob, state: DecodingState, run_key: str, folder: Path, ru
         stamp = dict(job.provenance) | {"run_key": run_key, "objects": state.count, **state.facts}
         if job.table is not None and state.tables is not None:
             unseal(job.run_folder, job.table)
-            write_table(state.tables, state.count, job.table, state.frame, job.output.result_key)
+            write_table(state.tables, state.count, job.table, state.frame, stamp=job.output.result_key)
         discard_locks(state.volume.path)
         for form in job.output.missing(folder):
             unseal(job.run_folder, job.output.paths(folder)[form])
         record = stamp | {"result_keys": {job.output.name: job.output.result_key}, "command": list(job.command)}
         write_text(job.run_folder / PROVENANCE, json.dumps(record, indent=1) + "\n")
-        export_output(state.volume, job.output, folder, stamp, job.work, run)
+        export_output(state.volume, job.output, folder, stamp, work=job.work, run=run)
     state.volume.close()
     seal(job.run_folder, job.paths(folder))
     discard_stores(job.work)
@@ -233,9 +235,9 @@ def _report(job: DecodeJob, stages: Sequence[BlocksDone], began: float) -> RunRe
         sum(stage.skipped for stage in stages),
         sum(stage.done for stage in stages),
         sum(len(stage.failures) for stage in stages),
-        0,
-        Box.of_shape(job.volume.info.extent).voxels,
-        round(time.perf_counter() - began, 3),
+        windows=0,
+        voxels=Box.of_shape(job.volume.info.extent).voxels,
+        seconds=round(time.perf_counter() - began, 3),
     )
     write_text(job.run_folder / "report.json", json.dumps(asdict(report), indent=1) + "\n")
     return report
@@ -244,4 +246,6 @@ def _report(job: DecodeJob, stages: Sequence[BlocksDone], began: float) -> RunRe
 def _info_of(job: DecodeJob, plan: BlockPlan) -> VolumeInfo:
     """The volume of ids, of the larger of their two types."""
     info = job.volume.info
-    return VolumeInfo((1, *info.extent), np.dtype(np.uint64), plan.chunk_shape, info.voxel_size_nm, info.origin_nm)
+    return VolumeInfo(
+        (1, *info.extent), np.dtype(np.uint64), plan.chunk_shape, info.voxel_size_nm, origin_nm=info.origin_nm
+    )

@@ -157,7 +157,7 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
         run = functools.partial(run_blocks, executor=executor, worker=worker, on_block=on_block)
         workspace = Workspace(work, run, job.filter_block_bytes)
         with worker.alone(SINGLE_WRITER):
-            prepared = _prepare(workspace, job, reader, settings, worker)
+            prepared = _prepare(workspace, job, reader, settings, worker=worker)
         ledger = prepared.ledger
         try:
             task = PredictTask(
@@ -165,9 +165,9 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
                 job.segmenter,
                 prepared.surveyed,
                 reader.read,
-                prepared.stores,
-                settings.pauses_s,
-                job.roi,
+                stores=prepared.stores,
+                pauses_s=settings.pauses_s,
+                roi=job.roi,
             )
             blocks = run(task, ledger)
             if not blocks.failures:
@@ -192,7 +192,7 @@ def _prepare(
     surveyed = _surveyed(job, reader, workspace)
     agreement = _agreement(work, job, reader, surveyed)
     ledger = Ledger(
-        work / LEDGER, run_key, settings.numeric_class, plan, extent, allow_other_class=settings.allow_mixed
+        work / LEDGER, run_key, settings.numeric_class, plan, volume=extent, allow_other_class=settings.allow_mixed
     )
     try:
         pending = tuple(o for o in job.outputs if o.missing(settings.folder))
@@ -207,7 +207,7 @@ def _prepare(
     except BaseException:
         ledger.close()
         raise
-    return _Prepared(work, run_key, ledger, surveyed, pending, stores, agreement)
+    return _Prepared(work, run_key, ledger, surveyed, pending=pending, stores=stores, agreement=agreement)
 
 
 def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, workspace: Workspace) -> None:
@@ -227,7 +227,7 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, workspac
         record = stamp | {"result_keys": _result_keys(job), "command": list(job.command)}
         write_text(job.run_folder / PROVENANCE, json.dumps(record, indent=1) + "\n")
     for output in pending:
-        _export(prepared, job, output, settings, stamp, workspace)
+        _export(prepared, job, output, settings, stamp=stamp, workspace=workspace)
     seal(job.run_folder, (p for o in job.outputs for p in o.paths(settings.folder).values()))
     for store in prepared.stores.values():
         store.close()
@@ -249,7 +249,7 @@ def _export(
     discard_locks(source.path)
     for form in output.missing(settings.folder):  # what stands there is replaced
         unseal(job.run_folder, output.paths(settings.folder)[form])
-    export_output(source, output, settings.folder, stamp, prepared.work, workspace.run)
+    export_output(source, output, settings.folder, stamp, work=prepared.work, run=workspace.run)
     source.close()
     store.close()
     discard(filtered)
@@ -270,7 +270,15 @@ def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: floa
     predicted = None if job.predicted_s is None else round(job.predicted_s * blocks.done / max(1, blocks.planned), 3)
     ratio = round(seconds / predicted, 3) if predicted else None
     report = RunReport(
-        blocks.planned, blocks.skipped, blocks.done, failed, blocks.windows, voxels, seconds, predicted, ratio
+        blocks.planned,
+        blocks.skipped,
+        blocks.done,
+        failed,
+        windows=blocks.windows,
+        voxels=voxels,
+        seconds=seconds,
+        predicted_s=predicted,
+        ratio=ratio,
     )
     if predicted and not failed:
         log.info("took %.1f s, predicted were %.1f s for its share of the blocks", seconds, predicted)
@@ -346,7 +354,9 @@ def measure_agreement(
     assert job.contract is not None
     roi = Box.of_shape(reader.info.extent) if job.roi is None else job.roi.box
     seed = int(job.outputs[0].result_key[:16], 16)
-    return job.contract.measure(job.segmenter, reader.read, surveyed, roi, seed, Path(job.name).name, voxels)
+    return job.contract.measure(
+        job.segmenter, reader.read, surveyed, roi, seed=seed, name=Path(job.name).name, voxels=voxels
+    )
 
 
 def _agreement(work: Path, job: VolumeJob, reader: RetryingReader, surveyed: Surveyed) -> Agreement | None:
@@ -387,5 +397,5 @@ def info_of(job: VolumeJob, name: str, plan: BlockPlan) -> VolumeInfo:
     else:
         channels, dtype = len(rule.channels), rule.dtype
     return VolumeInfo(
-        (channels, *source.extent), np.dtype(dtype), plan.chunk_shape, source.voxel_size_nm, source.origin_nm
+        (channels, *source.extent), np.dtype(dtype), plan.chunk_shape, source.voxel_size_nm, origin_nm=source.origin_nm
     )

@@ -101,7 +101,7 @@ def _next(level: Level, step: Vec3) -> Level:
         step,
         vec3([f * s for f, s in zip(level.factor, step, strict=True)]),
         vec3(first),
-        vec3([o % s for o, s in zip(level.offset, step, strict=True)]),
+        phase=vec3([o % s for o, s in zip(level.offset, step, strict=True)]),
     )
 
 

@@ -55,7 +55,7 @@ def open_volume(uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres 
     if separator and "/" not in scheme:
         raise VolumeError(f"cannot open {uri}: only local paths and phantom: are read, not {scheme}://; copy it first.")
     name, _, inner = local.partition("::")
-    source = Source(uri, Path(name), inner or None, axes, voxel_size_nm)
+    source = Source(uri, Path(name), inner or None, axes, voxel_size_nm=voxel_size_nm)
     opener = _stated_precomputed(source) if prefix else _opener(source)
     return opener(source)
 
@@ -103,8 +103,8 @@ class _Channels:
             first.dtype,
             first.chunk_shape,
             first.voxel_size_nm,
-            first.origin_nm,
-            first.spacing,
+            origin_nm=first.origin_nm,
+            spacing=first.spacing,
         )
 
     @property

@@ -163,7 +163,7 @@ def info_of(
     stated = source.voxel_size_nm
     try:
         chunk = layout.chunk(stored_chunk)
-        return VolumeInfo(layout.shape, native, chunk, stated or voxel_size_nm, origin_nm, spacing)
+        return VolumeInfo(layout.shape, native, chunk, stated or voxel_size_nm, origin_nm=origin_nm, spacing=spacing)
     except ValueError as error:
         raise VolumeError(f"{source.uri}: {error}") from error
 

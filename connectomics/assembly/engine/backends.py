@@ -95,7 +95,7 @@ def choose_backends(
     measured = [(t.backend, dataclasses.replace(terms, batch=t.batch, threads=t.threads)) for t in trials]
     if measured and backend != AUTO:
         (_, terms), measured = measured[0], []
-    return choose(backend, terms, _networks(models, patches), Artefacts(cache_folder(config)), measured)
+    return choose(backend, terms, _networks(models, patches), Artefacts(cache_folder(config)), measured=measured)
 
 
 def _measured(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Trial]:
@@ -211,7 +211,7 @@ def _terms(config: Config) -> BackendRequest:
 
 def _networks(models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[ModelNetworks]:
     return [
-        ModelNetworks(model.networks, model.spec.sha256, model.spec.input_channels, patch, model.networks.let_go)
+        ModelNetworks(model.networks, model.spec.sha256, model.spec.input_channels, patch, let_go=model.networks.let_go)
         for model, patch in zip(models, patches, strict=True)
     ]
 

@@ -103,7 +103,7 @@ def check_first_stage(config: Config, specs: Sequence[ModelSpec], first: ModelSp
                 f"{path}: is configuration '{first.configuration}', but the plans name '{spec.previous_stage}' as the "
                 f"previous stage; give that model as {KEY}, or the labels that another one made"
             )
-        check_alike(spec, first, str(path), "the model", "the stages of a cascade")
+        check_alike(spec, first, str(path), "the model", what_they_are="the stages of a cascade")
         if config.inference.resample == "off" and spec.previous_stage and spec.spacing != first.spacing:
             raise ConfigError(
                 f"{path}: the previous stage was trained at spacing {first.spacing}, this model at {spec.spacing}; set "

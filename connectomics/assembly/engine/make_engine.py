@@ -66,8 +66,8 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         program_version(),
         memory_budget_bytes(config),
         first.numeric_class.as_dict(),
-        config.system.allow_mixed_devices,
-        max(1, config.system.inference.num_workers or 1),
+        allow_mixed=config.system.allow_mixed_devices,
+        readers=max(1, config.system.inference.num_workers or 1),
     )
     facts = result_facts(config, models, segmenter, filters, fast=fast)
     previous = _first_stage(stated, [model.spec for model in models])  # which has a batch of its own
@@ -83,14 +83,14 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
         segmenter,
         filters,
         settings,
-        facts,
-        deviations,
-        base_bytes,
-        free,
-        previous,
-        exact,
-        tuple(itertools.chain(*cached_backends)),
-        chosen.notes,
+        facts=facts,
+        deviations=deviations,
+        base_bytes=base_bytes,
+        device_bytes=free,
+        previous=previous,
+        exact=exact,
+        cached_backends=tuple(itertools.chain(*cached_backends)),
+        notes=chosen.notes,
     )
 
 

@@ -52,7 +52,7 @@ def load_models(config: Config, checkpoint: Path | None) -> list[tuple[Path, Loa
     paths = [checkpoint_path(config, checkpoint), *map(Path, config.model.ensemble or ())]
     loaded = [(path, load(config, path)) for path in paths]
     for path, other in loaded[1:]:
-        check_alike(loaded[0][1].spec, other.spec, str(path), str(paths[0]), "the models of an ensemble")
+        check_alike(loaded[0][1].spec, other.spec, str(path), str(paths[0]), what_they_are="the models of an ensemble")
     return loaded
 
 

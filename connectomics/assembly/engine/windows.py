@@ -32,7 +32,7 @@ def make_window(config: Config, spec: ModelSpec) -> SlidingWindow:
         NNUNET_STEP if stated.overlap is None else round(1.0 - stated.overlap, 12),  # 1 - 0.9 is not 0.1
         stated.blending,
         _mirror_axes(config, spec),
-        stated.sw_batch_size or 1,
+        batch=stated.sw_batch_size or 1,
     )
 
 

@@ -95,7 +95,7 @@ class OpenVinoBackend:
             "threads": threads,
         }
         self._shape, self._low_memory = shape, low_memory
-        self._model, self._kept = _compiled(core, network, shape, options, facts, artefacts)
+        self._model, self._kept = _compiled(core, network, shape, options, facts=facts, artefacts=artefacts)
         self._request: Any = self._model.create_infer_request()
         self._numeric_class = NumericClass(
             backend=f"openvino {openvino.__version__.partition('-')[0]}",

@@ -63,7 +63,7 @@ def filter_labels(
         plan = kept_plan(work / f"{FILTER}.{PLAN}", plan)
         facts = {"small": minimum_voxels, "holes": fill_holes, "block": list(plan.block_shape)}
         cut = BlockGrid(grid.volume, plan.block_shape)
-        context = StepContext(work, FILTER, plan, cut, key_of(facts), workspace.run)
+        context = StepContext(work, FILTER, plan, cut, run_key=key_of(facts), run=workspace.run)
         current = store
         if minimum_voxels > 0:
             current = _without_small_objects(current, minimum_voxels, context.part("dust"))

@@ -139,7 +139,7 @@ class StepContext:
             If blocks failed.
         """
         folder = self.work / f"{LEDGER}_{task.name}"
-        with closing(Ledger(folder, self.run_key, {}, self.plan, self.grid.volume)) as ledger:
+        with closing(Ledger(folder, self.run_key, {}, self.plan, volume=self.grid.volume)) as ledger:
             void_lost(ledger, self.work, [kept.name])
             blocks = self.run(task, ledger)
             if blocks.failures:
@@ -198,12 +198,12 @@ class StepContext:
     ) -> Store:
         """Write the objects of all blocks."""
         store = self.store(info, dtype)
-        self.do(PaintTask(self.grid, pieces, tables, store, under), store.path)
+        self.do(PaintTask(self.grid, pieces, tables, store, under=under), store.path)
         return store
 
     def store(self, info: VolumeInfo, dtype: np.dtype[Any]) -> Store:
         """The working store of the step's result."""
-        kept = VolumeInfo((1, *info.extent), dtype, self.plan.chunk_shape, info.voxel_size_nm, info.origin_nm)
+        kept = VolumeInfo((1, *info.extent), dtype, self.plan.chunk_shape, info.voxel_size_nm, origin_nm=info.origin_nm)
 
         def make(path: Path) -> None:
             create_store(path, kept, shard_shape=self.plan.block_shape, attributes={}).close()

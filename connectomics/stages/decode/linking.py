@@ -164,23 +164,23 @@ class SliceLinking:
         of_rows: Callable[[Array], Array]
         if self.ids or state.tables is not None:
             named = SectionIds(values, depth)
-            task = PiecesTask(context.grid, cut, named, None, likely)
+            task = PiecesTask(context.grid, cut, named, None, probabilities=likely)
             classes = classes and state.tables is not None
             of_rows = _classes(state, named) if classes else _no_class
         else:
-            task = PiecesTask(context.grid, cut, values, IN_SECTIONS, likely)
+            task = PiecesTask(context.grid, cut, values, IN_SECTIONS, probabilities=likely)
             of_rows = _value
         context.pieces(task)
         joined = task.connectivity is not None
         sections, found, _ = context.objects(cut, EVERYTHING, joined=joined, kind=SECTIONS)
         counted = context.place(OVERLAPS)
         counted.mkdir(exist_ok=True)
-        context.do(OverlapTask(context.grid, cut, sections, counted, self.rule.reach), counted)
+        context.do(OverlapTask(context.grid, cut, sections, counted, reach=self.rule.reach), counted)
 
         def file(number: int) -> Path:
             return block_file(counted, context.grid.numbered(number))
 
-        linked = Sections(sections, found, of_rows, len(context.grid), file, depth)
+        linked = Sections(sections, found, of_rows, len(context.grid), overlaps=file, depth=depth)
         tables, count, largest = context.selected(
             TABLES, lambda folder: link(linked, self.rule, folder), self.selection
         )

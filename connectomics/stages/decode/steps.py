@@ -106,12 +106,12 @@ class ConnectedComponents:
         likely, units = state.probabilities, state.frame.probability_units
         if self.threshold is not None:
             likely, units = values.raw, probability_units(state.volume.info)
-        task = PiecesTask(context.grid, context.place(CUT), values, connectivity, likely)
+        task = PiecesTask(context.grid, context.place(CUT), values, connectivity, probabilities=likely)
         context.pieces(task)
         tables, count, largest = context.objects(task.folder, self.selection, joined=True)
         store = context.paint(task.folder, tables, state.volume.info, smallest_dtype(largest))
         frame = dataclasses.replace(state.frame, probability_units=units, flat=connectivity.by_section)
-        return DecodingState(store, frame, likely, tables, count)
+        return DecodingState(store, frame, likely, tables, count=count)
 
 
 def probability_units(info: VolumeInfo, certain: float | None = None) -> tuple[float, float]:
@@ -197,7 +197,12 @@ class Filters:
 
     def _selected(self, state: DecodingState, context: StepContext) -> DecodingState:
         task = PiecesTask(
-            context.grid, context.place(CUT), Values(state.volume), None, state.probabilities, flat=state.frame.flat
+            context.grid,
+            context.place(CUT),
+            Values(state.volume),
+            None,
+            probabilities=state.probabilities,
+            flat=state.frame.flat,
         )
         context.pieces(task)
         rule = dataclasses.replace(self.selection, by_value=True)
@@ -215,7 +220,12 @@ def _filled(state: DecodingState, connectivity: int, context: StepContext) -> De
     assert state.tables is not None
     values = Values(state.volume)
     task = PiecesTask(
-        context.grid, context.place(CUT), values, Connectivity(connectivity), state.probabilities, holes=True
+        context.grid,
+        context.place(CUT),
+        values,
+        Connectivity(connectivity),
+        probabilities=state.probabilities,
+        holes=True,
     )
     context.pieces(task)
     holes, found, _ = context.objects(task.folder, Holes(), joined=True)

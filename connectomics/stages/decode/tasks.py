@@ -94,7 +94,7 @@ class PiecesTask:
         if not self.holes:
             return component_pieces(self.read(block.core), self.connectivity, cut, likely)
         box = block.core.grow((1, 1, 1)).clip(self.grid.volume)
-        return hole_pieces(self.read(box), box, self.connectivity, cut, likely)
+        return hole_pieces(self.read(box), box, self.connectivity, cut, probabilities=likely)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class JoinTask:
                 own[axis] = self._side(block, axis, high=True)
             plane, values = own[axis]
             other, others = self._side(self.grid.block(index), axis, high=False)
-            touching = pairs(plane, other, direction, self.connectivity, values, others)
+            touching = pairs(plane, other, direction, self.connectivity, values=values, others=others)
             found["here"].append(touching[:, 0].astype(np.int64))
             found["there"].append(touching[:, 1].astype(np.int64))
             found["other"].append(np.full(len(touching), block_number(index, counts), np.int64))
@@ -199,7 +199,7 @@ class PaintTask:
     def process(self, block: Block) -> BlockRecord:
         """Paint a block; its shard is on disk on return."""
         began = time.perf_counter()
-        voxels = painted_block(self.grid, block, self.pieces, self.tables, self.store.info.dtype)
+        voxels = painted_block(self.grid, block, self.pieces, self.tables, dtype=self.store.info.dtype)
         if self.under is not None:
             np.copyto(voxels, self.under(block.core).astype(voxels.dtype, copy=False), where=voxels == 0)
         shard, checksum = write_block(self.store, block, voxels[None])

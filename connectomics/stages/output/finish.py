@@ -128,7 +128,7 @@ def export_output(
     for form in output.missing(folder):
         full = stamp | {"result_key": output.result_key}
         if form in PYRAMIDS:
-            _export_pyramid(store, output, form, paths[form], full, work, run)
+            _export_pyramid(store, output, form, paths[form], stamp=full, work=work, run=run)
         else:
             export_file(store, paths[form], form, full)
         log.info("wrote %s", paths[form])
@@ -142,7 +142,7 @@ def _export_pyramid(
     image = multiscale_of(form, store.info, store.shard_shape, path, labels=labels, levels=most)
     place = work / f"{output.name}.final.{form}"
     pyramid = Pyramid(f"{output.name}.{form}", image, place, labels)
-    fill_pyramid(pyramid, store, work, run, output.result_key)
+    fill_pyramid(pyramid, store, work, run, key=output.result_key)
     try:
         image.stamp(place, stamp, output.stem)
         put_in_place(place, path)

@@ -244,7 +244,9 @@ def _tasks(pyramid: Pyramid, source: Store) -> dict[int, LevelTask]:
         read_bytes = target.shape[0] * target.dtype.itemsize * math.prod(level.step)
         piece = grown(least, level.extent, read_bytes, PIECE_BYTES)
         name = f"{pyramid.place.name} level {k}"
-        tasks[k] = LevelTask(name, before, Box.of_shape(extent), level, target, piece, pyramid.labels)
+        tasks[k] = LevelTask(
+            name, before, Box.of_shape(extent), level, target=target, piece=piece, labels=pyramid.labels
+        )
         before, chunk, extent = target, target.chunk_shape, level.extent
     return tasks
 
@@ -252,7 +254,7 @@ def _tasks(pyramid: Pyramid, source: Store) -> dict[int, LevelTask]:
 def _ledger(task: LevelTask, folder: Path, key: str) -> Ledger:
     unit, chunk = task.target.unit_shape, task.target.chunk_shape
     level_key = key_of({"result_key": key, "level": task.name, "unit": list(unit), "chunk": list(chunk)})
-    return Ledger(folder, level_key, {}, BlockPlan(unit, chunk), task.level.extent)
+    return Ledger(folder, level_key, {}, BlockPlan(unit, chunk), volume=task.level.extent)
 
 
 def _intact(task: LevelTask, folder: Path, key: str) -> bool:

@@ -110,7 +110,7 @@ class FastContract:
         """
         found = Agreement(0, 0, ())
         with self.sampled():
-            for box in sample(surveyed[0], roi, self.piece, seed, voxels):
+            for box in sample(surveyed[0], roi, self.piece, seed, least=voxels):
                 exact, changed = (s.segment(read, surveyed, box)[LABELS] for s in (self.exact, fast))
                 differ = int(np.count_nonzero(exact != changed))
                 found += Agreement(box.voxels, differ, ((name, box.start, box.stop),))

@@ -130,7 +130,7 @@ class EnsembleMember:
             part = self.order.turn_box(core).intersect(box)
             if part.voxels:
                 mask = None if case.mask is None else self._turned(case.mask)
-                yield self._source(Case(region, box, case.channels, case.plane_ranges, mask), read), part
+                yield self._source(Case(region, box, case.channels, case.plane_ranges, mask=mask), read), part
 
     def _source(self, case: Case, read: ReadBox) -> ImageSource:
         image = CaseInput(case, self.schemes, self._turned(read))

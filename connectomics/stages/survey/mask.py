@@ -99,7 +99,9 @@ def _stored(reader: VolumeReader, inside: ReadBox, name: str, workspace: Workspa
     plan = decode_plan(info, workspace.block_bytes * VOXEL_BYTES // (VOXEL_BYTES + raw_bytes))
     plan = kept_plan(workspace.work / f"{name}.{PLAN}", plan)
     grid = BlockGrid(info.extent, plan.block_shape)
-    context = StepContext(workspace.work, name, plan, grid, key_of({"block": list(plan.block_shape)}), workspace.run)
+    context = StepContext(
+        workspace.work, name, plan, grid, run_key=key_of({"block": list(plan.block_shape)}), run=workspace.run
+    )
 
     def outside(part: Box) -> Array:
         return np.logical_not(is_inside(reader.read(part)))
@@ -114,4 +116,4 @@ def _in_order(task: Task, ledger: Ledger) -> BlocksDone:
     """Blocks one after the other, without any retry."""
     for block in ledger.unfinished():
         ledger.append(task.process(block))
-    return BlocksDone(ledger.planned, 0, ledger.finished, 0, ())
+    return BlocksDone(ledger.planned, 0, ledger.finished, 0, failures=())

@@ -119,7 +119,7 @@ class _SectionExtremes:
         for p in range(start, stop):
             counted = voxels if inside is None else int(inside[p])
             found = zip(self._nonzero[p].tolist(), self._low[p].tolist(), self._high[p].tolist(), strict=True)
-            plane = [IntensityStats(n, True, 0, 0, low, high) for n, low, high in found]
+            plane = [IntensityStats(n, True, 0, 0, minimum=low, maximum=high) for n, low, high in found]
             result.append(
                 tuple(
                     _range(stats, summary, counted if scheme.masked else voxels, voxels)
@@ -198,7 +198,7 @@ def survey(
         If a voxel is not a finite number, or intensities do not fit the normalisation.
     """
     if by_slice:
-        cases = _section_cases(reader, name, schemes, workers, section_axis)
+        cases = _section_cases(reader, name, schemes, workers, axis=section_axis)
         return SectionCases.of(cases, reader.info.extent[section_axis], reader.info.channels, section_axis)
     planes = (
         None
@@ -222,7 +222,7 @@ def _section_cases(
     """The case of each section across ``axis``; the volume is read with that axis as its first."""
     order = AxisOrder.across(axis)
     source = reader if order.identity else ReorientedVolume(reader, Orientation(order=order))
-    for i, tally in enumerate(_tallies(source, name, workers, lambda tile, box: None, order)):
+    for i, tally in enumerate(_tallies(source, name, workers, lambda tile, box: None, order=order)):
         region = Box((i, 0, 0), (i + 1, *source.info.extent[1:]))
         turned = tally.case(region, schemes)
         region, box = order.inverse.turn_box(turned.region), order.inverse.turn_box(turned.box)

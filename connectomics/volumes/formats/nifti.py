@@ -94,7 +94,7 @@ def open_nifti(source: Source) -> VolumeReader:
                 opened.callback(array.close)
             else:
                 stream = opened.enter_context(source.path.open("rb"))
-                array = MappedArray(stream, header.dtype, header.shape, header.offset, "F")
+                array = MappedArray(stream, header.dtype, header.shape, header.offset, order="F")
             info = info_of(
                 source,
                 layout,
@@ -139,11 +139,11 @@ def _header(path: Path, packed: bool) -> _NiftiHeader:
         header.get_data_dtype(),
         int(header.get_data_offset()),
         slope,
-        intercept or 0.0,
-        tuple(float(zoom) for zoom in header.get_zooms()),
-        str(header.get_xyzt_units()[0]),
-        kind is Nifti1Header,
-        affine,
+        intercept=intercept or 0.0,
+        zooms=tuple(float(zoom) for zoom in header.get_zooms()),
+        unit=str(header.get_xyzt_units()[0]),
+        first_version=kind is Nifti1Header,
+        affine=affine,
     )
 
 
@@ -218,7 +218,7 @@ class _Unpacked:
                     if surplus > header.total_bytes + PIECE_BYTES:
                         raise ValueError(f"it goes on beyond the {header.total_bytes} bytes that its header promises")
             stream.flush()
-            array = MappedArray(stream, header.dtype, header.shape, header.offset, "F")
+            array = MappedArray(stream, header.dtype, header.shape, header.offset, order="F")
             self._stream = stream
             opened.pop_all()
         return array

@@ -31,7 +31,7 @@ def open_npy(source: Source) -> StoredVolume:
             shape, fortran, dtype = _header(stream)
             native_dtype(source, dtype)  # refuses objects before anything is mapped
             layout = layout_of(source, shape, None)
-            array = MappedArray(stream, dtype, shape, stream.tell(), "F" if fortran else "C")
+            array = MappedArray(stream, dtype, shape, stream.tell(), order="F" if fortran else "C")
             info = info_of(source, layout, dtype, array.chunk)
             release = opened.pop_all().close
     except READ_ERRORS as error:

@@ -106,10 +106,12 @@ def _node(path: Path) -> _Node | None:
         raise ValueError(f"the metadata in {path} are not a JSON object")
     if "zarr.json" in found:
         metadata = found["zarr.json"]
-        return _Node(path, 3, metadata.get("node_type") == "array", metadata, metadata.get("attributes") or {})
+        return _Node(
+            path, 3, metadata.get("node_type") == "array", metadata, attributes=metadata.get("attributes") or {}
+        )
     if found:
         attributes = json_at(path / ".zattrs") if (path / ".zattrs").exists() else {}
-        return _Node(path, 2, ".zarray" in found, found.get(".zarray", {}), attributes)
+        return _Node(path, 2, ".zarray" in found, found.get(".zarray", {}), attributes=attributes)
     return None
 
 

@@ -208,7 +208,7 @@ def write_labels(labels: VolumeReader, path: Path, kind: FileKind, frame: NiftiG
     dtype = np.dtype(np.uint8 if largest < 255 else np.uint16)
     with replacing(path) as temporary:
         if frame is not None:
-            same = _write_nifti(labels, temporary, dtype, kind, frame)
+            same = _write_nifti(labels, temporary, dtype, kind, frame=frame)
         else:
             same = _write_picture(labels, temporary, dtype, kind)
         if not same:

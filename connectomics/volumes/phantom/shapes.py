@@ -179,7 +179,9 @@ def _capsule(seed: int, index: Vec3, depth: float) -> Capsule | None:
     step = (bz - az, by - ay, bx - ax)
     length = math.sqrt(step[0] * step[0] + step[1] * step[1] + step[2] * step[2])
     waist = min(0.3 * u[9], 0.15 * length / radius)  # no notches in short ones
-    return Capsule(index, (az, ay, ax), step, radius, waist, bag, depth, u[11], 8 + 4 * u[12])
+    return Capsule(
+        index, (az, ay, ax), step, radius, waist=waist, bag=bag, depth=depth, tint=u[11], period=8 + 4 * u[12]
+    )
 
 
 def _reaches(mito: Capsule) -> bool:
@@ -241,7 +243,7 @@ def mitochondria(tile: Tile, warp: tuple[Floats, Floats]) -> Mitochondria:
         bag_index[part][nearer] = n
         length = math.sqrt(max(by * by + bx * bx, 1.0)) * c.period
         along[part][inside] = (dy * (by / length) + dx * (bx / length))[inside]
-    return Mitochondria(capsules, index, depth, bag, bag_index, along)
+    return Mitochondria(capsules, index, depth, bag, bag_index=bag_index, along=along)
 
 
 # --- neurites
@@ -274,7 +276,7 @@ def sites_of(tile: Tile) -> Sites:
     )
     size = uniform(h, 2) * uniform(h, 2)
     weight = 7500 * size * size * (0.7 + 0.3 * drift[2])
-    return Sites(j, i, y, x, weight.astype(np.float32))
+    return Sites(j, i, y, x, weight=weight.astype(np.float32))
 
 
 def neurites(tile: Tile, warp: tuple[Floats, Floats], sites: Sites) -> tuple[npt.NDArray[np.int32], Floats]:

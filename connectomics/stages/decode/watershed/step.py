@@ -96,23 +96,27 @@ class Watershed:
         ground = _labelled(values, connectivity, info, context.part("components"))
         seeds = _labelled(Seeds(ground, heights, floor), connectivity, info, context.part("seeds"))
         contests, counts, large = self._contests(ground, seeds, context)
-        task = FloodTask(context.grid, context.place(FLOOD), contests, seeds, heights, connectivity)
+        task = FloodTask(
+            context.grid, context.place(FLOOD), contests, seeds, heights=heights, connectivity=connectivity
+        )
         task.folder.mkdir(exist_ok=True)
         context.do(task, task.folder)
         subvolumes = None
         if len(large):
             grid = subvolume_grid(context.grid.volume, self.max_component_voxels, connectivity)
             near = (lambda box: heights.near(box, floor)) if isinstance(heights, Distance) else heights
-            basins = BasinTask(grid, task.folder, ground, seeds, large, near, connectivity)
+            basins = BasinTask(grid, task.folder, ground, seeds, large=large, heights=near, connectivity=connectivity)
             subvolumes = _in_subvolumes(basins, context.part("windows"))
-        flooded = Flooded(contests, seeds.count, task.folder, subvolumes, self.keep_unseeded)
+        flooded = Flooded(contests, seeds.count, task.folder, subvolumes, keep_unseeded=self.keep_unseeded)
         last = context.part("objects")
-        pieces = PiecesTask(last.grid, last.place(CUT), flooded, None, likely, flat=connectivity.by_section)
+        pieces = PiecesTask(
+            last.grid, last.place(CUT), flooded, None, probabilities=likely, flat=connectivity.by_section
+        )
         last.pieces(pieces)
         tables, count, largest = last.objects(pieces.folder, self.selection, joined=False, by_first=True)
         store = last.paint(pieces.folder, tables, info, smallest_dtype(largest))
         frame = dataclasses.replace(state.frame, probability_units=units, flat=connectivity.by_section, classes=True)
-        return DecodingState(store, frame, likely, tables, count, {**state.facts, context.name: counts})
+        return DecodingState(store, frame, likely, tables, count=count, facts={**state.facts, context.name: counts})
 
     def _heights(
         self, values: Values, likely: Read | None, state: DecodingState, grid: BlockGrid
@@ -190,7 +194,7 @@ def _in_subvolumes(task: BasinTask, context: StepContext) -> FloodedSubvolumes:
     def make(path: Path) -> None:
         with replacing(path) as temporary:
             temporary.mkdir()
-            grow_trees(task.grid, task.folder, bridges.folder, task.seeds.count, temporary)
+            grow_trees(task.grid, task.folder, bridges.folder, task.seeds.count, folder=temporary)
 
     coarse = FloodedSubvolumes(task.grid, task.folder, task.seeds.count, context.made("trees", make))
     refine = RefineTask(refining_grid(task.grid), context.place("refined"), task, coarse)

@@ -105,14 +105,16 @@ class BasinTask:
         read = subvolume(core, self.grid.volume, self.connectivity)
         inside = np.isin(self.ground.read(read), self.large)
         if not inside.any():
-            return _saved_arrays(np.zeros(core.shape, np.uint8), 0, Saddles.together([]), np.zeros((2, 0)), np.zeros(0))
+            return _saved_arrays(
+                np.zeros(core.shape, np.uint8), 0, Saddles.together([]), np.zeros((2, 0)), beyond_heights=np.zeros(0)
+            )
         shared, others = shared_with(core, read)
         heights, seeds = self.heights(read), self.seeds.read(read)
-        found = basins_of(heights, seeds, inside, shared, self.connectivity, self.seeds.count)
+        found = basins_of(heights, seeds, inside, shared, connectivity=self.connectivity, seed_count=self.seeds.count)
         at = np.flatnonzero(others & inside)
         beyond = np.stack([at, found.labels.ravel()[at]])
         own = found.labels[core.relative_to(read).slices]
-        return _saved_arrays(own, found.count, found.saddles, beyond, heights.ravel()[at])
+        return _saved_arrays(own, found.count, found.saddles, beyond, beyond_heights=heights.ravel()[at])
 
 
 def _saved_arrays(own: Array, count: int, saddles: Saddles, beyond: Array, beyond_heights: Array) -> SavedArrays:
