@@ -75,7 +75,7 @@ def measure(job: Job, folder: Path, models: dict[int, Path], threads: int) -> di
     config = load_config(None, ["system.device=cpu", f"system.num_cpus={threads}", *words])
     engine = build_engine(config, models[job.dimensions])
     sources = named_sources([str(volume)], 1)
-    (told,) = plan_volumes(config, engine, sources).forecasts
+    (told,) = plan_volumes(engine, sources).forecasts
     (outcome,) = VolumeProcessor(config, engine).run(sources)
     assert outcome.report is not None, outcome.reason
     assert (told.blocks, told.windows) == (outcome.report.planned, outcome.report.windows)

@@ -234,6 +234,7 @@ def _import_everything() -> None:
     from PIL import Image
 
     from connectomics.assembly.engine.models import load
+    from connectomics.assembly.settings import model_settings
     from connectomics.cli import doctor, program, progress  # noqa: F401
     from connectomics.commands import decode  # noqa: F401
     from connectomics.config.load import load_config
@@ -243,7 +244,7 @@ def _import_everything() -> None:
 
     Image.init()
     with as_file(files("connectomics") / "example" / "phantom_mito_2d") as model:
-        load(load_config(None, ["system.device=cpu"]), model)
+        load(model_settings(load_config(None, []), model))
 
 
 def _serve() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 
-from connectomics.assembly.engine.budget import memory_budget_bytes
 from connectomics.assembly.engine.identity import program_version
 from connectomics.assembly.memory import decoding_bytes
+from connectomics.assembly.settings import memory_budget_bytes
 from connectomics.assembly.watershed import Memory, check_watershed, watershed_of, watershed_plan
 from connectomics.config.decoding import ConnectedComponents, DecodingStep, Filters, SliceLinking, Watershed
 from connectomics.config.load import written
@@ -208,7 +208,7 @@ def decode_job(config: Config, source: DecodingInput, volume: VolumeReader, like
     """
     output = output_of(config, source, volume)
     check_watershed(config, source.uri, volume.info, known=stated_probabilities(config, source) is not None)
-    budget = memory_budget_bytes(config)
+    budget = memory_budget_bytes(config.system.memory_budget_gb)
     free = decoding_bytes(volume.info, budget, psutil.Process().memory_info().rss)
     plan = watershed_plan(config.decoding, volume.info, Memory(budget, free), decode_plan(volume.info, free))
     if config.inference.block_shape is not None:

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.volumes import job_of, open_source, roi_of
-from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
 from connectomics.execution.retry import RetryingReader
@@ -32,13 +31,15 @@ class SharedSample:
     ----------
     sources
         All volumes of the call, finished ones as well, so that a rerun takes the same sample.
-    config_of
-        The configuration a volume is labelled with.
+    engine_of
+        What a volume is labelled with, of an engine; None: the engine as it is.
     """
 
-    def __init__(self, sources: Sequence[VolumeSource], config_of: Callable[[VolumeSource], Config]) -> None:
+    def __init__(
+        self, sources: Sequence[VolumeSource], engine_of: Callable[[VolumeSource, Engine], Engine] | None = None
+    ) -> None:
         self._sources = sources
-        self._config_of = config_of
+        self._engine_of = engine_of or (lambda _, engine: engine)
         self._taken: dict[tuple[tuple[str, object], ...], Agreement] = {}
 
     def shared_by(self, engine: Engine, job: VolumeJob) -> VolumeJob:
@@ -71,16 +72,16 @@ class SharedSample:
         return found
 
     def _measured(self, engine: Engine, source: VolumeSource, voxels: int) -> Agreement:
-        config = self._config_of(source)
+        engine = self._engine_of(source, engine)
         with contextlib.ExitStack() as opened:
-            reader = open_source(config, engine, source)
+            reader = open_source(engine, source)
             opened.callback(reader.close)
             if not _small(reader.info):
                 return Agreement(0, 0, ())
-            roi = roi_of(config, reader.info.extent, source.name)
+            roi = roi_of(engine.inference.region, reader.info.extent, source.name)
             if roi is not None:
                 opened.callback(roi.close)
-            job = job_of(config, engine, source, reader, previous=None, roi=roi)
+            job = job_of(engine, source, reader, previous=None, roi=roi)
             retrying = RetryingReader(reader, source.name, engine.settings.pauses_s)
             return measure_agreement(job, retrying, job.segmenter.survey(retrying, source.name), voxels)
 

@@ -19,9 +19,9 @@ from connectomics.assembly.decoding import (
     stated_probabilities,
     table_of,
 )
-from connectomics.assembly.engine.budget import memory_budget_bytes
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.identity import program_version
+from connectomics.assembly.settings import memory_budget_bytes
 from connectomics.assembly.watershed import keeps_probabilities
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
@@ -100,7 +100,7 @@ class Decoder:
         ):
             job = decode_job(self._config, source, volume, likely)
             check_names((job.output,), self._folder, overwrite=self._config.inference.output.overwrite)
-            settings = DecodeSettings(self._folder, memory_budget_bytes(self._config))
+            settings = DecodeSettings(self._folder, memory_budget_bytes(self._config.system.memory_budget_gb))
             report = run_decode(job, settings, SerialExecutor(), self._observer.block)
         return self._paths(source, job.output), report
 

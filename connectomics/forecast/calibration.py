@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from connectomics.assembly.engine.backends import device_name, known_profile, measured_as
+from connectomics.assembly.engine.backends import known_profile, measured_as
 from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.windows import make_predictor
-from connectomics.config.schema import Config
+from connectomics.assembly.settings import InferenceSettings
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.executors.overlapping import OverlappingExecutor
@@ -51,7 +51,7 @@ class WindowTimes:
     basis: str
 
 
-def measure_windows(config: Config, engine: Engine, seconds: float = WINDOWS_S) -> WindowTimes:
+def measure_windows(engine: Engine, seconds: float = WINDOWS_S) -> WindowTimes:
     """Time a window of each model: the network as ``connectomics tune`` measured it, else as it goes now.
 
     Parameters
@@ -61,11 +61,13 @@ def measure_windows(config: Config, engine: Engine, seconds: float = WINDOWS_S) 
     """
     profile = None
     if len(engine.models) == 1:
-        profile = known_profile(config, engine.specs, [model.window.patch for model in engine.models])
+        profile = known_profile(
+            engine.inference.networks, engine.specs, [model.window.patch for model in engine.models]
+        )
     tuned = None if profile is None else profile.window_s(*measured_as(engine.settings.numeric_class))
     full, without = [], []
     for model, member in zip(engine.of_members, engine.segmenter.members, strict=True):
-        without.append(_window_seconds(_standing_in(config, model), model, seconds / 10).median)
+        without.append(_window_seconds(_standing_in(engine.inference, model), model, seconds / 10).median)
         if tuned is None:
             full.append(_window_seconds(member.predictor, model, seconds))
         else:
@@ -74,7 +76,7 @@ def measure_windows(config: Config, engine: Engine, seconds: float = WINDOWS_S) 
     return WindowTimes(tuple(full), tuple(without), TUNED if tuned is not None else "a calibration of some windows")
 
 
-def measure_pace(config: Config, engine: Engine, job: VolumeJob, times: WindowTimes) -> CostModel:
+def measure_pace(engine: Engine, job: VolumeJob, times: WindowTimes) -> CostModel:
     """Measure how fast an engine labels a volume.
 
     Parameters
@@ -90,17 +92,17 @@ def measure_pace(config: Config, engine: Engine, job: VolumeJob, times: WindowTi
         If the volume cannot be read, or a miniature cannot be run.
     """
     sample_s = [0.0] * len(times.full)
-    if engine.exact is not None:
-        triples = zip(engine.of_members, engine.exact.members, times.full, strict=True)
+    if engine.reference is not None:
+        triples = zip(engine.of_members, engine.reference.segmenter.members, times.full, strict=True)
         sample_s = [t.median + _window_seconds(m.predictor, model, 0.0).median for model, m, t in triples]
-    predictors = [_standing_in(config, model) for model in engine.of_members]
+    predictors = [_standing_in(engine.inference, model) for model in engine.of_members]
     voxel_s, fixed_s = _outside(job, engine, predictors, times.stand_in)
     return CostModel(times.full, tuple(sample_s), voxel_s, fixed_s, basis=times.basis)
 
 
-def _standing_in(config: Config, model: EngineModel) -> Predictor:
-    first = StandIn(model.window, model.spec.classes, device_name(config))
-    return make_predictor(config, (first,) * len(model.spec.folds), model.window, model.spec)
+def _standing_in(stated: InferenceSettings, model: EngineModel) -> Predictor:
+    first = StandIn(model.window, model.spec.classes, stated.networks.device)
+    return make_predictor(stated.windows, (first,) * len(model.spec.folds), model.window, model.spec)
 
 
 class StandIn:

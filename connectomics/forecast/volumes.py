@@ -13,7 +13,6 @@ from connectomics.assembly.engines import Engines
 from connectomics.assembly.memory import peak_of
 from connectomics.assembly.shared_sample import SharedSample
 from connectomics.assembly.volumes import job_of, open_source, roi_of
-from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
 from connectomics.execution.ledger import plan_of
@@ -75,7 +74,7 @@ class Plan:
         return lines + [f"refused: {name}: {reason}" for name, reason in self.refused]
 
 
-def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
+def plan_volumes(engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
     """Say what each volume takes, as if nothing was done yet; an engine's pace is measured on its first volume.
 
     Parameters
@@ -85,44 +84,37 @@ def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]
     """
     forecasts: list[Forecast] = []
     refused: list[tuple[str, str]] = []
-    engines, sample = Engines(config, engine), SharedSample(sources, lambda _: config)
+    engines, sample = Engines(engine), SharedSample(sources)
     paces: dict[int, CostModel] = {}
     for source in sources:
         try:
             with contextlib.ExitStack() as opened:
-                reader = open_source(config, engine, source)
+                reader = open_source(engine, source)
                 opened.callback(reader.close)
-                roi = roi_of(config, reader.info.extent, source.name)
+                roi = roi_of(engine.inference.region, reader.info.extent, source.name)
                 if roi is not None:
                     opened.callback(roi.close)
                 suiting = engines.suiting(reader)
-                job = sample.shared_by(suiting, job_of(config, suiting, source, reader, previous=None, roi=roi))
+                job = sample.shared_by(suiting, job_of(suiting, source, reader, previous=None, roi=roi))
                 if id(suiting) not in paces:
-                    paces[id(suiting)] = measure_pace(config, suiting, job, measure_windows(config, suiting))
-                forecasts.append(forecast(config, suiting, job, paces[id(suiting)]))
+                    paces[id(suiting)] = measure_pace(suiting, job, measure_windows(suiting))
+                forecasts.append(forecast(suiting, job, paces[id(suiting)]))
         except ConnectomicsError as error:
             refused.append((source.name, str(error)))
     return Plan(tuple(forecasts), tuple(refused))
 
 
 class JobForecaster:
-    """Predicts volumes as they come; an engine is measured once, where a volume is long enough to be worth it.
+    """Predicts volumes as they come; an engine is measured once, where a volume is long enough to be worth it."""
 
-    Parameters
-    ----------
-    config
-        The configuration.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self) -> None:
         self._times: dict[int, tuple[Engine, WindowTimes]] = {}
         self._paces: dict[int, CostModel] = {}
 
     def with_forecast(self, engine: Engine, job: VolumeJob) -> VolumeJob:
         """The job with its predicted time, and a line of the plan in the log."""
         try:
-            told = forecast(self._config, engine, job, self._pace(engine, job))
+            told = forecast(engine, job, self._pace(engine, job))
         except (ConnectomicsError, OSError, MemoryError) as error:  # the run itself will say what is wrong
             log.info("plan: none (%s)", error)
             return job
@@ -136,15 +128,15 @@ class JobForecaster:
         if id(engine) in self._paces or sum(counts) < WORTH_WINDOWS:
             return self._paces.get(id(engine))
         if id(engine) not in self._times:
-            self._times[id(engine)] = engine, measure_windows(self._config, engine, BRIEFLY_S)
+            self._times[id(engine)] = engine, measure_windows(engine, BRIEFLY_S)
         times = self._times[id(engine)][1]
         if sum(n * t.median for n, t in zip(counts, times.full, strict=True)) < WORTH_S:
             return None
-        self._paces[id(engine)] = measure_pace(self._config, engine, job, times)
+        self._paces[id(engine)] = measure_pace(engine, job, times)
         return self._paces[id(engine)]
 
 
-def forecast(config: Config, engine: Engine, job: VolumeJob, pace: CostModel | None) -> Forecast:
+def forecast(engine: Engine, job: VolumeJob, pace: CostModel | None) -> Forecast:
     """What one volume takes; without a pace no time is told.
 
     Parameters
@@ -158,12 +150,12 @@ def forecast(config: Config, engine: Engine, job: VolumeJob, pace: CostModel | N
     piece = None if job.contract is None or job.contract.shared is not None else job.contract.piece
     sampled = [0 if piece is None else count_sample_windows(m, partition, info.channels, piece) for m in members]
     passes = sum(n * m.window.passes * len(m.spec.folds) for n, m in zip(windows, engine.of_members, strict=True))
-    whole = config.inference.sliding_window.engine == "monai"
+    whole = engine.inference.windows.whole
     pairs = list(zip(members, engine.of_members, strict=True))
     read = sum(count_read(member, model.window, partition, whole=whole) for member, model in pairs)
     fills = [batch_fill(member, model.window, partition, whole=whole) for member, model in pairs]
     voxels = Box.of_shape(info.extent).voxels
-    peak = peak_of(config, engine, job.segmenter, info, block=partition.block_shape)
+    peak = peak_of(engine, job.segmenter, info, block=partition.block_shape)
     outputs, scratch = _sizes(engine, job, partition)
     everything = job.roi is None or _written_everywhere(job)
     return Forecast(
@@ -184,7 +176,7 @@ def forecast(config: Config, engine: Engine, job: VolumeJob, pace: CostModel | N
         read_voxels=voxels + read,
         backend=", ".join(f"{key} {value}" for key, value in engine.settings.numeric_class.items()),
         basis="" if pace is None else pace.basis,
-        notes=_not_counted(config, engine, job),
+        notes=_not_counted(engine, job),
     )
 
 
@@ -214,10 +206,10 @@ def _sizes(engine: Engine, job: VolumeJob, partition: Partition) -> tuple[tuple[
     return tuple(outputs), scratch
 
 
-def _not_counted(config: Config, engine: Engine, job: VolumeJob) -> tuple[str, ...]:
+def _not_counted(engine: Engine, job: VolumeJob) -> tuple[str, ...]:
     """What the time leaves out."""
     tests = [
-        (bool(config.decoding), "the steps of decoding"),
+        (engine.inference.call.decodes, "the steps of decoding"),
         (engine.previous is not None, "the first stage of the cascade"),
         (
             job.contract is not None and job.contract.shared is not None,

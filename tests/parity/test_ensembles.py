@@ -83,7 +83,7 @@ def test_labels_are_those_of_nnunets_mean(models: dict[str, Path], image: np.nda
     assert ours.probabilities is not None and len(np.unique(ours.labels)) == 3
     np.testing.assert_array_equal(ours.labels, labels)
     assert np.abs(ours.probabilities - mean).max() <= 1e-5
-    assert not manager.engine.deviations
+    assert not manager.engine.identity.deviations
     singles = [InferenceManager.from_checkpoint(path, WORDS).predict(image).labels for path in members]
     assert all((single != ours.labels).any() for single in singles)
 
@@ -97,7 +97,7 @@ def test_weights_are_those_of_a_weighted_mean(models: dict[str, Path], image: np
     assert ours.probabilities is not None
     np.testing.assert_allclose(ours.probabilities, mean, atol=1e-6)
     assert (ours.labels == mean.argmax(0)).all()
-    assert manager.engine.deviations == ("a weighted mean of probabilities",)
+    assert manager.engine.identity.deviations == ("a weighted mean of probabilities",)
 
 
 def test_the_result_does_not_depend_on_the_cut(models: dict[str, Path], image: np.ndarray) -> None:
