@@ -78,7 +78,7 @@ def measure(job: Job, folder: Path, models: dict[int, Path], threads: int) -> di
     (told,) = plan_volumes(engine, sources).forecasts
     (outcome,) = VolumeProcessor(config, engine).run(sources)
     assert outcome.report is not None, outcome.reason
-    assert (told.blocks, told.windows) == (outcome.report.planned, outcome.report.windows)
+    assert (told.work.blocks, told.work.windows) == (outcome.report.planned, outcome.report.windows)
     predicted, actual = told.as_dict(), outcome.report.seconds
     return {
         "job": job.title,

@@ -12,7 +12,7 @@ from connectomics.core.errors import DeviceMemoryError, ResourceError
 from connectomics.core.geometry import Vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.planning.blocks import REFUSAL_STEP_BYTES, plan_blocks
-from connectomics.planning.memory import LIBRARY_BYTES, Budget, Footprint, Work
+from connectomics.planning.memory import LIBRARY_BYTES, Budget, Footprint, NetworkWork, Work
 from connectomics.stages.decode.context import CHUNK, VOXEL_BYTES
 from connectomics.stages.output.export import exporting_bytes
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
@@ -92,14 +92,16 @@ def _work(engine: Engine, segmenter: Segmenter, model: EngineModel, member: Ense
     kept = segmenter.probabilities
     probabilities = 0 if kept is None else len(kept.channels) * kept.dtype.itemsize
     return Work(
-        model.window.patch,
-        model.spec.classes,
-        len(model.spec.folds),
-        model.spec.input_channels,
-        voxel_bytes=info.dtype.itemsize,
-        stored_bytes=segmenter.labels.dtype.itemsize + probabilities,
-        batch=model.window.batch,
-        window_bytes=model.window_bytes,
+        NetworkWork(
+            model.window.patch,
+            model.spec.classes,
+            len(model.spec.folds),
+            model.spec.input_channels,
+            batch=model.window.batch,
+            window_bytes=model.window_bytes,
+        ),
+        info.dtype.itemsize,
+        segmenter.labels.dtype.itemsize + probabilities,
         mean_classes=segmenter.classes if len(segmenter.members) > 1 else 0,
         ratio=ratio,
         order=member.order,

@@ -14,7 +14,8 @@ from connectomics.assembly.volumes import job_of, open_source, roi_of
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
 from connectomics.execution.retry import RetryingReader
-from connectomics.runs.volume import VolumeJob, measure_agreement
+from connectomics.runs.job import VolumeJob
+from connectomics.runs.volume import measure_agreement
 from connectomics.stages.predict.precision_check import SAMPLED_VOXELS, Agreement, spread
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.volume import VolumeInfo
@@ -45,9 +46,10 @@ class SharedSample:
     def shared_by(self, engine: Engine, job: VolumeJob) -> VolumeJob:
         """The job, held to the shared sample if it is small; second stages of a cascade are not, nor is one alone."""
         alone = len(self._sources) == 1 or any(spec.previous_stage is not None for spec in engine.specs)
-        if job.contract is None or alone or not _small(job.reader.info):
+        if job.labeller.contract is None or alone or not _small(job.reader.info):
             return job
-        return replace(job, contract=replace(job.contract, shared=functools.partial(self._taken_by, engine)))
+        contract = replace(job.labeller.contract, shared=functools.partial(self._taken_by, engine))
+        return replace(job, labeller=replace(job.labeller, contract=contract))
 
     def _taken_by(self, engine: Engine) -> Agreement:
         numeric_class = tuple(sorted(engine.settings.numeric_class.items()))
@@ -83,7 +85,7 @@ class SharedSample:
                 opened.callback(roi.close)
             job = job_of(engine, source, reader, previous=None, roi=roi)
             retrying = RetryingReader(reader, source.name, engine.settings.pauses_s)
-            return measure_agreement(job, retrying, job.segmenter.survey(retrying, source.name), voxels)
+            return measure_agreement(job, retrying, job.labeller.segmenter.survey(retrying, source.name), voxels)
 
 
 def _small(info: VolumeInfo) -> bool:

@@ -20,7 +20,7 @@ from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.inference.case import ReadBox
 from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.models.spec import NO_RESAMPLING, ModelSpec
-from connectomics.runs.volume import VolumeJob
+from connectomics.runs.job import JobLimits, JobRecord, Labeller, VolumeJob
 from connectomics.stages.output.export import export_path
 from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
@@ -280,19 +280,14 @@ def job_of(
     working = (segmenter,) if engine.reference is None else (segmenter, exact)
     plan, readers = plan_within_device(engine, working, reader.info)
     contract = fast_contract(engine, exact, plan.block_shape)
+    block_bytes = decoding_bytes(reader.info, engine.settings.budget_bytes, engine.memory.base_bytes)
     return VolumeJob(
         source.name,
         run_folder(engine.inference.outputs, source),
         reader,
-        segmenter,
-        filters=engine.inference.labels.filters,
+        Labeller(segmenter, engine.inference.labels.filters, roi, contract),
         outputs=outputs,
         plan=plan,
-        provenance=provenance_of(engine, reader, segmenter, previous=previous),
-        command=command_of(engine, source),
-        readers=readers,
-        roi=roi,
-        contract=contract,
-        filter_block_bytes=decoding_bytes(reader.info, engine.settings.budget_bytes, engine.memory.base_bytes),
-        on_device=engine.memory.device_bytes is not None,
+        record=JobRecord(provenance_of(engine, reader, segmenter, previous), command_of(engine, source)),
+        limits=JobLimits(readers, block_bytes, on_device=engine.memory.device_bytes is not None),
     )

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_program() -> NoReturn:
     """The program ``connectomics``: as ``main``, and the process ends."""
-    leave(main())
+    leave(main)
 
 
 def script_main(arguments: Sequence[str] | None = None) -> int:

@@ -30,7 +30,8 @@ from connectomics.inference.predictor import Predictor, SlidingWindow
 from connectomics.models.backends.contract import NumericClass, torch_threads
 from connectomics.models.backends.torch_eager import select_device
 from connectomics.planning.forecast import CostModel, Timing
-from connectomics.runs.volume import VolumeJob, run_volume
+from connectomics.runs.job import JobRecord, Labeller, VolumeJob
+from connectomics.runs.volume import run_volume
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.volumes.levels import grown
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
@@ -187,8 +188,8 @@ def _outside(
     job: VolumeJob, engine: Engine, predictors: Sequence[Predictor], window_s: Sequence[float]
 ) -> tuple[float, float]:
     """Seconds of a voxel outside the network, and those that every volume takes."""
-    members = [replace(m, predictor=p) for m, p in zip(job.segmenter.members, predictors, strict=True)]
-    segmenter = replace(job.segmenter, members=tuple(_without_previous(m) for m in members))
+    members = [replace(m, predictor=p) for m, p in zip(job.labeller.segmenter.members, predictors, strict=True)]
+    segmenter = replace(job.labeller.segmenter, members=tuple(_without_previous(m) for m in members))
     extent = job.reader.info.extent
     patch = _within(extent, vec3([max(axis) for axis in zip(*_patches(engine, job), strict=True)]))
     large = _within(extent, grown(patch, extent, 1, max(MINIATURE_VOXELS, 2 * math.prod(patch))))
@@ -205,7 +206,7 @@ def _outside(
 
 def _patches(engine: Engine, job: VolumeJob) -> Iterator[Vec3]:
     """Each model's window in the volume's axes."""
-    for model, member in zip(engine.of_members, job.segmenter.members, strict=True):
+    for model, member in zip(engine.of_members, job.labeller.segmenter.members, strict=True):
         yield member.order.inverse.turn(model.window.patch)
 
 
@@ -230,13 +231,10 @@ def _miniature(job: VolumeJob, engine: Engine, segmenter: Segmenter, shape: Vec3
             job,
             run_folder=folder / "miniature.run",
             reader=part,
-            segmenter=segmenter,
+            labeller=Labeller(segmenter, job.labeller.filters),
             outputs=tuple(replace(output, result_key="miniature") for output in job.outputs),
             plan=BlockPlan(block, chunk),
-            provenance={},
-            command=(),
-            roi=None,
-            contract=None,
+            record=JobRecord({}, ()),
         )
         settings = replace(engine.settings, folder=folder)
         report = run_volume(small, settings, OverlappingExecutor(), lambda finished, planned: None)

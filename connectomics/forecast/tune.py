@@ -117,10 +117,7 @@ def tune(config: Config, checkpoint: Path | None, volume: str, seconds: float, p
     windows = _sample(stated.volumes, models, patches, volume)
     planned = _candidates(networks, models, patches)
     total = len(planned) + 1
-
-    running: list[_Running] = []
-    trials: list[Trial] = []
-    reference: list[Array] = []
+    running, trials, reference = list[_Running](), list[Trial](), list[Array]()
     for i, trial in enumerate(planned):
         progress(i, total, f"{trial.backend} {trial.precision}")
         share = COMPILING_SHARE if trial.backend == "compile" else MAKING_SHARE

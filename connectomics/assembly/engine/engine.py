@@ -10,7 +10,7 @@ from connectomics.assembly.settings import InferenceSettings
 from connectomics.inference.predictor import SlidingWindow
 from connectomics.models.backends.cached import CachedBackend
 from connectomics.models.spec import ModelSpec
-from connectomics.runs.volume import RunSettings
+from connectomics.runs.job import RunSettings
 from connectomics.stages.predict.segmenter import Segmenter
 
 NNUNET_STEP = 0.5

@@ -29,7 +29,7 @@ from connectomics.models.backends.torch_eager import free_device_bytes, window_b
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 from connectomics.planning.memory import share_freed_memory
-from connectomics.runs.volume import RunSettings
+from connectomics.runs.job import RunSettings
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 
 
