@@ -115,9 +115,9 @@ def window_flops(model: Path) -> int:
 def network_of(model: Path) -> tuple[torch.nn.Module, tuple[int, ...]]:
     from connectomics.assembly.engine.models import load_models
     from connectomics.assembly.settings import model_settings
-    from connectomics.config.load import load_config
+    from connectomics.config.schema import DataConfig, ModelConfig
 
-    ((_, loaded),) = load_models(model_settings(load_config(None, ["model.folds=[0]"]), model))
+    ((_, loaded),) = load_models(model_settings(ModelConfig(folds=["0"]), DataConfig(), model))
     return loaded.networks[0], loaded.spec.patch_shape
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from connectomics.assembly.settings import model_request
-from connectomics.config.schema import ModelConfig
 from connectomics.core.errors import OutputError
 from connectomics.core.files import replacing
 from connectomics.models.conversion import convert_model
+from connectomics.models.locate import ModelRequest
 
 
-def convert(model: ModelConfig, checkpoint: Path, output: Path) -> dict[str, object]:
+def convert(request: ModelRequest, output: Path) -> dict[str, object]:
     """Convert a model; the folder appears when it is complete and was read back.
 
     Returns
@@ -32,7 +31,7 @@ def convert(model: ModelConfig, checkpoint: Path, output: Path) -> dict[str, obj
         output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(output) as folder:
             folder.mkdir()
-            spec = convert_model(model_request(model, checkpoint), folder)
+            spec = convert_model(request, folder)
             written_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
         raise OutputError(

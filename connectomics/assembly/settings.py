@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from connectomics.config.schema import Config, ModelConfig, SystemConfig
+from connectomics.config.schema import Config, DataConfig, InferenceConfig, ModelConfig, SystemConfig
 from connectomics.config.validation import PLANES
 from connectomics.core.errors import ConfigError
 from connectomics.core.geometry import Box, Vec3, vec3
@@ -172,10 +172,9 @@ def resolve(config: Config, checkpoint: Path | None = None) -> InferenceSettings
         If no model is named, or device and number of GPUs contradict each other.
     """
     system, inference = config.system, config.inference
-    window, mirroring, post = inference.sliding_window, inference.test_time_augmentation, inference.postprocessing
-    binary = post.binary
+    window, mirroring = inference.sliding_window, inference.test_time_augmentation
     return InferenceSettings(
-        model_settings(config, checkpoint),
+        model_settings(config.model, config.data, checkpoint),
         network_settings(config),
         WindowSettings(
             _tuple(window.window_size),
@@ -186,16 +185,8 @@ def resolve(config: Config, checkpoint: Path | None = None) -> InferenceSettings
             mirroring=mirroring.enabled,
             flip_axes=_tuple(mirroring.flip_axes),
         ),
-        LabelSettings(
-            binary.threshold if binary.enabled else None,
-            BinaryFilters(binary.remove_small_objects, binary.fill_holes) if binary.enabled else BinaryFilters(),
-            activation=mirroring.act,
-            channels=_tuple(mirroring.select_channel),
-            save_probabilities=inference.output.save_probabilities,
-            intensity_scale=post.intensity_scale,
-            intensity_dtype=post.intensity_dtype,
-        ),
-        volumes=_volumes(config),
+        _labels(inference),
+        volumes=_volumes(inference),
         region=RegionSettings(
             None if inference.roi is None else Box(vec3(inference.roi[0]), vec3(inference.roi[1])), inference.mask
         ),
@@ -219,15 +210,14 @@ def resolve(config: Config, checkpoint: Path | None = None) -> InferenceSettings
     )
 
 
-def model_settings(config: Config, checkpoint: Path | None = None) -> ModelSettings:
-    """Which models a configuration names.
+def model_settings(model: ModelConfig, data: DataConfig, checkpoint: Path | None = None) -> ModelSettings:
+    """Which models a configuration names, and what it expects of them.
 
     Raises
     ------
     ConfigError
         If it names none.
     """
-    model, data = config.model, config.data
     first = checkpoint or (None if model.nnunet_checkpoint is None else Path(model.nnunet_checkpoint))
     if first is None:
         raise ConfigError("no model is named; give --checkpoint PATH or set model.nnunet_checkpoint")
@@ -310,8 +300,21 @@ def _cache(stated: str | None) -> Path | None:
     return base / "connectomics"
 
 
-def _volumes(config: Config) -> VolumeSettings:
-    inference = config.inference
+def _labels(inference: InferenceConfig) -> LabelSettings:
+    post, mirroring = inference.postprocessing, inference.test_time_augmentation
+    binary = post.binary
+    return LabelSettings(
+        binary.threshold if binary.enabled else None,
+        BinaryFilters(binary.remove_small_objects, binary.fill_holes) if binary.enabled else BinaryFilters(),
+        activation=mirroring.act,
+        channels=_tuple(mirroring.select_channel),
+        save_probabilities=inference.output.save_probabilities,
+        intensity_scale=post.intensity_scale,
+        intensity_dtype=post.intensity_dtype,
+    )
+
+
+def _volumes(inference: InferenceConfig) -> VolumeSettings:
     size, spacing = inference.voxel_size_nm, inference.spacing
     return VolumeSettings(
         inference.axes,

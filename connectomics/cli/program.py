@@ -177,7 +177,7 @@ def _inspect(words: argparse.Namespace) -> int:
     from connectomics.assembly.engine.models import describe
     from connectomics.assembly.settings import model_settings
 
-    facts = describe(model_settings(config, words.model))
+    facts = describe(model_settings(config.model, config.data, words.model))
     if words.json:
         print(json.dumps(facts, indent=1))
         return 0
@@ -252,8 +252,9 @@ def _convert(words: argparse.Namespace) -> int:
 
     config = load_config(None, words.overrides)
     from connectomics.assembly.convert import convert
+    from connectomics.assembly.settings import model_request
 
-    for key, value in convert(config.model, words.model, words.output).items():
+    for key, value in convert(model_request(config.model, words.model), words.output).items():
         print(f"{key:18} {value}")
     return 0
 

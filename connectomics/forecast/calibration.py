@@ -226,7 +226,7 @@ def _miniature(job: VolumeJob, engine: Engine, segmenter: Segmenter, shape: Vec3
     chunk = vec3([min(c, n) for c, n in zip(job.plan.chunk_shape, shape, strict=True)])
     block = vec3([-(-min(b, n) // c) * c for b, n, c in zip(job.plan.block_shape, shape, chunk, strict=True)])
     part = _Part(job.reader, shape)
-    with _scratch(engine.settings.folder) as folder, _silence():
+    with _scratch(engine.settings.folder) as folder, _quiet_log():
         small = replace(
             job,
             run_folder=folder / "miniature.run",
@@ -251,7 +251,7 @@ def _scratch(output: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def _quiet_log() -> Iterator[None]:
     """The log is the run's, not the miniature's."""
     logger = logging.getLogger("connectomics")
     before = logger.level

@@ -103,7 +103,7 @@ class Work:
         stored = math.prod(block) * self.stored_bytes
         own = self.order.turn(block)
         grid, whole = self._on_grid(own), self._on_grid(self.order.turn(extent))
-        near = stored + self._lane_bytes(grid, whole) + math.prod(block) * self.mean_classes * FLOAT_BYTES
+        near = stored + self._sweep_bytes(grid, whole) + math.prod(block) * self.mean_classes * FLOAT_BYTES
         near += HEAD_COPIES * FLOAT_BYTES * FINISHED_VALUES
         far = self._sums_bytes(grid) + self._window_bytes()
         if self.on_device:
@@ -131,7 +131,7 @@ class Work:
         held = math.prod(self._rolled(block))
         return held * (self.network.folds * self.network.classes + 1) * FLOAT_BYTES
 
-    def _lane_bytes(self, block: Vec3, extent: Vec3) -> int:
+    def _sweep_bytes(self, block: Vec3, extent: Vec3) -> int:
         """Normalised rows with the windows' overhang, twice those read ahead, one channel more, and their raw voxels.
 
         Where the axes are turned there are two of these.

@@ -18,7 +18,7 @@ from connectomics.assembly.engine.models import load_models
 from connectomics.assembly.settings import model_settings, resolve
 from connectomics.cli import main
 from connectomics.config.load import load_config
-from connectomics.config.schema import Config
+from connectomics.config.schema import Config, DataConfig, ModelConfig
 from connectomics.core.errors import ConfigError, OutputError
 from connectomics.forecast.tune import table, tune
 from connectomics.lightning.inference import InferenceManager
@@ -112,7 +112,7 @@ def test_another_version_model_patch_or_machine_is_not_taken(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = keep(folder, cache, FAST)
-    (_, model), *_ = load_models(model_settings(load_config(None, []), model_in(folder)))
+    (_, model), *_ = load_models(model_settings(ModelConfig(), DataConfig(), model_in(folder)))
     other = replace(model.spec, sha256="0" * 64)
     assert profile_path(cache, [other], [model.spec.patch_shape], "cpu") != path
     assert profile_path(cache, [model.spec], [(1, 16, 16)], "cpu") != path
