@@ -198,9 +198,9 @@ def test_a_batch_that_takes_half_of_the_budget_is_not_taken(folder: Path, cache:
 
 
 def test_a_batch_decides_no_result_key(folder: Path, cache: Path) -> None:
-    alone = engine_of(folder, cache, "system.num_cpus=1", "system.backend=auto").facts
+    alone = engine_of(folder, cache, "system.num_cpus=1", "system.backend=auto").identity.facts
     keep(folder, cache, torch_trial(1, 0.1), torch_trial(4, 0.05))
-    assert dict(engine_of(folder, cache, "system.num_cpus=1", "system.backend=auto").facts) == dict(alone)
+    assert dict(engine_of(folder, cache, "system.num_cpus=1", "system.backend=auto").identity.facts) == dict(alone)
 
 
 def test_a_measured_backend_that_is_gone_gives_way_to_the_next(
