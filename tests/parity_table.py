@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
-from connectomics.geometry import AxisOrder, BlockGrid, Box, Vec3
+from connectomics.geometry import AxisOrder, Block, BlockGrid, Box, Vec3
 from connectomics.io.volume import VolumeInfo
 from connectomics.lightning.inference import InferenceManager
 
@@ -384,6 +384,15 @@ def compare(case: ParityCase, folder: Path, *, stock: bool = True, blocks: int |
         len(np.unique(ours.labels)),
         float(np.abs(probabilities - ours.probabilities).max()),
     )
+
+
+def some_of(grid: BlockGrid, count: int | None, seed: int = 0) -> list[Block]:
+    """The first and the last block and ``count`` others, or all blocks, in any order."""
+    blocks, generator = list(grid), random.Random(seed)
+    if count is not None and len(blocks) > count + 2:
+        blocks = [blocks[0], blocks[-1], *generator.sample(blocks[1:-1], count)]
+    generator.shuffle(blocks)
+    return blocks
 
 
 class ArrayVolume:
