@@ -42,8 +42,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     kinds: dict[str, dict[str, object]] = {
         "slices": {"dimensions": 2, "patch": (16, 24), "reader": "NaturalImage2DIO"},
         "2D": {"dimensions": 2, "patch": (24, 24), "reader": "SimpleITKIO", "folds": ("0", "1")},
-        "3D": {"dimensions": 3, "patch": (8, 16, 16), "reader": "SimpleITKIO", "scheme": "RescaleTo01Normalization"},
-        "turned": {"dimensions": 3, "patch": (16, 8, 8), "reader": "SimpleITKIO", "axis_order": (2, 0, 1)},
+        "3D": {
+            "dimensions": 3,
+            "patch": (8, 16, 16),
+            "mirror_axes": (0,),
+            "reader": "SimpleITKIO",
+            "scheme": "RescaleTo01Normalization",
+        },
+        "turned": {
+            "dimensions": 3,
+            "patch": (16, 8, 8),
+            "mirror_axes": (2,),
+            "reader": "SimpleITKIO",
+            "axis_order": (2, 0, 1),
+        },
     }
     folder = tmp_path_factory.mktemp("ensembles")
     found = {n: make_model(folder / n, seed=7 + i, classes=3, **k) for i, (n, k) in enumerate(kinds.items())}  # type: ignore[arg-type]
