@@ -44,6 +44,7 @@ lint: $(READY)  ## the gates that read the code
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+	$(PY) scripts/write_config_pages.py --check
 
 parity: $(READY)  ## print the table of docs/fidelity.md
 	$(PY) benchmarks/parity.py

@@ -186,6 +186,21 @@ def _inspect(words: argparse.Namespace) -> int:
     return 0
 
 
+def _config(words: argparse.Namespace) -> int:
+    from connectomics.config.reference import entries
+
+    found = entries(words.prefix)
+    if not found:
+        raise ConfigError(f"no key begins with {words.prefix!r}; connectomics config keys prints all")
+    if words.json:
+        print(json.dumps([{"key": e.key, "default": e.default, "meaning": e.plain} for e in found], indent=1))
+        return 0
+    wide = max(len(entry.key) + len(entry.default) for entry in found) + 3
+    for entry in found:
+        print(f"{f'{entry.key} = {entry.default}':{wide}}  {entry.plain}")
+    return 0
+
+
 def _verify(words: argparse.Namespace) -> int:
     from connectomics.config.load import load_config
 
@@ -339,6 +354,7 @@ _COMMANDS = {
     "test": _test,
     "evaluate": _evaluate,
     "inspect": _inspect,
+    "config": _config,
     "verify": _verify,
     "decode": _decode,
     "reproduce": _reproduce,

@@ -37,7 +37,11 @@ INTENSITY_DTYPES = ("uint8", "uint16", "float16", "float32")
 class InferenceDataConfig:
     """``inference.data``: where results go."""
 
-    output_path: str = key("outputs", "folder of results", not_empty("must name a folder"))
+    output_path: str = key(
+        "outputs",
+        "folder of results: NAME_SUFFIX.h5 and NAME_SUFFIX.run/ for each volume",
+        not_empty("must name a folder"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +50,14 @@ class VolumeModeConfig:
 
     enabled: bool = key(True, "false: infer-volume is refused")
     start_index: int = key(0, "the first volume this process takes …", at_least(0))
-    step: int = key(1, "… and then every step-th", at_least(1))
+    step: int = key(
+        1, "… and then every step-th; N processes share a list by start_index 0 to N-1 and step N", at_least(1)
+    )
     stop_on_error: bool = key(False, "true: stop at the first volume that fails")
     file_list: list[str] | None = key(None, "volumes, or a text file with one a line", NAMES, DISTINCT)
     file_pattern: str | None = key(
         None,
-        "a path or a pattern; each match is a volume",
+        "a path or a pattern such as data/*.h5; each match is a volume, a folder is a stack",
         not_empty("must be a path or pattern, or null"),
     )
     output_suffix: str = key(

@@ -33,7 +33,7 @@ BACKENDS = ("auto", "torch", "compile", "openvino")
 
 @dataclass(frozen=True, slots=True)
 class SystemInferenceConfig:
-    """``system.inference``: what replaces the values of ``system`` while predicting; None keeps those."""
+    """``system.inference``: what replaces the values of ``system`` while predicting; null keeps those."""
 
     batch_size: int | None = key(
         None,
@@ -65,7 +65,9 @@ class SystemConfig:
         not_empty("must name a folder, or be null for the user's own cache"),
     )
     seed: int = key(0, "seed of the random generators; inference draws no random numbers", at_least(0))
-    num_gpus: int | None = key(None, "0: stay on the CPU, 1: insist on a GPU", at_least(0), ONE_GPU)
+    num_gpus: int | None = key(
+        None, "0: stay on the CPU, 1: insist on a GPU; for more start one process per GPU", at_least(0), ONE_GPU
+    )
     num_cpus: int | None = key(
         None,
         "threads of a forward pass; null: this process's CPUs, at most 8 as in nnU-Net; of unfinished work those it "
@@ -77,7 +79,9 @@ class SystemConfig:
         "host memory of the process, in 10⁹ bytes; null: half of the machine's",
         positive("must be a positive number of gigabytes, or null for this machine's"),
     )
-    allow_mixed_devices: bool = key(False, "true: continue a run that another numeric class began")
+    allow_mixed_devices: bool = key(
+        False, "true: continue a run that another numeric class began; the last digits may differ"
+    )
     inference: SystemInferenceConfig = field(default_factory=SystemInferenceConfig)
 
 
@@ -86,7 +90,9 @@ class ModelConfig:
     """``model``: which trained network, and what is expected of it."""
 
     architecture: str = key("nnunet", "name in the architecture registry")
-    nnunet_checkpoint: str | None = key(None, "the model; `--checkpoint` replaces it")
+    nnunet_checkpoint: str | None = key(
+        None, "the model, a `.pth` file or a nnU-Net training folder; `--checkpoint` replaces it"
+    )
     nnunet_plans: str | None = key(None, "plans.json, where it is not beside the checkpoint or above it")
     nnunet_dataset: str | None = key(None, "dataset.json, likewise")
     nnunet_device: str | None = key(None, "the model's device; null: `system.device`", DEVICE)
@@ -112,7 +118,7 @@ class ModelConfig:
     )
     checkpoint_name: str = key(
         "checkpoint_final.pth",
-        "which file of each fold",
+        "which file of each fold; checkpoint_best.pth is the other that nnU-Net writes",
         Rule(
             lambda name: name not in ("", ".", "..") and (not set(name) & set("/\\")),
             "must be a file name without folders, such as checkpoint_best.pth",
