@@ -181,7 +181,7 @@ def test_a_batch_that_memory_does_not_hold_any_more_is_refused_or_mixed(
     needs = Work.footprint
 
     def more(self: Work, block: Vec3, extent: Vec3) -> Footprint:
-        return Footprint(1 << 60, 0) if self.batch == 3 else needs(self, block, extent)
+        return Footprint(1 << 60, 0) if self.network.batch == 3 else needs(self, block, extent)
 
     monkeypatch.setattr(Work, "footprint", more)
     capsys.readouterr()
@@ -199,7 +199,7 @@ def test_where_memory_holds_no_batch_a_window_is_computed_at_a_time(
     needs = Work.footprint
 
     def more(self: Work, block: Vec3, extent: Vec3) -> Footprint:
-        return Footprint(1 << 60, 0) if self.batch == 3 else needs(self, block, extent)
+        return Footprint(1 << 60, 0) if self.network.batch == 3 else needs(self, block, extent)
 
     monkeypatch.setattr(Work, "footprint", more)
     assert run(folder, tmp_path, *words) == 0

@@ -302,7 +302,7 @@ def test_the_mask_is_kept_and_a_lost_block_of_it_is_made_again(tmp_path: Path, m
     files = [f"inference.volume_mode.file_list=['{tmp_path}/v.h5']", f"inference.data.output_path={tmp_path}"]
     words = ["infer-volume", "--checkpoint", str(model), *WORDS[:2], *files, "inference.block_shape=[6,31,20]"]
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **named: object) -> None:
         raise OutputError("interrupted")
 
     with monkeypatch.context() as patch:
