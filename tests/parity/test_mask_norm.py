@@ -311,7 +311,7 @@ def test_the_mask_is_kept_and_a_lost_block_of_it_is_made_again(tmp_path: Path, m
     (store,) = tmp_path.glob("v_labels.run/*/mask.zarr")
     next(path for path in sorted(store.glob("0/c/*/*/*"))[1:]).unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("connectomics.stages.predict.task.survey", lambda *a, **k: pytest.fail("surveyed again"))
+        patch.setattr("connectomics.stages.predict.segmenter.survey", lambda *a, **k: pytest.fail("surveyed again"))
         assert main(words) == 0
     with h5py.File(tmp_path / "v_labels.h5") as file:
         expected = InferenceManager.from_checkpoint(model, trial.words).predict(image).labels
