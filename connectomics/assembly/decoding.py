@@ -1,30 +1,30 @@
-"""Decoding, from the configuration: which volume a word means, its steps, its final names, its job."""
+"""Decoding, from the configuration: what is asked for, which volume a word means, final names, the job."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from connectomics.assembly.engine.budget import memory_budget_bytes
+from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.identity import program_version
 from connectomics.assembly.memory import decoding_bytes
-from connectomics.assembly.watershed import Memory, check_watershed, watershed_of, watershed_plan
-from connectomics.config.decoding import ConnectedComponents, DecodingStep, Filters, SliceLinking, Watershed
 from connectomics.config.load import written
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.core.fingerprint import key_of
-from connectomics.objects.links import Linking
-from connectomics.objects.selection import Selection
+from connectomics.core.geometry import Vec3, vec3
+from connectomics.execution.block_plan import BlockPlan
 from connectomics.objects.table import require_parquet
-from connectomics.runs.decode import DecodeJob
-from connectomics.stages.decode import linking, steps
-from connectomics.stages.decode.context import Step, decode_plan
-from connectomics.stages.decode.watershed.step import Watershed as WatershedStep
+from connectomics.runs.decode import DecodeJob, DecodeRecord, TableProbabilities
+from connectomics.stages.decode.context import decode_plan
+from connectomics.stages.decode.decoding_step import DecodingMemory, DecodingStep, StepInput
+from connectomics.stages.decode.object_filters import passes
+from connectomics.stages.decode.values import ClassProbabilities, Values, probability_units
 from connectomics.stages.output.export import FORMATS, export_path, read_stamp
 from connectomics.stages.output.finish import FinalOutput
 from connectomics.volumes.listing import stem_of
@@ -34,8 +34,6 @@ from connectomics.volumes.volume import Nanometres, VolumeInfo, VolumeReader
 OBJECTS = "objects"
 SUFFIX = "_instances"
 RUN = ".run"
-HOLES = {"off": None, "2d": 4, "3d": 6}
-LABELLING = (ConnectedComponents, Watershed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +56,56 @@ class DecodingInput:
 
     @property
     def stem(self) -> str:
-        """Of its results."""
+        """Return the stem of its results' names."""
         return stem_of(self.uri) + SUFFIX
 
 
-def check_decoding(config: Config) -> None:
-    """Refuse a configuration that cannot decode anything, before any work.
+@dataclass(frozen=True, slots=True)
+class ObjectsOutput:
+    """What decoding leaves: folder, formats of the final volume, kind of the table (``none`` for none)."""
+
+    folder: Path
+    formats: tuple[str, ...]
+    table: str
+    pyramid: bool
+    overwrite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingRequest:
+    """What is asked of all volumes that are decoded.
+
+    Parameters
+    ----------
+    steps
+        In order.
+    output
+        What is left.
+    axes, voxel_size_nm
+        Of the volumes, where they do not say so themselves.
+    block_shape
+        (z, y, x), or None for what fits.
+    budget_bytes
+        Host memory.
+    notes
+        What the user says, for the provenance.
+    """
+
+    steps: tuple[DecodingStep, ...]
+    output: ObjectsOutput
+    axes: str | None
+    voxel_size_nm: Nanometres | None
+    block_shape: Vec3 | None
+    budget_bytes: int
+    notes: Mapping[str, object]
+
+    def stated(self) -> list[dict[str, object]]:
+        """Return the steps as they stand in the configuration."""
+        return [dataclasses.asdict(step) for step in self.steps]  # type: ignore[call-overload]
+
+
+def decoding_request(config: Config) -> DecodingRequest:
+    """Resolve a configuration; refuse one that cannot decode anything, before any work.
 
     Raises
     ------
@@ -77,14 +119,50 @@ def check_decoding(config: Config) -> None:
             "decoding names no step; state for example 'decoding=[{name: connected_components}, {name: filters, "
             "min_voxels: 100}]'"
         )
-    if not _formats(config):
+    inference, output = config.inference, config.inference.output
+    formats = tuple(form for form in output.formats if form != "png")
+    if not formats:
         raise ConfigError("inference.output.formats is [png], which cannot hold ids; add h5, zarr or tiff")
-    if config.inference.output.table == "parquet":
+    if output.table == "parquet":
         require_parquet()
+    size, shape = inference.voxel_size_nm, inference.block_shape
+    return DecodingRequest(
+        tuple(config.decoding),
+        ObjectsOutput(Path(inference.data.output_path), formats, output.table, output.pyramid, output.overwrite),
+        axes=inference.axes,
+        voxel_size_nm=None if size is None else (size[0], size[1], size[2]),
+        block_shape=None if shape is None else vec3(shape),
+        budget_bytes=memory_budget_bytes(config),
+        notes={"experiment_name": config.experiment_name, "description": config.description},
+    )
+
+
+def keeps_probabilities(engine: Engine) -> bool:
+    """Whether a run keeps the probabilities of all labels, so that each voxel's own is known."""
+    rule = engine.segmenter.probabilities
+    if rule is None or rule.activation == "none" or engine.spec.regions:
+        return False
+    return rule.channels == tuple(range(engine.spec.classes))
+
+
+def check_run(request: DecodingRequest, engine: Engine) -> None:
+    """Refuse steps that cannot decode what a run leaves, before the run.
+
+    Raises
+    ------
+    ConfigError
+        If they need a threshold of its labels, or probabilities that it does not keep.
+    """
+    _check(request, StepInput("", None, probabilities=keeps_probabilities(engine)))
+
+
+def _check(request: DecodingRequest, given: StepInput) -> None:
+    for i, step in enumerate(request.steps):
+        given = step.check(f"decoding[{i}]", given)
 
 
 def decoding_input(word: str) -> DecodingInput:
-    """What a volume, or the RUN folder of an earlier run, means.
+    """Return what a volume, or the RUN folder of an earlier run, means.
 
     Raises
     ------
@@ -104,23 +182,20 @@ def decoding_input(word: str) -> DecodingInput:
     )
 
 
-def _formats(config: Config) -> tuple[str, ...]:
-    return tuple(form for form in config.inference.output.formats if form != "png")
-
-
-def output_of(config: Config, source: DecodingInput, volume: VolumeReader) -> FinalOutput:
-    """The final volume with its result key."""
+def output_of(request: DecodingRequest, source: DecodingInput, volume: VolumeReader) -> FinalOutput:
+    """Return the final volume with its result key."""
     facts: dict[str, object] = {
-        "decoding": [dataclasses.asdict(step) for step in config.decoding],
+        "decoding": request.stated(),
         "input": _identity(source.uri, volume),
         "probabilities": None if source.probabilities is None else _known(source.probabilities),
-        "axes": config.inference.axes,
+        "axes": request.axes,
         "voxel_size_nm": list(volume.info.voxel_size_nm or ()),
     }
-    for step in config.decoding:
-        if isinstance(step, LABELLING) and step.probabilities is not None:
+    for step in request.steps:
+        if step.probabilities is not None:
             facts["probabilities"] = _known(step.probabilities)
-    return FinalOutput(OBJECTS, source.stem, key_of(facts), _formats(config), pyramid=config.inference.output.pyramid)
+    output = request.output
+    return FinalOutput(OBJECTS, source.stem, key_of(facts), output.formats, pyramid=output.pyramid)
 
 
 def _known(uri: str) -> dict[str, object]:
@@ -142,58 +217,48 @@ def _identity(uri: str, reader: VolumeReader) -> dict[str, object]:
     return reader.identity
 
 
-def table_of(config: Config, source: DecodingInput) -> Path | None:
-    """Final name of the table of objects, or None where none is wanted."""
-    kind = config.inference.output.table
-    return None if kind == "none" else Path(config.inference.data.output_path) / f"{source.stem}.{kind}"
+def table_of(output: ObjectsOutput, source: DecodingInput) -> Path | None:
+    """Return the final name of the table of objects, or None where none is wanted."""
+    return None if output.table == "none" else output.folder / f"{source.stem}.{output.table}"
 
 
-def open_decoding_input(config: Config, source: DecodingInput) -> VolumeReader:
-    """Open a volume and hold it against the first step.
+def run_folder_of(output: ObjectsOutput, source: DecodingInput) -> Path:
+    """Return RUN: the folder of a decoding's log, ledgers and report."""
+    return output.folder / f"{source.stem}{RUN}"
+
+
+def stated_probabilities(request: DecodingRequest, source: DecodingInput) -> str | None:
+    """Return the volume of probabilities that a step names, else what the source brings."""
+    return next((step.probabilities for step in request.steps if step.probabilities), source.probabilities)
+
+
+def open_decoding_input(request: DecodingRequest, source: DecodingInput) -> VolumeReader:
+    """Open a volume and hold it against the steps.
 
     Raises
     ------
-    VolumeError
-        If it cannot be read, or the first step cannot work on it.
+    ConfigError, VolumeError
+        If it cannot be read, or a step cannot work on it.
     """
-    stated = config.inference.voxel_size_nm
-    size: Nanometres | None = None if stated is None else (stated[0], stated[1], stated[2])
-    reader = open_volume(source.uri, axes=config.inference.axes, voxel_size_nm=size)
-    problem = _problem(config.decoding[0], reader.info)
-    if problem:
+    reader = open_volume(source.uri, axes=request.axes, voxel_size_nm=request.voxel_size_nm)
+    known = stated_probabilities(request, source) is not None
+    try:
+        _check(request, StepInput(source.uri, reader.info, probabilities=known))
+    except (ConfigError, VolumeError):
         reader.close()
-        raise VolumeError(f"{source.uri}: {problem}")
+        raise
     return reader
 
 
-def _problem(first: DecodingStep, info: VolumeInfo) -> str:
-    components = isinstance(first, LABELLING)
-    threshold = first.threshold if isinstance(first, LABELLING) else None
-    channel = first.channel if isinstance(first, LABELLING) else 0
-    if info.dtype.kind == "f" and threshold is None:
-        return (
-            f"holds {info.dtype}, not labels; state which probabilities are foreground: decoding=[{{name: "
-            "connected_components, threshold: 0.5}]"
-        )
-    if channel >= info.channels:
-        return f"has {info.channels} channels, so decoding[0].channel must be below that, not {channel}"
-    if info.channels > 1 and (threshold is None or not components):
-        return f"has {info.channels} channels, labels have one; state a threshold and the channel of probabilities"
-    return ""
-
-
-def run_folder_of(config: Config, source: DecodingInput) -> Path:
-    """RUN: the folder of a decoding's log, ledgers and report."""
-    return Path(config.inference.data.output_path) / f"{source.stem}{RUN}"
-
-
-def decode_job(config: Config, source: DecodingInput, volume: VolumeReader, likely: VolumeReader | None) -> DecodeJob:
-    """All that decoding one volume needs.
+def decode_job(
+    request: DecodingRequest, source: DecodingInput, volume: VolumeReader, likely: VolumeReader | None
+) -> DecodeJob:
+    """Return all that decoding one volume needs.
 
     Parameters
     ----------
-    config
-        The configuration.
+    request
+        What is asked for.
     source
         The volume.
     volume, likely
@@ -204,101 +269,53 @@ def decode_job(config: Config, source: DecodingInput, volume: VolumeReader, like
     ResourceError
         If the memory budget cannot hold the smallest blocks.
     VolumeError
-        If a filter by physical volume meets a volume without voxel size, or the probabilities have another shape.
+        If the probabilities have another shape.
     """
-    output = output_of(config, source, volume)
-    check_watershed(config, source.uri, volume.info, known=stated_probabilities(config, source) is not None)
-    budget = memory_budget_bytes(config)
-    free = decoding_bytes(volume.info, budget, psutil.Process().memory_info().rss)
-    plan = watershed_plan(config.decoding, volume.info, Memory(budget, free), decode_plan(volume.info, free))
-    if config.inference.block_shape is not None:
-        z, y, x = config.inference.block_shape
-        plan = dataclasses.replace(plan, block_shape=(z, y, x), chunk_shape=(z, y, x))
-    provenance = {
-        "program": program_version(),
-        "experiment_name": config.experiment_name,
-        "description": config.description,
-        "input": _identity(source.uri, volume),
-        "decoding": [dataclasses.asdict(step) for step in config.decoding],
-    }
-    probabilities, units = None, None
+    output, plan = output_of(request, source, volume), _plan(request, volume.info)
+    probabilities = None
     if likely is not None:
         if likely.info.extent != volume.info.extent:
             raise VolumeError(
                 f"{source.uri}: has extent (z, y, x) {volume.info.extent}, its probabilities {likely.info.extent}; "
                 "name those of this volume"
             )
-        probabilities = steps.ClassProbabilities(likely, steps.Values(volume))
-        units = steps.probability_units(likely.info, source.certain)
+        probabilities = TableProbabilities(
+            ClassProbabilities(likely, Values(volume)), probability_units(likely.info, source.certain)
+        )
+    provenance = {
+        "program": program_version(),
+        **request.notes,
+        "input": _identity(source.uri, volume),
+        "decoding": request.stated(),
+    }
     return DecodeJob(
-        run_folder_of(config, source),
+        run_folder_of(request.output, source),
         volume,
-        _steps(config.decoding, volume.info),
+        passes(request.steps, volume.info.voxel_size_nm),
         output,
-        table=table_of(config, source),
+        table=table_of(request.output, source),
         plan=plan,
-        program=program_version(),
-        provenance=provenance,
-        command=_command(config, source),
+        record=DecodeRecord(program_version(), provenance, _command(request, source)),
         probabilities=probabilities,
-        probability_units=units,
     )
 
 
-def stated_probabilities(config: Config, source: DecodingInput) -> str | None:
-    """The volume of probabilities that a step names, else what the source brings."""
-    named = [s.probabilities for s in config.decoding if isinstance(s, LABELLING) and s.probabilities]
-    return named[0] if named else source.probabilities
+def _plan(request: DecodingRequest, info: VolumeInfo) -> BlockPlan:
+    """Return blocks that fit all steps."""
+    free = decoding_bytes(info, request.budget_bytes, psutil.Process().memory_info().rss)
+    plan, memory = decode_plan(info, free), DecodingMemory(request.budget_bytes, free)
+    for i, step in enumerate(request.steps):
+        plan = step.plan(f"decoding[{i}]", info, memory, plan)
+    return plan if request.block_shape is None else BlockPlan(request.block_shape, request.block_shape)
 
 
-def _command(config: Config, source: DecodingInput) -> tuple[str, ...]:
-    """Words of the command that makes this result again, but for where it goes."""
+def _command(request: DecodingRequest, source: DecodingInput) -> tuple[str, ...]:
+    """Return the words of the command that makes this result again, but for where it goes."""
     stated = {
-        "decoding": [dataclasses.asdict(step) for step in config.decoding],
-        "inference.axes": config.inference.axes,
-        "inference.voxel_size_nm": config.inference.voxel_size_nm,
-        "inference.output.formats": list(_formats(config)),
-        "inference.output.table": config.inference.output.table,
+        "decoding": request.stated(),
+        "inference.axes": request.axes,
+        "inference.voxel_size_nm": request.voxel_size_nm,
+        "inference.output.formats": list(request.output.formats),
+        "inference.output.table": request.output.table,
     }
     return ("decode", source.uri, *(f"{key}={written(value)}" for key, value in stated.items() if value is not None))
-
-
-def _steps(stated: list[DecodingStep], info: VolumeInfo) -> tuple[Step, ...]:
-    """Steps with plain values; a selection right behind what finds objects is made with it, which spares a pass."""
-    made: list[Step] = []
-    for step in stated:
-        if isinstance(step, ConnectedComponents):
-            made.append(steps.ConnectedComponents(step.connectivity, step.threshold, step.channel, step.per_class))
-            continue
-        if isinstance(step, SliceLinking):
-            rule = Linking(step.measure, step.threshold, step.max_gap, step.one_to_one)
-            made.append(linking.SliceLinking(rule, step.ids))
-            continue
-        if isinstance(step, Watershed):
-            made.append(watershed_of(step))
-            continue
-        filters = steps.Filters(_selection(step, info), HOLES[step.fill_holes])
-        finders = (steps.ConnectedComponents, linking.SliceLinking, WatershedStep)
-        if made and isinstance(made[-1], finders) and not made[-1].selection.active:
-            made[-1] = dataclasses.replace(made[-1], selection=filters.selection)
-            filters = steps.Filters(fill_holes=filters.fill_holes)
-            if filters.fill_holes is None:
-                continue
-        made.append(filters)
-    return tuple(made)
-
-
-def _selection(step: Filters, info: VolumeInfo) -> Selection:
-    minimum, maximum = step.min_voxels, step.max_voxels
-    if step.min_volume_nm3 is not None or step.max_volume_nm3 is not None:
-        if info.voxel_size_nm is None:
-            raise VolumeError(
-                "filters by volume in nm³ need the voxel size, which the volume does not state; set "
-                "inference.voxel_size_nm=[z,y,x]"
-            )
-        voxel = math.prod(info.voxel_size_nm)
-        minimum = max(minimum, math.ceil(round((step.min_volume_nm3 or 0) / voxel, 9)))
-        if step.max_volume_nm3 is not None:
-            largest = math.floor(round(step.max_volume_nm3 / voxel, 9))
-            maximum = largest if maximum is None else min(maximum, largest)
-    return Selection(minimum, maximum, step.drop_border, step.keep_largest)
