@@ -97,7 +97,7 @@ def slices_a_second(
     windows = engine.segmenter.windows(reader.read, surveyed, whole) * (MIRRORINGS if terms.mirror else 1)
     return asdict(terms) | {
         "class": dict(engine.settings.numeric_class),
-        "notes": list(engine.notes),
+        "notes": list(engine.identity.notes),
         "slices_a_second": slices / seconds,
         "windows_a_second": windows / seconds,
         "memory_gb": torch.cuda.max_memory_reserved(where) / 1e9 if where.type == "cuda" else None,
@@ -114,9 +114,10 @@ def window_flops(model: Path) -> int:
 
 def network_of(model: Path) -> tuple[torch.nn.Module, tuple[int, ...]]:
     from connectomics.assembly.engine.models import load_models
-    from connectomics.config.load import load_config
+    from connectomics.assembly.settings import model_settings
+    from connectomics.config.schema import DataConfig, ModelConfig
 
-    ((_, loaded),) = load_models(load_config(None, ["model.folds=[0]"]), model)
+    ((_, loaded),) = load_models(model_settings(ModelConfig(folds=["0"]), DataConfig(), model))
     return loaded.networks[0], loaded.spec.patch_shape
 
 

@@ -75,10 +75,10 @@ def measure(job: Job, folder: Path, models: dict[int, Path], threads: int) -> di
     config = load_config(None, ["system.device=cpu", f"system.num_cpus={threads}", *words])
     engine = build_engine(config, models[job.dimensions])
     sources = named_sources([str(volume)], 1)
-    (told,) = plan_volumes(config, engine, sources).forecasts
+    (told,) = plan_volumes(engine, sources).forecasts
     (outcome,) = VolumeProcessor(config, engine).run(sources)
     assert outcome.report is not None, outcome.reason
-    assert (told.blocks, told.windows) == (outcome.report.planned, outcome.report.windows)
+    assert (told.work.blocks, told.work.windows) == (outcome.report.planned, outcome.report.windows)
     predicted, actual = told.as_dict(), outcome.report.seconds
     return {
         "job": job.title,

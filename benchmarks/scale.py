@@ -38,8 +38,9 @@ from connectomics.inference.section_cases import SectionCases
 from connectomics.models.backends.contract import NumericClass
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.planning.blocks import plan_blocks
-from connectomics.planning.memory import Budget, Work, share_freed_memory
-from connectomics.runs.volume import RunSettings, VolumeJob, run_volume
+from connectomics.planning.memory import Budget, NetworkWork, Work, share_freed_memory
+from connectomics.runs.job import JobRecord, Labeller, RunSettings, VolumeJob
+from connectomics.runs.volume import run_volume
 from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.predict.filters import Filters
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
@@ -154,7 +155,7 @@ def chunks_of(box: Box):
 def plan_for(info: VolumeInfo, base_bytes: int) -> BlockPlan:
     """What the program plans for such a model within the budget."""
     budget = Budget(BUDGET_BYTES, base_bytes + reading_bytes(info), survey_bytes(info, 1))
-    return plan_blocks(info.extent, [Work(WINDOW.patch, 2, 1, 1, 1, 1)], budget)
+    return plan_blocks(info.extent, [Work(NetworkWork(WINDOW.patch, 2, 1, 1), 1, 1)], budget)
 
 
 def settings_in(folder: Path) -> RunSettings:
@@ -175,7 +176,9 @@ def process(extent: Vec3, folder: Path) -> dict[str, float]:
     reader = open_volume(str(make_volume(folder, extent)))
     plan = plan_for(reader.info, base)
     output = FinalOutput(LABELS, "volume", "key", ("zarr",))
-    job = VolumeJob("volume", folder / "volume.run", reader, segmenter(), Filters(), (output,), plan, {}, ())
+    job = VolumeJob(
+        "volume", folder / "volume.run", reader, Labeller(segmenter(), Filters()), (output,), plan, JobRecord({}, ())
+    )
     before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     report = run_volume(job, settings_in(folder), OverlappingExecutor(), lambda done, planned: None)
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)

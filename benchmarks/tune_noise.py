@@ -27,6 +27,7 @@ import torch
 from connectomics.assembly.engine.backends import trial_backends
 from connectomics.assembly.engine.models import load_models
 from connectomics.assembly.engine.windows import make_window
+from connectomics.assembly.settings import resolve
 from connectomics.config.load import load_config
 from connectomics.planning.profile import WORTH, Profile, Trial
 
@@ -37,11 +38,11 @@ COPIES = 6
 
 def measured(rounds: int) -> list[np.ndarray]:
     """Of each round, seconds of a window [copy, pass] of the same backend, turn by turn."""
-    config = load_config(None, ["system.device=cpu", "system.num_cpus=1"])
-    models = [model for _, model in load_models(config, MODEL)]
-    patches = [make_window(config, model.spec).patch for model in models]
+    stated = resolve(load_config(None, ["system.device=cpu", "system.num_cpus=1"]), MODEL)
+    models = [model for _, model in load_models(stated.models)]
+    patches = [make_window(stated.windows, None, model.spec).patch for model in models]
     trial = Trial("torch", "exact", 1, 1)
-    copies = [trial_backends(config, models, patches, trial).backends[0][0] for _ in range(COPIES)]
+    copies = [trial_backends(stated.networks, models, patches, trial).backends[0][0] for _ in range(COPIES)]
     window = torch.rand((1, models[0].spec.input_channels, *patches[0]))
     found = []
     for _ in range(rounds):

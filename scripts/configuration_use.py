@@ -112,6 +112,27 @@ def takers(
             yield one, read
 
 
+Taker = tuple[Definition[ast.ClassDef | Function], set[str]]
+
+
+def handed_on(found: Iterable[Taker], kinds: Iterable[str]) -> list[Taker]:
+    """Credit who hands a whole of these classes to another taker with what that one reads of it."""
+    takers = list(found)
+    whole = re.compile(rf"\b({'|'.join(kind.rpartition('.')[2] for kind in kinds) or '-'})\b")
+    reads = {(one.owner if one.owner and one.node.name == "__init__" else one.node).name: read for one, read in takers}
+    for _ in takers:  # one more hand each time
+        for one, read in takers:
+            mine = {
+                each.arg
+                for each in (parameters(one.node) if isinstance(one.node, Function) else ())
+                if each.annotation is not None and whole.search(ast.unparse(each.annotation))
+            }
+            for call in ast.walk(one.node):
+                if isinstance(call, ast.Call) and mine & {arg.id for arg in call.args if isinstance(arg, ast.Name)}:
+                    read |= reads.get(dotted(call.func).rpartition(".")[2], set())
+    return takers
+
+
 def in_package(package: Package, key: Key) -> set[str]:
     """Return the files of the package in which a key is written."""
     last = key.name.rpartition(".")[2]

@@ -3,4 +3,4 @@
 from connectomics.cli import script_main
 from connectomics.cli.exit import leave
 
-leave(script_main())
+leave(script_main)

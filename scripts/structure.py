@@ -16,7 +16,8 @@ functions that take the configuration
     name, an alias or a subclass; also if a parameter called ``config`` is Any or object. A record with such a field
     counts, and a function that reads the configuration off another object (``engine.config.system``). A section is a
     field of ``Config`` whose type is a class, or ``decoding``. A section is read where its attribute is, also through
-    a local name; ``__init__`` reads what its class reads through the attribute that keeps the configuration.
+    a local name; ``__init__`` reads what its class reads through the attribute that keeps the configuration. Who hands
+    the configuration on as a whole is credited with what that function reads.
 functions that take a section to read one field
     The same for parameters annotated with the class of a section, at any depth, if they read at most one field.
 records over 8 fields
@@ -60,7 +61,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configuration_use import STEPS, Settings, in_package, in_pages, pages, settings, takers
+from configuration_use import STEPS, Settings, handed_on, in_package, in_pages, pages, settings, takers
 from package_source import PACKAGE, Function, Module, Package, aliases, dotted, is_record
 
 BEFORE = Path(__file__).with_name("structure_before.json")
@@ -68,25 +69,48 @@ FILES, FILE_LINES, FUNCTION_LINES, LINES = 15, 400, 60, 30274
 TAKERS, SECTIONS, FIELDS, POSITIONAL, SECONDS = 25, 3, 8, 4, 420
 
 WIDE: Mapping[str, str] = {
-    "System": "mirrors the YAML",
-    "Model": "mirrors the YAML",
-    "Inference": "mirrors the YAML",
+    "SystemConfig": "mirrors the YAML",
+    "ModelConfig": "mirrors the YAML",
+    "InferenceConfig": "mirrors the YAML",
     "Watershed": "mirrors the YAML",
-    "_Header": "mirrors the header of a NIfTI file",
+    "_NiftiHeader": "mirrors the header of a NIfTI file",
     "NetworkPlan": "mirrors nnU-Net's plans",
+    "NnunetCall": "mirrors the arguments of nnUNetv2_predict",
+    "RunReport": "mirrors report.json",
+    "Trial": "mirrors an entry of the file that tune keeps",
 }
 """Records that may have more fields, and why: what mirrors YAML, a file header or nnU-Net's plans."""
 
 LONG_CALLS: Mapping[str, str] = {
-    "_Header": "is made of what unpacking a NIfTI header gives",
+    "_NiftiHeader": "is made of what unpacking a NIfTI header gives",
     "log.info": "takes what fills its message by position",
 }
 """Callees, as they stand in the code, that may be given more positional arguments, and why."""
 
-SAME_MEANING: Mapping[str, str] = {}
+PUBLIC: Mapping[str, str] = {"list_sources": "is a name of the package's interface, which takes the configuration"}
+"""Functions that may take the whole configuration though they read less of it, and why."""
+
+SAME_MEANING: Mapping[str, str] = {
+    "cascade.py": "nnU-Net's cascade: making its engines, running its stages, feeding labels to a network",
+    "contract.py": "the Protocol of a seam and its values",
+    "decode.py": "decoding: the command, and one volume's run",
+    "decoding.py": "the decoding section of the configuration: reading it, making objects of it",
+    "filters.py": "filters of whole objects: the arithmetic, and where a run applies them",
+    "forecast.py": "the forecast of a run: the command, and the values",
+    "memory.py": "memory that a block's work takes: counting it, and asking for a volume",
+    "n5.py": "the format N5: reading and writing",
+    "nifti.py": "the format NIfTI: reading it, and writing as nnU-Net does",
+    "precomputed.py": "the format precomputed: reading and writing",
+    "task.py": "a task of blocks: the contract, and the one that predicts",
+    "volume.py": "one volume: the contract, the phantom, a run",
+    "volumes.py": "the volumes of a call: what is made for each, and what each will take",
+    "watershed.py": "the watershed: what it needs, and its arithmetic",
+    "windows.py": "network windows: how they are laid for a model, and their grid",
+    "zarr.py": "the format Zarr: reading and writing",
+}
 """File names that may stand in several folders, and the one thing they mean."""
 
-SAYING_NOTHING = ("build", "dist", "env", "lib", "out", "output", "tmp", "utils", "util", "helpers", "misc", "common")
+SAYING_NOTHING = ("build", "dist", "env", "lib", "out", "tmp", "utils", "util", "helpers", "misc", "common")
 METAPHORS = (
     *("house", "scene", "room", "workshop", "ledge", "lane"),
     *("foresight", "continuation", "silence", "frugal", "remembering"),
@@ -159,20 +183,22 @@ def sizes(package: Package) -> list[Figure]:
 
 def configuration(package: Package, known: Settings) -> list[Figure]:
     """Count who takes the configuration, or a section of it for one field."""
-    found = [
-        (str(one), read, sorted({key.partition(".")[0] for key in read} & known.sections))
-        for one, read in takers(package, [known.whole], known.sections, through_others=True)
-    ]
+    taken = handed_on(takers(package, [known.whole], known.sections, through_others=True), [known.whole])
+    found = [(str(one), read, sorted({key.partition(".")[0] for key in read} & known.sections)) for one, read in taken]
     lines = [f"{where} reads {', '.join(top) or 'nothing'} ({len(read)} keys)" for where, read, top in found]
-    few = [f"{where} reads {', '.join(top) or 'nothing'}" for where, _, top in found if len(top) < SECTIONS]
+    narrow = [(where, top) for where, _, top in found if len(top) < SECTIONS and where.split()[-1] not in PUBLIC]
+    of_sections = handed_on(takers(package, known.classes, ("all", "fields"), through_others=False), known.classes)
     one_field = [
         f"{one} reads {', '.join(read) or 'nothing'}"
-        for one, read in takers(package, known.classes, ("all", "fields"), through_others=False)
+        for one, read in of_sections
         if len({key.partition(".")[0] for key in read}) < 2 and isinstance(one.node, Function)
     ]
     return [
         none_of("functions that take the configuration", lines, TAKERS),
-        none_of("of these, reading fewer than 3 sections", few),
+        none_of(
+            "of these, reading fewer than 3 sections",
+            [f"{where} reads {', '.join(top) or 'nothing'}" for where, top in narrow],
+        ),
         Figure("of these, reading no key or one", str(sum(len(read) < 2 for _, read, _ in found))),
         none_of("functions that take a section to read one field", one_field),
     ]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
-from connectomics.core.geometry import AxisOrder, BlockGrid, Box, Vec3
+from connectomics.core.geometry import AxisOrder, Block, BlockGrid, Box, Vec3
 from connectomics.lightning.inference import InferenceManager
 from connectomics.volumes.volume import VolumeInfo
 
@@ -179,24 +179,26 @@ def scene(channels: int, extent: tuple[int, ...], seed: int) -> tuple[np.ndarray
     return np.clip(np.asarray(LEVELS)[classes] + noise, 0.02, 1.0), classes
 
 
-def extent_of(case: ParityCase) -> tuple[int, ...]:
+def extent_of(case: ParityCase, *, quick: bool = False) -> tuple[int, ...]:
     if case.situation == "small":
         return (2, 19, 61) if case.dimensions == 2 else (9, 31, 11)
-    return (3, 75, 101) if case.dimensions == 2 else (27, 40, 37)
+    if case.dimensions == 2:
+        return (3, 75, 101)
+    return (20, 30, 27) if quick else (27, 40, 37)
 
 
-def previous_of(case: ParityCase, seed: int = 0) -> np.ndarray | None:
+def previous_of(case: ParityCase, *, seed: int = 0, quick: bool = False) -> np.ndarray | None:
     """What the first stage of a cascade may have found: the classes (z, y, x), displaced."""
-    return displaced(scene(case.channels, extent_of(case), seed)[1]) if case.stage == "cascade" else None
+    return displaced(scene(case.channels, extent_of(case, quick=quick), seed)[1]) if case.stage == "cascade" else None
 
 
 def displaced(classes: np.ndarray) -> np.ndarray:
     return np.roll(classes, (1, -2), (-2, -1))
 
 
-def image_of(case: ParityCase, seed: int = 0) -> np.ndarray:
+def image_of(case: ParityCase, *, seed: int = 0, quick: bool = False) -> np.ndarray:
     """An image (c, z, y, x) whose extents and zeros fit the situation."""
-    extent = extent_of(case)
+    extent = extent_of(case, quick=quick)
     image, _ = scene(case.channels, extent, seed)
     image = (image * case.top).astype(case.dtype)
     if case.situation == "border":
@@ -332,16 +334,17 @@ class ParityResult:
     probability_error: float
 
 
-def compare(case: ParityCase, folder: Path, *, stock: bool = True, blocks: int | None = None) -> ParityResult:
+def compare(case: ParityCase, folder: Path, *, quick: bool = False) -> ParityResult:
     """Label one image with both and count what differs.
 
-    ``stock`` asks stock nnU-Net too; of the blocks that the image is cut into, so many are computed, others in each
-    case, or all.
+    ``quick`` takes a smaller image in 3D, where it does not ask stock nnU-Net, and computes two of the blocks that the
+    image is cut into, others in each case.
     """
+    stock = not quick or case.dimensions == 2
     torch.set_num_threads(1)
-    image = image_of(case)
+    image = image_of(case, quick=quick)
     members = [case, partner_of(case)] if case.stage == "ensemble" else [case]
-    previous = previous_of(case)
+    previous = previous_of(case, quick=quick)
     steps = TRAINING_STEPS if stock else FEWER_STEPS
     models = [model_of(member, folder / str(i), steps) for i, member in enumerate(members)]
     mirror = case.situation != "no mirroring"
@@ -372,7 +375,7 @@ def compare(case: ParityCase, folder: Path, *, stock: bool = True, blocks: int |
     labels, probabilities = oracle.ensembled(label_manager, exact)
     differ_cut = 0
     grid = list(BlockGrid(image.shape[1:], (2, 17, 40) if case.dimensions == 2 else (11, 40, 19)))  # type: ignore[arg-type]
-    for block in random.Random(case.title).sample(grid, min(len(grid), blocks or len(grid))):
+    for block in random.Random(case.title).sample(grid, min(len(grid), 2) if quick else len(grid)):
         part = segmenter.segment(reader.read, surveyed, block.core)
         whole = ours.probabilities[(slice(None), *block.core.slices)], ours.labels[block.core.slices]
         differ_cut += int((part["probabilities"] != whole[0]).any(0).sum() + (part["labels"][0] != whole[1]).sum())
@@ -384,6 +387,15 @@ def compare(case: ParityCase, folder: Path, *, stock: bool = True, blocks: int |
         len(np.unique(ours.labels)),
         float(np.abs(probabilities - ours.probabilities).max()),
     )
+
+
+def some_of(grid: BlockGrid, count: int | None, seed: int = 0) -> list[Block]:
+    """The first and the last block and ``count`` others, or all blocks, in any order."""
+    blocks, generator = list(grid), random.Random(seed)
+    if count is not None and len(blocks) > count + 2:
+        blocks = [blocks[0], blocks[-1], *generator.sample(blocks[1:-1], count)]
+    generator.shuffle(blocks)
+    return blocks
 
 
 class ArrayVolume:

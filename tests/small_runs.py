@@ -20,7 +20,8 @@ from connectomics.execution.task import BlockFailure, BlockRecord, RunReport, Ta
 from connectomics.inference.case import CaseInput
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.runs.volume import RunSettings, VolumeJob, run_volume
+from connectomics.runs.job import JobRecord, Labeller, RunSettings, VolumeJob
+from connectomics.runs.volume import run_volume
 from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.predict.filters import BinaryFilters
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
@@ -112,13 +113,19 @@ def job_in(folder: Path, *, key: str = "k", probabilities: bool = False, **chang
         "v",
         folder / "v_labels.run",
         Reader(),
-        segmenter,
-        BinaryFilters(),
+        Labeller(segmenter, BinaryFilters()),
         tuple(outputs),
         PLAN,
-        {"seed": 0},
-        ("again",),
+        JobRecord({"seed": 0}, ("again",)),
     )
+    return changed(job, **changes)
+
+
+def changed(job: VolumeJob, **changes: Any) -> VolumeJob:
+    """The job with other values, whichever of its parts they belong to."""
+    for part in ("labeller", "record", "limits"):
+        own = {name: changes.pop(name) for name in list(changes) if hasattr(getattr(job, part), name)}
+        job = replace(job, **{part: replace(getattr(job, part), **own)})
     return replace(job, **changes)
 
 
@@ -139,6 +146,6 @@ def labels(folder: Path) -> Array:
 
 
 def cores(job: VolumeJob) -> list[Box]:
-    predictor = job.segmenter.members[0].predictor
+    predictor = job.labeller.segmenter.members[0].predictor
     assert isinstance(predictor, Bright)
     return predictor.cores

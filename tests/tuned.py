@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from connectomics.assembly.engine.models import load_models
-from connectomics.config.load import load_config
+from connectomics.assembly.settings import model_settings
+from connectomics.config.schema import DataConfig, ModelConfig
 from connectomics.planning.profile import Profile, Trial, profile_path, save_profile
 
 
 def keep_profile(cache: Path, model: Path, *trials: Trial) -> Path:
     """Keep what was measured of a model with its own window on this machine's CPU."""
-    (_, loaded), *_ = load_models(load_config(None, []), model)
+    (_, loaded), *_ = load_models(model_settings(ModelConfig(), DataConfig(), model))
     path = profile_path(cache, [loaded.spec], [loaded.spec.patch_shape], "cpu")
     save_profile(path, Profile(trials), "cpu")
     return path

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from connectomics.assembly.engine.backends import known_profile, measured_as, ways, with_batch
-from connectomics.assembly.engine.cascade import first_stage_config
+from connectomics.assembly.engine.backends import known_profile, measured_as, ways
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.memory import plan_volume
 from connectomics.assembly.volumes import segmenter_of
-from connectomics.config.schema import Config
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Box
 from connectomics.planning.profile import WORTH
@@ -21,7 +19,7 @@ TOO_LARGE = "the memory budget has no room for more beside blocks of the same si
 PADDED = "the last batch of a block is not full, and here blocks have so few windows that too much of it stays empty"
 
 
-def against_batch(config: Config, engine: Engine, info: VolumeInfo) -> str | None:
+def against_batch(engine: Engine, info: VolumeInfo) -> str | None:
     """Why a volume is better labelled a window at a time, or None where the batch of the engine, not stated, is faster.
 
     Raises
@@ -31,35 +29,33 @@ def against_batch(config: Config, engine: Engine, info: VolumeInfo) -> str | Non
     VolumeError
         If the volume's spacing is needed and not known.
     """
-    if engine.previous is not None:
-        own = first_stage_config(config, engine.specs)
-        assert own is not None
-        if (found := against_batch(own, engine.previous, info)) is not None:
-            return found
+    if engine.previous is not None and (found := against_batch(engine.previous, info)) is not None:
+        return found
     if all(model.window.batch == 1 for model in engine.models):
         return None
-    segmenter = segmenter_of(config, engine, info.spacing)
+    segmenter = segmenter_of(engine, info.spacing)
     single = replace(engine, models=tuple(replace(m, window=replace(m.window, batch=1)) for m in engine.models))
-    plan, _ = plan_volume(config, single, segmenter, info)
+    plan, _ = plan_volume(single, segmenter, info)
     try:
-        if plan_volume(config, engine, segmenter, info)[0] != plan:
+        if plan_volume(engine, segmenter, info)[0] != plan:
             return TOO_LARGE
     except ResourceError:
         return TOO_LARGE
     partition = Partition(info.extent, plan.block_shape, Box.of_shape(info.extent))
-    whole = config.inference.sliding_window.engine == "monai"
+    whole = engine.inference.windows.whole
     pairs = zip(segmenter.members, engine.of_members, strict=True)
     fill = min(batch_fill(member, model.window, partition, whole=whole) for member, model in pairs)
-    return None if _share(config, engine) / fill <= 1 - WORTH else PADDED
+    return None if _share(engine) / fill <= 1 - WORTH else PADDED
 
 
-def _share(config: Config, engine: Engine) -> float:
+def _share(engine: Engine) -> float:
     """Time of a window in the engine's batches as a share of the least one alone takes; infinite where not measured."""
-    profile = known_profile(config, engine.specs, [model.window.patch for model in engine.models])
+    networks = engine.inference.networks
+    profile = known_profile(networks, engine.specs, [model.window.patch for model in engine.models])
     if profile is None:
         return math.inf
     together = profile.window_s(*measured_as(engine.settings.numeric_class))
-    alone = ways(with_batch(config, 1), profile)
+    alone = ways(replace(networks, batch=1), profile)
     if together is None or not alone or not alone[0].window_s:
         return math.inf
     return together / alone[0].window_s

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from connectomics.assembly.engine.models import model_request
-from connectomics.config.schema import Config
 from connectomics.core.errors import OutputError
 from connectomics.core.files import replacing
 from connectomics.models.conversion import convert_model
+from connectomics.models.locate import ModelRequest
 
 
-def convert(config: Config, checkpoint: Path, output: Path) -> dict[str, object]:
+def convert(request: ModelRequest, output: Path) -> dict[str, object]:
     """Convert a model; the folder appears when it is complete and was read back.
 
     Returns
@@ -32,7 +31,7 @@ def convert(config: Config, checkpoint: Path, output: Path) -> dict[str, object]
         output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(output) as folder:
             folder.mkdir()
-            spec = convert_model(model_request(config, checkpoint), folder)
+            spec = convert_model(request, folder)
             written_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
         raise OutputError(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 
-from connectomics.assembly.engine.budget import memory_budget_bytes
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.identity import program_version
 from connectomics.assembly.memory import decoding_bytes
+from connectomics.assembly.settings import memory_budget_bytes
 from connectomics.config.load import written
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, VolumeError
@@ -132,7 +132,7 @@ def decoding_request(config: Config) -> DecodingRequest:
         axes=inference.axes,
         voxel_size_nm=None if size is None else (size[0], size[1], size[2]),
         block_shape=None if shape is None else vec3(shape),
-        budget_bytes=memory_budget_bytes(config),
+        budget_bytes=memory_budget_bytes(config.system.memory_budget_gb),
         notes={"experiment_name": config.experiment_name, "description": config.description},
     )
 

@@ -4,50 +4,48 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 from connectomics.assembly.batch import against_batch
-from connectomics.assembly.engine.backends import with_batch
 from connectomics.assembly.engine.engine import Engine
-from connectomics.assembly.engine.make_engine import build_engine
-from connectomics.config.schema import Config
+from connectomics.assembly.engine.make_engine import make_engine
+from connectomics.assembly.settings import InferenceSettings, NetworkSettings
 from connectomics.volumes.volume import VolumeReader
 
 log = logging.getLogger(__name__)
 
 
 class Engines:
-    """Makes engines from configurations that differ from the run's in how the networks are run.
+    """Makes engines that differ from the run's in how the networks are run.
 
     Parameters
     ----------
-    config
-        The configuration.
     first
-        What it makes.
+        The run's.
     """
 
-    def __init__(self, config: Config, first: Engine) -> None:
-        self.config = config
+    def __init__(self, first: Engine) -> None:
         self.first = first
-        self._made: list[tuple[Config, Engine]] = [(config, first)]
+        self._made: list[tuple[InferenceSettings, Engine]] = [(first.inference, first)]
 
     def __iter__(self) -> Iterator[Engine]:
         """All there are by now."""
         return (engine for _, engine in self._made)
 
-    def of(self, config: Config) -> Engine:
-        """The engine of a configuration.
+    def of(self, networks: NetworkSettings) -> Engine:
+        """The engine whose networks are run so.
 
         Raises
         ------
         ConfigError, DeviceError
-            If what it states is not available.
+            If what the settings say is not available.
         """
+        wanted = replace(self.first.inference, networks=networks)
         for known, engine in self._made:
-            if known == config:
+            if known == wanted:
                 return engine
-        engine = build_engine(config, self.first.models[0].checkpoint)
-        self._made.append((config, engine))
+        engine = make_engine(wanted)
+        self._made.append((wanted, engine))
         return engine
 
     def suiting(self, reader: VolumeReader) -> Engine:
@@ -58,10 +56,10 @@ class Engines:
         ResourceError, VolumeError
             If the volume cannot be labelled with any.
         """
-        if self.config.inference.sliding_window.sw_batch_size is not None:
+        if self.first.inference.networks.batch is not None:
             return self.first
-        reason = against_batch(self.config, self.first, reader.info)
+        reason = against_batch(self.first, reader.info)
         if reason is None:
             return self.first
         log.info("1 window a forward pass, although connectomics tune measured more to be faster: %s", reason)
-        return self.of(with_batch(self.config, 1))
+        return self.of(replace(self.first.inference.networks, batch=1))

@@ -8,12 +8,11 @@ import math
 from collections.abc import Sequence
 
 from connectomics.assembly.engine.engine import Engine, EngineModel
-from connectomics.config.schema import Config
 from connectomics.core.errors import DeviceMemoryError, ResourceError
-from connectomics.core.geometry import Vec3, vec3
+from connectomics.core.geometry import Vec3
 from connectomics.execution.block_plan import REFUSAL_STEP_BYTES, BlockPlan
 from connectomics.planning.blocks import plan_blocks
-from connectomics.planning.memory import LIBRARY_BYTES, Budget, Footprint, Work
+from connectomics.planning.memory import LIBRARY_BYTES, Budget, Footprint, NetworkWork, Work
 from connectomics.stages.decode.context import CHUNK, VOXEL_BYTES
 from connectomics.stages.output.export import exporting_bytes
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
@@ -24,16 +23,16 @@ from connectomics.volumes.volume import VolumeInfo
 log = logging.getLogger(__name__)
 
 
-def peak_of(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo, block: Vec3) -> Footprint:
+def peak_of(engine: Engine, segmenter: Segmenter, info: VolumeInfo, block: Vec3) -> Footprint:
     """Memory of the whole process, and of the device, while a volume is worked on in such blocks (z, y, x)."""
-    works = _works(config, engine, segmenter, info)
-    budget, _ = _budget(config, engine, segmenter, info, stored_bytes=works[0].stored_bytes)
+    works = _works(engine, segmenter, info)
+    budget, _ = _budget(engine, segmenter, info, stored_bytes=works[0].stored_bytes)
     each = [work.footprint(block, info.extent) for work in works]
     need = Footprint(max(f.host_bytes for f in each), max(f.device_bytes for f in each))
     return Footprint(budget.host_need(need), need.device_bytes)
 
 
-def plan_volume(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo) -> tuple[BlockPlan, int]:
+def plan_volume(engine: Engine, segmenter: Segmenter, info: VolumeInfo) -> tuple[BlockPlan, int]:
     """Blocks in the volume's axes, and how many threads may read ahead in the survey.
 
     Raises
@@ -41,15 +40,12 @@ def plan_volume(config: Config, engine: Engine, segmenter: Segmenter, info: Volu
     ResourceError
         If the memory budget cannot hold the smallest blocks.
     """
-    works = _works(config, engine, segmenter, info)
-    stated = config.inference.block_shape
-    budget, readers = _budget(config, engine, segmenter, info, stored_bytes=works[0].stored_bytes)
-    return plan_blocks(info.extent, works, budget, None if stated is None else vec3(stated)), readers
+    works = _works(engine, segmenter, info)
+    budget, readers = _budget(engine, segmenter, info, stored_bytes=works[0].stored_bytes)
+    return plan_blocks(info.extent, works, budget, engine.inference.outputs.block_shape), readers
 
 
-def plan_within_device(
-    config: Config, engine: Engine, segmenters: Sequence[Segmenter], info: VolumeInfo
-) -> tuple[BlockPlan, int]:
+def plan_within_device(engine: Engine, segmenters: Sequence[Segmenter], info: VolumeInfo) -> tuple[BlockPlan, int]:
     """As ``plan_volume``, of blocks whose memory the device really had for once.
 
     Parameters
@@ -62,8 +58,8 @@ def plan_within_device(
     ResourceError
         If the memory budget, or what the device has, cannot hold the smallest blocks.
     """
-    plan, readers = plan_volume(config, engine, segmenters[0], info)
-    if engine.device_bytes is None:
+    plan, readers = plan_volume(engine, segmenters[0], info)
+    if engine.memory.device_bytes is None:
         return plan, readers
     while True:
         try:
@@ -71,25 +67,24 @@ def plan_within_device(
                 segmenter.try_memory(plan.block_shape)
         except DeviceMemoryError as error:
             log.warning("blocks of %s voxels are too large: %s", plan.block_shape, error)
-            works = _works(config, engine, segmenters[0], info)
+            works = _works(engine, segmenters[0], info)
             need = max(work.footprint(plan.block_shape, info.extent).device_bytes for work in works)
-            engine = dataclasses.replace(engine, device_bytes=need - 1)
+            left = dataclasses.replace(engine.memory, device_bytes=need - 1)
+            engine = dataclasses.replace(engine, memory=left)
             try:
-                plan, readers = plan_volume(config, engine, segmenters[0], info)
+                plan, readers = plan_volume(engine, segmenters[0], info)
             except ResourceError:
                 raise error from None
         else:
             return plan, readers
 
 
-def _works(config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo) -> list[Work]:
+def _works(engine: Engine, segmenter: Segmenter, info: VolumeInfo) -> list[Work]:
     pairs = zip(engine.of_members, segmenter.members, strict=True)
-    return [_work(config, engine, segmenter, model, member=member, info=info) for model, member in pairs]
+    return [_work(engine, segmenter, model, member=member, info=info) for model, member in pairs]
 
 
-def _work(
-    config: Config, engine: Engine, segmenter: Segmenter, model: EngineModel, member: EnsembleMember, info: VolumeInfo
-) -> Work:
+def _work(engine: Engine, segmenter: Segmenter, model: EngineModel, member: EnsembleMember, info: VolumeInfo) -> Work:
     ratio = None
     if member.resampling is not None:
         (z, y, x), (zn, yn, xn) = member.resampling.spacing, member.resampling.target
@@ -97,38 +92,38 @@ def _work(
     kept = segmenter.probabilities
     probabilities = 0 if kept is None else len(kept.channels) * kept.dtype.itemsize
     return Work(
-        model.window.patch,
-        model.spec.classes,
-        len(model.spec.folds),
-        model.spec.input_channels,
-        voxel_bytes=info.dtype.itemsize,
-        stored_bytes=segmenter.labels.dtype.itemsize + probabilities,
-        batch=model.window.batch,
-        window_bytes=model.window_bytes,
+        NetworkWork(
+            model.window.patch,
+            model.spec.classes,
+            len(model.spec.folds),
+            model.spec.input_channels,
+            batch=model.window.batch,
+            window_bytes=model.window_bytes,
+        ),
+        info.dtype.itemsize,
+        segmenter.labels.dtype.itemsize + probabilities,
         mean_classes=segmenter.classes if len(segmenter.members) > 1 else 0,
         ratio=ratio,
         order=member.order,
-        whole=config.inference.sliding_window.engine == "monai",
-        on_device=engine.device_bytes is not None,
+        whole=engine.inference.windows.whole,
+        on_device=engine.memory.device_bytes is not None,
     )
 
 
-def _budget(
-    config: Config, engine: Engine, segmenter: Segmenter, info: VolumeInfo, stored_bytes: int
-) -> tuple[Budget, int]:
+def _budget(engine: Engine, segmenter: Segmenter, info: VolumeInfo, stored_bytes: int) -> tuple[Budget, int]:
     """What there is and what is taken; threads that read ahead are as many as asked for and as fit half of the rest."""
     host = engine.settings.budget_bytes
     reading = reading_bytes(info)
-    taken = engine.base_bytes + reading
+    taken = engine.memory.base_bytes + reading
     readers = engine.settings.readers
     axes = {member.section_axis if member.by_slice else 0 for member in segmenter.members}
     while readers > 1 and max(survey_bytes(info, readers, axis) for axis in axes) > (host - taken) // 2:
         readers -= 1
-    exporting = exporting_bytes(info.extent, stored_bytes, config.inference.output.formats)
+    exporting = exporting_bytes(info.extent, stored_bytes, engine.inference.outputs.formats)
     passing = max(exporting, *(survey_bytes(info, readers, axis) for axis in axes))
     chunk_bytes = math.prod(info.chunk_shape) * info.channels * info.dtype.itemsize
     decides = info.chunk_shape if chunk_bytes > READ_BYTES else None
-    return Budget(host, taken, passing, engine.device_bytes, input_chunk=decides), readers
+    return Budget(host, taken, passing, engine.memory.device_bytes, input_chunk=decides), readers
 
 
 def decoding_bytes(info: VolumeInfo, budget_bytes: int, base_bytes: int) -> int:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
 from connectomics.assembly.engine.backends import kind_of
 from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.identity import versions
+from connectomics.assembly.settings import RegionSettings
 from connectomics.config.load import written
-from connectomics.config.schema import Config
 from connectomics.models.backends.choice import AUTO
 from connectomics.stages.predict.segmenter import Segmenter
 from connectomics.volumes.listing import VolumeSource
@@ -21,6 +17,7 @@ CHOSEN = (
     "{} windows a forward pass, which connectomics tune measured to be faster; one label in 100,000 may differ from "
     "nnU-Net's"
 )
+BATCH_KEY = "inference.sliding_window.sw_batch_size"
 # keys that a reproducing command states in another way, or that only say where and which
 ELSEWHERE = (
     "model.nnunet_checkpoint",
@@ -34,7 +31,7 @@ ELSEWHERE = (
 
 
 def provenance_of(
-    config: Config, engine: Engine, reader: VolumeReader, segmenter: Segmenter, previous: VolumeReader | None
+    engine: Engine, reader: VolumeReader, segmenter: Segmenter, previous: VolumeReader | None
 ) -> dict[str, object]:
     """What the results of a volume are made of and how.
 
@@ -46,23 +43,24 @@ def provenance_of(
         The labels of the previous stage of a cascade.
     """
     described = [_described(model) for model in engine.models]
-    told = [*engine.notes, *batch_note(config, engine)]
+    told = [*engine.identity.notes, *batch_note(engine)]
+    call, deviations = engine.inference.call, engine.identity.deviations
     provenance: dict[str, object] = {
         "program": engine.settings.program,
         "versions": versions(),
-        "experiment_name": config.experiment_name,
-        "description": config.description,
+        "experiment_name": call.experiment_name,
+        "description": call.description,
         "input": reader.identity,
-        "nnunet": "as nnU-Net" if not engine.deviations else "not nnU-Net: " + "; ".join(engine.deviations),
+        "nnunet": "as nnU-Net" if not deviations else "not nnU-Net: " + "; ".join(deviations),
         "labels": dict(engine.spec.label_names),
         "regions": {name: list(values) for name, values in engine.spec.regions},
         "resample": resampling_facts(segmenter),
-        "seed": config.system.seed,
-    } | roi_facts(config)
+        "seed": call.seed,
+    } | roi_facts(engine.inference.region)
     return (
         provenance
         | (described[0] if len(described) == 1 else {"models": described})
-        | dict(engine.facts)
+        | dict(engine.identity.facts)
         | ({"backend_choice": told} if told else {})
         | _previous_facts(engine, previous)
     )
@@ -73,7 +71,7 @@ def _previous_facts(engine: Engine, previous: VolumeReader | None) -> dict[str, 
         return {}
     if engine.previous is None:
         return {"previous_stage": previous.identity}
-    return {"previous_stage": _described(engine.previous.models[0]) | dict(engine.previous.facts)}
+    return {"previous_stage": _described(engine.previous.models[0]) | dict(engine.previous.identity.facts)}
 
 
 def _described(model: EngineModel) -> dict[str, object]:
@@ -87,33 +85,26 @@ def _described(model: EngineModel) -> dict[str, object]:
     }
 
 
-def command_of(config: Config, engine: Engine, source: VolumeSource) -> tuple[str, ...]:
+def command_of(engine: Engine, source: VolumeSource) -> tuple[str, ...]:
     """Words of the command that makes this volume's results again, but for where they go."""
-    stated, default = _leaves(dataclasses.asdict(config)), _leaves(dataclasses.asdict(Config()))
-    changed = {k: v for k, v in stated.items() if v != default[k] and not k.startswith(ELSEWHERE)}
+    stated = engine.inference.call.changed
+    changed = {key: value for key, value in stated.items() if not key.startswith(ELSEWHERE)}
     changed["inference.volume_mode.file_list"] = list(source.uris)
-    if config.system.backend == AUTO:
+    if stated.get("system.backend") == AUTO:
         changed["system.backend"] = kind_of(engine.settings.numeric_class)
     batch = engine.models[0].window.batch
-    if batch != config.inference.sliding_window.sw_batch_size:  # chosen, or more did not fit
-        changed["inference.sliding_window.sw_batch_size"] = batch
-    if engine.exact is not None:  # the device's default elsewhere may be another
+    if batch != stated.get(BATCH_KEY):  # chosen, or more did not fit
+        changed[BATCH_KEY] = batch
+    if engine.reference is not None:  # the device's default elsewhere may be another
         changed["inference.precision"] = "fast"
     words = (f"{key}={written(value)}" for key, value in sorted(changed.items()))
     return ("infer-volume", "--checkpoint", str(engine.models[0].checkpoint), *words)
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
-
-
-def batch_note(config: Config, engine: Engine) -> list[str]:
+def batch_note(engine: Engine) -> list[str]:
     """What is told of a batch that nobody stated, if there is one; a rerun that goes on tells the same."""
-    batch, stated = engine.models[0].window.batch, config.inference.sliding_window.sw_batch_size
-    return [CHOSEN.format(batch)] if stated is None and batch > 1 else []
+    batch, stated = engine.models[0].window.batch, engine.inference.call.changed
+    return [CHOSEN.format(batch)] if BATCH_KEY not in stated and batch > 1 else []
 
 
 def resampling_facts(segmenter: Segmenter) -> object:
@@ -125,12 +116,12 @@ def resampling_facts(segmenter: Segmenter) -> object:
     return facts[0] if len(facts) == 1 else facts
 
 
-def roi_facts(config: Config) -> dict[str, object]:
+def roi_facts(region: RegionSettings) -> dict[str, object]:
     """What restricts a volume, for result keys and provenance; nothing where nothing does."""
-    roi, mask = config.inference.roi, config.inference.mask
-    facts: dict[str, object] = {} if roi is None else {"roi": roi}
-    if mask is not None:
-        reader = open_volume(mask)
+    box = region.box
+    facts: dict[str, object] = {} if box is None else {"roi": [list(box.start), list(box.stop)]}
+    if region.mask is not None:
+        reader = open_volume(region.mask)
         facts["mask"] = reader.identity
         reader.close()
     return {"wanted": facts} if facts else {}

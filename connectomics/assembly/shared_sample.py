@@ -11,11 +11,11 @@ from dataclasses import replace
 
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.volumes import job_of, open_source, roi_of
-from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
 from connectomics.execution.retry import RetryingReader
-from connectomics.runs.volume import VolumeJob, measure_agreement
+from connectomics.runs.job import VolumeJob
+from connectomics.runs.volume import measure_agreement
 from connectomics.stages.predict.precision_check import SAMPLED_VOXELS, Agreement, spread
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.volume import VolumeInfo
@@ -32,21 +32,24 @@ class SharedSample:
     ----------
     sources
         All volumes of the call, finished ones as well, so that a rerun takes the same sample.
-    config_of
-        The configuration a volume is labelled with.
+    engine_of
+        What a volume is labelled with, of an engine; None: the engine as it is.
     """
 
-    def __init__(self, sources: Sequence[VolumeSource], config_of: Callable[[VolumeSource], Config]) -> None:
+    def __init__(
+        self, sources: Sequence[VolumeSource], engine_of: Callable[[VolumeSource, Engine], Engine] | None = None
+    ) -> None:
         self._sources = sources
-        self._config_of = config_of
+        self._engine_of = engine_of or (lambda _, engine: engine)
         self._taken: dict[tuple[tuple[str, object], ...], Agreement] = {}
 
     def shared_by(self, engine: Engine, job: VolumeJob) -> VolumeJob:
         """The job, held to the shared sample if it is small; second stages of a cascade are not, nor is one alone."""
         alone = len(self._sources) == 1 or any(spec.previous_stage is not None for spec in engine.specs)
-        if job.contract is None or alone or not _small(job.reader.info):
+        if job.labeller.contract is None or alone or not _small(job.reader.info):
             return job
-        return replace(job, contract=replace(job.contract, shared=functools.partial(self._taken_by, engine)))
+        contract = replace(job.labeller.contract, shared=functools.partial(self._taken_by, engine))
+        return replace(job, labeller=replace(job.labeller, contract=contract))
 
     def _taken_by(self, engine: Engine) -> Agreement:
         numeric_class = tuple(sorted(engine.settings.numeric_class.items()))
@@ -71,18 +74,18 @@ class SharedSample:
         return found
 
     def _measured(self, engine: Engine, source: VolumeSource, voxels: int) -> Agreement:
-        config = self._config_of(source)
+        engine = self._engine_of(source, engine)
         with contextlib.ExitStack() as opened:
-            reader = open_source(config, engine, source)
+            reader = open_source(engine, source)
             opened.callback(reader.close)
             if not _small(reader.info):
                 return Agreement(0, 0, ())
-            roi = roi_of(config, reader.info.extent, source.name)
+            roi = roi_of(engine.inference.region, reader.info.extent, source.name)
             if roi is not None:
                 opened.callback(roi.close)
-            job = job_of(config, engine, source, reader, previous=None, roi=roi)
+            job = job_of(engine, source, reader, previous=None, roi=roi)
             retrying = RetryingReader(reader, source.name, engine.settings.pauses_s)
-            return measure_agreement(job, retrying, job.segmenter.survey(retrying, source.name), voxels)
+            return measure_agreement(job, retrying, job.labeller.segmenter.survey(retrying, source.name), voxels)
 
 
 def _small(info: VolumeInfo) -> bool:

@@ -5,28 +5,29 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from connectomics.assembly.engine.cascade import checked_labels, first_stage_config, open_previous
+from connectomics.assembly.engine.cascade import checked_labels, open_previous
 from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.planes import check_isotropic
 from connectomics.assembly.memory import decoding_bytes, plan_within_device
 from connectomics.assembly.precision import fast_contract
 from connectomics.assembly.provenance import command_of, provenance_of, resampling_facts, roi_facts
-from connectomics.config.schema import Config
+from connectomics.assembly.settings import OutputSettings, RegionSettings, VolumeSettings
+from connectomics.config.schema import Config, VolumeModeConfig
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.core.fingerprint import key_of
-from connectomics.core.geometry import Box, Vec3, vec3
+from connectomics.core.geometry import Box, Vec3
 from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.inference.case import ReadBox
 from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.models.spec import NO_RESAMPLING, ModelSpec
-from connectomics.runs.volume import VolumeJob
+from connectomics.runs.job import JobLimits, JobRecord, Labeller, VolumeJob
 from connectomics.stages.output.export import export_path
 from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.stages.survey.region import RegionOfInterest, require_inside
 from connectomics.volumes.listing import VolumeSource, expand, group, refuse_collisions, without_results
 from connectomics.volumes.opening import open_channels, open_volume
-from connectomics.volumes.volume import Nanometres, Spacing, VolumeReader
+from connectomics.volumes.volume import Spacing, VolumeReader
 
 PREVIOUS = "previous_stage"  # folder in RUN where the labels of a cascade's first stage are kept
 
@@ -57,18 +58,17 @@ def named_sources(uris: list[str], channels: int) -> list[VolumeSource]:
     return sources
 
 
-def share_of(config: Config, sources: list[VolumeSource]) -> list[VolumeSource]:
+def share_of(mode: VolumeModeConfig, sources: list[VolumeSource]) -> list[VolumeSource]:
     """This process's share: every ``step``-th volume from ``start_index`` on."""
-    mode = config.inference.volume_mode
     return sources[mode.start_index :: mode.step]
 
 
-def open_source(config: Config, engine: Engine, source: VolumeSource) -> VolumeReader:
+def open_source(engine: Engine, source: VolumeSource) -> VolumeReader:
     """Open a volume and hold it against the engine's model; see ``open_input``."""
-    return open_input(config, engine.spec, source)
+    return open_input(engine.inference.volumes, engine.spec, source)
 
 
-def open_input(config: Config, spec: ModelSpec, source: VolumeSource) -> VolumeReader:
+def open_input(stated: VolumeSettings, spec: ModelSpec, source: VolumeSource) -> VolumeReader:
     """Open a volume and hold it against a model.
 
     Raises
@@ -77,9 +77,7 @@ def open_input(config: Config, spec: ModelSpec, source: VolumeSource) -> VolumeR
         If it cannot be read, lacks the file of a channel, has another number of channels, or voxels that do not fit
         ``inference.planes``.
     """
-    stated = config.inference.voxel_size_nm
-    voxel_size: Nanometres | None = None if stated is None else (stated[0], stated[1], stated[2])
-    axes = config.inference.axes
+    axes, voxel_size = stated.axes, stated.voxel_size_nm
     if source.problem:
         raise VolumeError(source.problem)
     if len(source.uris) == 1:
@@ -94,26 +92,26 @@ def open_input(config: Config, spec: ModelSpec, source: VolumeSource) -> VolumeR
             "choose the right volume, or state inference.axes"
         )
     try:
-        check_isotropic(config, reader.info.voxel_size_nm or reader.info.spacing, source.name)
+        check_isotropic(stated, reader.info.voxel_size_nm or reader.info.spacing, source.name)
     except VolumeError:
         reader.close()
         raise
     return reader
 
 
-def run_folder(config: Config, source: VolumeSource) -> Path:
+def run_folder(outputs: OutputSettings, source: VolumeSource) -> Path:
     """RUN: the folder of a volume's log, ledger and report."""
-    return Path(config.inference.data.output_path) / f"{_stem(config, source)}.run"
+    return outputs.folder / f"{_stem(outputs, source)}.run"
 
 
-def _stem(config: Config, source: VolumeSource) -> str:
-    return f"{source.stem}_{config.inference.volume_mode.output_suffix}"
+def _stem(outputs: OutputSettings, source: VolumeSource) -> str:
+    return f"{source.stem}_{outputs.suffix}"
 
 
-def final_names(config: Config, engine: Engine, source: VolumeSource) -> dict[str, tuple[str, tuple[str, ...]]]:
+def final_names(engine: Engine, source: VolumeSource) -> dict[str, tuple[str, tuple[str, ...]]]:
     """File name without suffix, and formats, of each of a volume's results."""
-    stem = _stem(config, source)
-    formats = tuple(config.inference.output.formats)
+    formats = engine.inference.outputs.formats
+    stem = _stem(engine.inference.outputs, source)
     names = {LABELS: (stem, formats)}
     rule = engine.segmenter.probabilities
     if rule is not None:
@@ -121,19 +119,19 @@ def final_names(config: Config, engine: Engine, source: VolumeSource) -> dict[st
     return names
 
 
-def final_paths(config: Config, engine: Engine, source: VolumeSource) -> list[Path]:
+def final_paths(engine: Engine, source: VolumeSource) -> list[Path]:
     """Where a volume's results will stand, without opening it."""
-    names = final_names(config, engine, source).values()
+    names = final_names(engine, source).values()
     return [export_path(engine.settings.folder, stem, f) for stem, formats in names for f in formats]
 
 
-def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> tuple[FinalOutput, ...]:
+def outputs_of(engine: Engine, source: VolumeSource, reader: VolumeReader) -> tuple[FinalOutput, ...]:
     """The final results of a volume with their result keys."""
-    names = final_names(config, engine, source)
-    resampling = resampling_facts(segmenter_of(config, engine, reader.info.spacing))
-    facts = dict(engine.facts) | {"input": reader.identity, "resample": resampling}
-    facts |= _previous_facts(config, engine, source, reader) | roi_facts(config)
-    pyramid = config.inference.output.pyramid
+    names = final_names(engine, source)
+    resampling = resampling_facts(segmenter_of(engine, reader.info.spacing))
+    facts = dict(engine.identity.facts) | {"input": reader.identity, "resample": resampling}
+    facts |= _previous_facts(engine, source, reader) | roi_facts(engine.inference.region)
+    pyramid = engine.inference.outputs.pyramid
     outputs = [FinalOutput(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1], pyramid=pyramid)]
     rule = engine.segmenter.probabilities
     if rule is not None:
@@ -144,32 +142,33 @@ def outputs_of(config: Config, engine: Engine, source: VolumeSource, reader: Vol
     return tuple(outputs)
 
 
-def first_stage_of(config: Config, engine: Engine, source: VolumeSource) -> tuple[Config, Engine]:
-    """Configuration and engine of the first stage of a cascade, whose labels of a volume are kept in its RUN folder."""
-    assert engine.previous is not None
-    folder = run_folder(config, source) / PREVIOUS
-    own = first_stage_config(config, engine.specs)
-    assert own is not None
-    data = dataclasses.replace(own.inference.data, output_path=str(folder))
-    own = dataclasses.replace(own, inference=dataclasses.replace(own.inference, data=data))
-    settings = dataclasses.replace(engine.previous.settings, folder=folder)
-    return own, dataclasses.replace(engine.previous, settings=settings)
+def first_stage_of(engine: Engine, source: VolumeSource) -> Engine:
+    """The engine of the first stage of a cascade, whose labels of a volume are kept in its RUN folder."""
+    previous = engine.previous
+    assert previous is not None
+    folder = run_folder(engine.inference.outputs, source) / PREVIOUS
+    outputs = dataclasses.replace(previous.inference.outputs, folder=folder)
+    return dataclasses.replace(
+        previous,
+        inference=dataclasses.replace(previous.inference, outputs=outputs),
+        settings=dataclasses.replace(previous.settings, folder=folder),
+    )
 
 
-def _previous_facts(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> dict[str, object]:
+def _previous_facts(engine: Engine, source: VolumeSource, reader: VolumeReader) -> dict[str, object]:
     """What decides the labels of the previous stage: its own result key, or the identity of the given volume."""
     if all(spec.previous_stage is None for spec in engine.specs):
         return {}
     if engine.previous is not None:
-        labels, *_ = outputs_of(*first_stage_of(config, engine, source), source, reader)
+        labels, *_ = outputs_of(first_stage_of(engine, source), source, reader)
         return {"previous_stage": labels.result_key}
-    given = open_previous(config, source, reader)
+    given = open_previous(engine.inference.models.previous_stage, source, reader)
     given.close()
     return {"previous_stage": given.identity}
 
 
 def segmenter_of(
-    config: Config, engine: Engine, own: Spacing | None, previous: ReadBox | None = None, *, exact: bool = False
+    engine: Engine, own: Spacing | None, previous: ReadBox | None = None, *, exact: bool = False
 ) -> Segmenter:
     """The engine's segmenter for a volume of this spacing.
 
@@ -189,11 +188,11 @@ def segmenter_of(
     ModelError
         If this program cannot resample as the plans want it.
     """
-    segmenter = engine.segmenter if engine.exact is None or not exact else engine.exact
+    segmenter = engine.segmenter if engine.reference is None or not exact else engine.reference.segmenter
     members = (
         dataclasses.replace(
             member,
-            resampling=_resampling_of(config, model, member, own),
+            resampling=_resampling_of(engine.inference.volumes, model, member, own),
             previous=previous and checked_labels(previous, model.spec, "the labels of the previous stage"),
         )
         for member, model in zip(segmenter.members, engine.of_members, strict=True)
@@ -202,13 +201,13 @@ def segmenter_of(
 
 
 def _resampling_of(
-    config: Config, model: EngineModel, member: EnsembleMember, own: Spacing | None
+    stated: VolumeSettings, model: EngineModel, member: EnsembleMember, own: Spacing | None
 ) -> Resampling | None:
     """How a volume is resampled for a model, or None when it is taken as it is, also as the plans resample nothing."""
-    stated, spec = config.inference, model.spec
-    if stated.resample == "off" or spec.resampling_data.function == NO_RESAMPLING:
+    spec = model.spec
+    if not stated.resample or spec.resampling_data.function == NO_RESAMPLING:
         return None
-    spacing = own if stated.spacing is None else (stated.spacing[0], stated.spacing[1], stated.spacing[2])
+    spacing = own if stated.spacing is None else stated.spacing
     if spacing is None:
         raise VolumeError(
             "inference.resample=plan needs the spacing of the volume, which states none: set inference.spacing, "
@@ -223,7 +222,7 @@ def _resampling_of(
     )
 
 
-def roi_of(config: Config, extent: Vec3, name: str) -> RegionOfInterest | None:
+def roi_of(region: RegionSettings, extent: Vec3, name: str) -> RegionOfInterest | None:
     """What ``inference.roi`` and ``inference.mask`` leave of a volume, or None where they do not restrict it.
 
     Parameters
@@ -238,10 +237,10 @@ def roi_of(config: Config, extent: Vec3, name: str) -> RegionOfInterest | None:
     VolumeError
         If the box lies outside the volume, or the mask cannot be opened or belongs to another one.
     """
-    roi, mask = config.inference.roi, config.inference.mask
-    if roi is None and mask is None:
+    mask = region.mask
+    if region.box is None and mask is None:
         return None
-    box = Box.of_shape(extent) if roi is None else Box(vec3(roi[0]), vec3(roi[1]))
+    box = Box.of_shape(extent) if region.box is None else region.box
     require_inside(box, extent, name)
     if mask is None:
         return RegionOfInterest(extent, box)
@@ -254,7 +253,6 @@ def roi_of(config: Config, extent: Vec3, name: str) -> RegionOfInterest | None:
 
 
 def job_of(
-    config: Config,
     engine: Engine,
     source: VolumeSource,
     reader: VolumeReader,
@@ -275,26 +273,21 @@ def job_of(
     ResourceError
         If the memory budget cannot hold one block's work, or the mask that the model normalises within.
     """
-    outputs = outputs_of(config, engine, source, reader)
+    outputs = outputs_of(engine, source, reader)
     given = None if previous is None else previous.read
-    segmenter = segmenter_of(config, engine, reader.info.spacing, given)
-    exact = segmenter_of(config, engine, reader.info.spacing, given, exact=True)
-    working = (segmenter,) if engine.exact is None else (segmenter, exact)
-    plan, readers = plan_within_device(config, engine, working, reader.info)
-    contract = fast_contract(config, engine, exact, plan.block_shape)
+    segmenter = segmenter_of(engine, reader.info.spacing, given)
+    exact = segmenter_of(engine, reader.info.spacing, given, exact=True)
+    working = (segmenter,) if engine.reference is None else (segmenter, exact)
+    plan, readers = plan_within_device(engine, working, reader.info)
+    contract = fast_contract(engine, exact, plan.block_shape)
+    block_bytes = decoding_bytes(reader.info, engine.settings.budget_bytes, engine.memory.base_bytes)
     return VolumeJob(
         source.name,
-        run_folder(config, source),
+        run_folder(engine.inference.outputs, source),
         reader,
-        segmenter,
-        filters=engine.filters,
+        Labeller(segmenter, engine.inference.labels.filters, roi, contract),
         outputs=outputs,
         plan=plan,
-        provenance=provenance_of(config, engine, reader, segmenter, previous=previous),
-        command=command_of(config, engine, source),
-        readers=readers,
-        roi=roi,
-        contract=contract,
-        filter_block_bytes=decoding_bytes(reader.info, engine.settings.budget_bytes, engine.base_bytes),
-        on_device=engine.device_bytes is not None,
+        record=JobRecord(provenance_of(engine, reader, segmenter, previous), command_of(engine, source)),
+        limits=JobLimits(readers, block_bytes, on_device=engine.memory.device_bytes is not None),
     )

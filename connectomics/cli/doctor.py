@@ -12,10 +12,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from connectomics.assembly.engine.backends import device_name
-from connectomics.assembly.engine.budget import memory_budget_bytes
 from connectomics.assembly.engine.cascade import check_previous_stage
 from connectomics.assembly.engine.make_engine import build_engine
+from connectomics.assembly.settings import memory_budget_bytes, network_settings
 from connectomics.assembly.volumes import list_sources, open_source, share_of
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
@@ -86,7 +85,7 @@ def _torchvision() -> Diagnosis:
 
 def _device(config: Config) -> Diagnosis:
     try:
-        device = select_device(device_name(config))
+        device = select_device(network_settings(config).device)
     except ConnectomicsError as error:
         return Diagnosis("device", False, str(error), "set system.device to cpu, or mend the driver")
     return Diagnosis("device", True, str(device))
@@ -94,7 +93,7 @@ def _device(config: Config) -> Diagnosis:
 
 def _memory(config: Config) -> Diagnosis:
     memory = psutil.virtual_memory()
-    budget = memory_budget_bytes(config)
+    budget = memory_budget_bytes(config.system.memory_budget_gb)
     text = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free, budget {budget / 2**30:.1f} GiB"
     if budget > memory.total or memory.available < LOW_MEMORY_BYTES:
         return Diagnosis("memory", False, text, "lower system.memory_budget_gb, or free memory")
@@ -124,13 +123,13 @@ def _model_and_volumes(config: Config, checkpoint: Path | None) -> list[Diagnosi
     if mode.file_list is None and mode.file_pattern is None:
         return findings
     try:
-        sources = share_of(config, list_sources(config, spec.channels))
-        check_previous_stage(config, engine.specs, sources)
+        sources = share_of(mode, list_sources(config, spec.channels))
+        check_previous_stage(config.model.previous_stage, engine.specs, sources)
     except ConnectomicsError as error:
         return [*findings, Diagnosis("volumes", False, str(error), "mend inference.volume_mode")]
     for source in sources[:VOLUMES_OPENED]:
         try:
-            open_source(config, engine, source).close()
+            open_source(engine, source).close()
         except ConnectomicsError as error:
             findings.append(Diagnosis("volume", False, str(error), "mend or leave out this volume"))
     count = f"{len(sources)} volumes, the first {min(len(sources), VOLUMES_OPENED)} opened"

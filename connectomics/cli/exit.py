@@ -66,19 +66,28 @@ def guarded(command: Callable[[argparse.Namespace], int], words: argparse.Namesp
             signal.signal(number, previous)
 
 
-def leave(code: int) -> NoReturn:
-    """End the process without taking down PyTorch and OpenVINO first, which lasts most of a second.
+def leave(command: Callable[[], int]) -> NoReturn:
+    """Run a command and end the process without taking down PyTorch and OpenVINO first, which lasts most of a second.
 
-    All that was to be written is written by then. What is registered with ``atexit`` runs, and streams are flushed;
-    where they refuse, a command that was done has failed.
+    All that was to be written is written by then. What is registered with ``atexit`` meanwhile runs, and streams are
+    flushed; where they refuse, a command that was done has failed.
     """
-    atexit._run_exitfuncs()
-    try:
-        print(end="", flush=True)
-        print(end="", flush=True, file=sys.stderr)
-    except OSError:
-        code = code or FAILED
-    os._exit(code)
+    codes: list[int] = []
+
+    def end() -> None:
+        if not codes:  # the command was left in another way
+            return
+        logging.shutdown()
+        try:
+            print(end="", flush=True)
+            print(end="", flush=True, file=sys.stderr)
+        except OSError:
+            codes[0] = codes[0] or FAILED
+        os._exit(codes[0])
+
+    atexit.register(end)  # the first to be registered is the last to be called
+    codes.append(command())
+    raise SystemExit(codes[0])
 
 
 @contextlib.contextmanager

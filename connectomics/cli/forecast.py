@@ -14,7 +14,6 @@ from connectomics.core.errors import ConnectomicsError
 
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine
-    from connectomics.config.schema import Config
     from connectomics.forecast.tune import Progress
     from connectomics.forecast.volumes import Plan
     from connectomics.volumes.listing import VolumeSource
@@ -29,7 +28,7 @@ def plan(words: argparse.Namespace) -> int:
     from connectomics.assembly.volumes import list_sources, share_of
 
     engine = build_engine(config, words.checkpoint)
-    found = planned(config, engine, share_of(config, list_sources(config, engine.spec.channels)))
+    found = planned(engine, share_of(config.inference.volume_mode, list_sources(config, engine.spec.channels)))
     if words.json:
         print(json.dumps(found.as_dict(), indent=1))
     else:
@@ -38,14 +37,14 @@ def plan(words: argparse.Namespace) -> int:
     return FAILED if found.refused else 0
 
 
-def planned(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
+def planned(engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
     """The plan of some volumes."""
     from connectomics.forecast.volumes import plan_volumes
 
-    return plan_volumes(config, engine, sources)
+    return plan_volumes(engine, sources)
 
 
-def check_limits(words: argparse.Namespace, config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> None:
+def check_limits(words: argparse.Namespace, engine: Engine, sources: Sequence[VolumeSource]) -> None:
     """Refuse volumes beyond ``--max-hours`` or ``--max-gb``, where these are stated, before the first is begun.
 
     Raises
@@ -54,7 +53,7 @@ def check_limits(words: argparse.Namespace, config: Config, engine: Engine, sour
         Saying what to change.
     """
     if words.max_hours is not None or words.max_gb is not None:
-        _require(planned(config, engine, sources), words)
+        _require(planned(engine, sources), words)
 
 
 def _require(found: Plan, words: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_program() -> NoReturn:
     """The program ``connectomics``: as ``main``, and the process ends."""
-    leave(main())
+    leave(main)
 
 
 def script_main(arguments: Sequence[str] | None = None) -> int:
@@ -72,8 +72,8 @@ def _infer_volume(words: argparse.Namespace) -> int:
         from connectomics.assembly.volumes import list_sources, share_of
 
     engine = build_engine(config, words.checkpoint)
-    sources = share_of(config, list_sources(config, engine.spec.channels))
-    forecast.check_limits(words, config, engine, sources)
+    sources = share_of(config.inference.volume_mode, list_sources(config, engine.spec.channels))
+    forecast.check_limits(words, engine, sources)
     return _ended(_run(config, engine, sources))
 
 
@@ -82,12 +82,12 @@ def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> lis
     from connectomics.cli.progress import ProgressBar
     from connectomics.lightning.inference import VolumeProcessor, check_output_folder
 
-    for deviation in engine.deviations:
+    for deviation in engine.identity.deviations:
         print(f"not nnU-Net: {deviation}", file=sys.stderr)
     if config.system.backend == "auto":
         chosen = ", ".join(f"{key} {value}" for key, value in engine.settings.numeric_class.items())
         print(f"system.backend=auto: {chosen}", file=sys.stderr)
-    for note in batch_note(config, engine):
+    for note in batch_note(engine):
         print(note, file=sys.stderr)
     check_output_folder(engine.settings.folder)
     if not config.decoding:
@@ -132,11 +132,11 @@ def _test(words: argparse.Namespace) -> int:
     sources = named_sources(images, engine.spec.channels)
     labels = config.test.data.test_label if config.test.evaluation.enabled else None
     if labels:
-        check_known_answers(config, sources)
+        check_known_answers(config.test, sources, decodes=bool(config.decoding))
     outcomes = _run(config, engine, sources)
     code = _ended(outcomes)
     if labels:
-        code = max(code, _print_scores(evaluate_outcomes(config, engine, outcomes), as_json=False))
+        code = max(code, _print_scores(evaluate_outcomes(config.test, engine, outcomes), as_json=False))
     return code
 
 
@@ -153,9 +153,10 @@ def _evaluate(words: argparse.Namespace) -> int:
         raise ConfigError(f"--checkpoint {words.checkpoint}: volumes are compared without a model; leave it out")
     named = words.prediction is not None  # the script's mode takes them from test.data
     one = [Comparison(words.prediction, words.prediction, words.truth, words.ignore)]
-    jobs = one if named else stated_comparisons(config)
-    check_output_folder(Path(config.inference.data.output_path))
-    return _print_scores(evaluate_volumes(config, jobs), words.json)
+    jobs = one if named else stated_comparisons(config.test.data)
+    folder = Path(config.inference.data.output_path)
+    check_output_folder(folder)
+    return _print_scores(evaluate_volumes(folder, config.test.evaluation, jobs), words.json)
 
 
 def _print_scores(scores: Scores, as_json: bool) -> int:
@@ -173,8 +174,9 @@ def _inspect(words: argparse.Namespace) -> int:
 
     config = load_config(None, words.overrides)
     from connectomics.assembly.engine.models import describe
+    from connectomics.assembly.settings import model_settings
 
-    facts = describe(config, words.model)
+    facts = describe(model_settings(config.model, config.data, words.model))
     if words.json:
         print(json.dumps(facts, indent=1))
         return 0
@@ -249,8 +251,9 @@ def _convert(words: argparse.Namespace) -> int:
 
     config = load_config(None, words.overrides)
     from connectomics.assembly.convert import convert
+    from connectomics.assembly.settings import model_request
 
-    for key, value in convert(config, words.model, words.output).items():
+    for key, value in convert(model_request(config.model, words.model), words.output).items():
         print(f"{key:18} {value}")
     return 0
 

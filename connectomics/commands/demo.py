@@ -50,7 +50,7 @@ def run_demo(folder: Path, observer: Observer) -> list[str]:
     outcomes = VolumeProcessor(config, engine, observer).run(named_sources([VOLUME], engine.spec.channels))
     if outcomes[0].state == "failed":
         raise ConnectomicsError(outcomes[0].reason)
-    scores = evaluate_outcomes(config, engine, outcomes)
+    scores = evaluate_outcomes(config.test, engine, outcomes)
     labels = outcomes[0].paths[0]
     picture = folder / "montage.png"
     montage(_section(VOLUME), _section(str(labels)), _section(TRUTH), picture)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectomics.commands.decode import objects_of
-from connectomics.config.schema import Config, EvaluationConfig
+from connectomics.config.schema import EvaluationConfig, TestConfig, TestDataConfig
 from connectomics.config.validation import INSTANCE_METRICS, SEMANTIC_METRICS
 from connectomics.core.errors import ConfigError, ConnectomicsError
 from connectomics.core.files import write_text
@@ -82,7 +82,7 @@ class Labelling:
     ignored: int | None = None
 
 
-def check_known_answers(config: Config, sources: Sequence[VolumeSource]) -> None:
+def check_known_answers(test: TestConfig, sources: Sequence[VolumeSource], *, decodes: bool) -> None:
     """Refuse, before the work, truths that do not match the volumes, and scores of objects that there are not.
 
     Raises
@@ -90,22 +90,20 @@ def check_known_answers(config: Config, sources: Sequence[VolumeSource]) -> None
     ConfigError
         If there is not one truth (and mask) a volume, or metrics of objects are asked for without objects.
     """
-    _require_as_many(config, "test_image", len(sources))
-    metrics = _objects_wanted(config)
-    if metrics and not (config.decoding and config.test.data.test_instances):
+    _require_as_many(test.data, "test_image", len(sources))
+    metrics = _object_metrics(test.evaluation.metrics)
+    if metrics and not (decodes and test.data.test_instances):
         raise ConfigError(
             f"test.evaluation.metrics names {', '.join(metrics)}, which are for ids of objects; state how objects are "
             "made, such as decoding=[{name: connected_components}], and the true ones, test.data.test_instances"
         )
 
 
-def _objects_wanted(config: Config) -> list[str]:
-    """Which metrics of objects are asked for."""
-    return [metric for metric in config.test.evaluation.metrics if metric in INSTANCE_METRICS]
+def _object_metrics(metrics: Sequence[str]) -> list[str]:
+    return [metric for metric in metrics if metric in INSTANCE_METRICS]
 
 
-def _require_as_many(config: Config, images: str, count: int) -> None:
-    data = config.test.data
+def _require_as_many(data: TestDataConfig, images: str, count: int) -> None:
     wanted = {
         "test_label": data.test_label or (),
         "test_instances": data.test_instances,
@@ -119,7 +117,7 @@ def _require_as_many(config: Config, images: str, count: int) -> None:
             )
 
 
-def stated_comparisons(config: Config) -> list[Comparison]:
+def stated_comparisons(data: TestDataConfig) -> list[Comparison]:
     """Those of ``test.data``: predictions, truths and masks.
 
     Raises
@@ -127,22 +125,20 @@ def stated_comparisons(config: Config) -> list[Comparison]:
     ConfigError
         If no prediction is named, there is not one truth (and mask) for each, or names collide.
     """
-    data = config.test.data
     if not data.test_prediction:
         raise ConfigError("test.data.test_prediction names no volume; set it to a path or a list of paths")
-    _require_as_many(config, "test_prediction", len(data.test_prediction))
+    _require_as_many(data, "test_prediction", len(data.test_prediction))
     refuse_collisions([VolumeSource(uri, stem_of(uri), (uri,)) for uri in data.test_prediction])
-    masks = _masks(config)
+    masks = _masks(data)
     return [Comparison(p, p, t, m) for p, t, m in zip(data.test_prediction, data.test_label or (), masks, strict=True)]
 
 
-def _masks(config: Config) -> Sequence[str | None]:
+def _masks(data: TestDataConfig) -> Sequence[str | None]:
     """One for each truth."""
-    data = config.test.data
     return data.test_ignore or [None for _ in data.test_label or ()]
 
 
-def evaluate_outcomes(config: Config, engine: Engine, outcomes: Sequence[VolumeOutcome]) -> Scores:
+def evaluate_outcomes(test: TestConfig, engine: Engine, outcomes: Sequence[VolumeOutcome]) -> Scores:
     """Compare finished labels with their truths; saves ``scores.json`` in the output folder.
 
     Parameters
@@ -153,32 +149,34 @@ def evaluate_outcomes(config: Config, engine: Engine, outcomes: Sequence[VolumeO
         label are not counted, nor are those outside ``inference.roi`` and ``inference.mask``. Where metrics of objects
         are asked for, the objects that were decoded are compared with ``test.data.test_instances``.
     """
-    spec, data = engine.spec, config.test.data
-    masks = _masks(config)
+    spec, data = engine.spec, test.data
+    masks = _masks(data)
     count = 1 + max(*(v for values in spec.class_labels.values() for v in values), *spec.class_values)
     with ExitStack() as opened:
         jobs, objects = list[Comparison](), list[Comparison]()
         for i, (outcome, truth, mask) in enumerate(zip(outcomes, data.test_label or (), masks, strict=False)):
             if outcome.state == "failed":
                 continue
-            job = Comparison(outcome.name, str(outcome.paths[0]), truth, mask, within=_within(config, outcome, opened))
+            job = Comparison(outcome.name, str(outcome.paths[0]), truth, mask, within=_within(engine, outcome, opened))
             jobs.append(job)
-            if data.test_instances is not None and _objects_wanted(config):
+            if data.test_instances is not None and _object_metrics(test.evaluation.metrics):
                 objects.append(replace(job, prediction=str(objects_of(outcome)), truth=data.test_instances[i]))
-        return evaluate_volumes(config, jobs, Labelling(spec.class_labels, count, spec.ignored_label), objects)
+        labelling = Labelling(spec.class_labels, count, spec.ignored_label)
+        return evaluate_volumes(engine.settings.folder, test.evaluation, jobs, labelling, objects=objects)
 
 
-def _within(config: Config, outcome: VolumeOutcome, opened: ExitStack) -> Within | None:
+def _within(engine: Engine, outcome: VolumeOutcome, opened: ExitStack) -> Within | None:
     """Gives the voxels of a box that were wanted, or None where all were."""
     from connectomics.assembly.volumes import roi_of
 
     with closing(open_volume(str(outcome.paths[0]))) as labels:
-        wanted = roi_of(config, labels.info.extent, outcome.name)
+        wanted = roi_of(engine.inference.region, labels.info.extent, outcome.name)
     return None if wanted is None else opened.enter_context(closing(wanted)).within
 
 
 def evaluate_volumes(
-    config: Config,
+    folder: Path,
+    wanted: EvaluationConfig,
     jobs: Sequence[Comparison],
     labelling: Labelling | None = None,
     objects: Sequence[Comparison] | None = None,
@@ -187,6 +185,8 @@ def evaluate_volumes(
 
     Parameters
     ----------
+    folder, wanted
+        Where that is, and what is measured.
     jobs
         The volumes, named differently; what cannot be measured is named in the result, and the rest is.
     labelling
@@ -194,7 +194,6 @@ def evaluate_volumes(
     objects
         The objects of the same volumes, in their order; None: the volumes themselves are ids.
     """
-    wanted, folder = config.test.evaluation, Path(config.inference.data.output_path)
     failures: dict[str, str] = {}
     tables = _compared(jobs, (wanted.ignore_label, labelling.ignored if labelling else None), failures)
     semantic, pooled_semantic = _semantic(tables, wanted, labelling, failures)

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.assembly.engine.backends import with_batch
-from connectomics.assembly.engine.make_engine import build_engine, check_resampling
+from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.engine.make_engine import build_engine, check_resampling, under
+from connectomics.assembly.settings import resolve
 from connectomics.assembly.shared_sample import SharedSample
 from connectomics.config.load import load_config
 from connectomics.config.schema import Config
@@ -124,7 +125,7 @@ class FolderPrediction:
     @property
     def deviations(self) -> tuple[str, ...]:
         """In which ways this is not nnU-Net's default inference."""
-        return self._engine.deviations
+        return self._engine.identity.deviations
 
     @property
     def own_folder(self) -> Path:
@@ -143,7 +144,7 @@ class FolderPrediction:
         observer = observer or NullObserver()
         kept = {s.name: paths for s in self._sources if (paths := self._kept(s))}
         observer.listed(len(self._sources), len(kept))
-        sample = SharedSample(self._sources, self._config_of)
+        sample = SharedSample(self._sources, self._engine_of)
         outcomes: list[VolumeOutcome] = []
         for source in self._sources:
             if source.name in kept:
@@ -201,8 +202,9 @@ class FolderPrediction:
             return None
         return frame_of(Path(source.uris[0].removesuffix(self._kind.inner)), self._kind.reader)
 
-    def _config_of(self, source: VolumeSource) -> Config:
-        return self._config_at(self._spacing(source, self._frame(source)))
+    def _engine_of(self, source: VolumeSource, engine: Engine) -> Engine:
+        config = self._config_at(self._spacing(source, self._frame(source)))
+        return under(engine, resolve(config, self._call.model))
 
     def _spacing(self, source: VolumeSource, frame: NiftiGeometry | None) -> Spacing3:
         if frame is not None:
@@ -225,7 +227,7 @@ class FolderPrediction:
             self._config.inference, resample="plan", spacing=list(spacing), allow_large_resampling=True
         )
         config = dataclasses.replace(self._config, inference=inference)
-        check_resampling(config, spec, by_slice=False)
+        check_resampling(spec, resample=True, by_slice=False)
         return config
 
 
@@ -264,7 +266,11 @@ def _configured(call: NnunetCall, kind: FileKind, overrides: Sequence[str]) -> C
             spacing=None,
             data=dataclasses.replace(inference.data, output_path=str(call.output_folder / OWN_FOLDER)),
             volume_mode=dataclasses.replace(inference.volume_mode, output_suffix="labels"),
-            sliding_window=dataclasses.replace(inference.sliding_window, overlap=1.0 - call.step_size),
+            sliding_window=dataclasses.replace(
+                inference.sliding_window,
+                overlap=1.0 - call.step_size,
+                sw_batch_size=inference.sliding_window.sw_batch_size or 1,  # as nnU-Net, whose labels are asked for
+            ),
             test_time_augmentation=dataclasses.replace(inference.test_time_augmentation, enabled=call.mirroring),
             output=dataclasses.replace(
                 inference.output, formats=["h5"], save_probabilities=call.save_probabilities, overwrite=True
@@ -272,7 +278,7 @@ def _configured(call: NnunetCall, kind: FileKind, overrides: Sequence[str]) -> C
         ),
     )
     validate(config)
-    return with_batch(config, inference.sliding_window.sw_batch_size or 1)  # as nnU-Net, whose labels are asked for
+    return config
 
 
 def _kind_of(model: Path) -> FileKind:

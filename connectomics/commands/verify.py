@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from connectomics.assembly.engine.backends import threads
-from connectomics.assembly.engine.cascade import check_previous_stage, first_stage_config, open_previous
+from connectomics.assembly.engine.cascade import check_previous_stage, open_previous
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.identity import versions
 from connectomics.assembly.engine.models import load
+from connectomics.assembly.settings import InferenceSettings, RegionSettings, resolve
 from connectomics.assembly.volumes import named_sources, open_source, segmenter_of
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ModelError, VolumeError
@@ -180,21 +180,21 @@ def verify(
     VolumeError
         If the volume or the output cannot be read or compared.
     """
-    _require_comparable(config)
+    _require_comparable(resolve(config, checkpoint))
     manager = InferenceManager(config, checkpoint)
     engine = manager.engine
-    reference = _reference(config, load(config, checkpoint))
+    reference = _reference(engine)
     (source,) = named_sources([volume], engine.spec.channels)
-    check_previous_stage(config, engine.specs, [source])
-    reader = open_source(config, engine, source)
-    first = _FirstStage(config, engine, source, reader)
+    check_previous_stage(engine.inference.models.previous_stage, engine.specs, [source])
+    reader = open_source(engine, source)
+    first = _FirstStage(engine, source, reader)
     boxes = _samples(reader, engine, samples, largest)
     existing = None if output is None else _opened(output, reader)
     _require_no_crop(boxes, volume, output, largest)
     found = []
     for scope, box in boxes:
         image = reader.read(box)
-        theirs = reference.predict(image, _spacing(config, engine, reader), first.theirs(image, box))
+        theirs = reference.predict(image, _spacing(engine, reader), first.theirs(image, box))
         ours = (
             existing.read(box)[0] if existing else manager.predict(image, reader.info.spacing, first.given(box)).labels
         )
@@ -205,16 +205,17 @@ def verify(
     return result
 
 
-def _reference(config: Config, model: LoadedModel) -> Reference:
-    return Reference(model, mirror=config.inference.test_time_augmentation.enabled, threads=threads(config))
+def _reference(engine: Engine) -> Reference:
+    stated = engine.inference
+    return Reference(load(stated.models), mirror=stated.windows.mirroring, threads=stated.networks.threads)
 
 
-def _require_comparable(config: Config) -> None:
-    if config.inference.roi is not None or config.inference.mask is not None:
+def _require_comparable(stated: InferenceSettings) -> None:
+    if stated.region != RegionSettings():
         raise ConfigError("inference.roi and inference.mask: verify compares whole samples; leave both null")
-    if config.inference.planes != ["xy"]:
+    if stated.volumes.plane_names != ["xy"]:
         raise ConfigError("inference.planes: nnU-Net runs a 2D model along xy only; verify with inference.planes=[xy]")
-    if config.model.ensemble:
+    if len(stated.models.requests) > 1:
         raise ConfigError("model.ensemble: an ensemble is the mean of its models, so verify them one by one")
 
 
@@ -229,16 +230,14 @@ def _require_no_crop(boxes: Sequence[tuple[str, Box]], volume: str, output: Path
 class _FirstStage:
     """What nnU-Net's second stage of a cascade is given: its own first stage's labels, or those of the given volume."""
 
-    def __init__(self, config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader) -> None:
+    def __init__(self, engine: Engine, source: VolumeSource, reader: VolumeReader) -> None:
         self._labels: VolumeReader | None = None
         self._reference: Reference | None = None
-        own = first_stage_config(config, engine.specs)
-        if own is not None and engine.previous is not None:
-            model = load(own, engine.previous.models[0].checkpoint)
-            self._reference = _reference(own, model)
-            self._spacing = _spacing(own, engine.previous, reader)
+        if engine.previous is not None:
+            self._reference = _reference(engine.previous)
+            self._spacing = _spacing(engine.previous, reader)
         elif engine.spec.previous_stage is not None:
-            self._labels = open_previous(config, source, reader)
+            self._labels = open_previous(engine.inference.models.previous_stage, source, reader)
 
     def given(self, box: Box) -> Array | None:
         """Labels (z, y, x) of the given volume, where one is."""
@@ -259,9 +258,9 @@ def _opened(output: Path, reader: VolumeReader) -> VolumeReader:
     return existing
 
 
-def _spacing(config: Config, engine: Engine, reader: VolumeReader) -> list[float]:
+def _spacing(engine: Engine, reader: VolumeReader) -> list[float]:
     """What nnU-Net is told: the stated spacing, or the plan's, so that nothing is resampled."""
-    (member,) = segmenter_of(config, engine, reader.info.spacing).members
+    (member,) = segmenter_of(engine, reader.info.spacing).members
     resampling, back = member.resampling, member.order.inverse
     if resampling is not None:
         return list(back.turn(resampling.spacing))
@@ -313,8 +312,8 @@ def _content(
         "volume": volume,
         "input": reader.identity,
         "model": {"weights_sha256": engine.spec.weights_sha256, "sha256": engine.spec.sha256},
-        "settings": dict(engine.facts),
-        "deviations": list(engine.deviations),
+        "settings": dict(engine.identity.facts),
+        "deviations": list(engine.identity.deviations),
         "numeric_class": dict(engine.settings.numeric_class),
         "versions": versions(),
         "samples": [asdict(a) for a in result.agreements],

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from connectomics.assembly.engine.backends import device_name, known_profile, measured_as
+from connectomics.assembly.engine.backends import known_profile, measured_as
 from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.windows import make_predictor
-from connectomics.config.schema import Config
+from connectomics.assembly.settings import InferenceSettings
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.executors.overlapping import OverlappingExecutor
@@ -30,7 +30,8 @@ from connectomics.inference.predictor import Predictor, SlidingWindow
 from connectomics.models.backends.contract import NumericClass, torch_threads
 from connectomics.models.backends.torch_eager import select_device
 from connectomics.planning.forecast import CostModel, Timing
-from connectomics.runs.volume import VolumeJob, run_volume
+from connectomics.runs.job import JobRecord, Labeller, VolumeJob
+from connectomics.runs.volume import run_volume
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.volumes.levels import grown
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
@@ -51,7 +52,7 @@ class WindowTimes:
     basis: str
 
 
-def measure_windows(config: Config, engine: Engine, seconds: float = WINDOWS_S) -> WindowTimes:
+def measure_windows(engine: Engine, seconds: float = WINDOWS_S) -> WindowTimes:
     """Time a window of each model: the network as ``connectomics tune`` measured it, else as it goes now.
 
     Parameters
@@ -61,11 +62,13 @@ def measure_windows(config: Config, engine: Engine, seconds: float = WINDOWS_S) 
     """
     profile = None
     if len(engine.models) == 1:
-        profile = known_profile(config, engine.specs, [model.window.patch for model in engine.models])
+        profile = known_profile(
+            engine.inference.networks, engine.specs, [model.window.patch for model in engine.models]
+        )
     tuned = None if profile is None else profile.window_s(*measured_as(engine.settings.numeric_class))
     full, without = [], []
     for model, member in zip(engine.of_members, engine.segmenter.members, strict=True):
-        without.append(_window_seconds(_standing_in(config, model), model, seconds / 10).median)
+        without.append(_window_seconds(_standing_in(engine.inference, model), model, seconds / 10).median)
         if tuned is None:
             full.append(_window_seconds(member.predictor, model, seconds))
         else:
@@ -74,7 +77,7 @@ def measure_windows(config: Config, engine: Engine, seconds: float = WINDOWS_S) 
     return WindowTimes(tuple(full), tuple(without), TUNED if tuned is not None else "a calibration of some windows")
 
 
-def measure_pace(config: Config, engine: Engine, job: VolumeJob, times: WindowTimes) -> CostModel:
+def measure_pace(engine: Engine, job: VolumeJob, times: WindowTimes) -> CostModel:
     """Measure how fast an engine labels a volume.
 
     Parameters
@@ -90,17 +93,17 @@ def measure_pace(config: Config, engine: Engine, job: VolumeJob, times: WindowTi
         If the volume cannot be read, or a miniature cannot be run.
     """
     sample_s = [0.0] * len(times.full)
-    if engine.exact is not None:
-        triples = zip(engine.of_members, engine.exact.members, times.full, strict=True)
+    if engine.reference is not None:
+        triples = zip(engine.of_members, engine.reference.segmenter.members, times.full, strict=True)
         sample_s = [t.median + _window_seconds(m.predictor, model, 0.0).median for model, m, t in triples]
-    predictors = [_standing_in(config, model) for model in engine.of_members]
+    predictors = [_standing_in(engine.inference, model) for model in engine.of_members]
     voxel_s, fixed_s = _outside(job, engine, predictors, times.stand_in)
     return CostModel(times.full, tuple(sample_s), voxel_s, fixed_s, basis=times.basis)
 
 
-def _standing_in(config: Config, model: EngineModel) -> Predictor:
-    first = StandIn(model.window, model.spec.classes, device_name(config))
-    return make_predictor(config, (first,) * len(model.spec.folds), model.window, model.spec)
+def _standing_in(stated: InferenceSettings, model: EngineModel) -> Predictor:
+    first = StandIn(model.window, model.spec.classes, stated.networks.device)
+    return make_predictor(stated.windows, (first,) * len(model.spec.folds), model.window, model.spec)
 
 
 class StandIn:
@@ -185,8 +188,8 @@ def _outside(
     job: VolumeJob, engine: Engine, predictors: Sequence[Predictor], window_s: Sequence[float]
 ) -> tuple[float, float]:
     """Seconds of a voxel outside the network, and those that every volume takes."""
-    members = [replace(m, predictor=p) for m, p in zip(job.segmenter.members, predictors, strict=True)]
-    segmenter = replace(job.segmenter, members=tuple(_without_previous(m) for m in members))
+    members = [replace(m, predictor=p) for m, p in zip(job.labeller.segmenter.members, predictors, strict=True)]
+    segmenter = replace(job.labeller.segmenter, members=tuple(_without_previous(m) for m in members))
     extent = job.reader.info.extent
     patch = _within(extent, vec3([max(axis) for axis in zip(*_patches(engine, job), strict=True)]))
     large = _within(extent, grown(patch, extent, 1, max(MINIATURE_VOXELS, 2 * math.prod(patch))))
@@ -203,7 +206,7 @@ def _outside(
 
 def _patches(engine: Engine, job: VolumeJob) -> Iterator[Vec3]:
     """Each model's window in the volume's axes."""
-    for model, member in zip(engine.of_members, job.segmenter.members, strict=True):
+    for model, member in zip(engine.of_members, job.labeller.segmenter.members, strict=True):
         yield member.order.inverse.turn(model.window.patch)
 
 
@@ -223,18 +226,15 @@ def _miniature(job: VolumeJob, engine: Engine, segmenter: Segmenter, shape: Vec3
     chunk = vec3([min(c, n) for c, n in zip(job.plan.chunk_shape, shape, strict=True)])
     block = vec3([-(-min(b, n) // c) * c for b, n, c in zip(job.plan.block_shape, shape, chunk, strict=True)])
     part = _Part(job.reader, shape)
-    with _scratch(engine.settings.folder) as folder, _silence():
+    with _scratch(engine.settings.folder) as folder, _quiet_log():
         small = replace(
             job,
             run_folder=folder / "miniature.run",
             reader=part,
-            segmenter=segmenter,
+            labeller=Labeller(segmenter, job.labeller.filters),
             outputs=tuple(replace(output, result_key="miniature") for output in job.outputs),
             plan=BlockPlan(block, chunk),
-            provenance={},
-            command=(),
-            roi=None,
-            contract=None,
+            record=JobRecord({}, ()),
         )
         settings = replace(engine.settings, folder=folder)
         report = run_volume(small, settings, OverlappingExecutor(), lambda finished, planned: None)
@@ -251,7 +251,7 @@ def _scratch(output: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def _quiet_log() -> Iterator[None]:
     """The log is the run's, not the miniature's."""
     logger = logging.getLogger("connectomics")
     before = logger.level

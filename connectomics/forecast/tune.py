@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from connectomics.assembly.engine.backends import cache_folder, device_name, threads, trial_backends
-from connectomics.assembly.engine.budget import holds_batch
+from connectomics.assembly.engine.backends import holds_batch, trial_backends
 from connectomics.assembly.engine.models import load_models
 from connectomics.assembly.engine.windows import make_window
+from connectomics.assembly.settings import NetworkSettings, VolumeSettings, resolve
 from connectomics.assembly.volumes import named_sources, open_input
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, DeviceError
@@ -110,15 +110,14 @@ def tune(config: Config, checkpoint: Path | None, volume: str, seconds: float, p
     if seconds <= 0:
         raise ConfigError(f"--seconds is {seconds:g}, expected more than 0")
     began = time.perf_counter()
-    models = [model for _, model in load_models(config, checkpoint)]
-    patches = [make_window(config, model.spec).patch for model in models]
-    windows = _sample(config, models, patches, volume)
-    planned = _candidates(config, models, patches)
+    stated = resolve(config, checkpoint)
+    networks = stated.networks
+    models = [model for _, model in load_models(stated.models)]
+    patches = [make_window(stated.windows, None, model.spec).patch for model in models]
+    windows = _sample(stated.volumes, models, patches, volume)
+    planned = _candidates(networks, models, patches)
     total = len(planned) + 1
-
-    running: list[_Running] = []
-    trials: list[Trial] = []
-    reference: list[Array] = []
+    running, trials, reference = list[_Running](), list[Trial](), list[Array]()
     for i, trial in enumerate(planned):
         progress(i, total, f"{trial.backend} {trial.precision}")
         share = COMPILING_SHARE if trial.backend == "compile" else MAKING_SHARE
@@ -129,7 +128,7 @@ def tune(config: Config, checkpoint: Path | None, volume: str, seconds: float, p
             trials.append(trial)
             continue
         try:
-            made = _Running(trial, trial_backends(config, models, patches, trial), windows, [])
+            made = _Running(trial, trial_backends(networks, models, patches, trial), windows, [])
             if not reference:
                 windows, reference = _reference(made)
             made.windows = windows
@@ -143,27 +142,26 @@ def tune(config: Config, checkpoint: Path | None, volume: str, seconds: float, p
     progress(total - 1, total, "measuring")
     _measure(running, began + seconds)
     profile = Profile(tuple(_timed(trial, running) for trial in trials))
-    path = _kept(config, models, patches, profile)
+    path = _kept(networks, models, patches, profile)
     progress(total, total, "done")
     return TuneReport(profile, path)
 
 
-def _candidates(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Trial]:
+def _candidates(networks: NetworkSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Trial]:
     """What is tried, PyTorch eager and exact as configured first, what takes long to make last."""
-    batch, most = config.inference.sliding_window.sw_batch_size or 1, threads(config)
-    stated = config.system.inference.num_cpus or config.system.num_cpus
+    batch, most = networks.batch or 1, networks.threads
     batches = dict.fromkeys((batch, 1, BATCH))
-    on_cpu = select_device(device_name(config)).type == "cpu"
+    on_cpu = select_device(networks.device).type == "cpu"
     kinds = [("torch", "exact"), ("torch", "fast")]
     if on_cpu:
         kinds = [REFERENCE, ("openvino", "exact"), ("openvino", "fast"), ("torch", "fast")]
     ways = [(*kind, b, most) for b, kind in itertools.product(batches, kinds)]
     if (
-        stated is None and most > 1 and on_cpu
+        networks.stated_threads is None and most > 1 and on_cpu
     ):  # two threads of one core, or of a core that others use, are often slower
         ways += [(*kind, batch, most // 2) for kind in kinds]
     ways += [("compile", precision, batch, most) for precision in ("exact", "fast")]
-    too_large = {b for b in batches if b > batch and not holds_batch(config, models, patches, b)}
+    too_large = {b for b in batches if b > batch and not holds_batch(networks.budget_bytes, models, patches, b)}
     reason = "the batch does not fit half of system.memory_budget_gb"
     return [
         Trial(backend, precision, b, t, reason=reason if b in too_large else "") for backend, precision, b, t in ways
@@ -204,19 +202,20 @@ def _timed(trial: Trial, running: Sequence[_Running]) -> Trial:
     return replace(trial, window_s=window_s, ratio=ratio, quick_s=quick_s, slow_s=slow_s)
 
 
-def _kept(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], profile: Profile) -> Path | None:
-    folder = cache_folder(config)
-    if folder is None:
+def _kept(
+    networks: NetworkSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3], profile: Profile
+) -> Path | None:
+    if networks.cache is None:
         return None
-    path = profile_path(folder, [model.spec for model in models], patches, device_name(config))
-    save_profile(path, profile, device_name(config))
+    path = profile_path(networks.cache, [model.spec for model in models], patches, networks.device)
+    save_profile(path, profile, networks.device)
     return path
 
 
-def _sample(config: Config, models: Sequence[LoadedModel], patches: Sequence[Vec3], volume: str) -> list[Array]:
+def _sample(stated: VolumeSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3], volume: str) -> list[Array]:
     """Windows of each model from the volume, float32 [n, c, z, y, x], each normalised by itself."""
     (source,) = named_sources([volume], models[0].spec.channels)
-    reader = open_input(config, models[0].spec, source)
+    reader = open_input(stated, models[0].spec, source)
     try:
         return [_windows(reader, model.spec, patch, source.name) for model, patch in zip(models, patches, strict=True)]
     finally:

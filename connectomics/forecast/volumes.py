@@ -13,16 +13,24 @@ from connectomics.assembly.engines import Engines
 from connectomics.assembly.memory import peak_of
 from connectomics.assembly.shared_sample import SharedSample
 from connectomics.assembly.volumes import job_of, open_source, roi_of
-from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
 from connectomics.execution.ledger import plan_of
 from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.stage import PROBABILITIES
 from connectomics.forecast.calibration import WindowTimes, measure_pace, measure_windows
-from connectomics.planning.forecast import CostModel, Forecast, PlannedOutput, duration
+from connectomics.planning.forecast import (
+    CostModel,
+    Forecast,
+    PlannedMemory,
+    PlannedOutput,
+    PlannedTime,
+    PlannedWork,
+    duration,
+)
 from connectomics.planning.workload import Partition, batch_fill, count_read, count_sample_windows, count_windows
-from connectomics.runs.volume import VolumeJob, info_of
+from connectomics.runs.job import VolumeJob
+from connectomics.runs.volume import info_of
 from connectomics.stages.output.finish import work_folder
 from connectomics.stages.output.size import Size, largest_size, store_size
 from connectomics.volumes.listing import VolumeSource
@@ -43,7 +51,7 @@ class Plan:
     @property
     def predicted_s(self) -> float:
         """All volumes one after the other."""
-        return sum(f.seconds.median for f in self.forecasts if f.seconds is not None)
+        return sum(f.time.seconds.median for f in self.forecasts if f.time is not None)
 
     @property
     def output(self) -> Size:
@@ -54,8 +62,8 @@ class Plan:
         """For JSON."""
         total = {
             "volumes": len(self.forecasts),
-            "blocks": sum(f.blocks for f in self.forecasts),
-            "windows": sum(f.windows for f in self.forecasts),
+            "blocks": sum(f.work.blocks for f in self.forecasts),
+            "windows": sum(f.work.windows for f in self.forecasts),
             "predicted_s": round(self.predicted_s, 3),
             "output_bytes": self.output.nbytes,
             "output_files": self.output.files,
@@ -68,14 +76,14 @@ class Plan:
         lines = [line for f in self.forecasts for line in f.lines()]
         if len(self.forecasts) > 1:
             lines.append(
-                f"{len(self.forecasts)} volumes: {sum(f.windows for f in self.forecasts)} windows, about "
+                f"{len(self.forecasts)} volumes: {sum(f.work.windows for f in self.forecasts)} windows, about "
                 f"{duration(self.predicted_s)}, output at most {self.output.nbytes / 1e9:.3g} GB in "
                 f"{self.output.files} files"
             )
         return lines + [f"refused: {name}: {reason}" for name, reason in self.refused]
 
 
-def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
+def plan_volumes(engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
     """Say what each volume takes, as if nothing was done yet; an engine's pace is measured on its first volume.
 
     Parameters
@@ -85,66 +93,60 @@ def plan_volumes(config: Config, engine: Engine, sources: Sequence[VolumeSource]
     """
     forecasts: list[Forecast] = []
     refused: list[tuple[str, str]] = []
-    engines, sample = Engines(config, engine), SharedSample(sources, lambda _: config)
+    engines, sample = Engines(engine), SharedSample(sources)
     paces: dict[int, CostModel] = {}
     for source in sources:
         try:
             with contextlib.ExitStack() as opened:
-                reader = open_source(config, engine, source)
+                reader = open_source(engine, source)
                 opened.callback(reader.close)
-                roi = roi_of(config, reader.info.extent, source.name)
+                roi = roi_of(engine.inference.region, reader.info.extent, source.name)
                 if roi is not None:
                     opened.callback(roi.close)
                 suiting = engines.suiting(reader)
-                job = sample.shared_by(suiting, job_of(config, suiting, source, reader, previous=None, roi=roi))
+                job = sample.shared_by(suiting, job_of(suiting, source, reader, previous=None, roi=roi))
                 if id(suiting) not in paces:
-                    paces[id(suiting)] = measure_pace(config, suiting, job, measure_windows(config, suiting))
-                forecasts.append(forecast(config, suiting, job, paces[id(suiting)]))
+                    paces[id(suiting)] = measure_pace(suiting, job, measure_windows(suiting))
+                forecasts.append(forecast(suiting, job, paces[id(suiting)]))
         except ConnectomicsError as error:
             refused.append((source.name, str(error)))
     return Plan(tuple(forecasts), tuple(refused))
 
 
 class JobForecaster:
-    """Predicts volumes as they come; an engine is measured once, where a volume is long enough to be worth it.
+    """Predicts volumes as they come; an engine is measured once, where a volume is long enough to be worth it."""
 
-    Parameters
-    ----------
-    config
-        The configuration.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self) -> None:
         self._times: dict[int, tuple[Engine, WindowTimes]] = {}
         self._paces: dict[int, CostModel] = {}
 
     def with_forecast(self, engine: Engine, job: VolumeJob) -> VolumeJob:
         """The job with its predicted time, and a line of the plan in the log."""
         try:
-            told = forecast(self._config, engine, job, self._pace(engine, job))
+            told = forecast(engine, job, self._pace(engine, job))
         except (ConnectomicsError, OSError, MemoryError) as error:  # the run itself will say what is wrong
             log.info("plan: none (%s)", error)
             return job
-        log.info("plan: %s%s", told.short(), "; too short to be timed" if told.seconds is None else "")
-        return replace(job, predicted_s=None if told.seconds is None else told.seconds.median)
+        log.info("plan: %s%s", told.short(), "; too short to be timed" if told.time is None else "")
+        predicted_s = None if told.time is None else told.time.seconds.median
+        return replace(job, record=replace(job.record, predicted_s=predicted_s))
 
     def _pace(self, engine: Engine, job: VolumeJob) -> CostModel | None:
         """None where measuring would take a good part of the run."""
         partition, channels = _cut(engine, job), job.reader.info.channels
-        counts = [count_windows(member, partition, channels) for member in job.segmenter.members]
+        counts = [count_windows(member, partition, channels) for member in job.labeller.segmenter.members]
         if id(engine) in self._paces or sum(counts) < WORTH_WINDOWS:
             return self._paces.get(id(engine))
         if id(engine) not in self._times:
-            self._times[id(engine)] = engine, measure_windows(self._config, engine, BRIEFLY_S)
+            self._times[id(engine)] = engine, measure_windows(engine, BRIEFLY_S)
         times = self._times[id(engine)][1]
         if sum(n * t.median for n, t in zip(counts, times.full, strict=True)) < WORTH_S:
             return None
-        self._paces[id(engine)] = measure_pace(self._config, engine, job, times)
+        self._paces[id(engine)] = measure_pace(engine, job, times)
         return self._paces[id(engine)]
 
 
-def forecast(config: Config, engine: Engine, job: VolumeJob, pace: CostModel | None) -> Forecast:
+def forecast(engine: Engine, job: VolumeJob, pace: CostModel | None) -> Forecast:
     """What one volume takes; without a pace no time is told.
 
     Parameters
@@ -152,39 +154,38 @@ def forecast(config: Config, engine: Engine, job: VolumeJob, pace: CostModel | N
     job
         The volume; of its wanted voxels the box counts, and all of it.
     """
-    info, members = job.reader.info, job.segmenter.members
+    info, members = job.reader.info, job.labeller.segmenter.members
     partition = _cut(engine, job)
     windows = [count_windows(member, partition, info.channels) for member in members]
-    piece = None if job.contract is None or job.contract.shared is not None else job.contract.piece
+    contract = job.labeller.contract
+    piece = None if contract is None or contract.shared is not None else contract.piece
     sampled = [0 if piece is None else count_sample_windows(m, partition, info.channels, piece) for m in members]
     passes = sum(n * m.window.passes * len(m.spec.folds) for n, m in zip(windows, engine.of_members, strict=True))
-    whole = config.inference.sliding_window.engine == "monai"
+    whole = engine.inference.windows.whole
     pairs = list(zip(members, engine.of_members, strict=True))
     read = sum(count_read(member, model.window, partition, whole=whole) for member, model in pairs)
     fills = [batch_fill(member, model.window, partition, whole=whole) for member, model in pairs]
+    filled = [n / f for n, f in zip(windows, fills, strict=True)]
     voxels = Box.of_shape(info.extent).voxels
-    peak = peak_of(config, engine, job.segmenter, info, block=partition.block_shape)
+    peak = peak_of(engine, job.labeller.segmenter, info, block=partition.block_shape)
     outputs, scratch = _sizes(engine, job, partition)
-    everything = job.roi is None or _written_everywhere(job)
+    everything = job.labeller.roi is None or _written_everywhere(job)
     return Forecast(
         job.name,
-        replace(partition, roi=Box.of_shape(info.extent)).blocks if everything else partition.blocks,
-        partition.block_shape,
-        sum(windows),
-        passes=passes,
-        seconds=None
-        if pace is None
-        else pace.predict([n / f for n, f in zip(windows, fills, strict=True)], sampled, voxels),
-        host_bytes=peak.host_bytes,
-        device_bytes=peak.device_bytes,
-        budget_bytes=engine.settings.budget_bytes,
+        PlannedWork(
+            replace(partition, roi=Box.of_shape(info.extent)).blocks if everything else partition.blocks,
+            partition.block_shape,
+            sum(windows),
+            passes,
+            voxels=voxels,
+            read_voxels=voxels + read,
+        ),
+        None if pace is None else PlannedTime(pace.predict(filled, sampled, voxels), pace.basis),
+        PlannedMemory(peak.host_bytes, peak.device_bytes, engine.settings.budget_bytes),
         outputs=outputs,
         scratch=scratch,
-        voxels=voxels,
-        read_voxels=voxels + read,
         backend=", ".join(f"{key} {value}" for key, value in engine.settings.numeric_class.items()),
-        basis="" if pace is None else pace.basis,
-        notes=_not_counted(config, engine, job),
+        notes=_not_counted(engine, job),
     )
 
 
@@ -193,11 +194,12 @@ def _cut(engine: Engine, job: VolumeJob) -> Partition:
     ledger = work_folder(job.run_folder, job.outputs, engine.settings.program) / LEDGER
     plan = plan_of(ledger) or job.plan
     extent = job.reader.info.extent
-    return Partition(extent, plan.block_shape, Box.of_shape(extent) if job.roi is None else job.roi.box)
+    roi = job.labeller.roi
+    return Partition(extent, plan.block_shape, Box.of_shape(extent) if roi is None else roi.box)
 
 
 def _written_everywhere(job: VolumeJob) -> bool:
-    outside = job.segmenter.outside((1, 1, 1))
+    outside = job.labeller.segmenter.outside((1, 1, 1))
     return any(outside[output.name].any() for output in job.outputs)
 
 
@@ -214,17 +216,17 @@ def _sizes(engine: Engine, job: VolumeJob, partition: Partition) -> tuple[tuple[
     return tuple(outputs), scratch
 
 
-def _not_counted(config: Config, engine: Engine, job: VolumeJob) -> tuple[str, ...]:
+def _not_counted(engine: Engine, job: VolumeJob) -> tuple[str, ...]:
     """What the time leaves out."""
     tests = [
-        (bool(config.decoding), "the steps of decoding"),
+        (engine.inference.call.decodes, "the steps of decoding"),
         (engine.previous is not None, "the first stage of the cascade"),
         (
-            job.contract is not None and job.contract.shared is not None,
+            job.labeller.contract is not None and job.labeller.contract.shared is not None,
             "the sample of fast against exact, which small volumes share",
         ),
         (
-            job.roi is not None and job.roi.mask is not None,
+            job.labeller.roi is not None and job.labeller.roi.mask is not None,
             "what inference.mask leaves out: all is taken as wanted",
         ),
     ]

@@ -160,12 +160,12 @@ class RollingPredictor:
 
     @torch.inference_mode()
     def predict(self, parts: Iterable[Part]) -> Iterator[tuple[Box, Logits]]:
-        sweeps, reads = itertools.tee(self._lanes(parts))
+        sweeps, reads = itertools.tee(self._sweeps(parts))
         with contextlib.closing(_read_ahead((sweep.source, box) for sweep in reads for box in sweep.fresh())) as read:
             windows = (window for sweep in sweeps for window in sweep.windows())
             yield from self._blended(self._computed(windows, _Rows(self._axis, read)))
 
-    def _lanes(self, parts: Iterable[Part]) -> Iterator[_Sweep]:
+    def _sweeps(self, parts: Iterable[Part]) -> Iterator[_Sweep]:
         for source, core in parts:
             for box in [core] if self._axis == 0 else core.sections():
                 yield _Sweep(source, box, self._axis, self._setting.patch, starts=self._grid(source).touching(box))
@@ -195,7 +195,7 @@ class RollingPredictor:
         return logits
 
     def _blended(self, computed: Iterable[tuple[_Window, Folds]]) -> Iterator[tuple[Box, Logits]]:
-        """Add up the windows of one lane after the other, and give out rows that no later window touches."""
+        """Add up the windows of one sweep after the other, and give out rows that no later window touches."""
         accumulator: _Accumulator | None = None
         for window, folds in computed:
             accumulator = accumulator or self._accumulator(window.sweep.core, window.box)
@@ -301,7 +301,7 @@ class _Sweep:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """A window of a lane; after the last one of a row, ``next_row`` is where the next begins, or the lane's end."""
+    """A window of a sweep; after the last one of a row, ``next_row`` is where the next begins, or the sweep's end."""
 
     sweep: _Sweep
     box: Box
@@ -309,30 +309,30 @@ class _Window:
 
 
 class _Rows:
-    """The normalised rows that windows are cut from: each is read once and kept while windows of its lane need it.
+    """The normalised rows that windows are cut from: each is read once and kept while windows of its sweep need it.
 
     Parameters
     ----------
     axis
-        Along which lanes roll.
+        Along which sweeps roll.
     read
-        Gives what each lane calls ``fresh``, one lane after the other.
+        Gives what each sweep calls ``fresh``, one sweep after the other.
     """
 
     def __init__(self, axis: int, read: Iterator[Array]) -> None:
         self._axis, self._read = axis, read
-        self._lane: _Sweep | None = None
+        self._sweep: _Sweep | None = None
         self._held = Box.of_shape((0, 0, 0))
         self._data: Array = np.empty((0, 0, 0, 0), np.float32)
 
     def window(self, window: _Window) -> Array:
         """float32 (c, z, y, x) of a window, valid until the next one is asked for; asked for in raster order."""
         start, stop = window.box.start[self._axis], window.box.stop[self._axis]
-        if window.sweep is not self._lane:
+        if window.sweep is not self._sweep:
             self._data = next(self._read)
         elif start > self._held.start[self._axis]:
             self._advance(start - self._held.start[self._axis], stop - start)
-        self._lane, self._held = window.sweep, window.sweep.rows(start, stop)
+        self._sweep, self._held = window.sweep, window.sweep.rows(start, stop)
         view: Array = self._data[(slice(None), *window.box.relative_to(self._held).slices)]
         return view
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from connectomics.assembly.engine.cascade import open_labels, open_previous
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.volumes import first_stage_of, job_of
-from connectomics.config.schema import Config
 from connectomics.execution.executors.overlapping import OverlappingExecutor
 from connectomics.execution.runner import OnBlock
 from connectomics.runs.volume import run_volume
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def previous_labels(
-    config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader, on_block: OnBlock
+    engine: Engine, source: VolumeSource, reader: VolumeReader, on_block: OnBlock
 ) -> Iterator[VolumeReader | None]:
     """The labels of the previous stage of a volume while the context is open; None where the model has no such stage.
 
@@ -38,19 +37,19 @@ def previous_labels(
         yield None
         return
     if engine.previous is None:
-        labels = open_previous(config, source, reader)
+        labels = open_previous(engine.inference.models.previous_stage, source, reader)
     else:
-        labels = open_labels(_computed(config, engine, source, reader, on_block=on_block), reader)
+        labels = open_labels(_computed(engine, source, reader, on_block=on_block), reader)
     try:
         yield labels
     finally:
         labels.close()
 
 
-def _computed(config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader, on_block: OnBlock) -> str:
+def _computed(engine: Engine, source: VolumeSource, reader: VolumeReader, on_block: OnBlock) -> str:
     """Path of the first stage's labels, which are computed if they are not there."""
-    own, first = first_stage_of(config, engine, source)
-    job = job_of(own, first, source, reader)
+    first = first_stage_of(engine, source)
+    job = job_of(first, source, reader)
     (output,) = job.outputs
     folder = first.settings.folder
     if output.missing(folder):

@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from connectomics.assembly.engine.backends import as_begun
-from connectomics.assembly.engine.cascade import first_stage_config
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engines import Engines
 from connectomics.assembly.memory import plan_volume
 from connectomics.assembly.volumes import first_stage_of, outputs_of, run_folder, segmenter_of
-from connectomics.config.schema import Config
 from connectomics.core.errors import DeviceError, ResourceError
 from connectomics.runs.volume import begun_class
 from connectomics.volumes.listing import VolumeSource
@@ -26,17 +24,13 @@ class ResumedEngines:
 
     Parameters
     ----------
-    config
-        The configuration.
     engine
         What this run would choose; used for volumes that nobody has begun.
     """
 
-    def __init__(self, config: Config, engine: Engine) -> None:
-        self._config = config
-        self._engines = Engines(config, engine)
-        own = None if engine.previous is None else first_stage_config(config, engine.specs)
-        self._first_stages = None if own is None or engine.previous is None else Engines(own, engine.previous)
+    def __init__(self, engine: Engine) -> None:
+        self._engines = Engines(engine)
+        self._first_stages = None if engine.previous is None else Engines(engine.previous)
 
     def engine(self, source: VolumeSource, reader: VolumeReader) -> Engine:
         """The engine that begins or continues a volume.
@@ -51,22 +45,20 @@ class ResumedEngines:
             mixing is not allowed.
         """
         first = self._engines.first
-        like = self._like(self._engines, self._begun(self._config, first, source, reader), source, reader)
+        like = self._like(self._engines, self._begun(first, source, reader), source, reader)
         if like is not None:
             return like
         engine = self._engines.suiting(reader)
         if self._first_stages is None:
             return engine
-        begun = self._begun(*first_stage_of(self._config, first, source), source, reader)
+        begun = self._begun(first_stage_of(first, source), source, reader)
         like = self._like(self._first_stages, begun, source, reader)
         return engine if like is None else replace(engine, previous=like)
 
     @staticmethod
-    def _begun(
-        config: Config, engine: Engine, source: VolumeSource, reader: VolumeReader
-    ) -> Mapping[str, object] | None:
-        outputs = outputs_of(config, engine, source, reader)
-        return begun_class(run_folder(config, source), outputs, engine.settings.program)
+    def _begun(engine: Engine, source: VolumeSource, reader: VolumeReader) -> Mapping[str, object] | None:
+        outputs = outputs_of(engine, source, reader)
+        return begun_class(run_folder(engine.inference.outputs, source), outputs, engine.settings.program)
 
     def _like(
         self, engines: Engines, begun: Mapping[str, object] | None, source: VolumeSource, reader: VolumeReader
@@ -77,20 +69,21 @@ class ResumedEngines:
         for engine in engines:
             if engine.settings.numeric_class == begun:
                 return engine
-        config = as_begun(engines.config, begun)
-        if config == engines.config:
+        own = engines.first.inference.networks
+        networks = as_begun(own, begun)
+        if networks == own:
             return engines.first
         try:
             log.info("continuing with %s, as it was begun", dict(begun))
-            engine = engines.of(config)
-            plan_volume(config, engine, segmenter_of(config, engine, reader.info.spacing), reader.info)
+            engine = engines.of(networks)
+            plan_volume(engine, segmenter_of(engine, reader.info.spacing), reader.info)
         except (DeviceError, ResourceError) as error:
-            if self._config.system.allow_mixed_devices:
+            if engines.first.inference.call.allow_mixed:
                 log.warning("%s: cannot be continued as it was begun: %s", source.name, error)
                 return None
             raise DeviceError(
                 f"{source.name}: was begun with {dict(begun)}, and that cannot be had now ({error}); make it available "
                 "again, state system.allow_mixed_devices=true to go on without the promise of equal bytes, or remove "
-                f"{run_folder(self._config, source)} to start this volume over"
+                f"{run_folder(self._engines.first.inference.outputs, source)} to start this volume over"
             ) from error
         return engine

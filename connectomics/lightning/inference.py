@@ -7,19 +7,19 @@ import functools
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from connectomics.assembly.engine.backends import with_batch
 from connectomics.assembly.engine.cascade import check_previous_stage
 from connectomics.assembly.engine.engine import Engine
-from connectomics.assembly.engine.make_engine import build_engine
+from connectomics.assembly.engine.make_engine import make_engine, under
 from connectomics.assembly.engine.planes import check_isotropic
 from connectomics.assembly.precision import fast_contract
 from connectomics.assembly.provenance import batch_note
+from connectomics.assembly.settings import resolve
 from connectomics.assembly.shared_sample import SharedSample
 from connectomics.assembly.volumes import (
     final_paths,
@@ -85,10 +85,10 @@ class InferenceManager:
     """
 
     def __init__(self, config: Config, checkpoint: Path | None = None) -> None:
-        torch.manual_seed(config.system.seed)
-        batch = config.inference.sliding_window.sw_batch_size
-        self.engine = build_engine(with_batch(config, batch or 1), checkpoint)
-        self._config = config
+        stated = resolve(config, checkpoint)
+        torch.manual_seed(stated.call.seed)
+        networks = replace(stated.networks, batch=stated.networks.batch or 1)
+        self.engine = make_engine(replace(stated, networks=networks))
         self._held = False  # whether a fast engine was held against exact already
 
     @classmethod
@@ -98,7 +98,7 @@ class InferenceManager:
 
     def segmenter(self, spacing: Spacing | None = None, previous: ReadBox | None = None) -> Segmenter:
         """The engine's segmenter for an image of this spacing; ``previous`` gives the labels of a previous stage."""
-        return segmenter_of(self._config, self.engine, spacing, previous)
+        return segmenter_of(self.engine, spacing, previous)
 
     def predict(self, image: Array, spacing: Spacing | None = None, previous: Array | None = None) -> Prediction:
         """Label one image.
@@ -128,37 +128,33 @@ class InferenceManager:
                 f"the image has shape {image.shape} and dtype {image.dtype}; expected numbers with axes (c, z, y, x), "
                 "(z, y, x) or (y, x)"
             )
+        volumes = self.engine.inference.volumes
         reader = _ArrayReader(image.reshape((1,) * (4 - image.ndim) + image.shape))
         if reader.info.channels != self.engine.spec.channels:
             raise VolumeError(
                 f"the image has {reader.info.channels} channels, the model expects {self.engine.spec.channels} "
                 f"({', '.join(self.engine.spec.channel_names)})"
             )
-        check_isotropic(self._config, self._edges(spacing), "the image")
+        check_isotropic(volumes, volumes.voxel_size_nm or spacing, "the image")
         first = self._previous(reader, spacing, previous)
         segmenter, whole = self.segmenter(spacing, first), Box.of_shape(reader.info.extent)
-        roi = roi_of(self._config, reader.info.extent, "the image")
+        roi = roi_of(self.engine.inference.region, reader.info.extent, "the image")
         with contextlib.closing(roi) if roi is not None else contextlib.nullcontext():
             surveyed = segmenter.survey(reader, "the image")
             if not self._held:
-                exact = segmenter_of(self._config, self.engine, spacing, first, exact=True)
-                contract = fast_contract(self._config, self.engine, exact, reader.info.extent)
+                exact = segmenter_of(self.engine, spacing, first, exact=True)
+                contract = fast_contract(self.engine, exact, reader.info.extent)
                 if contract is not None:
                     contract.require(
                         contract.measure(segmenter, reader.read, surveyed, whole, seed=0, name="the image"), "the image"
                     )
                 self._held = True
             arrays, _ = segmenter.segment_roi(reader.read, surveyed, whole, roi)
-        labels = self.engine.filters.apply(arrays[LABELS][0])
+        labels = self.engine.inference.labels.filters.apply(arrays[LABELS][0])
         probabilities = arrays.get(PROBABILITIES)
         if image.ndim == 2:
             return Prediction(labels[0], None if probabilities is None else probabilities[:, 0])
         return Prediction(labels, probabilities)
-
-    def _edges(self, spacing: Spacing | None) -> Spacing | None:
-        """Edges of the image's voxels (z, y, x), as far as they are known."""
-        stated = self._config.inference.voxel_size_nm
-        return spacing if stated is None else (stated[0], stated[1], stated[2])
 
     def _previous(self, reader: _ArrayReader, spacing: Spacing | None, given: Array | None) -> ReadBox | None:
         """Reads the labels of the previous stage, where the model has one."""
@@ -167,7 +163,7 @@ class InferenceManager:
         if given is not None:
             labels = given.reshape((1,) * (4 - given.ndim) + given.shape)
         elif self.engine.previous is not None:
-            first = segmenter_of(self._config, self.engine.previous, spacing)
+            first = segmenter_of(self.engine.previous, spacing)
             surveyed = first.survey(reader, "the image")
             labels = first.segment(reader.read, surveyed, Box.of_shape(reader.info.extent))[LABELS]
         else:
@@ -214,12 +210,13 @@ class VolumeProcessor:
     """
 
     def __init__(self, config: Config, engine: Engine, observer: Observer | None = None) -> None:
-        torch.manual_seed(config.system.seed)
-        self._config = config
-        self._engine = engine
+        stated = resolve(config, engine.models[0].checkpoint)
+        torch.manual_seed(stated.call.seed)
+        self._engine = under(engine, stated)
+        self._stop_on_error = config.inference.volume_mode.stop_on_error
         self._observer = observer or NullObserver()
-        self._resumed = ResumedEngines(config, engine)
-        self._forecaster = JobForecaster(config)
+        self._resumed = ResumedEngines(self._engine)
+        self._forecaster = JobForecaster()
 
     def run(self, sources: Sequence[VolumeSource], sample: SharedSample | None = None) -> list[VolumeOutcome]:
         """Bring volumes to their final outputs.
@@ -237,8 +234,8 @@ class VolumeProcessor:
             One per volume in the given order; with ``stop_on_error`` the list ends at the first failure. When the disk
             of the results refuses, volumes that are not finished are not begun any more.
         """
-        check_previous_stage(self._config, self._engine.specs, sources)
-        sample = sample or SharedSample(sources, lambda _: self._config)
+        check_previous_stage(self._engine.inference.models.previous_stage, self._engine.specs, sources)
+        sample = sample or SharedSample(sources)
         finished = {s.name: paths for s in sources if (paths := self._finished(s)) is not None}
         self._observer.listed(len(sources), len(finished))
         outcomes: list[VolumeOutcome] = []
@@ -250,12 +247,12 @@ class VolumeProcessor:
                 outcome = VolumeOutcome(source.name, "failed", NOT_BEGUN, storage=True)
             else:
                 self._observer.began(source.name)
-                folder = run_folder(self._config, source)
+                folder = run_folder(self._engine.inference.outputs, source)
                 outcome = attempted(source.name, folder, functools.partial(self._process, source, sample))
             self._observer.ended(outcome)
             outcomes.append(outcome)
             refused = refused or outcome.storage
-            if outcome.state == "failed" and self._config.inference.volume_mode.stop_on_error:
+            if outcome.state == "failed" and self._stop_on_error:
                 break
         return outcomes
 
@@ -263,18 +260,18 @@ class VolumeProcessor:
         """Final paths of a volume that is done, or None; a volume that cannot be opened is not done."""
         settings = self._engine.settings
         try:
-            if not all(path.exists() for path in final_paths(self._config, self._engine, source)):
+            if not all(path.exists() for path in final_paths(self._engine, source)):
                 return None
-            reader = open_source(self._config, self._engine, source)
+            reader = open_source(self._engine, source)
             try:
-                outputs = outputs_of(self._config, self._engine, source, reader)
+                outputs = outputs_of(self._engine, source, reader)
             finally:
                 reader.close()
         except (ConnectomicsError, OSError):
             return None
         if any(o.missing(settings.folder) for o in outputs):
             return None
-        folder = run_folder(self._config, source)
+        folder = run_folder(self._engine.inference.outputs, source)
         paths = tuple(p for o in outputs for p in o.paths(settings.folder).values())
         settle(folder, work_folder(folder, outputs, settings.program), paths)
         return paths
@@ -282,19 +279,18 @@ class VolumeProcessor:
     def _process(self, source: VolumeSource, sample: SharedSample) -> tuple[tuple[Path, ...], RunReport]:
         settings = self._engine.settings
         with contextlib.ExitStack() as opened:
-            reader = open_source(self._config, self._engine, source)
+            reader = open_source(self._engine, source)
             opened.callback(reader.close)
             engine = self._resumed.engine(source, reader)
-            for note in [*engine.notes, *batch_note(self._config, engine)]:
+            for note in [*engine.identity.notes, *batch_note(engine)]:
                 log.info("backend: %s", note)
-            roi = roi_of(self._config, reader.info.extent, source.name)  # refused before a first stage is run
+            region = engine.inference.region  # refused before a first stage is run
+            roi = roi_of(region, reader.info.extent, source.name)
             if roi is not None:
                 opened.callback(roi.close)
-            previous = opened.enter_context(
-                previous_labels(self._config, engine, source, reader, on_block=self._observer.block)
-            )
-            job = job_of(self._config, engine, source, reader, previous=previous, roi=roi)
-            check_names(job.outputs, settings.folder, overwrite=self._config.inference.output.overwrite)
+            previous = opened.enter_context(previous_labels(engine, source, reader, on_block=self._observer.block))
+            job = job_of(engine, source, reader, previous=previous, roi=roi)
+            check_names(job.outputs, settings.folder, overwrite=engine.inference.outputs.overwrite)
             job = self._forecaster.with_forecast(engine, sample.shared_by(engine, job))
             report = run_volume(job, engine.settings, OverlappingExecutor(), self._observer.block)
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report

@@ -42,7 +42,7 @@ def plan_blocks(extent: Vec3, works: Sequence[Work], budget: Budget, stated: Vec
     ResourceError
         If the budget cannot hold even the smallest blocks, or the stated ones; the message names one that can.
     """
-    crossed = len({work.order.axes[0] for work in works if work.patch[0] == 1}) > 1
+    crossed = len({work.order.axes[0] for work in works if work.network.patch[0] == 1}) > 1
     chunk = max((_chunk(extent, work, crossed) for work in works), key=min)  # of a 3D model, or where sections cross
     if stated is not None:
         chunk = vec3([min(c, b) for c, b in zip(chunk, stated, strict=True)])
@@ -67,7 +67,7 @@ def plan_blocks(extent: Vec3, works: Sequence[Work], budget: Budget, stated: Vec
 
 def _preferred(extent: Vec3, work: Work, chunk: Vec3) -> Vec3:
     """Blocks of one model where memory does not matter, in the volume's axes."""
-    own, unit, patch = work.order.turn(extent), work.order.turn(chunk), work.patch
+    own, unit, patch = work.order.turn(extent), work.order.turn(chunk), work.network.patch
     if work.whole:
         block = [1 if patch[0] == 1 else own[0], own[1], own[2]]
     elif patch[0] == 1:
@@ -88,11 +88,11 @@ def _cube(works: Sequence[Work], chunk: Vec3) -> Vec3:
 
 def _patch(works: Sequence[Work], axis: int) -> int:
     """Most voxels of a window along an axis of the volume."""
-    return max(work.order.inverse.turn(work.patch)[axis] for work in works)
+    return max(work.order.inverse.turn(work.network.patch)[axis] for work in works)
 
 
 def _chunk(extent: Vec3, work: Work, crossed: bool) -> Vec3:
-    flat = work.patch[0] == 1 and not crossed
+    flat = work.network.patch[0] == 1 and not crossed
     wanted = (1, PLANE_CHUNK, PLANE_CHUNK) if flat else (CUBE_CHUNK,) * 3
     return vec3([min(c, n) for c, n in zip(work.order.inverse.turn(wanted), extent, strict=True)])
 

@@ -102,6 +102,38 @@ class PlannedOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedWork:
+    """Blocks with work and the shape (z, y, x) of their cores; windows of all members and their forward passes; voxels.
+
+    ``read_voxels`` are read in the survey and by all blocks.
+    """
+
+    blocks: int
+    block_shape: Vec3
+    windows: int
+    passes: int
+    voxels: int
+    read_voxels: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTime:
+    """Time of one process, from opening to the last export, and where the time of a window comes from."""
+
+    seconds: Timing
+    basis: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMemory:
+    """Peak memory of the process and of a device, and what the process may take."""
+
+    host_bytes: int
+    device_bytes: int
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Forecast:
     """What one volume will take.
 
@@ -109,43 +141,25 @@ class Forecast:
     ----------
     name
         Of the volume.
-    blocks, block_shape
-        Number of blocks with work, and the shape (z, y, x) of their cores.
-    windows, passes
-        Windows of all members, and forward passes these are (mirroring, folds).
-    seconds
-        Time of one process, from opening to the last export; None where it was not asked for.
-    host_bytes, device_bytes, budget_bytes
-        Peak memory of the process and of a device, and what the process may take.
+    work, time, memory
+        What is to be done, how long it lasts (None where it was not asked for), and what it takes.
     outputs
         Final outputs with their largest sizes.
     scratch
         What lies on the disk beside them before the end, at most.
-    voxels, read_voxels
-        Of the volume, and read of it in the survey and by all blocks.
     backend
         The numeric class in words.
-    basis
-        Where the time of a window comes from.
     notes
         What is not counted.
     """
 
     name: str
-    blocks: int
-    block_shape: Vec3
-    windows: int
-    passes: int
-    seconds: Timing | None
-    host_bytes: int
-    device_bytes: int
-    budget_bytes: int
+    work: PlannedWork
+    time: PlannedTime | None
+    memory: PlannedMemory
     outputs: tuple[PlannedOutput, ...]
     scratch: Size
-    voxels: int
-    read_voxels: int
     backend: str
-    basis: str
     notes: tuple[str, ...] = ()
 
     @property
@@ -156,23 +170,23 @@ class Forecast:
     @property
     def read_amplification(self) -> float:
         """How often a voxel of the volume is read on average."""
-        return self.read_voxels / self.voxels
+        return self.work.read_voxels / self.work.voxels
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        seconds = None if self.seconds is None else asdict(self.seconds)
+        seconds = None if self.time is None else asdict(self.time.seconds)
         return {
             "name": self.name,
-            "blocks": self.blocks,
-            "block_shape": list(self.block_shape),
-            "windows": self.windows,
-            "forward_passes": self.passes,
+            "blocks": self.work.blocks,
+            "block_shape": list(self.work.block_shape),
+            "windows": self.work.windows,
+            "forward_passes": self.work.passes,
             "predicted_s": None if seconds is None else round(seconds["median"], 3),
             "low_s": None if seconds is None else round(seconds["low"], 3),
             "high_s": None if seconds is None else round(seconds["high"], 3),
-            "host_bytes": self.host_bytes,
-            "device_bytes": self.device_bytes,
-            "budget_bytes": self.budget_bytes,
+            "host_bytes": self.memory.host_bytes,
+            "device_bytes": self.memory.device_bytes,
+            "budget_bytes": self.memory.budget_bytes,
             "outputs": [
                 {"path": str(o.path), "format": o.format, "bytes": o.size.nbytes, "files": o.size.files}
                 for o in self.outputs
@@ -180,31 +194,37 @@ class Forecast:
             "output_bytes": self.output.nbytes,
             "output_files": self.output.files,
             "scratch_bytes": self.scratch.nbytes,
-            "voxels": self.voxels,
+            "voxels": self.work.voxels,
             "read_amplification": round(self.read_amplification, 3),
             "backend": self.backend,
-            "basis": self.basis,
+            "basis": "" if self.time is None else self.time.basis,
             "notes": list(self.notes),
         }
 
     def short(self) -> str:
         """One line for the log."""
-        time = "" if self.seconds is None else f"about {_range(self.seconds)} by {self.basis}, "
+        files, work = self.output.files, self.work
+        time = "" if self.time is None else f"about {_range(self.time.seconds)} by {self.time.basis}, "
         return (
-            f"{self.blocks} blocks of {self.block_shape} voxels, {self.windows} windows, {time}"
-            f"memory {_gb(self.host_bytes)}, output at most {_gb(self.output.nbytes)} in {self.output.files} files"
+            f"{work.blocks} blocks of {work.block_shape} voxels, {work.windows} windows, {time}"
+            f"memory {_gb(self.memory.host_bytes)}, output at most {_gb(self.output.nbytes)} in {files} files"
         )
 
     def lines(self) -> list[str]:
         """For the screen."""
         rows = [
-            ("blocks", f"{self.blocks} of {self.block_shape} voxels at most"),
-            ("windows", f"{self.windows}, {self.passes} forward passes; {self.backend}"),
+            ("blocks", f"{self.work.blocks} of {self.work.block_shape} voxels at most"),
+            ("windows", f"{self.work.windows}, {self.work.passes} forward passes; {self.backend}"),
         ]
-        if self.seconds is not None:
-            rows.append(("time", f"about {_range(self.seconds)}; a window's from {self.basis}"))
-        memory = f"at most {_gb(self.host_bytes)} of {_gb(self.budget_bytes)}"
-        rows.append(("memory", memory + (f", {_gb(self.device_bytes)} of the device's" if self.device_bytes else "")))
+        if self.time is not None:
+            rows.append(("time", f"about {_range(self.time.seconds)}; a window's from {self.time.basis}"))
+        memory = f"at most {_gb(self.memory.host_bytes)} of {_gb(self.memory.budget_bytes)}"
+        rows.append(
+            (
+                "memory",
+                memory + (f", {_gb(self.memory.device_bytes)} of the device's" if self.memory.device_bytes else ""),
+            )
+        )
         rows += [("output", f"{o.path}: at most {_gb(o.size.nbytes)}, {_files(o.size.files)}") for o in self.outputs]
         rows.append(("scratch", f"at most {_gb(self.scratch.nbytes)} more on the disk before the end"))
         rows.append(("reading", f"each voxel {self.read_amplification:.2f} times"))
@@ -227,7 +247,7 @@ def require_within(forecasts: Sequence[Forecast], max_hours: float | None, max_g
     ResourceError
         Saying what is found, what was allowed and what to change.
     """
-    seconds = sum(f.seconds.median for f in forecasts if f.seconds is not None)
+    seconds = sum(f.time.seconds.median for f in forecasts if f.time is not None)
     if max_hours is not None and seconds > max_hours * HOUR_S:
         raise ResourceError(
             f"{len(forecasts)} volumes are predicted to take {seconds / HOUR_S:.3g} hours, --max-hours allows "

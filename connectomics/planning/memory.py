@@ -39,21 +39,39 @@ def share_freed_memory() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One model's work on blocks of one volume, as far as it decides memory; patch and ratio in the model's axes.
+class NetworkWork:
+    """What a model's networks are given and give, as far as it decides memory.
 
     Parameters
     ----------
     patch
-        Window (z, y, x) in voxels.
+        Window (z, y, x) in voxels, in the model's axes.
     classes, folds
         Output channels of each network, and networks whose logits are summed apart.
-    channels, voxel_bytes
-        Input channels, and bytes of a raw voxel.
-    stored_bytes
-        Bytes that a voxel takes in all outputs.
+    channels
+        Input channels.
     batch, window_bytes
         Windows of a forward pass, and what the network takes for each.
+    """
+
+    patch: Vec3
+    classes: int
+    folds: int
+    channels: int
+    batch: int = 1
+    window_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One model's work on blocks of one volume, as far as it decides memory; the ratio is in the model's axes.
+
+    Parameters
+    ----------
+    network
+        What the model's networks do.
+    voxel_bytes, stored_bytes
+        Bytes of a raw voxel, and those that a voxel takes in all outputs.
     mean_classes
         Classes whose probabilities several models average in memory; 0 for one model alone.
     ratio
@@ -66,14 +84,9 @@ class Work:
         Whether accumulators, windows and the network are in a device's memory.
     """
 
-    patch: Vec3
-    classes: int
-    folds: int
-    channels: int
+    network: NetworkWork
     voxel_bytes: int
     stored_bytes: int
-    batch: int = 1
-    window_bytes: int = 0
     mean_classes: int = 0
     ratio: tuple[float, float, float] | None = None
     order: AxisOrder = field(default_factory=AxisOrder)
@@ -83,24 +96,24 @@ class Work:
     @property
     def rolling(self) -> int:
         """The model's axis along which the accumulator rolls."""
-        return 0 if self.patch[0] > 1 else 1
+        return 0 if self.network.patch[0] > 1 else 1
 
     def footprint(self, block: Vec3, extent: Vec3) -> Footprint:
         """Memory of a block (z, y, x) of a volume of ``extent``, both in the volume's axes."""
         stored = math.prod(block) * self.stored_bytes
         own = self.order.turn(block)
         grid, whole = self._on_grid(own), self._on_grid(self.order.turn(extent))
-        near = stored + self._lane_bytes(grid, whole) + math.prod(block) * self.mean_classes * FLOAT_BYTES
+        near = stored + self._sweep_bytes(grid, whole) + math.prod(block) * self.mean_classes * FLOAT_BYTES
         near += HEAD_COPIES * FLOAT_BYTES * FINISHED_VALUES
         far = self._sums_bytes(grid) + self._window_bytes()
         if self.on_device:
             near += 2 * self._input_bytes() + 2 * FLOAT_BYTES * FINISHED_VALUES  # pinned buffers
             far += 2 * self._input_bytes() + DEVICE_COPIES * FLOAT_BYTES * FINISHED_VALUES
-        if self.patch[0] == 1 and self.order.axes[0] != 0:
+        if self.network.patch[0] == 1 and self.order.axes[0] != 0:
             near += SLAB_BYTES
         if self.ratio is not None:  # the block's logits, a plane of them brought back
-            far += (math.prod(grid) * FLOAT_BYTES + 3 * own[1] * own[2] * DOUBLE_BYTES) * self.classes
-            near += SPLINE_BYTES * self.channels
+            far += (math.prod(grid) * FLOAT_BYTES + 3 * own[1] * own[2] * DOUBLE_BYTES) * self.network.classes
+            near += SPLINE_BYTES * self.network.channels
         host, device = (near, far) if self.on_device else (near + far, 0)
         written = stored * WRITE_COPIES
         host = max(host + min(written, BEHIND_BYTES * WRITE_COPIES), written)
@@ -114,37 +127,37 @@ class Work:
     def _sums_bytes(self, block: Vec3) -> int:
         """Weighted sums of each fold, the weights, and one more that is being finished."""
         if self.whole:
-            return math.prod(block) * 3 * self.classes * FLOAT_BYTES
+            return math.prod(block) * 3 * self.network.classes * FLOAT_BYTES
         held = math.prod(self._rolled(block))
-        return held * (self.folds * self.classes + 1) * FLOAT_BYTES
+        return held * (self.network.folds * self.network.classes + 1) * FLOAT_BYTES
 
-    def _lane_bytes(self, block: Vec3, extent: Vec3) -> int:
+    def _sweep_bytes(self, block: Vec3, extent: Vec3) -> int:
         """Normalised rows with the windows' overhang, twice those read ahead, one channel more, and their raw voxels.
 
         Where the axes are turned there are two of these.
         """
-        wide = (min(b + 2 * p, max(n, p)) for b, p, n in zip(block, self.patch, extent, strict=True))
+        wide = (min(b + 2 * p, max(n, p)) for b, p, n in zip(block, self.network.patch, extent, strict=True))
         voxels = math.prod(self._rolled(vec3([*wide])))
-        raw = self.channels * self.voxel_bytes * (1 if self.order.identity else 2)
-        return voxels * ((3 * self.channels + 1) * FLOAT_BYTES + raw)
+        raw = self.network.channels * self.voxel_bytes * (1 if self.order.identity else 2)
+        return voxels * ((3 * self.network.channels + 1) * FLOAT_BYTES + raw)
 
     def _rolled(self, shape: Vec3) -> Vec3:
         if self.whole:
-            return shape if self.patch[0] > 1 else (1, *shape[1:])
+            return shape if self.network.patch[0] > 1 else (1, *shape[1:])
         held = list(shape)
-        held[self.rolling] = self.patch[self.rolling]
+        held[self.rolling] = self.network.patch[self.rolling]
         if self.rolling == 1:
             held[0] = 1
         return vec3(held)
 
     def _input_bytes(self) -> int:
-        return self.batch * self.channels * math.prod(self.patch) * FLOAT_BYTES
+        return self.network.batch * self.network.channels * math.prod(self.network.patch) * FLOAT_BYTES
 
     def _window_bytes(self) -> int:
-        copies = WINDOW_COPIES * (self.channels + self.classes) * FLOAT_BYTES
-        if self.batch > 1:  # those of all folds are kept until the windows before are added
-            copies += (self.folds - 1) * self.classes * FLOAT_BYTES
-        return self.batch * (math.prod(self.patch) * copies + self.window_bytes)
+        copies = WINDOW_COPIES * (self.network.channels + self.network.classes) * FLOAT_BYTES
+        if self.network.batch > 1:  # those of all folds are kept until the windows before are added
+            copies += (self.network.folds - 1) * self.network.classes * FLOAT_BYTES
+        return self.network.batch * (math.prod(self.network.patch) * copies + self.network.window_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,14 +20,14 @@ from connectomics.core.files import discard, write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import Box
 from connectomics.execution.block_plan import BlockPlan
-from connectomics.execution.lease import STALE_S, Worker
+from connectomics.execution.lease import Worker
 from connectomics.execution.ledger import HEADER, Ledger, plan_of, read_header
-from connectomics.execution.retry import PAUSES_S, RetryingReader
+from connectomics.execution.retry import RetryingReader
 from connectomics.execution.run_folder import AGREEMENT, FILTERED, LEDGER, PROVENANCE, SINGLE_WRITER, SURVEY, WORKERS
 from connectomics.execution.runner import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
 from connectomics.execution.stage import LABELS, Workspace
 from connectomics.execution.task import Executor, RunReport
-from connectomics.stages.decode.context import BLOCK_VOXELS, VOXEL_BYTES
+from connectomics.runs.job import RunSettings, VolumeJob
 from connectomics.stages.output.finish import (
     FinalOutput,
     check_exportable,
@@ -38,9 +38,9 @@ from connectomics.stages.output.finish import (
     work_folder,
 )
 from connectomics.stages.predict import precision_check as agreements
-from connectomics.stages.predict.filters import BinaryFilters, filter_store
-from connectomics.stages.predict.precision_check import SAMPLED_VOXELS, Agreement, FastContract
-from connectomics.stages.predict.segmenter import Segmenter, Surveyed
+from connectomics.stages.predict.filters import filter_store
+from connectomics.stages.predict.precision_check import SAMPLED_VOXELS, Agreement
+from connectomics.stages.predict.segmenter import Surveyed
 from connectomics.stages.predict.task import PredictTask
 from connectomics.stages.survey.region import RegionOfInterest
 from connectomics.stages.survey.survey import load_survey, save_survey
@@ -48,67 +48,6 @@ from connectomics.volumes.store import Store, create_store, discard_locks, open_
 from connectomics.volumes.volume import VolumeInfo, VolumeReader
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class RunSettings:
-    """How a volume is run; nothing here changes a voxel.
-
-    Parameters
-    ----------
-    folder
-        Where final outputs and RUN folders go.
-    program
-        Name and version of the program, part of the run key.
-    budget_bytes
-        Host memory.
-    numeric_class
-        Of the backend, kept in the ledger's header.
-    allow_mixed
-        Resume although the numeric class differs.
-    readers
-        Threads that may read ahead in the survey, as far as memory goes.
-    stale_s
-        Age of the heartbeat of another machine's process from which on it counts as dead.
-    pauses_s
-        Seconds to wait before each further attempt where reading or writing fails for a moment.
-    """
-
-    folder: Path
-    program: str
-    budget_bytes: int
-    numeric_class: Mapping[str, object]
-    allow_mixed: bool = False
-    readers: int = 1
-    stale_s: float = STALE_S
-    pauses_s: tuple[float, ...] = PAUSES_S
-
-
-@dataclass(frozen=True, slots=True)
-class VolumeJob:
-    """One volume and what is wanted of it.
-
-    ``readers`` threads survey it; without ``roi`` every voxel is; ``contract`` is what a fast run is held to.
-    ``filter_block_bytes`` is what a block may take whose filters, or the holes of whose mask, are worked out.
-    ``predicted_s`` is what all of it was predicted to take, None where nobody did.
-    ``on_device`` tells that a device has memory of its own, which the blocks of ``plan`` were tried on.
-    """
-
-    name: str
-    run_folder: Path
-    reader: VolumeReader
-    segmenter: Segmenter
-    filters: BinaryFilters
-    outputs: tuple[FinalOutput, ...]
-    plan: BlockPlan
-    provenance: Mapping[str, object]
-    command: tuple[str, ...]
-    readers: int = 1
-    roi: RegionOfInterest | None = None
-    contract: FastContract | None = None
-    filter_block_bytes: int = BLOCK_VOXELS * VOXEL_BYTES
-    predicted_s: float | None = None
-    on_device: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,23 +90,24 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     work = work_folder(job.run_folder, job.outputs, settings.program)
     _make_work_folder(work)
     reader = RetryingReader(job.reader, job.name, settings.pauses_s)
-    if job.roi is not None:
-        job = replace(job, roi=job.roi.patiently(settings.pauses_s))
+    if job.labeller.roi is not None:
+        roi = job.labeller.roi.patiently(settings.pauses_s)
+        job = replace(job, labeller=replace(job.labeller, roi=roi))
     with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
         run = functools.partial(run_blocks, executor=executor, worker=worker, on_block=on_block)
-        workspace = Workspace(work, run, job.filter_block_bytes)
+        workspace = Workspace(work, run, job.limits.filter_block_bytes)
         with worker.alone(SINGLE_WRITER):
             prepared = _prepare(workspace, job, reader, settings, worker=worker)
         ledger = prepared.ledger
         try:
             task = PredictTask(
                 ledger.grid,
-                job.segmenter,
+                job.labeller.segmenter,
                 prepared.surveyed,
                 reader.read,
                 stores=prepared.stores,
                 pauses_s=settings.pauses_s,
-                roi=job.roi,
+                roi=job.labeller.roi,
             )
             blocks = run(task, ledger)
             if not blocks.failures:
@@ -185,8 +125,8 @@ def _prepare(
     """Survey, agreement, ledger and stores; records whose shards were lost are undone."""
     work = workspace.work
     plan = plan_of(work / LEDGER) or job.plan  # a rerun elsewhere cuts the volume as it was begun
-    if job.on_device and plan != job.plan:
-        job.segmenter.try_memory(plan.block_shape)
+    if job.limits.on_device and plan != job.plan:
+        job.labeller.segmenter.try_memory(plan.block_shape)
     facts = _result_keys(job) | {"grid": list(plan.block_shape), "program": settings.program}
     run_key, extent = key_of(facts), reader.info.extent
     surveyed = _surveyed(job, reader, workspace)
@@ -200,8 +140,8 @@ def _prepare(
         if not worker.others():
             for store in stores.values():
                 discard_locks(store.path)
-        if job.roi is not None:
-            _choose_blocks(ledger, job, job.roi)
+        if job.labeller.roi is not None:
+            _choose_blocks(ledger, job, job.labeller.roi)
         if pending:
             void_lost(ledger, work, [store.path.name for store in stores.values()])
     except BaseException:
@@ -214,17 +154,17 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, workspac
     """Write what is still missing of the outputs, and remove the working stores."""
     pending = [o for o in prepared.pending if o.missing(settings.folder)]  # another process may have been first
     prepared.ledger.refresh()
-    stamp = dict(job.provenance) | {
+    stamp = dict(job.record.provenance) | {
         "numeric_class": "mixed" if prepared.ledger.mixed else dict(settings.numeric_class),
         "run_key": prepared.run_key,
-        "filtered": job.filters.active,
+        "filtered": job.labeller.filters.active,
         "cases": len(prepared.surveyed[0]),
         "statistics": [asdict(c) for c in prepared.surveyed[0][0].channels],
     }
     if prepared.agreement is not None:
         stamp |= {"agreement": asdict(prepared.agreement) | {"share": prepared.agreement.share}}
     if pending:
-        record = stamp | {"result_keys": _result_keys(job), "command": list(job.command)}
+        record = stamp | {"result_keys": _result_keys(job), "command": list(job.record.command)}
         write_text(job.run_folder / PROVENANCE, json.dumps(record, indent=1) + "\n")
     for output in pending:
         _export(prepared, job, output, settings, stamp=stamp, workspace=workspace)
@@ -244,8 +184,8 @@ def _export(
 ) -> None:
     store, filtered = prepared.stores[output.name], prepared.work / FILTERED
     source = store
-    if output.name == LABELS and job.filters.active:
-        source = filter_store(store, prepared.ledger.grid, workspace, job.filters)
+    if output.name == LABELS and job.labeller.filters.active:
+        source = filter_store(store, prepared.ledger.grid, workspace, job.labeller.filters)
     discard_locks(source.path)
     for form in output.missing(settings.folder):  # what stands there is replaced
         unseal(job.run_folder, output.paths(settings.folder)[form])
@@ -267,7 +207,11 @@ def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: floa
     voxels = Box.of_shape(prepared.ledger.grid.volume).voxels
     seconds = round(time.perf_counter() - began, 3)
     failed = len(blocks.failures)
-    predicted = None if job.predicted_s is None else round(job.predicted_s * blocks.done / max(1, blocks.planned), 3)
+    predicted = (
+        None
+        if job.record.predicted_s is None
+        else round(job.record.predicted_s * blocks.done / max(1, blocks.planned), 3)
+    )
     ratio = round(seconds / predicted, 3) if predicted else None
     report = RunReport(
         blocks.planned,
@@ -331,7 +275,7 @@ def _choose_blocks(ledger: Ledger, job: VolumeJob, roi: RegionOfInterest) -> Non
     log.info("%d of %d blocks hold wanted voxels", count, len(ledger.grid))
     if count == 0:
         log.warning("%s: no voxel is wanted (inference.mask is zero everywhere), so all becomes background", job.name)
-    outside = job.segmenter.outside((1, 1, 1))
+    outside = job.labeller.segmenter.outside((1, 1, 1))
     if not any(outside[o.name].any() for o in job.outputs):
         ledger.choose(flags)
 
@@ -340,8 +284,8 @@ def _surveyed(job: VolumeJob, reader: VolumeReader, workspace: Workspace) -> Sur
     path = workspace.work / SURVEY
     kept = load_survey(path)
     if kept is not None:
-        return job.segmenter.masked(kept, reader, workspace)
-    surveyed = job.segmenter.survey(reader, job.name, job.readers, workspace)
+        return job.labeller.segmenter.masked(kept, reader, workspace)
+    surveyed = job.labeller.segmenter.survey(reader, job.name, job.limits.readers, workspace)
     save_survey(surveyed, path)
     log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
     return surveyed
@@ -351,11 +295,11 @@ def measure_agreement(
     job: VolumeJob, reader: VolumeReader, surveyed: Surveyed, voxels: int = SAMPLED_VOXELS
 ) -> Agreement:
     """What a fast run changes in a sample of this volume of at least so many voxels, if it has them."""
-    assert job.contract is not None
-    roi = Box.of_shape(reader.info.extent) if job.roi is None else job.roi.box
+    assert job.labeller.contract is not None
+    roi = Box.of_shape(reader.info.extent) if job.labeller.roi is None else job.labeller.roi.box
     seed = int(job.outputs[0].result_key[:16], 16)
-    return job.contract.measure(
-        job.segmenter, reader.read, surveyed, roi, seed=seed, name=Path(job.name).name, voxels=voxels
+    return job.labeller.contract.measure(
+        job.labeller.segmenter, reader.read, surveyed, roi, seed=seed, name=Path(job.name).name, voxels=voxels
     )
 
 
@@ -367,14 +311,14 @@ def _agreement(work: Path, job: VolumeJob, reader: RetryingReader, surveyed: Sur
     AgreementError
         If that is too much.
     """
-    if job.contract is None:
+    if job.labeller.contract is None:
         return None
     found = agreements.load(work / AGREEMENT)
     if found is None:
-        shared = job.contract.shared
+        shared = job.labeller.contract.shared
         found = measure_agreement(job, reader, surveyed) if shared is None else shared()
         agreements.save(found, work / AGREEMENT)
-    job.contract.require(found, job.name)
+    job.labeller.contract.require(found, job.name)
     return found
 
 
@@ -391,9 +335,9 @@ def _store(path: Path, job: VolumeJob, name: str, plan: BlockPlan) -> Store:
 def info_of(job: VolumeJob, name: str, plan: BlockPlan) -> VolumeInfo:
     """The volume that an output is: its chunks are those of the working store."""
     source = job.reader.info
-    rule = job.segmenter.probabilities
+    rule = job.labeller.segmenter.probabilities
     if name == LABELS or rule is None:
-        channels, dtype = 1, job.segmenter.labels.dtype
+        channels, dtype = 1, job.labeller.segmenter.labels.dtype
     else:
         channels, dtype = len(rule.channels), rule.dtype
     return VolumeInfo(

@@ -19,12 +19,13 @@ from connectomics.core.geometry import Box, Vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.inference.case import CaseInput
-from connectomics.runs.volume import VolumeJob, run_volume
+from connectomics.runs.job import VolumeJob
+from connectomics.runs.volume import run_volume
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array
 
 from small_jobs import quick_folder
-from small_runs import BLOCKS, EXPECTED, EXTENT, Bright, Reader, cores, job_in, labels, run, settings_in
+from small_runs import BLOCKS, EXPECTED, EXTENT, Bright, Reader, changed, cores, job_in, labels, run, settings_in
 
 QUICK = (0.0, 0.0, 0.0)
 BAD = Box((2, 0, 10), (3, 6, 20))  # block 2-0-1
@@ -193,8 +194,8 @@ class Crowded(Bright):
 
 def crowded(folder: Path, predictor: Crowded, **changes: object) -> VolumeJob:
     job = job_in(folder, on_device=True, **changes)
-    (member,) = job.segmenter.members
-    return replace(job, segmenter=replace(job.segmenter, members=(replace(member, predictor=predictor),)))
+    (member,) = job.labeller.segmenter.members
+    return changed(job, segmenter=replace(job.labeller.segmenter, members=(replace(member, predictor=predictor),)))
 
 
 def test_memory_of_a_device_that_runs_out_ends_the_run_at_once_and_blocks_are_kept(tmp_path: Path) -> None:

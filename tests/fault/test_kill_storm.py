@@ -55,6 +55,10 @@ STAGES = {  # text in the paths of a stage's file operations, and how many kills
     "provenance": ("provenance.json", 1),
     "report": ("report.json", 1),
 }
+ELSEWHERE = {  # stages like another one, or those that test_decode_kills.py kills a smaller job in
+    *("pieces", "joins", "tables of objects", "objects", "table", "watershed"),
+    *("zarr2 in place", "levels", "provenance"),
+}
 SETTINGS = (
     "inference.block_shape=[1,24,32]",
     "inference.output.formats=[h5,zarr,tiff,png,zarr2,n5,precomputed]",
@@ -175,7 +179,9 @@ def storm_of_operations(storm: Storm, stage: str, count: int, seed: int) -> None
         require_resumed(storm, output)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=pytest.mark.long) if stage in ELSEWHERE else stage for stage in STAGES]
+)
 def test_killed_in_a_stage(storm: Storm, stage: str) -> None:
     storm_of_operations(storm, stage, STAGES[stage][1], seed=1)
 

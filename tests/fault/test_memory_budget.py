@@ -21,7 +21,7 @@ from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Box
 from connectomics.lightning.inference import InferenceManager
 from connectomics.planning.blocks import plan_blocks
-from connectomics.planning.memory import Budget, Work
+from connectomics.planning.memory import Budget, NetworkWork, Work
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.stored import reading_bytes
 from connectomics.volumes.volume import VolumeInfo
@@ -107,7 +107,7 @@ def test_a_section_that_can_only_be_decoded_whole_is_refused_before_it_is_read(t
     small = open_volume(str(write_png(tmp_path / "v.png"))).info
     assert small.chunk_shape == small.extent
     info = VolumeInfo((1, 1, 100_000, 100_000), small.dtype, (1, 100_000, 100_000))
-    work, budget = Work((1, 512, 512), 2, 1, 1, 1, 1), Budget(8 * 2**30, reading_bytes(info))
+    work, budget = Work(NetworkWork((1, 512, 512), 2, 1, 1), 1, 1), Budget(8 * 2**30, reading_bytes(info))
     with pytest.raises(ResourceError, match=r"need 4\d\.\d+ GB"):
         plan_blocks(info.extent, [work], budget)
 

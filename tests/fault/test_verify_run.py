@@ -20,7 +20,7 @@ from connectomics.execution.lease import Worker
 from connectomics.execution.stage import LABELS
 from connectomics.execution.status import status_of
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.runs.volume import VolumeJob
+from connectomics.runs.job import VolumeJob
 from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.predict.filters import Filters
 from connectomics.stages.predict.segmenter import EnsembleMember

@@ -19,7 +19,7 @@ from connectomics.lightning.inference import InferenceManager
 
 import oracle
 from nnunet_models import make_model
-from parity_table import ArrayVolume, scene
+from parity_table import ArrayVolume, scene, some_of
 from small_jobs import infer_words, write_h5
 
 WORDS = ("system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true")
@@ -42,8 +42,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     kinds: dict[str, dict[str, object]] = {
         "slices": {"dimensions": 2, "patch": (16, 24), "reader": "NaturalImage2DIO"},
         "2D": {"dimensions": 2, "patch": (24, 24), "reader": "SimpleITKIO", "folds": ("0", "1")},
-        "3D": {"dimensions": 3, "patch": (8, 16, 16), "reader": "SimpleITKIO", "scheme": "RescaleTo01Normalization"},
-        "turned": {"dimensions": 3, "patch": (16, 8, 8), "reader": "SimpleITKIO", "axis_order": (2, 0, 1)},
+        "3D": {
+            "dimensions": 3,
+            "patch": (8, 16, 16),
+            "mirror_axes": (0,),
+            "reader": "SimpleITKIO",
+            "scheme": "RescaleTo01Normalization",
+        },
+        "turned": {
+            "dimensions": 3,
+            "patch": (16, 8, 8),
+            "mirror_axes": (2,),
+            "reader": "SimpleITKIO",
+            "axis_order": (2, 0, 1),
+        },
     }
     folder = tmp_path_factory.mktemp("ensembles")
     found = {n: make_model(folder / n, seed=7 + i, classes=3, **k) for i, (n, k) in enumerate(kinds.items())}  # type: ignore[arg-type]
@@ -83,7 +95,7 @@ def test_labels_are_those_of_nnunets_mean(models: dict[str, Path], image: np.nda
     assert ours.probabilities is not None and len(np.unique(ours.labels)) == 3
     np.testing.assert_array_equal(ours.labels, labels)
     assert np.abs(ours.probabilities - mean).max() <= 1e-5
-    assert not manager.engine.deviations
+    assert not manager.engine.identity.deviations
     singles = [InferenceManager.from_checkpoint(path, WORDS).predict(image).labels for path in members]
     assert all((single != ours.labels).any() for single in singles)
 
@@ -97,16 +109,17 @@ def test_weights_are_those_of_a_weighted_mean(models: dict[str, Path], image: np
     assert ours.probabilities is not None
     np.testing.assert_allclose(ours.probabilities, mean, atol=1e-6)
     assert (ours.labels == mean.argmax(0)).all()
-    assert manager.engine.deviations == ("a weighted mean of probabilities",)
+    assert manager.engine.identity.deviations == ("a weighted mean of probabilities",)
 
 
-def test_the_result_does_not_depend_on_the_cut(models: dict[str, Path], image: np.ndarray) -> None:
+@pytest.mark.parametrize("count", [1, pytest.param(None, marks=pytest.mark.long)], ids=["three blocks", "all blocks"])
+def test_the_result_does_not_depend_on_the_cut(models: dict[str, Path], image: np.ndarray, count: int | None) -> None:
     manager = manager_of([models[name] for name in ("slices", "turned", "3D")])
     segmenter, reader = manager.engine.segmenter, ArrayVolume(image)
     surveyed = segmenter.survey(reader, "image")
     whole = segmenter.segment(reader.read, surveyed, Box.of_shape(EXTENT))
     for shape in ((1, 40, 45), (4, 13, 45), (11, 17, 9)):
-        for block in BlockGrid(EXTENT, shape):
+        for block in some_of(BlockGrid(EXTENT, shape), count):
             part = segmenter.segment(reader.read, surveyed, block.core)
             for name, array in whole.items():
                 assert part[name].tobytes() == array[(slice(None), *block.core.slices)].tobytes()

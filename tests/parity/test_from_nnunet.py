@@ -116,9 +116,9 @@ def sequential(self, images, output, save_probabilities, overwrite, folder_with_
 if __name__ == "__main__":
     multiprocessing.cpu_count = lambda: 1  # threads of its forward passes
     calls = json.loads(sys.argv[1])
+    theirs.nnUNetPredictor.predict_from_files = sequential
     sys.argv[1:] = calls[0]
     theirs.predict_entry_point()
-    theirs.nnUNetPredictor.predict_from_files = sequential
     sys.argv[1:] = calls[1]
     theirs.predict_entry_point()
     torch.half = torch.float32
@@ -135,7 +135,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    """Both folders predicted by the real command; the second in one process, which nnU-Net offers too and is faster."""
+    """Both folders predicted by the real command, in one process, which nnU-Net offers too and is faster."""
     with quick_folder() as folder:
         found = World(folder)
         for place in found.environment.values():

@@ -29,6 +29,7 @@ def model_of(folder: Path, dimensions: int, labels: Labels, order: list[int] | N
         dimensions=dimensions,
         patch=(16, 24) if dimensions == 2 else (8, 16, 8),
         folds=("0", "1"),
+        mirror_axes=(0,),
         reader="NaturalImage2DIO" if by_slice else "SimpleITKIO",
         labels=labels,
         regions_class_order=order,
@@ -51,13 +52,8 @@ def both(model: Path, image: np.ndarray, *, by_slice: bool = False) -> tuple[Pre
     engine = (manager := InferenceManager.from_checkpoint(model, WORDS)).engine
     predictor = oracle.make_predictor(model, engine.spec.folds)
     cases = survey(ArrayVolume(image), "image", engine.segmenter.members[0].schemes, by_slice=by_slice)
-    labels, probabilities = [], []
-    for case in cases:
-        part = image[(slice(None), *case.region.slices)]
-        labels.append(oracle.predict(predictor, part, summaries=case.channels))
-        with_them = oracle.predict(predictor, part, summaries=case.channels, probabilities=True)
-        probabilities.append(with_them[1])
-    return manager.predict(image), np.concatenate(labels), np.concatenate(probabilities, axis=1)
+    labels, probabilities = oracle.predict_cases(predictor, image, cases, None, inject=True)
+    return manager.predict(image), labels, probabilities
 
 
 @pytest.mark.parametrize(

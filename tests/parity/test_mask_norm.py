@@ -306,7 +306,7 @@ def test_the_mask_is_kept_and_a_lost_block_of_it_is_made_again(tmp_path: Path, m
         raise OutputError("interrupted")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Segmenter, "segment_wanted", interrupted)
+        patch.setattr(Segmenter, "segment_roi", interrupted)
         assert main(words) == 3
     (store,) = tmp_path.glob("v_labels.run/*/mask.zarr")
     next(path for path in sorted(store.glob("0/c/*/*/*"))[1:]).unlink()

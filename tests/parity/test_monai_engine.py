@@ -63,7 +63,7 @@ def test_grids_differ_elsewhere(model: tuple[int, Path]) -> None:
     ours, monais = both(folder, (2, 43, 61) if dimensions == 2 else (13, 29, 15))
     assert np.abs(ours - monais).max() > 1e-3
     manager = InferenceManager.from_checkpoint(folder, [*WORDS, "inference.sliding_window.engine=monai"])
-    assert "MONAI's window grid" in manager.engine.deviations
+    assert "MONAI's window grid" in manager.engine.identity.deviations
 
 
 def test_a_batch_that_does_not_fit_the_device_is_named(

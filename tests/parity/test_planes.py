@@ -121,7 +121,7 @@ def test_any_planes_can_be_chosen_in_any_order(
     one, other = (manager.predict(image) for manager in managers)
     equal(one, of_nnunet(models["slices"], image, planes))
     assert one.labels.tobytes() == other.labels.tobytes()
-    assert managers[0].engine.facts == managers[1].engine.facts
+    assert managers[0].engine.identity.facts == managers[1].engine.identity.facts
 
 
 def test_each_plane_is_resampled_to_the_models_pixels(models: dict[str, Path], image: np.ndarray) -> None:
@@ -192,7 +192,7 @@ def test_a_box_of_the_volume_is_that_of_the_full_run(models: dict[str, Path], im
 
 def test_the_planes_are_in_the_result_key_unless_they_are_xy_alone(models: dict[str, Path]) -> None:
     stated = ((), ("inference.planes=[xy]",), (ALL,))
-    facts = [dict(manager_of(models["slices"], *words).engine.facts) for words in stated]
+    facts = [dict(manager_of(models["slices"], *words).engine.identity.facts) for words in stated]
     assert facts[0] == facts[1] and "planes" not in facts[0]
     assert facts[2] == facts[0] | {"planes": ["xy", "xz", "yz"]}
 
@@ -200,7 +200,7 @@ def test_the_planes_are_in_the_result_key_unless_they_are_xy_alone(models: dict[
 def test_an_ensemble_averages_every_model_along_every_plane(models: dict[str, Path], image: np.ndarray) -> None:
     other = f"model.ensemble=['{models['turned']}']"
     manager = manager_of(models["slices"], other, "model.ensemble_weights=[3,1]", ALL)
-    assert len(manager.engine.segmenter.members) == 6 and manager.engine.facts["planes"] == ["xy", "xz", "yz"]
+    assert len(manager.engine.segmenter.members) == 6 and manager.engine.identity.facts["planes"] == ["xy", "xz", "yz"]
     single = [manager_of(models[name], ALL).predict(image).probabilities for name in ("slices", "turned")]
     ours = manager.predict(image).probabilities
     assert ours is not None

@@ -55,8 +55,8 @@ def against_nnunet(manager: InferenceManager, folder: Path, image: np.ndarray, *
 )
 def test_2d_models_equal_the_oracle(shared_data: Path, model: str, folds: str, mirror: bool) -> None:
     image = section(shared_data, "raw", 12)[None, None]
-    if mirror:
-        image = np.ascontiguousarray(image[..., 100:613, 200:701])  # eight passes a window: a smaller case
+    rows, columns = (slice(100, 613), slice(200, 701)) if mirror else (slice(100, 868), slice(200, 968))
+    image = np.ascontiguousarray(image[..., rows, columns])  # some windows; whole sections are compared below
     manager = manager_of(shared_data, model, folds, mirror=mirror)
     differ, stock, voxels = against_nnunet(manager, shared_data / "models" / model, image, mirror=mirror)
     assert differ == 0
@@ -76,9 +76,9 @@ def test_the_3d_model_equals_the_oracle_at_its_plans_spacing(shared_data: Path) 
 @pytest.mark.parametrize(
     ("model", "folds", "mirror", "reference", "sections"),
     [
-        ("vnc_mito_2d", "0", False, "fold0_nomirror", SECTIONS),
-        ("vnc_mito_2d", "0,1", True, "fold01_mirror", SECTIONS[:1]),
+        ("vnc_mito_2d", "0", False, "fold0_nomirror", SECTIONS[:2]),
         ("vnc_multi_2d", "all", False, "foldall_nomirror", SECTIONS[:2]),
+        pytest.param("vnc_mito_2d", "0", False, "fold0_nomirror", SECTIONS, marks=pytest.mark.long),
         pytest.param("vnc_mito_2d", "0", True, "fold0_mirror", SECTIONS, marks=pytest.mark.long),
         pytest.param("vnc_mito_2d", "0,1", True, "fold01_mirror", SECTIONS, marks=pytest.mark.long),
         pytest.param("vnc_mito_2d", "1", False, "fold1_nomirror", SECTIONS, marks=pytest.mark.long),

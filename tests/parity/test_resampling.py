@@ -25,7 +25,7 @@ from connectomics.stages.survey.survey import survey
 
 import oracle
 from nnunet_models import make_model
-from parity_table import ArrayVolume, scene
+from parity_table import ArrayVolume, scene, some_of
 
 SHARE = 1e-5  # labels that may differ after resampling; every case below gives 0
 LARGE = "inference.allow_large_resampling=true"
@@ -200,36 +200,45 @@ def test_resampled_labels_equal_the_oracle(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(ours.probabilities, probabilities, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "3D border, two channels",
-        "3D thick sections, z changed",
-        "2D of a volume",
-        "thick along one axis, then another",
-        "thick sections, transposed",
-        "2D of thick sections, transposed",
-        "order 0",
-        "linear, cubic across",
-        "torch without thick sections ignores its mode",
-        "torch of thick columns",
-        "images not resampled",
-    ],
+CUT = (
+    "3D border, two channels",
+    "3D thick sections, z changed",
+    "2D of a volume",
+    "thick along one axis, then another",
+    "thick sections, transposed",
+    "2D of thick sections, transposed",
+    "order 0",
+    "linear, cubic across",
+    "torch without thick sections ignores its mode",
+    "torch of thick columns",
+    "images not resampled",
 )
-def test_any_cut_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
-    trial = TRIALS[name]
-    manager, image = manager_of(trial, tmp_path), image_of(trial)
+
+
+def require_the_same_bytes(trial: Trial, folder: Path, count: int | None) -> None:
+    manager, image = manager_of(trial, folder), image_of(trial)
     reader = ArrayVolume(image)
     whole = manager.predict(image)
     segmenter = manager.segmenter()
     cases = segmenter.survey(reader, "image")
     for shape in ((1, 26, 41), (5, 7, 41), (4, 16, 16), (9, 11, 9)):
-        for block in BlockGrid(trial.extent, shape):
+        for block in some_of(BlockGrid(trial.extent, shape), count):
             part = segmenter.segment(reader.read, cases, block.core)
             assert part["labels"][0].tobytes() == whole.labels[block.core.slices].tobytes()
             assert whole.probabilities is not None
             expected = whole.probabilities[(slice(None), *block.core.slices)]
             assert part["probabilities"].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_any_cut_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
+    require_the_same_bytes(TRIALS[name], tmp_path, 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CUT)
+def test_all_blocks_of_any_cut_give_the_same_bytes(name: str, tmp_path: Path) -> None:
+    require_the_same_bytes(TRIALS[name], tmp_path, None)
 
 
 @pytest.mark.parametrize(("old", "new"), [(20_000, 13_333), (777, 1000), (50, 33), (33, 50), (64, 32), (1, 3)])

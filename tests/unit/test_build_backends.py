@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.assembly.engine.backends import as_begun, cache_folder, kind_of, precision, threads
+from connectomics.assembly.engine.backends import as_begun, kind_of
+from connectomics.assembly.settings import network_settings
 from connectomics.config.load import load_config
 from connectomics.core.errors import AgreementError
 from connectomics.lightning.inference import InferenceManager
@@ -25,47 +26,46 @@ BEGUN = {"backend": "openvino 2026.4.1", "precision": "exact", "batch": 1, "thre
 def test_the_cache_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = load_config(None, [])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder(config) == tmp_path / "connectomics"
+    assert network_settings(config).cache == tmp_path / "connectomics"
     for unusable in ("", "relative/path"):
         monkeypatch.setenv("XDG_CACHE_HOME", unusable)
         monkeypatch.setenv("HOME", "/nowhere/user")
-        assert cache_folder(config) == Path("/nowhere/user/.cache/connectomics")
-    assert cache_folder(load_config(None, [f"system.cache_dir='{tmp_path}'"])) == tmp_path
+        assert network_settings(config).cache == Path("/nowhere/user/.cache/connectomics")
+    assert network_settings(load_config(None, [f"system.cache_dir='{tmp_path}'"])).cache == tmp_path
 
     def homeless() -> Path:
         raise RuntimeError("no home")
 
     monkeypatch.setattr(Path, "home", homeless)
-    assert cache_folder(config) is None
+    assert network_settings(config).cache is None
 
 
 def test_what_is_left_open_is_taken_from_what_was_begun_and_nothing_else() -> None:
-    system = as_begun(load_config(None, ["system.backend=auto"]), BEGUN).system
-    assert (system.backend, system.num_cpus) == ("openvino", 7)
+    auto = as_begun(network_settings(load_config(None, ["system.backend=auto"])), BEGUN)
+    assert (auto.backend, auto.threads) == ("openvino", 7)
     for stated in ("system.num_cpus=2", "system.inference.num_cpus=2"):
-        config = load_config(None, ["system.backend=torch", f"{BATCH}=1", stated])
-        assert as_begun(config, BEGUN) == config
-        assert as_begun(config, BEGUN | {"batch": 4}) == config
+        networks = network_settings(load_config(None, ["system.backend=torch", f"{BATCH}=1", stated]))
+        assert as_begun(networks, BEGUN) == networks
+        assert as_begun(networks, BEGUN | {"batch": 4}) == networks
     for batch in (1, 4):
-        begun = as_begun(load_config(None, []), BEGUN | {"batch": batch})
-        assert begun.inference.sliding_window.sw_batch_size == batch
+        assert as_begun(network_settings(load_config(None, [])), BEGUN | {"batch": batch}).batch == batch
     assert kind_of(BEGUN) == "openvino"
 
 
 def test_precision_is_nnunets_where_it_is_not_stated(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert precision(load_config(None, ["system.device=cpu"])) == "exact"
-    assert precision(load_config(None, ["system.device=cpu", "inference.precision=fast"])) == "fast"
+    assert network_settings(load_config(None, ["system.device=cpu"])).precision == "exact"
+    assert network_settings(load_config(None, ["system.device=cpu", "inference.precision=fast"])).precision == "fast"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert precision(load_config(None, [])) == "fast"
-    assert precision(load_config(None, ["inference.precision=exact"])) == "exact"
+    assert network_settings(load_config(None, [])).precision == "fast"
+    assert network_settings(load_config(None, ["inference.precision=exact"])).precision == "exact"
 
 
 def test_threads_are_those_of_this_process_and_at_most_nnunets(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert threads(load_config(None, ["system.num_cpus=11"])) == 11
+    assert network_settings(load_config(None, ["system.num_cpus=11"])).threads == 11
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert threads(load_config(None, [])) == 8
+    assert network_settings(load_config(None, [])).threads == 8
 
 
 def test_arrays_are_held_to_the_contract_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,5 +79,5 @@ def test_arrays_are_held_to_the_contract_once(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(FastContract, "measure", None)
     assert np.array_equal(lenient.predict(image).labels, labels)
     exact = InferenceManager.from_checkpoint(model, words[:2])
-    assert exact.engine.exact is None and "precision" not in exact.engine.facts
-    assert dict(lenient.engine.facts) == dict(exact.engine.facts) | {"precision": "fast"}
+    assert exact.engine.reference is None and "precision" not in exact.engine.identity.facts
+    assert dict(lenient.engine.identity.facts) == dict(exact.engine.identity.facts) | {"precision": "fast"}

@@ -17,7 +17,6 @@ from connectomics.assembly.engines import Engines
 from connectomics.assembly.memory import plan_volume
 from connectomics.assembly.volumes import segmenter_of
 from connectomics.config.load import load_config
-from connectomics.config.schema import Config
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Box
 from connectomics.volumes.volume import Array, VolumeInfo
@@ -48,10 +47,9 @@ def model() -> Iterator[Path]:
         yield make_model(folder, dimensions=3, patch=(8, 64, 64), features=(4, 8), reader="Tiff3DIO", mirror_axes=())
 
 
-def made(model: Path, cache: Path, *words: str) -> tuple[Config, Engine]:
+def made(model: Path, cache: Path, *words: str) -> Engine:
     stated = ["system.device=cpu", "system.num_cpus=1", "system.backend=auto", f"system.cache_dir='{cache}'", *words]
-    config = load_config(None, stated)
-    return config, build_engine(config, model)
+    return build_engine(load_config(None, stated), model)
 
 
 def volume(z: int, y: int, x: int) -> VolumeInfo:
@@ -71,44 +69,44 @@ def volume(z: int, y: int, x: int) -> VolumeInfo:
 )
 def test_what_stays_empty_counts(model: Path, tmp_path: Path, width: int, four_s: float, expected: str | None) -> None:
     keep_profile(tmp_path, model, torch_trial(1, 0.1), torch_trial(4, 0.01))
-    config, engine = made(model, tmp_path)
+    engine = made(model, tmp_path)
     assert engine.models[0].window.batch == 4
     keep_profile(tmp_path, model, torch_trial(1, 0.1), torch_trial(4, four_s))
-    assert against_batch(config, engine, volume(8, 64, width)) == expected
+    assert against_batch(engine, volume(8, 64, width)) == expected
 
 
 def test_what_is_not_measured_any_more_is_not_faster(model: Path, tmp_path: Path) -> None:
     path = keep_profile(tmp_path, model, torch_trial(1, 0.1), torch_trial(4, 0.01))
-    config, engine = made(model, tmp_path)
+    engine = made(model, tmp_path)
     wide = volume(8, 64, 64 + 3 * 32)
-    assert against_batch(config, engine, wide) is None
+    assert against_batch(engine, wide) is None
     keep_profile(tmp_path, model, torch_trial(1, 0.1))
-    assert against_batch(config, engine, wide) == PADDED
+    assert against_batch(engine, wide) == PADDED
     path.unlink()
-    assert against_batch(config, engine, wide) == PADDED
+    assert against_batch(engine, wide) == PADDED
 
 
 def test_blocks_are_not_made_smaller_for_a_batch_nor_refused(model: Path, tmp_path: Path) -> None:
     """Each budget is held against the plans with four windows a pass and with one, both stated."""
     keep_profile(tmp_path, model, torch_trial(1, 0.1), torch_trial(4, 0.01))
-    config, engine = made(model, tmp_path)
+    engine = made(model, tmp_path)
     seen = set()
     budgets = [(volume(64, 400, 400), more) for more in range(300, 405, 6)]
     budgets += [(volume(8, 64, 64 + 3 * 32), more) for more in range(230, 280, 4)]
     for info, more in budgets:
-        plans, budget = [], engine.base_bytes + (more << 20)
+        plans, budget = [], engine.memory.base_bytes + (more << 20)
         for batch in (4, 1):
             stated = replaced(engine, budget, batch)
             try:
-                plans.append(plan_volume(config, stated, segmenter_of(config, stated, None), info)[0].block_shape)
+                plans.append(plan_volume(stated, segmenter_of(stated, None), info)[0].block_shape)
             except ResourceError:
                 plans.append((0, 0, 0))
         small = replaced(engine, budget, 4)
         if plans[1] == (0, 0, 0):
             with pytest.raises(ResourceError, match=r"raise system.memory_budget_gb"):
-                against_batch(config, small, info)
+                against_batch(small, info)
             continue
-        found = against_batch(config, small, info)
+        found = against_batch(small, info)
         assert found == (None if plans[0] == plans[1] else TOO_LARGE)
         seen.add((plans[0] == (0, 0, 0), found))
     assert seen == {(False, None), (False, TOO_LARGE), (True, TOO_LARGE)}, "every case has been met"
@@ -124,8 +122,8 @@ def test_each_volume_gets_the_engine_that_suits_it_made_once(
 ) -> None:
     caplog.set_level("INFO", "connectomics")
     keep_profile(tmp_path, model, torch_trial(1, 0.1), torch_trial(4, 0.05))
-    config, engine = made(model, tmp_path)
-    engines = Engines(config, engine)
+    engine = made(model, tmp_path)
+    engines = Engines(engine)
     wide, narrow = Extent(volume(8, 64, 64 + 3 * 32)), Extent(volume(8, 64, 64))
     assert engines.suiting(wide) is engine
     single = engines.suiting(narrow)
@@ -136,5 +134,5 @@ def test_each_volume_gets_the_engine_that_suits_it_made_once(
 
 
 def test_a_stated_batch_is_kept_whatever_it_costs(model: Path, tmp_path: Path) -> None:
-    config, engine = made(model, tmp_path, f"{BATCH}=4")
-    assert Engines(config, engine).suiting(Extent(volume(8, 64, 64))) is engine
+    engine = made(model, tmp_path, f"{BATCH}=4")
+    assert Engines(engine).suiting(Extent(volume(8, 64, 64))) is engine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from tuned import keep_profile, torch_trial
 
 from connectomics.assembly.engine.backends import as_begun
 from connectomics.assembly.engine.engine import Engine
-from connectomics.assembly.engine.make_engine import build_engine
+from connectomics.assembly.engine.make_engine import build_engine, make_engine
 from connectomics.assembly.engine.models import load_models
+from connectomics.assembly.settings import model_settings, resolve
 from connectomics.cli import main
 from connectomics.config.load import load_config
+from connectomics.config.schema import Config, DataConfig, ModelConfig
 from connectomics.core.errors import ConfigError, OutputError
 from connectomics.forecast.tune import table, tune
 from connectomics.lightning.inference import InferenceManager
@@ -110,7 +112,7 @@ def test_another_version_model_patch_or_machine_is_not_taken(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = keep(folder, cache, FAST)
-    (_, model), *_ = load_models(load_config(None, []), model_in(folder))
+    (_, model), *_ = load_models(model_settings(ModelConfig(), DataConfig(), model_in(folder)))
     other = replace(model.spec, sha256="0" * 64)
     assert profile_path(cache, [other], [model.spec.patch_shape], "cpu") != path
     assert profile_path(cache, [model.spec], [(1, 16, 16)], "cpu") != path
@@ -196,9 +198,9 @@ def test_a_batch_that_takes_half_of_the_budget_is_not_taken(folder: Path, cache:
 
 
 def test_a_batch_decides_no_result_key(folder: Path, cache: Path) -> None:
-    alone = engine_of(folder, cache, "system.num_cpus=1", "system.backend=auto").facts
+    alone = engine_of(folder, cache, "system.num_cpus=1", "system.backend=auto").identity.facts
     keep(folder, cache, torch_trial(1, 0.1), torch_trial(4, 0.05))
-    assert dict(engine_of(folder, cache, "system.num_cpus=1", "system.backend=auto").facts) == dict(alone)
+    assert dict(engine_of(folder, cache, "system.num_cpus=1", "system.backend=auto").identity.facts) == dict(alone)
 
 
 def test_a_measured_backend_that_is_gone_gives_way_to_the_next(
@@ -208,7 +210,12 @@ def test_a_measured_backend_that_is_gone_gives_way_to_the_next(
     keep(folder, cache, replace(FAST, backend="compile", window_s=0.01), FAST)
     engine = engine_of(folder, cache, "system.backend=auto", "system.num_cpus=1")
     assert kind(engine) == ("torch", 1)
-    assert "compile was not taken" in engine.notes[0]
+    assert "compile was not taken" in engine.identity.notes[0]
+
+
+def as_it_began(config: Config, begun: Mapping[str, object], folder: Path) -> Engine:
+    stated = resolve(config, model_in(folder))
+    return make_engine(replace(stated, networks=as_begun(stated.networks, begun)))
 
 
 def test_unfinished_work_keeps_what_it_was_begun_with_whatever_is_measured_later(folder: Path, cache: Path) -> None:
@@ -216,10 +223,10 @@ def test_unfinished_work_keeps_what_it_was_begun_with_whatever_is_measured_later
     begun = dict(build_engine(config, model_in(folder)).settings.numeric_class)
     keep(folder, cache, replace(FAST, threads=7, window_s=1e-6))
     assert kind(build_engine(config, model_in(folder)))[1] == 7
-    assert dict(build_engine(as_begun(config, begun), model_in(folder)).settings.numeric_class) == begun
+    assert dict(as_it_began(config, begun, folder).settings.numeric_class) == begun
     keep(folder, cache, replace(FAST, threads=7), replace(FAST, threads=7, batch=4, window_s=1e-6, slow_s=1e-6))
     assert build_engine(config, model_in(folder)).models[0].window.batch == 4
-    assert dict(build_engine(as_begun(config, begun), model_in(folder)).settings.numeric_class) == begun
+    assert dict(as_it_began(config, begun, folder).settings.numeric_class) == begun
 
 
 def test_tune_measures_tells_and_keeps(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

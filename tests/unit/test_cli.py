@@ -379,11 +379,12 @@ def test_a_process_ends_with_its_code_after_what_was_registered(
     if not device.exists():
         pytest.skip(f"there is no {device} here")
     words = (
-        "import atexit, pathlib; from connectomics.cli.exit import leave; atexit.register(pathlib.Path('done').touch)"
+        "import atexit, pathlib; from connectomics.cli.exit import leave\n"
+        "def command():\n    atexit.register(pathlib.Path('done').touch)\n    print('a result')\n"
     )
     with device.open("w") as stream:
         ended = subprocess.run(
-            [sys.executable, "-c", f"{words}; print('a result'); leave({code})"],
+            [sys.executable, "-c", f"{words}    return {code}\nleave(command)"],
             cwd=tmp_path,
             stdout=stream,
             env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "PYTHONUNBUFFERED": ""},

@@ -24,7 +24,7 @@ from connectomics.commands.evaluate import (
     score_table,
 )
 from connectomics.config.load import load_config
-from connectomics.config.schema import Config
+from connectomics.config.schema import Config, EvaluationConfig
 from connectomics.core.errors import ConfigError, ConnectomicsError
 from connectomics.evaluate.comparison import Comparison
 from connectomics.jobs.outcome import NullObserver, VolumeOutcome
@@ -73,7 +73,7 @@ def test_scores_are_scikit_learns(model: Path, tmp_path: Path) -> None:
     config = known_answers(uris, truths, tmp_path / "out")
     engine = build_engine(config, model)
     outcomes = VolumeProcessor(config, engine).run(named_sources(uris, 1))
-    result = evaluate_outcomes(config, engine, outcomes)
+    result = evaluate_outcomes(config.test, engine, outcomes)
     given, true = [], []
     for outcome, truth in zip(outcomes, truths, strict=True):
         with h5py.File(outcome.paths[0]) as a, h5py.File(truth) as b:
@@ -104,16 +104,16 @@ def test_what_cannot_be_measured_is_named_and_the_rest_is(model: Path, tmp_path:
         VolumeOutcome("b", "failed", "broken"),
         VolumeOutcome("c", "skipped", paths=(Path(labels),)),
     ]
-    result = evaluate_outcomes(config, engine, outcomes)
+    result = evaluate_outcomes(config.test, engine, outcomes)
     assert list(result.volumes) == ["a"]
     assert "has shape" in result.failures["c"]
     assert "not measured: c" in score_table(result)
     assert result.volumes["a"]["labels"]["label_1"]["dice"] == 1.0
     with pytest.raises(ConfigError, match=r"names 3 volumes, test.data.test_image 1; state one volume for each image"):
-        check_known_answers(config, named_sources([labels], 1))
+        check_known_answers(config.test, named_sources([labels], 1), decodes=False)
     objects = known_answers([labels], [labels], tmp_path, "test.evaluation.metrics=[dice,pq]")
     with pytest.raises(ConfigError, match=r"test\.data\.test_instances"):
-        check_known_answers(objects, named_sources([labels], 1))
+        check_known_answers(objects.test, named_sources([labels], 1), decodes=False)
 
 
 def test_decoded_objects_are_compared_with_true_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,8 +144,8 @@ def test_decoded_objects_are_compared_with_true_ones(tmp_path: Path, capsys: pyt
 def confusion(folder: Path, prediction: str, truth: str, count: int, ignored: int | None = None) -> object:
     """The confusion matrix that is found, or why there is none."""
     names = {str(n): (n,) for n in range(count)}
-    config = load_config(None, [f"inference.data.output_path={folder}"])
-    result = evaluate_volumes(config, [Comparison("v", prediction, truth)], Labelling(names, count, ignored))
+    labelling = Labelling(names, count, ignored)
+    result = evaluate_volumes(folder, EvaluationConfig(), [Comparison("v", prediction, truth)], labelling)
     return result.failures["v"] if result.failures else result.volumes["v"]["confusion"]
 
 
@@ -165,7 +165,7 @@ def test_regions_are_scored_and_ignored_voxels_are_left_out(tmp_path: Path) -> N
     given = np.array([[[0, 2, 1, 2, 1, 0, 1, 1]]], np.uint8)
     outcome = VolumeOutcome("a", "done", paths=(Path(h5(tmp_path / "given.h5", given)),))
     config = known_answers(["a"], [h5(tmp_path / "truth.h5", truth)], tmp_path)
-    result = evaluate_outcomes(config, build_engine(config, folder), [outcome])
+    result = evaluate_outcomes(config.test, build_engine(config, folder), [outcome])
     assert result.pooled["voxels"] == 6
     rows = result.pooled["labels"]
     assert list(rows) == ["background", "whole", "core"]

@@ -230,9 +230,9 @@ def test_cases_share_the_sample_of_fast_against_exact(
     measured: list[str] = []
     measure = FastContract.measure
 
-    def noted(self: FastContract, *arguments: Any) -> Agreement:
-        measured.append(arguments[-2])
-        return measure(self, *arguments)
+    def noted(self: FastContract, *arguments: Any, **named: Any) -> Agreement:
+        measured.append(named["name"])
+        return measure(self, *arguments, **named)
 
     monkeypatch.setattr(FastContract, "measure", noted)
     monkeypatch.setattr(shared_sample, "SAMPLED_VOXELS", 2 * 550)

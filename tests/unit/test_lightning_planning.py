@@ -16,7 +16,15 @@ from connectomics.cli import main
 from connectomics.core.errors import ResourceError
 from connectomics.forecast import calibration
 from connectomics.forecast import volumes as planning
-from connectomics.planning.forecast import CostModel, Forecast, Timing, require_within
+from connectomics.planning.forecast import (
+    CostModel,
+    Forecast,
+    PlannedMemory,
+    PlannedTime,
+    PlannedWork,
+    Timing,
+    require_within,
+)
 from connectomics.stages.output.size import Size
 
 from nnunet_models import make_model
@@ -167,7 +175,15 @@ def test_the_pace_adds_up() -> None:
 
 
 def test_limits_are_of_all_volumes_together() -> None:
-    one = Forecast("v", 1, (1, 1, 1), 1, 1, Timing(2000.0, 1.0, 3000.0), 1, 0, 1, (), Size(0, 0), 1, 2, "", "")
+    one = Forecast(
+        "v",
+        PlannedWork(1, (1, 1, 1), 1, 1, 1, 2),
+        PlannedTime(Timing(2000.0, 1.0, 3000.0), ""),
+        PlannedMemory(1, 0, 1),
+        (),
+        Size(0, 0),
+        "",
+    )
     require_within([one], 0.6, None)
     with pytest.raises(ResourceError, match=r"2 volumes are .* 1\.11 hours, --max-hours allows 1;"):
         require_within([one, replace(one, name="w")], 1.0, None)

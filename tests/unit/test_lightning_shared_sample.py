@@ -37,10 +37,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     calls: list[tuple[str, int]] = []
     measure = FastContract.measure
 
-    def noted(self: FastContract, *arguments: Any) -> Agreement:
-        name, voxels = arguments[-2:]
+    def noted(self: FastContract, *arguments: Any, **named: Any) -> Agreement:
+        name, voxels = named["name"], named["voxels"]
         calls.append((name.removesuffix(".h5"), voxels))
-        return measure(self, *arguments)
+        return measure(self, *arguments, **named)
 
     monkeypatch.setattr(FastContract, "measure", noted)
     monkeypatch.setattr(shared_sample, "SAMPLED_VOXELS", 3 * VOXELS)

@@ -16,6 +16,7 @@ from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.engine.models import load_models
 from connectomics.assembly.memory import plan_within_device
+from connectomics.assembly.settings import network_settings, resolve
 from connectomics.config.load import load_config
 from connectomics.core.errors import DeviceMemoryError
 from connectomics.core.geometry import Box, Vec3
@@ -162,10 +163,11 @@ def test_the_batch_that_fits_is_in_the_numeric_class_and_goes_on_so(
     assert engine.settings.numeric_class["batch"] == 2
     assert engine.models[0].window.batch == 2
     begun = dict(engine.settings.numeric_class)
-    assert as_begun(config, begun).inference.sliding_window.sw_batch_size == 8
+    networks = network_settings(config)
+    assert as_begun(networks, begun).batch == 8
     on_gpu = begun | {"device": "cuda 9.0 NVIDIA H200"}
-    assert as_begun(config, on_gpu).inference.sliding_window.sw_batch_size == 2
-    assert as_begun(config, on_gpu | {"batch": 16}).inference.sliding_window.sw_batch_size == 8
+    assert as_begun(networks, on_gpu).batch == 2
+    assert as_begun(networks, on_gpu | {"batch": 16}).batch == 8
     monkeypatch.setattr(build_backends, "try_batch", holding(0))
     with pytest.raises(DeviceMemoryError, match="for one window already"):
         build_engine(config)
@@ -181,10 +183,11 @@ def test_what_fast_is_held_against_has_to_fit_too(model: Path, monkeypatch: pyte
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(build_backends, "try_batch", noting)
-    loaded = [each for _, each in load_models(config, None)]
-    fitting = fitting_backends(config, loaded, [(1, 16, 16)])
+    stated = resolve(config)
+    loaded = [each for _, each in load_models(stated.models)]
+    fitting = fitting_backends(stated.networks, loaded, [(1, 16, 16)])
     assert tried == [("fast", 4), ("exact", 4), ("fast", 2), ("exact", 2)]
-    assert fitting.config.inference.sliding_window.sw_batch_size == 2
+    assert fitting.batch == 2
     assert fitting.reference is not None
 
 
@@ -206,24 +209,23 @@ def test_blocks_are_cut_until_the_device_really_has_their_memory(
         if shape[2] > most:
             raise DeviceMemoryError(f"{shape} does not fit")
 
-    monkeypatch.setattr(RollingPredictor, "rehearse", try_memory)
+    monkeypatch.setattr(RollingPredictor, "try_memory", try_memory)
     info = VolumeInfo((1, 1, 2000, 2000), np.dtype(np.uint8), (1, 512, 512))
-    config = load_config(None, words(model))
     if most == 10:
         with pytest.raises(DeviceMemoryError, match="does not fit"):
-            plan_within_device(config, engine, [engine.segmenter], info)
+            plan_within_device(engine, [engine.segmenter], info)
         return
-    plan, _ = plan_within_device(config, engine, [engine.segmenter, engine.segmenter], info)
+    plan, _ = plan_within_device(engine, [engine.segmenter, engine.segmenter], info)
     assert tried[-2:] == [plan.block_shape] * 2
     assert plan.block_shape[2] == {4096: 2048, 1100: 1024}[most]
     assert (len(tried) == 2) == (most == 4096)
 
 
 def test_on_the_host_nothing_is_rehearsed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RollingPredictor, "rehearse", None)
+    monkeypatch.setattr(RollingPredictor, "try_memory", None)
     config = load_config(None, words(model))
     info = VolumeInfo((1, 1, 64, 64), np.dtype(np.uint8), (1, 64, 64))
     engine = build_engine(config)
-    assert engine.device_bytes is None
-    plan, _ = plan_within_device(config, engine, [engine.segmenter], info)
+    assert engine.memory.device_bytes is None
+    plan, _ = plan_within_device(engine, [engine.segmenter], info)
     assert Box.of_shape(plan.block_shape).voxels >= 64 * 64

@@ -17,7 +17,8 @@ from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.lease import Worker
 from connectomics.execution.stage import LABELS
 from connectomics.models.spec import ChannelNormalisation
-from connectomics.runs.volume import RunSettings, VolumeJob, run_volume
+from connectomics.runs.job import RunSettings, VolumeJob
+from connectomics.runs.volume import run_volume
 from connectomics.stages.output.finish import FinalOutput, settle, work_folder
 from connectomics.stages.predict.filters import BinaryFilters
 from connectomics.stages.predict.segmenter import EnsembleMember
@@ -30,6 +31,7 @@ from small_runs import (
     NotNegative,
     Reader,
     Shuffled,
+    changed,
     cores,
     job_in,
     labels,
@@ -96,8 +98,9 @@ def test_the_mask_is_the_same_after_a_failure(tmp_path: Path, by_slice: bool) ->
     for name, fails in (("whole", ()), ("resumed", (3, 4))):
         folder = tmp_path / name
         job = job_in(folder, reader=Reader(image))
-        job = replace(
-            job, segmenter=replace(job.segmenter, members=(EnsembleMember(NotNegative(), (scheme,), by_slice),))
+        job = changed(
+            job,
+            segmenter=replace(job.labeller.segmenter, members=(EnsembleMember(NotNegative(), (scheme,), by_slice),)),
         )
         for after in fails:
             with pytest.raises(VolumeError, match="the disk is gone"):

@@ -62,7 +62,7 @@ def models() -> Iterator[dict[str, Path]]:
 def made(model: Path, words: list[str]) -> Any:
     config = load_config(None, ["system.device=cpu", "system.num_cpus=1", *words])
     engine = build_engine(config, model)
-    return engine, segmenter_of(config, engine, None).members[0]
+    return engine, segmenter_of(engine, None).members[0]
 
 
 @pytest.mark.parametrize(("kind", "extent", "block", "words"), PLACES)

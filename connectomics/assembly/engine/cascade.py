@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from connectomics.assembly.engine.models import check_alike
-from connectomics.config.schema import Config, OutputConfig, PostprocessingConfig
+from connectomics.assembly.settings import InferenceSettings, LabelSettings, ModelSettings, RegionSettings
 from connectomics.config.validation import shown
 from connectomics.core.errors import ConfigError, ModelError, VolumeError
 from connectomics.core.geometry import Box
@@ -24,13 +24,13 @@ KEY = "model.previous_stage"
 NAME = "*"  # stands for the volume's name in a path of label volumes
 
 
-def first_stage_config(config: Config, specs: Sequence[ModelSpec]) -> Config | None:
-    """The configuration that runs the first stage, or None where there is none or its labels are given.
+def first_stage_settings(second: InferenceSettings, specs: Sequence[ModelSpec]) -> InferenceSettings | None:
+    """The settings that run the first stage, or None where there is none or its labels are given.
 
     Parameters
     ----------
-    config
-        Of the second stage.
+    second
+        Those of the second stage.
     specs
         The models that it names.
 
@@ -39,7 +39,7 @@ def first_stage_config(config: Config, specs: Sequence[ModelSpec]) -> Config | N
     ConfigError
         If a previous stage is stated that no model asks for, or that does not exist.
     """
-    stated = config.model.previous_stage
+    stated, models = second.models.previous_stage, second.models
     if stated is None:
         return None
     if all(spec.previous_stage is None for spec in specs):
@@ -51,29 +51,15 @@ def first_stage_config(config: Config, specs: Sequence[ModelSpec]) -> Config | N
                 f"the volume ({NAME} stands for the volume's name)"
             )
         return None
-    model, inference = config.model, config.inference
+    request = dataclasses.replace(models.requests[0], path=Path(stated), plans=None, dataset=None, sha256=None)
+    expected = {key: value for key, value in models.expected.items() if key != "data.do_2d"}
     return dataclasses.replace(
-        config,
-        model=dataclasses.replace(
-            model,
-            nnunet_checkpoint=stated,
-            nnunet_plans=None,
-            nnunet_dataset=None,
-            sha256=None,
-            ensemble=None,
-            ensemble_weights=None,
-            previous_stage=None,
-        ),
-        data=dataclasses.replace(config.data, do_2d=None),
-        inference=dataclasses.replace(
-            inference,
-            roi=None,  # windows of the second stage reach beyond what is wanted
-            mask=None,
-            sliding_window=dataclasses.replace(inference.sliding_window, window_size=None),
-            test_time_augmentation=dataclasses.replace(inference.test_time_augmentation, act=None, select_channel=None),
-            postprocessing=PostprocessingConfig(),
-            output=OutputConfig(formats=["zarr"], overwrite=True),
-        ),
+        second,
+        models=ModelSettings((request,), (1.0,), expected),
+        windows=dataclasses.replace(second.windows, shape=None),
+        labels=LabelSettings(),
+        region=RegionSettings(),  # windows of the second stage reach beyond what is wanted
+        outputs=dataclasses.replace(second.outputs, formats=("zarr",), pyramid=True, overwrite=True),
     )
 
 
@@ -84,7 +70,7 @@ def _names_model(path: Path) -> bool:
     return (path / MANIFEST).is_file() or path.name.startswith("fold_") or any(path.glob("fold_*"))
 
 
-def check_first_stage(config: Config, specs: Sequence[ModelSpec], first: ModelSpec) -> None:
+def check_first_stage(second: InferenceSettings, specs: Sequence[ModelSpec], first: ModelSpec) -> None:
     """Refuse a first stage that is not the one of these models.
 
     Raises
@@ -94,7 +80,7 @@ def check_first_stage(config: Config, specs: Sequence[ModelSpec], first: ModelSp
     ConfigError
         If both stages would be given the volume as it is, although they were trained at different spacings.
     """
-    path = config.model.previous_stage
+    path = second.models.previous_stage
     if first.previous_stage is not None:
         raise ModelError(f"{path}: is itself the second stage of a cascade; give the first one as {KEY}")
     for spec in specs:
@@ -104,14 +90,14 @@ def check_first_stage(config: Config, specs: Sequence[ModelSpec], first: ModelSp
                 f"previous stage; give that model as {KEY}, or the labels that another one made"
             )
         check_alike(spec, first, str(path), "the model", what_they_are="the stages of a cascade")
-        if config.inference.resample == "off" and spec.previous_stage and spec.spacing != first.spacing:
+        if not second.volumes.resample and spec.previous_stage and spec.spacing != first.spacing:
             raise ConfigError(
                 f"{path}: the previous stage was trained at spacing {first.spacing}, this model at {spec.spacing}; set "
                 f"inference.resample=plan, or give the previous stage's labels of the volume as {KEY}"
             )
 
 
-def check_previous_stage(config: Config, specs: Sequence[ModelSpec], sources: Sequence[VolumeSource]) -> None:
+def check_previous_stage(stated: str | None, specs: Sequence[ModelSpec], sources: Sequence[VolumeSource]) -> None:
     """Refuse volumes that a second stage cannot be run on, before the first one is.
 
     Raises
@@ -119,7 +105,6 @@ def check_previous_stage(config: Config, specs: Sequence[ModelSpec], sources: Se
     ConfigError
         If nothing is said of the previous stage, or one label volume is given for several volumes.
     """
-    stated = config.model.previous_stage
     names = [spec.previous_stage for spec in specs if spec.previous_stage is not None]
     if names and stated is None:
         raise ConfigError(
@@ -133,7 +118,7 @@ def check_previous_stage(config: Config, specs: Sequence[ModelSpec], sources: Se
         )
 
 
-def open_previous(config: Config, source: VolumeSource, reader: VolumeReader) -> VolumeReader:
+def open_previous(stated: str | None, source: VolumeSource, reader: VolumeReader) -> VolumeReader:
     """Open the label volume of the previous stage that is given for a volume.
 
     Raises
@@ -141,8 +126,8 @@ def open_previous(config: Config, source: VolumeSource, reader: VolumeReader) ->
     VolumeError
         If it cannot be read or has another extent.
     """
-    assert config.model.previous_stage is not None, "checked with the list of volumes"
-    return open_labels(config.model.previous_stage.replace(NAME, source.stem), reader)
+    assert stated is not None, "checked with the list of volumes"
+    return open_labels(stated.replace(NAME, source.stem), reader)
 
 
 def open_labels(uri: str, reader: VolumeReader) -> VolumeReader:

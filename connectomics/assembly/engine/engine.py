@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from connectomics.assembly.settings import InferenceSettings
 from connectomics.inference.predictor import SlidingWindow
 from connectomics.models.backends.cached import CachedBackend
 from connectomics.models.spec import ModelSpec
-from connectomics.runs.volume import RunSettings
-from connectomics.stages.predict.filters import BinaryFilters
+from connectomics.runs.job import RunSettings
 from connectomics.stages.predict.segmenter import Segmenter
 
 NNUNET_STEP = 0.5
@@ -39,49 +39,78 @@ class EngineModel:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineIdentity:
+    """What an engine's results are, for result keys and provenance.
+
+    Parameters
+    ----------
+    facts
+        Settings that decide the result.
+    deviations
+        In which ways this is not nnU-Net's own inference; empty when it is.
+    notes
+        Why backends that ``auto`` tried first were not taken, or the one that was does less than it can.
+    """
+
+    facts: Mapping[str, object]
+    deviations: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """Host memory of the process with program and models, before the first volume, and free memory of a device.
+
+    ``device_bytes`` is None where the models are in the host's memory.
+    """
+
+    base_bytes: int
+    device_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExactReference:
+    """What a fast engine is held against: the same models in float32, and backends that keep what the sample computed.
+
+    The backends are the fast engine's own.
+    """
+
+    segmenter: Segmenter
+    cached_backends: tuple[CachedBackend, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Engine:
     """All that is made once for many volumes.
 
     Parameters
     ----------
+    inference
+        What the configuration says.
     models
         The models, each of which is one of ``segmenter.members`` for each plane, one after the other.
     segmenter
         Predictors and rules for labels and probabilities.
-    filters
-        Whole-volume filters of the labels.
     settings
         Folder, budget, numeric class.
-    facts
-        Settings that decide the result, for result keys and provenance.
-    deviations
-        In which ways this is not nnU-Net's own inference; empty when it is.
-    base_bytes
-        Host memory of the process with the program and the models, before the first volume.
-    device_bytes
-        Free memory of the device beside the models, None where they are in the host's.
+    identity
+        What its results are.
+    memory
+        What it takes and leaves.
     previous
         The first stage of a cascade, where a model gives its labels.
-    exact
-        Where the precision is fast, the segmenter it is held against: the same models in float32.
-    cached_backends
-        Backends that need not compute again what they compute for the sample of fast against exact.
-    notes
-        Why backends that ``auto`` tried first were not taken, or the one that was does less than it can.
+    reference
+        Where the precision is fast, what it is held against.
     """
 
+    inference: InferenceSettings
     models: tuple[EngineModel, ...]
     segmenter: Segmenter
-    filters: BinaryFilters
     settings: RunSettings
-    facts: Mapping[str, object]
-    deviations: tuple[str, ...]
-    base_bytes: int
-    device_bytes: int | None
+    identity: EngineIdentity
+    memory: EngineMemory
     previous: Engine | None = None
-    exact: Segmenter | None = None
-    cached_backends: tuple[CachedBackend, ...] = ()
-    notes: tuple[str, ...] = ()
+    reference: ExactReference | None = None
 
     @property
     def spec(self) -> ModelSpec:

@@ -7,9 +7,7 @@ import importlib.metadata
 import sys
 
 from connectomics.assembly.engine.engine import NNUNET_STEP, EngineModel
-from connectomics.assembly.engine.planes import stated_planes
-from connectomics.config.schema import Config
-from connectomics.stages.predict.filters import BinaryFilters
+from connectomics.assembly.settings import InferenceSettings
 from connectomics.stages.predict.segmenter import Segmenter
 
 PACKAGES = (
@@ -41,24 +39,24 @@ def _version(name: str) -> str:
 
 
 def result_facts(
-    config: Config, models: tuple[EngineModel, ...], segmenter: Segmenter, filters: BinaryFilters, *, fast: bool
+    stated: InferenceSettings, models: tuple[EngineModel, ...], segmenter: Segmenter, *, fast: bool
 ) -> dict[str, object]:
     """Settings that decide labels and probabilities alike, as JSON values."""
-    stated = config.inference
+    windows, volumes, filters = stated.windows, stated.volumes, stated.labels.filters
     common: dict[str, object] = {
-        "engine": stated.sliding_window.engine,
-        "padding_mode": stated.sliding_window.padding_mode,
+        "engine": windows.engine,
+        "padding_mode": windows.padding_mode,
         "threshold": segmenter.labels.threshold,
         "foreground": list(segmenter.labels.foreground),
         "painted": list(segmenter.labels.painted),
         "remove_small_objects": filters.minimum_voxels,
         "fill_holes": filters.fill_holes,
-        "axes": stated.axes,
-        "voxel_size_nm": stated.voxel_size_nm,
+        "axes": volumes.axes,
+        "voxel_size_nm": None if volumes.voxel_size_nm is None else list(volumes.voxel_size_nm),
     }
     if fast:
         common["precision"] = "fast"
-    planes = stated_planes(config)
+    planes = volumes.plane_names
     members = segmenter.members[:: len(planes)]  # of each model the first; the others differ in the plane alone
     own: list[dict[str, object]] = [
         {
@@ -80,20 +78,20 @@ def result_facts(
     return common | {"ensemble": own}
 
 
-def deviations_of(config: Config, models: tuple[EngineModel, ...], segmenter: Segmenter) -> tuple[str, ...]:
-    inference, planes = config.inference, stated_planes(config)
+def deviations_of(stated: InferenceSettings, models: tuple[EngineModel, ...], segmenter: Segmenter) -> tuple[str, ...]:
+    planes, region = stated.volumes.plane_names, stated.region
     tests = [
         (planes != ["xy"], f"{'a mean over the planes' if len(planes) > 1 else 'the plane'} {', '.join(planes)}"),
-        (inference.sliding_window.engine != "nnunet", "MONAI's window grid"),
-        (inference.postprocessing.binary.enabled, "labels by a threshold"),
-        (inference.roi is not None, "background outside inference.roi"),
-        (inference.mask is not None, "background outside inference.mask"),
+        (stated.windows.whole, "MONAI's window grid"),
+        (stated.labels.threshold is not None, "labels by a threshold"),
+        (region.box is not None, "background outside inference.roi"),
+        (region.mask is not None, "background outside inference.mask"),
         (len({m.weight for m in segmenter.members}) > 1, "a weighted mean of probabilities"),
     ]
     for model, member in zip(models, segmenter.members[:: len(planes)], strict=True):
         spec, window = model.spec, model.window
         of = f" of {model.checkpoint}" if len(models) > 1 else ""
-        mirrored = inference.test_time_augmentation.enabled and window.mirror_axes != spec.mirror_axes
+        mirrored = stated.windows.mirroring and window.mirror_axes != spec.mirror_axes
         tests += [
             (window.patch != spec.patch_shape, f"window size{of} {window.patch} instead of {spec.patch_shape}"),
             (window.step != NNUNET_STEP, f"tile step size{of} {window.step:g} instead of {NNUNET_STEP}"),

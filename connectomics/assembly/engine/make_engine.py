@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +10,14 @@ from pathlib import Path
 import psutil
 
 from connectomics.assembly.engine.backends import fitting_backends
-from connectomics.assembly.engine.budget import memory_budget_bytes
-from connectomics.assembly.engine.cascade import check_first_stage, first_stage_config
-from connectomics.assembly.engine.engine import Engine, EngineModel
+from connectomics.assembly.engine.cascade import check_first_stage, first_stage_settings
+from connectomics.assembly.engine.engine import Engine, EngineIdentity, EngineMemory, EngineModel, ExactReference
 from connectomics.assembly.engine.identity import deviations_of, program_version, result_facts
 from connectomics.assembly.engine.models import load_models
-from connectomics.assembly.engine.planes import check_planes, section_axes
+from connectomics.assembly.engine.planes import check_planes
 from connectomics.assembly.engine.rules import check_activation, label_rule, probability_rule
 from connectomics.assembly.engine.windows import make_predictor, make_window
+from connectomics.assembly.settings import InferenceSettings, WindowSettings, resolve
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ModelError
 from connectomics.core.geometry import AxisOrder
@@ -28,8 +29,7 @@ from connectomics.models.backends.torch_eager import free_device_bytes, window_b
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 from connectomics.planning.memory import share_freed_memory
-from connectomics.runs.volume import RunSettings
-from connectomics.stages.predict.filters import BinaryFilters
+from connectomics.runs.job import RunSettings
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 
 
@@ -48,50 +48,57 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
     ConfigError, ModelError, DeviceError
         If the configuration, the model or the device does not fit.
     """
+    return make_engine(resolve(config, checkpoint))
+
+
+def make_engine(stated: InferenceSettings) -> Engine:
+    """As ``build_engine``, of a configuration that is resolved."""
     share_freed_memory()
-    loaded = load_models(config, checkpoint)
-    spec = loaded[0][1].spec
-    check_activation(config, spec)
-    fitting = fitting_backends(config, [m for _, m in loaded], [make_window(config, m.spec).patch for _, m in loaded])
-    stated, config, chosen, reference = config, fitting.config, fitting.chosen, fitting.reference
-    models = tuple(_engine_model(config, path, model) for path, model in loaded)
+    loaded = load_models(stated.models)
+    check_activation(stated.labels.activation, loaded[0][1].spec)
+    patches = [make_window(stated.windows, None, model.spec).patch for _, model in loaded]
+    fitting = fitting_backends(stated.networks, [model for _, model in loaded], patches)
+    chosen, reference = fitting.chosen, fitting.reference
+    models = tuple(_engine_model(stated.windows, fitting.batch, *each) for each in loaded)
     first, fast = chosen.backends[0][0], reference is not None
     cached_backends = _cached(chosen) if fast else ()
-    segmenter = _segmenter(config, models, cached_backends or chosen.backends)
-    exact = None if reference is None else _segmenter(config, models, reference.backends)
-    binary = config.inference.postprocessing.binary
-    filters = BinaryFilters(binary.remove_small_objects, binary.fill_holes) if binary.enabled else BinaryFilters()
-    settings = RunSettings(
-        Path(config.inference.data.output_path),
-        program_version(),
-        memory_budget_bytes(config),
-        first.numeric_class.as_dict(),
-        allow_mixed=config.system.allow_mixed_devices,
-        readers=max(1, config.system.inference.num_workers or 1),
-    )
-    facts = result_facts(config, models, segmenter, filters, fast=fast)
+    segmenter = _segmenter(stated, models, cached_backends or chosen.backends)
     previous = _first_stage(stated, [model.spec for model in models])  # which has a batch of its own
-    deviations = deviations_of(config, models, segmenter)
+    deviations = deviations_of(stated, models, segmenter)
     if fast and first.device.type == "cpu":
         deviations += ("bfloat16 instead of float32 (inference.precision=fast)",)
     if previous is not None:
-        deviations += tuple(f"the previous stage: {text}" for text in previous.deviations)
+        deviations += tuple(f"the previous stage: {text}" for text in previous.identity.deviations)
     base_bytes = psutil.Process().memory_info().rss + CACHED_BYTES * sum(map(len, cached_backends))
-    free = free_device_bytes(first.device)
     return Engine(
+        stated,
         models,
         segmenter,
-        filters,
-        settings,
-        facts=facts,
-        deviations=deviations,
-        base_bytes=base_bytes,
-        device_bytes=free,
+        RunSettings(
+            stated.outputs.folder,
+            program_version(),
+            stated.networks.budget_bytes,
+            first.numeric_class.as_dict(),
+            allow_mixed=stated.call.allow_mixed,
+            readers=stated.call.readers,
+        ),
+        identity=EngineIdentity(result_facts(stated, models, segmenter, fast=fast), deviations, chosen.notes),
+        memory=EngineMemory(base_bytes, free_device_bytes(first.device)),
         previous=previous,
-        exact=exact,
-        cached_backends=tuple(itertools.chain(*cached_backends)),
-        notes=chosen.notes,
+        reference=None
+        if reference is None
+        else ExactReference(
+            _segmenter(stated, models, reference.backends), tuple(itertools.chain.from_iterable(cached_backends))
+        ),
     )
+
+
+def under(engine: Engine, stated: InferenceSettings) -> Engine:
+    """The engine for volumes that are read, cut and kept as ``stated`` says; its networks stay as they are."""
+    previous, own = engine.previous, first_stage_settings(stated, engine.specs)
+    if previous is not None and own is not None:
+        previous = dataclasses.replace(previous, inference=own)
+    return dataclasses.replace(engine, inference=stated, previous=previous)
 
 
 def _cached(chosen: ChosenBackends) -> tuple[tuple[CachedBackend, ...], ...]:
@@ -102,46 +109,48 @@ def _cached(chosen: ChosenBackends) -> tuple[tuple[CachedBackend, ...], ...]:
     return tuple(tuple(map(CachedBackend, row)) for row in chosen.backends)
 
 
-def _segmenter(config: Config, models: tuple[EngineModel, ...], backends: Sequence[tuple[Backend, ...]]) -> Segmenter:
-    spec = models[0].spec
-    weights = config.model.ensemble_weights or [1.0] * len(models)
+def _segmenter(
+    stated: InferenceSettings, models: tuple[EngineModel, ...], backends: Sequence[tuple[Backend, ...]]
+) -> Segmenter:
+    spec, labels = models[0].spec, stated.labels
+    triples = zip(models, backends, stated.models.weights, strict=True)
     return Segmenter(
-        tuple(m for each in zip(models, backends, weights, strict=True) for m in _members(config, *each)),
+        tuple(member for each in triples for member in _members(stated, *each)),
         spec.classes,
-        label_rule(config, spec),
-        probability_rule(config, spec) if config.inference.output.save_probabilities else None,
+        label_rule(labels, spec),
+        probability_rule(labels, stated.outputs.formats, spec) if labels.save_probabilities else None,
     )
 
 
-def _first_stage(config: Config, specs: Sequence[ModelSpec]) -> Engine | None:
-    own = first_stage_config(config, specs)
+def _first_stage(stated: InferenceSettings, specs: Sequence[ModelSpec]) -> Engine | None:
+    own = first_stage_settings(stated, specs)
     if own is None:
         return None
-    engine = build_engine(own)
-    check_first_stage(config, specs, engine.spec)
+    engine = make_engine(own)
+    check_first_stage(stated, specs, engine.spec)
     return engine
 
 
-def _engine_model(config: Config, path: Path, model: LoadedModel) -> EngineModel:
-    window = make_window(config, model.spec)
+def _engine_model(stated: WindowSettings, batch: int, path: Path, model: LoadedModel) -> EngineModel:
+    window = make_window(stated, batch, model.spec)
     return EngineModel(path, model.spec, window, window_bytes(model.skeleton, window.patch))
 
 
 def _members(
-    config: Config, model: EngineModel, backends: tuple[Backend, ...], weight: float
+    stated: InferenceSettings, model: EngineModel, backends: tuple[Backend, ...], weight: float
 ) -> tuple[EnsembleMember, ...]:
     """A model along each plane."""
-    spec = model.spec
-    check_planes(config, spec, model.checkpoint)
-    by_slice = spec.slice_case if config.inference.case == "auto" else config.inference.case == "slice"
-    check_resampling(config, spec, by_slice=by_slice)
+    spec, volumes = model.spec, stated.volumes
+    check_planes(volumes.plane_names, spec, model.checkpoint)
+    by_slice = spec.slice_case if volumes.case == "auto" else volumes.case == "slice"
+    check_resampling(spec, resample=volumes.resample, by_slice=by_slice)
     if by_slice and spec.previous_stage is not None and any(scheme.masked for scheme in spec.normalisations):
         raise ModelError(
             f"configuration '{spec.configuration}' is the second stage of a cascade, normalises within a mask "
             "(use_mask_for_norm), and each section is a case; that is not supported: set inference.case=volume, or use "
             "nnU-Net itself for it"
         )
-    predictor = make_predictor(config, backends, model.window, spec)
+    predictor = make_predictor(stated.windows, backends, model.window, spec)
     values = () if spec.previous_stage is None else spec.foreground_labels
     return tuple(
         EnsembleMember(
@@ -153,13 +162,13 @@ def _members(
             previous_values=values,
             section_axis=axis,
         )
-        for axis in section_axes(config)
+        for axis in volumes.planes
     )
 
 
-def check_resampling(config: Config, spec: ModelSpec, *, by_slice: bool) -> None:
+def check_resampling(spec: ModelSpec, *, resample: bool, by_slice: bool) -> None:
     """Refuse ``inference.resample=plan`` where nnU-Net resamples nothing, or otherwise than this program can."""
-    if config.inference.resample == "off":
+    if not resample:
         return
     if by_slice:
         raise ConfigError(

@@ -2,57 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from connectomics.config.schema import Config
-from connectomics.core.errors import ConfigError, ModelError
+from connectomics.assembly.settings import ModelSettings
+from connectomics.core.errors import ModelError
 from connectomics.models.checkpoint import LoadedModel, load_model
-from connectomics.models.locate import ModelRequest
 from connectomics.models.spec import ModelSpec
 
 
-def checkpoint_path(config: Config, checkpoint: Path | None) -> Path:
-    """The model that the command line, or else the configuration, names.
-
-    Raises
-    ------
-    ConfigError
-        If none is named.
-    """
-    if checkpoint is not None:
-        return checkpoint
-    if config.model.nnunet_checkpoint is None:
-        raise ConfigError("no model is named; give --checkpoint PATH or set model.nnunet_checkpoint")
-    return Path(config.model.nnunet_checkpoint)
-
-
-def load(config: Config, path: Path) -> LoadedModel:
-    """Load a model and hold it against what the configuration expects.
+def load(stated: ModelSettings, number: int = 0) -> LoadedModel:
+    """Load one of the models that are named, and hold it against what is expected.
 
     Raises
     ------
     ModelError
         If it cannot be loaded or is not what the configuration says.
     """
-    loaded = load_model(model_request(config, path))
-    _check_expectations(config, loaded.spec, path)
+    request = stated.requests[number]
+    loaded = load_model(request)
+    _check_expectations(stated.expected, loaded.spec, request.path)
     return loaded
 
 
-def load_models(config: Config, checkpoint: Path | None) -> list[tuple[Path, LoadedModel]]:
+def load_models(stated: ModelSettings) -> list[tuple[Path, LoadedModel]]:
     """The model that is named and those of ``model.ensemble``, which must segment the same labels of the same channels.
 
     Raises
     ------
-    ConfigError
-        If no model is named.
     ModelError
         If one cannot be loaded, or does not fit the first.
     """
-    paths = [checkpoint_path(config, checkpoint), *map(Path, config.model.ensemble or ())]
-    loaded = [(path, load(config, path)) for path in paths]
+    loaded = [(request.path, load(stated, i)) for i, request in enumerate(stated.requests)]
     for path, other in loaded[1:]:
-        check_alike(loaded[0][1].spec, other.spec, str(path), str(paths[0]), what_they_are="the models of an ensemble")
+        check_alike(
+            loaded[0][1].spec, other.spec, str(path), str(loaded[0][0]), what_they_are="the models of an ensemble"
+        )
     return loaded
 
 
@@ -77,40 +62,21 @@ def check_alike(ours: ModelSpec, theirs: ModelSpec, path: str, first: str, what_
             )
 
 
-def model_request(config: Config, path: Path) -> ModelRequest:
-    """How the configuration wants the model at ``path`` to be read."""
-    model = config.model
-    return ModelRequest(
-        path,
-        folds=model.folds,
-        checkpoint_name=model.checkpoint_name,
-        plans=Path(model.nnunet_plans) if model.nnunet_plans else None,
-        dataset=Path(model.nnunet_dataset) if model.nnunet_dataset else None,
-        sha256=model.sha256,
-        trust_code=model.trust_code,
-        architecture=model.architecture,
-    )
-
-
-def _check_expectations(config: Config, spec: ModelSpec, path: Path) -> None:
-    expected: tuple[tuple[str, object, object], ...] = (
-        ("model.in_channels", config.model.in_channels, spec.channels),
-        ("model.out_channels", config.model.out_channels, spec.classes),
-        ("data.in_channels", config.data.in_channels, spec.channels),
-        ("data.out_channels", config.data.out_channels, spec.classes),
-        ("data.do_2d", config.data.do_2d, spec.dimensions == 2),
-    )
-    for key, stated, found in expected:
-        if stated is not None and stated != found:
+def _check_expectations(expected: Mapping[str, object], spec: ModelSpec, path: Path) -> None:
+    for key, stated in expected.items():
+        found = {"in_channels": spec.channels, "out_channels": spec.classes, "do_2d": spec.dimensions == 2}[
+            key.rpartition(".")[2]
+        ]
+        if stated != found:
             raise ModelError(f"{path}: {key} is {stated}, but the model has {found}; mend the key or leave it null")
 
 
-def describe(config: Config, checkpoint: Path) -> dict[str, object]:
+def describe(stated: ModelSettings) -> dict[str, object]:
     """What ``connectomics inspect`` prints of a model, as JSON values."""
-    spec = load(config, checkpoint).spec
+    spec = load(stated).spec
     axes = "zyx"  # of the volume; patch, spacing and mirror axes are those of the transposed axes
     return {
-        "model": str(checkpoint),
+        "model": str(stated.requests[0].path),
         "configuration": f"{spec.configuration} ({spec.dimensions}D)",
         "trainer": spec.trainer_name,
         "plans": spec.plans_name,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from connectomics.config.schema import Config
-from connectomics.config.validation import PLANES
+from connectomics.assembly.settings import VolumeSettings
 from connectomics.core.errors import ModelError, VolumeError
 from connectomics.models.spec import ModelSpec
 from connectomics.volumes.volume import Nanometres, Spacing
@@ -15,17 +14,7 @@ LARGEST_RATIO = 1.5
 """How many times longer than the shortest the longest edge of a voxel may be."""
 
 
-def section_axes(config: Config) -> tuple[int, ...]:
-    """The volume's axes (0 = z, 1 = y, 2 = x) across which the model's sections lie, xy, xz and yz, in this order."""
-    return tuple(axis for axis, plane in enumerate(PLANES) if plane in config.inference.planes)
-
-
-def stated_planes(config: Config) -> list[str]:
-    """The planes in the order they are computed in, whatever the order they are stated in."""
-    return [PLANES[axis] for axis in section_axes(config)]
-
-
-def check_planes(config: Config, spec: ModelSpec, path: Path) -> None:
+def check_planes(planes: list[str], spec: ModelSpec, path: Path) -> None:
     """Refuse planes other than xy for a model that cannot take them.
 
     Raises
@@ -33,7 +22,6 @@ def check_planes(config: Config, spec: ModelSpec, path: Path) -> None:
     ModelError
         If it is 3D, or the second stage of a cascade.
     """
-    planes = stated_planes(config)
     if planes == ["xy"]:
         return
     if spec.dimensions != 2:
@@ -48,7 +36,7 @@ def check_planes(config: Config, spec: ModelSpec, path: Path) -> None:
         )
 
 
-def check_isotropic(config: Config, edges: Nanometres | Spacing | None, name: str) -> None:
+def check_isotropic(stated: VolumeSettings, edges: Nanometres | Spacing | None, name: str) -> None:
     """Refuse planes other than xy in a volume whose voxels are longer along one axis.
 
     Nothing is refused with ``inference.resample=plan``, which brings each plane to the pixels of the model's training.
@@ -65,13 +53,13 @@ def check_isotropic(config: Config, edges: Nanometres | Spacing | None, name: st
     VolumeError
         If the longest edge is more than ``LARGEST_RATIO`` times the shortest.
     """
-    stated = config.inference
-    if stated_planes(config) == ["xy"] or stated.resample == "plan" or stated.allow_anisotropic_planes or edges is None:
+    planes = stated.plane_names
+    if planes == ["xy"] or stated.resample or stated.allow_anisotropic or edges is None:
         return
     if max(edges) > LARGEST_RATIO * min(edges):
         raise VolumeError(
             f"{name}: its voxels measure {edges[0]:g} x {edges[1]:g} x {edges[2]:g} (z, y, x), and {KEY} is "
-            f"{stated_planes(config)}: the model would see sections stretched {max(edges) / min(edges):.3g} times, "
+            f"{planes}: the model would see sections stretched {max(edges) / min(edges):.3g} times, "
             f"expected at most {LARGEST_RATIO:g}; set {KEY}=[xy], bring the planes to the model's pixels by "
             "inference.resample=plan, or set inference.allow_anisotropic_planes=true"
         )

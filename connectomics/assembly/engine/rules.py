@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from connectomics.config.schema import Config
+from connectomics.assembly.settings import LabelSettings
 from connectomics.core.errors import ConfigError
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.models.spec import ModelSpec
 
 
-def _selected(config: Config, spec: ModelSpec) -> tuple[int, ...] | None:
-    stated = config.inference.test_time_augmentation.select_channel
+def _selected(stated: tuple[int, ...] | None, spec: ModelSpec) -> tuple[int, ...] | None:
     if stated is None:
         return None
     if any(not 0 <= c < spec.classes for c in stated):
         raise ConfigError(
-            f"inference.test_time_augmentation.select_channel is {stated}, but the model has classes 0 to "
+            f"inference.test_time_augmentation.select_channel is {list(stated)}, but the model has classes 0 to "
             f"{spec.classes - 1}"
         )
-    return tuple(stated)
+    return stated
 
 
-def label_rule(config: Config, spec: ModelSpec) -> LabelRule:
+def label_rule(stated: LabelSettings, spec: ModelSpec) -> LabelRule:
     """nnU-Net's rule, or a threshold where binary post-processing is on."""
-    binary = config.inference.postprocessing.binary
     painted = spec.class_values if spec.regions else ()
-    if not binary.enabled:
+    if stated.threshold is None:
         return LabelRule(spec.label_dtype, painted=painted)
     first = 0 if spec.regions else 1  # among labels, the first is the background
-    foreground = _selected(config, spec) or tuple(range(first, spec.classes))
-    return LabelRule(np.dtype(np.uint8), binary.threshold, foreground, painted)
+    foreground = _selected(stated.channels, spec) or tuple(range(first, spec.classes))
+    return LabelRule(np.dtype(np.uint8), stated.threshold, foreground, painted)
 
 
-def check_activation(config: Config, spec: ModelSpec) -> str:
+def check_activation(stated: str | None, spec: ModelSpec) -> str:
     """What makes probabilities of the model's logits, or none.
 
     Raises
@@ -41,7 +41,6 @@ def check_activation(config: Config, spec: ModelSpec) -> str:
     ConfigError
         If the configuration states the other family's.
     """
-    stated = config.inference.test_time_augmentation.act
     own, outputs = (
         ("sigmoid", "regions, which overlap") if spec.regions else ("softmax", "labels, which exclude others")
     )
@@ -53,7 +52,7 @@ def check_activation(config: Config, spec: ModelSpec) -> str:
     return stated or own
 
 
-def probability_rule(config: Config, spec: ModelSpec) -> ProbabilityRule:
+def probability_rule(stated: LabelSettings, formats: Sequence[str], spec: ModelSpec) -> ProbabilityRule:
     """What is stored of probabilities.
 
     Raises
@@ -61,15 +60,14 @@ def probability_rule(config: Config, spec: ModelSpec) -> ProbabilityRule:
     ConfigError
         If the stated activation is not the model's, or the formats cannot hold them.
     """
-    post = config.inference.postprocessing
-    channels = _selected(config, spec) or tuple(range(spec.classes))
+    channels = _selected(stated.channels, spec) or tuple(range(spec.classes))
     rule = ProbabilityRule(
         channels,
-        check_activation(config, spec),
-        1.0 if post.intensity_scale is None else post.intensity_scale,
-        np.dtype(post.intensity_dtype or np.float32),
+        check_activation(stated.activation, spec),
+        1.0 if stated.intensity_scale is None else stated.intensity_scale,
+        np.dtype(stated.intensity_dtype or np.float32),
     )
-    if config.inference.output.formats == ["png"] and not rule.fits_png:
+    if list(formats) == ["png"] and not rule.fits_png:
         raise ConfigError(
             f"inference.output.formats is [png], which cannot hold probabilities of {len(channels)} classes as "
             f"{rule.dtype}; add h5, tiff or zarr, or keep one class (select_channel) as uint8 (intensity_dtype)"

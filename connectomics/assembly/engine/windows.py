@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from connectomics.assembly.engine.engine import NNUNET_STEP
-from connectomics.config.schema import Config
+from connectomics.assembly.settings import WindowSettings
 from connectomics.core.errors import ConfigError
 from connectomics.inference.predictor import Predictor, RollingPredictor, SlidingWindow
 from connectomics.inference.windows import as_patch
@@ -11,34 +11,32 @@ from connectomics.models.backends.contract import Backend
 from connectomics.models.spec import ModelSpec
 
 
-def make_window(config: Config, spec: ModelSpec) -> SlidingWindow:
-    """How a model's windows are laid.
+def make_window(stated: WindowSettings, batch: int | None, spec: ModelSpec) -> SlidingWindow:
+    """How a model's windows are laid, ``batch`` of them a forward pass; None for one.
 
     Raises
     ------
     ConfigError
         If what is stated does not fit the model.
     """
-    stated = config.inference.sliding_window
     patch = spec.patch_shape
-    if stated.window_size is not None:
-        patch = as_patch(stated.window_size, spec.patch_shape)
+    if stated.shape is not None:
+        patch = as_patch(stated.shape, spec.patch_shape)
         if spec.dimensions == 2 and patch[0] != 1:
             raise ConfigError(
-                f"inference.sliding_window.window_size is {stated.window_size}, but the model is 2D; state (y, x)"
+                f"inference.sliding_window.window_size is {list(stated.shape)}, but the model is 2D; state (y, x)"
             )
     return SlidingWindow(
         patch,
         NNUNET_STEP if stated.overlap is None else round(1.0 - stated.overlap, 12),  # 1 - 0.9 is not 0.1
         stated.blending,
-        _mirror_axes(config, spec),
-        batch=stated.sw_batch_size or 1,
+        _mirror_axes(stated, spec),
+        batch=batch or 1,
     )
 
 
-def _mirror_axes(config: Config, spec: ModelSpec) -> tuple[int, ...]:
-    stated = config.inference.test_time_augmentation
-    if not stated.enabled:
+def _mirror_axes(stated: WindowSettings, spec: ModelSpec) -> tuple[int, ...]:
+    if not stated.mirroring:
         return ()
     if stated.flip_axes is None:
         return spec.mirror_axes
@@ -46,13 +44,15 @@ def _mirror_axes(config: Config, spec: ModelSpec) -> tuple[int, ...]:
         raise ConfigError(
             "inference.test_time_augmentation.flip_axes names 0 (z), but the model is 2D; use 1 (y) and 2 (x)"
         )
-    return tuple(stated.flip_axes)
+    return stated.flip_axes
 
 
-def make_predictor(config: Config, backends: tuple[Backend, ...], window: SlidingWindow, spec: ModelSpec) -> Predictor:
+def make_predictor(
+    stated: WindowSettings, backends: tuple[Backend, ...], window: SlidingWindow, spec: ModelSpec
+) -> Predictor:
     """The predictor that lays a model's windows for these backends, one a fold."""
-    if config.inference.sliding_window.engine == "nnunet":
+    if not stated.whole:
         return RollingPredictor(backends, window, spec.classes)
     from connectomics.inference.monai_window import MonaiPredictor
 
-    return MonaiPredictor(backends, window, config.inference.sliding_window.padding_mode)
+    return MonaiPredictor(backends, window, stated.padding_mode)

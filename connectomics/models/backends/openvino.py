@@ -205,7 +205,7 @@ def _converted(front: Any, network: nn.Module, shape: tuple[int, ...]) -> Any:
     """OpenVINO's model of the network, by its front end: its ``convert_model`` would change the root logger."""
     decoders = importlib.import_module("openvino.frontend.pytorch.ts_decoder")
     example = torch.zeros(shape)
-    with _silence(), torch.no_grad():
+    with _quietly(), torch.no_grad():
         traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
             network.to(CPU).eval(), example, check_trace=False
         )
@@ -217,7 +217,7 @@ def _converted(front: Any, network: nn.Module, shape: tuple[int, ...]) -> Any:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def _quietly() -> Iterator[None]:
     """Tracing warns of what it always does: one shape, and that PyTorch would rather export."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

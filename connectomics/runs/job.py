@@ -1,0 +1,101 @@
+"""One volume as a run is given it: what is read, how it is labelled, where its results go, what it may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.lease import STALE_S
+from connectomics.execution.retry import PAUSES_S
+from connectomics.stages.decode.context import BLOCK_VOXELS, VOXEL_BYTES
+from connectomics.stages.output.finish import FinalOutput
+from connectomics.stages.predict.filters import BinaryFilters
+from connectomics.stages.predict.precision_check import FastContract
+from connectomics.stages.predict.segmenter import Segmenter
+from connectomics.stages.survey.region import RegionOfInterest
+from connectomics.volumes.volume import VolumeReader
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """How a volume is run; nothing here changes a voxel.
+
+    Parameters
+    ----------
+    folder
+        Where final outputs and RUN folders go.
+    program
+        Name and version of the program, part of the run key.
+    budget_bytes
+        Host memory.
+    numeric_class
+        Of the backend, kept in the ledger's header.
+    allow_mixed
+        Resume although the numeric class differs.
+    readers
+        Threads that may read ahead in the survey, as far as memory goes.
+    stale_s
+        Age of the heartbeat of another machine's process from which on it counts as dead.
+    pauses_s
+        Seconds to wait before each further attempt where reading or writing fails for a moment.
+    """
+
+    folder: Path
+    program: str
+    budget_bytes: int
+    numeric_class: Mapping[str, object]
+    allow_mixed: bool = False
+    readers: int = 1
+    stale_s: float = STALE_S
+    pauses_s: tuple[float, ...] = PAUSES_S
+
+
+@dataclass(frozen=True, slots=True)
+class Labeller:
+    """How voxels become labels: models, filters of whole objects, what is wanted, what a fast run is held to.
+
+    Without ``roi`` every voxel is wanted.
+    """
+
+    segmenter: Segmenter
+    filters: BinaryFilters
+    roi: RegionOfInterest | None = None
+    contract: FastContract | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """What is told of a volume: its provenance, the command that makes it again, and the time that was predicted."""
+
+    provenance: Mapping[str, object]
+    command: tuple[str, ...]
+    predicted_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobLimits:
+    """What a volume's work may take.
+
+    ``readers`` threads survey it. ``filter_block_bytes`` is what a block may take whose filters, or the holes of whose
+    mask, are worked out. ``on_device`` tells that a device has memory of its own, which the blocks were tried on.
+    """
+
+    readers: int = 1
+    filter_block_bytes: int = BLOCK_VOXELS * VOXEL_BYTES
+    on_device: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeJob:
+    """One volume and what is wanted of it."""
+
+    name: str
+    run_folder: Path
+    reader: VolumeReader
+    labeller: Labeller
+    outputs: tuple[FinalOutput, ...]
+    plan: BlockPlan
+    record: JobRecord
+    limits: JobLimits = JobLimits()
