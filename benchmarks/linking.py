@@ -32,8 +32,8 @@ from connectomics.objects.pieces import PIECE
 from connectomics.objects.table import MeasurementUnits
 from connectomics.stages.decode.connected_components import ConnectedComponents
 from connectomics.stages.decode.context import DecodingState, StepContext
-from connectomics.stages.decode.decoding_step import DecodingStep
 from connectomics.stages.decode.slice_linking import SliceLinking
+from connectomics.stages.decode.step_contract import DecodingStep
 from connectomics.volumes.store import open_store
 
 STEPS: dict[str, DecodingStep] = {

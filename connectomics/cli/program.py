@@ -93,7 +93,7 @@ def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> lis
     if not config.decoding:
         with ProgressBar() as bar:
             return VolumeProcessor(config, engine, bar).run(sources)
-    from connectomics.assembly.decoding import check_run, decoding_request
+    from connectomics.assembly.decode_jobs import check_run, decoding_request
     from connectomics.commands.decode import decode_outcomes
 
     request = decoding_request(config)
@@ -210,7 +210,7 @@ def _verify(words: argparse.Namespace) -> int:
 
 def _decode(words: argparse.Namespace) -> int:
     config = _configured(words)
-    from connectomics.assembly.decoding import decoding_input, decoding_request
+    from connectomics.assembly.decode_jobs import decoding_input, decoding_request
     from connectomics.cli.progress import ProgressBar
     from connectomics.commands.decode import Decoder
     from connectomics.lightning.inference import check_output_folder

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from connectomics.assembly.decoding import (
+from connectomics.assembly.decode_jobs import (
     SUFFIX,
     DecodingInput,
     DecodingRequest,
@@ -26,7 +26,7 @@ from connectomics.core.errors import ConnectomicsError
 from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.task import RunReport
 from connectomics.jobs.outcome import NOT_BEGUN, NullObserver, Observer, VolumeOutcome, attempted
-from connectomics.runs.decode import DecodeSettings, run_decode
+from connectomics.runs.decoding_run import DecodeSettings, run_decode
 from connectomics.stages.output.finish import FinalOutput, check_names, settle, work_folder
 from connectomics.volumes.listing import stem_of
 from connectomics.volumes.opening import open_volume

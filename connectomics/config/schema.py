@@ -214,5 +214,5 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
-    decoding: list[Any] = field(default_factory=list)  # of ``stages.decode.decoding_step.DecodingStep``
+    decoding: list[Any] = field(default_factory=list)  # of ``stages.decode.step_contract.DecodingStep``
     test: TestConfig = field(default_factory=TestConfig)

@@ -30,8 +30,8 @@ from connectomics.objects.merge import OBJECTS
 from connectomics.objects.selection import NUMBERS
 from connectomics.objects.table import MeasurementUnits
 from connectomics.stages.decode.context import DecodingState, StepContext, decode_plan
-from connectomics.stages.decode.decoding_step import DecodingMemory, DecodingPass, DecodingStep, StepInput
 from connectomics.stages.decode.object_filters import Filters, passes
+from connectomics.stages.decode.step_contract import DecodingMemory, DecodingPass, DecodingStep, StepInput
 from connectomics.volumes.volume import VolumeInfo
 
 VoxelArray = npt.NDArray[Any]
@@ -58,7 +58,7 @@ class ArrayVolume:
 def in_order(task: Task, ledger: Ledger) -> BlocksDone:
     """Run a stage without other processes."""
     with Worker(ledger.folder.parent / "workers") as worker:
-        return run_blocks(task, ledger, SerialExecutor(), worker, lambda done, planned: None)
+        return run_blocks(task, ledger, SerialExecutor(), worker, on_block=lambda done, planned: None)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class DecodingStepContract:
     def cut(self, sample: StepSample, block: Vec3, folder: Path, run: RunStage = in_order) -> Decoded:
         """Return what the step makes of a volume in blocks."""
         steps = [*sample.before, self.step()]
-        return decode_array(sample.values, steps, block, folder, sample.probabilities, run=run)
+        return decode_array(sample.values, steps, block, folder, probabilities=sample.probabilities, run=run)
 
     def test_its_fields_are_its_keys_and_in_the_result_key(self) -> None:
         step = self.step()
@@ -248,8 +248,8 @@ class DecodingStepContract:
             steps = [*sample.before, self.step(), Filters(min_voxels=3, keep_largest=2)]
             block, likely = block_shapes(vec3(sample.values.shape))[0], sample.probabilities
             one, two = (tmp_path / f"{number} {kind}" for kind in ("fused", "apart"))
-            fused = decode_array(sample.values, steps, block, one, likely, fused=True)
-            apart = decode_array(sample.values, steps, block, two, likely)
+            fused = decode_array(sample.values, steps, block, one, probabilities=likely, fused=True)
+            apart = decode_array(sample.values, steps, block, two, probabilities=likely)
             assert np.array_equal(fused.ids, apart.ids) and rows_of(fused) == rows_of(apart)
 
 

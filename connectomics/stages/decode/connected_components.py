@@ -9,7 +9,7 @@ from typing import ClassVar
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.objects.components import Connectivity
 from connectomics.stages.decode.context import DecodingState, StepContext
-from connectomics.stages.decode.decoding_step import (
+from connectomics.stages.decode.step_contract import (
     DecodingMemory,
     Rules,
     StepInput,

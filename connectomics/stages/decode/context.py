@@ -1,6 +1,7 @@
 """Where the steps of decoding work: stages of blocks under ledgers, tables and stores that are whole or absent.
 
-``runs.decode`` makes a context for each step, ``stages.decode.binary_filters`` and ``stages.survey.mask`` for theirs.
+``runs.decoding_run`` makes a context for each step; ``stages.decode.binary_filters`` and ``stages.survey.mask`` make
+their own.
 """
 
 from __future__ import annotations

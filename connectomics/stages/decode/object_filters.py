@@ -20,7 +20,7 @@ from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import OBJECTS
 from connectomics.objects.selection import NUMBERS, Holes, Selection, absorb, inherit
 from connectomics.stages.decode.context import DecodingState, StepContext
-from connectomics.stages.decode.decoding_step import (
+from connectomics.stages.decode.step_contract import (
     DecodingMemory,
     DecodingPass,
     DecodingStep,

@@ -23,7 +23,7 @@ from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS
 from connectomics.objects.overlaps import COLUMNS, OVERLAP, PieceRuns, overlaps, summed
 from connectomics.objects.selection import NUMBERS
 from connectomics.stages.decode.context import EVERYTHING, TABLES, DecodingState, StepContext
-from connectomics.stages.decode.decoding_step import DecodingMemory, Rules, StepInput, check_values
+from connectomics.stages.decode.step_contract import DecodingMemory, Rules, StepInput, check_values
 from connectomics.stages.decode.tasks import BlockPieces, block_file, smallest_dtype
 from connectomics.stages.decode.values import Values
 from connectomics.volumes.volume import Array, VolumeInfo

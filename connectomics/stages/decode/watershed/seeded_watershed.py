@@ -33,7 +33,7 @@ from connectomics.stages.decode.context import (
     StepContext,
     decode_plan,
 )
-from connectomics.stages.decode.decoding_step import (
+from connectomics.stages.decode.step_contract import (
     DecodingMemory,
     Rules,
     StepInput,

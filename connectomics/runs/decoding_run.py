@@ -29,7 +29,7 @@ from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blo
 from connectomics.execution.task import Executor, RunReport, Task
 from connectomics.objects.table import MeasurementUnits, write_table
 from connectomics.stages.decode.context import PLAN, DecodingState, StepContext, kept_plan
-from connectomics.stages.decode.decoding_step import DecodingPass
+from connectomics.stages.decode.step_contract import DecodingPass
 from connectomics.stages.decode.tasks import Read
 from connectomics.stages.output.finish import (
     FinalOutput,

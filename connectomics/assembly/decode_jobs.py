@@ -20,10 +20,10 @@ from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.objects.table import require_parquet
-from connectomics.runs.decode import DecodeJob, DecodeRecord, TableProbabilities
+from connectomics.runs.decoding_run import DecodeJob, DecodeRecord, TableProbabilities
 from connectomics.stages.decode.context import decode_plan
-from connectomics.stages.decode.decoding_step import DecodingMemory, DecodingStep, StepInput
 from connectomics.stages.decode.object_filters import passes
+from connectomics.stages.decode.step_contract import DecodingMemory, DecodingStep, StepInput
 from connectomics.stages.decode.values import ClassProbabilities, Values, probability_units
 from connectomics.stages.output.export import FORMATS, export_path, read_stamp
 from connectomics.stages.output.finish import FinalOutput
@@ -128,7 +128,9 @@ def decoding_request(config: Config) -> DecodingRequest:
     size, shape = inference.voxel_size_nm, inference.block_shape
     return DecodingRequest(
         tuple(config.decoding),
-        ObjectsOutput(Path(inference.data.output_path), formats, output.table, output.pyramid, output.overwrite),
+        ObjectsOutput(
+            Path(inference.data.output_path), formats, output.table, pyramid=output.pyramid, overwrite=output.overwrite
+        ),
         axes=inference.axes,
         voxel_size_nm=None if size is None else (size[0], size[1], size[2]),
         block_shape=None if shape is None else vec3(shape),
