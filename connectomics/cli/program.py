@@ -93,16 +93,15 @@ def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> lis
     if not config.decoding:
         with ProgressBar() as bar:
             return VolumeProcessor(config, engine, bar).run(sources)
-    from connectomics.assembly.decoding import check_decoding
-    from connectomics.assembly.watershed import check_run
+    from connectomics.assembly.decode_jobs import check_run, decoding_request
     from connectomics.commands.decode import decode_outcomes
 
-    check_decoding(config)
-    check_run(config, engine)
+    request = decoding_request(config)
+    check_run(request, engine)
     with ProgressBar() as bar:
         outcomes = VolumeProcessor(config, engine, bar).run(sources)
     with ProgressBar() as bar:
-        return decode_outcomes(config, engine, outcomes, bar)
+        return decode_outcomes(request, engine, outcomes, bar)
 
 
 def _ended(outcomes: Sequence[VolumeOutcome]) -> int:
@@ -226,7 +225,7 @@ def _verify(words: argparse.Namespace) -> int:
 
 def _decode(words: argparse.Namespace) -> int:
     config = _configured(words)
-    from connectomics.assembly.decoding import decoding_input
+    from connectomics.assembly.decode_jobs import decoding_input, decoding_request
     from connectomics.cli.progress import ProgressBar
     from connectomics.commands.decode import Decoder
     from connectomics.lightning.inference import check_output_folder
@@ -234,7 +233,7 @@ def _decode(words: argparse.Namespace) -> int:
     source = decoding_input(words.volume)
     check_output_folder(Path(config.inference.data.output_path))
     with ProgressBar() as bar:
-        return _ended(Decoder(config, bar).run([source]))
+        return _ended(Decoder(decoding_request(config), bar).run([source]))
 
 
 def _reproduce(words: argparse.Namespace) -> int:

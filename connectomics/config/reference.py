@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from connectomics.config.decoding import STEPS
 from connectomics.config.rules import DOC
 from connectomics.config.schema import Config
 from connectomics.config.validation import shown
+from connectomics.core.features import DECODING_STEPS
 
 _POINTER = re.compile(r"[,;] see \[[^\]]+\]\([^)]*\)")
 _LINK = re.compile(r"\[([^\]]+)\]\([^)]*\)")
@@ -39,7 +39,7 @@ def entries(prefix: str = "") -> list[KeyEntry]:
     >>> [(entry.key, entry.default) for entry in entries("inference.output.t")]
     [('inference.output.table', 'parquet')]
     """
-    steps = (entry for name, kind in STEPS.items() for entry in _of_step(name, kind))
+    steps = (entry for name in DECODING_STEPS.names() for entry in _of_step(name, DECODING_STEPS.load(name)))
     return [entry for entry in (*_of_section(Config(), ""), *steps) if entry.key.startswith(prefix)]
 
 

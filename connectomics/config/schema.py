@@ -204,7 +204,6 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
-    decoding: list[Any] = key(
-        [], "steps that turn labels into objects, see [Instances](#instances)"
-    )  # of ``config.decoding.DecodingStep``
+    # of ``stages.decode.step_contract.DecodingStep``
+    decoding: list[Any] = key([], "steps that turn labels into objects, see [Instances](#instances)")
     test: TestConfig = field(default_factory=TestConfig)

@@ -1,0 +1,18 @@
+"""The built-in features of each kind, and the entry points by which other packages add theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from connectomics.core.registry import Registry
+
+DECODING_STEPS: Registry[Any] = Registry(
+    "step of decoding",
+    "connectomics.decoding_steps",
+    {
+        "connected_components": "connectomics.stages.decode.connected_components:ConnectedComponents",
+        "filters": "connectomics.stages.decode.object_filters:Filters",
+        "slice_linking": "connectomics.stages.decode.slice_linking:SliceLinking",
+        "watershed": "connectomics.stages.decode.watershed.seeded_watershed:Watershed",
+    },
+)
