@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from connectomics.config.inference import PLANES, InferenceConfig
+from connectomics.config.inference_keys import PLANES, InferenceConfig
 from connectomics.config.schema import Config, DataConfig, ModelConfig, SystemConfig
 from connectomics.core.errors import ConfigError
 from connectomics.core.geometry import Box, Vec3, vec3

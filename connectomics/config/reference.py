@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from connectomics.config.rules import DOC
+from connectomics.config.key_rules import DOC
 from connectomics.config.schema import Config
 from connectomics.config.validation import shown
 from connectomics.core.features import DECODING_STEPS

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from connectomics.config.inference import InferenceConfig
-from connectomics.config.rules import (
+from connectomics.config.inference_keys import InferenceConfig
+from connectomics.config.key_rules import (
     DEVICE,
     DISTINCT,
     NAMES,
     ONE_GPU,
-    Rule,
+    KeyRule,
     at_least,
     key,
     matching,
@@ -38,7 +38,7 @@ class SystemInferenceConfig:
     batch_size: int | None = key(
         None,
         "volumes at a time, 1; windows per pass are `sliding_window.sw_batch_size`",
-        Rule(
+        KeyRule(
             lambda batch: batch == 1,
             "volumes are processed one by one, so it must be 1 or null; windows per forward pass are "
             "inference.sliding_window.sw_batch_size",
@@ -99,7 +99,7 @@ class ModelConfig:
     use_deep_supervision: bool | None = key(
         None,
         "true is refused: inference uses the full-resolution head only",
-        Rule(lambda deep: not deep, "inference uses the full-resolution head only, so it must be false or null"),
+        KeyRule(lambda deep: not deep, "inference uses the full-resolution head only, so it must be false or null"),
     )
     in_channels: int | None = key(None, "when given, checked against the model", at_least(1))
     out_channels: int | None = key(None, "when given, checked against the model (background counts)", at_least(1))
@@ -114,12 +114,12 @@ class ModelConfig:
         "folds of a training folder, such as [0, 1] or [all]; null: all there are",
         NAMES,
         DISTINCT,
-        Rule(lambda fold: fold == "all" or fold.isdecimal(), "a fold is a number from 0 on, or all", each=True),
+        KeyRule(lambda fold: fold == "all" or fold.isdecimal(), "a fold is a number from 0 on, or all", each=True),
     )
     checkpoint_name: str = key(
         "checkpoint_final.pth",
         "which file of each fold; checkpoint_best.pth is the other that nnU-Net writes",
-        Rule(
+        KeyRule(
             lambda name: name not in ("", ".", "..") and (not set(name) & set("/\\")),
             "must be a file name without folders, such as checkpoint_best.pth",
         ),
@@ -179,7 +179,7 @@ class EvaluationConfig:
     size_bounds: list[int] | None = key(
         None,
         "voxels, such as [5000, 15000]: average precision by size of the true objects",
-        Rule(
+        KeyRule(
             lambda bounds: len(bounds) > 0 and bounds == sorted(set(bounds)) and (bounds[0] >= 1),
             "must be whole numbers of 1 or more, ascending, in voxels",
         ),

@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from connectomics.config.inference import InferenceConfig
-from connectomics.config.rules import RULES, Rule
+from connectomics.config.inference_keys import InferenceConfig
+from connectomics.config.key_rules import RULES, KeyRule
 from connectomics.config.schema import METRICS, SEMANTIC_METRICS, Config, EvaluationConfig, TestConfig
 from connectomics.core.errors import ConfigError
 
@@ -51,7 +51,7 @@ def validate(config: Config) -> None:
     _known_answers(config.test)
 
 
-def _ruled(section: Any, prefix: str) -> Iterator[tuple[str, Any, Rule]]:
+def _ruled(section: Any, prefix: str) -> Iterator[tuple[str, Any, KeyRule]]:
     """Each key that is not null with its value and each of its rules."""
     for field in dataclasses.fields(section):
         value, key = getattr(section, field.name), prefix + field.name

@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def _version(name: str) -> str:
-    """Of an installed package; looking it up takes milliseconds, and every volume's provenance names it."""
+    """Version of an installed package; looking it up takes milliseconds, and every volume's provenance names it."""
     return importlib.metadata.version(name)
 
 

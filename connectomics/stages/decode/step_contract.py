@@ -19,7 +19,7 @@ from connectomics.volumes.volume import VolumeInfo
 
 CONNECTIVITIES = (4, 8, 6, 18, 26)
 Rules = Mapping[str, tuple[bool, str]]
-"""Of keys, whether the value is possible, and what must be: ``connectivity`` 7 is refused with "must be one of …"."""
+"""By key whether its value is possible, and what is said where it is not: that it "must be one of …"."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from connectomics.config.rules import (
+from connectomics.config.key_rules import (
     DISTINCT,
     LARGEST_WINDOW,
     NAMES,
-    Rule,
+    KeyRule,
     at_least,
     edges,
     extents,
@@ -79,7 +79,7 @@ class SlidingWindowConfig:
     overlap: float | None = key(
         None,
         "1 − tile_step_size, from 0 to below 1; null: nnU-Net's 0.5",
-        Rule(lambda overlap: 0 <= overlap < 1, "must be at least 0 and below 1 (overlap = 1 - tile_step_size)"),
+        KeyRule(lambda overlap: 0 <= overlap < 1, "must be at least 0 and below 1 (overlap = 1 - tile_step_size)"),
     )
     sw_batch_size: int | None = key(
         None,
@@ -104,13 +104,13 @@ class AugmentationConfig:
     flip_axes: list[int] | None = key(
         None,
         "0 = z, 1 = y, 2 = x; null: the checkpoint's",
-        Rule(lambda axes: set(axes) <= {0, 1, 2}, "must name axes by 0 = z, 1 = y, 2 = x"),
+        KeyRule(lambda axes: set(axes) <= {0, 1, 2}, "must name axes by 0 = z, 1 = y, 2 = x"),
         DISTINCT,
     )
     ensemble_mode: str = key(
         "mean",
         "mean of the logits, as nnU-Net; nothing else",
-        Rule(lambda mode: mode == "mean", "must be mean, for nnU-Net averages the logits of its mirrored passes"),
+        KeyRule(lambda mode: mode == "mean", "must be mean, for nnU-Net averages the logits of its mirrored passes"),
     )
     act: str | None = key(
         None,
@@ -121,7 +121,7 @@ class AugmentationConfig:
     select_channel: list[int] | None = key(
         None,
         "classes (or regions) whose probabilities are saved or make the foreground; null: all",
-        Rule(
+        KeyRule(
             lambda channels: len(channels) > 0 and min(channels) >= 0,
             "must name channels from 0 on, or be null for all",
         ),
@@ -134,7 +134,7 @@ class BinaryConfig:
     """``inference.postprocessing.binary``: foreground probability above ``threshold``, then cleaned up."""
 
     enabled: bool = key(False, "labels become foreground probability > threshold; that of regions is the largest one's")
-    threshold: float = key(0.5, "between 0 and 1", Rule(lambda share: 0 <= share <= 1, "must lie between 0 and 1"))
+    threshold: float = key(0.5, "between 0 and 1", KeyRule(lambda share: 0 <= share <= 1, "must lie between 0 and 1"))
     remove_small_objects: int = key(
         0,
         "components of fewer voxels are removed (26-connected, in the whole volume)",
@@ -201,7 +201,7 @@ class InferenceConfig:
     max_disagreement: float = key(
         0.0001,
         "with fast: the largest share of a sample's labels that may differ from exact",
-        Rule(lambda share: 0 <= share <= 1, "must be a share from 0 to 1"),
+        KeyRule(lambda share: 0 <= share <= 1, "must be a share from 0 to 1"),
     )
     voxel_size_nm: list[float] | None = key(
         None,
@@ -211,7 +211,7 @@ class InferenceConfig:
     axes: str | None = key(
         None,
         "order of the file's axes, such as xyz or czyx; null: from the metadata",
-        Rule(
+        KeyRule(
             lambda axes: len(set(axes)) == len(axes) and {"y", "x"} <= set(axes) <= set("czyx"),
             "must name the axes in the file's order by c, z, y, x, each at most once and y, x always",
         ),
@@ -225,7 +225,7 @@ class InferenceConfig:
         None,
         "[[z, y, x], [z, y, x]]: the first voxel that is wanted and the one after the last; null: all, see [a part of"
         " a volume](#a-part-of-a-volume)",
-        Rule(
+        KeyRule(
             lambda roi: (
                 len(roi) == 2
                 and len(roi[0]) == len(roi[1]) == 3
