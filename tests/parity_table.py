@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
-from connectomics.core.geometry import AxisOrder, Block, BlockGrid, Box, Vec3
+from connectomics.core.geometry import AxisOrder, Block, BlockGrid, Vec3
 from connectomics.lightning.inference import InferenceManager
-from connectomics.volumes.volume import VolumeInfo
+from connectomics.volumes.in_memory import ArrayVolume
 
 import oracle
 from nnunet_models import make_model
@@ -396,17 +396,3 @@ def some_of(grid: BlockGrid, count: int | None, seed: int = 0) -> list[Block]:
         blocks = [blocks[0], blocks[-1], *generator.sample(blocks[1:-1], count)]
     generator.shuffle(blocks)
     return blocks
-
-
-class ArrayVolume:
-    """A VolumeReader over an array (c, z, y, x)."""
-
-    def __init__(self, image: np.ndarray) -> None:
-        self.image = image
-        self.info = VolumeInfo(image.shape, image.dtype, (1, *image.shape[2:]))  # type: ignore[arg-type]
-        self.identity: dict[str, object] = {}
-
-    def read(self, box: Box) -> np.ndarray:
-        return self.image[(slice(None), *box.slices)]
-
-    def close(self) -> None: ...

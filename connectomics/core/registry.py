@@ -29,12 +29,13 @@ class Registry(Generic[T]):
     group
         The entry points by which other packages add some: ``connectomics.backends``.
     built_in
-        Where those of this package live, ``module:attribute``, by name. Nobody else may take these names.
+        Where those of this package live, ``module:attribute``, by name; or a small value itself, which is no text.
+        Nobody else may take these names.
     """
 
     kind: str
     group: str
-    built_in: Mapping[str, str]
+    built_in: Mapping[str, str | T]
 
     @functools.cached_property
     def _added(self) -> Mapping[str, EntryPoint]:
@@ -56,7 +57,10 @@ class Registry(Generic[T]):
             If there is none of this name, or the package that adds it cannot be imported.
         """
         if name in self.built_in:
-            module, _, attribute = self.built_in[name].partition(":")
+            place = self.built_in[name]
+            if not isinstance(place, str):
+                return place
+            module, _, attribute = place.partition(":")
             found: T = vars(importlib.import_module(module))[attribute]
             return found
         if name not in self._added:

@@ -31,7 +31,8 @@ from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 from connectomics.planning.profile import Profile, Trial, profile_path, save_profile
 from connectomics.stages.survey.survey import survey
-from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
+from connectomics.volumes.in_memory import ArrayVolume
+from connectomics.volumes.volume import Array, VolumeReader
 
 SAMPLED = 4  # windows of the volume
 BATCH = 4  # that is tried beside the configured one and 1
@@ -230,27 +231,10 @@ def _windows(reader: VolumeReader, spec: ModelSpec, patch: Vec3, name: str) -> A
     for i in range(SAMPLED):
         start = [(n - s) * (2 * i + 1) // (2 * SAMPLED) for n, s in zip(extent, shape, strict=True)]
         raw = reader.read(Box.of_shape(shape).shift(vec3(start))).transpose(order.of_array)
-        part = _Array(np.ascontiguousarray(raw))
+        part = ArrayVolume(np.ascontiguousarray(raw))
         (case,) = survey(part, name, spec.normalisations, by_slice=False)
         found[i, : spec.channels] = CaseInput(case, spec.normalisations, part.read).get(Box.of_shape(patch))
     return found
-
-
-class _Array:
-    """A volume in memory."""
-
-    def __init__(self, values: Array) -> None:
-        c, z, y, x = values.shape
-        self._values = values
-        self.info = VolumeInfo((c, z, y, x), values.dtype, (z, y, x))
-        self.identity: dict[str, object] = {}
-
-    def read(self, box: Box) -> Array:
-        view: Array = self._values[(slice(None), *box.slices)]
-        return view
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 def table(tuned: TuneReport) -> list[str]:

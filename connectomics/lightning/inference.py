@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from connectomics.assembly.engine.cascade import check_previous_stage
@@ -45,8 +44,9 @@ from connectomics.jobs.resume import ResumedEngines
 from connectomics.runs.volume import run_volume
 from connectomics.stages.output.finish import check_names, settle, work_folder
 from connectomics.stages.predict.segmenter import Segmenter
+from connectomics.volumes.in_memory import ArrayVolume
 from connectomics.volumes.listing import VolumeSource
-from connectomics.volumes.volume import Array, Spacing, VolumeInfo
+from connectomics.volumes.volume import Array, Spacing
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class InferenceManager:
                 "(z, y, x) or (y, x)"
             )
         volumes = self.engine.inference.volumes
-        reader = _ArrayReader(image.reshape((1,) * (4 - image.ndim) + image.shape))
+        reader = ArrayVolume(image.reshape((1,) * (4 - image.ndim) + image.shape))
         if reader.info.channels != self.engine.spec.channels:
             raise VolumeError(
                 f"the image has {reader.info.channels} channels, the model expects {self.engine.spec.channels} "
@@ -156,7 +156,7 @@ class InferenceManager:
             return Prediction(labels[0], None if probabilities is None else probabilities[:, 0])
         return Prediction(labels, probabilities)
 
-    def _previous(self, reader: _ArrayReader, spacing: Spacing | None, given: Array | None) -> ReadBox | None:
+    def _previous(self, reader: ArrayVolume, spacing: Spacing | None, given: Array | None) -> ReadBox | None:
         """Reads the labels of the previous stage, where the model has one."""
         if all(spec.previous_stage is None for spec in self.engine.specs):
             return None
@@ -176,24 +176,7 @@ class InferenceManager:
                 f"the labels of the previous stage have shape {labels.shape}, expected {reader.info.extent}; give "
                 "those of this image"
             )
-        return _ArrayReader(labels).read
-
-
-class _ArrayReader:
-    """A VolumeReader over an array in memory."""
-
-    def __init__(self, array: Array) -> None:
-        self._array = array.astype(np.uint8) if array.dtype.kind == "b" else array
-        shape = (array.shape[0], array.shape[1], array.shape[2], array.shape[3])
-        self.info = VolumeInfo(shape, self._array.dtype, (1, shape[2], shape[3]))
-        self.identity: dict[str, object] = {}
-
-    def read(self, box: Box) -> Array:
-        view: Array = self._array[(slice(None), *box.slices)]
-        return view
-
-    def close(self) -> None:
-        """Nothing to close."""
+        return ArrayVolume(labels).read
 
 
 class VolumeProcessor:

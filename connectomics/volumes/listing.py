@@ -11,11 +11,10 @@ from pathlib import Path
 from natsort import natsorted
 
 from connectomics.core.errors import ConfigError
+from connectomics.volumes.input_formats import long_suffixes, suffixes
 from connectomics.volumes.source import without_prefix
 
 CHANNEL = re.compile(r"^(?P<stem>.+)_(?P<channel>\d{4})$")
-FOLDER_SUFFIXES = (".zarr", ".n5", ".precomputed")
-LONG_SUFFIXES = (".ome.tiff", ".ome.tif", ".ome.zarr", ".nii.gz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +78,10 @@ def stem_of(uri: str) -> str:
     if uri.startswith("phantom:"):
         return re.sub(r"[^A-Za-z0-9]+", "_", uri).strip("_")
     path = _local(uri)
-    for suffix in LONG_SUFFIXES:
+    for suffix in long_suffixes():
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
-    return path.name if path.suffix not in FOLDER_SUFFIXES and _is_folder(path) else path.stem
+    return path.name if path.suffix not in suffixes(folders=True) and _is_folder(path) else path.stem
 
 
 def _local(uri: str) -> Path:

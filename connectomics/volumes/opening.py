@@ -1,30 +1,20 @@
-"""``open_volume``: from a name to a reader; the only place that knows which format a name means.
+"""``open_volume``: from a name to a reader; ``input_formats`` knows which format a name means.
 
 Formats are imported when first needed, so a run that reads HDF5 never loads a TIFF codec.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box
+from connectomics.volumes.input_formats import READERS, STACK, InputFormat, input_formats, long_suffixes, suffixes
 from connectomics.volumes.source import Source, is_folder, reason, without_prefix
 from connectomics.volumes.volume import Array, Nanometres, VolumeInfo, VolumeReader
-
-HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
-TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
-MRC_SUFFIXES = (".mrc", ".rec", ".map")
-NPY_SUFFIXES = (".npy",)
-FILE_SUFFIXES = HDF5_SUFFIXES + TIFF_SUFFIXES + IMAGE_SUFFIXES + NIFTI_SUFFIXES + MRC_SUFFIXES + NPY_SUFFIXES
-FOLDER_SUFFIXES = (".zarr", ".n5", ".precomputed")
-ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
-KNOWN = f"{', '.join(FILE_SUFFIXES)}, .zarr, .n5, a precomputed folder, a folder of images, or phantom:"
 
 
 def open_volume(uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres | None = None) -> VolumeReader:
@@ -56,8 +46,7 @@ def open_volume(uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres 
         raise VolumeError(f"cannot open {uri}: only local paths and phantom: are read, not {scheme}://; copy it first.")
     name, _, inner = local.partition("::")
     source = Source(uri, Path(name), inner or None, axes, voxel_size_nm=voxel_size_nm)
-    opener = _stated_precomputed(source) if prefix else _opener(source)
-    return opener(source)
+    return (_stated_precomputed(source) if prefix else _format_of(source)).open(source)
 
 
 def open_channels(
@@ -134,45 +123,37 @@ def _require_alike(first_uri: str, first: VolumeInfo, uri: str, info: VolumeInfo
         )
 
 
-def _opener(source: Source) -> Callable[[Source], VolumeReader]:
+def _format_of(source: Source) -> InputFormat:
     suffix = _suffix(source.path)
-    by_suffix = {
-        **dict.fromkeys(HDF5_SUFFIXES, _hdf5),
-        **dict.fromkeys(TIFF_SUFFIXES, _tiff),
-        **dict.fromkeys(IMAGE_SUFFIXES, _image),
-        **dict.fromkeys(NIFTI_SUFFIXES, _nifti),
-        **dict.fromkeys(MRC_SUFFIXES, _mrc),
-        **dict.fromkeys(NPY_SUFFIXES, _npy),
-    }
+    files, folders = suffixes(folders=False), suffixes(folders=True)
     if is_folder(source):
-        if suffix == ".zarr" or _holds(source, ZARR_FILES):
-            return _zarr
-        if suffix == ".n5" or _holds(source, ("attributes.json",)):
-            return _n5
-        if suffix == ".precomputed" or _holds(source, ("info",)):
-            return _precomputed
-        if suffix in by_suffix:
+        for form in input_formats():
+            if form.markers is not None and (suffix in form.suffixes or _holds(source, form.markers)):
+                return form
+        if suffix in files:
             raise VolumeError(
                 f"cannot open {source.uri}: a folder, where {suffix} promises a file; rename or correct it."
             )
-        return _stack
-    if suffix in FOLDER_SUFFIXES:
+        return STACK
+    if suffix in folders:
         raise VolumeError(f"cannot open {source.uri}: a file, where {suffix} promises a folder; unpack or correct it.")
-    if suffix not in by_suffix:
+    if suffix not in files:
         raise VolumeError(
-            f"cannot open {source.uri}: unknown format {suffix or 'without suffix'!r}; known are {KNOWN}."
+            f"cannot open {source.uri}: unknown format {suffix or 'without suffix'!r}; known are "
+            f"{', '.join(files + folders)}, a precomputed folder, a folder of images, or phantom:."
         )
-    return by_suffix[suffix]
+    return next(form for form in input_formats() if suffix in form.suffixes)
 
 
 def _suffix(path: Path) -> str:
-    return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
+    name = path.name.lower()
+    return next((suffix for suffix in long_suffixes() if name.endswith(suffix)), path.suffix.lower())
 
 
-def _stated_precomputed(source: Source) -> Callable[[Source], VolumeReader]:
+def _stated_precomputed(source: Source) -> InputFormat:
     if not is_folder(source):
         raise VolumeError(f"cannot open {source.uri}: a file, where precomputed:// promises a folder; correct it.")
-    return _precomputed
+    return READERS.load("precomputed")
 
 
 def _holds(source: Source, names: Sequence[str]) -> bool:
@@ -180,64 +161,3 @@ def _holds(source: Source, names: Sequence[str]) -> bool:
         return any((source.path / name).exists() for name in names)
     except OSError as error:
         raise VolumeError(f"cannot open {source.uri}: {reason(error)}.") from error
-
-
-def _hdf5(source: Source) -> VolumeReader:
-    from connectomics.volumes.formats.hdf5 import open_hdf5
-
-    return open_hdf5(source)
-
-
-def _tiff(source: Source) -> VolumeReader:
-    from connectomics.volumes.formats.tiff import open_tiff
-    from connectomics.volumes.spacing import stated_spacing
-
-    return open_tiff(source, spacing=stated_spacing(source))
-
-
-def _image(source: Source) -> VolumeReader:
-    from connectomics.volumes.formats.images import open_image
-
-    return open_image(source)
-
-
-def _nifti(source: Source) -> VolumeReader:
-    from connectomics.volumes.formats.nifti import open_nifti
-
-    return open_nifti(source)
-
-
-def _mrc(source: Source) -> VolumeReader:
-    from connectomics.volumes.formats.mrc import open_mrc
-
-    return open_mrc(source)
-
-
-def _npy(source: Source) -> VolumeReader:
-    from connectomics.volumes.formats.npy import open_npy
-
-    return open_npy(source)
-
-
-def _stack(source: Source) -> VolumeReader:
-    from connectomics.volumes.formats.images import open_stack
-
-    return open_stack(source)
-
-
-def _zarr(source: Source) -> VolumeReader:
-    from connectomics.volumes.formats.zarr import open_zarr
-
-    return open_zarr(source)
-
-
-def _n5(source: Source) -> VolumeReader:
-    from connectomics.volumes.formats.n5 import open_n5
-
-    return open_n5(source)
-
-
-def _precomputed(source: Source) -> VolumeReader:
-    from connectomics.volumes.formats.precomputed import open_precomputed
-
-    return open_precomputed(source)

@@ -1,4 +1,4 @@
-"""``NAME.json`` beside a TIFF volume, where nnU-Net's Tiff3DIO keeps the spacing; called by ``opening``."""
+"""``NAME.json`` beside a TIFF volume, where nnU-Net's Tiff3DIO keeps the spacing; called by ``formats.tiff``."""
 
 from __future__ import annotations
 

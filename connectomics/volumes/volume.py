@@ -1,4 +1,4 @@
-"""What a volume is to the program: VolumeInfo and the reader and writer contracts.
+"""What a volume is to the program: VolumeInfo and the reader's contract.
 
 Formats implement these; ``connectomics.volumes.opening`` picks the format. Inside the program axes are (c, z, y, x).
 """
@@ -87,25 +87,6 @@ class VolumeReader(Protocol):
         ------
         VolumeError
             If the storage cannot be read; the message names the file and the box.
-        """
-        ...
-
-    def close(self) -> None: ...
-
-
-class VolumeWriter(Protocol):
-    """Block-wise writing of one chunked volume; each call writes whole chunks that no other call touches."""
-
-    @property
-    def info(self) -> VolumeInfo: ...
-
-    def write(self, box: Box, array: Array) -> None:
-        """Write a (c, z, y, x) array at ``box``; on return the data are handed to the file system whole.
-
-        Raises
-        ------
-        OutputError
-            If the storage refuses (disk full, permission); the message names the path and the box.
         """
         ...
 

@@ -92,11 +92,9 @@ def test_the_survey_crops_as_nnunet_and_sums_what_is_left(dtype: str, by_slice: 
 @given(workers=st.integers(1, 4), chunk=st.tuples(st.integers(1, 6), st.integers(1, 40), st.integers(1, 50)))
 def test_integer_surveys_do_not_depend_on_the_cut(workers: int, chunk: tuple[int, int, int]) -> None:
     image = array_of("uint8", 3, (1, 6, 40, 50))
-    volume = ArrayVolume(image)
     schemes = [ChannelNormalisation("ZScoreNormalization")]
-    whole = survey(volume, "image", schemes, by_slice=True)
-    volume.info = VolumeInfo((1, 6, 40, 50), image.dtype, chunk)
-    assert survey(volume, "image", schemes, by_slice=True, workers=workers) == whole
+    whole = survey(ArrayVolume(image), "image", schemes, by_slice=True)
+    assert survey(ArrayVolume(image, chunk), "image", schemes, by_slice=True, workers=workers) == whole
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -104,8 +102,7 @@ def test_integer_surveys_do_not_depend_on_the_cut(workers: int, chunk: tuple[int
 def test_the_range_of_each_section_is_known_along_any_axis(axis: int, dtype: str) -> None:
     image = np.stack([array_of(dtype, c, (9, 20, 31)) for c in range(2)])
     image[:, :, :3] = image[..., -4:] = image[:, :2] = 0
-    volume = ArrayVolume(image)
-    volume.info = VolumeInfo((2, 9, 20, 31), image.dtype, (2, 7, 5))
+    volume = ArrayVolume(image, (2, 7, 5))
     schemes = [ChannelNormalisation("ZScoreNormalization")] * 2
     with mock.patch.object(survey_module, "TILE_VOXELS", 100):
         (case,) = survey(volume, "image", schemes, by_slice=False, plane_axis=axis)
@@ -129,8 +126,7 @@ def test_statistics_of_planes_read_in_pieces_are_numpys_of_the_whole(dtype: str,
     """Sections hundreds of times larger than a tile, as one of 100,000 × 100,000 voxels is."""
     image = array_of(dtype, 12, (3, 300, 700))[None]
     image[:, :, :41] = image[..., 590:] = 0
-    volume = ArrayVolume(image)
-    volume.info = VolumeInfo(image.shape, image.dtype, (1, 64, 64))
+    volume = ArrayVolume(image, (1, 64, 64))
     with mock.patch.object(survey_module, "TILE_VOXELS", 500):
         cases = survey(volume, "image", [ChannelNormalisation("ZScoreNormalization")], by_slice=by_slice, workers=3)
     for case in cases:

@@ -19,6 +19,7 @@ import tifffile
 
 from connectomics.core.errors import VolumeError
 from connectomics.volumes.source import NM_PER_UNIT, READ_ERRORS, Source, file_identity, three_positive, unreadable
+from connectomics.volumes.spacing import stated_spacing
 from connectomics.volumes.stored import (
     Layout,
     RecentArrays,
@@ -70,6 +71,11 @@ def open_tiff(source: Source, *, spacing: Spacing | None = None) -> StoredVolume
     if spacing is not None:
         identity["spacing"] = list(spacing)
     return StoredVolume(source, info, layout, fetch=pages.fetch, identity=lambda: identity, release=release)
+
+
+def open_tiff_as_stated(source: Source) -> StoredVolume:
+    """Open a TIFF file with the spacing that a JSON file beside it states, as nnU-Net's Tiff3DIO does."""
+    return open_tiff(source, spacing=stated_spacing(source))
 
 
 def _series(source: Source, tif: Any) -> tuple[Any, int]:
