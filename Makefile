@@ -10,14 +10,16 @@ JOBS ?= 2
 
 setup: $(READY)
 
-# torch and torchvision come as a pair (constraints.txt). Where the package index has only a CPU torch and a CUDA
-# torchvision, that torchvision does not load and would break packages that try to import it; nothing here needs it.
+# torch and torchvision come as a pair (constraints.txt), for packages of nnU-Net's import torchvision; nothing here needs
+# it. Where the package index has only a CPU torch and a CUDA torchvision, that torchvision does not load and breaks
+# whoever tries to import it: one that was installed here is taken away again, one that was there before is left alone.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Python 3.11 or newer is needed; say which with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(PY) -c 'import torchvision' 2>/dev/null || \
+	before=$$($(PY) -m pip show torchvision 2>/dev/null); \
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' || exit 1; \
+	[ -n "$$before" ] || $(PY) -c 'import torchvision' 2>/dev/null || \
 	    { echo "torchvision does not load with this torch: removed, it is not needed"; \
 	      $(PY) -m pip uninstall --quiet --yes torchvision; }
 	@touch $(READY)

@@ -32,27 +32,16 @@ from connectomics.objects.table import MeasurementUnits
 from connectomics.stages.decode.context import DecodingState, StepContext, decode_plan
 from connectomics.stages.decode.object_filters import Filters, passes
 from connectomics.stages.decode.step_contract import DecodingMemory, DecodingPass, DecodingStep, StepInput
-from connectomics.volumes.volume import VolumeInfo
+from connectomics.volumes.in_memory import ArrayVolume
 
 VoxelArray = npt.NDArray[Any]
 VOXEL_SIZE_NM = (40.0, 8.0, 6.0)
 KINDS = (bool, int, float, str)
 
 
-class ArrayVolume:
-    """A reader of an array (z, y, x) in memory."""
-
-    def __init__(self, array: VoxelArray) -> None:
-        self._array = array
-        self.info = VolumeInfo((1, *array.shape), array.dtype, vec3(array.shape), VOXEL_SIZE_NM)
-        self.identity: dict[str, object] = {}
-
-    def read(self, box: Box) -> VoxelArray:
-        """Read (1, z, y, x) of a box."""
-        return self._array[(None, *box.slices)].copy()
-
-    def close(self) -> None:
-        """Do nothing: there is nothing to close."""
+def volume_of(array: VoxelArray) -> ArrayVolume:
+    """Return a volume over an array (z, y, x)."""
+    return ArrayVolume(array[None], vec3(array.shape), voxel_size_nm=VOXEL_SIZE_NM)
 
 
 def in_order(task: Task, ledger: Ledger) -> BlocksDone:
@@ -108,7 +97,7 @@ def decode_array(
     grid = BlockGrid(vec3(values.shape), block)
     read = None if probabilities is None else lambda box: probabilities[box.slices]
     units = None if probabilities is None else (255.0, 255.0)
-    state = DecodingState(ArrayVolume(values), MeasurementUnits(VOXEL_SIZE_NM, probability_units=units), read)
+    state = DecodingState(volume_of(values), MeasurementUnits(VOXEL_SIZE_NM, probability_units=units), read)
     context = StepContext(folder, "", BlockPlan(block, block), grid, run_key="0" * 64, run=run)
     made = passes(steps, VOXEL_SIZE_NM) if fused else [DecodingPass(step) for step in steps]
     for number, each in enumerate(made):
@@ -208,9 +197,9 @@ class DecodingStepContract:
 
     def test_it_suits_its_samples_and_plans_blocks(self) -> None:
         for sample in self.samples:
-            given = StepInput("volume", ArrayVolume(sample.values).info, bool(sample.before), True)
+            given = StepInput("volume", volume_of(sample.values).info, bool(sample.before), True)
             assert self.step().check("decoding[0]", given).ids
-            info = ArrayVolume(sample.values).info
+            info = volume_of(sample.values).info
             plan = decode_plan(info, 1 << 30)
             memory = DecodingMemory(1 << 40, 1 << 40)
             assert self.step().plan("decoding[0]", info, memory, plan) == plan

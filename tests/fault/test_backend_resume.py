@@ -105,7 +105,7 @@ def test_a_backend_that_is_gone_is_named_and_the_run_refused(
     assert run(folder, tmp_path, AUTO) == 3
     said = capsys.readouterr().out
     assert before.startswith("openvino 20") and before in said
-    assert "connectomics[openvino]" in said and "system.allow_mixed_devices=true" in said
+    assert "pip install -e '.[openvino]'" in said and "system.allow_mixed_devices=true" in said
     assert finals(tmp_path) == {}
     assert run(folder, tmp_path, AUTO, "system.allow_mixed_devices=true") == 0
     assert provenance(tmp_path)["numeric_class"] == "mixed"

@@ -246,7 +246,7 @@ def test_without_pyarrow_it_is_said_before_the_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     code, printed = decode(COMPONENTS)
-    assert code == 3 and "pip install 'connectomics[tables]'" in printed and "table=csv" in printed
+    assert code == 3 and "pip install -e '.[tables]' -c constraints.txt" in printed and "table=csv" in printed
     assert decode(COMPONENTS, CSV)[0] == 0
 
 

@@ -69,7 +69,7 @@ def test_auto_goes_on_without_openvino_and_says_so(
     without_openvino(monkeypatch)
     found, (note,) = kinds("auto", networks(nn.ReLU()))
     assert found == [["torch"]]
-    assert "openvino was not taken" in note and "pip install 'connectomics[openvino]'" in note
+    assert "openvino was not taken" in note and "pip install -e '.[openvino]' -c constraints.txt" in note
     assert note in caplog.text
     with pytest.raises(DeviceError, match=r"backend 'openvino' is not available: .*connectomics\[openvino\]"):
         kinds("openvino", networks(nn.ReLU()))
