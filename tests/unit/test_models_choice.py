@@ -71,7 +71,7 @@ def test_auto_goes_on_without_openvino_and_says_so(
     assert found == [["torch"]]
     assert "openvino was not taken" in note and "pip install -e '.[openvino]' -c constraints.txt" in note
     assert note in caplog.text
-    with pytest.raises(DeviceError, match=r"backend 'openvino' is not available: .*connectomics\[openvino\]"):
+    with pytest.raises(DeviceError, match=r"backend 'openvino' is not available: .*-e .\.\[openvino\]"):
         kinds("openvino", networks(nn.ReLU()))
 
 
