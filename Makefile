@@ -37,7 +37,6 @@ test: $(READY)  ## the test suite
 	    $(PYTEST) -m "not long" && \
 	    echo $$(($$(date +%s) - start)) > .make-test-seconds
 
-
 test-long: $(READY)  ## every combination, long storms
 	$(PYTEST) -m long
 
@@ -63,6 +62,9 @@ parity: $(READY)  ## print the table of docs/fidelity.md
 
 bench: $(READY)  ## the network loop against nnUNetPredictor
 	$(PY) benchmarks/vs_nnunet.py
+
+package-test: $(READY)  ## wheel and sdist: build, install in a clean environment, run the demo
+	$(PY) scripts/check_package.py
 
 structure: $(READY)  ## rooms, sizes and names, before and now
 	$(PY) scripts/structure.py
