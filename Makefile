@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 JOBS ?= 2
 
-.PHONY: setup demo test test-long coverage lint parity bench structure clean
+.PHONY: setup demo test test-long coverage lint parity bench structure package-test clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
