@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from connectomics.config.schema import Config, EvaluationConfig, InferenceConfig, ModelConfig, SystemConfig, TestConfig
 from connectomics.core.errors import ConfigError
+from connectomics.core.features import OUTPUT_FORMATS
 
-FORMATS = ("h5", "zarr", "tiff", "png", "zarr2", "n5", "precomputed")
+FORMATS = OUTPUT_FORMATS.names()
 SEMANTIC_METRICS = ("dice", "iou", "precision", "recall")
 INSTANCE_METRICS = ("ap", "f1", "pq", "voi", "arand")
 METRICS = SEMANTIC_METRICS + INSTANCE_METRICS

@@ -1,0 +1,22 @@
+"""The built-in features of each kind, and the entry points by which other packages add theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from connectomics.core.registry import Registry
+
+_FORMATS = "connectomics.stages.output.formats"
+OUTPUT_FORMATS: Registry[Any] = Registry(
+    "output format",
+    "connectomics.output_formats",
+    {
+        "h5": f"{_FORMATS}.hdf5:HDF5",
+        "tiff": f"{_FORMATS}.tiff:TIFF",
+        "png": f"{_FORMATS}.png:PNG",
+        "zarr": f"{_FORMATS}.zarr:ZARR",
+        "zarr2": f"{_FORMATS}.zarr2:ZARR2",
+        "n5": f"{_FORMATS}.n5:N5",
+        "precomputed": f"{_FORMATS}.precomputed:PRECOMPUTED",
+    },
+)
