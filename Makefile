@@ -10,14 +10,16 @@ JOBS ?= 2
 
 setup: $(READY)
 
-# torch and torchvision come as a pair (constraints.txt). Where the package index has only a CPU torch and a CUDA
-# torchvision, that torchvision does not load and would break packages that try to import it; nothing here needs it.
+# torch and torchvision come as a pair (constraints.txt), for packages of nnU-Net's import torchvision; nothing here needs
+# it. Where the package index has only a CPU torch and a CUDA torchvision, that torchvision does not load and breaks
+# whoever tries to import it: one that was installed here is taken away again, one that was there before is left alone.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Python 3.11 or newer is needed; say which with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(PY) -c 'import torchvision' 2>/dev/null || \
+	before=$$($(PY) -m pip show torchvision 2>/dev/null); \
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' || exit 1; \
+	[ -n "$$before" ] || $(PY) -c 'import torchvision' 2>/dev/null || \
 	    { echo "torchvision does not load with this torch: removed, it is not needed"; \
 	      $(PY) -m pip uninstall --quiet --yes torchvision; }
 	@touch $(READY)
@@ -39,11 +41,22 @@ test: $(READY)  ## the test suite
 test-long: $(READY)  ## every combination, long storms
 	$(PYTEST) -m long
 
+# Measuring slows a test down by a fifth to two thirds. These are the tests that run in the measured process; those with
+# a nnU-Net beside ours, and those that kill what they start, add next to nothing.
+MEASURED := tests/unit tests/contract $(addprefix tests/fault/test_,bad_models.py bad_volumes.py bad_archives.py \
+    bad_copies.py bad_configuration.py verify_run.py failing_blocks.py)
+
+coverage: $(READY)  ## line coverage of at least 95 % by the tests that run in one process
+	rm -f .coverage .coverage.*
+	$(PYTEST) -m "not long" --cov --cov-report= $(MEASURED)
+	$(PY) -m coverage report --skip-covered --fail-under=95
+
 lint: $(READY)  ## the gates that read the code
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+	$(PY) scripts/write_config_pages.py --check
 
 parity: $(READY)  ## print the table of docs/fidelity.md
 	$(PY) benchmarks/parity.py

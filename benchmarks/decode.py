@@ -40,9 +40,9 @@ from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import Cuts, merge
 from connectomics.objects.pieces import Pieces, nothing
 from connectomics.objects.selection import Selection
-from connectomics.stages.decode.context import CUT, StepContext
-from connectomics.stages.decode.steps import Values
-from connectomics.stages.decode.tasks import PiecesTask, smallest_dtype
+from connectomics.stages.decode.context import StepContext
+from connectomics.stages.decode.tasks import BlockPieces, smallest_dtype
+from connectomics.stages.decode.values import Values
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.store import Store, create_store, open_store
 from connectomics.volumes.volume import VolumeInfo
@@ -115,10 +115,9 @@ def labelled(source: Store, work: Path, plan: BlockPlan, connectivity: int) -> i
             return run_blocks(task, ledger, SerialExecutor(), worker, lambda done, planned: None)
 
         context = StepContext(work, NAME, plan, grid, "0" * 64, run, functools.partial(worker.alone, SINGLE_WRITER))
-        task = PiecesTask(grid, context.place(CUT), Values(source), Connectivity(connectivity))
-        context.pieces(task)
-        tables, count, largest = context.objects(task.folder, Selection(), joined=True)
-        context.paint(task.folder, tables, source.info, smallest_dtype(largest))
+        pieces = context.pieces(BlockPieces(Values(source), Connectivity(connectivity)))
+        tables, count, largest = context.objects(pieces, Selection(), joined=True)
+        context.paint(pieces, tables, source.info, smallest_dtype(largest))
     return count
 
 
@@ -263,7 +262,8 @@ def many_pairs(pairs: int, folder: Path) -> dict[str, Any]:
         rows["first"] = block * 2**40 + np.arange(nodes)
         rows["voxels"], rows["value"] = 1, 1
         joints = np.arange(1, nodes + 1, dtype=np.uint32)
-        Pieces(rows, np.zeros(0, np.uint8), np.zeros(0, np.uint8), joints, {}).save(place / f"p{block}.members")
+        pieces = Pieces(rows, np.zeros(0, np.uint8), np.zeros(0, np.uint8), joints, {})
+        save(place / f"p{block}.members", **pieces.arrays())
         last = block == blocks - 1
         count = 0 if last else pairs // (blocks - 1)
         here, there = generator.integers(0, nodes, (2, count))

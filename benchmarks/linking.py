@@ -24,20 +24,22 @@ from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import SINGLE_WRITER, WORKERS
 from connectomics.execution.runner import BlocksDone, run_blocks
 from connectomics.execution.task import Task
+from connectomics.objects.arrays import save
 from connectomics.objects.links import Linking, Sections, link
 from connectomics.objects.merge import IDS, OBJECTS, OFFSETS, table
-from connectomics.objects.overlaps import OVERLAP, SliceOverlaps, summed
+from connectomics.objects.overlaps import COLUMNS, OVERLAP, summed
 from connectomics.objects.pieces import PIECE
 from connectomics.objects.table import MeasurementUnits
-from connectomics.stages.decode.context import DecodingState, Step, StepContext
-from connectomics.stages.decode.linking import SliceLinking
-from connectomics.stages.decode.steps import ConnectedComponents
+from connectomics.stages.decode.connected_components import ConnectedComponents
+from connectomics.stages.decode.context import DecodingState, StepContext
+from connectomics.stages.decode.slice_linking import SliceLinking
+from connectomics.stages.decode.step_contract import DecodingStep
 from connectomics.volumes.store import open_store
 
-STEPS: dict[str, Step] = {
-    "26-connected": ConnectedComponents(26),
+STEPS: dict[str, DecodingStep] = {
+    "26-connected": ConnectedComponents(),
     "linked": SliceLinking(),
-    "linked over gaps of 2": SliceLinking(Linking(max_gap=2)),
+    "linked over gaps of 2": SliceLinking(max_gap=2),
 }
 SECTIONS = 64
 
@@ -87,7 +89,8 @@ def many_pairs(pairs: int, folder: Path) -> None:
         found["here"] = part.start + np.arange(len(found)) // 2
         found["there"] = part.stop + generator.integers(0, each, len(found))
         found["voxels"] = 2
-        SliceOverlaps(summed(found)).save(folder / f"{z}.members")
+        rows_of = summed(found)
+        save(folder / f"{z}.members", **{name: rows_of[name] for name in COLUMNS})
     np.save(folder / OFFSETS, np.arange(SECTIONS + 1) * each)
     rows.flush()
     spent = measured(link_pairs, folder, count)

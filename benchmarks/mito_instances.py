@@ -38,7 +38,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from connectomics import Box, InferenceManager, load_config, open_volume  # noqa: E402
-from connectomics.assembly.decoding import DecodingInput  # noqa: E402
+from connectomics.assembly.decode_jobs import DecodingInput, decoding_request  # noqa: E402
 from connectomics.commands.decode import Decoder  # noqa: E402
 from connectomics.commands.evaluate import Scores, score_table  # noqa: E402
 from connectomics.evaluate.contingency import Contingency, side_by_side  # noqa: E402
@@ -106,7 +106,7 @@ def decoded(mask: Array, step: str) -> Array:
         with h5py.File(f"{place}/v.h5", "w") as file:
             file["main"] = mask.astype(np.uint8)
         words = [f"decoding=[{{name: {step}}}]", f"inference.data.output_path='{place}'", "inference.output.table=none"]
-        (outcome,) = Decoder(load_config(None, words)).run([DecodingInput(f"{place}/v.h5")])
+        (outcome,) = Decoder(decoding_request(load_config(None, words))).run([DecodingInput(f"{place}/v.h5")])
         assert outcome.state == "done", outcome.reason
         with h5py.File(outcome.paths[0]) as file:
             ids: Array = file["main"][:]

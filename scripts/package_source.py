@@ -266,7 +266,7 @@ def kept_as(node: ast.AST, names: Collection[str]) -> set[str]:
 
 
 def reads(scope: ast.AST, roots: Collection[str], *, holders: Collection[str], everything: Collection[str]) -> set[str]:
-    """Return what is read of a value: ``inference.output.formats`` for ``config.inference.output.formats``.
+    """Return what is read of a value: ``inference.output.formats`` for ``config.inference_keys.output.formats``.
 
     Parameters
     ----------

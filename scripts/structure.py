@@ -77,12 +77,16 @@ WIDE: Mapping[str, str] = {
     "NetworkPlan": "mirrors nnU-Net's plans",
     "NnunetCall": "mirrors the arguments of nnUNetv2_predict",
     "RunReport": "mirrors report.json",
+    "Manifest": "mirrors manifest.json",
+    "ModelContents": "mirrors what nnU-Net's files say",
+    "ModelSpec": "mirrors nnU-Net's plans and dataset.json",
     "Trial": "mirrors an entry of the file that tune keeps",
 }
 """Records that may have more fields, and why: what mirrors YAML, a file header or nnU-Net's plans."""
 
 LONG_CALLS: Mapping[str, str] = {
-    "_NiftiHeader": "is made of what unpacking a NIfTI header gives",
+    "key": "takes any number of rules",
+    "hashed": "takes any number of integers to hash",
     "log.info": "takes what fills its message by position",
 }
 """Callees, as they stand in the code, that may be given more positional arguments, and why."""
@@ -93,8 +97,6 @@ PUBLIC: Mapping[str, str] = {"list_sources": "is a name of the package's interfa
 SAME_MEANING: Mapping[str, str] = {
     "cascade.py": "nnU-Net's cascade: making its engines, running its stages, feeding labels to a network",
     "contract.py": "the Protocol of a seam and its values",
-    "decode.py": "decoding: the command, and one volume's run",
-    "decoding.py": "the decoding section of the configuration: reading it, making objects of it",
     "filters.py": "filters of whole objects: the arithmetic, and where a run applies them",
     "forecast.py": "the forecast of a run: the command, and the values",
     "memory.py": "memory that a block's work takes: counting it, and asking for a volume",
@@ -104,7 +106,6 @@ SAME_MEANING: Mapping[str, str] = {
     "task.py": "a task of blocks: the contract, and the one that predicts",
     "volume.py": "one volume: the contract, the phantom, a run",
     "volumes.py": "the volumes of a call: what is made for each, and what each will take",
-    "watershed.py": "the watershed: what it needs, and its arithmetic",
     "windows.py": "network windows: how they are laid for a model, and their grid",
     "zarr.py": "the format Zarr: reading and writing",
 }

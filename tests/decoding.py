@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet
 
-from connectomics.core.geometry import BlockGrid, Box, Vec3
-from connectomics.execution.block_plan import BlockPlan
-from connectomics.execution.executors.serial import SerialExecutor
-from connectomics.execution.lease import Worker
-from connectomics.execution.ledger import Ledger
-from connectomics.execution.runner import BlocksDone, run_blocks
-from connectomics.execution.task import Task
+from connectomics.core.geometry import BlockGrid, Vec3
 from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import AT_ONCE, FIRST_ID, Cuts, merge
-from connectomics.objects.table import COLUMNS, MeasurementUnits, write_table
-from connectomics.stages.decode.context import DecodingState, Step, StepContext
-from connectomics.stages.decode.tasks import JoinTask, PiecesTask, block_file, painted_block
-from connectomics.volumes.volume import VolumeInfo
+from connectomics.objects.table import COLUMNS, write_table
+from connectomics.stages.decode.tasks import BlockJoins, BlockPieces, BlockTask, block_file, painted_block
+from connectomics.testing.decoding_step import VOXEL_SIZE_NM, Decoded, decode_array, in_order
 
+__all__ = ["VOXEL_SIZE_NM", "Decoded", "decode_array", "in_order"]
 Array = npt.NDArray[Any]
-VOXEL_SIZE_NM = (40.0, 8.0, 6.0)
-
-
-class Volume:
-    """A reader of an array (z, y, x) in memory."""
-
-    def __init__(self, array: Array) -> None:
-        self._array = array
-        self.info = VolumeInfo((1, *array.shape), array.dtype, array.shape, VOXEL_SIZE_NM)
-        self.identity: dict[str, object] = {}
-
-    def read(self, box: Box) -> Array:
-        return self._array[(None, *box.slices)].copy()
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 def canonical(numbered: Array) -> Array:
@@ -77,8 +53,8 @@ def components_by_blocks(
         path.mkdir(parents=True)
     blocks = list(grid)
     for task in (
-        PiecesTask(grid, pieces, lambda box: values[box.slices], connectivity),
-        JoinTask(grid, pieces, joins, connectivity),
+        BlockTask(grid, pieces, BlockPieces(lambda box: values[box.slices], connectivity)),
+        BlockTask(grid, joins, BlockJoins(pieces, connectivity)),
     ):
         for each in blocks:
             task.process(each)
@@ -93,34 +69,6 @@ def components_by_blocks(
     for each in blocks:
         result[each.core.slices] = painted_block(grid, each, pieces, tables, np.dtype(np.uint64))
     return result
-
-
-def in_order(task: Task, ledger: Ledger) -> BlocksDone:
-    """Run a stage without other processes."""
-    with Worker(ledger.folder.parent / "workers") as worker:
-        return run_blocks(task, ledger, SerialExecutor(), worker, lambda done, planned: None)
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What steps left: the ids (z, y, x), and the last scene."""
-
-    ids: Array
-    state: DecodingState
-
-
-def decode_array(
-    values: Array, steps: Sequence[Step], block: Vec3, folder: Path, probabilities: Array | None = None
-) -> Decoded:
-    """Run steps on a volume in memory with stores, tables and ledgers in a folder."""
-    grid = BlockGrid(values.shape, block)
-    read = None if probabilities is None else lambda box: probabilities[box.slices]
-    units = None if probabilities is None else (255.0, 255.0)
-    state = DecodingState(Volume(values), MeasurementUnits(VOXEL_SIZE_NM, probability_units=units), read)
-    for number, step in enumerate(steps):
-        context = StepContext(folder, str(number), BlockPlan(block, block), grid, "0" * 64, in_order)
-        state = step.run(state, context)
-    return Decoded(state.volume.read(Box.of_shape(values.shape))[0], state)
 
 
 def table_of(decoded: Decoded, folder: Path) -> dict[str, list[Any]]:

@@ -237,14 +237,15 @@ def _import_everything() -> None:
     from connectomics.assembly.settings import model_settings
     from connectomics.cli import doctor, program, progress  # noqa: F401
     from connectomics.commands import decode  # noqa: F401
-    from connectomics.config.schema import DataConfig, ModelConfig
+    from connectomics.config.load import load_config
     from connectomics.lightning import inference  # noqa: F401
     from connectomics.volumes.formats import hdf5, images, tiff, zarr  # noqa: F401
     from connectomics.volumes.phantom import volume  # noqa: F401
 
     Image.init()
     with as_file(files("connectomics") / "example" / "phantom_mito_2d") as model:
-        load(model_settings(ModelConfig(), DataConfig(), model))
+        config = load_config(None, ["system.device=cpu"])  # Hydra is imported for words only
+        load(model_settings(config.model, config.data, model))
 
 
 def _serve() -> None:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.core.errors import DeviceMemoryError, ResourceError
 from connectomics.core.geometry import Vec3
-from connectomics.execution.block_plan import BlockPlan
-from connectomics.planning.blocks import REFUSAL_STEP_BYTES, plan_blocks
+from connectomics.execution.block_plan import REFUSAL_STEP_BYTES, BlockPlan
+from connectomics.planning.blocks import plan_blocks
 from connectomics.planning.memory import LIBRARY_BYTES, Budget, Footprint, NetworkWork, Work
 from connectomics.stages.decode.context import CHUNK, VOXEL_BYTES
 from connectomics.stages.output.export import exporting_bytes

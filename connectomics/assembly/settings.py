@@ -11,8 +11,8 @@ from typing import Any
 
 import psutil
 
-from connectomics.config.schema import Config, DataConfig, InferenceConfig, ModelConfig, SystemConfig
-from connectomics.config.validation import PLANES
+from connectomics.config.inference_keys import PLANES, InferenceConfig
+from connectomics.config.schema import Config, DataConfig, ModelConfig, SystemConfig
 from connectomics.core.errors import ConfigError
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.core.process import cpus

@@ -12,7 +12,8 @@ from connectomics.assembly.memory import decoding_bytes, plan_within_device
 from connectomics.assembly.precision import fast_contract
 from connectomics.assembly.provenance import command_of, provenance_of, resampling_facts, roi_facts
 from connectomics.assembly.settings import OutputSettings, RegionSettings, VolumeSettings
-from connectomics.config.schema import Config, VolumeModeConfig
+from connectomics.config.inference_keys import VolumeModeConfig
+from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import Box, Vec3

@@ -21,6 +21,7 @@ examples:
   connectomics evaluate out/NAME_labels.h5 TRUTH
   connectomics inspect MODEL
   connectomics convert MODEL OUTPUT
+  connectomics config keys inference.output
   connectomics doctor --checkpoint MODEL
   connectomics verify MODEL VOLUME
   connectomics decode out/NAME_labels.run 'decoding=[{name: connected_components}]' inference.data.output_path=out/
@@ -45,6 +46,7 @@ def parse_command(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_tune(commands)
     _add_evaluate(commands)
     _add_inspect(commands)
+    _add_config_keys(commands)
     _add_verify(commands)
     _add_decode(commands)
     _add_records(commands)
@@ -153,6 +155,15 @@ def _add_inspect(commands: Commands) -> None:
     _add_model(inspect)
     _add_json(inspect)
     _add_overrides(inspect, "model.folds=[0]")
+
+
+def _add_config_keys(commands: Commands) -> None:
+    config = commands.add_parser("config", help="what can be configured")
+    topics = config.add_subparsers(dest="topic", required=True, metavar="TOPIC")
+    text = "print each key of the configuration, its default and what it means"
+    keys = topics.add_parser("keys", help=text, description=text)
+    keys.add_argument("prefix", nargs="?", default="", help="only keys that begin so, such as inference.output")
+    _add_json(keys)
 
 
 def _add_verify(commands: Commands) -> None:

@@ -12,14 +12,17 @@ from pathlib import Path
 import psutil
 import torch
 
+import connectomics
 from connectomics.assembly.engine.cascade import check_previous_stage
 from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.settings import memory_budget_bytes, network_settings
 from connectomics.assembly.volumes import list_sources, open_source, share_of
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
+from connectomics.core.installation import DISTRIBUTION, VERSION, install_command
 from connectomics.models.backends.torch_eager import select_device
 
+PACKAGE = "connectomics"
 TESTED_NNUNET = ("2.8.0", "2.9")
 LOW_MEMORY_BYTES = 4 << 30
 LOW_DISK_BYTES = 10 << 30
@@ -46,7 +49,7 @@ def examine(config: Config, checkpoint: Path | None) -> list[Diagnosis]:
     checkpoint
         From the command line; without one, and without one in the configuration, model and volumes are left out.
     """
-    findings = [_python(), _nnunet(), _torchvision(), _device(config), _memory(config), _disk(config)]
+    findings = [_python(), _installation(), _nnunet(), _torchvision(), _device(config), _memory(config), _disk(config)]
     if checkpoint is not None or config.model.nnunet_checkpoint is not None:
         findings += _model_and_volumes(config, checkpoint)
     return findings
@@ -54,6 +57,26 @@ def examine(config: Config, checkpoint: Path | None) -> list[Diagnosis]:
 
 def _python() -> Diagnosis:
     return Diagnosis("python", True, f"{platform.python_version()}, torch {torch.__version__}")
+
+
+def _installation(package: Path = Path(connectomics.__file__).parent) -> Diagnosis:
+    """Another distribution may own the name ``connectomics``: one of that name on the package index does."""
+    owners = set(importlib.metadata.packages_distributions().get(PACKAGE, ())) - {DISTRIBUTION}
+    others = sorted(owner for owner in owners if not _is_ours(owner))
+    if others:
+        return Diagnosis(
+            "connectomics",
+            False,
+            f"{', '.join(others)} also installs a package {PACKAGE}, which may be imported instead of this one",
+            f"pip uninstall {' '.join(others)}, then {install_command()}",
+        )
+    return Diagnosis("connectomics", True, f"{VERSION}, from {package}")
+
+
+def _is_ours(owner: str) -> bool:
+    """Whether a distribution that is not called as ours is an older installation of this one."""
+    points = importlib.metadata.distribution(owner).entry_points
+    return any(point.value.startswith("connectomics.cli") for point in points)
 
 
 def _nnunet() -> Diagnosis:

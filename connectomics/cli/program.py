@@ -93,16 +93,15 @@ def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> lis
     if not config.decoding:
         with ProgressBar() as bar:
             return VolumeProcessor(config, engine, bar).run(sources)
-    from connectomics.assembly.decoding import check_decoding
-    from connectomics.assembly.watershed import check_run
+    from connectomics.assembly.decode_jobs import check_run, decoding_request
     from connectomics.commands.decode import decode_outcomes
 
-    check_decoding(config)
-    check_run(config, engine)
+    request = decoding_request(config)
+    check_run(request, engine)
     with ProgressBar() as bar:
         outcomes = VolumeProcessor(config, engine, bar).run(sources)
     with ProgressBar() as bar:
-        return decode_outcomes(config, engine, outcomes, bar)
+        return decode_outcomes(request, engine, outcomes, bar)
 
 
 def _ended(outcomes: Sequence[VolumeOutcome]) -> int:
@@ -186,6 +185,21 @@ def _inspect(words: argparse.Namespace) -> int:
     return 0
 
 
+def _config(words: argparse.Namespace) -> int:
+    from connectomics.config.reference import entries
+
+    found = entries(words.prefix)
+    if not found:
+        raise ConfigError(f"no key begins with {words.prefix!r}; connectomics config keys prints all")
+    if words.json:
+        print(json.dumps([{"key": e.key, "default": e.default, "meaning": e.plain} for e in found], indent=1))
+        return 0
+    wide = max(len(entry.key) + len(entry.default) for entry in found) + 3
+    for entry in found:
+        print(f"{f'{entry.key} = {entry.default}':{wide}}  {entry.plain}")
+    return 0
+
+
 def _verify(words: argparse.Namespace) -> int:
     from connectomics.config.load import load_config
 
@@ -211,7 +225,7 @@ def _verify(words: argparse.Namespace) -> int:
 
 def _decode(words: argparse.Namespace) -> int:
     config = _configured(words)
-    from connectomics.assembly.decoding import decoding_input
+    from connectomics.assembly.decode_jobs import decoding_input, decoding_request
     from connectomics.cli.progress import ProgressBar
     from connectomics.commands.decode import Decoder
     from connectomics.lightning.inference import check_output_folder
@@ -219,7 +233,7 @@ def _decode(words: argparse.Namespace) -> int:
     source = decoding_input(words.volume)
     check_output_folder(Path(config.inference.data.output_path))
     with ProgressBar() as bar:
-        return _ended(Decoder(config, bar).run([source]))
+        return _ended(Decoder(decoding_request(config), bar).run([source]))
 
 
 def _reproduce(words: argparse.Namespace) -> int:
@@ -339,6 +353,7 @@ _COMMANDS = {
     "test": _test,
     "evaluate": _evaluate,
     "inspect": _inspect,
+    "config": _config,
     "verify": _verify,
     "decode": _decode,
     "reproduce": _reproduce,

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from connectomics.assembly.decoding import (
+from connectomics.assembly.decode_jobs import (
     SUFFIX,
     DecodingInput,
-    check_decoding,
+    DecodingRequest,
     decode_job,
+    keeps_probabilities,
     open_decoding_input,
     output_of,
     run_folder_of,
@@ -21,14 +22,11 @@ from connectomics.assembly.decoding import (
 )
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.identity import program_version
-from connectomics.assembly.settings import memory_budget_bytes
-from connectomics.assembly.watershed import keeps_probabilities
-from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.task import RunReport
 from connectomics.jobs.outcome import NOT_BEGUN, NullObserver, Observer, VolumeOutcome, attempted
-from connectomics.runs.decode import DecodeSettings, run_decode
+from connectomics.runs.decoding_run import DecodeSettings, run_decode
 from connectomics.stages.output.finish import FinalOutput, check_names, settle, work_folder
 from connectomics.volumes.listing import stem_of
 from connectomics.volumes.opening import open_volume
@@ -40,22 +38,16 @@ class Decoder:
 
     Parameters
     ----------
-    config
-        The configuration; ``decoding`` holds the steps.
+    request
+        The steps, and what they leave.
     observer
         Hears of progress.
-
-    Raises
-    ------
-    ConfigError, OutputError
-        If there are no steps, or what they leave cannot be written.
     """
 
-    def __init__(self, config: Config, observer: Observer | None = None) -> None:
-        check_decoding(config)
-        self._config = config
+    def __init__(self, request: DecodingRequest, observer: Observer | None = None) -> None:
+        self._request = request
         self._observer = observer or NullObserver()
-        self._folder = Path(config.inference.data.output_path)
+        self._folder = request.output.folder
 
     def run(self, sources: Sequence[DecodingInput]) -> list[VolumeOutcome]:
         """Bring volumes to their objects; one outcome each, in the given order."""
@@ -69,7 +61,7 @@ class Decoder:
                 outcome = VolumeOutcome(source.uri, "failed", NOT_BEGUN, storage=True)
             else:
                 self._observer.began(source.uri)
-                folder = run_folder_of(self._config, source)
+                folder = run_folder_of(self._request.output, source)
                 outcome = attempted(source.uri, folder, functools.partial(self._process, source))
             self._observer.ended(outcome)
             outcomes.append(outcome)
@@ -78,29 +70,29 @@ class Decoder:
     def _finished(self, source: DecodingInput) -> tuple[Path, ...] | None:
         """Final paths of a volume that is done, or None; a volume that cannot be opened is not done."""
         try:
-            with contextlib.closing(open_decoding_input(self._config, source)) as volume:
-                output = output_of(self._config, source, volume)
+            with contextlib.closing(open_decoding_input(self._request, source)) as volume:
+                output = output_of(self._request, source, volume)
         except (ConnectomicsError, OSError):
             return None
-        table = table_of(self._config, source)
+        table = table_of(self._request.output, source)
         if output.missing(self._folder) or (table is not None and not table.exists()):
             return None
-        folder, paths = run_folder_of(self._config, source), self._paths(source, output)
+        folder, paths = run_folder_of(self._request.output, source), self._paths(source, output)
         settle(folder, work_folder(folder, (output,), program_version()), paths)
         return paths
 
     def _paths(self, source: DecodingInput, output: FinalOutput) -> tuple[Path, ...]:
-        table = table_of(self._config, source)
+        table = table_of(self._request.output, source)
         return (*output.paths(self._folder).values(), *([table] if table is not None else []))
 
     def _process(self, source: DecodingInput) -> tuple[tuple[Path, ...], RunReport]:
         with (
-            contextlib.closing(open_decoding_input(self._config, source)) as volume,
-            _opened(stated_probabilities(self._config, source)) as likely,
+            contextlib.closing(open_decoding_input(self._request, source)) as volume,
+            _opened(stated_probabilities(self._request, source)) as likely,
         ):
-            job = decode_job(self._config, source, volume, likely)
-            check_names((job.output,), self._folder, overwrite=self._config.inference.output.overwrite)
-            settings = DecodeSettings(self._folder, memory_budget_bytes(self._config.system.memory_budget_gb))
+            job = decode_job(self._request, source, volume, likely)
+            check_names((job.output,), self._folder, overwrite=self._request.output.overwrite)
+            settings = DecodeSettings(self._folder, self._request.budget_bytes)
             report = run_decode(job, settings, SerialExecutor(), self._observer.block)
         return self._paths(source, job.output), report
 
@@ -115,14 +107,14 @@ def _opened(uri: str | None) -> Iterator[VolumeReader | None]:
 
 
 def decode_outcomes(
-    config: Config, engine: Engine, outcomes: Sequence[VolumeOutcome], observer: Observer | None = None
+    request: DecodingRequest, engine: Engine, outcomes: Sequence[VolumeOutcome], observer: Observer | None = None
 ) -> list[VolumeOutcome]:
     """Decode the labels that a run has left; each outcome then has the paths of its objects too, or their failure.
 
     Parameters
     ----------
-    config
-        The configuration.
+    request
+        The steps, and what they leave.
     engine
         Of the run; it knows what its probabilities are.
     outcomes
@@ -130,7 +122,7 @@ def decode_outcomes(
     observer
         Hears of progress.
     """
-    decoder = Decoder(config, observer)
+    decoder = Decoder(request, observer)
     done = [i for i, outcome in enumerate(outcomes) if outcome.state != "failed"]
     decoded = decoder.run([_labels_of(engine, outcomes[i]) for i in done])
     result = list(outcomes)

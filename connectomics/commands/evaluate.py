@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectomics.commands.decode import objects_of
-from connectomics.config.schema import EvaluationConfig, TestConfig, TestDataConfig
-from connectomics.config.validation import INSTANCE_METRICS, SEMANTIC_METRICS
+from connectomics.config.schema import INSTANCE_METRICS, SEMANTIC_METRICS, EvaluationConfig, TestConfig, TestDataConfig
 from connectomics.core.errors import ConfigError, ConnectomicsError
 from connectomics.core.files import write_text
 from connectomics.evaluate.comparison import Comparison, Within, compare

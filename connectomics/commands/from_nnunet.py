@@ -17,7 +17,7 @@ from connectomics.config.load import load_config
 from connectomics.config.schema import Config
 from connectomics.config.validation import validate
 from connectomics.core.errors import ConfigError, ModelError
-from connectomics.jobs.outcome import EXPECTED, NOT_BEGUN, NullObserver, Observer, VolumeOutcome, failed_outcome
+from connectomics.jobs.outcome import EXPECTED, NullObserver, Observer, VolumeOutcome, failed_outcome, outcomes_of
 from connectomics.lightning.inference import VolumeProcessor
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.nnunet.folder import (
@@ -143,19 +143,9 @@ class FolderPrediction:
         copy_descriptions(self._call.model, self._call.output_folder)
         observer = observer or NullObserver()
         kept = {s.name: paths for s in self._sources if (paths := self._kept(s))}
-        observer.listed(len(self._sources), len(kept))
         sample = SharedSample(self._sources, self._engine_of)
-        outcomes: list[VolumeOutcome] = []
-        for source in self._sources:
-            if source.name in kept:
-                outcome = VolumeOutcome(source.name, "skipped", paths=kept[source.name])
-            elif any(earlier.storage for earlier in outcomes):
-                outcome = VolumeOutcome(source.name, "failed", NOT_BEGUN, storage=True)
-            else:
-                outcome = self._predict(source, observer, sample)
-            observer.ended(outcome)
-            outcomes.append(outcome)
-        return outcomes
+        names = [source.name for source in self._sources]
+        return outcomes_of(names, kept, lambda i: self._predict(self._sources[i], observer, sample), observer)
 
     def _label_file(self, source: VolumeSource) -> Path:
         return self._call.output_folder / (source.stem + self._kind.ending)

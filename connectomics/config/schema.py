@@ -1,7 +1,8 @@
 """The typed configuration: every key there is, and the only home of each default.
 
 ``connectomics.config.load`` fills it from YAML and ``key=value`` words; ``assembly`` reads it. None means
-"the model or the machine decides". ``tutorials/nnunet_mito_inference.yaml`` explains each key.
+"the model or the machine decides". What is said of a key here is what the guide, the tutorial and ``connectomics config
+keys`` show.
 """
 
 from __future__ import annotations
@@ -9,35 +10,78 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from connectomics.config.inference_keys import InferenceConfig
+from connectomics.config.key_rules import (
+    DEVICE,
+    DISTINCT,
+    NAMES,
+    ONE_GPU,
+    KeyRule,
+    at_least,
+    key,
+    matching,
+    not_empty,
+    one_of,
+    positive,
+)
+
+SEMANTIC_METRICS = ("dice", "iou", "precision", "recall")
+INSTANCE_METRICS = ("ap", "f1", "pq", "voi", "arand")
+METRICS = SEMANTIC_METRICS + INSTANCE_METRICS
+BACKENDS = ("auto", "torch", "compile", "openvino")
+
 
 @dataclass(frozen=True, slots=True)
 class SystemInferenceConfig:
-    """``system.inference``: what replaces the values of ``system`` while predicting; None keeps those."""
+    """``system.inference``: what replaces the values of ``system`` while predicting; null keeps those."""
 
-    batch_size: int | None = None
-    num_gpus: int | None = None
-    num_cpus: int | None = None
-    num_workers: int | None = None
+    batch_size: int | None = key(
+        None,
+        "volumes at a time, 1; windows per pass are `sliding_window.sw_batch_size`",
+        KeyRule(
+            lambda batch: batch == 1,
+            "volumes are processed one by one, so it must be 1 or null; windows per forward pass are "
+            "inference.sliding_window.sw_batch_size",
+        ),
+    )
+    num_gpus: int | None = key(None, "replaces `system.num_gpus`", at_least(0), ONE_GPU)
+    num_cpus: int | None = key(None, "replaces `system.num_cpus`", at_least(1))
+    num_workers: int | None = key(None, "threads that read ahead in the survey; null: 1", at_least(1))
 
 
 @dataclass(frozen=True, slots=True)
 class SystemConfig:
-    """``system``: the machine.
+    """``system``: the machine."""
 
-    ``device`` is auto (the first CUDA device when there is one, otherwise the CPU), cpu, mps, cuda or cuda:N;
-    a named device that is missing is an error. ``backend`` is torch (the reference), compile, openvino, or auto (the
-    fastest that is there). ``num_cpus`` counts threads of a forward pass; ``memory_budget_gb`` limits host memory, in
-    10^9 bytes. ``cache_dir`` keeps compiled networks and what ``connectomics tune`` measured.
-    """
-
-    device: str = "auto"
-    backend: str = "torch"
-    cache_dir: str | None = None
-    seed: int = 0
-    num_gpus: int | None = None
-    num_cpus: int | None = None
-    memory_budget_gb: float | None = None
-    allow_mixed_devices: bool = False
+    device: str = key("auto", "auto (the first CUDA device, otherwise the CPU), cpu, mps, cuda or cuda:N", DEVICE)
+    backend: str = key(
+        "torch",
+        "torch, openvino, compile, or auto: the fastest that is there; see [faster](#faster)",
+        one_of(BACKENDS),
+    )
+    cache_dir: str | None = key(
+        None,
+        "folder of compiled networks and of what `tune` measured; null: `connectomics/` in the user's cache",
+        not_empty("must name a folder, or be null for the user's own cache"),
+    )
+    seed: int = key(0, "seed of the random generators; inference draws no random numbers", at_least(0))
+    num_gpus: int | None = key(
+        None, "0: stay on the CPU, 1: insist on a GPU; for more start one process per GPU", at_least(0), ONE_GPU
+    )
+    num_cpus: int | None = key(
+        None,
+        "threads of a forward pass; null: this process's CPUs, at most 8 as in nnU-Net; of unfinished work those it "
+        "was begun with",
+        at_least(1),
+    )
+    memory_budget_gb: float | None = key(
+        None,
+        "host memory of the process, in 10⁹ bytes; null: half of the machine's",
+        positive("must be a positive number of gigabytes, or null for this machine's"),
+    )
+    allow_mixed_devices: bool = key(
+        False, "true: continue a run that another numeric class began; the last digits may differ"
+    )
     inference: SystemInferenceConfig = field(default_factory=SystemInferenceConfig)
 
 
@@ -45,155 +89,101 @@ class SystemConfig:
 class ModelConfig:
     """``model``: which trained network, and what is expected of it."""
 
-    architecture: str = "nnunet"
-    nnunet_checkpoint: str | None = None
-    nnunet_plans: str | None = None
-    nnunet_dataset: str | None = None
-    nnunet_device: str | None = None
-    use_deep_supervision: bool | None = None
-    in_channels: int | None = None
-    out_channels: int | None = None
-    sha256: str | None = None
-    trust_code: bool = False
-    folds: list[str] | None = None
-    checkpoint_name: str = "checkpoint_final.pth"
-    ensemble: list[str] | None = None
-    ensemble_weights: list[float] | None = None
-    previous_stage: str | None = None
+    architecture: str = key("nnunet", "name in the architecture registry")
+    nnunet_checkpoint: str | None = key(
+        None, "the model, a `.pth` file or a nnU-Net training folder; `--checkpoint` replaces it"
+    )
+    nnunet_plans: str | None = key(None, "plans.json, where it is not beside the checkpoint or above it")
+    nnunet_dataset: str | None = key(None, "dataset.json, likewise")
+    nnunet_device: str | None = key(None, "the model's device; null: `system.device`", DEVICE)
+    use_deep_supervision: bool | None = key(
+        None,
+        "true is refused: inference uses the full-resolution head only",
+        KeyRule(lambda deep: not deep, "inference uses the full-resolution head only, so it must be false or null"),
+    )
+    in_channels: int | None = key(None, "when given, checked against the model", at_least(1))
+    out_channels: int | None = key(None, "when given, checked against the model (background counts)", at_least(1))
+    sha256: str | None = key(
+        None,
+        "when given, the model must have this digest",
+        matching("[0-9a-fA-F]{64}", "must be the 64 hexadecimal digits that `connectomics inspect` prints"),
+    )
+    trust_code: bool = key(False, "true: checkpoint and plans may bring code of their own, which can do anything")
+    folds: list[str] | None = key(
+        None,
+        "folds of a training folder, such as [0, 1] or [all]; null: all there are",
+        NAMES,
+        DISTINCT,
+        KeyRule(lambda fold: fold == "all" or fold.isdecimal(), "a fold is a number from 0 on, or all", each=True),
+    )
+    checkpoint_name: str = key(
+        "checkpoint_final.pth",
+        "which file of each fold; checkpoint_best.pth is the other that nnU-Net writes",
+        KeyRule(
+            lambda name: name not in ("", ".", "..") and (not set(name) & set("/\\")),
+            "must be a file name without folders, such as checkpoint_best.pth",
+        ),
+    )
+    ensemble: list[str] | None = key(
+        None,
+        "more models whose probabilities are averaged with the first's, as [nnUNetv2_ensemble "
+        "does](#ensembles-of-models)",
+        NAMES,
+    )
+    ensemble_weights: list[float] | None = key(None, "one number for each model, the first first; null: all alike")
+    previous_stage: str | None = key(
+        None,
+        "for a second stage of a cascade: the first stage's model, or its labels; `*` is the volume's name, see "
+        "[cascades](#cascades)",
+        not_empty("must be a path, or null"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
     """``data``: what the user expects of volumes and model; checked against the model, never changing it."""
 
-    do_2d: bool | None = None
-    in_channels: int | None = None
-    out_channels: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class InferenceDataConfig:
-    """``inference.data``: where results go."""
-
-    output_path: str = "outputs"
-
-
-@dataclass(frozen=True, slots=True)
-class VolumeModeConfig:
-    """``inference.volume_mode``: the list of volumes and this process's share of it."""
-
-    enabled: bool = True
-    start_index: int = 0
-    step: int = 1
-    stop_on_error: bool = False
-    file_list: list[str] | None = None
-    file_pattern: str | None = None
-    output_suffix: str = "labels"
-
-
-@dataclass(frozen=True, slots=True)
-class SlidingWindowConfig:
-    """``inference.sliding_window``: windows in voxels, (y, x) or (z, y, x); overlap = 1 - tile_step_size."""
-
-    window_size: list[int] | None = None
-    overlap: float | None = None
-    sw_batch_size: int | None = None
-    blending: str = "gaussian"
-    padding_mode: str = "constant"
-    engine: str = "nnunet"
-
-
-@dataclass(frozen=True, slots=True)
-class AugmentationConfig:
-    """``inference.test_time_augmentation``: mirroring (axes 0 = z, 1 = y, 2 = x) and activation."""
-
-    enabled: bool = True
-    flip_axes: list[int] | None = None
-    ensemble_mode: str = "mean"
-    act: str | None = None
-    select_channel: list[int] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BinaryConfig:
-    """``inference.postprocessing.binary``: foreground probability above ``threshold``, then cleaned up."""
-
-    enabled: bool = False
-    threshold: float = 0.5
-    remove_small_objects: int = 0
-    fill_holes: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PostprocessingConfig:
-    """``inference.postprocessing``: after the network; ``intensity_*`` say how probabilities are saved."""
-
-    binary: BinaryConfig = field(default_factory=BinaryConfig)
-    intensity_scale: float | None = None
-    intensity_dtype: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OutputConfig:
-    """``inference.output``: which files are left."""
-
-    formats: list[str] = field(default_factory=lambda: ["h5"])
-    pyramid: bool = True
-    table: str = "parquet"
-    save_probabilities: bool = False
-    overwrite: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class InferenceConfig:
-    """``inference``: how volumes become labels. ``voxel_size_nm`` and ``block_shape`` are (z, y, x).
-
-    ``planes`` are those along which a 2D model runs. ``roi`` is the first voxel that is wanted and the one after the
-    last, each (z, y, x); ``mask`` names a volume. ``precision`` is exact (float32) or fast, whose labels may differ in
-    a share ``max_disagreement`` of a sample.
-    """
-
-    case: str = "auto"
-    planes: list[str] = field(default_factory=lambda: ["xy"])
-    allow_anisotropic_planes: bool = False
-    precision: str | None = None
-    max_disagreement: float = 1e-4
-    voxel_size_nm: list[float] | None = None
-    axes: str | None = None
-    block_shape: list[int] | None = None
-    roi: list[list[int]] | None = None
-    mask: str | None = None
-    resample: str = "off"
-    spacing: list[float] | None = None
-    allow_large_resampling: bool = False
-    data: InferenceDataConfig = field(default_factory=InferenceDataConfig)
-    volume_mode: VolumeModeConfig = field(default_factory=VolumeModeConfig)
-    sliding_window: SlidingWindowConfig = field(default_factory=SlidingWindowConfig)
-    test_time_augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    postprocessing: PostprocessingConfig = field(default_factory=PostprocessingConfig)
-    output: OutputConfig = field(default_factory=OutputConfig)
+    do_2d: bool | None = key(None, "when given, the model must be 2D (true) or 3D (false)")
+    in_channels: int | None = key(None, "when given, checked against the model", at_least(1))
+    out_channels: int | None = key(None, "when given, checked against the model", at_least(1))
 
 
 @dataclass(frozen=True, slots=True)
 class TestDataConfig:
     """``test.data``: volumes of ``--mode test``, or results of ``--mode evaluate``; in the same order, their truth."""
 
-    test_image: list[str] | None = None
-    test_prediction: list[str] | None = None
-    test_label: list[str] | None = None
-    test_instances: list[str] | None = None
-    test_ignore: list[str] | None = None
+    test_image: list[str] | None = key(None, "a volume or a list of volumes for `--mode test`", NAMES, DISTINCT)
+    test_prediction: list[str] | None = key(None, "existing results for `--mode evaluate`", NAMES)
+    test_label: list[str] | None = key(None, "their labels in the same order; null: predict only", NAMES)
+    test_instances: list[str] | None = key(
+        None,
+        "ids of the true objects of each, where metrics of objects are asked for and `decoding` makes some",
+        NAMES,
+    )
+    test_ignore: list[str] | None = key(None, "a mask for each; where it is not 0, voxels are not counted", NAMES)
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationConfig:
     """``test.evaluation``: what is measured where labels are given."""
 
-    enabled: bool = True
-    metrics: list[str] = field(default_factory=lambda: ["dice", "iou", "precision", "recall"])
-    foreground: bool = False
-    ignore_label: int | None = None
-    size_bounds: list[int] | None = None
+    enabled: bool = key(True, "compare with test_label")
+    metrics: list[str] = key(
+        ["dice", "iou", "precision", "recall"],
+        "any of these, for each label; for objects ap, f1, pq, voi, arand; see [scores](#scores)",
+        one_of(METRICS, each=True),
+        DISTINCT,
+    )
+    foreground: bool = key(False, "true: everything above 0 is one class, in prediction and truth")
+    ignore_label: int | None = key(None, "voxels with this label in the truth are not counted", at_least(0))
+    size_bounds: list[int] | None = key(
+        None,
+        "voxels, such as [5000, 15000]: average precision by size of the true objects",
+        KeyRule(
+            lambda bounds: len(bounds) > 0 and bounds == sorted(set(bounds)) and (bounds[0] >= 1),
+            "must be whole numbers of 1 or more, ascending, in voxels",
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,11 +198,12 @@ class TestConfig:
 class Config:
     """The whole configuration."""
 
-    experiment_name: str = "connectomics"
-    description: str = ""
+    experiment_name: str = key("connectomics", "a name, written into each result's provenance")
+    description: str = key("", "free text, written into the provenance")
     system: SystemConfig = field(default_factory=SystemConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
-    decoding: list[Any] = field(default_factory=list)  # of ``config.decoding.DecodingStep``
+    # of ``stages.decode.step_contract.DecodingStep``
+    decoding: list[Any] = key([], "steps that turn labels into objects, see [Instances](#instances)")
     test: TestConfig = field(default_factory=TestConfig)

@@ -12,11 +12,21 @@ OUTPUT_FORMATS: Registry[Any] = Registry(
     "connectomics.output_formats",
     {
         "h5": f"{_FORMATS}.hdf5:HDF5",
+        "zarr": f"{_FORMATS}.zarr:ZARR",
         "tiff": f"{_FORMATS}.tiff:TIFF",
         "png": f"{_FORMATS}.png:PNG",
-        "zarr": f"{_FORMATS}.zarr:ZARR",
         "zarr2": f"{_FORMATS}.zarr2:ZARR2",
         "n5": f"{_FORMATS}.n5:N5",
         "precomputed": f"{_FORMATS}.precomputed:PRECOMPUTED",
+    },
+)
+DECODING_STEPS: Registry[Any] = Registry(
+    "step of decoding",
+    "connectomics.decoding_steps",
+    {
+        "connected_components": "connectomics.stages.decode.connected_components:ConnectedComponents",
+        "filters": "connectomics.stages.decode.object_filters:Filters",
+        "slice_linking": "connectomics.stages.decode.slice_linking:SliceLinking",
+        "watershed": "connectomics.stages.decode.watershed.seeded_watershed:Watershed",
     },
 )

@@ -62,9 +62,9 @@ class ObjectPairs:
             truth,
             prediction_voxels,
             truth_voxels,
-            np.searchsorted(prediction, both.prediction),
-            np.searchsorted(truth, both.truth),
-            both.counts,
+            of_prediction=np.searchsorted(prediction, both.prediction),
+            of_truth=np.searchsorted(truth, both.truth),
+            shared=both.counts,
         )
 
     @property

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from connectomics.core.geometry import Vec3
 
+REFUSAL_STEP_BYTES = 10**7  # a budget that can work is named in such steps, one more than needed
+
 
 @dataclass(frozen=True, slots=True)
 class BlockPlan:

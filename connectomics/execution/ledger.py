@@ -126,7 +126,7 @@ class Ledger:
         header = read_header(folder)
         plan = plan_of(folder)
         assert plan is not None
-        return cls(folder, header["run_key"], header["numeric_class"], plan, vec3(header["volume"]))
+        return cls(folder, header["run_key"], header["numeric_class"], plan, volume=vec3(header["volume"]))
 
     def _join(self, found: dict[str, Any]) -> None:
         """Take over the header found, unless its blocks are of another numeric class and that is not allowed."""

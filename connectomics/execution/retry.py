@@ -108,12 +108,12 @@ class RetryingReader:
 
     @property
     def info(self) -> VolumeInfo:
-        """Of the volume."""
+        """What the volume says of itself."""
         return self._reader.info
 
     @property
     def identity(self) -> dict[str, object]:
-        """Of the volume."""
+        """What the volume says of itself."""
         return self._reader.identity
 
     def read(self, box: Box) -> Array:

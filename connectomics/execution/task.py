@@ -65,7 +65,7 @@ class Computed:
 
     @property
     def size_bytes(self) -> int:
-        """Of all arrays."""
+        """Bytes of all arrays."""
         return sum(array.nbytes for array in self.arrays.values())
 
 

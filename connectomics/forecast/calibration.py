@@ -45,7 +45,7 @@ TUNED = "connectomics tune"
 
 @dataclass(frozen=True, slots=True)
 class WindowTimes:
-    """Of each member, seconds of a window, seconds with the stand-in, and where the first come from."""
+    """For each member the seconds of a window and those with the stand-in, and where the first come from."""
 
     full: tuple[Timing, ...]
     stand_in: tuple[float, ...]
@@ -134,7 +134,7 @@ class StandIn:
 
     @property
     def numeric_class(self) -> NumericClass:
-        """Of nothing that is kept."""
+        """The class of results that nobody keeps."""
         return self._class
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:

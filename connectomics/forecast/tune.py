@@ -77,7 +77,7 @@ class _Running:
         return logits
 
     def labels(self) -> list[Array]:
-        """Of the sample, each model's index of the largest logit, window by window."""
+        """Give the index of the largest logit of each model in the sample, window by window."""
         found = []
         for w, row in zip(self.windows, self.chosen.backends, strict=True):
             for i in range(0, len(w), self.trial.batch):
@@ -179,7 +179,7 @@ def _reference(made: _Running) -> tuple[list[Array], list[Array]]:
 
 
 def _share(labels: Sequence[Array], reference: Sequence[Array]) -> float:
-    """Of the reference's labels, those that differ; batches may be cut otherwise."""
+    """Return the share of the reference's labels that differ; batches may be cut otherwise."""
     ours, theirs = (np.concatenate([part.ravel() for part in parts]) for parts in (labels, reference))
     return float((ours != theirs).mean())
 

@@ -9,6 +9,7 @@ import torch
 
 from connectomics.core.errors import ConfigError
 from connectomics.core.geometry import Box, Vec3
+from connectomics.core.installation import install_command
 from connectomics.inference.case import WindowSource
 from connectomics.inference.predictor import Logits, Part, SlidingWindow
 from connectomics.inference.tta import forward_mirrored
@@ -20,7 +21,7 @@ try:
 except ImportError as error:
     raise ConfigError(
         f"inference.sliding_window.engine=monai needs MONAI, which does not load here ({error}); "
-        "pip install 'connectomics[monai]', or use engine=nnunet"
+        f"{install_command('monai')}, or use engine=nnunet"
     ) from error
 
 

@@ -67,7 +67,7 @@ class IntensityStats:
             return cls(0, True, 0, 0)
         counts, levels = counts[levels], levels + lowest
         first, second = int(np.dot(counts, levels)), int(np.dot(counts, levels * levels))
-        return cls(int(counts.sum()), True, first, second, float(levels[0]), float(levels[-1]))
+        return cls(int(counts.sum()), True, first, second, minimum=float(levels[0]), maximum=float(levels[-1]))
 
     @classmethod
     def _of_moments(cls, values: Array) -> IntensityStats:
@@ -76,7 +76,7 @@ class IntensityStats:
             return cls(0, False, 0.0, 0.0)
         low, high, mean = float(numbers.min()), float(numbers.max()), float(numbers.mean())
         numbers -= mean
-        return cls(numbers.size, False, mean, float(np.dot(numbers, numbers)), low, high)
+        return cls(numbers.size, False, mean, float(np.dot(numbers, numbers)), minimum=low, maximum=high)
 
     def __add__(self, other: IntensityStats) -> IntensityStats:
         """Merge; float moments after Chan, Golub and LeVeque (1979), equation 2.1."""

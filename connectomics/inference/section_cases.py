@@ -58,7 +58,7 @@ class SectionCases(Sequence[Case]):
             count = i + 1
         if count != sections:
             raise ValueError(f"expected {sections} sections, got {count}")
-        return cls(region.start[0], region.stop[1:], boxes, values, axis)
+        return cls(region.start[0], region.stop[1:], boxes, values, axis=axis)
 
     @property
     def axis(self) -> int:

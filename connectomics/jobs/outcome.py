@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -62,6 +62,45 @@ class NullObserver:
 
     def ended(self, outcome: VolumeOutcome) -> None:
         """Nothing."""
+
+
+def outcomes_of(
+    names: Sequence[str],
+    kept: Mapping[str, tuple[Path, ...]],
+    process: Callable[[int], VolumeOutcome],
+    observer: Observer,
+    *,
+    stop_on_error: bool = False,
+) -> list[VolumeOutcome]:
+    """Bring volumes to an end one after the other; when the disk of the results refuses, no other is begun.
+
+    Parameters
+    ----------
+    names
+        Of the volumes.
+    kept
+        Final paths of those that are done already, by name.
+    process
+        Gives the outcome of the volume with this number.
+    observer
+        Hears of all but what happens within a volume.
+    stop_on_error
+        Whether the first failure is the last outcome.
+    """
+    observer.listed(len(names), len(kept))
+    outcomes: list[VolumeOutcome] = []
+    for number, name in enumerate(names):
+        if name in kept:
+            outcome = VolumeOutcome(name, "skipped", paths=kept[name])
+        elif any(earlier.storage for earlier in outcomes):
+            outcome = VolumeOutcome(name, "failed", NOT_BEGUN, storage=True)
+        else:
+            outcome = process(number)
+        observer.ended(outcome)
+        outcomes.append(outcome)
+        if stop_on_error and outcome.state == "failed":
+            break
+    return outcomes
 
 
 def attempted(name: str, folder: Path, run: Callable[[], tuple[tuple[Path, ...], RunReport]]) -> VolumeOutcome:

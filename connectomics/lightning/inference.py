@@ -39,7 +39,7 @@ from connectomics.execution.task import RunReport
 from connectomics.forecast.volumes import JobForecaster
 from connectomics.inference.case import ReadBox
 from connectomics.jobs.cascade import previous_labels
-from connectomics.jobs.outcome import NOT_BEGUN, NullObserver, Observer, VolumeOutcome, attempted
+from connectomics.jobs.outcome import NullObserver, Observer, VolumeOutcome, attempted, outcomes_of
 from connectomics.jobs.resume import ResumedEngines
 from connectomics.runs.volume import run_volume
 from connectomics.stages.output.finish import check_names, settle, work_folder
@@ -220,24 +220,15 @@ class VolumeProcessor:
         check_previous_stage(self._engine.inference.models.previous_stage, self._engine.specs, sources)
         sample = sample or SharedSample(sources)
         finished = {s.name: paths for s in sources if (paths := self._finished(s)) is not None}
-        self._observer.listed(len(sources), len(finished))
-        outcomes: list[VolumeOutcome] = []
-        refused = False
-        for source in sources:
-            if source.name in finished:
-                outcome = VolumeOutcome(source.name, "skipped", paths=finished[source.name])
-            elif refused:
-                outcome = VolumeOutcome(source.name, "failed", NOT_BEGUN, storage=True)
-            else:
-                self._observer.began(source.name)
-                folder = run_folder(self._engine.inference.outputs, source)
-                outcome = attempted(source.name, folder, functools.partial(self._process, source, sample))
-            self._observer.ended(outcome)
-            outcomes.append(outcome)
-            refused = refused or outcome.storage
-            if outcome.state == "failed" and self._stop_on_error:
-                break
-        return outcomes
+
+        def process(number: int) -> VolumeOutcome:
+            source = sources[number]
+            self._observer.began(source.name)
+            folder = run_folder(self._engine.inference.outputs, source)
+            return attempted(source.name, folder, functools.partial(self._process, source, sample))
+
+        names = [source.name for source in sources]
+        return outcomes_of(names, finished, process, self._observer, stop_on_error=self._stop_on_error)
 
     def _finished(self, source: VolumeSource) -> tuple[Path, ...] | None:
         """Final paths of a volume that is done, or None; a volume that cannot be opened is not done."""

@@ -19,8 +19,8 @@ from connectomics.models.spec import (
     NO_RESAMPLING,
     TORCH_RESAMPLING,
     ChannelNormalisation,
+    PlanSpacing,
     ResamplingRule,
-    Spacing,
 )
 
 NORMALISATIONS = (
@@ -271,7 +271,7 @@ def _number(values: object, key: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def patch_and_spacing(configuration: PlanText) -> tuple[int, Vec3, Spacing]:
+def patch_and_spacing(configuration: PlanText) -> tuple[int, Vec3, PlanSpacing]:
     """Dimensions of the network, its patch (z, y, x) and its spacing (z, y, x) in the plan's unit.
 
     Raises

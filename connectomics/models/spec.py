@@ -12,7 +12,7 @@ import numpy as np
 
 from connectomics.core.geometry import Vec3
 
-Spacing = tuple[float | None, float, float]
+PlanSpacing = tuple[float | None, float, float]
 DEFAULT_RESAMPLING = "resample_data_or_seg_to_shape"  # nnU-Net's names of its resampling functions
 TORCH_RESAMPLING = "resample_torch_fornnunet"
 NO_RESAMPLING = "no_resampling_hack"
@@ -131,7 +131,7 @@ class ModelSpec:
     class_values: tuple[int, ...]
     normalisations: tuple[ChannelNormalisation, ...]
     mirror_axes: tuple[int, ...]
-    spacing: Spacing
+    spacing: PlanSpacing
     resampling_data: ResamplingRule
     resampling_probabilities: ResamplingRule
     image_reader: str

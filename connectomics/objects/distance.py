@@ -14,11 +14,11 @@ from scipy import ndimage
 from connectomics.core.geometry import Box, Vec3, vec3
 
 Array = npt.NDArray[Any]
-Size = tuple[float, float, float]
+VoxelSize = tuple[float, float, float]
 PICOMETRES = 1000  # in a nanometre
 
 
-def squared_distance(inside: Array, voxel_size_nm: Size) -> Array:
+def squared_distance(inside: Array, voxel_size_nm: VoxelSize) -> Array:
     """Squared distance from each voxel to the nearest one that is not inside.
 
     Whole numbers in float64, hence exact up to 94 µm (2^53 pm²); voxel sizes are taken to the picometre. What lies
@@ -60,7 +60,7 @@ def beyond(squared: Array, distance_nm: float) -> Array:
     return np.greater(squared, (distance_nm * PICOMETRES) ** 2)
 
 
-def reach(distance_nm: float, voxel_size_nm: Size, *, by_section: bool) -> Vec3:
+def reach(distance_nm: float, voxel_size_nm: VoxelSize, *, by_section: bool) -> Vec3:
     """Voxels (z, y, x) around a box within which lies all that is no farther than a distance.
 
     Examples

@@ -79,7 +79,8 @@ def merge(cuts: Cuts, folder: Path, *, first_id: int = FIRST_ID, at_once: int = 
     objects = _measured(cuts, tables, folder, count, first_id=first_id, at_once=at_once)
     for table in (tables.ids, objects):
         table.flush()
-    tables.remove_scratch()
+    for path in folder.glob("scratch_*"):
+        path.unlink()
     return count
 
 
@@ -97,7 +98,6 @@ def spans(count: int, at_once: int) -> Iterator[slice]:
 class _Tables:
     """All pieces in the order of the blocks, and the nodes: pieces that touch another block."""
 
-    folder: Path
     offsets: Array  # first piece of each block, and the number of pieces
     nodes: Array  # first node of each block, and the number of nodes
     keys: Array  # by piece
@@ -106,10 +106,6 @@ class _Tables:
     ids: np.memmap[Any, Any]  # by piece
     parent: Array  # by node: a node of the same object, in the end the one all share
     leader: Array  # by node that all share: the piece that has the object's key
-
-    def remove_scratch(self) -> None:
-        for path in self.folder.glob("scratch_*"):
-            path.unlink()
 
 
 def _gathered(cuts: Cuts, folder: Path) -> _Tables:
@@ -133,10 +129,9 @@ def _gathered(cuts: Cuts, folder: Path) -> _Tables:
     for span in spans(linked, AT_ONCE):
         parent[span] = np.arange(span.start, span.stop)
     return _Tables(
-        folder,
         offsets,
         nodes,
-        mapped(paths[0], total, np.uint64),
+        keys=mapped(paths[0], total, np.uint64),
         piece_of=mapped(paths[1], linked, np.int64),
         leads=leads,
         ids=table(folder / IDS, total, np.uint64),

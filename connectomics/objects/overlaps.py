@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from connectomics.core.geometry import Vec3
-from connectomics.objects.arrays import load, save
+from connectomics.objects.arrays import load
 
 Array = npt.NDArray[Any]
 VOXELS_AT_ONCE = 1 << 20
@@ -99,17 +99,6 @@ def summed(rows: Array) -> Array:
     if len(edges) < len(rows):
         result["voxels"] = np.add.reduceat(rows["voxels"], edges)
     return result
-
-
-@dataclass(frozen=True, slots=True)
-class SliceOverlaps:
-    """What one block leaves behind: ``OVERLAP`` [n] of whole objects, counted from 0, sorted."""
-
-    rows: Array
-
-    def save(self, path: Path) -> None:
-        """Write whole or not at all."""
-        save(path, **{name: self.rows[name] for name in COLUMNS})
 
 
 def load_overlaps(path: Path) -> tuple[Array, ...]:

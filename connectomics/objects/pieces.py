@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from connectomics.core.geometry import Box, Vec3, vec3
-from connectomics.objects.arrays import save
 from connectomics.objects.components import Connectivity, connected_components
 
 Array = npt.NDArray[Any]
@@ -74,17 +72,11 @@ class Pieces:
     joints: Array
     planes: dict[str, Array]
 
-    def save(self, path: Path) -> None:
-        """Write whole or not at all."""
-        save(
-            path,
-            rows=self.rows,
-            lengths=self.lengths,
-            labels=self.labels,
-            joints=self.joints,
-            joint_values=self.rows["value"][self.joints.astype(np.int64) - 1],
-            **self.planes,
-        )
+    def arrays(self) -> dict[str, Array]:
+        """What is kept of them, by name."""
+        values = self.rows["value"][self.joints.astype(np.int64) - 1]
+        found = {"rows": self.rows, "lengths": self.lengths, "labels": self.labels, "joints": self.joints}
+        return found | {"joint_values": values} | self.planes
 
 
 def nothing(count: int) -> Array:

@@ -1,6 +1,6 @@
 """Which objects stay, judged by their rows, and what is painted for them; on whole objects, after joining.
 
-``runs.decode`` applies it to the tables that ``merge`` leaves.
+``runs.decoding_run`` applies it to the tables that ``merge`` leaves.
 """
 
 from __future__ import annotations

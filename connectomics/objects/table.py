@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from connectomics.core.errors import OutputError
 from connectomics.core.files import replacing
+from connectomics.core.installation import install_command
 from connectomics.objects.merge import OBJECTS, spans
 from connectomics.objects.selection import NUMBERS
 
@@ -145,8 +146,8 @@ def require_parquet() -> None:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
         raise OutputError(
-            "the table of objects is written as Parquet, which needs pyarrow: pip install 'connectomics[tables]', or "
-            "state inference.output.table=csv"
+            f"the table of objects is written as Parquet, which needs pyarrow: {install_command('tables')}, or state "
+            "inference.output.table=csv"
         ) from error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Vec3, vec3
-from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.block_plan import REFUSAL_STEP_BYTES, BlockPlan
 from connectomics.planning.memory import Budget, Footprint, Work
 
 PLANE_CHUNK = 512  # chunk edge in y and x where the patch is one voxel deep
@@ -18,7 +18,6 @@ STRIPE_PATCHES = 10.5  # patches a stripe is tall at least: two windows a cut, u
 BLOCK_VOXELS = 1 << 22  # voxels of a block of whole sections
 SLAB_PATCHES = 4  # patches a 3D slab is thick: a quarter of the windows are computed twice
 CUBE_PATCHES = 4  # patches a block has along each axis at most, where sections lie across several axes
-REFUSAL_STEP_BYTES = 10**7  # a budget that can work is named in such steps, one more than needed
 
 
 Need = Callable[[Sequence[int]], Footprint]

@@ -37,7 +37,7 @@ class Timing:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Timing:
-        """Of some measurements, at least one.
+        """Return the timing of some measurements, at least one.
 
         Examples
         --------

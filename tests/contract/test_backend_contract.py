@@ -26,6 +26,8 @@ from connectomics.models.backends.openvino import OpenVinoBackend
 from connectomics.models.backends.torch_compile import CompiledBackend
 from connectomics.models.backends.torch_eager import TorchBackend, arithmetic, capability, select_device
 
+from processor import require_bfloat16
+
 CHANNELS, CLASSES, PATCH = 2, 3, (4, 8, 8)
 CPU = torch.device("cpu")
 
@@ -187,9 +189,7 @@ class TestOpenVinoFast(BackendContract):
 
     @pytest.fixture
     def backend(self, artefacts: Path) -> Iterator[Backend]:
-        library = pytest.importorskip("openvino")
-        if "BF16" not in library.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            pytest.skip("this processor has no bfloat16")
+        require_bfloat16()
         made = openvino(artefacts, self.precision)
         yield made
         made.close()

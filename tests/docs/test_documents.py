@@ -26,7 +26,8 @@ import pytest
 from PIL import Image
 
 import connectomics
-from connectomics import Box, Config, cli, load_config, open_volume
+from connectomics import Box, Config, load_config, open_volume
+from connectomics.cli import program as cli
 from connectomics.config.load import known_keys
 from connectomics.config.validation import shown
 

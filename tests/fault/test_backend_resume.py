@@ -105,7 +105,7 @@ def test_a_backend_that_is_gone_is_named_and_the_run_refused(
     assert run(folder, tmp_path, AUTO) == 3
     said = capsys.readouterr().out
     assert before.startswith("openvino 20") and before in said
-    assert "connectomics[openvino]" in said and "system.allow_mixed_devices=true" in said
+    assert "pip install -e '.[openvino]'" in said and "system.allow_mixed_devices=true" in said
     assert finals(tmp_path) == {}
     assert run(folder, tmp_path, AUTO, "system.allow_mixed_devices=true") == 0
     assert provenance(tmp_path)["numeric_class"] == "mixed"
@@ -181,7 +181,7 @@ def test_a_batch_that_memory_does_not_hold_any_more_is_refused_or_mixed(
     needs = Work.footprint
 
     def more(self: Work, block: Vec3, extent: Vec3) -> Footprint:
-        return Footprint(1 << 60, 0) if self.batch == 3 else needs(self, block, extent)
+        return Footprint(1 << 60, 0) if self.network.batch == 3 else needs(self, block, extent)
 
     monkeypatch.setattr(Work, "footprint", more)
     capsys.readouterr()
@@ -199,7 +199,7 @@ def test_where_memory_holds_no_batch_a_window_is_computed_at_a_time(
     needs = Work.footprint
 
     def more(self: Work, block: Vec3, extent: Vec3) -> Footprint:
-        return Footprint(1 << 60, 0) if self.batch == 3 else needs(self, block, extent)
+        return Footprint(1 << 60, 0) if self.network.batch == 3 else needs(self, block, extent)
 
     monkeypatch.setattr(Work, "footprint", more)
     assert run(folder, tmp_path, *words) == 0

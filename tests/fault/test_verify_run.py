@@ -22,7 +22,7 @@ from connectomics.execution.status import status_of
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.runs.job import VolumeJob
 from connectomics.stages.output.finish import FinalOutput
-from connectomics.stages.predict.filters import Filters
+from connectomics.stages.predict.filters import BinaryFilters
 from connectomics.stages.predict.segmenter import EnsembleMember
 from connectomics.volumes.store import open_store
 
@@ -144,7 +144,7 @@ def test_of_a_damaged_zarr_result_only_the_damaged_blocks_are_computed_again(
 def test_a_zarr_result_that_blocks_alone_cannot_mend_is_made_again_whole(
     folder: Path, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    filters = Filters(minimum_voxels=3) if what == "filtered" else Filters()
+    filters = BinaryFilters(minimum_voxels=3) if what == "filtered" else BinaryFilters()
     run(folder, job(folder, "zarr", filters=filters))
     reference = finals(folder)
     flip_a_byte(folder / "v_labels.zarr" / "0" / ("c/0/0/0" if what == "filtered" else "zarr.json"))

@@ -14,6 +14,7 @@ from connectomics.lightning.inference import InferenceManager
 from connectomics.stages.predict.segmenter import Segmenter
 
 from parity_table import ArrayVolume
+from processor import require_bfloat16
 
 pytest.importorskip("openvino")
 EXACT_SHARE = 1e-5
@@ -50,6 +51,7 @@ def labels(segmenter: Segmenter, image: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("model", list(FOLDS))
 def test_few_labels_differ(shared_data: Path, model: str) -> None:
+    require_bfloat16()
     image = image_of(shared_data, model)
     fast = manager_of(shared_data, model, "fast").engine
     assert fast.reference is not None

@@ -300,7 +300,7 @@ def test_the_mask_is_kept_and_a_lost_block_of_it_is_made_again(tmp_path: Path, m
     files = [f"inference.volume_mode.file_list=['{tmp_path}/v.h5']", f"inference.data.output_path={tmp_path}"]
     words = ["infer-volume", "--checkpoint", str(model), *WORDS[:2], *files, "inference.block_shape=[6,31,20]"]
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **named: object) -> None:
         raise OutputError("interrupted")
 
     with monkeypatch.context() as patch:
@@ -309,7 +309,7 @@ def test_the_mask_is_kept_and_a_lost_block_of_it_is_made_again(tmp_path: Path, m
     (store,) = tmp_path.glob("v_labels.run/*/mask.zarr")
     next(path for path in sorted(store.glob("0/c/*/*/*"))[1:]).unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("connectomics.stages.predict.task.survey", lambda *a, **k: pytest.fail("surveyed again"))
+        patch.setattr("connectomics.stages.predict.segmenter.survey", lambda *a, **k: pytest.fail("surveyed again"))
         assert main(words) == 0
     with h5py.File(tmp_path / "v_labels.h5") as file:
         expected = InferenceManager.from_checkpoint(model, trial.words).predict(image).labels

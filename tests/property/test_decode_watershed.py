@@ -17,9 +17,9 @@ from connectomics.objects.distance import beyond, squared_distance
 from connectomics.objects.merge import Cuts, merge
 from connectomics.objects.numbering import number_by_first
 from connectomics.objects.watershed import flooding_order
-from connectomics.stages.decode.tasks import PiecesTask, block_file, painted_block
+from connectomics.stages.decode.tasks import BlockPieces, BlockTask, block_file, painted_block
 from connectomics.stages.decode.watershed.flooding import Distance
-from connectomics.stages.decode.watershed.step import Watershed
+from connectomics.stages.decode.watershed.seeded_watershed import Watershed
 
 from decoding import VOXEL_SIZE_NM, canonical, decode_array
 
@@ -78,7 +78,7 @@ def test_seeds_of_probabilities(neighbours: int, folder: Path) -> None:
     for seed in range(4):
         likely, threshold, inside, block = random_case(seed * 10 + neighbours)
         high, keep = float(np.quantile(likely, 0.85)), seed % 2 == 0
-        step = Watershed(neighbours, threshold, seed_threshold=high, keep_unseeded=keep)
+        step = Watershed(connectivity=neighbours, threshold=threshold, seed_threshold=high, keep_unseeded=keep)
         found = decode_array(likely, [step], block, folder / str(seed))
         expected = whole(inside, likely, high, neighbours, keep, canonically=False)
         assert np.array_equal(found.ids, expected), (seed, likely.shape, block)
@@ -93,7 +93,7 @@ def test_seeds_of_distances(neighbours: int, folder: Path) -> None:
     for seed in range(4):
         _, _, inside, block = random_case(1000 + seed * 10 + neighbours)
         deep, keep = (6.5, 8.0, 13.0)[seed % 3], seed % 2 == 0
-        step = Watershed(neighbours, seed_distance_nm=deep, keep_unseeded=keep)
+        step = Watershed(connectivity=neighbours, seed_distance_nm=deep, keep_unseeded=keep)
         found = decode_array(inside.astype(np.uint8) * 3, [step], block, folder / str(seed))
         expected = whole(inside, distance_nm(inside, neighbours), deep, neighbours, keep, canonically=True)
         assert np.array_equal(found.ids, expected), (seed, inside.shape, block)
@@ -156,7 +156,13 @@ def test_random_components_in_tiny_windows(neighbours: int, folder: Path) -> Non
     for seed in range(2):
         likely = ndimage.gaussian_filter(np.random.default_rng(seed).random(shape), 1.0).astype(np.float32)
         threshold, high = (float(np.quantile(likely, share)) for share in (0.3, 0.9))
-        step = Watershed(neighbours, threshold, seed_threshold=high, keep_unseeded=False, max_component_voxels=4096)
+        step = Watershed(
+            connectivity=neighbours,
+            threshold=threshold,
+            seed_threshold=high,
+            keep_unseeded=False,
+            max_component_voxels=4096,
+        )
         found = decode_array(likely, [step], shape, folder / str(seed))
         other = decode_array(likely, [step], (9, 30, 20), folder / f"{seed} in blocks")
         expected = whole(likely > threshold, likely, high, neighbours, keep=False, canonically=False)
@@ -171,7 +177,7 @@ def test_numbers_by_the_first_voxel(at_once: int, folder: Path) -> None:
     """With tables that are read in tiny parts, too."""
     values = np.random.default_rng(1).integers(0, 40, (5, 6, 7)).astype(np.uint32) * 3
     grid, pieces = BlockGrid(values.shape, (3, 4, 7)), folder / "pieces"
-    task = PiecesTask(grid, pieces, lambda box: values[box.slices], None)
+    task = BlockTask(grid, pieces, BlockPieces(lambda box: values[box.slices], None))
     blocks = list(grid)
     for made in (pieces, folder / "tables"):
         made.mkdir()

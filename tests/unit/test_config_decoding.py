@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from connectomics import load_config
-from connectomics.config.decoding import ConnectedComponents, Filters, SliceLinking
 from connectomics.config.load import written
 from connectomics.core.errors import ConfigError
+from connectomics.stages.decode.connected_components import ConnectedComponents
+from connectomics.stages.decode.object_filters import Filters
+from connectomics.stages.decode.slice_linking import SliceLinking
 
 REFUSED = {
     "decoding=connected_components": ("expected a list of steps",),

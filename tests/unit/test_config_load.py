@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from connectomics.config.decoding import Filters
 from connectomics.config.load import known_keys, load_config
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError
+from connectomics.stages.decode.object_filters import Filters
 
 TUTORIAL = Path(__file__).resolve().parents[2] / "tutorials" / "nnunet_mito_inference.yaml"
 

@@ -21,10 +21,10 @@ from connectomics.core.errors import QuarantineError
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.objects import links, overlaps
 from connectomics.objects.links import Linking
-from connectomics.objects.selection import Selection
-from connectomics.stages.decode import linking
-from connectomics.stages.decode.linking import SliceLinking
-from connectomics.stages.decode.steps import ConnectedComponents, Filters
+from connectomics.stages.decode import slice_linking
+from connectomics.stages.decode.connected_components import ConnectedComponents
+from connectomics.stages.decode.object_filters import Filters
+from connectomics.stages.decode.slice_linking import SliceLinking
 
 from decoding import canonical, decode_array, table_of
 
@@ -117,10 +117,14 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Tables are read in parts of a few rows, sections counted line by line."""
 
     def small(at_once: int) -> None:
-        monkeypatch.setattr(linking, "link", functools.partial(links.link, at_once=at_once))
+        monkeypatch.setattr(slice_linking, "link", functools.partial(links.link, at_once=at_once))
         monkeypatch.setattr(overlaps, "VOXELS_AT_ONCE", 30)
 
     yield small
+
+
+def linking(rule: Linking, ids: bool = False) -> SliceLinking:
+    return SliceLinking(**dataclasses.asdict(rule), ids=ids)
 
 
 def test_fifty_two_random_stacks(folder: Path, small_parts: Any) -> None:
@@ -131,7 +135,7 @@ def test_fifty_two_random_stacks(folder: Path, small_parts: Any) -> None:
         if seed == 48:
             small_parts(5)
         block = block_of(seed, values.shape)
-        decoded = decode_array(values, [SliceLinking(rule)], block, folder / str(seed))
+        decoded = decode_array(values, [linking(rule)], block, folder / str(seed))
         expected = linked(values, rule)
         assert np.array_equal(decoded.ids, expected), (seed, values.shape, block, rule)
         leaps += rule.max_gap > 0 and not np.array_equal(expected, linked(values, dataclasses.replace(rule, max_gap=0)))
@@ -156,7 +160,7 @@ def test_ids_of_another_program(folder: Path, small_parts: Any) -> None:
         values, rule = foreign_ids(seed), rule_of(seed)
         if seed == 16:
             small_parts(3)
-        decoded = decode_array(values, [SliceLinking(rule, ids=True)], block_of(seed, values.shape), folder / str(seed))
+        decoded = decode_array(values, [linking(rule, ids=True)], block_of(seed, values.shape), folder / str(seed))
         assert np.array_equal(decoded.ids, linked(values, rule, ids=True)), (seed, rule)
         assert not decoded.state.frame.classes and not decoded.state.frame.flat
 
@@ -165,7 +169,7 @@ def test_after_components_of_sections(folder: Path) -> None:
     """What a step has left are ids; their classes are not linked, and are still known."""
     for seed in range(6):
         values, rule = stack(seed), rule_of(seed)
-        steps = [ConnectedComponents(4), Filters(Selection(2)), SliceLinking(rule)]
+        steps = [ConnectedComponents(connectivity=4), Filters(min_voxels=2), linking(rule)]
         decoded = decode_array(values, steps, block_of(seed, values.shape), folder / str(seed))
         parts = np.stack([label(section, connectivity=1, background=0) for section in values])
         for section in parts:
@@ -184,7 +188,7 @@ def test_the_table_is_regionprops_of_the_whole_volume(folder: Path) -> None:
     tables = []
     for block in (values.shape, (1, 9, 11), (4, 9, 30)):
         place = folder / "-".join(map(str, block))
-        decoded = decode_array(values, [SliceLinking(rule)], vec3(block), place, likely)
+        decoded = decode_array(values, [linking(rule)], vec3(block), place, likely)
         tables.append(table_of(decoded, place))
     assert tables[0] == tables[1] == tables[2]
     ids, table = linked(values, rule), tables[0]
@@ -204,9 +208,9 @@ def test_the_table_is_regionprops_of_the_whole_volume(folder: Path) -> None:
 
 def test_selected_objects_are_those_of_a_filter_behind(folder: Path) -> None:
     values, rule = stack(5), Linking()
-    selection = Selection(minimum_voxels=12, largest=4)
-    fused = decode_array(values, [SliceLinking(rule, selection=selection)], (3, 9, 9), folder / "fused")
-    after = decode_array(values, [SliceLinking(rule), Filters(selection)], (3, 9, 9), folder / "after")
+    steps = [linking(rule), Filters(min_voxels=12, keep_largest=4)]
+    fused = decode_array(values, steps, (3, 9, 9), folder / "fused", fused=True)
+    after = decode_array(values, steps, (3, 9, 9), folder / "after")
     assert np.array_equal(fused.ids, after.ids) and 0 < fused.state.count < linked(values, rule).max()
     assert table_of(fused, folder) == table_of(after, folder)
 
@@ -239,7 +243,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_cases_by_hand(case: str, folder: Path) -> None:
     values, rule, expected = CASES[case]
-    decoded = decode_array(values, [SliceLinking(rule)], (1, 1, 3), folder)
+    decoded = decode_array(values, [linking(rule)], (1, 1, 3), folder)
     assert np.array_equal(decoded.ids, np.where(values > 0, np.broadcast_to(expected, values.shape), 0))
 
 
@@ -248,7 +252,7 @@ def test_cases_by_hand(case: str, folder: Path) -> None:
 @pytest.mark.parametrize("depth", [1, 4])
 def test_empty_and_full_and_a_single_section(fill: int, depth: int, ids: bool, folder: Path) -> None:
     values = np.full((depth, 6, 7), fill, np.uint8)
-    decoded = decode_array(values, [SliceLinking(Linking(max_gap=2), ids)], (3, 4, 4), folder)
+    decoded = decode_array(values, [linking(Linking(max_gap=2), ids)], (3, 4, 4), folder)
     assert np.array_equal(decoded.ids, values)
     assert table_of(decoded, folder)["voxels"] == [values.size] * fill
 

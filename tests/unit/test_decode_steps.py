@@ -16,7 +16,8 @@ from skimage.measure import regionprops
 
 from connectomics.objects.selection import Selection
 from connectomics.objects.table import write_table
-from connectomics.stages.decode.steps import ConnectedComponents, Filters
+from connectomics.stages.decode.connected_components import ConnectedComponents
+from connectomics.stages.decode.object_filters import Filters
 
 from decoding import VOXEL_SIZE_NM, decode_array, table_of, whole_components
 
@@ -48,7 +49,7 @@ def shells() -> Array:
 def test_the_table_is_regionprops(folder: Path) -> None:
     values = blobs()
     likely = np.random.default_rng(1).integers(0, 256, values.shape, np.uint8)
-    decoded = decode_array(values, [ConnectedComponents(6)], BLOCK, folder, likely)
+    decoded = decode_array(values, [ConnectedComponents(connectivity=6)], BLOCK, folder, likely)
     ids = whole_components(values, 6)
     assert np.array_equal(decoded.ids, ids) and decoded.ids.dtype == np.uint32
     table = table_of(decoded, folder)
@@ -77,7 +78,7 @@ def test_the_table_does_not_depend_on_blocks(folder: Path) -> None:
     tables = []
     for block in (BLOCK, (12, 15, 14), (1, 15, 14)):
         place = folder / "-".join(map(str, block))
-        decoded = decode_array(values, [ConnectedComponents(26), Filters(Selection(2))], block, place, likely)
+        decoded = decode_array(values, [ConnectedComponents(), Filters(min_voxels=2)], block, place, likely)
         tables.append(table_of(decoded, place))
     assert tables[0] == tables[1] == tables[2]
 
@@ -85,7 +86,7 @@ def test_the_table_does_not_depend_on_blocks(folder: Path) -> None:
 def test_objects_in_sections(folder: Path) -> None:
     """z has no border, and the diameter is a circle's."""
     values = blobs()
-    decoded = decode_array(values, [ConnectedComponents(8)], BLOCK, folder)
+    decoded = decode_array(values, [ConnectedComponents(connectivity=8)], BLOCK, folder)
     ids = whole_components(values, 8)
     assert np.array_equal(decoded.ids, ids)
     table = table_of(decoded, folder)
@@ -99,7 +100,7 @@ def test_objects_in_sections(folder: Path) -> None:
 
 def test_probabilities_above_a_threshold(folder: Path) -> None:
     likely = ndimage.gaussian_filter(np.random.default_rng(0).random((12, 15, 14)), 1.0).astype(np.float32)
-    decoded = decode_array(likely, [ConnectedComponents(26, threshold=0.52)], BLOCK, folder)
+    decoded = decode_array(likely, [ConnectedComponents(threshold=0.52)], BLOCK, folder)
     ids = whole_components((likely > 0.52).astype(np.uint8), 26)
     assert np.array_equal(decoded.ids, ids)
     table = table_of(decoded, folder)
@@ -111,7 +112,7 @@ def test_probabilities_above_a_threshold(folder: Path) -> None:
 @pytest.mark.parametrize("per_class", [True, False])
 def test_over_classes(per_class: bool, folder: Path) -> None:
     values = blobs()
-    decoded = decode_array(values, [ConnectedComponents(6, per_class=per_class)], BLOCK, folder)
+    decoded = decode_array(values, [ConnectedComponents(connectivity=6, per_class=per_class)], BLOCK, folder)
     assert np.array_equal(decoded.ids, whole_components(values if per_class else (values > 0).astype(np.uint8), 6))
 
 
@@ -136,26 +137,27 @@ def kept_by(selection: Selection, ids: Array) -> Array:
 
 
 SELECTIONS = {
-    "small": Selection(minimum_voxels=20),
-    "large": Selection(maximum_voxels=40),
-    "border": Selection(off_border=True),
-    "largest": Selection(largest=3),
-    "none of the largest": Selection(largest=0),
-    "equal sizes": Selection(maximum_voxels=2, largest=2),
-    "all": Selection(2, 300, True, 2),
+    "small": Filters(min_voxels=20),
+    "large": Filters(max_voxels=40),
+    "border": Filters(drop_border=True),
+    "largest": Filters(keep_largest=3),
+    "none of the largest": Filters(keep_largest=0),
+    "equal sizes": Filters(max_voxels=2, keep_largest=2),
+    "all": Filters(min_voxels=2, max_voxels=300, drop_border=True, keep_largest=2),
 }
 
 
 @pytest.mark.parametrize("kind", SELECTIONS)
 def test_filters_are_those_of_the_whole_volume(kind: str, folder: Path) -> None:
     """Together with the components, and as a step of their own that reads ids which something else made."""
-    values, selection = blobs(seed=5), SELECTIONS[kind]
+    values, chosen = blobs(seed=5), SELECTIONS[kind]
     ids = whole_components(values, 6)
-    expected = kept_by(selection, ids)
-    fused = decode_array(values, [ConnectedComponents(6, selection=selection)], BLOCK, folder / "fused")
+    expected = kept_by(chosen.selection(None), ids)
+    steps = [ConnectedComponents(connectivity=6), chosen]
+    fused = decode_array(values, steps, BLOCK, folder / "fused", fused=True)
     assert np.array_equal(fused.ids, expected)
-    after = decode_array(values, [ConnectedComponents(6), Filters(selection)], BLOCK, folder / "after")
-    alone = decode_array(ids + (ids > 0) * 7, [Filters(selection)], BLOCK, folder / "alone")
+    after = decode_array(values, steps, BLOCK, folder / "after")
+    alone = decode_array(ids + (ids > 0) * 7, [chosen], BLOCK, folder / "alone")
     assert np.array_equal(after.ids, expected) and np.array_equal(alone.ids, expected + (expected > 0) * 7)
     tables = [table_of(each, folder) for each in (fused, after, alone)]
     assert tables[0] == tables[1]
@@ -167,16 +169,16 @@ def test_filters_are_those_of_the_whole_volume(kind: str, folder: Path) -> None:
 def test_holes_are_binary_fill_holes(kind: str, folder: Path) -> None:
     """Of one object in the volume and in sections; scipy judges."""
     values = (blobs(seed=7) > 0).astype(np.uint8) if kind == "blobs" else (shells() > 0).astype(np.uint8)
-    volume = decode_array(values, [Filters(fill_holes=6)], BLOCK, folder / "3d")
+    volume = decode_array(values, [Filters(fill_holes="3d")], BLOCK, folder / "3d")
     assert np.array_equal(volume.ids, ndimage.binary_fill_holes(values))
-    section = decode_array(values, [Filters(fill_holes=4)], BLOCK, folder / "2d")
+    section = decode_array(values, [Filters(fill_holes="2d")], BLOCK, folder / "2d")
     assert np.array_equal(section.ids, np.stack([ndimage.binary_fill_holes(s) for s in values]))
 
 
 def test_only_holes_within_one_object_are_filled(folder: Path) -> None:
     """What lies between two objects, or around a smaller object, is not a hole of one."""
     ids = whole_components(shells(), 6)
-    decoded = decode_array(ids.astype(np.uint32), [Filters(fill_holes=6)], BLOCK, folder)
+    decoded = decode_array(ids.astype(np.uint32), [Filters(fill_holes="3d")], BLOCK, folder)
     background = cc3d.connected_components((ids == 0).astype(np.uint8), connectivity=6)
     expected, filled = ids.copy(), 0
     for number in range(1, background.max() + 1):
@@ -191,7 +193,7 @@ def test_only_holes_within_one_object_are_filled(folder: Path) -> None:
 def test_filled_holes_are_counted_in_the_table(folder: Path) -> None:
     values = shells()
     likely = np.random.default_rng(1).integers(0, 256, values.shape, np.uint8)
-    steps = [ConnectedComponents(6), Filters(Selection(minimum_voxels=5), fill_holes=6)]
+    steps = [ConnectedComponents(connectivity=6), Filters(min_voxels=5, fill_holes="3d")]
     decoded = decode_array(values, steps, BLOCK, folder, likely)
     table = table_of(decoded, folder)
     regions = regionprops(decoded.ids.astype(np.int64), likely)
@@ -203,7 +205,7 @@ def test_filled_holes_are_counted_in_the_table(folder: Path) -> None:
 
 
 def test_csv_has_the_same_lines(folder: Path) -> None:
-    decoded = decode_array(blobs(), [ConnectedComponents(26)], BLOCK, folder)
+    decoded = decode_array(blobs(), [ConnectedComponents()], BLOCK, folder)
     table = table_of(decoded, folder)
     assert decoded.state.tables is not None
     write_table(decoded.state.tables, decoded.state.count, folder / "o.csv", decoded.state.frame, "key")
@@ -217,6 +219,6 @@ def test_csv_has_the_same_lines(folder: Path) -> None:
 @pytest.mark.parametrize("fill", [0, 1])
 def test_empty_and_full(fill: int, folder: Path) -> None:
     values = np.full((6, 8, 7), fill, np.uint8)
-    decoded = decode_array(values, [ConnectedComponents(26), Filters(Selection(1), fill_holes=6)], BLOCK, folder)
+    decoded = decode_array(values, [ConnectedComponents(), Filters(min_voxels=1, fill_holes="3d")], BLOCK, folder)
     assert np.array_equal(decoded.ids, values)
     assert table_of(decoded, folder)["voxels"] == [values.size] * fill

@@ -17,10 +17,9 @@ from skimage.measure import regionprops
 from skimage.segmentation import watershed
 
 from connectomics.cli import main
-from connectomics.objects.selection import Selection
 from connectomics.objects.table import write_table
-from connectomics.stages.decode.steps import Filters
-from connectomics.stages.decode.watershed.step import Watershed
+from connectomics.stages.decode.object_filters import Filters
+from connectomics.stages.decode.watershed.seeded_watershed import Watershed
 
 from decoding import canonical, decode_array
 from nnunet_models import make_model
@@ -52,7 +51,7 @@ def expected_ids(likely: Array) -> Array:
 
 def test_the_table_is_regionprops(folder: Path) -> None:
     likely = probabilities()
-    decoded = decode_array(likely, [Watershed(26, LOW, seed_threshold=HIGH)], (5, 11, 13), folder)
+    decoded = decode_array(likely, [Watershed(threshold=LOW, seed_threshold=HIGH)], (5, 11, 13), folder)
     ids = expected_ids(likely)
     assert np.array_equal(decoded.ids, ids) and decoded.state.tables is not None
     write_table(decoded.state.tables, decoded.state.count, folder / "t.parquet", decoded.state.frame, "key")
@@ -67,10 +66,9 @@ def test_the_table_is_regionprops(folder: Path) -> None:
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_filters_follow(apart: bool, folder: Path) -> None:
-    likely, chosen = probabilities(), Selection(minimum_voxels=60)
-    steps = [Watershed(26, LOW, seed_threshold=HIGH), Filters(chosen)]
-    fused = [Watershed(26, LOW, seed_threshold=HIGH, selection=chosen)]
-    decoded = decode_array(likely, steps if apart else fused, (5, 11, 13), folder)
+    likely = probabilities()
+    steps = [Watershed(threshold=LOW, seed_threshold=HIGH), Filters(min_voxels=60)]
+    decoded = decode_array(likely, steps, (5, 11, 13), folder, fused=not apart)
     ids = expected_ids(likely)
     kept = np.bincount(ids.ravel().astype(np.int64)) >= 60
     assert np.array_equal(decoded.ids, np.where(kept[ids.astype(np.int64)], ids, 0))
@@ -80,7 +78,7 @@ def test_filters_follow(apart: bool, folder: Path) -> None:
 def test_empty_and_full(fill: int, folder: Path) -> None:
     """What has no background is farther from it than any distance."""
     values = np.full((6, 8, 7), fill, np.uint8)
-    decoded = decode_array(values, [Watershed(6, seed_distance_nm=1e6)], (4, 5, 7), folder)
+    decoded = decode_array(values, [Watershed(connectivity=6, seed_distance_nm=1e6)], (4, 5, 7), folder)
     assert np.array_equal(decoded.ids, values)
     facts = {"components": fill, "unseeded": 0, "flooded": 0, "cut": 0, "seeds": fill}
     assert decoded.state.facts == {"0": facts}

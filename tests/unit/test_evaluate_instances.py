@@ -14,7 +14,7 @@ from scipy.stats import entropy
 from skimage.metrics import adapted_rand_error, variation_of_information
 from sklearn.metrics import homogeneity_completeness_v_measure
 
-from connectomics.config import validation
+from connectomics.config import schema
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.evaluate.contingency import Contingency, side_by_side
 from connectomics.evaluate.instances import INSTANCE_METRICS, instance_scores
@@ -177,7 +177,7 @@ def test_edges() -> None:
 
 
 def test_the_configuration_knows_the_metrics() -> None:
-    assert validation.INSTANCE_METRICS == INSTANCE_METRICS
+    assert schema.INSTANCE_METRICS == INSTANCE_METRICS
     assert set(instance_scores(Contingency.empty(), ["pq"])) == {
         "prediction_objects",
         "truth_objects",

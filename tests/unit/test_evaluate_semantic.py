@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score, precision_score, recall_score
 
-from connectomics.config.validation import SEMANTIC_METRICS as METRICS
+from connectomics.config.schema import SEMANTIC_METRICS as METRICS
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.evaluate import contingency
 from connectomics.evaluate.contingency import Contingency

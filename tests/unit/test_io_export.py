@@ -174,7 +174,7 @@ def test_which_formats_hold_which_voxels(channels: int, dtype: str) -> None:
 
 
 def test_unknown_format_names_the_known() -> None:
-    with pytest.raises(ConfigError, match="h5, tiff, png, zarr"):
+    with pytest.raises(ConfigError, match="h5, zarr, tiff, png"):
         export_path(Path(), "a", "nifti")
 
 
@@ -182,9 +182,9 @@ def test_names() -> None:
     names = [export_path(Path("out"), "a.b_seg", f).name for f in FORMATS]
     assert names == [
         "a.b_seg.h5",
+        "a.b_seg.zarr",
         "a.b_seg.tif",
         "a.b_seg_png",
-        "a.b_seg.zarr",
         "a.b_seg.v2.zarr",
         "a.b_seg.n5",
         "a.b_seg.precomputed",

@@ -303,7 +303,7 @@ def test_a_format_loads_only_its_own_libraries(tmp_path: Path, name: str) -> Non
 def test_without_mrcfile_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.mrc").write_bytes(b"MAP ")
     monkeypatch.setitem(sys.modules, "mrcfile", None)
-    with pytest.raises(VolumeError, match=r"pip install 'connectomics\[mrc\]'"):
+    with pytest.raises(VolumeError, match=r"pip install -e '\.\[mrc\]' -c constraints\.txt"):
         open_volume(str(tmp_path / "a.mrc"))
 
 

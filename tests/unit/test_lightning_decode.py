@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ import pyarrow.parquet
 import pytest
 
 from connectomics.cli import main
-from connectomics.config.decoding import SliceLinking
-from connectomics.core.geometry import Block
-from connectomics.execution.task import BlockRecord
-from connectomics.stages.decode.tasks import PiecesTask
+from connectomics.core.geometry import Block, BlockGrid
+from connectomics.stages.decode.slice_linking import SliceLinking
+from connectomics.stages.decode.tasks import BlockPieces
 
 from decoding import whole_components
 from nnunet_models import make_model
@@ -247,7 +246,7 @@ def test_without_pyarrow_it_is_said_before_the_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     code, printed = decode(COMPONENTS)
-    assert code == 3 and "pip install 'connectomics[tables]'" in printed and "table=csv" in printed
+    assert code == 3 and "pip install -e '.[tables]' -c constraints.txt" in printed and "table=csv" in printed
     assert decode(COMPONENTS, CSV)[0] == 0
 
 
@@ -261,15 +260,15 @@ def test_signed_and_bool_labels_are_taken(folder: Path, decode: Run) -> None:
 def test_a_block_that_keeps_failing_is_quarantined_and_done_by_the_next_run(
     folder: Path, labels: Array, decode: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = PiecesTask.process
+    cut_block = BlockPieces.__call__
 
-    def fails(self: PiecesTask, block: Block) -> BlockRecord:
+    def fails(self: BlockPieces, grid: BlockGrid, block: Block) -> Mapping[str, Array]:
         if block.key == "1-0-0":
             raise ValueError("a mistake of ours")
-        return process(self, block)
+        return cut_block(self, grid, block)
 
     cut = "inference.block_shape=[2,20,24]"
-    monkeypatch.setattr(PiecesTask, "process", fails)
+    monkeypatch.setattr(BlockPieces, "__call__", fails)
     code, printed = decode(COMPONENTS, cut)
     assert code == 3 and "1 of 3 blocks failed and are quarantined (1-0-0, voxels (2, 0, 0) to (4, 20, 24)" in printed
     run = folder / "out" / "v_instances.run"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from connectomics.config import validation
+from connectomics.config import schema
 from connectomics.core.errors import ConfigError, DeviceError
 from connectomics.models.backends import choice
 from connectomics.models.backends.artefacts import Artefacts
@@ -45,7 +45,7 @@ def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_configuration_knows_the_same_names() -> None:
-    assert set(validation.BACKENDS) == {"auto", *BACKENDS}
+    assert set(schema.BACKENDS) == {"auto", *BACKENDS}
 
 
 def test_the_named_backend_runs_every_network() -> None:
@@ -69,9 +69,9 @@ def test_auto_goes_on_without_openvino_and_says_so(
     without_openvino(monkeypatch)
     found, (note,) = kinds("auto", networks(nn.ReLU()))
     assert found == [["torch"]]
-    assert "openvino was not taken" in note and "pip install 'connectomics[openvino]'" in note
+    assert "openvino was not taken" in note and "pip install -e '.[openvino]' -c constraints.txt" in note
     assert note in caplog.text
-    with pytest.raises(DeviceError, match=r"backend 'openvino' is not available: .*connectomics\[openvino\]"):
+    with pytest.raises(DeviceError, match=r"backend 'openvino' is not available: .*-e .\.\[openvino\]"):
         kinds("openvino", networks(nn.ReLU()))
 
 

@@ -205,7 +205,7 @@ def test_a_copy_that_does_not_read_back_is_refused(
     monkeypatch.setattr(
         conversion,
         "write_copy",
-        lambda folder, *rest: shutil.copytree(tmp_path / "plus_one", folder, dirs_exist_ok=True),
+        lambda folder, *rest, **named: shutil.copytree(tmp_path / "plus_one", folder, dirs_exist_ok=True),
     )
     monkeypatch.setattr(conversion, "state_of", true)
     with pytest.raises(ModelError, match="does not read back"):

@@ -8,10 +8,10 @@ import sys
 
 from connectomics.assembly.engine.engine import NNUNET_STEP, EngineModel
 from connectomics.assembly.settings import InferenceSettings
+from connectomics.core.installation import VERSION
 from connectomics.stages.predict.segmenter import Segmenter
 
 PACKAGES = (
-    "connectomics",
     "nnunetv2",
     "torch",
     "numpy",
@@ -23,18 +23,18 @@ PACKAGES = (
 
 def program_version() -> str:
     """Name and version of this program as it goes into run keys."""
-    return f"connectomics {_version('connectomics')}"
+    return f"connectomics {VERSION}"
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that compute, for provenance."""
     python = ".".join(map(str, sys.version_info[:3]))
-    return {"python": python} | {name: _version(name) for name in PACKAGES}
+    return {"python": python, "connectomics": VERSION} | {name: _version(name) for name in PACKAGES}
 
 
 @functools.cache
 def _version(name: str) -> str:
-    """Of an installed package; looking it up takes milliseconds, and every volume's provenance names it."""
+    """Version of an installed package; looking it up takes milliseconds, and every volume's provenance names it."""
     return importlib.metadata.version(name)
 
 

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: float32, or bfloat16 where the processor has it. Needs ``pip install 'connectomics[openvino]'``.
+"""OpenVINO on the CPU: float32, or bfloat16 where the processor has it. Needs the extra ``openvino``.
 
 The network is traced with its one input shape and converted within this process; what was compiled is kept in
 ``Artefacts``. Made by ``choice``.
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from connectomics.core.errors import DeviceError
+from connectomics.core.installation import install_command
 from connectomics.models.backends.artefacts import Artefacts, MappedArtefact
 from connectomics.models.backends.contract import NumericClass, whole_batch
 from connectomics.models.backends.torch_eager import capability
@@ -158,7 +159,7 @@ def load_openvino() -> Any:
         reason = " ".join(str(error).split())
         raise DeviceError(
             f"backend 'openvino' is not available: OpenVINO does not load ({reason}); "
-            "pip install 'connectomics[openvino]', or set system.backend=torch"
+            f"{install_command('openvino')}, or set system.backend=torch"
         ) from error
     finally:
         if absent:

@@ -17,15 +17,14 @@ from connectomics.objects.components import Connectivity
 from connectomics.objects.selection import Holes, Selection
 from connectomics.stages.decode.context import (
     BLOCK_VOXELS,
-    CUT,
     PLAN,
     VOXEL_BYTES,
     StepContext,
     decode_plan,
     kept_plan,
 )
-from connectomics.stages.decode.steps import Values
-from connectomics.stages.decode.tasks import PiecesTask
+from connectomics.stages.decode.tasks import BlockPieces
+from connectomics.stages.decode.values import Values
 from connectomics.volumes.store import Store, open_store
 
 OBJECTS, BACKGROUND = Connectivity(26), Connectivity(6)
@@ -82,15 +81,13 @@ def discard_unfinished(work: Path) -> None:
 
 
 def _without_small_objects(store: Store, minimum_voxels: int, context: StepContext) -> Store:
-    task = PiecesTask(context.grid, context.place(CUT), Values(store), OBJECTS)
-    context.pieces(task)
-    tables, _, _ = context.objects(task.folder, Selection(minimum_voxels, by_value=True), joined=True)
-    return context.paint(task.folder, tables, store.info, store.info.dtype)
+    pieces = context.pieces(BlockPieces(Values(store), OBJECTS))
+    tables, _, _ = context.objects(pieces, Selection(minimum_voxels, by_value=True), joined=True)
+    return context.paint(pieces, tables, store.info, store.info.dtype)
 
 
 def _without_holes(store: Store, context: StepContext) -> Store:
     values = Values(store)
-    task = PiecesTask(context.grid, context.place(CUT), values, BACKGROUND, holes=True)
-    context.pieces(task)
-    tables, _, _ = context.objects(task.folder, Holes(), joined=True)
-    return context.paint(task.folder, tables, store.info, store.info.dtype, under=values)
+    pieces = context.pieces(BlockPieces(values, BACKGROUND, holes=True))
+    tables, _, _ = context.objects(pieces, Holes(), joined=True)
+    return context.paint(pieces, tables, store.info, store.info.dtype, under=values)

@@ -1,7 +1,7 @@
 """Where the steps of decoding work: stages of blocks under ledgers, tables and stores that are whole or absent.
 
-``runs.decode`` and ``stages.decode.binary_filters`` make a workshop for each step; ``stages.decode.steps`` are
-what is done in it.
+``runs.decoding_run`` makes a context for each step; ``stages.decode.binary_filters`` and ``stages.survey.mask`` make
+their own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -27,13 +27,22 @@ from connectomics.execution.runner import RunStage, failure_message, void_lost
 from connectomics.execution.task import Task
 from connectomics.objects.merge import Cuts, merge
 from connectomics.objects.numbering import number_by_first
-from connectomics.objects.selection import Rule, select
+from connectomics.objects.selection import Rule, Selection, select
 from connectomics.objects.table import MeasurementUnits
-from connectomics.stages.decode.tasks import JoinTask, PaintTask, PiecesTask, Read, block_file
+from connectomics.stages.decode.tasks import (
+    BlockFunction,
+    BlockJoins,
+    BlockPieces,
+    BlockTask,
+    PaintTask,
+    Read,
+    block_file,
+)
 from connectomics.volumes.store import Store, create_store, open_store
 from connectomics.volumes.volume import VolumeInfo, VolumeReader
 
 log = logging.getLogger(__name__)
+EVERYTHING = Selection()
 BLOCK_VOXELS = 1 << 24
 VOXEL_BYTES = 40  # of a block: values, components, runs, probabilities as they are summed
 CHUNK = 64
@@ -72,17 +81,6 @@ class DecodingState:
     facts: Mapping[str, object] = field(default_factory=dict)
 
 
-class Step(Protocol):
-    """One step of ``decoding``."""
-
-    @property
-    def name(self) -> str: ...
-
-    def run(self, state: DecodingState, context: StepContext) -> DecodingState:
-        """Make the next scene, continuing whatever an earlier run left in the shop."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class StepContext:
     """Where a step works, and who does its blocks.
@@ -103,6 +101,8 @@ class StepContext:
         Brings the blocks of a stage into its ledger.
     alone
         Held while something is made that one process alone may make.
+    selection
+        Which of the objects that the step finds stay, where it selects.
     """
 
     work: Path
@@ -112,9 +112,10 @@ class StepContext:
     run_key: str
     run: RunStage
     alone: Callable[[], AbstractContextManager[None]] = nullcontext
+    selection: Selection = EVERYTHING
 
     def part(self, name: str) -> StepContext:
-        """The workshop of a part of the step."""
+        """Return the context of a part of the step."""
         return dataclasses.replace(self, name=f"{self.name}.{name}")
 
     def place(self, kind: str) -> Path:
@@ -145,14 +146,19 @@ class StepContext:
             if blocks.failures:
                 raise QuarantineError(failure_message(blocks.failures, blocks.planned, folder))
 
-    def pieces(self, task: PiecesTask) -> None:
-        """Cut all blocks into pieces and, where they are joined over faces, find which touch."""
-        task.folder.mkdir(parents=True, exist_ok=True)
-        self.do(task, task.folder)
-        if task.connectivity is not None:
-            joins = self.place(JOIN)
-            joins.mkdir(exist_ok=True)
-            self.do(JoinTask(self.grid, task.folder, joins, task.connectivity), joins)
+    def fill(self, kind: str, compute: BlockFunction) -> Path:
+        """Compute all blocks; the folder of this kind in which their arrays lie."""
+        folder = self.place(kind)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.do(BlockTask(self.grid, folder, compute), folder)
+        return folder
+
+    def pieces(self, cut: BlockPieces) -> Path:
+        """Cut all blocks into pieces and, where they are joined over faces, find which touch; where they lie."""
+        folder = self.fill(CUT, cut)
+        if cut.connectivity is not None:
+            self.fill(JOIN, BlockJoins(folder, cut.connectivity))
+        return folder
 
     def objects(
         self, pieces: Path, rule: Rule, *, joined: bool, by_first: bool = False, kind: str = TABLES

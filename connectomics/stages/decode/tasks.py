@@ -7,10 +7,10 @@ whole or absent. A stage is called as the folder that it fills, in the work fold
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +26,6 @@ from connectomics.objects.faces import block_number, directions, first_axis, nei
 from connectomics.objects.merge import IDS, OFFSETS
 from connectomics.objects.pieces import (
     BlockPlacement,
-    Pieces,
     component_pieces,
     hole_pieces,
     painted,
@@ -38,6 +37,8 @@ from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array
 
 Read = Callable[[Box], Array]
+BlockFunction = Callable[[BlockGrid, Block], Mapping[str, Array]]
+"""What is done with a block of a grid."""
 PAINT = "paint"
 
 
@@ -47,15 +48,60 @@ def block_file(folder: Path, block: Block) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class PiecesTask:
-    """Cut each block into pieces and measure them.
+class BlockTask:
+    """Compute arrays for each block; they lie in a folder, after which the stage is called.
 
     Parameters
     ----------
     grid
         Blocks of the volume.
     folder
-        Where the results go.
+        Where the results go, one file a block.
+    compute
+        Gives the arrays of a block, by name.
+    """
+
+    grid: BlockGrid
+    folder: Path
+    compute: BlockFunction
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.folder.name
+
+    def process(self, block: Block) -> BlockRecord:
+        """Compute a block; its file is on disk on return.
+
+        Raises
+        ------
+        OutputError
+            If the storage refuses, also after waiting.
+        """
+        began = time.perf_counter()
+        arrays, path = self.compute(self.grid, block), block_file(self.folder, block)
+
+        def written() -> str:
+            save(path, **arrays)
+            return sha256_of_file(path)
+
+        try:
+            checksum = retried(written, f"writing {path}", PAUSES_S)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {path}: {reason(error)}. Free disk space or mend the permission, then run again; "
+                "finished blocks are kept."
+            ) from error
+        name = path.relative_to(path.parents[1]).as_posix()
+        return BlockRecord(block.key, {name: checksum}, 0, round(time.perf_counter() - began, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPieces:
+    """Cut a block into pieces and measure them.
+
+    Parameters
+    ----------
     read
         Values (z, y, x) of a box: bool or unsigned integers.
     connectivity
@@ -68,103 +114,63 @@ class PiecesTask:
         Whether objects lie in sections, so that z has no border.
     """
 
-    grid: BlockGrid
-    folder: Path
     read: Read
     connectivity: Connectivity | None
     probabilities: Read | None = None
     holes: bool = False
     flat: bool = False
 
-    @property
-    def name(self) -> str:
-        """Of the stage."""
-        return self.folder.name
-
-    def process(self, block: Block) -> BlockRecord:
-        """Cut a block; its file is on disk on return."""
-        began = time.perf_counter()
-        return saved(self._pieces(block), block_file(self.folder, block), block, began)
-
-    def _pieces(self, block: Block) -> Pieces:
-        cut = BlockPlacement(block.core, self.grid.volume)
+    def __call__(self, grid: BlockGrid, block: Block) -> Mapping[str, Array]:
+        """Return the arrays of the block's pieces."""
+        cut = BlockPlacement(block.core, grid.volume)
         likely = None if self.probabilities is None else self.probabilities(block.core)
         if self.connectivity is None:
-            return value_pieces(self.read(block.core), cut, likely, by_section=self.flat)
+            return value_pieces(self.read(block.core), cut, likely, by_section=self.flat).arrays()
         if not self.holes:
-            return component_pieces(self.read(block.core), self.connectivity, cut, likely)
-        box = block.core.grow((1, 1, 1)).clip(self.grid.volume)
-        return hole_pieces(self.read(box), box, self.connectivity, cut, probabilities=likely)
+            return component_pieces(self.read(block.core), self.connectivity, cut, likely).arrays()
+        box = block.core.grow((1, 1, 1)).clip(grid.volume)
+        return hole_pieces(self.read(box), box, self.connectivity, cut, probabilities=likely).arrays()
 
 
 @dataclass(frozen=True, slots=True)
-class JoinTask:
-    """Find which pieces of each block touch pieces of its later neighbours.
+class BlockJoins:
+    """Find which pieces of a block touch pieces of its later neighbours.
 
     Parameters
     ----------
-    grid
-        Blocks of the volume.
     pieces
-        Where their pieces lie.
-    folder
-        Where the results go.
+        Where the pieces lie.
     connectivity
         Which voxels are neighbours.
     """
 
-    grid: BlockGrid
     pieces: Path
-    folder: Path
     connectivity: Connectivity
 
-    @property
-    def name(self) -> str:
-        """Of the stage."""
-        return self.folder.name
-
-    def process(self, block: Block) -> BlockRecord:
-        """Compare a block's planes with those of its neighbours; its file is on disk on return."""
-        began = time.perf_counter()
-        counts = self.grid.counts
-        found = {"here": [_NONE], "there": [_NONE], "other": [_NONE]}
+    def __call__(self, grid: BlockGrid, block: Block) -> Mapping[str, Array]:
+        """Return which joints ``here`` touch which ones ``there`` of which ``other`` block; int64 [n] each."""
+        nothing = np.zeros(0, np.int64)
+        found = {"here": [nothing], "there": [nothing], "other": [nothing]}
         own: dict[int, tuple[Array, Array]] = {}
         for direction in directions(self.connectivity):
-            index = neighbour(block.index, direction, counts)
+            index = neighbour(block.index, direction, grid.counts)
             if index is None:
                 continue
             axis = first_axis(direction)
             if axis not in own:
                 own[axis] = self._side(block, axis, high=True)
             plane, values = own[axis]
-            other, others = self._side(self.grid.block(index), axis, high=False)
+            other, others = self._side(grid.block(index), axis, high=False)
             touching = pairs(plane, other, direction, self.connectivity, values=values, others=others)
             found["here"].append(touching[:, 0].astype(np.int64))
             found["there"].append(touching[:, 1].astype(np.int64))
-            found["other"].append(np.full(len(touching), block_number(index, counts), np.int64))
-        joins = Joins(**{name: np.concatenate(parts) for name, parts in found.items()})
-        return saved(joins, block_file(self.folder, block), block, began)
+            found["other"].append(np.full(len(touching), block_number(index, grid.counts), np.int64))
+        return {name: np.concatenate(parts) for name, parts in found.items()}
 
     def _side(self, block: Block, axis: int, *, high: bool) -> tuple[Array, Array]:
         """A block's outermost plane, and the value of each of its joints."""
         plane, values = load(block_file(self.pieces, block), plane_name(axis, high), "joint_values")
         return plane, values
-
-
-_NONE = np.zeros(0, np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class Joins:
-    """Which joints of a block touch which joints of which other block; int64 [n] each."""
-
-    here: Array
-    there: Array
-    other: Array
-
-    def save(self, path: Path) -> None:
-        """Write whole or not at all."""
-        save(path, here=self.here, there=self.there, other=self.other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +199,7 @@ class PaintTask:
 
     @property
     def name(self) -> str:
-        """Of the stage."""
+        """The stage's name."""
         return f"{self.store.path.stem}.{PAINT}"
 
     def process(self, block: Block) -> BlockRecord:
@@ -215,38 +221,6 @@ def painted_block(grid: BlockGrid, block: Block, pieces: Path, tables: Path, dty
     numbers = np.zeros(len(ids) + 1, dtype)
     numbers[1:] = ids
     return painted(lengths, labels, numbers, block.core.shape)
-
-
-class Savable(Protocol):
-    """What a block leaves behind."""
-
-    def save(self, path: Path) -> None:
-        """Write whole or not at all."""
-        ...
-
-
-def saved(result: Savable, path: Path, block: Block, began: float) -> BlockRecord:
-    """Write what a block leaves behind, trying again for a while, and the block's record.
-
-    Raises
-    ------
-    OutputError
-        If the storage refuses.
-    """
-
-    def written() -> str:
-        result.save(path)
-        return sha256_of_file(path)
-
-    try:
-        checksum = retried(written, f"writing {path}", PAUSES_S)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {reason(error)}. Free disk space or mend the permission, then run again; finished "
-            "blocks are kept."
-        ) from error
-    name = path.relative_to(path.parents[1]).as_posix()
-    return BlockRecord(block.key, {name: checksum}, 0, round(time.perf_counter() - began, 3))
 
 
 def smallest_dtype(largest: int) -> np.dtype[Any]:

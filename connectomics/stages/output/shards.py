@@ -91,7 +91,7 @@ class ShardWriter:
     def _encoded(
         self, box: Box, parts: Iterable[tuple[Box, Array]]
     ) -> Iterator[tuple[tuple[slice, ...], Index, memoryview]]:
-        """Of each part that has any chunk: its place in the shard's index, its own index from 0 on, and its chunks."""
+        """Give the place in the shard's index, the own index from 0 on and the chunks of each part that has any."""
         for part, voxels in parts:
             counts = self._chunks(part.shape)
             shape = vec3([n * c for n, c in zip(counts, self.info.chunk_shape, strict=True)])

@@ -49,7 +49,7 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """Of the sampled voxels, those that differ."""
+        """Share of the sampled voxels that differ."""
         return self.differ / self.voxels if self.voxels else 0.0
 
     def describe(self) -> str:

@@ -22,14 +22,13 @@ from connectomics.objects.components import Connectivity
 from connectomics.objects.selection import Selection
 from connectomics.stages.decode.context import (
     BLOCK_VOXELS,
-    CUT,
     PLAN,
     VOXEL_BYTES,
     StepContext,
     decode_plan,
     kept_plan,
 )
-from connectomics.stages.decode.tasks import PiecesTask
+from connectomics.stages.decode.tasks import BlockPieces
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
@@ -106,10 +105,9 @@ def _stored(reader: VolumeReader, inside: ReadBox, name: str, workspace: Workspa
     def outside(part: Box) -> Array:
         return np.logical_not(is_inside(reader.read(part)))
 
-    task = PiecesTask(grid, context.place(CUT), outside, Connectivity(6))
-    context.pieces(task)
-    tables, _, _ = context.objects(task.folder, HOLES, joined=True)
-    return context.paint(task.folder, tables, info, np.dtype(np.uint8), under=inside)
+    pieces = context.pieces(BlockPieces(outside, Connectivity(6)))
+    tables, _, _ = context.objects(pieces, HOLES, joined=True)
+    return context.paint(pieces, tables, info, np.dtype(np.uint8), under=inside)
 
 
 def _in_order(task: Task, ledger: Ledger) -> BlocksDone:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from connectomics.core.errors import VolumeError
+from connectomics.core.installation import install_command
 from connectomics.volumes.mapped import MappedArray
 from connectomics.volumes.source import (
     NM_PER_UNIT,
@@ -50,8 +51,7 @@ def open_mrc(source: Source) -> StoredVolume:
         import mrcfile
     except ImportError as error:
         raise VolumeError(
-            f"cannot open {source.uri}: reading MRC needs the package mrcfile; install it with "
-            "pip install 'connectomics[mrc]'."
+            f"cannot open {source.uri}: reading MRC needs the package mrcfile: {install_command('mrc')}"
         ) from error
     try:
         with contextlib.ExitStack() as opened:

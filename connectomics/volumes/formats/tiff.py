@@ -131,7 +131,7 @@ class _StripLayout:
         height = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
         width = page.tilewidth if page.is_tiled else page.imagewidth
         down, across = -(-page.imagelength // height), -(-page.imagewidth // width)
-        return cls(height, width, down, across, int(np.prod(page.chunked)))
+        return cls(height, width, down, across, total=int(np.prod(page.chunked)))
 
     def touching(self, rows: slice, columns: slice) -> list[int]:
         """Numbers of the pieces that touch the rows and columns, in every plane of samples or depth."""

@@ -1,27 +1,25 @@
 """Seeds, the floods of components that fit, and what came out, block by block.
 
-``stages.decode.watershed.step`` runs ``FloodTask`` under a ledger of its own. A component is flooded by the block
+The step ``watershed`` runs ``BlockFloods`` under a ledger of its own. A component is flooded by the block
 that holds its first voxel. A label is a component's number, or behind those the number of a seed.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from connectomics.core.geometry import Block, BlockGrid, Box, vec3
-from connectomics.execution.task import BlockRecord
-from connectomics.objects.arrays import load, save
+from connectomics.objects.arrays import load
 from connectomics.objects.components import Connectivity
 from connectomics.objects.distance import around, beyond, reach, squared_distance
 from connectomics.objects.faces import block_number
 from connectomics.objects.merge import IDS, OBJECTS, OFFSETS
 from connectomics.objects.watershed import SEED_COUNTS, RunLengths, flood
-from connectomics.stages.decode.tasks import Read, block_file, saved, smallest_dtype
+from connectomics.stages.decode.tasks import Read, block_file, smallest_dtype
 from connectomics.stages.decode.watershed.subvolumes import FloodedSubvolumes, PaintedComponents
 from connectomics.volumes.volume import Array, Nanometres
 
@@ -171,30 +169,27 @@ class Floods:
 
     @classmethod
     def loaded(cls, path: Path) -> Floods:
-        """What ``save`` has written."""
-        return cls(*load(path, "components", "edges", "lengths", "labels"))
+        """What a file holds."""
+        names = ("components", "edges", "lengths", "labels")
+        return cls(*load(path, *names))
 
     def runs(self, component: int) -> RunLengths:
-        """Of one component, over its box."""
+        """Return those of one component, over its box."""
         i = int(np.searchsorted(self.components, component))
         span = slice(self.edges[i], self.edges[i + 1])
         return RunLengths(self.lengths[span], self.labels[span])
 
-    def save(self, path: Path) -> None:
-        """Write whole or not at all."""
-        save(path, components=self.components, edges=self.edges, lengths=self.lengths, labels=self.labels)
+    def arrays(self) -> dict[str, Array]:
+        """What is kept, by name."""
+        return {"components": self.components, "edges": self.edges, "lengths": self.lengths, "labels": self.labels}
 
 
 @dataclass(frozen=True, slots=True)
-class FloodTask:
+class BlockFloods:
     """Flood the components that have their first voxel in a block and several seeds, each in its own box.
 
     Parameters
     ----------
-    grid
-        Blocks of the volume.
-    folder
-        Where the results go.
     contests
         Which components are flooded.
     seeds
@@ -205,26 +200,15 @@ class FloodTask:
         Which voxels are neighbours.
     """
 
-    grid: BlockGrid
-    folder: Path
     contests: ContestedComponents
     seeds: PaintedComponents
     heights: Read
     connectivity: Connectivity
 
-    @property
-    def name(self) -> str:
-        """Of the stage."""
-        return self.folder.name
-
-    def process(self, block: Block) -> BlockRecord:
-        """Flood a block's components; its file is on disk on return."""
-        began = time.perf_counter()
-        runs = {component: self._flooded(component, box) for component, box in self._owned(block)}
-        return saved(Floods.of(runs), block_file(self.folder, block), block, began)
-
-    def _owned(self, block: Block) -> Iterator[tuple[int, Box]]:
-        return ((n, box) for n, box, owner in self.contests.whole(block) if owner.index == block.index)
+    def __call__(self, grid: BlockGrid, block: Block) -> Mapping[str, Array]:
+        """Return the arrays of ``Floods``."""
+        whole = self.contests.whole(block)
+        return Floods.of({n: self._flooded(n, box) for n, box, owner in whole if owner.index == block.index}).arrays()
 
     def _flooded(self, component: int, box: Box) -> RunLengths:
         inside = self.contests.ground.read(box) == component

@@ -1,27 +1,26 @@
 """Components that are too large for one flood: basins of subvolumes, bridges between subvolumes, and who floods each
 basin.
 
-``stages.decode.watershed.step`` runs the two tasks, each under a ledger of its own; ``FloodedSubvolumes`` reads what
-came out.
+The step ``watershed`` runs the block functions, each under a ledger of its own; ``FloodedSubvolumes`` reads what came
+out.
 """
 
 from __future__ import annotations
 
 import itertools
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from connectomics.core.geometry import Block, BlockGrid, Box, vec3
-from connectomics.execution.task import BlockRecord
-from connectomics.objects.arrays import load, save
+from connectomics.objects.arrays import load
 from connectomics.objects.basins import Saddles, basins_of, ends_of, seeds_of_basins, shared_with, subvolume
 from connectomics.objects.components import Connectivity
 from connectomics.objects.watershed import RunLengths, flood
-from connectomics.stages.decode.tasks import Read, block_file, saved
+from connectomics.stages.decode.tasks import Read, block_file
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array
 
@@ -53,26 +52,11 @@ class PaintedComponents:
 
 
 @dataclass(frozen=True, slots=True)
-class SavedArrays:
-    """Arrays that a subvolume leaves behind."""
-
-    arrays: dict[str, Array]
-
-    def save(self, path: Path) -> None:
-        """Write whole or not at all."""
-        save(path, **self.arrays)
-
-
-@dataclass(frozen=True, slots=True)
-class BasinTask:
+class BlockBasins:
     """Cut into basins what lies in a subvolume of the components that are too large.
 
     Parameters
     ----------
-    grid
-        The subvolumes.
-    folder
-        Where the results go.
     ground, seeds
         Components of the foreground and of the seeds.
     large
@@ -83,90 +67,75 @@ class BasinTask:
         Which voxels are neighbours.
     """
 
-    grid: BlockGrid
-    folder: Path
     ground: PaintedComponents
     seeds: PaintedComponents
     large: Array
     heights: Read
     connectivity: Connectivity
 
-    @property
-    def name(self) -> str:
-        """Of the stage."""
-        return self.folder.name
-
-    def process(self, block: Block) -> BlockRecord:
-        """Cut a subvolume; its file is on disk on return."""
-        began = time.perf_counter()
-        return saved(self._cut(block.core), block_file(self.folder, block), block, began)
-
-    def _cut(self, core: Box) -> SavedArrays:
-        read = subvolume(core, self.grid.volume, self.connectivity)
+    def __call__(self, grid: BlockGrid, block: Block) -> Mapping[str, Array]:
+        """Return a subvolume's basins, their saddles, and which basins have voxels of the next subvolumes."""
+        core = block.core
+        read = subvolume(core, grid.volume, self.connectivity)
         inside = np.isin(self.ground.read(read), self.large)
         if not inside.any():
-            return _saved_arrays(
-                np.zeros(core.shape, np.uint8), 0, Saddles.together([]), np.zeros((2, 0)), beyond_heights=np.zeros(0)
-            )
+            nothing = Saddles.together([])
+            return _basin_arrays(np.zeros(core.shape, np.uint8), 0, nothing, np.zeros((2, 0)), beyond_heights=_NONE)
         shared, others = shared_with(core, read)
         heights, seeds = self.heights(read), self.seeds.read(read)
         found = basins_of(heights, seeds, inside, shared, connectivity=self.connectivity, seed_count=self.seeds.count)
         at = np.flatnonzero(others & inside)
         beyond = np.stack([at, found.labels.ravel()[at]])
         own = found.labels[core.relative_to(read).slices]
-        return _saved_arrays(own, found.count, found.saddles, beyond, beyond_heights=heights.ravel()[at])
+        return _basin_arrays(own, found.count, found.saddles, beyond, beyond_heights=heights.ravel()[at])
 
 
-def _saved_arrays(own: Array, count: int, saddles: Saddles, beyond: Array, beyond_heights: Array) -> SavedArrays:
-    runs = RunLengths.of(own)
-    arrays = {"lengths": runs.lengths, "labels": runs.labels, "count": np.array([count])}
-    arrays |= {"pairs": saddles.pairs, "heights": saddles.heights}
-    return SavedArrays(arrays | {"beyond": beyond, "beyond_heights": beyond_heights.astype(np.float64)})
+_NONE = np.zeros(0)
+
+
+def _basin_arrays(
+    own: Array, count: int, saddles: Saddles, beyond: Array, beyond_heights: Array
+) -> Mapping[str, Array]:
+    arrays = {**_run_arrays(own), "count": np.array([count]), "pairs": saddles.pairs, "heights": saddles.heights}
+    return arrays | {"beyond": beyond, "beyond_heights": beyond_heights.astype(np.float64)}
+
+
+def _run_arrays(labels: Array) -> dict[str, Array]:
+    runs = RunLengths.of(labels)
+    return {"lengths": runs.lengths, "labels": runs.labels}
 
 
 @dataclass(frozen=True, slots=True)
-class BridgeTask:
+class BlockBridges:
     """Find which basins of a subvolume are which basins of the next ones: those of the voxels that both hold.
 
     Parameters
     ----------
-    grid
-        The subvolumes.
-    folder
-        Where the results go.
     basins
-        Where their basins lie.
+        Where the basins lie.
     connectivity
         Which voxels are neighbours.
     """
 
-    grid: BlockGrid
-    folder: Path
     basins: Path
     connectivity: Connectivity
 
-    @property
-    def name(self) -> str:
-        """Of the stage."""
-        return self.folder.name
-
-    def process(self, block: Block) -> BlockRecord:
-        """Look at a subvolume's last planes; its file is on disk on return."""
-        began = time.perf_counter()
-        read = subvolume(block.core, self.grid.volume, self.connectivity)
+    def __call__(self, grid: BlockGrid, block: Block) -> Mapping[str, Array]:
+        """Return the ``number`` of the subvolume that holds each voxel beyond, and its basin there, ``other``."""
+        read = subvolume(block.core, grid.volume, self.connectivity)
         (beyond,) = load(block_file(self.basins, block), "beyond")
         places = np.stack(np.unravel_index(beyond[0].astype(np.int64), read.shape), axis=1) + read.start
-        index = places // self.grid.block_shape
+        index = places // grid.block_shape
         number, other = np.zeros(len(places), np.int64), np.zeros(len(places), np.int64)
         for step in itertools.product((0, 1), repeat=3):
             there = vec3([i + s for i, s in zip(block.index, step, strict=True)])
             (among,) = np.nonzero((index == there).all(axis=1))
             if len(among):
-                neighbour = self.grid.block(there)
+                neighbour = grid.block(there)
                 labels = _runs(self.basins, neighbour).array(neighbour.core.shape, np.int64)
                 other[among] = labels[tuple((places[among] - neighbour.core.start).T)]
-                number[among] = self.grid.number(there)
-        return saved(SavedArrays({"number": number, "other": other}), block_file(self.folder, block), block, began)
+                number[among] = grid.number(there)
+        return {"number": number, "other": other}
 
 
 def _runs(folder: Path, block: Block) -> RunLengths:
@@ -193,7 +162,8 @@ def grow_trees(grid: BlockGrid, basins: Path, bridges: Path, seed_count: int, fo
     firsts = np.cumsum([0, *counts])
     parts = []
     for number, block in enumerate(grid):
-        pairs, heights, beyond, lasts = load(block_file(basins, block), "pairs", "heights", "beyond", "beyond_heights")
+        pairs, heights = load(block_file(basins, block), "pairs", "heights")
+        beyond, lasts = load(block_file(basins, block), "beyond", "beyond_heights")
         numbers, others = load(block_file(bridges, block), "number", "other")
         across = np.stack([beyond[1].astype(np.int64), others], axis=1)
         across += np.where(
@@ -251,46 +221,33 @@ class FloodedSubvolumes:
 
 
 @dataclass(frozen=True, slots=True)
-class RefineTask:
-    """Flood subvolumes anew, from seeds and from what the basins say at the ends of a halo; of each the core is kept.
+class BlockRefinement:
+    """Flood a subvolume anew, from seeds and from what the basins say at the ends of a halo; the core is kept.
 
     Parameters
     ----------
-    grid
-        FloodedSubvolumes with halos.
-    folder
-        Where the results go.
     cut
-        The task that has cut the basins.
+        What has cut the basins.
     coarse
         The basins' seeds.
     """
 
-    grid: BlockGrid
-    folder: Path
-    cut: BasinTask
+    cut: BlockBasins
     coarse: FloodedSubvolumes
 
-    @property
-    def name(self) -> str:
-        """Of the stage."""
-        return self.folder.name
+    def __call__(self, grid: BlockGrid, block: Block) -> Mapping[str, Array]:
+        """Return the runs of seeds; ``grid`` has halos."""
+        halo = grid.block(block.index)  # a ledger's blocks have none
+        return _run_arrays(self._flooded(halo.core, halo.read, grid))
 
-    def process(self, block: Block) -> BlockRecord:
-        """Flood a subvolume; its file is on disk on return."""
-        began = time.perf_counter()
-        subvolume = self.grid.block(block.index)  # a ledger's blocks have no halo
-        runs = RunLengths.of(self._flooded(subvolume.core, subvolume.read))
-        return saved(SavedArrays(asdict(runs)), block_file(self.folder, block), block, began)
-
-    def _flooded(self, core: Box, read: Box) -> Array:
+    def _flooded(self, core: Box, read: Box, grid: BlockGrid) -> Array:
         cut, kept = self.cut, core.relative_to(read).slices
         inside = np.isin(cut.ground.read(read), cut.large)
         if not inside[kept].any():
             return np.zeros(core.shape, np.uint8)
         seeds = cut.seeds.read(read)
         coarse = self.coarse.read(read, seeds.dtype)
-        markers = np.where(ends_of(read, self.grid.volume), coarse, seeds)
+        markers = np.where(ends_of(read, grid.volume), coarse, seeds)
         found = flood(cut.heights(read), markers, inside, cut.connectivity)
         np.copyto(found, coarse, where=found == 0)  # what no marker of the subvolume reaches
         found[~inside] = 0

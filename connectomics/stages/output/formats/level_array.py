@@ -48,7 +48,7 @@ class LevelArray:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the stored voxels."""
+        """Type of the stored voxels."""
         dtype: np.dtype[Any] = self._stored.dtype.numpy_dtype
         return dtype
 

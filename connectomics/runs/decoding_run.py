@@ -1,7 +1,7 @@
 """From labels or probabilities to objects: steps one after the other, then the final volume and its table.
 
-``commands.decode`` calls ``run_decode`` for each volume. A step is a frozen value with a name and a ``run`` from one
-scene to the next; whatever it leaves on disk is whole or absent, so that a rerun continues.
+``commands.decode`` calls ``run_decode`` for each volume. Whatever a step leaves on disk is whole or absent, so that a
+rerun continues.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,8 @@ from connectomics.execution.run_folder import PROVENANCE, SINGLE_WRITER, WORKERS
 from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blocks
 from connectomics.execution.task import Executor, RunReport, Task
 from connectomics.objects.table import MeasurementUnits, write_table
-from connectomics.stages.decode.context import PLAN, DecodingState, Step, StepContext, kept_plan
+from connectomics.stages.decode.context import PLAN, DecodingState, StepContext, kept_plan
+from connectomics.stages.decode.step_contract import DecodingPass
 from connectomics.stages.decode.tasks import Read
 from connectomics.stages.output.finish import (
     FinalOutput,
@@ -46,6 +47,33 @@ HERE = "decoder"  # the lease of each process that still needs what unfinished w
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeRecord:
+    """What is written about a result.
+
+    Parameters
+    ----------
+    program
+        Name and version, part of the run key.
+    provenance
+        What is stamped on the output.
+    command
+        That makes the result again.
+    """
+
+    program: str
+    provenance: Mapping[str, object]
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TableProbabilities:
+    """Probabilities (z, y, x) of a box for the table, and how they are summed."""
+
+    read: Read
+    units: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeJob:
     """One volume and what is wanted of it.
 
@@ -55,40 +83,33 @@ class DecodeJob:
         RUN.
     volume
         Labels, ids or probabilities.
-    steps
-        In order.
+    passes
+        The steps, in order.
     output
         The final volume.
     table
         Final name of the table of objects, or None.
     plan
         How the volume is cut.
-    program
-        Name and version, part of the run key.
-    provenance
-        What is stamped on the output.
-    command
-        That makes the result again.
-    probabilities, probability_units
-        Probabilities (z, y, x) of a box for the table, and how they are summed; None without.
+    record
+        What is written about it.
+    probabilities
+        For the table, or None.
     """
 
     run_folder: Path
     volume: VolumeReader
-    steps: tuple[Step, ...]
+    passes: tuple[DecodingPass, ...]
     output: FinalOutput
     table: Path | None
     plan: BlockPlan
-    program: str
-    provenance: Mapping[str, object]
-    command: tuple[str, ...]
-    probabilities: Read | None = None
-    probability_units: tuple[float, float] | None = None
+    record: DecodeRecord
+    probabilities: TableProbabilities | None = None
 
     @property
     def work(self) -> Path:
         """Folder of unfinished work."""
-        return work_folder(self.run_folder, (self.output,), self.program)
+        return work_folder(self.run_folder, (self.output,), self.record.program)
 
     def paths(self, folder: Path) -> tuple[Path, ...]:
         """Final names in a folder."""
@@ -175,7 +196,7 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
 def _last(worker: Worker) -> Iterator[None]:
     """Wait until nobody else needs what unfinished work has left, and keep everybody out meanwhile.
 
-    Who still needs it may be waiting for the house, so it is not held while one waits.
+    Who still needs it may be waiting to be alone, so nobody is kept out while one waits.
     """
     for pause in pauses():
         with worker.alone(SINGLE_WRITER):
@@ -190,18 +211,18 @@ def _objects(
 ) -> tuple[DecodingState, str]:
     """What the last step leaves, and the run key."""
     grid = BlockGrid(job.volume.info.extent, plan.block_shape)
-    run_key = key_of({"result": job.output.result_key, "grid": list(grid.block_shape), "program": job.program})
+    run_key = key_of({"result": job.output.result_key, "grid": list(grid.block_shape), "program": job.record.program})
     info, likely = job.volume.info, job.probabilities
     state = DecodingState(
         RetryingReader(job.volume, job.output.stem, settings.pauses_s),
-        MeasurementUnits(info.voxel_size_nm, info.origin_nm, job.probability_units),
-        None if likely is None else _patiently(likely, job.output.stem, settings.pauses_s),
+        MeasurementUnits(info.voxel_size_nm, info.origin_nm, None if likely is None else likely.units),
+        None if likely is None else _patiently(likely.read, job.output.stem, settings.pauses_s),
     )
     alone = functools.partial(worker.alone, SINGLE_WRITER)
-    for number, step in enumerate(job.steps, 1):
-        state = step.run(
-            state, StepContext(job.work, f"{number}_{step.name}", plan, grid, run_key=run_key, run=run, alone=alone)
-        )
+    context = StepContext(job.work, "", plan, grid, run_key=run_key, run=run, alone=alone)
+    for number, each in enumerate(job.passes, 1):
+        name = f"{number}_{each.step.name}"
+        state = each.step.run(state, replace(context, name=name, selection=each.selection))
     return state, run_key
 
 
@@ -213,14 +234,14 @@ def _finish(job: DecodeJob, state: DecodingState, run_key: str, folder: Path, ru
     """Write what is still missing, and remove what is not needed any more."""
     assert isinstance(state.volume, Store), "every step leaves a store"
     if not job.is_finished(folder):  # else another process was first
-        stamp = dict(job.provenance) | {"run_key": run_key, "objects": state.count, **state.facts}
+        stamp = dict(job.record.provenance) | {"run_key": run_key, "objects": state.count, **state.facts}
         if job.table is not None and state.tables is not None:
             unseal(job.run_folder, job.table)
             write_table(state.tables, state.count, job.table, state.frame, stamp=job.output.result_key)
         discard_locks(state.volume.path)
         for form in job.output.missing(folder):
             unseal(job.run_folder, job.output.paths(folder)[form])
-        record = stamp | {"result_keys": {job.output.name: job.output.result_key}, "command": list(job.command)}
+        record = stamp | {"result_keys": {job.output.name: job.output.result_key}, "command": list(job.record.command)}
         write_text(job.run_folder / PROVENANCE, json.dumps(record, indent=1) + "\n")
         export_output(state.volume, job.output, folder, stamp, work=job.work, run=run)
     state.volume.close()

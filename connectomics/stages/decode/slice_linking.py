@@ -1,35 +1,36 @@
 """The step ``slice_linking`` of decoding: objects of sections are found, overlaps counted, objects linked over z.
 
-``assembly.decoding`` makes it from the configuration; its stages are cut, join (of labels), overlaps and paint.
+Its stages are cut, join (of labels), overlaps and paint.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Block, BlockGrid, Box
-from connectomics.execution.task import BlockRecord
+from connectomics.execution.block_plan import BlockPlan
 from connectomics.objects.arrays import load
 from connectomics.objects.components import Connectivity
 from connectomics.objects.links import Linking, Sections, link
 from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS
-from connectomics.objects.overlaps import OVERLAP, PieceRuns, SliceOverlaps, overlaps, summed
-from connectomics.objects.selection import NUMBERS, Selection
-from connectomics.stages.decode.context import CUT, TABLES, DecodingState, StepContext
-from connectomics.stages.decode.steps import EVERYTHING, Values
-from connectomics.stages.decode.tasks import PiecesTask, block_file, saved, smallest_dtype
-from connectomics.volumes.volume import Array
+from connectomics.objects.overlaps import COLUMNS, OVERLAP, PieceRuns, overlaps, summed
+from connectomics.objects.selection import NUMBERS
+from connectomics.stages.decode.context import EVERYTHING, TABLES, DecodingState, StepContext
+from connectomics.stages.decode.step_contract import DecodingMemory, Rules, StepInput, check_values
+from connectomics.stages.decode.tasks import BlockPieces, block_file, smallest_dtype
+from connectomics.stages.decode.values import Values
+from connectomics.volumes.volume import Array, VolumeInfo
 
 SECTIONS, OVERLAPS = "sections", "overlaps"
 IN_SECTIONS = Connectivity(8)
-NEIGHBOURS = Linking()
+MEASURES = ("iou", "overlap")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,121 +77,127 @@ class SectionIds:
 
 
 @dataclass(frozen=True, slots=True)
-class OverlapTask:
-    """Count the voxels that objects of each block share with those of the sections after theirs.
+class BlockOverlaps:
+    """Count the voxels that objects of a block share with those of the sections after theirs.
 
     Parameters
     ----------
-    grid
-        Blocks of the volume.
     pieces
-        Where their pieces lie.
+        Where the pieces lie.
     sections
         Where the tables of the objects of sections lie.
-    folder
-        Where the results go.
     reach
         Largest distance in sections.
     """
 
-    grid: BlockGrid
     pieces: Path
     sections: Path
-    folder: Path
     reach: int
 
-    @property
-    def name(self) -> str:
-        """Of the stage."""
-        return self.folder.name
-
-    def process(self, block: Block) -> BlockRecord:
-        """Count in a block and those after it in z; its file is on disk on return."""
-        began = time.perf_counter()
-        here, objects = self._runs(block), self._objects(block)
+    def __call__(self, grid: BlockGrid, block: Block) -> Mapping[str, Array]:
+        """Return the columns of ``OVERLAP`` [n] of whole objects, counted from 0, sorted."""
+        here, objects = self._runs(block), self._objects(grid, block)
         found = [np.zeros(0, OVERLAP)]
-        for z in range(block.index[0], self.grid.counts[0]):
-            other = self.grid.block((z, *block.index[1:]))
+        for z in range(block.index[0], grid.counts[0]):
+            other = grid.block((z, *block.index[1:]))
             above = other.core.start[0] - block.core.start[0]
             if above - (block.core.shape[0] - 1) > self.reach:
                 break
             rows = overlaps(here, here if other == block else self._runs(other), above, self.reach)
-            rows["here"], rows["there"] = objects[rows["here"] - 1], self._objects(other)[rows["there"] - 1]
+            rows["here"], rows["there"] = objects[rows["here"] - 1], self._objects(grid, other)[rows["there"] - 1]
             found.append(rows)
-        counted = SliceOverlaps(summed(np.concatenate(found)))
-        return saved(counted, block_file(self.folder, block), block, began)
+        counted = summed(np.concatenate(found))
+        return {name: counted[name] for name in COLUMNS}
 
     def _runs(self, block: Block) -> PieceRuns:
         lengths, labels = load(block_file(self.pieces, block), "lengths", "labels")
         return PieceRuns.of(lengths, labels, block.core.shape)
 
-    def _objects(self, block: Block) -> Array:
+    def _objects(self, grid: BlockGrid, block: Block) -> Array:
         """The object of each piece, from 0 on."""
-        number = self.grid.number(block.index)
+        number = grid.number(block.index)
         begin, end = np.load(self.sections / OFFSETS, mmap_mode="r")[number : number + 2]
         ids: Array = np.load(self.sections / IDS, mmap_mode="r")[begin:end].astype(np.int64) - FIRST_ID
         return ids
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SliceLinking:
     """Objects of sections become objects of the volume where they overlap; numbered by their first voxel.
 
     Parameters
     ----------
-    rule
-        Which are linked.
+    measure
+        ``iou``, or ``overlap`` over the smaller of the two.
+    threshold
+        Least measure of what is linked.
+    max_gap
+        Sections that a link may leap.
+    one_to_one
+        Whether each object has at most one link to each side.
     ids
         Whether a volume that no step has worked on holds ids of objects; else it holds labels, of which the
         8-connected components of each section are the objects. What a step has left are ids. All voxels of one id
         in a section are one object.
-    selection
-        Which linked objects stay.
     """
 
-    rule: Linking = NEIGHBOURS
+    name: str = "slice_linking"
+    measure: str = "iou"
+    threshold: float = 0.25
+    max_gap: int = 0
+    one_to_one: bool = False
     ids: bool = False
-    selection: Selection = EVERYTHING
+    probabilities: ClassVar[None] = None
+    selects: ClassVar[bool] = True
 
-    @property
-    def name(self) -> str:
-        """As in the configuration."""
-        return "slice_linking"
+    def rules(self) -> Rules:
+        """Say of each key that may be impossible whether it is possible."""
+        return {
+            "measure": (self.measure in MEASURES, f"must be one of {', '.join(MEASURES)}"),
+            "threshold": (0 <= self.threshold <= 1, "must be 0 to 1"),
+            "max_gap": (self.max_gap >= 0, "must be 0 or more"),
+        }
+
+    def check(self, key: str, given: StepInput) -> StepInput:
+        """Refuse probabilities."""
+        check_values(key, given)
+        return dataclasses.replace(given, ids=True)
+
+    def plan(self, key: str, info: VolumeInfo, memory: DecodingMemory, plan: BlockPlan) -> BlockPlan:
+        """Return ``plan``: these blocks are meant for it."""
+        return plan
 
     def run(self, state: DecodingState, context: StepContext) -> DecodingState:
-        """Link the scene's objects, or those of its labels."""
+        """Link objects, or those of labels."""
         values, depth = Values(state.volume), context.grid.volume[0]
-        cut, likely, classes = context.place(CUT), state.probabilities, state.frame.classes
+        rule = Linking(self.measure, self.threshold, self.max_gap, self.one_to_one)
+        likely, classes = state.probabilities, state.frame.classes
         of_rows: Callable[[Array], Array]
         if self.ids or state.tables is not None:
             named = SectionIds(values, depth)
-            task = PiecesTask(context.grid, cut, named, None, probabilities=likely)
+            cut = BlockPieces(named, None, probabilities=likely)
             classes = classes and state.tables is not None
             of_rows = _classes(state, named) if classes else _no_class
         else:
-            task = PiecesTask(context.grid, cut, values, IN_SECTIONS, probabilities=likely)
+            cut = BlockPieces(values, IN_SECTIONS, probabilities=likely)
             of_rows = _value
-        context.pieces(task)
-        joined = task.connectivity is not None
-        sections, found, _ = context.objects(cut, EVERYTHING, joined=joined, kind=SECTIONS)
-        counted = context.place(OVERLAPS)
-        counted.mkdir(exist_ok=True)
-        context.do(OverlapTask(context.grid, cut, sections, counted, reach=self.rule.reach), counted)
+        pieces = context.pieces(cut)
+        joined = cut.connectivity is not None
+        sections, found, _ = context.objects(pieces, EVERYTHING, joined=joined, kind=SECTIONS)
+        counted = context.fill(OVERLAPS, BlockOverlaps(pieces, sections, rule.reach))
 
         def file(number: int) -> Path:
             return block_file(counted, context.grid.numbered(number))
 
         linked = Sections(sections, found, of_rows, len(context.grid), overlaps=file, depth=depth)
-        tables, count, largest = context.selected(
-            TABLES, lambda folder: link(linked, self.rule, folder), self.selection
-        )
-        store = context.paint(cut, tables, state.volume.info, smallest_dtype(largest))
+        tables, count, largest = context.selected(TABLES, lambda folder: link(linked, rule, folder), context.selection)
+        store = context.paint(pieces, tables, state.volume.info, smallest_dtype(largest))
         frame = dataclasses.replace(state.frame, flat=False, classes=classes)
         return dataclasses.replace(state, volume=store, frame=frame, tables=tables, count=count)
 
 
 def _classes(state: DecodingState, named: SectionIds) -> Callable[[Array], Array]:
-    """Class of each row, looked up in the scene's tables by the id."""
+    """Class of each row, looked up in the tables by the id."""
     assert state.tables is not None
     rows = np.load(state.tables / OBJECTS, mmap_mode="r")
     numbers = np.load(state.tables / NUMBERS, mmap_mode="r")[: state.count]
