@@ -46,7 +46,7 @@ class FileFormat:
     write
         Write a complete store at a path that is free, with a stamp, holding a part at a time; may raise OSError.
     open
-        Open what was written, for comparing.
+        Open what was written, for comparing; the request states its axes: zyx of one channel, else czyx.
     parts
         Boxes that fill the volume, in which it is compared.
     stamp_of
