@@ -69,7 +69,7 @@ def export_array(store: Store, sample: OutputSample, form: str, folder: Path) ->
         run = functools.partial(
             run_blocks, executor=SerialExecutor(), worker=worker, on_block=lambda done, planned: None
         )
-        export_output(store, output, folder, STAMP, work, run)
+        export_output(store, output, folder, STAMP, work=work, run=run)
     return export_path(folder, STEM, form)
 
 
