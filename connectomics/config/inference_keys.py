@@ -19,8 +19,9 @@ from connectomics.config.key_rules import (
     positive,
     some_of,
 )
+from connectomics.core.features import OUTPUT_FORMATS
 
-FORMATS = ("h5", "zarr", "tiff", "png", "zarr2", "n5", "precomputed")
+FORMATS = OUTPUT_FORMATS.names()
 TABLES = ("parquet", "csv", "none")
 BLENDINGS = ("gaussian", "constant")
 ENGINES = ("nnunet", "monai")
@@ -164,7 +165,7 @@ class PostprocessingConfig:
 class OutputConfig:
     """``inference.output``: which files are left."""
 
-    formats: list[str] = key(["h5"], "any of h5, zarr, tiff, png, zarr2, n5, precomputed", *some_of(FORMATS))
+    formats: list[str] = key(["h5"], f"any of {', '.join(FORMATS)}", *some_of(FORMATS))
     pyramid: bool = key(
         True,
         "chunked formats carry coarser levels; false: the full resolution only. Results that are there stay as they "
