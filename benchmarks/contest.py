@@ -144,7 +144,7 @@ def theirs(contest: Contest, threads: int) -> Run:
 
 
 def variants_here() -> list[str]:
-    """Those of ``VARIANTS`` whose backend is installed and whose numbers the processor multiplies; says what is left out."""
+    """Those of ``VARIANTS`` whose backend is installed and whose numbers the processor has; says what is left out."""
     if not importlib.util.find_spec("openvino"):
         print("OpenVINO is not installed: by PyTorch only")
         return [REFERENCE]
