@@ -177,7 +177,13 @@ def process(extent: Vec3, folder: Path) -> dict[str, float]:
     plan = plan_for(reader.info, base)
     output = FinalOutput(LABELS, "volume", "key", ("zarr",))
     job = VolumeJob(
-        "volume", folder / "volume.run", reader, Labeller(segmenter(), BinaryFilters()), (output,), plan, JobRecord({}, ())
+        "volume",
+        folder / "volume.run",
+        reader,
+        Labeller(segmenter(), BinaryFilters()),
+        (output,),
+        plan,
+        JobRecord({}, ()),
     )
     before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     report = run_volume(job, settings_in(folder), OverlappingExecutor(), lambda done, planned: None)
