@@ -54,9 +54,7 @@ class SlidingWindowConfig:
     """``inference.sliding_window``: windows; values other than nnU-Net's are recorded and marked "not nnU-Net"."""
 
     window_size: list[int] | None = key(
-        None,
-        "[y, x] or [z, y, x] in voxels; null: the plans' patch",
-        rule.extents(2, 3, largest=rule.LARGEST_WINDOW),
+        None, "[y, x] or [z, y, x] in voxels; null: the plans' patch", rule.extents(2, 3, largest=rule.LARGEST_WINDOW)
     )
     overlap: float | None = key(
         None,
