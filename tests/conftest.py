@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fork_server
+import hypothesis
 import pytest
 
 from small_jobs import quick_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+hypothesis.settings.register_profile("no clock", deadline=None)  # no test asserts a time: other work may be going on
+hypothesis.settings.load_profile("no clock")
 SLOW_FIRST = (REPOSITORY / "tests" / "slow_files.txt").read_text().split()
 """Files that take more than a few seconds, the slowest first: so the last ones to be run are short."""
 
