@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.task import RunReport
 from connectomics.jobs.outcome import NOT_BEGUN, NullObserver, Observer, VolumeOutcome, attempted
 from connectomics.runs.decoding_run import DecodeSettings, run_decode
-from connectomics.stages.output.finish import FinalOutput, check_names, settle, work_folder
+from connectomics.stages.output.finish import check_names, settle, work_folder
 from connectomics.volumes.listing import stem_of
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import VolumeReader
@@ -77,13 +77,10 @@ class Decoder:
         table = table_of(self._request.output, source)
         if output.missing(self._folder) or (table is not None and not table.exists()):
             return None
-        folder, paths = run_folder_of(self._request.output, source), self._paths(source, output)
+        folder = run_folder_of(self._request.output, source)
+        paths = (*output.paths(self._folder).values(), *([] if table is None else [table]))
         settle(folder, work_folder(folder, (output,), program_version()), paths)
         return paths
-
-    def _paths(self, source: DecodingInput, output: FinalOutput) -> tuple[Path, ...]:
-        table = table_of(self._request.output, source)
-        return (*output.paths(self._folder).values(), *([table] if table is not None else []))
 
     def _process(self, source: DecodingInput) -> tuple[tuple[Path, ...], RunReport]:
         with (
@@ -94,16 +91,11 @@ class Decoder:
             check_names((job.output,), self._folder, overwrite=self._request.output.overwrite)
             settings = DecodeSettings(self._folder, self._request.budget_bytes)
             report = run_decode(job, settings, SerialExecutor(), self._observer.block)
-        return self._paths(source, job.output), report
+        return job.paths(self._folder), report
 
 
-@contextlib.contextmanager
-def _opened(uri: str | None) -> Iterator[VolumeReader | None]:
-    if uri is None:
-        yield None
-        return
-    with contextlib.closing(open_volume(uri)) as reader:
-        yield reader
+def _opened(uri: str | None) -> contextlib.AbstractContextManager[VolumeReader | None]:
+    return contextlib.nullcontext() if uri is None else contextlib.closing(open_volume(uri))
 
 
 def decode_outcomes(

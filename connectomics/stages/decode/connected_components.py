@@ -9,13 +9,7 @@ from typing import ClassVar
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.objects.components import Connectivity
 from connectomics.stages.decode.context import DecodingState, StepContext
-from connectomics.stages.decode.step_contract import (
-    DecodingMemory,
-    Rules,
-    StepInput,
-    check_values,
-    connectivity_rule,
-)
+from connectomics.stages.decode.step_contract import DecodingMemory, Rules, StepInput, check_values, foreground_rules
 from connectomics.stages.decode.tasks import BlockPieces, smallest_dtype
 from connectomics.stages.decode.values import Values, probability_units
 from connectomics.volumes.volume import VolumeInfo
@@ -49,11 +43,8 @@ class ConnectedComponents:
 
     def rules(self) -> Rules:
         """Say of each key that may be impossible whether it is possible."""
-        return {
-            "connectivity": connectivity_rule(self.connectivity),
-            "channel": (self.channel >= 0, "must be 0 or more"),
-            "probabilities": (self.probabilities is None or self.threshold is None, "the threshold's volume has them"),
-        }
+        twice = self.probabilities is not None and self.threshold is not None
+        return foreground_rules(self.connectivity, self.channel, named_twice=twice)
 
     def check(self, key: str, given: StepInput) -> StepInput:
         """Refuse probabilities without a threshold, and labels of a run with one."""

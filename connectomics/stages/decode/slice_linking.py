@@ -6,6 +6,7 @@ Its stages are cut, join (of labels), overlaps and paint.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,10 +178,10 @@ class SliceLinking:
             named = SectionIds(values, depth)
             cut = BlockPieces(named, None, probabilities=likely)
             classes = classes and state.tables is not None
-            of_rows = _classes(state, named) if classes else _no_class
+            of_rows = _classes(state, named) if classes else lambda rows: np.zeros(len(rows), np.uint64)
         else:
             cut = BlockPieces(values, IN_SECTIONS, probabilities=likely)
-            of_rows = _value
+            of_rows = operator.itemgetter("value")
         pieces = context.pieces(cut)
         joined = cut.connectivity is not None
         sections, found, _ = context.objects(pieces, EVERYTHING, joined=joined, kind=SECTIONS)
@@ -202,12 +203,3 @@ def _classes(state: DecodingState, named: SectionIds) -> Callable[[Array], Array
     rows = np.load(state.tables / OBJECTS, mmap_mode="r")
     numbers = np.load(state.tables / NUMBERS, mmap_mode="r")[: state.count]
     return lambda found: rows["value"][np.searchsorted(numbers, named.own(found["value"]))]
-
-
-def _no_class(rows: Array) -> Array:
-    return np.zeros(len(rows), np.uint64)
-
-
-def _value(rows: Array) -> Array:
-    values: Array = rows["value"]
-    return values

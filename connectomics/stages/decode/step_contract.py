@@ -136,9 +136,13 @@ class DecodingPass:
     selection: Selection = EVERYTHING
 
 
-def connectivity_rule(connectivity: int) -> tuple[bool, str]:
-    """Return the rule of which voxels are neighbours."""
-    return connectivity in CONNECTIVITIES, f"must be one of {', '.join(map(str, CONNECTIVITIES))}"
+def foreground_rules(connectivity: int, channel: int, *, named_twice: bool) -> Rules:
+    """Return the rules of what makes foreground of a volume; ``named_twice``: probabilities, beside a threshold."""
+    return {
+        "connectivity": (connectivity in CONNECTIVITIES, f"must be one of {', '.join(map(str, CONNECTIVITIES))}"),
+        "channel": (channel >= 0, "must be 0 or more"),
+        "probabilities": (not named_twice, "the threshold's volume has them"),
+    }
 
 
 def check_values(key: str, given: StepInput, threshold: float | None = None, channel: int = 0) -> None:

@@ -33,13 +33,7 @@ from connectomics.stages.decode.context import (
     StepContext,
     decode_plan,
 )
-from connectomics.stages.decode.step_contract import (
-    DecodingMemory,
-    Rules,
-    StepInput,
-    check_values,
-    connectivity_rule,
-)
+from connectomics.stages.decode.step_contract import DecodingMemory, Rules, StepInput, check_values, foreground_rules
 from connectomics.stages.decode.tasks import BlockPieces, Read, smallest_dtype
 from connectomics.stages.decode.values import Values, probability_units
 from connectomics.stages.decode.watershed.flooding import BlockFloods, ContestedComponents, Distance, Flooded, Seeds
@@ -101,10 +95,9 @@ class Watershed:
         high, deep = self.seed_threshold, self.seed_distance_nm
         floor = high if self.threshold is None else self.threshold
         least, most = COMPONENT_VOXELS
+        twice = self.probabilities is not None and self.threshold is not None
         return {
-            "connectivity": connectivity_rule(self.connectivity),
-            "channel": (self.channel >= 0, "must be 0 or more"),
-            "probabilities": (self.probabilities is None or self.threshold is None, "the threshold's volume has them"),
+            **foreground_rules(self.connectivity, self.channel, named_twice=twice),
             "seed_distance_nm": (deep is None or deep > 0, "must be positive"),
             "seed_threshold": (
                 (high is None) != (deep is None) and (high is None or floor is None or high >= floor),

@@ -79,8 +79,8 @@ class BlockBasins:
         read = subvolume(core, grid.volume, self.connectivity)
         inside = np.isin(self.ground.read(read), self.large)
         if not inside.any():
-            nothing = Saddles.together([])
-            return _basin_arrays(np.zeros(core.shape, np.uint8), 0, nothing, np.zeros((2, 0)), beyond_heights=_NONE)
+            empty, none = np.zeros(core.shape, np.uint8), np.zeros((2, 0))
+            return _basin_arrays(empty, 0, Saddles.together([]), none, beyond_heights=np.zeros(0))
         shared, others = shared_with(core, read)
         heights, seeds = self.heights(read), self.seeds.read(read)
         found = basins_of(heights, seeds, inside, shared, connectivity=self.connectivity, seed_count=self.seeds.count)
@@ -88,9 +88,6 @@ class BlockBasins:
         beyond = np.stack([at, found.labels.ravel()[at]])
         own = found.labels[core.relative_to(read).slices]
         return _basin_arrays(own, found.count, found.saddles, beyond, beyond_heights=heights.ravel()[at])
-
-
-_NONE = np.zeros(0)
 
 
 def _basin_arrays(
