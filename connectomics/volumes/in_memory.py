@@ -32,23 +32,14 @@ class ArrayVolume:
     ) -> None:
         self._array = array.astype(np.uint8) if array.dtype.kind == "b" else array
         c, z, y, x = array.shape
-        self._info = VolumeInfo((c, z, y, x), self._array.dtype, chunk_shape or (1, y, x), voxel_size_nm)
+        self.info = VolumeInfo((c, z, y, x), self._array.dtype, chunk_shape or (1, y, x), voxel_size_nm)
+        self.identity: dict[str, object] = {}
         self._closed = False
-
-    @property
-    def info(self) -> VolumeInfo:
-        """Shape, dtype and physical frame."""
-        return self._info
-
-    @property
-    def identity(self) -> dict[str, object]:
-        """Nothing: an array is not told from another one."""
-        return {}
 
     def read(self, box: Box) -> Array:
         """Voxels of ``box`` as a new array; see ``VolumeReader``."""
-        if self._closed or not Box.of_shape(self._info.extent).contains(box):
-            why = "the volume was closed" if self._closed else f"outside the volume of {self._info.extent}"
+        if self._closed or not Box.of_shape(self.info.extent).contains(box):
+            why = "the volume was closed" if self._closed else f"outside the volume of {self.info.extent}"
             raise VolumeError(f"cannot read the array in memory, voxels {box.start} to {box.stop}: {why}.")
         return np.array(self._array[(slice(None), *box.slices)], order="C")
 

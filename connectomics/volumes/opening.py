@@ -5,6 +5,7 @@ Formats are imported when first needed, so a run that reads HDF5 never loads a T
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,18 +88,7 @@ class _Channels:
         self._readers = list(readers)
         first = readers[0].info
         channels = sum(reader.info.channels for reader in readers)
-        self._info = VolumeInfo(
-            (channels, *first.extent),
-            first.dtype,
-            first.chunk_shape,
-            first.voxel_size_nm,
-            origin_nm=first.origin_nm,
-            spacing=first.spacing,
-        )
-
-    @property
-    def info(self) -> VolumeInfo:
-        return self._info
+        self.info = dataclasses.replace(first, shape=(channels, *first.extent))
 
     @property
     def identity(self) -> dict[str, object]:

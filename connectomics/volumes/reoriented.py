@@ -56,12 +56,7 @@ class ReorientedVolume:
     def __init__(self, volume: VolumeReader, turn: Orientation) -> None:
         self._volume = volume
         self._turn = turn
-        self._info = turn.of_info(volume.info)
-
-    @property
-    def info(self) -> VolumeInfo:
-        """Shape, dtype and physical frame."""
-        return self._info
+        self.info = turn.of_info(volume.info)
 
     @property
     def identity(self) -> dict[str, object]:

@@ -6,13 +6,13 @@ N5 counts axes from the fastest: without further word they are x, y, z, c.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import tensorstore as ts
 
 from connectomics.core.errors import VolumeError
+from connectomics.volumes.formats.chunked import Frame, chunked_volume
 from connectomics.volumes.source import (
     NM_PER_UNIT,
     READ_ERRORS,
@@ -24,21 +24,13 @@ from connectomics.volumes.source import (
     three_positive,
     unreadable,
 )
-from connectomics.volumes.stored import StoredVolume, info_of, layout_of, require_small_chunks
-from connectomics.volumes.volume import Array, Nanometres
+from connectomics.volumes.stored import StoredVolume, layout_of
+from connectomics.volumes.volume import Nanometres
 
 LETTERS = {2: "xy", 3: "xyz", 4: "xyzc"}
 ATTRIBUTES = "attributes.json"
 TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64")
 COMPRESSIONS = ("raw", "gzip", "bzip2", "xz", "blosc", "zstd")
-
-
-@dataclass(frozen=True, slots=True)
-class _N5Frame:
-    """What attributes say of an array: voxel size and position of the first voxel, (z, y, x)."""
-
-    voxel_size_nm: Nanometres | None = None
-    origin_nm: Nanometres = (0.0, 0.0, 0.0)
 
 
 def open_n5(source: Source) -> StoredVolume:
@@ -49,30 +41,6 @@ def open_n5(source: Source) -> StoredVolume:
     VolumeError
         If there is no such array, its attributes are damaged, or its compression or type is not supported.
     """
-    try:
-        folder = _choose(source)
-        attributes = _attributes(folder)
-        layout = layout_of(source, _dimensions(source, attributes), LETTERS.get(len(attributes["dimensions"])))
-        spec = {"driver": "n5", "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"}}
-        _require_known(source, attributes)
-        array = ts.open(spec, open=True, read=True, write=False, context=ts.Context()).result()
-        chunk: tuple[Any, ...] = array.chunk_layout.read_chunk.shape or array.shape
-        require_small_chunks(source, chunk, array.dtype.numpy_dtype.itemsize)
-        frame = _frame(folder, attributes, source.path)
-        info = info_of(
-            source,
-            layout,
-            array.dtype.numpy_dtype,
-            chunk,
-            voxel_size_nm=frame.voxel_size_nm,
-            origin_nm=frame.origin_nm,
-        )
-    except READ_ERRORS as error:
-        raise unreadable(source, "N5", error) from error
-
-    def fetch(index: tuple[slice, ...]) -> Array:
-        block: Array = array[index].read().result()
-        return block
 
     def identity() -> dict[str, object]:
         files = list(files_below(folder))
@@ -81,7 +49,17 @@ def open_n5(source: Source) -> StoredVolume:
             files.append((f"../{ATTRIBUTES}", parent))
         return {**folded_identity(source.path.name, files), "array": source.inner or ""}
 
-    return StoredVolume(source, info, layout, fetch=fetch, identity=identity, release=lambda: None)
+    try:
+        folder = _choose(source)
+        attributes = _attributes(folder)
+        layout = layout_of(source, _dimensions(source, attributes), LETTERS.get(len(attributes["dimensions"])))
+        spec = {"driver": "n5", "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"}}
+        _require_known(source, attributes)
+        array = ts.open(spec, open=True, read=True, write=False, context=ts.Context()).result()
+        frame = _frame(folder, attributes, source.path)
+        return chunked_volume(source, layout, array, frame=frame, identity=identity)
+    except READ_ERRORS as error:
+        raise unreadable(source, "N5", error) from error
 
 
 def _attributes(folder: Path) -> dict[str, Any]:
@@ -136,7 +114,7 @@ def _require_known(source: Source, attributes: dict[str, Any]) -> None:
             )
 
 
-def _frame(folder: Path, attributes: dict[str, Any], root: Path) -> _N5Frame:
+def _frame(folder: Path, attributes: dict[str, Any], root: Path) -> Frame:
     """From ``transform``, ``pixelResolution`` or ``resolution`` of the array, else of the group of levels above it.
 
     The group's size is that of level s0, multiplied by the array's ``downsamplingFactors``. An array with factors and
@@ -148,13 +126,13 @@ def _frame(folder: Path, attributes: dict[str, Any], root: Path) -> _N5Frame:
     own = _size(attributes)
     whole = factors == [1, 1, 1]
     if own is not None:
-        return _N5Frame(own, _offset(attributes)) if whole else _N5Frame()
+        return Frame(own, _offset(attributes)) if whole else Frame()
     if folder == root:
-        return _N5Frame()
+        return Frame()
     above, steps = _size(_attributes(folder.parent)), three_positive(factors)
     if above is None or steps is None:
-        return _N5Frame()
-    return _N5Frame((above[0] * steps[2], above[1] * steps[1], above[2] * steps[0]))
+        return Frame()
+    return Frame((above[0] * steps[2], above[1] * steps[1], above[2] * steps[0]))
 
 
 def _size(attributes: dict[str, Any]) -> Nanometres | None:
@@ -183,12 +161,12 @@ def _offset(attributes: dict[str, Any]) -> Nanometres:
     return (z, y, x)
 
 
-def _of_transform(transform: dict[str, Any]) -> _N5Frame:
+def _of_transform(transform: dict[str, Any]) -> Frame:
     """``transform`` names its axes, so their order does not matter."""
     axes, units = transform.get("axes"), transform.get("units")
     scale, shift = transform.get("scale"), transform.get("translate")
     if not isinstance(axes, list) or not isinstance(units, list) or not isinstance(scale, list):
-        return _N5Frame()
+        return Frame()
     moved = shift if isinstance(shift, list) else [0.0] * len(axes)
     rows = {
         str(axis): (float(step) * _nanometres(unit), float(start) * _nanometres(unit))
@@ -196,7 +174,7 @@ def _of_transform(transform: dict[str, Any]) -> _N5Frame:
     }
     z, y, x = (rows.get(letter, (math.nan, math.nan)) for letter in "zyx")
     size = three_positive((z[0], y[0], x[0]))
-    return _N5Frame(size, (z[1], y[1], x[1])) if size else _N5Frame()
+    return Frame(size, (z[1], y[1], x[1])) if size else Frame()
 
 
 def _nanometres(unit: object) -> float:

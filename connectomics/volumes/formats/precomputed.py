@@ -10,6 +10,7 @@ import numpy as np
 import tensorstore as ts
 
 from connectomics.core.errors import VolumeError
+from connectomics.volumes.formats.chunked import Frame, chunked_volume
 from connectomics.volumes.source import (
     READ_ERRORS,
     Source,
@@ -19,8 +20,7 @@ from connectomics.volumes.source import (
     three_positive,
     unreadable,
 )
-from connectomics.volumes.stored import StoredVolume, info_of, layout_of, require_small_chunks
-from connectomics.volumes.volume import Array
+from connectomics.volumes.stored import StoredVolume, layout_of
 
 PACKED_SUFFIXES = (".gz", ".br", ".zst", ".zstd", ".xz", ".lzma")
 ENCODINGS = ("raw", "jpeg", "png", "compressed_segmentation")
@@ -37,6 +37,11 @@ def open_precomputed(source: Source) -> StoredVolume:
     VolumeError
         If its ``info`` is damaged, there is no such scale, or its encoding is not supported.
     """
+
+    def identity() -> dict[str, object]:
+        files = [("info", source.path / "info"), *files_below(folder)]
+        return {**folded_identity(source.path.name, files), "scale": str(scale["key"])}
+
     try:
         index, scale = _choose(source, _scales(source))
         folder = _folder(source, scale)
@@ -47,32 +52,14 @@ def open_precomputed(source: Source) -> StoredVolume:
         }
         opened = ts.open(spec, open=True, read=True, write=False, context=ts.Context()).result()
         array = opened[ts.d[:].translate_to[0]]
-        chunk: tuple[Any, ...] = array.chunk_layout.read_chunk.shape or array.shape
         layout = layout_of(source, array.shape, "xyzc")
-        require_small_chunks(source, chunk, array.dtype.numpy_dtype.itemsize)
         x, y, z = three_positive(scale.get("resolution")) or (np.nan,) * 3
         size = three_positive((z, y, x))
         offset = [float(n) for n in opened.domain.origin[:3]]
-        info = info_of(
-            source,
-            layout,
-            array.dtype.numpy_dtype,
-            chunk,
-            voxel_size_nm=size,
-            origin_nm=(offset[2] * z, offset[1] * y, offset[0] * x) if size else (0.0, 0.0, 0.0),
-        )
+        frame = Frame(size, (offset[2] * z, offset[1] * y, offset[0] * x)) if size else Frame()
+        return chunked_volume(source, layout, array, frame=frame, identity=identity)
     except READ_ERRORS as error:
         raise unreadable(source, "precomputed", error) from error
-
-    def fetch(at: tuple[slice, ...]) -> Array:
-        block: Array = array[at].read().result()
-        return block
-
-    def identity() -> dict[str, object]:
-        files = [("info", source.path / "info"), *files_below(folder)]
-        return {**folded_identity(source.path.name, files), "scale": str(scale["key"])}
-
-    return StoredVolume(source, info, layout, fetch=fetch, identity=identity, release=lambda: None)
 
 
 def _scales(source: Source) -> list[dict[str, Any]]:

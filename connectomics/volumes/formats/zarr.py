@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import tensorstore as ts
 
 from connectomics.core.errors import VolumeError
+from connectomics.volumes.formats.chunked import Frame, chunked_volume
 from connectomics.volumes.source import (
     DEEPEST,
     NM_PER_UNIT,
@@ -22,8 +23,7 @@ from connectomics.volumes.source import (
     three_positive,
     unreadable,
 )
-from connectomics.volumes.stored import StoredVolume, info_of, layout_of, require_small_chunks
-from connectomics.volumes.volume import Array, Nanometres
+from connectomics.volumes.stored import StoredVolume, layout_of
 
 METADATA_FILES = ("zarr.json", ".zarray", ".zgroup")
 
@@ -41,12 +41,11 @@ class _Node:
 
 @dataclass(frozen=True, slots=True)
 class _OmeFrame:
-    """What OME metadata say of one array: axis letters, voxel size and position of the first voxel."""
+    """What OME metadata say of one array: axis letters, and where its voxels are."""
 
     letters: str
-    voxel_size_nm: Nanometres | None
-    origin_nm: Nanometres
     group: Path
+    frame: Frame = field(default_factory=Frame)
 
 
 def open_zarr(source: Source) -> StoredVolume:
@@ -57,36 +56,22 @@ def open_zarr(source: Source) -> StoredVolume:
     VolumeError
         If there is no such array, its metadata are damaged, or its codecs or dtype are not supported.
     """
-    try:
-        node = _choose(source)
-        frame = _frame(source, node)
-        layout = layout_of(source, _shape(source, node), frame.letters if frame else _dimension_names(node))
-        _require_plain(source, node)
-        array = open_array(node.path, node.version)
-        chunk = array.chunk_layout.read_chunk.shape
-        require_small_chunks(source, chunk, array.dtype.numpy_dtype.itemsize)
-        info = info_of(
-            source,
-            layout,
-            array.dtype.numpy_dtype,
-            chunk,
-            voxel_size_nm=frame.voxel_size_nm if frame else None,
-            origin_nm=frame.origin_nm if frame else (0.0, 0.0, 0.0),
-        )
-    except READ_ERRORS as error:
-        raise unreadable(source, "Zarr", error) from error
-
-    def fetch(index: tuple[slice, ...]) -> Array:
-        block: Array = array[index].read().result()
-        return block
 
     def identity() -> dict[str, object]:
         files = list(files_below(node.path))
-        if frame is not None:
-            files += [(f"../{name}", path) for name, path in _metadata_files(frame.group)]
+        if ome is not None:
+            files += [(f"../{name}", path) for name, path in _metadata_files(ome.group)]
         return {**folded_identity(source.path.name, files), "array": source.inner or ""}
 
-    return StoredVolume(source, info, layout, fetch=fetch, identity=identity, release=lambda: None)
+    try:
+        node = _choose(source)
+        ome = _frame(source, node)
+        layout = layout_of(source, _shape(source, node), ome.letters if ome else _dimension_names(node))
+        _require_plain(source, node)
+        array = open_array(node.path, node.version)
+        return chunked_volume(source, layout, array, frame=ome.frame if ome else Frame(), identity=identity)
+    except READ_ERRORS as error:
+        raise unreadable(source, "Zarr", error) from error
 
 
 def open_array(path: Path, version: int, *, writable: bool = False) -> Any:
@@ -221,14 +206,14 @@ def _frame_of(multiscale: dict[str, Any], dataset: dict[str, Any], group: Path) 
             elif step.get("type") == "translation":
                 origin = origin + np.asarray(values, float)
     if not all(letter in letters for letter in "zyx"):
-        return _OmeFrame(letters, None, (0.0, 0.0, 0.0), group)
+        return _OmeFrame(letters, group)
     order = [letters.index(letter) for letter in "zyx"]
     factors = [NM_PER_UNIT.get(str(axes[i].get("unit")), np.nan) for i in order]
     voxel_size_nm = three_positive(scale[order] * factors)
     if voxel_size_nm is None:
-        return _OmeFrame(letters, None, (0.0, 0.0, 0.0), group)
+        return _OmeFrame(letters, group)
     z, y, x = (float(value) for value in origin[order] * factors)
-    return _OmeFrame(letters, voxel_size_nm, (z, y, x), group)
+    return _OmeFrame(letters, group, Frame(voxel_size_nm, (z, y, x)))
 
 
 def _metadata_files(folder: Path) -> list[tuple[str, Path]]:

@@ -95,11 +95,9 @@ class Multiscale(Protocol):
 
 
 class PlanPyramid(Protocol):
-    """Makes the layout of a volume's pyramid."""
+    """Plan the levels of a volume, at most so many; the arguments are those of ``export.multiscale_of``."""
 
-    def __call__(self, info: VolumeInfo, block_shape: Vec3, *, labels: bool, levels: int | None) -> Multiscale:
-        """Plan the levels, at most so many; arguments are those of ``export.multiscale_of``."""
-        ...
+    def __call__(self, info: VolumeInfo, block_shape: Vec3, *, labels: bool, levels: int | None) -> Multiscale: ...
 
 
 @dataclass(frozen=True, slots=True)
