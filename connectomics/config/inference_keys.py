@@ -17,8 +17,10 @@ from connectomics.config.key_rules import (
     not_empty,
     one_of,
     positive,
+    registered,
     some_of,
 )
+from connectomics.core.features import PRECISIONS
 
 FORMATS = ("h5", "zarr", "tiff", "png", "zarr2", "n5", "precomputed")
 TABLES = ("parquet", "csv", "none")
@@ -28,7 +30,6 @@ PADDINGS = ("constant", "reflect", "replicate", "circular")
 CASES = ("auto", "slice", "volume")
 PLANES = ("xy", "xz", "yz")
 RESAMPLINGS = ("off", "plan")
-PRECISIONS = ("exact", "fast")
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 INTENSITY_DTYPES = ("uint8", "uint16", "float16", "float32")
 
@@ -196,7 +197,7 @@ class InferenceConfig:
     precision: str | None = key(
         None,
         "exact (float32) or fast; null: exact on the CPU, fast on CUDA, as nnU-Net is; see [faster](#faster)",
-        one_of(PRECISIONS),
+        registered(PRECISIONS),
     )
     max_disagreement: float = key(
         0.0001,

@@ -23,12 +23,13 @@ from connectomics.config.key_rules import (
     not_empty,
     one_of,
     positive,
+    registered,
 )
+from connectomics.core.features import BACKENDS
 
 SEMANTIC_METRICS = ("dice", "iou", "precision", "recall")
 INSTANCE_METRICS = ("ap", "f1", "pq", "voi", "arand")
 METRICS = SEMANTIC_METRICS + INSTANCE_METRICS
-BACKENDS = ("auto", "torch", "compile", "openvino")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class SystemConfig:
     backend: str = key(
         "torch",
         "torch, openvino, compile, or auto: the fastest that is there; see [faster](#faster)",
-        one_of(BACKENDS),
+        registered(BACKENDS, "auto"),
     )
     cache_dir: str | None = key(
         None,

@@ -11,7 +11,8 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,11 +21,19 @@ from torch import nn
 from connectomics.core.errors import DeviceError
 from connectomics.core.installation import install_command
 from connectomics.models.backends.artefacts import Artefacts, MappedArtefact
-from connectomics.models.backends.contract import NumericClass, whole_batch
-from connectomics.models.backends.torch_eager import capability
+from connectomics.models.backends.contract import (
+    BackendRequest,
+    MadeBackend,
+    ModelNetworks,
+    NumericClass,
+    closed,
+    whole_batch,
+)
+from connectomics.models.backends.device import capability, select_device
+from connectomics.models.backends.precisions import Precision
 
 CPU = torch.device("cpu")
-HINTS = {"exact": "f32", "fast": "bf16"}
+HINTS = {torch.float32: ("f32", "ACCURACY"), torch.bfloat16: ("bf16", "PERFORMANCE")}
 TELEMETRY = "openvino_telemetry"
 FAILURES = (  # OpenVINO's own errors, which have no common base
     "GeneralFailure",
@@ -47,7 +56,7 @@ class OpenVinoBackend:
     threads
         CPU threads of a forward pass.
     precision
-        ``exact`` (float32 throughout) or ``fast`` (bfloat16).
+        What it computes in on the CPU: float32 or bfloat16.
     model
         Identity of the network's weights, under which what is compiled is kept.
     artefacts
@@ -61,30 +70,35 @@ class OpenVinoBackend:
         If OpenVINO is not installed, cannot convert the network, or this processor has no bfloat16.
     """
 
+    reference: ClassVar[str] = "openvino"
+    note: ClassVar[str] = ""
+    device: ClassVar[torch.device] = CPU
+
     def __init__(
         self,
         network: Callable[[], nn.Module],
         *,
         shape: tuple[int, int, int, int, int],
         threads: int,
-        precision: str,
+        precision: Precision,
         model: str,
         artefacts: Artefacts,
         low_memory: bool = False,
     ) -> None:
         openvino = load_openvino()
-        core = openvino.Core()
+        core, (hint, mode) = openvino.Core(), HINTS[precision.dtype(CPU)]
         options: dict[str, object] = {
-            "INFERENCE_PRECISION_HINT": HINTS[precision],
-            "EXECUTION_MODE_HINT": "ACCURACY" if precision == "exact" else "PERFORMANCE",
+            "INFERENCE_PRECISION_HINT": hint,
+            "EXECUTION_MODE_HINT": mode,
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,  # processes that share a machine would be pinned to the same cores
         }
         capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if precision == "fast" and "BF16" not in capabilities:
+        if hint == "bf16" and "BF16" not in capabilities:
             raise DeviceError(
-                "OpenVINO's fast precision is bfloat16, which this processor lacks; set inference.precision=exact"
+                f"OpenVINO's {precision.name} precision is bfloat16, which this processor lacks; "
+                "set inference.precision=exact"
             )
         facts: dict[str, object] = {
             "openvino": openvino.__version__,
@@ -92,54 +106,52 @@ class OpenVinoBackend:
             "processor": [core.get_property("CPU", "FULL_DEVICE_NAME"), sorted(capabilities), capability(CPU)],
             "model": model,
             "shape": list(shape),
-            "precision": precision,
+            "precision": precision.name,
             "threads": threads,
         }
         self._shape, self._low_memory = shape, low_memory
         self._model, self._kept = _compiled(core, network, shape, options, facts=facts, artefacts=artefacts)
-        self._request: Any = self._model.create_infer_request()
-        self._numeric_class = NumericClass(
+        self._infer: Callable[..., Any] = self._model.create_infer_request().infer
+        self.numeric_class = NumericClass(
             backend=f"openvino {openvino.__version__.partition('-')[0]}",
-            precision=precision,
+            precision=precision.name,
             batch=shape[0],
             threads=threads,
             device=capability(CPU) + " BF16" * ("BF16" in capabilities),
         )
 
-    @property
-    def device(self) -> torch.device:
-        """The CPU."""
-        return CPU
-
-    @property
-    def numeric_class(self) -> NumericClass:
-        """What decides the last bits of the logits."""
-        return self._numeric_class
+    @classmethod
+    def make(cls, networks: ModelNetworks, fold: int, request: BackendRequest, artefacts: Artefacts) -> MadeBackend:
+        """See ``BackendKind``; the network itself is held only while it is compiled."""
+        if select_device(request.device).type != "cpu":
+            raise DeviceError(
+                f"backend 'openvino' runs on the CPU, but the device is '{request.device}'; use backend torch"
+            )
+        networks.let_go()
+        backend = cls(
+            partial(networks.modules.__getitem__, fold),
+            shape=networks.shape(request.batch),
+            threads=request.threads,
+            precision=request.precision,
+            model=f"{networks.sha256} {fold}",
+            artefacts=artefacts,
+            low_memory=request.low_memory,
+        )
+        networks.let_go()
+        return backend
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [n, k, z, y, x] of windows float32 [n, c, z, y, x].
-
-        Raises
-        ------
-        ValueError
-            If the batch has another dtype, device or shape than the network was compiled for, or too many rows.
-        RuntimeError
-            If the backend is closed.
-        """
-        if self._request is None:
-            raise RuntimeError("the backend is closed")
-        rows = batch.shape[0]
-        batch = whole_batch(batch, self._shape[0], CPU)
-        if tuple(batch.shape) != self._shape:
-            raise ValueError(f"compiled for batches of {list(self._shape)}, got {list(batch.shape)}")
-        found = self._request.infer([batch.contiguous().numpy()], share_inputs=True)
+        """See ``Backend``."""
+        whole = whole_batch(batch, self._shape, CPU)
+        found = self._infer([whole.contiguous().numpy()], share_inputs=True)
         if self._low_memory:
             self._model.release_memory()
-        return torch.from_numpy(found[0][:rows])
+        return torch.from_numpy(found[0][: batch.shape[0]])
 
     def close(self) -> None:
-        """Let go of the network and its memory; twice is fine."""
-        self._request = self._model = self._kept = None
+        """See ``Backend``."""
+        self._infer = closed
+        self._model = self._kept = None
 
 
 def load_openvino() -> Any:

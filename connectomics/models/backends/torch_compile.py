@@ -13,15 +13,17 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from connectomics.core.errors import DeviceError
 from connectomics.models.backends.artefacts import Artefacts
-from connectomics.models.backends.contract import NumericClass
-from connectomics.models.backends.torch_eager import TorchBackend, select_device
+from connectomics.models.backends.contract import BackendRequest, MadeBackend, ModelNetworks
+from connectomics.models.backends.device import select_device
+from connectomics.models.backends.precisions import Precision
+from connectomics.models.backends.torch_eager import TorchBackend
 
 COMPILERS = ("g++", "clang++", "cl")
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"
@@ -41,7 +43,7 @@ class CompiledBackend:
     threads
         CPU threads within one operation.
     precision
-        ``exact`` or ``fast``.
+        What it computes in.
     artefacts
         Where generated code is kept.
 
@@ -51,6 +53,9 @@ class CompiledBackend:
         If the device or a C++ compiler is missing, or the network cannot be compiled.
     """
 
+    reference: ClassVar[str] = "torch"
+    note: ClassVar[str] = ""
+
     def __init__(
         self,
         network: nn.Module,
@@ -58,7 +63,7 @@ class CompiledBackend:
         device: str,
         shape: tuple[int, int, int, int, int],
         threads: int,
-        precision: str,
+        precision: Precision,
         artefacts: Artefacts,
     ) -> None:
         chosen = select_device(device)
@@ -67,9 +72,8 @@ class CompiledBackend:
         settled = network.to(chosen).eval().requires_grad_(False)
         compiled: Any = torch.compile(settled, fullgraph=True, dynamic=False, options={"freezing": True})
         self._eager = TorchBackend(compiled, device=device, batch=shape[0], threads=threads, precision=precision)
-        self._numeric_class = replace(
-            self._eager.numeric_class, backend=f"compile {torch.__version__.partition('+')[0]}"
-        )
+        name = f"compile {torch.__version__.partition('+')[0]}"
+        self.device, self.numeric_class = chosen, replace(self._eager.numeric_class, backend=name)
         try:
             with _generating_in(artefacts.compiler_folder()):
                 self.forward(torch.zeros(shape, device=chosen))
@@ -80,32 +84,26 @@ class CompiledBackend:
                 "system.backend=torch"
             ) from error
 
-    @property
-    def device(self) -> torch.device:
-        """Where ``forward`` expects its input and leaves its output."""
-        return self._eager.device
-
-    @property
-    def numeric_class(self) -> NumericClass:
-        """What decides the last bits of the logits."""
-        return self._numeric_class
+    @classmethod
+    def make(cls, networks: ModelNetworks, fold: int, request: BackendRequest, artefacts: Artefacts) -> MadeBackend:
+        """See ``BackendKind``."""
+        return cls(
+            networks.modules[fold],
+            device=request.device,
+            shape=networks.shape(request.batch),
+            threads=request.threads,
+            precision=request.precision,
+            artefacts=artefacts,
+        )
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [n, k, z, y, x] of windows float32 [n, c, z, y, x]; both on ``device``.
-
-        Raises
-        ------
-        ValueError
-            If the batch has another dtype, device or number of axes, no row, or too many.
-        RuntimeError
-            If the backend is closed.
-        """
+        """See ``Backend``."""
         # tensors made in inference mode are of another kind, for which it would compile once more
         with torch.inference_mode(False):
             return self._eager.forward(batch.clone())
 
     def close(self) -> None:
-        """Let go of the network and its memory; twice is fine."""
+        """See ``Backend``."""
         self._eager.close()
 
 
