@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 JOBS ?= 2
 
-.PHONY: setup demo test test-long coverage lint parity bench structure clean
+.PHONY: setup demo test test-long coverage lint parity bench structure package-test clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -37,13 +37,13 @@ test: $(READY)  ## the test suite
 	    $(PYTEST) -m "not long" && \
 	    echo $$(($$(date +%s) - start)) > .make-test-seconds
 
-
 test-long: $(READY)  ## every combination, long storms
 	$(PYTEST) -m long
 
-# Measuring slows a test down by a fifth to two thirds. These are the tests that run in the measured process; those with
-# a nnU-Net beside ours, and those that kill what they start, add next to nothing.
-MEASURED := tests/unit tests/contract $(addprefix tests/fault/test_,bad_models.py bad_volumes.py bad_archives.py \
+# Measuring slows a test down by a fifth to two thirds. These are the tests that run in the measured process; those
+# that kill what they start add next to nothing.
+MEASURED := tests/unit tests/contract tests/property tests/golden $(addprefix tests/parity/test_,from_nnunet.py \
+    from_nnunet_nifti.py verify.py cascade.py planes.py) $(addprefix tests/fault/test_,bad_models.py bad_volumes.py bad_archives.py \
     bad_copies.py bad_configuration.py verify_run.py failing_blocks.py)
 
 coverage: $(READY)  ## line coverage of at least 95 % by the tests that run in one process
@@ -63,6 +63,9 @@ parity: $(READY)  ## print the table of docs/fidelity.md
 
 bench: $(READY)  ## the network loop against nnUNetPredictor
 	$(PY) benchmarks/vs_nnunet.py
+
+package-test: $(READY)  ## wheel and sdist: build, install in a clean environment, run the demo
+	$(PY) scripts/check_package.py
 
 structure: $(READY)  ## rooms, sizes and names, before and now
 	$(PY) scripts/structure.py

@@ -144,8 +144,16 @@ def theirs(contest: Contest, threads: int) -> Run:
 
 
 def variants_here() -> list[str]:
-    """Those of ``VARIANTS`` whose backend is installed."""
-    return list(VARIANTS) if importlib.util.find_spec("openvino") else [REFERENCE]
+    """Those of ``VARIANTS`` whose backend is installed and whose numbers the processor has; says what is left out."""
+    if not importlib.util.find_spec("openvino"):
+        print("OpenVINO is not installed: by PyTorch only")
+        return [REFERENCE]
+    import openvino
+
+    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return list(VARIANTS)
+    print("fast is left out: this processor has no bfloat16")
+    return [name for name in VARIANTS if name != "fast"]
 
 
 def machine(threads: int) -> str:

@@ -41,6 +41,8 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
+from contest import variants_here  # noqa: E402
+
 from conftest import shared_data_folder  # noqa: E402
 from nnunet_models import make_model  # noqa: E402
 
@@ -280,6 +282,8 @@ def main() -> int:
         print("the shared models are not on this machine (set CONNECTOMICS_SHARED_DATA); nothing measured")
         return 0
     print(f"{platform.platform()}, torch {torch.__version__}, {words.threads} thread(s), {words.rounds} round(s)")
+    possible = variants_here()
+    words.variants = [name for name in words.variants if name != "fast" or name in possible]
     results: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

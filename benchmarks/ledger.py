@@ -1,6 +1,6 @@
 """Seconds and memory for opening a ledger of a million finished blocks, beside Python's own JSON in a loop.
 
-Prints what docs/architecture.md says of it: ``python benchmarks/ledger.py [--blocks N] [--json FILE]``.
+Prints what docs/recovery.md says of it: ``python benchmarks/ledger.py [--blocks N] [--json FILE]``.
 """
 
 from __future__ import annotations

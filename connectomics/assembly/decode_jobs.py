@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from connectomics.assembly.engine.engine import Engine
@@ -25,7 +26,7 @@ from connectomics.stages.decode.context import decode_plan
 from connectomics.stages.decode.object_filters import passes
 from connectomics.stages.decode.step_contract import DecodingMemory, DecodingStep, StepInput
 from connectomics.stages.decode.values import ClassProbabilities, Values, probability_units
-from connectomics.stages.output.export import FORMATS, export_path, read_stamp
+from connectomics.stages.output.export import FORMATS, export_path, formats_holding, read_stamp
 from connectomics.stages.output.finish import FinalOutput
 from connectomics.volumes.listing import stem_of
 from connectomics.volumes.opening import open_volume
@@ -34,6 +35,7 @@ from connectomics.volumes.volume import Nanometres, VolumeInfo, VolumeReader
 OBJECTS = "objects"
 SUFFIX = "_instances"
 RUN = ".run"
+SMALLEST_IDS = np.dtype(np.uint32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +122,11 @@ def decoding_request(config: Config) -> DecodingRequest:
             "min_voxels: 100}]'"
         )
     inference, output = config.inference, config.inference.output
-    formats = tuple(form for form in output.formats if form != "png")
+    formats = formats_holding(output.formats, 1, SMALLEST_IDS)
     if not formats:
-        raise ConfigError("inference.output.formats is [png], which cannot hold ids; add h5, zarr or tiff")
+        raise ConfigError(
+            f"inference.output.formats is [{', '.join(output.formats)}], which cannot hold ids; add h5, zarr or tiff"
+        )
     if output.table == "parquet":
         require_parquet()
     size, shape = inference.voxel_size_nm, inference.block_shape

@@ -22,7 +22,7 @@ from connectomics.inference.case import ReadBox
 from connectomics.inference.resample import Resampling, check_ratio
 from connectomics.models.spec import NO_RESAMPLING, ModelSpec
 from connectomics.runs.job import JobLimits, JobRecord, Labeller, VolumeJob
-from connectomics.stages.output.export import export_path
+from connectomics.stages.output.export import export_path, formats_holding
 from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.stages.survey.region import RegionOfInterest, require_inside
@@ -116,7 +116,7 @@ def final_names(engine: Engine, source: VolumeSource) -> dict[str, tuple[str, tu
     names = {LABELS: (stem, formats)}
     rule = engine.segmenter.probabilities
     if rule is not None:
-        names[PROBABILITIES] = (f"{stem}_probabilities", tuple(f for f in formats if f != "png" or rule.fits_png))
+        names[PROBABILITIES] = (f"{stem}_probabilities", formats_holding(formats, len(rule.channels), rule.dtype))
     return names
 
 

@@ -17,12 +17,11 @@ from connectomics.config.key_rules import (
     not_empty,
     one_of,
     positive,
-    registered,
     some_of,
 )
-from connectomics.core.features import PRECISIONS
+from connectomics.core.features import OUTPUT_FORMATS, PRECISIONS
 
-FORMATS = ("h5", "zarr", "tiff", "png", "zarr2", "n5", "precomputed")
+FORMATS = OUTPUT_FORMATS.names()
 TABLES = ("parquet", "csv", "none")
 BLENDINGS = ("gaussian", "constant")
 ENGINES = ("nnunet", "monai")
@@ -165,7 +164,7 @@ class PostprocessingConfig:
 class OutputConfig:
     """``inference.output``: which files are left."""
 
-    formats: list[str] = key(["h5"], "any of h5, zarr, tiff, png, zarr2, n5, precomputed", *some_of(FORMATS))
+    formats: list[str] = key(["h5"], f"any of {', '.join(FORMATS)}", *some_of(FORMATS))
     pyramid: bool = key(
         True,
         "chunked formats carry coarser levels; false: the full resolution only. Results that are there stay as they "
@@ -197,7 +196,7 @@ class InferenceConfig:
     precision: str | None = key(
         None,
         "exact (float32) or fast; null: exact on the CPU, fast on CUDA, as nnU-Net is; see [faster](#faster)",
-        registered(PRECISIONS),
+        one_of(PRECISIONS.names()),
     )
     max_disagreement: float = key(
         0.0001,

@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from connectomics.core.registry import Registry
-
 DOC, RULES = "doc", "rules"
 LARGEST_WINDOW = 4096
 
@@ -23,12 +21,8 @@ class KeyRule:
     """Whether a value is possible, and what is said where it is not; with ``each`` it is asked of a list's values."""
 
     holds: Callable[[Any], bool]
-    text: str | Callable[[], str]
+    text: str
     each: bool = False
-
-    def said(self) -> str:
-        """Return the sentence."""
-        return self.text if isinstance(self.text, str) else self.text()
 
 
 def key(default: Any, doc: str, *rules: KeyRule) -> Any:
@@ -62,14 +56,6 @@ def at_least(minimum: int) -> KeyRule:
 def one_of(allowed: Sequence[str], otherwise: str = "", *, each: bool = False) -> KeyRule:
     """A word that is known."""
     return KeyRule(lambda value: value in allowed, f"must be one of {', '.join(allowed)}{otherwise}", each)
-
-
-def registered(features: Registry[Any], *others: str) -> KeyRule:
-    """A feature's name, or another word; those that other packages add are looked up where they are needed."""
-    return KeyRule(
-        lambda value: value in others or value in features,
-        lambda: f"must be one of {', '.join((*others, *features.names()))}",
-    )
 
 
 def matching(pattern: str, text: str, *, each: bool = False) -> KeyRule:

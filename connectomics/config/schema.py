@@ -23,7 +23,6 @@ from connectomics.config.key_rules import (
     not_empty,
     one_of,
     positive,
-    registered,
 )
 from connectomics.core.features import BACKENDS
 
@@ -58,7 +57,7 @@ class SystemConfig:
     backend: str = key(
         "torch",
         "torch, openvino, compile, or auto: the fastest that is there; see [faster](#faster)",
-        registered(BACKENDS, "auto"),
+        one_of(("auto", *BACKENDS.names())),
     )
     cache_dir: str | None = key(
         None,

@@ -38,8 +38,7 @@ def validate(config: Config) -> None:
     """
     for key, value, rule in _ruled(config, ""):
         for one in value if rule.each else [value]:
-            holds = rule.holds(one)
-            _require(holds, key, one, "" if holds else rule.said())
+            _require(rule.holds(one), key, one, rule.text)
     _model(config)
     _ensemble(config)
     _expectations(config)

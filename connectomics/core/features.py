@@ -6,6 +6,20 @@ from typing import Any
 
 from connectomics.core.registry import Registry
 
+_FORMATS = "connectomics.stages.output.formats"
+OUTPUT_FORMATS: Registry[Any] = Registry(
+    "output format",
+    "connectomics.output_formats",
+    {
+        "h5": f"{_FORMATS}.hdf5:HDF5",
+        "zarr": f"{_FORMATS}.zarr:ZARR",
+        "tiff": f"{_FORMATS}.tiff:TIFF",
+        "png": f"{_FORMATS}.png:PNG",
+        "zarr2": f"{_FORMATS}.zarr2:ZARR2",
+        "n5": f"{_FORMATS}.n5:N5",
+        "precomputed": f"{_FORMATS}.precomputed:PRECOMPUTED",
+    },
+)
 DECODING_STEPS: Registry[Any] = Registry(
     "step of decoding",
     "connectomics.decoding_steps",

@@ -31,8 +31,9 @@ from connectomics.planning.forecast import (
 from connectomics.planning.workload import Partition, batch_fill, count_read, count_sample_windows, count_windows
 from connectomics.runs.job import VolumeJob
 from connectomics.runs.volume import info_of
+from connectomics.stages.output.export import largest_size
 from connectomics.stages.output.finish import work_folder
-from connectomics.stages.output.size import Size, largest_size, store_size
+from connectomics.stages.output.size import OutputSize, store_size
 from connectomics.volumes.listing import VolumeSource
 
 log = logging.getLogger(__name__)
@@ -54,9 +55,9 @@ class Plan:
         return sum(f.time.seconds.median for f in self.forecasts if f.time is not None)
 
     @property
-    def output(self) -> Size:
+    def output(self) -> OutputSize:
         """All final outputs together."""
-        return sum((f.output for f in self.forecasts), Size(0, 0))
+        return sum((f.output for f in self.forecasts), OutputSize(0, 0))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -203,9 +204,9 @@ def _written_everywhere(job: VolumeJob) -> bool:
     return any(outside[output.name].any() for output in job.outputs)
 
 
-def _sizes(engine: Engine, job: VolumeJob, partition: Partition) -> tuple[tuple[PlannedOutput, ...], Size]:
+def _sizes(engine: Engine, job: VolumeJob, partition: Partition) -> tuple[tuple[PlannedOutput, ...], OutputSize]:
     """Final outputs, and the working stores, which are gone when these are complete."""
-    outputs, scratch = [], Size(0, 0)
+    outputs, scratch = [], OutputSize(0, 0)
     for output in job.outputs:
         info, labels = info_of(job, output.name, job.plan), output.name != PROBABILITIES
         levels = None if output.pyramid else 1

@@ -61,11 +61,6 @@ class ProbabilityRule:
     scale: float = 1.0
     dtype: np.dtype[Any] = FLOAT32
 
-    @property
-    def fits_png(self) -> bool:
-        """Whether a stack of grey PNG images can hold what is stored."""
-        return len(self.channels) == 1 and self.dtype in (np.uint8, np.uint16)
-
     def background(self) -> Array:
         """Values (c,) outside the nonzero box: 1 for the background of labels as in nnU-Net, all others 0."""
         certain = torch.tensor([float(c == 0 and self.activation == "softmax") for c in self.channels])

@@ -12,7 +12,7 @@ from typing import Any
 
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Vec3
-from connectomics.stages.output.size import Size
+from connectomics.stages.output.size import OutputSize
 
 UNCERTAIN = 0.2  # of every prediction, whatever the measurements say: machines are shared, caches cold
 MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86400
@@ -98,7 +98,7 @@ class PlannedOutput:
 
     path: Path
     format: str
-    size: Size
+    size: OutputSize
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +158,14 @@ class Forecast:
     time: PlannedTime | None
     memory: PlannedMemory
     outputs: tuple[PlannedOutput, ...]
-    scratch: Size
+    scratch: OutputSize
     backend: str
     notes: tuple[str, ...] = ()
 
     @property
-    def output(self) -> Size:
+    def output(self) -> OutputSize:
         """All final outputs together."""
-        return sum((output.size for output in self.outputs), Size(0, 0))
+        return sum((output.size for output in self.outputs), OutputSize(0, 0))
 
     @property
     def read_amplification(self) -> float:

@@ -1,4 +1,4 @@
-"""What one block's work takes of memory, counted before the run; docs/architecture.md has the table."""
+"""What one block's work takes of memory, counted before the run; docs/memory.md has the table."""
 
 from __future__ import annotations
 

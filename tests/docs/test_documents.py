@@ -262,8 +262,9 @@ def defined_in(path: Path) -> Iterator[str]:
             yield from (f"{node.name}.{item.name}" for item in node.body if isinstance(item, ast.FunctionDef))
 
 
-def test_every_stop_on_a_voxels_path_exists() -> None:
-    text = (REPOSITORY / "docs" / "path_of_a_voxel.md").read_text()
+@pytest.mark.parametrize("page", ["path_of_a_voxel.md", "glossary.md"])
+def test_every_stop_on_a_voxels_path_and_every_word_exists(page: str) -> None:
+    text = (REPOSITORY / "docs" / page).read_text()
     stops = re.findall(r"`([\w/]+\.py):([\w.]+)`", text)
     assert len(stops) >= 15
     for file, name in stops:

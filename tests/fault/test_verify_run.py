@@ -27,7 +27,7 @@ from connectomics.stages.predict.segmenter import EnsembleMember
 from connectomics.volumes.store import open_store
 
 from small_jobs import finals
-from small_runs import BLOCKS, EXPECTED, IMAGE, Failing, NotNegative, Reader, cores, job_in, labels, run
+from small_runs import BLOCKS, EXPECTED, IMAGE, Failing, NotNegative, Reader, changed, cores, job_in, labels, run
 
 
 def job(folder: Path, *formats: str, **changes: Any) -> VolumeJob:
@@ -195,7 +195,8 @@ def test_all_is_made_again_that_was_made_with_a_damaged_mask(folder: Path, tmp_p
 
     def masked(place: Path) -> VolumeJob:
         made = job(place, reader=Reader(image))
-        return replace(made, segmenter=replace(made.segmenter, members=(EnsembleMember(NotNegative(), (scheme,)),)))
+        members = (EnsembleMember(NotNegative(), (scheme,)),)
+        return changed(made, segmenter=replace(made.labeller.segmenter, members=members))
 
     run(tmp_path, masked(tmp_path))
     with pytest.raises(VolumeError):

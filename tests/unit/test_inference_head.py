@@ -88,6 +88,4 @@ def test_stored_probabilities_are_scaled_rounded_and_clipped() -> None:
     assert stored.dtype == np.uint8
     assert np.abs(stored[0].astype(int) - expected).max() <= 1
     assert stored.max() == 255
-    assert rule.fits_png
-    assert not ProbabilityRule((1,)).fits_png
     np.testing.assert_array_equal(ProbabilityRule((2,), activation="none").apply(LOGITS)[0], LOGITS[2].numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,11 +15,19 @@ import pytest
 import tifffile
 from PIL import Image
 
-from connectomics.core.errors import OutputError
+from connectomics.core.errors import ConfigError, OutputError
 from connectomics.core.geometry import BlockGrid, Box
-from connectomics.stages.output import single_file as export_files
-from connectomics.stages.output.export import FORMATS, export_file, export_path, read_stamp, require_exportable
-from connectomics.stages.output.single_file import _Sink
+from connectomics.stages.output import slabs
+from connectomics.stages.output.export import (
+    FORMATS,
+    export_file,
+    export_path,
+    formats_holding,
+    read_stamp,
+    require_exportable,
+)
+from connectomics.stages.output.formats import tiff
+from connectomics.stages.output.formats.hdf5 import _Sink
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.store import Store, create_store
 from connectomics.volumes.volume import VolumeInfo
@@ -112,7 +121,7 @@ def test_tiff_has_a_page_for_each_section_and_states_its_axes(tmp_path: Path) ->
 
 
 def test_large_tiff_is_bigtiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_files, "CLASSIC_TIFF_BYTES", 100)
+    monkeypatch.setattr(tiff, "CLASSIC_TIFF_BYTES", 100)
     path, _ = exported(tmp_path, "tiff", (1, 4, 33, 30), "uint8")
     with tifffile.TiffFile(path) as tif:
         assert tif.is_bigtiff
@@ -155,8 +164,17 @@ def test_png_refuses_what_it_cannot_hold(tmp_path: Path, channels: int, dtype: s
     require_exportable(store.info, path, "tiff")
 
 
+@pytest.mark.parametrize(
+    ("channels", "dtype"), [(1, "uint8"), (1, "uint16"), (1, "uint32"), (1, "float32"), (2, "uint8")]
+)
+def test_which_formats_hold_which_voxels(channels: int, dtype: str) -> None:
+    holding = formats_holding(FORMATS, channels, np.dtype(dtype))
+    small = channels == 1 and dtype in ("uint8", "uint16")
+    assert holding == (FORMATS if small else tuple(f for f in FORMATS if f != "png"))
+
+
 def test_unknown_format_names_the_known() -> None:
-    with pytest.raises(OutputError, match="h5, tiff, png, zarr"):
+    with pytest.raises(ConfigError, match="h5, zarr, tiff, png"):
         export_path(Path(), "a", "nifti")
 
 
@@ -164,9 +182,9 @@ def test_names() -> None:
     names = [export_path(Path("out"), "a.b_seg", f).name for f in FORMATS]
     assert names == [
         "a.b_seg.h5",
+        "a.b_seg.zarr",
         "a.b_seg.tif",
         "a.b_seg_png",
-        "a.b_seg.zarr",
         "a.b_seg.v2.zarr",
         "a.b_seg.n5",
         "a.b_seg.precomputed",
@@ -230,14 +248,14 @@ def test_another_shape_read_back_is_noticed(tmp_path: Path, monkeypatch: pytest.
     def short(source: Store, path: Path, stamp: dict[str, object]) -> None:
         tifffile.imwrite(path, np.zeros((5, 40, 40), np.uint8), photometric="minisblack")
 
-    monkeypatch.setitem(export_files._FILES, "tiff", (short, export_files._FILES["tiff"][1]))
+    monkeypatch.setattr(tiff, "TIFF", dataclasses.replace(tiff.TIFF, write=short))
     with pytest.raises(OutputError, match=r"reads back as \(1, 5, 40, 40\)"):
         export_file(store, tmp_path / "a.tif", "tiff", STAMP)
 
 
 def test_memory_holds_a_slab_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_files, "SLAB_BYTES", 50 * 40)
-    monkeypatch.setattr(export_files, "TILE", 32)
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 50 * 40)
+    monkeypatch.setattr(tiff, "TILE", 32)
     store, _ = filled(tmp_path / "work.zarr", (1, 10, 50, 40), "uint8")
     read, largest = Store.read, []
 
@@ -257,8 +275,8 @@ def test_memory_holds_a_slab_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_tiff_of_large_sections_is_tiled(
     tmp_path: Path, shape: tuple[int, int, int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_files, "SLAB_BYTES", 1100)
-    monkeypatch.setattr(export_files, "TILE", 16)
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 1100)
+    monkeypatch.setattr(tiff, "TILE", 16)
     read, largest = Store.read, []
 
     def watched(self: Store, box: Box) -> np.ndarray:
@@ -276,7 +294,7 @@ def test_tiff_of_large_sections_is_tiled(
 
 
 def test_hdf5_takes_no_space_for_pieces_of_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_files, "SLAB_BYTES", 2 * 16 * 16)
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 2 * 16 * 16)
     info = VolumeInfo((1, 8, 64, 64), np.dtype("uint8"), (2, 16, 16))
     store = create_store(tmp_path / "work.zarr", info, shard_shape=SHARD, attributes={})
     store.write(Box((4, 0, 32), (8, 32, 64)), np.ones((1, 4, 32, 32), np.uint8))

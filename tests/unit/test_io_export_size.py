@@ -14,10 +14,10 @@ from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.lease import Worker
 from connectomics.execution.run_folder import WORKERS
 from connectomics.execution.runner import run_blocks
-from connectomics.stages.output import single_file as export_files
-from connectomics.stages.output.export import FORMATS, export_path
+from connectomics.stages.output import slabs
+from connectomics.stages.output.export import FORMATS, export_path, largest_size
 from connectomics.stages.output.finish import FinalOutput, export_output
-from connectomics.stages.output.size import STAMP_BYTES, Size, largest_size, store_size
+from connectomics.stages.output.size import STAMP_BYTES, OutputSize, store_size
 from connectomics.volumes.store import create_store
 from connectomics.volumes.volume import VolumeInfo
 
@@ -35,9 +35,9 @@ GROWN = ("zarr2", "n5", "precomputed", "tiff")
 NOT_PNG = {"float32", "float16", "uint64"}
 
 
-def size_of(path: Path) -> Size:
+def size_of(path: Path) -> OutputSize:
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-    return Size(sum(f.stat().st_size for f in files), len(files))
+    return OutputSize(sum(f.stat().st_size for f in files), len(files))
 
 
 def noise(shape: tuple[int, ...], dtype: str) -> Any:
@@ -56,7 +56,7 @@ def test_noise_is_smaller_than_its_bound(
     if form == "png" and dtype in NOT_PNG:
         pytest.skip("png cannot hold it")
     if dtype == "uint16":
-        monkeypatch.setattr(export_files, "SLAB_BYTES", 1 << 14)  # tiled TIFF
+        monkeypatch.setattr(slabs, "SLAB_BYTES", 1 << 14)  # tiled TIFF
     info, voxels = VolumeInfo(shape, np.dtype(dtype), chunk, SIZE), noise(shape, dtype)
     store = create_store(tmp_path / "labels.zarr", info, shard_shape=shard, attributes={})
     for block in BlockGrid(info.extent, shard):

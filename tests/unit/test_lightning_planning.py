@@ -25,7 +25,7 @@ from connectomics.planning.forecast import (
     Timing,
     require_within,
 )
-from connectomics.stages.output.size import Size
+from connectomics.stages.output.size import OutputSize
 
 from nnunet_models import make_model
 from small_jobs import em_like, finals, infer_words, quick_folder, write_h5
@@ -181,7 +181,7 @@ def test_limits_are_of_all_volumes_together() -> None:
         PlannedTime(Timing(2000.0, 1.0, 3000.0), ""),
         PlannedMemory(1, 0, 1),
         (),
-        Size(0, 0),
+        OutputSize(0, 0),
         "",
     )
     require_within([one], 0.6, None)

@@ -32,12 +32,19 @@ from connectomics.execution.task import BlockRecord, Task
 from connectomics.stages.output import pyramid as pyramid_stage
 from connectomics.stages.output import shards
 from connectomics.stages.output.downsample import mean, mode
-from connectomics.stages.output.export import PYRAMIDS, export_path, multiscale_of, read_stamp, require_exportable
+from connectomics.stages.output.export import (
+    FORMATS,
+    export_path,
+    multiscale_of,
+    output_format,
+    read_stamp,
+    require_exportable,
+)
 from connectomics.stages.output.finish import FinalOutput, export_output
-from connectomics.stages.output.multiscale import n5 as multiscale_n5
-from connectomics.stages.output.multiscale import precomputed as multiscale_precomputed
-from connectomics.stages.output.multiscale import zarr as multiscale_zarr
-from connectomics.stages.output.multiscale.contract import LevelArray
+from connectomics.stages.output.formats import n5, precomputed, zarr2
+from connectomics.stages.output.formats import zarr as zarr3
+from connectomics.stages.output.formats.contract import ChunkedFormat
+from connectomics.stages.output.formats.level_array import LevelArray
 from connectomics.stages.output.pyramid import LevelTask
 from connectomics.volumes.levels import plan_levels
 from connectomics.volumes.opening import open_volume
@@ -51,6 +58,7 @@ METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", "attributes.json", "in
 SIZE = (40.0, 4.0, 5.0)
 KEY = "ab" * 32
 STAMP: dict[str, object] = {"facts": {"unit µ": [1, 2.5, None]}}
+PYRAMIDS = tuple(form for form in FORMATS if isinstance(output_format(form), ChunkedFormat))
 CASES = [
     ("labels", (1, 5, 34, 17), "uint8"),
     ("labels", (1, 3, 33, 17), "uint64"),
@@ -90,15 +98,13 @@ def export(
 def small_units(monkeypatch: pytest.MonkeyPatch, unit_bytes: int) -> None:
     """Several blocks a level even of small volumes."""
     for module, name in (
-        (multiscale_zarr, "Zarr3Levels"),
-        (multiscale_zarr, "Zarr2Levels"),
-        (multiscale_n5, "N5Levels"),
-        (multiscale_precomputed, "PrecomputedLevels"),
+        (zarr3, "Zarr3Levels"),
+        (zarr2, "Zarr2Levels"),
+        (n5, "N5Levels"),
+        (precomputed, "PrecomputedLevels"),
     ):
         made = vars(module)[name]
-        monkeypatch.setattr(
-            f"connectomics.stages.output.export.{name}", lambda *words, made=made: made(*words, unit_bytes=unit_bytes)
-        )
+        monkeypatch.setattr(module, name, lambda *words, made=made: made(*words, unit_bytes=unit_bytes))
 
 
 @pytest.mark.parametrize("form", PYRAMIDS)

@@ -10,6 +10,7 @@ from connectomics.assembly.settings import LabelSettings
 from connectomics.core.errors import ConfigError
 from connectomics.inference.head import LabelRule, ProbabilityRule
 from connectomics.models.spec import ModelSpec
+from connectomics.stages.output.export import formats_holding
 
 
 def _selected(stated: tuple[int, ...] | None, spec: ModelSpec) -> tuple[int, ...] | None:
@@ -67,9 +68,10 @@ def probability_rule(stated: LabelSettings, formats: Sequence[str], spec: ModelS
         1.0 if stated.intensity_scale is None else stated.intensity_scale,
         np.dtype(stated.intensity_dtype or np.float32),
     )
-    if list(formats) == ["png"] and not rule.fits_png:
+    if not formats_holding(formats, len(channels), rule.dtype):
         raise ConfigError(
-            f"inference.output.formats is [png], which cannot hold probabilities of {len(channels)} classes as "
-            f"{rule.dtype}; add h5, tiff or zarr, or keep one class (select_channel) as uint8 (intensity_dtype)"
+            f"inference.output.formats is [{', '.join(formats)}], which cannot hold probabilities of {len(channels)} "
+            f"classes as {rule.dtype}; add h5, tiff or zarr, or keep one class (select_channel) as uint8 "
+            "(intensity_dtype)"
         )
     return rule

@@ -31,7 +31,7 @@ def window_bytes(network: nn.Module, patch: Vec3) -> int:
     """About what one window of ``patch`` (z, y, x) takes in a forward pass.
 
     That is ``ACTIVATIONS`` float32 maps of the features of the first convolution: measured for plain and residual
-    U-Nets in 2D and 3D on the CPU, 7.2 to 9.9 with what the library keeps (docs/architecture.md).
+    U-Nets in 2D and 3D on the CPU, 7.2 to 9.9 with what the library keeps (docs/memory.md).
     """
     features = next((p.shape[0] for p in network.parameters() if p.ndim > 3), 1)
     return math.prod(patch) * features * ACTIVATIONS * 4

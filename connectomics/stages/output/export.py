@@ -1,4 +1,4 @@
-"""Final outputs by format: names, what each can hold, stamps, and the writing of those that are one file or a stack.
+"""Final outputs by format: names, what each can hold, stamps, sizes, and the writing of those that are one file.
 
 Everything is written under a temporary name, read back, compared with the store and renamed; memory holds a
 piece at most. The stamp (the result key and what belongs to it) alone says what a finished output is.
@@ -6,57 +6,42 @@ piece at most. The stamp (the result key and what belongs to it) alone says what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from connectomics.core.errors import OutputError
+from connectomics.core.features import OUTPUT_FORMATS
 from connectomics.core.files import replacing
 from connectomics.core.geometry import Vec3
-from connectomics.stages.output.multiscale.contract import UNIT_BYTES, Multiscale
-from connectomics.stages.output.multiscale.n5 import N5Levels, stamp_of_n5
-from connectomics.stages.output.multiscale.precomputed import (
-    PrecomputedLevels,
-    precomputed_levels,
-    stamp_of_precomputed,
+from connectomics.stages.output.formats.contract import (
+    UNIT_BYTES,
+    ChunkedFormat,
+    FileFormat,
+    Multiscale,
+    OutputFormat,
 )
-from connectomics.stages.output.multiscale.zarr import Zarr2Levels, Zarr3Levels, stamp_of_zarr2, stamp_of_zarr3
-from connectomics.stages.output.single_file import (
-    SLAB_BYTES,
-    compare_file,
-    section_bytes,
-    stamp_of_hdf5,
-    stamp_of_png,
-    stamp_of_tiff,
-    write_file,
-)
-from connectomics.volumes.levels import Level, plan_levels
-from connectomics.volumes.source import READ_ERRORS, reason
+from connectomics.stages.output.size import FILE_BYTES, STAMP_BYTES, OutputSize
+from connectomics.stages.output.slabs import EXPORT_COPIES
+from connectomics.volumes.source import READ_ERRORS, Source, reason
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import VolumeInfo
 
-SUFFIXES = {
-    "h5": ".h5",
-    "tiff": ".tif",
-    "png": "_png",
-    "zarr": ".zarr",
-    "zarr2": ".v2.zarr",
-    "n5": ".n5",
-    "precomputed": ".precomputed",
-}
-FORMATS = tuple(SUFFIXES)
-PYRAMIDS = ("zarr", "zarr2", "n5", "precomputed")
-EXPORT_COPIES = 4  # of what is held at once: as read, as written or encoded, and both again when it is compared
-STAMPS: dict[str, Callable[[Path], object]] = {
-    "h5": stamp_of_hdf5,
-    "tiff": stamp_of_tiff,
-    "png": stamp_of_png,
-    "zarr": stamp_of_zarr3,
-    "zarr2": stamp_of_zarr2,
-    "n5": stamp_of_n5,
-    "precomputed": stamp_of_precomputed,
-}
+FORMATS = OUTPUT_FORMATS.names()
+
+
+def output_format(name: str) -> OutputFormat:
+    """The format of a name.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, naming those there are.
+    """
+    found: OutputFormat = OUTPUT_FORMATS.load(name)
+    return found
 
 
 def export_path(folder: Path, stem: str, format: str) -> Path:
@@ -67,7 +52,19 @@ def export_path(folder: Path, stem: str, format: str) -> Path:
     >>> export_path(Path("out"), "a_seg", "tiff").as_posix()
     'out/a_seg.tif'
     """
-    return folder / (stem + SUFFIXES[_known(format)])
+    return folder / (stem + output_format(format).suffix)
+
+
+def formats_holding(formats: Sequence[str], channels: int, dtype: np.dtype[Any]) -> tuple[str, ...]:
+    """Those of the formats that can hold voxels of such a type.
+
+    Examples
+    --------
+    >>> formats_holding(["h5", "png"], 1, np.dtype(np.uint32))
+    ('h5',)
+    """
+    voxel = VolumeInfo((channels, 1, 1, 1), dtype, (1, 1, 1), (1.0, 1.0, 1.0))
+    return tuple(format for format in formats if not output_format(format).refusal(voxel, None))
 
 
 def require_exportable(info: VolumeInfo, path: Path, format: str, budget_bytes: int | None = None) -> None:
@@ -83,24 +80,9 @@ def require_exportable(info: VolumeInfo, path: Path, format: str, budget_bytes: 
     OutputError
         Saying which formats can.
     """
-    labels = info.channels == 1 and info.dtype in (np.uint8, np.uint16)
-    if _known(format) == "png" and not labels:
-        raise OutputError(
-            f"{path}: png holds one channel of uint8 or uint16, not {info.channels} of {info.dtype}; use "
-            "another of inference.output.formats."
-        )
-    need = EXPORT_COPIES * section_bytes(info)
-    if format == "png" and budget_bytes is not None and need > budget_bytes:
-        raise OutputError(
-            f"{path}: png holds whole sections, and writing one of {info.extent[1:]} pixels takes about "
-            f"{need / 1e9:.2f} GB, the memory budget is {budget_bytes / 1e9:.2f} GB; use tiff or a chunked format, or "
-            "raise system.memory_budget_gb."
-        )
-    if format == "precomputed" and info.voxel_size_nm is None:
-        raise OutputError(
-            f"{path}: precomputed states voxel sizes in nanometres, and the volume states none; set "
-            "inference.voxel_size_nm=[z,y,x]."
-        )
+    why = output_format(format).refusal(info, budget_bytes)
+    if why:
+        raise OutputError(f"{path}: {why}")
 
 
 def export_file(source: Store, path: Path, format: str, stamp: dict[str, object]) -> None:
@@ -113,7 +95,7 @@ def export_file(source: Store, path: Path, format: str, stamp: dict[str, object]
     path
         Final name, see ``export_path``; what stands there is replaced.
     format
-        One of ``FORMATS`` that is none of ``PYRAMIDS``.
+        The name of a ``FileFormat``.
     stamp
         JSON-able facts that ``read_stamp`` gives back.
 
@@ -123,10 +105,12 @@ def export_file(source: Store, path: Path, format: str, stamp: dict[str, object]
         If the format cannot hold the volume, the storage refuses, or reading back gives other voxels.
     """
     require_exportable(source.info, path, format)
+    kind = output_format(format)
+    assert isinstance(kind, FileFormat), f"{format} is written block by block"
     try:
         with replacing(path) as temporary:
-            write_file(source, temporary, format, stamp)
-            compare_file(source, temporary, format, path)
+            kind.write(source, temporary, stamp)
+            _compare(source, temporary, kind, path)
     except (OSError, RuntimeError) as error:
         raise OutputError(
             f"cannot write {path}: {reason(error)}. Free disk space or mend the permission, then run "
@@ -134,10 +118,28 @@ def export_file(source: Store, path: Path, format: str, stamp: dict[str, object]
         ) from error
 
 
+def _compare(source: Store, temporary: Path, kind: FileFormat, path: Path) -> None:
+    """Read a written file back and compare every voxel, bit for bit, with the store."""
+    info = source.info
+    written = kind.open(Source(str(temporary), temporary, axes="zyx" if info.channels == 1 else "czyx"))
+    try:
+        expected = (info.shape, info.dtype)
+        if (written.info.shape, written.info.dtype) != expected:
+            raise OutputError(f"{path} reads back as {written.info.shape} {written.info.dtype}, expected {expected}.")
+        for slab in kind.parts(info):
+            if source.read(slab).tobytes() != written.read(slab).tobytes():
+                raise OutputError(
+                    f"{path} reads back with other voxels in {slab.start} to {slab.stop} than were "
+                    f"written; check the disk and run again, the computed blocks are kept in {source.path}."
+                )
+    finally:
+        written.close()
+
+
 def multiscale_of(
     format: str, info: VolumeInfo, block_shape: Vec3, path: Path, *, labels: bool, levels: int | None = None
 ) -> Multiscale:
-    """The pyramid of a volume in one of ``PYRAMIDS``.
+    """The pyramid of a volume in a chunked format.
 
     Parameters
     ----------
@@ -158,37 +160,48 @@ def multiscale_of(
         If the format cannot hold the volume.
     """
     require_exportable(info, path, format)
-    if format == "precomputed" and info.voxel_size_nm is not None:
-        size = info.voxel_size_nm
-        return PrecomputedLevels(info, size, precomputed_levels(info, size)[:levels], labels)
-    planned: tuple[Level, ...] = plan_levels(info)[:levels]
-    if format == "n5":
-        return N5Levels(info, planned)
-    return Zarr3Levels(info, planned, block_shape) if format == "zarr" else Zarr2Levels(info, planned)
+    kind = output_format(format)
+    assert isinstance(kind, ChunkedFormat), f"{format} is a file"
+    return kind.multiscale(info, block_shape, labels=labels, levels=levels)
+
+
+def largest_size(info: VolumeInfo, format: str, shard: Vec3, *, labels: bool, levels: int | None = None) -> OutputSize:
+    """Upper bound of an output's size.
+
+    Parameters
+    ----------
+    info
+        The output: its chunks are those of the working store.
+    format
+        One that can hold it.
+    shard
+        Shape (z, y, x) of the working store's shards, which are the blocks of the run.
+    labels, levels
+        As for ``multiscale_of``.
+
+    Raises
+    ------
+    OutputError
+        If the format cannot hold such a volume.
+    """
+    kind = output_format(format)
+    if isinstance(kind, FileFormat):
+        return kind.largest_size(info)
+    image = multiscale_of(format, info, shard, Path(format), labels=labels, levels=levels)
+    return sum(map(image.level_size, image.levels), OutputSize(STAMP_BYTES + FILE_BYTES, 3))
 
 
 def exporting_bytes(extent: Vec3, voxel_bytes: int, formats: Sequence[str]) -> int:
-    """Most memory that writing and comparing exports takes; PNG alone needs whole sections.
-
-    Zarr v3 alone is written part by part, however large its shards are.
-    """
+    """Most memory that writing and comparing exports takes."""
     section = extent[1] * extent[2] * voxel_bytes
-    volume = extent[0] * section
-    if not set(formats) - {"zarr"}:
-        return EXPORT_COPIES * min(volume, UNIT_BYTES)
-    return EXPORT_COPIES * min(volume, max(SLAB_BYTES, section if "png" in formats else 0))
+    held = [output_format(format).held_bytes(section) for format in formats]
+    return EXPORT_COPIES * min(extent[0] * section, max(held, default=UNIT_BYTES))
 
 
 def read_stamp(path: Path, format: str) -> dict[str, object] | None:
     """The stamp of a finished output, or None where the output or its stamp is absent or unreadable."""
     try:
-        stamp = STAMPS[_known(format)](path)
+        stamp = output_format(format).stamp_of(path)
     except READ_ERRORS:
         return None
     return stamp if isinstance(stamp, dict) else None
-
-
-def _known(format: str) -> str:
-    if format not in FORMATS:
-        raise OutputError(f"unknown output format {format!r}; known are {', '.join(FORMATS)}.")
-    return format

@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectomics.core.errors import OutputError
-from connectomics.core.files import discard, put_in_place
+from connectomics.core.files import discard, put_in_place, write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.execution.lease import tidy
 from connectomics.execution.run_folder import LEDGER, WORKERS, checksums_of
 from connectomics.execution.runner import RunStage
 from connectomics.execution.stage import PROBABILITIES
 from connectomics.stages.output.export import (
-    PYRAMIDS,
     export_file,
     export_path,
     multiscale_of,
+    output_format,
     read_stamp,
     require_exportable,
 )
+from connectomics.stages.output.formats.contract import ChunkedFormat
 from connectomics.stages.output.pyramid import Pyramid, discard_ledgers, fill_pyramid
 from connectomics.volumes.digests import write_digests
 from connectomics.volumes.source import reason
@@ -127,7 +128,7 @@ def export_output(
     paths = output.paths(folder)
     for form in output.missing(folder):
         full = stamp | {"result_key": output.result_key}
-        if form in PYRAMIDS:
+        if isinstance(output_format(form), ChunkedFormat):
             _export_pyramid(store, output, form, paths[form], stamp=full, work=work, run=run)
         else:
             export_file(store, paths[form], form, full)
@@ -144,7 +145,8 @@ def _export_pyramid(
     pyramid = Pyramid(f"{output.name}.{form}", image, place, labels)
     fill_pyramid(pyramid, store, work, run, key=output.result_key)
     try:
-        image.stamp(place, stamp, output.stem)
+        file, text = image.stamped(stamp, output.stem)
+        write_text(place / file, text)
         put_in_place(place, path)
         discard_ledgers(pyramid, work)
     except OSError as error:

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from connectomics.core.errors import OutputError, QuarantineError, VolumeError
-from connectomics.core.files import TEMPORARY, discard
+from connectomics.core.files import TEMPORARY, discard, replacing
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import Block, BlockGrid, Box, Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
@@ -29,7 +29,8 @@ from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.runner import RunStage, failure_message
 from connectomics.execution.task import BlockRecord
 from connectomics.stages.output.downsample import mean, mode
-from connectomics.stages.output.multiscale.contract import LevelArray, Multiscale
+from connectomics.stages.output.formats.contract import Multiscale
+from connectomics.stages.output.formats.level_array import LevelArray
 from connectomics.volumes.levels import Level, grown
 from connectomics.volumes.source import reason
 from connectomics.volumes.store import Store
@@ -195,7 +196,7 @@ def fill_pyramid(pyramid: Pyramid, source: Store, work: Path, run: RunStage, key
     QuarantineError
         If blocks failed.
     """
-    _prepare(pyramid, work, anew=not pyramid.image.exists(pyramid.place))
+    _prepare(pyramid, work, anew=not pyramid.place.is_dir())
     tasks = _tasks(pyramid, source)
     if not all(_intact(task, _ledger_folder(pyramid, work, k), key) for k, task in tasks.items()):
         log.warning("%s: recorded blocks are missing or damaged on disk and it is made again", pyramid.place.name)
@@ -223,7 +224,7 @@ def _prepare(pyramid: Pyramid, work: Path, *, anew: bool) -> None:
     try:
         if anew:
             discard_ledgers(pyramid, work)
-            pyramid.image.create(pyramid.place)
+            _create(pyramid)
         for pattern in LEFT_BEHIND:
             for file in pyramid.place.rglob(pattern):
                 file.unlink()
@@ -231,6 +232,16 @@ def _prepare(pyramid: Pyramid, work: Path, *, anew: bool) -> None:
         raise OutputError(
             f"cannot make {pyramid.place}: {reason(error)}. Free disk space or mend the permission, then run again."
         ) from error
+
+
+def _create(pyramid: Pyramid) -> None:
+    """The folder with the metadata of the arrays; it is there with all of them or not at all."""
+    with replacing(pyramid.place) as temporary:
+        for name, text in pyramid.image.files().items():
+            folder, _, file = name.rpartition("/")
+            (temporary / folder).mkdir(parents=True, exist_ok=True)
+            if file:
+                (temporary / name).write_text(text)
 
 
 def _tasks(pyramid: Pyramid, source: Store) -> dict[int, LevelTask]:

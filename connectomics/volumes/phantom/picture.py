@@ -116,7 +116,7 @@ def _vesicles(tile: Tile, value: Floats, crowd: Floats, border: Floats) -> Float
 
 def _paint_mitochondria(tile: Tile, mitos: Mitochondria, value: Floats, fine: Floats) -> Floats:
     """Two dark membranes with a light gap, a darker matrix, and cristae across the long axis."""
-    tint = np.array([*(c.tint for c in mitos.capsules), 0.0], np.float32)
+    tint = np.array([*(c.matrix.tint for c in mitos.capsules), 0.0], np.float32)
     d = mitos.depth
     phase = mitos.along + 0.55 * noise(tile, "cristae", 16, 2)
     wave = np.abs(phase - np.floor(phase) - 0.5) * 2

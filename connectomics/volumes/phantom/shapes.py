@@ -111,6 +111,13 @@ def warp_of(tile: Tile) -> tuple[Floats, Floats]:
 # --- mitochondria
 
 
+class Matrix(NamedTuple):
+    """What fills a mitochondrion: its tint, and the pixels between its cristae."""
+
+    tint: float
+    period: float
+
+
 class Capsule(NamedTuple):
     """A mitochondrion: all points within ``radius`` of a segment, in its own lattice cell (pixels)."""
 
@@ -121,8 +128,7 @@ class Capsule(NamedTuple):
     waist: float  # how much thinner it is in the middle, share of the radius
     bag: float  # cytoplasm around it before the next membrane
     depth: float  # z of this section from the top of the lattice cell
-    tint: float
-    period: float  # pixels between cristae
+    matrix: Matrix
 
 
 class Mitochondria(NamedTuple):
@@ -179,9 +185,8 @@ def _capsule(seed: int, index: Vec3, depth: float) -> Capsule | None:
     step = (bz - az, by - ay, bx - ax)
     length = math.sqrt(step[0] * step[0] + step[1] * step[1] + step[2] * step[2])
     waist = min(0.3 * u[9], 0.15 * length / radius)  # no notches in short ones
-    return Capsule(
-        index, (az, ay, ax), step, radius, waist=waist, bag=bag, depth=depth, tint=u[11], period=8 + 4 * u[12]
-    )
+    matrix = Matrix(u[11], 8 + 4 * u[12])
+    return Capsule(index, (az, ay, ax), step, radius, waist=waist, bag=bag, depth=depth, matrix=matrix)
 
 
 def _reaches(mito: Capsule) -> bool:
@@ -241,7 +246,7 @@ def mitochondria(tile: Tile, warp: tuple[Floats, Floats]) -> Mitochondria:
         nearer = d < bag[part]
         bag[part][nearer] = d[nearer]
         bag_index[part][nearer] = n
-        length = math.sqrt(max(by * by + bx * bx, 1.0)) * c.period
+        length = math.sqrt(max(by * by + bx * bx, 1.0)) * c.matrix.period
         along[part][inside] = (dy * (by / length) + dx * (bx / length))[inside]
     return Mitochondria(capsules, index, depth, bag, bag_index=bag_index, along=along)
 

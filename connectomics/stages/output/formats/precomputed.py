@@ -1,4 +1,4 @@
-"""Neuroglancer precomputed pyramids, sharded: ids as compressed segmentation, other labels and intensities raw."""
+"""The output format ``precomputed`` of Neuroglancer, sharded: ids as compressed segmentation, all else raw."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from connectomics.core.files import replacing, write_text
 from connectomics.core.geometry import Vec3, vec3
-from connectomics.stages.output.multiscale.contract import STAMP_FILE, UNIT_BYTES, LevelArray, open_driver
+from connectomics.stages.output.formats.contract import STAMP_FILE, UNIT_BYTES, ChunkedFormat, stamp_in
+from connectomics.stages.output.formats.level_array import LevelArray, open_driver
+from connectomics.stages.output.size import FILE_BYTES, OutputSize, cells, clipped, packed, widened
 from connectomics.volumes.levels import Level, plan_levels
 from connectomics.volumes.volume import Nanometres, VolumeInfo
 
@@ -44,12 +45,8 @@ class PrecomputedLevels:
     labels: bool
     unit_bytes: int = UNIT_BYTES
 
-    def exists(self, folder: Path) -> bool:
-        """Whether the folder is there, being made whole."""
-        return folder.is_dir()
-
-    def create(self, folder: Path) -> None:
-        """Make the info file and the folders of the scales."""
+    def files(self) -> dict[str, str]:
+        """The info file and the folders of the scales."""
         content = {
             "@type": "neuroglancer_multiscale_volume",
             "type": "segmentation" if self.labels else "image",
@@ -57,24 +54,29 @@ class PrecomputedLevels:
             "num_channels": self.info.channels,
             "scales": [self._scale(level) for level in self.levels],
         }
-        with replacing(folder) as temporary:
-            temporary.mkdir()
-            (temporary / "info").write_text(json.dumps(content, indent=1))
-            for level in self.levels:
-                (temporary / self._key(level)).mkdir()
+        return {"info": json.dumps(content, indent=1)} | {f"{self._key(level)}/": "" for level in self.levels}
 
     def open(self, folder: Path, level: int) -> LevelArray:
         """A level, for reading and writing; chunks of zeros are left out."""
         stored = open_driver("neuroglancer_precomputed", folder, scale_index=level).T
         return LevelArray(folder, stored[ts.d[:].translate_to[0]])
 
-    def stamp(self, folder: Path, stamp: dict[str, object], name: str) -> None:
-        """Write the stamp's file; the format has no place for a name."""
-        write_text(folder / STAMP_FILE, json.dumps(stamp, allow_nan=False))
+    def stamped(self, stamp: dict[str, object], name: str) -> tuple[str, str]:
+        """The stamp's file; the format has no place for a name."""
+        return STAMP_FILE, json.dumps(stamp, allow_nan=False)
+
+    def level_size(self, level: Level) -> OutputSize:
+        """Upper bound of a level."""
+        chunk = self._chunk(level)
+        chunks = cells(level.extent, chunk)
+        files = min(chunks, 1 << self._bits(level)[0])
+        item = self._dtype.itemsize * (2 if self._compressed else 1)  # of blocks that hold many ids
+        nbytes = chunks * math.prod(chunk) * self.info.channels * item
+        return OutputSize(packed(nbytes, chunks) + files * FILE_BYTES, files)
 
     @property
     def _dtype(self) -> np.dtype[np.generic]:
-        return np.dtype(np.float32) if self.info.dtype == np.float16 else self.info.dtype
+        return widened(self.info.dtype)
 
     def _key(self, level: Level) -> str:
         return "_".join(f"{length:.10g}" for length in level.scale(self.voxel_size_nm)[::-1])
@@ -90,23 +92,18 @@ class PrecomputedLevels:
             "encoding": "raw",
             "sharding": self._sharding(level),
         }
-        if self.compressed:
+        if self._compressed:
             scale["encoding"] = "compressed_segmentation"
             scale["compressed_segmentation_block_size"] = [8, 8, min(8, chunk[0])]
         return scale
 
     @property
-    def compressed(self) -> bool:
+    def _compressed(self) -> bool:
         """Whether it is stored as compressed segmentation."""
         return self.labels and self._dtype.itemsize * 8 >= ID_BITS
 
-    def shards(self, level: Level) -> int:
-        """How many shards a level has at most."""
-        shard_bits, _ = self._bits(level)
-        return 1 << shard_bits
-
     def _chunk(self, level: Level) -> Vec3:
-        return vec3([min(c, n) for c, n in zip(self.info.chunk_shape, level.extent, strict=True)])
+        return clipped(self.info.chunk_shape, level.extent)
 
     def _bits(self, level: Level) -> tuple[int, int]:
         """Bits of a chunk's number that say its shard, and its place within that: as many as ``unit_bytes`` holds."""
@@ -130,11 +127,22 @@ class PrecomputedLevels:
         }
 
 
-def precomputed_levels(info: VolumeInfo, size: Nanometres) -> tuple[Level, ...]:
+def _planned(info: VolumeInfo, block_shape: Vec3, *, labels: bool, levels: int | None) -> PrecomputedLevels:
     """Levels whose first voxel is counted from the origin, to the nearest whole voxel."""
-    return plan_levels(info, vec3([round(o / s) for o, s in zip(info.origin_nm, size, strict=True)]))
+    size = info.voxel_size_nm
+    assert size is not None, "a volume without voxel size is refused"
+    offset = vec3([round(o / s) for o, s in zip(info.origin_nm, size, strict=True)])
+    return PrecomputedLevels(info, size, plan_levels(info, offset)[:levels], labels)
 
 
-def stamp_of_precomputed(folder: Path) -> object:
-    """What ``PrecomputedLevels.stamp`` kept; errors are those of reading files and JSON."""
-    return json.loads((folder / STAMP_FILE).read_text())
+def _refusal(info: VolumeInfo, budget_bytes: int | None) -> str:
+    if info.voxel_size_nm is not None:
+        return ""
+    return (
+        "precomputed states voxel sizes in nanometres, and the volume states none; set inference.voxel_size_nm=[z,y,x]."
+    )
+
+
+PRECOMPUTED = ChunkedFormat(
+    ".precomputed", _planned, stamp_of=lambda folder: stamp_in(folder / STAMP_FILE), refusal=_refusal
+)

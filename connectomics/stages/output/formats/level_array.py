@@ -1,13 +1,10 @@
-"""Pyramids on disk: what every chunked output format offers, and one level of it as a (c, z, y, x) array.
-
-``stages.output.pyramid`` fills the levels; the formats are the files ``multiscale_*``.
-"""
+"""One level of a pyramid on disk as a (c, z, y, x) array; every chunked format opens its levels as one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -15,15 +12,8 @@ import tensorstore as ts
 from connectomics.core.errors import OutputError, VolumeError
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.stages.output.shards import ShardWriter
-from connectomics.volumes.levels import Level
 from connectomics.volumes.source import READ_ERRORS, reason
 from connectomics.volumes.volume import Array
-
-UNIT_BYTES = 32 << 20
-"""Uncompressed size of what is written at once, a shard where the format has them; OME-Zarr 0.5 has larger ones."""
-CHUNK_BYTES = 16 << 20
-"""Uncompressed size of a chunk where the format has no shards and each chunk is a file."""
-STAMP_FILE = "connectomics.json"
 
 
 class LevelArray:
@@ -126,31 +116,6 @@ class LevelArray:
 
     def _index(self, box: Box) -> tuple[slice, ...]:
         return box.slices if self._stored.rank == 3 else (slice(None), *box.slices)
-
-
-class Multiscale(Protocol):
-    """A pyramid in one format: the layout of a folder that does not hold it yet, or does."""
-
-    @property
-    def levels(self) -> tuple[Level, ...]:
-        """From level 0 on."""
-        ...
-
-    def exists(self, folder: Path) -> bool:
-        """Whether the folder holds the arrays, empty or filled."""
-        ...
-
-    def create(self, folder: Path) -> None:
-        """Make the arrays, empty; what was there is discarded."""
-        ...
-
-    def open(self, folder: Path, level: int) -> LevelArray:
-        """A level, for reading and writing."""
-        ...
-
-    def stamp(self, folder: Path, stamp: dict[str, object], name: str) -> None:
-        """Complete the metadata: the facts that ``read_stamp`` gives back, and the image's name."""
-        ...
 
 
 def open_driver(driver: str, folder: Path, **more: object) -> Any:

@@ -1,4 +1,4 @@
-"""N5 pyramids as BigDataViewer and Neuroglancer read them: arrays s0, s1, … with ``downsamplingFactors``, x first."""
+"""The output format ``n5`` as BigDataViewer and Neuroglancer read it: s0, s1, … with ``downsamplingFactors``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.core.files import replacing, write_text
 from connectomics.core.geometry import Vec3
-from connectomics.stages.output.multiscale.contract import CHUNK_BYTES, UNIT_BYTES, LevelArray, open_driver
+from connectomics.stages.output.formats.chunk_files import ChunkFiles
+from connectomics.stages.output.formats.contract import UNIT_BYTES, ChunkedFormat, stamp_in
+from connectomics.stages.output.formats.level_array import LevelArray, open_driver
+from connectomics.stages.output.size import OutputSize, widened
 from connectomics.volumes.formats.n5 import ATTRIBUTES
-from connectomics.volumes.levels import Level, grown
+from connectomics.volumes.levels import Level, plan_levels
 from connectomics.volumes.volume import VolumeInfo
 
 STAMP = "connectomics"
@@ -36,27 +38,22 @@ class N5Levels:
     levels: tuple[Level, ...]
     unit_bytes: int = UNIT_BYTES
 
-    def exists(self, folder: Path) -> bool:
-        """Whether the folder is there, being made whole."""
-        return folder.is_dir()
-
-    def create(self, folder: Path) -> None:
-        """Make the container and its arrays."""
-        with replacing(folder) as temporary:
-            temporary.mkdir()
-            (temporary / ATTRIBUTES).write_text(json.dumps({"n5": "4.0.0"}))
-            for k, level in enumerate(self.levels):
-                (temporary / f"s{k}").mkdir()
-                (temporary / f"s{k}" / ATTRIBUTES).write_text(json.dumps(self._attributes(level), indent=1))
+    def files(self) -> dict[str, str]:
+        """The container and its arrays."""
+        arrays = {f"s{k}/{ATTRIBUTES}": json.dumps(self._attributes(v), indent=1) for k, v in enumerate(self.levels)}
+        return {ATTRIBUTES: json.dumps({"n5": "4.0.0"})} | arrays
 
     def open(self, folder: Path, level: int) -> LevelArray:
         """A level, for reading and writing."""
-        extent = self.levels[level].extent
-        unit = grown(self.chunk(self.levels[level]), extent, self._voxel_bytes, self.unit_bytes)
+        unit = self._chunks.unit(self.levels[level])
         return LevelArray(folder, open_driver("n5", folder / f"s{level}").T, unit)
 
-    def stamp(self, folder: Path, stamp: dict[str, object], name: str) -> None:
-        """Write the container's attributes."""
+    def level_size(self, level: Level) -> OutputSize:
+        """Upper bound of a level with its metadata."""
+        return self._chunks.size(level)
+
+    def stamped(self, stamp: dict[str, object], name: str) -> tuple[str, str]:
+        """The container's attributes."""
         factors = [self._factors(level) for level in self.levels]
         attributes: dict[str, object] = {"n5": "4.0.0", "name": name, "downsamplingFactors": factors, STAMP: stamp}
         if self.info.voxel_size_nm is not None:
@@ -67,20 +64,15 @@ class N5Levels:
                 "resolution": size + [1.0] * several,
                 "pixelResolution": {"unit": "nm", "dimensions": size},
             }
-        write_text(folder / ATTRIBUTES, json.dumps(attributes, indent=1, allow_nan=False))
+        return ATTRIBUTES, json.dumps(attributes, indent=1, allow_nan=False)
 
     @property
     def _dtype(self) -> np.dtype[np.generic]:
-        return np.dtype(np.float32) if self.info.dtype == np.float16 else self.info.dtype
+        return widened(self.info.dtype)
 
     @property
-    def _voxel_bytes(self) -> int:
-        return self.info.channels * self._dtype.itemsize
-
-    def chunk(self, level: Level) -> Vec3:
-        """Shape (z, y, x) of the chunks of a level."""
-        limit = min(CHUNK_BYTES, self.unit_bytes)
-        return grown(self.info.chunk_shape, level.extent, self._voxel_bytes, limit)
+    def _chunks(self) -> ChunkFiles:
+        return ChunkFiles(self.info.chunk_shape, self.info.channels * self._dtype.itemsize, self.unit_bytes)
 
     def _factors(self, level: Level) -> list[int]:
         return [*level.factor[::-1], *[1] * (self.info.channels > 1)]
@@ -89,7 +81,7 @@ class N5Levels:
         channels = [self.info.channels] * (self.info.channels > 1)
         attributes: dict[str, object] = {
             "dimensions": [*level.extent[::-1], *channels],
-            "blockSize": [*self.chunk(level)[::-1], *channels],
+            "blockSize": [*self._chunks.chunk(level)[::-1], *channels],
             "dataType": self._dtype.name,
             "compression": {"type": "gzip", "level": 5, "useZlib": False},
             "downsamplingFactors": self._factors(level),
@@ -105,6 +97,8 @@ class N5Levels:
         return attributes
 
 
-def stamp_of_n5(folder: Path) -> object:
-    """What ``N5Levels.stamp`` kept; errors are those of reading files and JSON."""
-    return json.loads((folder / ATTRIBUTES).read_text())[STAMP]
+def _planned(info: VolumeInfo, block_shape: Vec3, *, labels: bool, levels: int | None) -> N5Levels:
+    return N5Levels(info, plan_levels(info)[:levels])
+
+
+N5 = ChunkedFormat(".n5", _planned, stamp_of=lambda folder: stamp_in(folder / ATTRIBUTES, STAMP))
