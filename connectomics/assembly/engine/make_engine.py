@@ -157,11 +157,10 @@ def _members(
         EnsembleMember(
             predictor,
             spec.normalisations,
-            by_slice,
             AxisOrder(spec.axis_order).after(AxisOrder.across(axis)),
             weight=weight,
             previous_values=values,
-            section_axis=axis,
+            section_axis=axis if by_slice else None,
         )
         for axis in volumes.planes
     )

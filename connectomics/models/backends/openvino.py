@@ -30,7 +30,6 @@ from connectomics.models.backends.contract import (
     whole_batch,
 )
 from connectomics.models.backends.device import capability, select_device
-from connectomics.models.backends.precisions import Precision
 
 CPU = torch.device("cpu")
 HINTS = {torch.float32: ("f32", "ACCURACY"), torch.bfloat16: ("bf16", "PERFORMANCE")}
@@ -47,45 +46,20 @@ FAILURES = (  # OpenVINO's own errors, which have no common base
 class OpenVinoBackend:
     """Runs a network compiled by OpenVINO for one shape, on a fixed number of threads.
 
-    Parameters
-    ----------
-    network
-        Gives what takes float32 [n, c, z, y, x] and gives [n, k, z, y, x]; called where nothing compiled is kept.
-    shape
-        Of each batch the network sees: rows, channels, z, y, x. Emptier batches are filled with zeros.
-    threads
-        CPU threads of a forward pass.
-    precision
-        What it computes in on the CPU: float32 or bfloat16.
-    model
-        Identity of the network's weights, under which what is compiled is kept.
-    artefacts
-        Where it is kept.
-    low_memory
-        Whether the memory of a forward pass is given back after it, for some percent of its time.
-
-    Raises
-    ------
-    DeviceError
-        If OpenVINO is not installed, cannot convert the network, or this processor has no bfloat16.
+    The network is asked for only where nothing compiled is kept, and let go before and after. With ``low_memory`` the
+    memory of a forward pass is given back after it, for some percent of its time.
     """
 
     reference: ClassVar[str] = "openvino"
     note: ClassVar[str] = ""
     device: ClassVar[torch.device] = CPU
 
-    def __init__(
-        self,
-        network: Callable[[], nn.Module],
-        *,
-        shape: tuple[int, int, int, int, int],
-        threads: int,
-        precision: Precision,
-        model: str,
-        artefacts: Artefacts,
-        low_memory: bool = False,
-    ) -> None:
-        openvino = load_openvino()
+    def __init__(self, networks: ModelNetworks, fold: int, request: BackendRequest, artefacts: Artefacts) -> None:
+        if select_device(request.device).type != "cpu":
+            raise DeviceError(
+                f"backend 'openvino' runs on the CPU, but the device is '{request.device}'; use backend torch"
+            )
+        openvino, precision, threads = load_openvino(), request.precision, request.threads
         core, (hint, mode) = openvino.Core(), HINTS[precision.dtype(CPU)]
         options: dict[str, object] = {
             "INFERENCE_PRECISION_HINT": hint,
@@ -100,45 +74,28 @@ class OpenVinoBackend:
                 f"OpenVINO's {precision.name} precision is bfloat16, which this processor lacks; "
                 "set inference.precision=exact"
             )
+        self._shape, self._low_memory = networks.shape(request.batch), request.low_memory
         facts: dict[str, object] = {
             "openvino": openvino.__version__,
             "torch": torch.__version__,
             "processor": [core.get_property("CPU", "FULL_DEVICE_NAME"), sorted(capabilities), capability(CPU)],
-            "model": model,
-            "shape": list(shape),
+            "model": f"{networks.sha256} {fold}",
+            "shape": list(self._shape),
             "precision": precision.name,
             "threads": threads,
         }
-        self._shape, self._low_memory = shape, low_memory
-        self._model, self._kept = _compiled(core, network, shape, options, facts=facts, artefacts=artefacts)
+        networks.let_go()
+        network = partial(networks.modules.__getitem__, fold)
+        self._model, self._kept = _compiled(core, network, self._shape, options, facts=facts, artefacts=artefacts)
+        networks.let_go()
         self._infer: Callable[..., Any] = self._model.create_infer_request().infer
-        self.numeric_class = NumericClass(
-            backend=f"openvino {openvino.__version__.partition('-')[0]}",
-            precision=precision.name,
-            batch=shape[0],
-            threads=threads,
-            device=capability(CPU) + " BF16" * ("BF16" in capabilities),
-        )
+        name, half = f"openvino {openvino.__version__.partition('-')[0]}", " BF16" * ("BF16" in capabilities)
+        self.numeric_class = NumericClass(name, precision.name, request.batch, threads, device=capability(CPU) + half)
 
     @classmethod
     def make(cls, networks: ModelNetworks, fold: int, request: BackendRequest, artefacts: Artefacts) -> MadeBackend:
-        """See ``BackendKind``; the network itself is held only while it is compiled."""
-        if select_device(request.device).type != "cpu":
-            raise DeviceError(
-                f"backend 'openvino' runs on the CPU, but the device is '{request.device}'; use backend torch"
-            )
-        networks.let_go()
-        backend = cls(
-            partial(networks.modules.__getitem__, fold),
-            shape=networks.shape(request.batch),
-            threads=request.threads,
-            precision=request.precision,
-            model=f"{networks.sha256} {fold}",
-            artefacts=artefacts,
-            low_memory=request.low_memory,
-        )
-        networks.let_go()
-        return backend
+        """See ``BackendKind``."""
+        return cls(networks, fold, request, artefacts)
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """See ``Backend``."""

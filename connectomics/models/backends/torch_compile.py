@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from connectomics.core.errors import DeviceError
 from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.contract import BackendRequest, MadeBackend, ModelNetworks
 from connectomics.models.backends.device import select_device
-from connectomics.models.backends.precisions import Precision
 from connectomics.models.backends.torch_eager import TorchBackend
 
 COMPILERS = ("g++", "clang++", "cl")
@@ -30,53 +28,23 @@ FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
 class CompiledBackend:
-    """As ``TorchBackend``, with the network compiled for one shape when it is made.
-
-    Parameters
-    ----------
-    network
-        Takes float32 [n, c, z, y, x], gives [n, k, z, y, x]; it is moved to the device and put in eval mode.
-    device
-        A name ``select_device`` knows.
-    shape
-        Of each batch the network sees: rows, channels, z, y, x.
-    threads
-        CPU threads within one operation.
-    precision
-        What it computes in.
-    artefacts
-        Where generated code is kept.
-
-    Raises
-    ------
-    DeviceError
-        If the device or a C++ compiler is missing, or the network cannot be compiled.
-    """
+    """As ``TorchBackend``, with the network compiled for one shape when it is made."""
 
     reference: ClassVar[str] = "torch"
     note: ClassVar[str] = ""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        device: str,
-        shape: tuple[int, int, int, int, int],
-        threads: int,
-        precision: Precision,
-        artefacts: Artefacts,
-    ) -> None:
-        chosen = select_device(device)
-        if chosen.type == "cpu":
+    def __init__(self, networks: ModelNetworks, fold: int, request: BackendRequest, artefacts: Artefacts) -> None:
+        self.device = select_device(request.device)
+        if self.device.type == "cpu":
             _require_compiler()
-        settled = network.to(chosen).eval().requires_grad_(False)
+        settled = networks.modules[fold].to(self.device).eval().requires_grad_(False)
         compiled: Any = torch.compile(settled, fullgraph=True, dynamic=False, options={"freezing": True})
-        self._eager = TorchBackend(compiled, device=device, batch=shape[0], threads=threads, precision=precision)
+        self._eager = TorchBackend.around(compiled, request)
         name = f"compile {torch.__version__.partition('+')[0]}"
-        self.device, self.numeric_class = chosen, replace(self._eager.numeric_class, backend=name)
+        self.numeric_class = replace(self._eager.numeric_class, backend=name)
         try:
             with _generating_in(artefacts.compiler_folder()):
-                self.forward(torch.zeros(shape, device=chosen))
+                self.forward(torch.zeros(networks.shape(request.batch), device=self.device))
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             reason = " ".join(str(error).split())[:300]
             raise DeviceError(
@@ -87,14 +55,7 @@ class CompiledBackend:
     @classmethod
     def make(cls, networks: ModelNetworks, fold: int, request: BackendRequest, artefacts: Artefacts) -> MadeBackend:
         """See ``BackendKind``."""
-        return cls(
-            networks.modules[fold],
-            device=request.device,
-            shape=networks.shape(request.batch),
-            threads=request.threads,
-            precision=request.precision,
-            artefacts=artefacts,
-        )
+        return cls(networks, fold, request, artefacts)
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """See ``Backend``."""

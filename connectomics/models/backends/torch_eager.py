@@ -76,11 +76,22 @@ class TorchBackend:
     @classmethod
     def make(cls, networks: ModelNetworks, fold: int, request: BackendRequest, artefacts: Artefacts) -> MadeBackend:
         """See ``BackendKind``; half precision on CUDA has a class of its own."""
-        network, device, precision = networks.modules[fold], request.device, request.precision
-        if precision.half_on and select_device(device).type == "cuda":
-            shape = networks.shape(request.batch)
-            return CudaBackend(network, device=device, shape=shape, threads=request.threads, precision=precision)
-        return cls(network, device=device, batch=request.batch, threads=request.threads, precision=precision)
+        if request.precision.half_on and select_device(request.device).type == "cuda":
+            return CudaBackend(
+                networks.modules[fold],
+                device=request.device,
+                shape=networks.shape(request.batch),
+                threads=request.threads,
+                precision=request.precision,
+            )
+        return cls.around(networks.modules[fold], request)
+
+    @classmethod
+    def around(cls, network: nn.Module, request: BackendRequest) -> TorchBackend:
+        """Return a backend of this very class."""
+        return cls(
+            network, device=request.device, batch=request.batch, threads=request.threads, precision=request.precision
+        )
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """See ``Backend``."""
