@@ -60,6 +60,8 @@ class OpenVinoBackend:
                 f"backend 'openvino' runs on the CPU, but the device is '{request.device}'; use backend torch"
             )
         openvino, precision, threads = load_openvino(), request.precision, request.threads
+        if precision.dtype(CPU) not in HINTS:
+            raise DeviceError(f"backend 'openvino' has no {precision.name} precision; set system.backend=torch")
         core, (hint, mode) = openvino.Core(), HINTS[precision.dtype(CPU)]
         options: dict[str, object] = {
             "INFERENCE_PRECISION_HINT": hint,
