@@ -124,6 +124,7 @@ def network_of(model: Path) -> tuple[torch.nn.Module, tuple[int, ...]]:
 def ways(model: Path, device: str, batch: int, rounds: int) -> dict[str, float]:
     """Windows a second of one batch, by each way of running it."""
     from connectomics.models.backends.cuda import CudaBackend, Recorded
+    from connectomics.models.backends.precisions import FAST
     from connectomics.models.backends.torch_eager import TorchBackend
 
     def unrecorded(run: Callable[[], torch.Tensor]) -> Recorded:
@@ -133,7 +134,7 @@ def ways(model: Path, device: str, batch: int, rounds: int) -> dict[str, float]:
     shape, where = (batch, 1, patch[0], patch[1], patch[2]), torch.device(device)
     windows = torch.randn(shape, device=where)
     found = {}
-    plain = TorchBackend(network, device=device, batch=batch, threads=1, precision="fast")
+    plain = TorchBackend(network, device=device, batch=batch, threads=1, precision=FAST)
     found["autocast"] = batch / timed(lambda: plain.forward(windows), where, rounds)
     for last in (False, True):
         for graph in (False, True) if where.type == "cuda" else (False,):

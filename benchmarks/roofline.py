@@ -29,7 +29,9 @@ from torch import nn
 from torch.nn.functional import conv2d
 
 from connectomics.models.backends.artefacts import Artefacts
-from connectomics.models.backends.choice import BackendRequest, ModelNetworks, choose
+from connectomics.models.backends.choice import choose
+from connectomics.models.backends.contract import BackendRequest, ModelNetworks
+from connectomics.models.backends.precisions import precision_named
 from connectomics.models.checkpoint import load_model
 from connectomics.models.locate import ModelRequest
 
@@ -47,7 +49,8 @@ Clock = Callable[[], float]
 def forward(network: nn.Module, shape: tuple[int, ...], by: str, precision: str, threads: int) -> Forward:
     """One batch (n, c, z, y, x) through a network by a backend."""
     networks = ModelNetworks((network,), f"{by} {precision}", shape[1], (shape[2], shape[3], shape[4]))
-    chosen = choose(by, BackendRequest("cpu", precision, shape[0], threads), [networks], Artefacts(None))
+    request = BackendRequest("cpu", precision_named(precision), shape[0], threads)
+    chosen = choose(by, request, [networks], Artefacts(None))
     batch = torch.randn(shape)
     return lambda: chosen.backends[0][0].forward(batch)
 

@@ -77,7 +77,7 @@ class Threshold:
 def segmenter() -> Segmenter:
     """Each section a case, as for models trained on images."""
     predictor = RollingPredictor((Threshold(),), WINDOW, 2)
-    member = EnsembleMember(predictor, (ChannelNormalisation("ZScoreNormalization"),), by_slice=True)
+    member = EnsembleMember(predictor, (ChannelNormalisation("ZScoreNormalization"),), section_axis=0)
     return Segmenter((member,), 2, LabelRule(np.dtype(np.uint8)), None)
 
 

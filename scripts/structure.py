@@ -78,7 +78,6 @@ WIDE: Mapping[str, str] = {
     "NnunetCall": "mirrors the arguments of nnUNetv2_predict",
     "RunReport": "mirrors report.json",
     "Manifest": "mirrors manifest.json",
-    "ModelContents": "mirrors what nnU-Net's files say",
     "ModelSpec": "mirrors nnU-Net's plans and dataset.json",
     "Trial": "mirrors an entry of the file that tune keeps",
 }

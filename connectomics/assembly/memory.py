@@ -116,7 +116,7 @@ def _budget(engine: Engine, segmenter: Segmenter, info: VolumeInfo, stored_bytes
     reading = reading_bytes(info)
     taken = engine.memory.base_bytes + reading
     readers = engine.settings.readers
-    axes = {member.section_axis if member.by_slice else 0 for member in segmenter.members}
+    axes = {member.section_axis or 0 for member in segmenter.members}
     while readers > 1 and max(survey_bytes(info, readers, axis) for axis in axes) > (host - taken) // 2:
         readers -= 1
     exporting = exporting_bytes(info.extent, stored_bytes, engine.inference.outputs.formats)

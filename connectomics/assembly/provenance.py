@@ -96,7 +96,7 @@ def command_of(engine: Engine, source: VolumeSource) -> tuple[str, ...]:
     if batch != stated.get(BATCH_KEY):  # chosen, or more did not fit
         changed[BATCH_KEY] = batch
     if engine.reference is not None:  # the device's default elsewhere may be another
-        changed["inference.precision"] = "fast"
+        changed["inference.precision"] = engine.settings.numeric_class["precision"]
     words = (f"{key}={written(value)}" for key, value in sorted(changed.items()))
     return ("infer-volume", "--checkpoint", str(engine.models[0].checkpoint), *words)
 

@@ -16,7 +16,7 @@ from connectomics.config.schema import Config, DataConfig, ModelConfig, SystemCo
 from connectomics.core.errors import ConfigError
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.core.process import cpus
-from connectomics.models.backends.choice import default_precision
+from connectomics.models.backends.precisions import Precision, default_precision, precision_named
 from connectomics.models.locate import ModelRequest
 from connectomics.stages.predict.filters import BinaryFilters
 from connectomics.volumes.volume import Nanometres, Spacing
@@ -49,9 +49,10 @@ class NetworkSettings:
     budget_bytes: int
 
     @property
-    def precision(self) -> str:
-        """``exact`` or ``fast``: what is stated, else fast on CUDA, as nnU-Net is, and exact elsewhere."""
-        return self.stated_precision or default_precision(self.device)
+    def precision(self) -> Precision:
+        """What is stated, else the device's default."""
+        stated = self.stated_precision
+        return default_precision(self.device) if stated is None else precision_named(stated)
 
     @property
     def threads(self) -> int:

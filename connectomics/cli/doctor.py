@@ -20,7 +20,7 @@ from connectomics.assembly.volumes import list_sources, open_source, share_of
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.installation import DISTRIBUTION, VERSION, install_command
-from connectomics.models.backends.torch_eager import select_device
+from connectomics.models.backends.device import select_device
 
 PACKAGE = "connectomics"
 TESTED_NNUNET = ("2.8.0", "2.9")

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 
 from connectomics.config import key_rules as rule
 from connectomics.config.key_rules import KeyRule, key
-from connectomics.core.features import OUTPUT_FORMATS
+from connectomics.core.features import OUTPUT_FORMATS, PRECISIONS
 
 FORMATS = OUTPUT_FORMATS.names()
 PLANES = ("xy", "xz", "yz")
-PRECISIONS = ("exact", "fast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +189,7 @@ class InferenceConfig:
         None,
         "exact (float32) or fast (bfloat16 on the CPU); null: exact on the CPU, fast on CUDA, as nnU-Net is; see "
         "[faster](#faster)",
-        rule.one_of(*PRECISIONS),
+        rule.one_of(*PRECISIONS.names()),
     )
     max_disagreement: float = key(
         0.0001,

@@ -13,11 +13,11 @@ from typing import Any
 from connectomics.config import key_rules as rule
 from connectomics.config.inference_keys import InferenceConfig
 from connectomics.config.key_rules import KeyRule, key
+from connectomics.core.features import BACKENDS
 
 SEMANTIC_METRICS = ("dice", "iou", "precision", "recall")
 INSTANCE_METRICS = ("ap", "f1", "pq", "voi", "arand")
 METRICS = SEMANTIC_METRICS + INSTANCE_METRICS
-BACKENDS = ("auto", "torch", "compile", "openvino")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class SystemConfig:
     backend: str = key(
         "torch",
         "torch (the reference), openvino, compile, or auto: the fastest that is there; see [faster](#faster)",
-        rule.one_of(*BACKENDS),
+        rule.one_of("auto", *BACKENDS.names()),
     )
     cache_dir: str | None = key(
         None,

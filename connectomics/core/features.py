@@ -30,3 +30,23 @@ DECODING_STEPS: Registry[Any] = Registry(
         "watershed": "connectomics.stages.decode.watershed.seeded_watershed:Watershed",
     },
 )
+BACKENDS: Registry[Any] = Registry(
+    "backend",
+    "connectomics.backends",
+    {
+        "torch": "connectomics.models.backends.torch_eager:TorchBackend",
+        "compile": "connectomics.models.backends.torch_compile:CompiledBackend",
+        "openvino": "connectomics.models.backends.openvino:OpenVinoBackend",
+    },
+)
+PRECISIONS: Registry[Any] = Registry(
+    "precision",
+    "connectomics.precisions",
+    {
+        "exact": "connectomics.models.backends.precisions:EXACT",
+        "fast": "connectomics.models.backends.precisions:FAST",
+    },
+)
+ARCHITECTURES: Registry[Any] = Registry(
+    "architecture", "connectomics.architectures", {"nnunet": "connectomics.models.arch.nnunet_models:build_nnunet"}
+)

@@ -28,7 +28,8 @@ from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.executors.overlapping import OverlappingExecutor
 from connectomics.inference.predictor import Predictor, SlidingWindow
 from connectomics.models.backends.contract import NumericClass, torch_threads
-from connectomics.models.backends.torch_eager import select_device
+from connectomics.models.backends.device import select_device
+from connectomics.models.backends.precisions import EXACT
 from connectomics.planning.forecast import CostModel, Timing
 from connectomics.runs.job import JobRecord, Labeller, VolumeJob
 from connectomics.runs.volume import run_volume
@@ -121,7 +122,7 @@ class StandIn:
 
     def __init__(self, window: SlidingWindow, classes: int, device: str) -> None:
         self._device = select_device(device)
-        self._class = NumericClass("stand-in", "exact", window.batch, 1, device=self._device.type)
+        self._class = NumericClass("stand-in", EXACT.name, window.batch, 1, device=self._device.type)
         blobs = sum(np.ogrid[tuple(slice(n) for n in window.patch)][a] // BLOB for a in range(3)) % 2
         logits = torch.zeros((1, classes, *window.patch))
         logits[0, -1] = torch.from_numpy(np.where(blobs == 1, np.float32(1), np.float32(-1)))

@@ -23,10 +23,12 @@ from connectomics.assembly.settings import NetworkSettings, VolumeSettings, reso
 from connectomics.assembly.volumes import named_sources, open_input
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, DeviceError
+from connectomics.core.features import PRECISIONS
 from connectomics.core.geometry import AxisOrder, Box, Vec3, vec3
 from connectomics.inference.case import CaseInput
 from connectomics.models.backends.choice import ChosenBackends
-from connectomics.models.backends.torch_eager import select_device
+from connectomics.models.backends.device import select_device
+from connectomics.models.backends.precisions import EXACT, FAST
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 from connectomics.planning.profile import Profile, Trial, profile_path, save_profile
@@ -41,7 +43,7 @@ COMPILING_SHARE = 0.3  # the same of what compiles for a quarter of a minute
 ROUNDS = 25  # at most
 FEWEST_ROUNDS = 3
 SINGLE_S = 2.0  # a window that takes longer is sampled once only
-REFERENCE = ("torch", "exact")
+REFERENCE = ("torch", EXACT.name)
 
 Progress = Callable[[int, int, str], None]
 
@@ -153,15 +155,15 @@ def _candidates(networks: NetworkSettings, models: Sequence[LoadedModel], patche
     batch, most = networks.batch or 1, networks.threads
     batches = dict.fromkeys((batch, 1, BATCH))
     on_cpu = select_device(networks.device).type == "cpu"
-    kinds = [("torch", "exact"), ("torch", "fast")]
+    kinds = [REFERENCE, ("torch", FAST.name)]
     if on_cpu:
-        kinds = [REFERENCE, ("openvino", "exact"), ("openvino", "fast"), ("torch", "fast")]
+        kinds = [REFERENCE, ("openvino", EXACT.name), ("openvino", FAST.name), ("torch", FAST.name)]
     ways = [(*kind, b, most) for b, kind in itertools.product(batches, kinds)]
     if (
         networks.stated_threads is None and most > 1 and on_cpu
     ):  # two threads of one core, or of a core that others use, are often slower
         ways += [(*kind, batch, most // 2) for kind in kinds]
-    ways += [("compile", precision, batch, most) for precision in ("exact", "fast")]
+    ways += [("compile", precision, batch, most) for precision in PRECISIONS.names()]
     too_large = {b for b in batches if b > batch and not holds_batch(networks.budget_bytes, models, patches, b)}
     reason = "the batch does not fit half of system.memory_budget_gb"
     return [

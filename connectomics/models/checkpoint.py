@@ -47,7 +47,6 @@ class ModelReading:
     members: list[Fold]
     plans: PlanText
     dataset: PlanText
-    originals: tuple[tuple[str, str], ...]
 
 
 class FoldNetworks(Sequence[nn.Module]):
@@ -140,14 +139,14 @@ def read_model(request: ModelRequest) -> ModelReading:
     for member in source.members:
         _check_fit(skeleton.network, member, plan.where)
     facts = {
-        "weights": [digest for _, digest in source.originals],
+        "weights": [member.original[1] for member in source.members],
         "plans": source.plans.text,
         "dataset": source.dataset.text,
         "architecture": request.architecture,
     }
     spec = replace(
         spec,
-        folds=source.folds,
+        folds=tuple(member.name for member in source.members),
         checkpoint_name=source.checkpoint_name,
         files=source.files,
         weights_sha256=source.weights_sha256,
@@ -160,9 +159,7 @@ def read_model(request: ModelRequest) -> ModelReading:
             f"but its files give {(request.architecture, spec.sha256)}; convert the model again with this version and "
             "architecture"
         )
-    return ModelReading(
-        spec, skeleton, source.members, source.plans, dataset=source.dataset, originals=source.originals
-    )
+    return ModelReading(spec, skeleton, source.members, source.plans, dataset=source.dataset)
 
 
 def _describe(member: Fold, plans: PlanText, dataset: PlanText, trust_code: bool) -> tuple[ModelSpec, NetworkPlan]:

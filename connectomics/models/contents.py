@@ -32,8 +32,10 @@ _TELLING = {"plans": ("dataset_name", "plans_name"), "dataset_json": ("labels", 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """What one checkpoint says."""
+    """What one checkpoint says; ``original`` is name and sha256 of the one nnU-Net wrote."""
 
+    name: str
+    original: tuple[str, str]
     path: Path
     trainer_name: str
     configuration: str
@@ -46,15 +48,12 @@ class Fold:
 class ModelContents:
     """What a model's files say, however they are kept.
 
-    ``originals`` are the checkpoints nnU-Net wrote, ``stated_identity`` the architecture and ``ModelSpec.sha256`` that
-    a copy of all of them claims.
+    ``stated_identity`` is the architecture and ``ModelSpec.sha256`` that a copy of all folds claims.
     """
 
     members: list[Fold]
     plans: PlanText
     dataset: PlanText
-    originals: tuple[tuple[str, str], ...]
-    folds: tuple[str, ...]
     checkpoint_name: str
     files: tuple[tuple[str, str], ...]
     weights_sha256: str
@@ -77,7 +76,8 @@ def _from_training(request: ModelRequest) -> ModelContents:
     files = locate_model(request)
     digests = _digests(files)
     weights_sha256 = _weights_sha256(request, digests)
-    members = [_read_fold(checkpoint, request.trust_code) for checkpoint in files.checkpoints]
+    found = zip(files.checkpoints, files.folds or (None,), digests, strict=True)
+    members = [_read_fold(path, name, digest, request.trust_code) for path, name, digest in found]
     _check_agreement(members)
     json_files = [f for f in (files.plans, files.dataset) if f is not None]
     guessed = files.folds is None
@@ -85,8 +85,6 @@ def _from_training(request: ModelRequest) -> ModelContents:
         members=members,
         plans=_json_of(files.plans, members[0], "plans", guessed=guessed and request.plans is None),
         dataset=_json_of(files.dataset, members[0], "dataset_json", guessed=guessed and request.dataset is None),
-        originals=digests,
-        folds=files.folds or (str(members[0].init_args.get("fold", "unknown")),),
         checkpoint_name=files.checkpoints[0].name,
         files=(*digests, *((files.name_of(f), sha256_of_file(f)) for f in json_files)),
         weights_sha256=weights_sha256,
@@ -119,6 +117,8 @@ def _from_copy(request: ModelRequest) -> ModelContents:
     return ModelContents(
         members=[
             Fold(
+                fold,
+                manifest.original[manifest.folds.index(fold)],
                 path=path / name,
                 trainer_name=manifest.trainer_name,
                 configuration=manifest.configuration,
@@ -130,8 +130,6 @@ def _from_copy(request: ModelRequest) -> ModelContents:
         ],
         plans=read_json(path / PLANS),
         dataset=read_json(path / DATASET),
-        originals=tuple(manifest.original[manifest.folds.index(fold)] for fold in chosen),
-        folds=chosen,
         checkpoint_name=manifest.checkpoint_name,
         files=((MANIFEST, manifest_sha256), *((name, manifest.files[name]) for name in (*names, PLANS, DATASET))),
         weights_sha256=manifest_sha256,
@@ -166,8 +164,8 @@ def _check_expected(request: ModelRequest, found: str) -> None:
         )
 
 
-def _read_fold(path: Path, trust_code: bool) -> Fold:
-    """Read one checkpoint and check the types of what is used of it."""
+def _read_fold(path: Path, name: str | None, original: tuple[str, str], trust_code: bool) -> Fold:
+    """Read one checkpoint and check the types of what is used of it; a bare one says its name itself."""
     content = read_checkpoint(path, trust_code=trust_code)
     for key, kind in (("network_weights", dict), ("init_args", dict), ("trainer_name", str)):
         if not isinstance(content.get(key), kind):
@@ -183,16 +181,23 @@ def _read_fold(path: Path, trust_code: bool) -> Fold:
     if not isinstance(axes, (list, tuple)) or any(type(a) is not int for a in axes) or len(set(axes)) < len(axes):
         raise ModelError(f"{path}: inference_allowed_mirroring_axes are {axes!r:.60}, expected distinct axis numbers")
     size = path.stat().st_size
-    for name, tensor in weights.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ModelError(f"{path}: network_weights hold {name!r:.60} that is not a tensor; the file is not usable")
+    for key, tensor in weights.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise ModelError(f"{path}: network_weights hold {key!r:.60} that is not a tensor; the file is not usable")
         if tensor.numel() * tensor.itemsize > size:
             raise ModelError(
-                f"{path}: the weight {name!r:.60} of shape {list(tensor.shape)!r:.60} is larger than the file of "
+                f"{path}: the weight {key!r:.60} of shape {list(tensor.shape)!r:.60} is larger than the file of "
                 f"{size} bytes, so one number stands for many; it is not what nnU-Net writes, so use another checkpoint"
             )
     return Fold(
-        path, content["trainer_name"], init_args["configuration"], tuple(axes), init_args=init_args, weights=weights
+        str(init_args.get("fold", "unknown")) if name is None else name,
+        original,
+        path,
+        content["trainer_name"],
+        configuration=init_args["configuration"],
+        mirror_axes=tuple(axes),
+        init_args=init_args,
+        weights=weights,
     )
 
 

@@ -45,7 +45,7 @@ def convert_model(request: ModelRequest, folder: Path) -> ModelSpec:
             mirror_axes=model.members[0].mirror_axes,
             checkpoint_name=model.spec.checkpoint_name,
             folds=model.spec.folds,
-            original=model.originals,
+            original=tuple(member.original for member in model.members),
             original_sha256=model.spec.sha256,
             architecture=request.architecture,
             files={weights_name(fold): "" for fold in model.spec.folds},

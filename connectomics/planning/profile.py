@@ -14,17 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from connectomics.core.errors import OutputError
+from connectomics.core.features import BACKENDS, PRECISIONS
 from connectomics.core.files import write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import Vec3
 from connectomics.core.process import cpus
-from connectomics.models.backends.choice import BACKENDS
-from connectomics.models.backends.torch_eager import capability, select_device
+from connectomics.models.backends.device import capability, select_device
+from connectomics.models.backends.precisions import precision_named
 from connectomics.models.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 VERSION = 1
-EXACT_DISAGREEMENT = 1e-4  # an exact backend that differs more on the sample is not taken by auto
 WORTH = 0.05  # of a window's time that a batch has to save
 
 
@@ -64,7 +64,7 @@ class Trial:
         """Whether auto may take it."""
         if self.window_s is None or self.disagreement is None:
             return False
-        return self.precision != "exact" or self.disagreement <= EXACT_DISAGREEMENT
+        return self.disagreement <= precision_named(self.precision).most_disagreement
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ def _sound(trial: Trial) -> bool:
     numbers = (trial.window_s, trial.ratio, trial.disagreement, trial.quick_s, trial.slow_s)
     return (
         trial.backend in BACKENDS
-        and trial.precision in ("exact", "fast")
+        and trial.precision in PRECISIONS
         and all(isinstance(n, int) and n >= 1 for n in (trial.batch, trial.threads))
         and all(n is None or (isinstance(n, float | int) and 0 <= n < float("inf")) for n in numbers)
     )

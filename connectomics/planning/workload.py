@@ -66,7 +66,7 @@ class Partition:
 
 def assumed_cases(member: EnsembleMember, extent: Vec3, channels: int) -> Sequence[Case]:
     """The cases of a volume nobody has looked at: each fills its box; no memory is taken for sections."""
-    if not member.by_slice:
+    if member.section_axis is None:
         whole = Box.of_shape(extent)
         return (Case(whole, whole, (ChannelSummary(0.0, 1.0, 0.0, 1.0),) * channels),)
     depth, height, width = AxisOrder.across(member.section_axis).turn(extent)
@@ -92,7 +92,7 @@ def count_windows(member: EnsembleMember, partition: Partition, channels: int) -
         return _knowing(member).windows(_unread, cases, core)
 
     def line(axis: int) -> int:
-        if axis != member.section_axis or not member.by_slice:
+        if axis != member.section_axis:
             return sum(count(axis, span) for span in partition.along(axis))
         begin = first[axis][0]
         return count(axis, (begin, begin + 1)) * partition.roi.shape[axis]  # one section is like the other
@@ -121,7 +121,7 @@ def count_read(member: EnsembleMember, window: SlidingWindow, partition: Partiti
         Whether the engine predicts whole sections, or the whole volume, for each block.
     """
     own = member.order.turn(partition.extent)
-    section = member.order.axes.index(member.section_axis) if member.by_slice else None
+    section = None if member.section_axis is None else member.order.axes.index(member.section_axis)
     total = 1
     for axis, volume_axis in enumerate(member.order.axes):
         flat = window.patch[axis] == 1 or axis == section
@@ -145,7 +145,7 @@ def batch_fill(member: EnsembleMember, window: SlidingWindow, partition: Partiti
         Whether the engine fills batches from a whole section, or volume, rather than from a block.
     """
     own = member.order.turn(partition.extent)
-    section = member.order.axes.index(member.section_axis) if member.by_slice else None
+    section = None if member.section_axis is None else member.order.axes.index(member.section_axis)
     counts = []
     for axis, volume_axis in enumerate(member.order.axes):
         reach = _Reach(member, window, own, axis)

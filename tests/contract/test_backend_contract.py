@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import shutil
 import subprocess
 import sys
@@ -18,112 +16,24 @@ from torch import nn
 
 from connectomics.core.errors import ConfigError, DeviceError
 from connectomics.models.backends import openvino as openvino_backend
-from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.cached import CachedBackend
-from connectomics.models.backends.contract import Backend, torch_threads
+from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.cuda import CudaBackend, CudaGraphs, Recorded, in_half
+from connectomics.models.backends.device import capability, select_device
 from connectomics.models.backends.openvino import OpenVinoBackend
+from connectomics.models.backends.precisions import EXACT, FAST
 from connectomics.models.backends.torch_compile import CompiledBackend
-from connectomics.models.backends.torch_eager import TorchBackend, arithmetic, capability, select_device
+from connectomics.models.backends.torch_eager import TorchBackend
+from connectomics.testing.backend import CHANNELS, PATCH, BackendContract, small_backend, small_network, windows
 
 from processor import require_bfloat16
 
-CHANNELS, CLASSES, PATCH = 2, 3, (4, 8, 8)
 CPU = torch.device("cpu")
 
 
-def small_network() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return nn.Sequential(
-            nn.Conv3d(CHANNELS, 6, 3, padding=1),
-            nn.InstanceNorm3d(6),
-            nn.Dropout(0.5),
-            nn.LeakyReLU(inplace=True),
-            nn.Conv3d(6, CLASSES, 1),
-        )
-
-
-def windows(rows: int, device: torch.device) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(8)
-    return torch.randn(rows, CHANNELS, *PATCH, generator=generator).to(device)
-
-
-@pytest.fixture(scope="module")
-def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is compiled once for all tests."""
-    return tmp_path_factory.mktemp("artefacts")
-
-
-class BackendContract:
-    """What any backend promises; subclasses give ``backend`` (``small_network``, batch 4) and a tolerance."""
-
-    tolerance = 0.0
-    precision = "exact"
-
-    def test_logits_are_those_of_the_network(self, backend: Backend) -> None:
-        batch = windows(4, backend.device)
-        logits = backend.forward(batch)
-        with torch.no_grad(), torch_threads(backend.numeric_class.threads):
-            expected = small_network().eval()(batch.cpu())
-        assert logits.shape == (4, CLASSES, *PATCH)
-        assert (logits.dtype, logits.device) == (torch.float32, backend.device)
-        assert float((logits.cpu() - expected).abs().max()) <= self.tolerance
-
-    def test_a_row_does_not_depend_on_how_full_the_batch_is(self, backend: Backend) -> None:
-        batch = windows(4, backend.device)
-        whole = backend.forward(batch)
-        for start, stop in itertools.combinations(range(5), 2):
-            assert torch.equal(backend.forward(batch[start:stop]), whole[start:stop])
-
-    def test_the_same_batch_gives_the_same_bytes(self, backend: Backend) -> None:
-        batch = windows(4, backend.device)
-        assert torch.equal(backend.forward(batch), backend.forward(batch))
-
-    def test_the_batch_is_left_as_it_was(self, backend: Backend) -> None:
-        batch = windows(3, backend.device)
-        before = batch.clone()
-        backend.forward(batch)
-        assert torch.equal(batch, before)
-
-    def test_logits_may_be_changed_in_place(self, backend: Backend) -> None:
-        logits = backend.forward(windows(2, backend.device))
-        assert not logits.requires_grad
-        logits += 1
-
-    def test_what_is_no_batch_is_refused(self, backend: Backend) -> None:
-        batch = windows(4, backend.device)
-        for wrong in (batch.double(), batch[0], batch[:0], torch.cat([batch, batch])):
-            with pytest.raises(ValueError, match=r"expected float32|has 1 to 4 rows"):
-                backend.forward(wrong)
-
-    def test_the_numeric_class_is_plain_json(self, backend: Backend) -> None:
-        values = backend.numeric_class.as_dict()
-        assert json.loads(json.dumps(values)) == values
-        assert list(values) == ["backend", "precision", "batch", "threads", "device"]
-        assert (values["batch"], values["precision"]) == (4, self.precision)
-
-    def test_it_is_not_disturbed_by_inference_mode(self, backend: Backend) -> None:
-        batch = windows(3, backend.device)
-        expected = backend.forward(batch)
-        with torch.inference_mode():
-            found = backend.forward(windows(3, backend.device))
-            found += 1  # the predictor adds in place
-        assert torch.equal(found, expected + 1)
-
-    def test_closing_twice_is_fine_and_ends_it(self, backend: Backend) -> None:
-        backend.close()
-        backend.close()
-        with pytest.raises(RuntimeError, match="closed"):
-            backend.forward(windows(1, backend.device))
-
-
 class TestTorchOnCpu(BackendContract):
-    @pytest.fixture
-    def backend(self) -> Iterator[Backend]:
-        made = TorchBackend(small_network(), device="cpu", batch=4, threads=1)
-        yield made
-        made.close()
+    name = "torch"
+    kind = TorchBackend
 
     def test_the_numeric_class_names_the_processor(self, backend: Backend) -> None:
         numeric = backend.numeric_class
@@ -132,14 +42,10 @@ class TestTorchOnCpu(BackendContract):
 
 
 class TestTorchFastOnCpu(BackendContract):
+    name = "torch"
+    kind = TorchBackend
+    precision = FAST
     tolerance = 3e-2
-    precision = "fast"
-
-    @pytest.fixture
-    def backend(self) -> Iterator[Backend]:
-        made = TorchBackend(small_network(), device="cpu", batch=4, threads=1, precision="fast")
-        yield made
-        made.close()
 
     def test_it_computes_in_bfloat16(self, backend: Backend) -> None:
         batch = windows(4, backend.device)
@@ -150,14 +56,13 @@ class TestTorchFastOnCpu(BackendContract):
 
 
 class TestOpenVino(BackendContract):
+    name = "openvino"
+    kind = OpenVinoBackend
     tolerance = 5e-6
 
-    @pytest.fixture
-    def backend(self, artefacts: Path) -> Iterator[Backend]:
+    @pytest.fixture(autouse=True)
+    def installed(self) -> None:
         pytest.importorskip("openvino")
-        made = openvino(artefacts, self.precision)
-        yield made
-        made.close()
 
     def test_the_numeric_class_names_version_and_threads(self, backend: Backend) -> None:
         numeric = backend.numeric_class
@@ -168,45 +73,35 @@ class TestOpenVino(BackendContract):
         self, backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         batch = windows(4, backend.device)
-        expected = openvino(tmp_path, self.precision).forward(batch)
+        expected = small_backend(OpenVinoBackend, tmp_path).forward(batch)
         (kept,) = tmp_path.glob("*.compiled")
         with monkeypatch.context() as patch:
             patch.setattr(openvino_backend, "_converted", None)
-            again = openvino(tmp_path, self.precision)
+            again = small_backend(OpenVinoBackend, tmp_path)
         assert torch.equal(again.forward(batch), expected)
         kept.write_bytes(kept.read_bytes()[:-7])
-        mended = openvino(tmp_path, self.precision)
+        mended = small_backend(OpenVinoBackend, tmp_path)
         assert torch.equal(mended.forward(batch), expected)
 
     def test_another_patch_is_refused(self, backend: Backend) -> None:
-        with pytest.raises(ValueError, match="compiled for batches of"):
+        with pytest.raises(ValueError, match="made for batches of"):
             backend.forward(torch.zeros(4, CHANNELS, 4, 8, 16))
 
 
 class TestOpenVinoFast(BackendContract):
+    name = "openvino"
+    kind = OpenVinoBackend
+    precision = FAST
     tolerance = 3e-2
-    precision = "fast"
 
-    @pytest.fixture
-    def backend(self, artefacts: Path) -> Iterator[Backend]:
+    @pytest.fixture(autouse=True)
+    def suited(self) -> None:
         require_bfloat16()
-        made = openvino(artefacts, self.precision)
-        yield made
-        made.close()
-
-
-def openvino(folder: Path, precision: str) -> OpenVinoBackend:
-    return OpenVinoBackend(
-        small_network,
-        shape=(4, CHANNELS, *PATCH),
-        threads=1,
-        precision=precision,
-        model="small",
-        artefacts=Artefacts(folder),
-    )
 
 
 class TestRemembering(BackendContract):
+    name = "torch"
+
     @pytest.fixture
     def backend(self) -> Iterator[Backend]:
         made = CachedBackend(TorchBackend(small_network(), device="cpu", batch=4, threads=1))
@@ -216,26 +111,14 @@ class TestRemembering(BackendContract):
 
 @pytest.mark.long  # generating and compiling C++ takes a quarter of a minute
 class TestCompiledOnCpu(BackendContract):
+    name = "compile"
+    kind = CompiledBackend
     tolerance = 5e-6
 
-    @pytest.fixture
-    def backend(self, artefacts: Path) -> Iterator[Backend]:
+    @pytest.fixture(autouse=True)
+    def possible(self) -> None:
         if shutil.which("g++") is None:
             pytest.skip("there is no C++ compiler")
-        made = compiled(artefacts)
-        yield made
-        made.close()
-
-
-def compiled(folder: Path) -> CompiledBackend:
-    return CompiledBackend(
-        small_network(),
-        device="cpu",
-        shape=(4, CHANNELS, *PATCH),
-        threads=1,
-        precision="exact",
-        artefacts=Artefacts(folder),
-    )
 
 
 def replayed(run: Callable[[], torch.Tensor]) -> Recorded:
@@ -256,8 +139,9 @@ def cuda_path(recorder: Callable[[Callable[[], torch.Tensor]], Recorded] | None,
 class TestCudaPathOnCpu(BackendContract):
     """All of the path but the GPU: weights in half precision, the fixed input, replays into the same memory."""
 
+    name = "torch"
+    precision = FAST
     tolerance = 3e-2
-    precision = "fast"
 
     @pytest.fixture
     def backend(self) -> Iterator[Backend]:
@@ -273,11 +157,11 @@ class TestCudaPathOnCpu(BackendContract):
         assert torch.equal(first, kept)
 
     def test_another_patch_is_refused(self, backend: Backend) -> None:
-        with pytest.raises(ValueError, match="recorded for batches of"):
+        with pytest.raises(ValueError, match="made for batches of"):
             backend.forward(torch.zeros(4, CHANNELS, 4, 8, 16))
 
     def test_its_bytes_are_those_of_plain_autocast(self, backend: Backend) -> None:
-        plain = TorchBackend(small_network(), device="cpu", batch=4, threads=1, precision="fast")
+        plain = TorchBackend(small_network(), device="cpu", batch=4, threads=1, precision=FAST)
         batch = windows(4, backend.device)
         assert torch.equal(backend.forward(batch), plain.forward(batch))
         assert backend.numeric_class.backend == "torch channels_last"
@@ -286,8 +170,9 @@ class TestCudaPathOnCpu(BackendContract):
 class TestCudaPathUnrecorded(BackendContract):
     """Where passes cannot be recorded they are run, and the reason is kept."""
 
+    name = "torch"
+    precision = FAST
     tolerance = 3e-2
-    precision = "fast"
 
     @pytest.fixture
     def backend(self) -> Iterator[Backend]:
@@ -305,26 +190,22 @@ class TestCudaPathUnrecorded(BackendContract):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device here")
 class TestTorchOnCuda(BackendContract):
+    name = "torch"
+    kind = TorchBackend
+    precision = FAST
+    device = "cuda"
     tolerance = 2e-2  # autocast, as nnU-Net runs it
-    precision = "fast"
 
-    @pytest.fixture
-    def backend(self) -> Iterator[Backend]:
-        made = cuda_path(None, "cuda")
-        assert made.note == ""
-        yield made
-        made.close()
+    def test_passes_are_recorded(self, backend: Backend) -> None:
+        assert isinstance(backend, CudaBackend) and backend.note == ""
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device here")
 class TestTorchExactOnCuda(BackendContract):
+    name = "torch"
+    kind = TorchBackend
+    device = "cuda"
     tolerance = 1e-5
-
-    @pytest.fixture
-    def backend(self) -> Iterator[Backend]:
-        made = TorchBackend(small_network(), device="cuda", batch=4, threads=1)
-        yield made
-        made.close()
 
 
 def test_a_device_whose_memory_is_full_is_no_reason_to_go_on_unrecorded() -> None:
@@ -448,8 +329,8 @@ def test_on_cuda_nnunets_autocast_runs_with_repeatable_algorithms(monkeypatch: p
     monkeypatch.setattr(cudnn, "benchmark", True)
     products.allow_tf32 = True
     try:
-        for precision in ("fast", "exact"):
-            with arithmetic(torch.device("cuda"), precision):
+        for precision in (FAST, EXACT):
+            with precision.arithmetic(torch.device("cuda")):
                 assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
                 assert not cudnn.allow_tf32 and not products.allow_tf32
             assert cudnn.benchmark and products.allow_tf32

@@ -8,10 +8,14 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from connectomics_example.double import DoubleBackend
 
 from connectomics import ConnectomicsError, load_config, open_volume
 from connectomics.cli import main
 from connectomics.core.geometry import Box
+from connectomics.models.arch.nnunet_models import NetworkPlan
+from connectomics.testing.architecture import ArchitectureContract
+from connectomics.testing.backend import BackendContract
 from connectomics.testing.output_format import OutputFormatContract, OutputSample
 from connectomics.testing.volume_reader import VolumeReaderContract, WrittenVolume
 
@@ -40,6 +44,54 @@ class TestOutput(OutputFormatContract):
         OutputSample(RANDOM.integers(0, 3, (1, 5, 34, 17), np.uint8)),
         OutputSample(RANDOM.random((3, 5, 20, 17), np.float32), labels=False),
     )
+
+
+class TestBackend(BackendContract):
+    name = "double"
+    kind = DoubleBackend
+    tolerance = 5e-6
+
+
+def plan(dimensions: int) -> NetworkPlan:
+    return NetworkPlan(
+        trainer_name="nnUNetTrainer",
+        dimensions=dimensions,
+        channels=2,
+        classes=3,
+        network_class="",
+        arguments={},
+        imports=(),
+        patch_shape=(1 if dimensions == 2 else 4, 8, 8),
+        plans={},
+        configuration={},
+        where="plans.json",
+        checkpoint="c.pth",
+        trust_code=False,
+    )
+
+
+class TestArchitecture(ArchitectureContract):
+    name = "linear"
+    plans: ClassVar = (plan(2), plan(3))
+    impossible: ClassVar = (plan(4),)
+
+
+def test_a_run_computes_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_voxels(tmp_path / "cell.voxels", RANDOM.integers(0, 256, (1, 2, 64, 64), np.uint8))
+    words = ["infer-volume", "--checkpoint", str(MODEL), "system.device=cpu", "system.num_cpus=1"]
+    words += [f"inference.volume_mode.file_pattern={tmp_path}/*.voxels"]
+    labels = []
+    for backend in ("torch", "double"):
+        out = tmp_path / backend
+        assert main([*words, f"inference.data.output_path={out}", f"system.backend={backend}"]) == 0
+        volume = open_volume(str(out / "cell_labels.h5"))
+        labels.append(volume.read(Box.of_shape(volume.info.extent)))
+        volume.close()
+        assert f'"backend": "{backend}' in (out / "cell_labels.run" / "provenance.json").read_text()
+    assert (labels[0] != labels[1]).mean() < 1e-3
+    with pytest.raises(ConnectomicsError, match="must be one of auto, torch, compile, openvino, double"):
+        load_config(None, ["system.backend=tensorrt"])
+    capsys.readouterr()
 
 
 def test_a_run_reads_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

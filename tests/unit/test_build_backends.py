@@ -14,6 +14,7 @@ from connectomics.assembly.settings import network_settings
 from connectomics.config.load import load_config
 from connectomics.core.errors import AgreementError
 from connectomics.lightning.inference import InferenceManager
+from connectomics.models.backends.precisions import EXACT, FAST
 from connectomics.stages.predict.precision_check import FastContract
 
 from nnunet_models import make_model
@@ -53,12 +54,12 @@ def test_what_is_left_open_is_taken_from_what_was_begun_and_nothing_else() -> No
 
 
 def test_precision_is_nnunets_where_it_is_not_stated(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert network_settings(load_config(None, ["system.device=cpu"])).precision == "exact"
-    assert network_settings(load_config(None, ["system.device=cpu", "inference.precision=fast"])).precision == "fast"
+    assert network_settings(load_config(None, ["system.device=cpu"])).precision is EXACT
+    assert network_settings(load_config(None, ["system.device=cpu", "inference.precision=fast"])).precision is FAST
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert network_settings(load_config(None, [])).precision == "fast"
-    assert network_settings(load_config(None, ["inference.precision=exact"])).precision == "exact"
+    assert network_settings(load_config(None, [])).precision is FAST
+    assert network_settings(load_config(None, ["inference.precision=exact"])).precision is EXACT
 
 
 def test_threads_are_those_of_this_process_and_at_most_nnunets(monkeypatch: pytest.MonkeyPatch) -> None:

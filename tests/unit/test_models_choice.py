@@ -11,14 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from connectomics.config import schema
+from connectomics.config.load import load_config
 from connectomics.core.errors import ConfigError, DeviceError
-from connectomics.models.backends import choice
+from connectomics.core.features import BACKENDS, PRECISIONS
+from connectomics.models.backends import torch_eager
 from connectomics.models.backends.artefacts import Artefacts
-from connectomics.models.backends.choice import BACKENDS, BackendRequest, ModelNetworks, choose, default_precision
+from connectomics.models.backends.choice import choose
+from connectomics.models.backends.contract import BackendRequest, ModelNetworks
 from connectomics.models.backends.cuda import CudaBackend
+from connectomics.models.backends.precisions import EXACT, FAST, default_precision
 
-TERMS = BackendRequest("cpu", "exact", 1, 1)
+TERMS = BackendRequest("cpu", EXACT, 1, 1)
 NONE = Artefacts(None)
 
 
@@ -45,7 +48,11 @@ def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_configuration_knows_the_same_names() -> None:
-    assert set(schema.BACKENDS) == {"auto", *BACKENDS}
+    for key, names in (("system.backend", ("auto", *BACKENDS.names())), ("inference.precision", PRECISIONS.names())):
+        for name in names:
+            load_config(None, [f"{key}={name}"])
+        with pytest.raises(ConfigError, match=f"must be one of {', '.join(names)}"):
+            load_config(None, [f"{key}=other"])
 
 
 def test_the_named_backend_runs_every_network() -> None:
@@ -94,7 +101,7 @@ def test_a_processor_without_bfloat16_is_named(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(library.Core, "get_property", less)
     with pytest.raises(DeviceError, match=r"which this processor lacks; set inference.precision=exact"):
-        kinds("openvino", networks(nn.ReLU()), terms=BackendRequest("cpu", "fast", 1, 1))
+        kinds("openvino", networks(nn.ReLU()), terms=BackendRequest("cpu", FAST, 1, 1))
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -123,16 +130,16 @@ def test_openvino_sends_nothing_anywhere(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_mps_has_no_fast_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(DeviceError, match="device 'mps' has no fast precision"):
-        kinds("torch", networks(nn.Identity()), terms=BackendRequest("mps", "fast", 1, 1))
+        kinds("torch", networks(nn.Identity()), terms=BackendRequest("mps", FAST, 1, 1))
 
 
 def test_openvino_is_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(DeviceError, match="backend 'openvino' runs on the CPU, but the device is 'cuda'"):
-        kinds("openvino", networks(nn.Identity()), terms=BackendRequest("cuda", "fast", 1, 1))
-    assert default_precision("auto") == "fast"
-    assert default_precision("cpu") == "exact"
+        kinds("openvino", networks(nn.Identity()), terms=BackendRequest("cuda", FAST, 1, 1))
+    assert default_precision("auto") is FAST
+    assert default_precision("cpu") is EXACT
 
 
 def test_on_cuda_fast_is_recorded_and_exact_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,10 +153,10 @@ def test_on_cuda_fast_is_recorded_and_exact_is_the_reference(monkeypatch: pytest
     def refuse(run: Any) -> Any:
         raise RuntimeError("no graph here")
 
-    monkeypatch.setattr(choice, "CudaBackend", Recording)
+    monkeypatch.setattr(torch_eager, "CudaBackend", Recording)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    found, notes = kinds("auto", networks(nn.ReLU(), nn.ReLU()), terms=BackendRequest("cuda:1", "fast", 3, 2))
+    found, notes = kinds("auto", networks(nn.ReLU(), nn.ReLU()), terms=BackendRequest("cuda:1", FAST, 3, 2))
     assert found == [["torch", "torch"]]
     assert notes == ("passes are not recorded as a graph: no graph here",)
-    assert made == [{"device": "cuda:1", "shape": (3, 1, 2, 4, 4), "threads": 2}] * 2
+    assert made == [{"device": "cuda:1", "shape": (3, 1, 2, 4, 4), "threads": 2, "precision": FAST}] * 2

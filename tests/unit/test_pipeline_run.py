@@ -100,7 +100,10 @@ def test_the_mask_is_the_same_after_a_failure(tmp_path: Path, by_slice: bool) ->
         job = job_in(folder, reader=Reader(image))
         job = changed(
             job,
-            segmenter=replace(job.labeller.segmenter, members=(EnsembleMember(NotNegative(), (scheme,), by_slice),)),
+            segmenter=replace(
+                job.labeller.segmenter,
+                members=(EnsembleMember(NotNegative(), (scheme,), section_axis=0 if by_slice else None),),
+            ),
         )
         for after in fails:
             with pytest.raises(VolumeError, match="the disk is gone"):

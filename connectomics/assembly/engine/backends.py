@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from connectomics.assembly.settings import NetworkSettings
 from connectomics.core.geometry import Vec3
 from connectomics.models.backends.artefacts import Artefacts
-from connectomics.models.backends.choice import AUTO, BackendRequest, ChosenBackends, ModelNetworks, choose
-from connectomics.models.backends.contract import NumericClass
+from connectomics.models.backends.choice import AUTO, ChosenBackends, backend_kind, choose
+from connectomics.models.backends.contract import BackendRequest, ModelNetworks, NumericClass
+from connectomics.models.backends.precisions import EXACT, Precision, precision_named
 from connectomics.models.backends.probe import largest_fitting, try_batch
 from connectomics.models.backends.torch_eager import window_bytes
 from connectomics.models.checkpoint import LoadedModel
@@ -17,7 +18,6 @@ from connectomics.models.spec import ModelSpec
 from connectomics.planning.profile import Profile, Trial, load_profile, profile_path
 
 BATCH_SHARE = 0.5  # of the budget, for the windows of a batch that is not stated
-REFERENCES = ("torch", "openvino")  # fast is held against its own float32, or where that is not listed the first's
 
 
 def holds_batch(budget_bytes: int, models: Sequence[LoadedModel], patches: Sequence[Vec3], batch: int) -> bool:
@@ -53,7 +53,7 @@ def choose_backends(
 def _measured(networks: NetworkSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Trial]:
     """What ``tune`` measured, where the configuration leaves anything open; batches as memory holds them."""
     batch, backend = networks.batch, networks.backend
-    promised = (backend, networks.precision) == ("torch", "exact")  # to be equal to nnU-Net, which takes one at a time
+    promised = (backend, networks.precision) == ("torch", EXACT)  # to be equal to nnU-Net, which takes one at a time
     if backend != AUTO and (batch is not None or promised):
         return []
     profile = known_profile(networks, [model.spec for model in models], patches)
@@ -70,8 +70,8 @@ def ways(networks: NetworkSettings, profile: Profile) -> tuple[Trial, ...]:
     """
     batch, backend = networks.batch, networks.backend
     if backend != AUTO:
-        return profile.fastest(networks.precision, batch, networks.threads, backend)
-    return profile.fastest(networks.precision, batch, networks.stated_threads)
+        return profile.fastest(networks.precision.name, batch, networks.threads, backend)
+    return profile.fastest(networks.precision.name, batch, networks.stated_threads)
 
 
 def known_profile(networks: NetworkSettings, specs: Sequence[ModelSpec], patches: Sequence[Vec3]) -> Profile | None:
@@ -91,18 +91,22 @@ def trial_backends(
     DeviceError
         If they are not available, with the reason.
     """
-    terms = BackendRequest(networks.device, trial.precision, trial.batch, trial.threads)
+    terms = BackendRequest(networks.device, precision_named(trial.precision), trial.batch, trial.threads)
     return choose(trial.backend, terms, _networks(models, patches), Artefacts(networks.cache))
 
 
 def reference_backends(
-    networks: NetworkSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3], fast: NumericClass
+    networks: NetworkSettings,
+    models: Sequence[LoadedModel],
+    patches: Sequence[Vec3],
+    own: NumericClass,
+    precision: Precision,
 ) -> ChosenBackends:
-    """As ``choose_backends``, in float32: what a fast backend is held against."""
-    terms = BackendRequest(networks.device, "exact", fast.batch, fast.threads, low_memory=True)
-    own = kind_of(fast.as_dict())
-    name = own if own in REFERENCES else REFERENCES[0]
-    return choose(name, terms, _networks(models, patches), Artefacts(networks.cache))
+    """As ``choose_backends``, in the precision that a backend of another one is held against."""
+    terms = BackendRequest(networks.device, precision, own.batch, own.threads, low_memory=True)
+    return choose(
+        backend_kind(kind_of(own.as_dict())).reference, terms, _networks(models, patches), Artefacts(networks.cache)
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -140,7 +144,8 @@ def fitting_backends(
             trials = _measured(tried, models, patches)
         chosen = choose_backends(tried, models, patches, trials)
         own = chosen.backends[0][0].numeric_class
-        reference = reference_backends(tried, models, patches, own) if own.precision == "fast" else None
+        exact = precision_named(own.precision).reference
+        reference = None if exact is None else reference_backends(tried, models, patches, own, precision=exact)
         for each in (chosen, reference):
             for model, patch, row in zip(models, patches, each.backends if each is not None else (), strict=False):
                 for backend in row:

@@ -9,6 +9,7 @@ import sys
 from connectomics.assembly.engine.engine import NNUNET_STEP, EngineModel
 from connectomics.assembly.settings import InferenceSettings
 from connectomics.core.installation import VERSION
+from connectomics.models.backends.precisions import Precision
 from connectomics.stages.predict.segmenter import Segmenter
 
 PACKAGES = (
@@ -39,7 +40,7 @@ def _version(name: str) -> str:
 
 
 def result_facts(
-    stated: InferenceSettings, models: tuple[EngineModel, ...], segmenter: Segmenter, *, fast: bool
+    stated: InferenceSettings, models: tuple[EngineModel, ...], segmenter: Segmenter, precision: Precision
 ) -> dict[str, object]:
     """Settings that decide labels and probabilities alike, as JSON values."""
     windows, volumes, filters = stated.windows, stated.volumes, stated.labels.filters
@@ -54,8 +55,7 @@ def result_facts(
         "axes": volumes.axes,
         "voxel_size_nm": None if volumes.voxel_size_nm is None else list(volumes.voxel_size_nm),
     }
-    if fast:
-        common["precision"] = "fast"
+    common |= precision.facts
     planes = volumes.plane_names
     members = segmenter.members[:: len(planes)]  # of each model the first; the others differ in the plane alone
     own: list[dict[str, object]] = [

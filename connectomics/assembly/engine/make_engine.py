@@ -25,7 +25,9 @@ from connectomics.inference.resample import check_rules
 from connectomics.models.backends.cached import CACHED_BYTES, CachedBackend
 from connectomics.models.backends.choice import ChosenBackends
 from connectomics.models.backends.contract import Backend
-from connectomics.models.backends.torch_eager import free_device_bytes, window_bytes
+from connectomics.models.backends.device import free_device_bytes
+from connectomics.models.backends.precisions import precision_named
+from connectomics.models.backends.torch_eager import window_bytes
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 from connectomics.planning.memory import share_freed_memory
@@ -60,13 +62,12 @@ def make_engine(stated: InferenceSettings) -> Engine:
     fitting = fitting_backends(stated.networks, [model for _, model in loaded], patches)
     chosen, reference = fitting.chosen, fitting.reference
     models = tuple(_engine_model(stated.windows, fitting.batch, *each) for each in loaded)
-    first, fast = chosen.backends[0][0], reference is not None
-    cached_backends = _cached(chosen) if fast else ()
+    first = chosen.backends[0][0]
+    precision = precision_named(first.numeric_class.precision)
+    cached_backends = () if reference is None else _cached(chosen)
     segmenter = _segmenter(stated, models, cached_backends or chosen.backends)
     previous = _first_stage(stated, [model.spec for model in models])  # which has a batch of its own
-    deviations = deviations_of(stated, models, segmenter)
-    if fast and first.device.type == "cpu":
-        deviations += ("bfloat16 instead of float32 (inference.precision=fast)",)
+    deviations = deviations_of(stated, models, segmenter) + precision.deviations.get(first.device.type, ())
     if previous is not None:
         deviations += tuple(f"the previous stage: {text}" for text in previous.identity.deviations)
     base_bytes = psutil.Process().memory_info().rss + CACHED_BYTES * sum(map(len, cached_backends))
@@ -82,7 +83,7 @@ def make_engine(stated: InferenceSettings) -> Engine:
             allow_mixed=stated.call.allow_mixed,
             readers=stated.call.readers,
         ),
-        identity=EngineIdentity(result_facts(stated, models, segmenter, fast=fast), deviations, chosen.notes),
+        identity=EngineIdentity(result_facts(stated, models, segmenter, precision), deviations, chosen.notes),
         memory=EngineMemory(base_bytes, free_device_bytes(first.device)),
         previous=previous,
         reference=None
@@ -156,11 +157,10 @@ def _members(
         EnsembleMember(
             predictor,
             spec.normalisations,
-            by_slice,
             AxisOrder(spec.axis_order).after(AxisOrder.across(axis)),
             weight=weight,
             previous_values=values,
-            section_axis=axis,
+            section_axis=axis if by_slice else None,
         )
         for axis in volumes.planes
     )

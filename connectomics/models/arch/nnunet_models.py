@@ -22,6 +22,7 @@ from dynamic_network_architectures.building_blocks.residual import BasicBlockD, 
 from torch import nn
 
 from connectomics.core.errors import ModelError, UnsafeModelError
+from connectomics.core.features import ARCHITECTURES
 from connectomics.core.geometry import Vec3
 from connectomics.models.arch.trainers import own_network_trainer
 
@@ -117,7 +118,9 @@ _ARCHITECTURES: dict[str, Architecture] = {}
 
 
 def register_architecture(name: str) -> Callable[[Architecture], Architecture]:
-    """Decorate a function that builds a network, so that ``model.architecture=name`` finds it.
+    """Decorate a function that builds a network, so that ``model.architecture=name`` finds it in this process.
+
+    Installed packages name theirs as entry points ``connectomics.architectures`` instead.
 
     Raises
     ------
@@ -126,7 +129,7 @@ def register_architecture(name: str) -> Callable[[Architecture], Architecture]:
     """
 
     def register(builder: Architecture) -> Architecture:
-        if name in _ARCHITECTURES:
+        if name in _ARCHITECTURES or name in ARCHITECTURES:
             raise ValueError(f"architecture '{name}' is already registered")
         _ARCHITECTURES[name] = builder
         return builder
@@ -144,12 +147,13 @@ def build_architecture(name: str, plan: NetworkPlan) -> NNUNetModel:
     UnsafeModelError
         If the plan names classes outside of the allow-list.
     """
-    if name not in _ARCHITECTURES:
-        raise ModelError(f"unknown architecture '{name}'; known: {', '.join(sorted(_ARCHITECTURES))}")
-    return _ARCHITECTURES[name](plan)
+    if name not in _ARCHITECTURES and name not in ARCHITECTURES:
+        known = sorted({*_ARCHITECTURES, *ARCHITECTURES.names()})
+        raise ModelError(f"unknown architecture '{name}'; known: {', '.join(known)}")
+    builder: Architecture = _ARCHITECTURES[name] if name in _ARCHITECTURES else ARCHITECTURES.load(name)
+    return builder(plan)
 
 
-@register_architecture("nnunet")
 def build_nnunet(plan: NetworkPlan) -> NNUNetModel:
     """The network that nnU-Net's trainer builds from the plans, without deep supervision."""
     network_class = _network_class(plan)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from connectomics.models.backends.contract import Backend, NumericClass
+from connectomics.models.backends.contract import Backend
 
 CACHED_BYTES = 64 << 20
 """Logits kept at most; a sample of a million voxels of two classes, not mirrored, takes a fifth of it."""
@@ -26,18 +26,10 @@ class CachedBackend:
     """
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+        self._backend, self.device, self.numeric_class = backend, backend.device, backend.numeric_class
         self._known: dict[bytes, torch.Tensor] = {}
         self.sampling = False
         """Whether what is computed is part of the sample."""
-
-    @property
-    def device(self) -> torch.device:
-        return self._backend.device
-
-    @property
-    def numeric_class(self) -> NumericClass:
-        return self._backend.numeric_class
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """See ``Backend``."""

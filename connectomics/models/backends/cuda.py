@@ -1,6 +1,6 @@
 """PyTorch on CUDA in nnU-Net's half precision: weights converted once, and one graph of all kernels for the batch.
 
-Made by ``choice`` for ``fast``; ``exact`` is the reference backend. What only a GPU can do is behind ``Recorder``.
+Made by ``TorchBackend``, which itself computes in float32. What only a GPU can do is behind ``Recorder``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from connectomics.core.errors import DeviceError
-from connectomics.models.backends.contract import NumericClass, whole_batch
+from connectomics.models.backends.contract import NumericClass, closed, whole_batch
+from connectomics.models.backends.device import capability, give_back, select_device
+from connectomics.models.backends.precisions import FAST, Precision
 from connectomics.models.backends.probe import exhausted
-from connectomics.models.backends.torch_eager import arithmetic, capability, select_device
 
 log = logging.getLogger(__name__)
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # memory formats by the axes of a convolution's weight
@@ -112,6 +113,8 @@ class CudaBackend:
         Of each batch the network sees: rows, channels, z, y, x. Emptier batches are filled with zeros.
     threads
         CPU threads within one operation, part of the numeric class.
+    precision
+        Which half precision.
     channels_last
         See ``in_half``.
     recorder
@@ -137,73 +140,46 @@ class CudaBackend:
         device: str,
         shape: tuple[int, int, int, int, int],
         threads: int,
+        precision: Precision = FAST,
         channels_last: bool = True,
         recorder: Recorder | None = None,
     ) -> None:
-        self._device = select_device(device)
-        if recorder is None and self._device.type != "cuda":
+        self.device = select_device(device)
+        if recorder is None and self.device.type != "cuda":
             raise DeviceError(f"CUDA graphs need a CUDA device, and '{device}' is none; set system.device=cuda")
-        dtype = torch.get_autocast_dtype(self._device.type)
-        self._network: nn.Module | None = in_half(network, dtype, channels_last=channels_last).to(self._device)
-        self._input = torch.zeros(shape, device=self._device)
-        self._numeric_class = NumericClass(
-            backend="torch channels_last" if channels_last else "torch half",
-            precision="fast",
-            batch=shape[0],
-            threads=threads,
-            device=capability(self._device),
+        self._precision = precision
+        dtype = precision.dtype(self.device)
+        self._network: Callable[..., torch.Tensor] = in_half(network, dtype, channels_last=channels_last).to(
+            self.device
         )
-        self.note = ""
-        self._recorded: Recorded | None = None
+        self._shape, self._input = shape, torch.zeros(shape, device=self.device)
+        self._load: Callable[[torch.Tensor], torch.Tensor] = self._input.copy_
+        kind = "torch channels_last" if channels_last else "torch half"  # a graph runs the same kernels
+        self.numeric_class = NumericClass(kind, precision.name, shape[0], threads, device=capability(self.device))
+        self.note, self._recorded = "", None
         try:
-            self._recorded = (recorder or CudaGraphs(self._device))(self._run)
+            self._recorded = (recorder or CudaGraphs(self.device))(self._run)
         except RuntimeError as error:
             if exhausted(error):
                 raise
             self.note = f"passes are not recorded as a graph: {' '.join(str(error).split())[:300]}"
-            log.warning("%s: %s; each kernel is started by itself", self._device, self.note)
-
-    @property
-    def device(self) -> torch.device:
-        """Where ``forward`` expects its input and leaves its output."""
-        return self._device
-
-    @property
-    def numeric_class(self) -> NumericClass:
-        """What decides the last bits of the logits; a graph runs the same kernels, so it is not part of that."""
-        return self._numeric_class
+            log.warning("%s: %s; each kernel is started by itself", self.device, self.note)
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [n, k, z, y, x] of windows float32 [n, c, z, y, x]; both on ``device``.
-
-        Raises
-        ------
-        ValueError
-            If the batch has another dtype, device or shape of windows, no row, or too many.
-        RuntimeError
-            If the backend is closed.
-        """
-        if self._network is None:
-            raise RuntimeError("the backend is closed")
-        rows = batch.shape[0]
-        batch = whole_batch(batch, self._input.shape[0], self._device)
-        if batch.shape != self._input.shape:
-            raise ValueError(f"recorded for batches of {list(self._input.shape)}, got {list(batch.shape)}")
-        self._input.copy_(batch)
-        if self._recorded is None:
-            return self._run()[:rows].to(torch.float32, copy=True)
-        self._recorded.replay()
-        return self._recorded.output[:rows].to(torch.float32, copy=True)  # the next pass overwrites it
+        """See ``Backend``."""
+        self._load(whole_batch(batch, self._shape, self.device))
+        if self._recorded is not None:
+            self._recorded.replay()
+        logits = self._run() if self._recorded is None else self._recorded.output
+        return logits[: batch.shape[0]].to(torch.float32, copy=True)  # the next pass overwrites it
 
     def _run(self) -> torch.Tensor:
-        assert self._network is not None
-        with torch.no_grad(), arithmetic(self._device, "fast"):
-            logits: torch.Tensor = self._network(self._input)
-        return logits
+        with torch.no_grad(), self._precision.arithmetic(self.device):
+            return self._network(self._input)
 
     def close(self) -> None:
-        """Let go of the network, the graph and their memory; twice is fine."""
-        self._network = self._recorded = None
+        """See ``Backend``."""
+        self._network = self._load = closed
+        self._recorded = None
         self._input = self._input.new_zeros(0)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self.device)

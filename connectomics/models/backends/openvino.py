@@ -11,7 +11,8 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,11 +21,18 @@ from torch import nn
 from connectomics.core.errors import DeviceError
 from connectomics.core.installation import install_command
 from connectomics.models.backends.artefacts import Artefacts, MappedArtefact
-from connectomics.models.backends.contract import NumericClass, whole_batch
-from connectomics.models.backends.torch_eager import capability
+from connectomics.models.backends.contract import (
+    BackendRequest,
+    MadeBackend,
+    ModelNetworks,
+    NumericClass,
+    closed,
+    whole_batch,
+)
+from connectomics.models.backends.device import capability, select_device
 
 CPU = torch.device("cpu")
-HINTS = {"exact": "f32", "fast": "bf16"}
+HINTS = {torch.float32: ("f32", "ACCURACY"), torch.bfloat16: ("bf16", "PERFORMANCE")}
 TELEMETRY = "openvino_telemetry"
 FAILURES = (  # OpenVINO's own errors, which have no common base
     "GeneralFailure",
@@ -38,108 +46,71 @@ FAILURES = (  # OpenVINO's own errors, which have no common base
 class OpenVinoBackend:
     """Runs a network compiled by OpenVINO for one shape, on a fixed number of threads.
 
-    Parameters
-    ----------
-    network
-        Gives what takes float32 [n, c, z, y, x] and gives [n, k, z, y, x]; called where nothing compiled is kept.
-    shape
-        Of each batch the network sees: rows, channels, z, y, x. Emptier batches are filled with zeros.
-    threads
-        CPU threads of a forward pass.
-    precision
-        ``exact`` (float32 throughout) or ``fast`` (bfloat16).
-    model
-        Identity of the network's weights, under which what is compiled is kept.
-    artefacts
-        Where it is kept.
-    low_memory
-        Whether the memory of a forward pass is given back after it, for some percent of its time.
-
-    Raises
-    ------
-    DeviceError
-        If OpenVINO is not installed, cannot convert the network, or this processor has no bfloat16.
+    The network is asked for only where nothing compiled is kept, and let go before and after. With ``low_memory`` the
+    memory of a forward pass is given back after it, for some percent of its time.
     """
 
-    def __init__(
-        self,
-        network: Callable[[], nn.Module],
-        *,
-        shape: tuple[int, int, int, int, int],
-        threads: int,
-        precision: str,
-        model: str,
-        artefacts: Artefacts,
-        low_memory: bool = False,
-    ) -> None:
-        openvino = load_openvino()
-        core = openvino.Core()
+    reference: ClassVar[str] = "openvino"
+    note: ClassVar[str] = ""
+    device: ClassVar[torch.device] = CPU
+
+    def __init__(self, networks: ModelNetworks, fold: int, request: BackendRequest, artefacts: Artefacts) -> None:
+        if select_device(request.device).type != "cpu":
+            raise DeviceError(
+                f"backend 'openvino' runs on the CPU, but the device is '{request.device}'; use backend torch"
+            )
+        openvino, precision, threads = load_openvino(), request.precision, request.threads
+        if precision.dtype(CPU) not in HINTS:
+            raise DeviceError(f"backend 'openvino' has no {precision.name} precision; set system.backend=torch")
+        core, (hint, mode) = openvino.Core(), HINTS[precision.dtype(CPU)]
         options: dict[str, object] = {
-            "INFERENCE_PRECISION_HINT": HINTS[precision],
-            "EXECUTION_MODE_HINT": "ACCURACY" if precision == "exact" else "PERFORMANCE",
+            "INFERENCE_PRECISION_HINT": hint,
+            "EXECUTION_MODE_HINT": mode,
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,  # processes that share a machine would be pinned to the same cores
         }
         capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if precision == "fast" and "BF16" not in capabilities:
+        if hint == "bf16" and "BF16" not in capabilities:
             raise DeviceError(
-                "OpenVINO's fast precision is bfloat16, which this processor lacks; set inference.precision=exact"
+                f"OpenVINO's {precision.name} precision is bfloat16, which this processor lacks; "
+                "set inference.precision=exact"
             )
+        self._shape, self._low_memory = networks.shape(request.batch), request.low_memory
         facts: dict[str, object] = {
             "openvino": openvino.__version__,
             "torch": torch.__version__,
             "processor": [core.get_property("CPU", "FULL_DEVICE_NAME"), sorted(capabilities), capability(CPU)],
-            "model": model,
-            "shape": list(shape),
-            "precision": precision,
+            "model": f"{networks.sha256} {fold}",
+            "shape": list(self._shape),
+            "precision": precision.name,
             "threads": threads,
         }
-        self._shape, self._low_memory = shape, low_memory
-        self._model, self._kept = _compiled(core, network, shape, options, facts=facts, artefacts=artefacts)
-        self._request: Any = self._model.create_infer_request()
-        self._numeric_class = NumericClass(
-            backend=f"openvino {openvino.__version__.partition('-')[0]}",
-            precision=precision,
-            batch=shape[0],
-            threads=threads,
-            device=capability(CPU) + " BF16" * ("BF16" in capabilities),
-        )
+        networks.let_go()
+        network = partial(networks.modules.__getitem__, fold)
+        self._model, self._kept = _compiled(core, network, self._shape, options, facts=facts, artefacts=artefacts)
+        networks.let_go()
+        self._infer: Callable[..., Any] = self._model.create_infer_request().infer
+        name, half = f"openvino {openvino.__version__.partition('-')[0]}", " BF16" * ("BF16" in capabilities)
+        self.numeric_class = NumericClass(name, precision.name, request.batch, threads, device=capability(CPU) + half)
 
-    @property
-    def device(self) -> torch.device:
-        """The CPU."""
-        return CPU
-
-    @property
-    def numeric_class(self) -> NumericClass:
-        """What decides the last bits of the logits."""
-        return self._numeric_class
+    @classmethod
+    def make(cls, networks: ModelNetworks, fold: int, request: BackendRequest, artefacts: Artefacts) -> MadeBackend:
+        """See ``BackendKind``."""
+        return cls(networks, fold, request, artefacts)
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [n, k, z, y, x] of windows float32 [n, c, z, y, x].
-
-        Raises
-        ------
-        ValueError
-            If the batch has another dtype, device or shape than the network was compiled for, or too many rows.
-        RuntimeError
-            If the backend is closed.
-        """
-        if self._request is None:
-            raise RuntimeError("the backend is closed")
-        rows = batch.shape[0]
-        batch = whole_batch(batch, self._shape[0], CPU)
-        if tuple(batch.shape) != self._shape:
-            raise ValueError(f"compiled for batches of {list(self._shape)}, got {list(batch.shape)}")
-        found = self._request.infer([batch.contiguous().numpy()], share_inputs=True)
+        """See ``Backend``."""
+        whole = whole_batch(batch, self._shape, CPU)
+        found = self._infer([whole.contiguous().numpy()], share_inputs=True)
         if self._low_memory:
             self._model.release_memory()
-        return torch.from_numpy(found[0][:rows])
+        return torch.from_numpy(found[0][: batch.shape[0]])
 
     def close(self) -> None:
-        """Let go of the network and its memory; twice is fine."""
-        self._request = self._model = self._kept = None
+        """See ``Backend``."""
+        self._infer = closed
+        self._model = self._kept = None
 
 
 def load_openvino() -> Any:

@@ -13,66 +13,38 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from connectomics.core.errors import DeviceError
 from connectomics.models.backends.artefacts import Artefacts
-from connectomics.models.backends.contract import NumericClass
-from connectomics.models.backends.torch_eager import TorchBackend, select_device
+from connectomics.models.backends.contract import BackendRequest, MadeBackend, ModelNetworks
+from connectomics.models.backends.device import select_device
+from connectomics.models.backends.torch_eager import TorchBackend
 
 COMPILERS = ("g++", "clang++", "cl")
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
 class CompiledBackend:
-    """As ``TorchBackend``, with the network compiled for one shape when it is made.
+    """As ``TorchBackend``, with the network compiled for one shape when it is made."""
 
-    Parameters
-    ----------
-    network
-        Takes float32 [n, c, z, y, x], gives [n, k, z, y, x]; it is moved to the device and put in eval mode.
-    device
-        A name ``select_device`` knows.
-    shape
-        Of each batch the network sees: rows, channels, z, y, x.
-    threads
-        CPU threads within one operation.
-    precision
-        ``exact`` or ``fast``.
-    artefacts
-        Where generated code is kept.
+    reference: ClassVar[str] = "torch"
+    note: ClassVar[str] = ""
 
-    Raises
-    ------
-    DeviceError
-        If the device or a C++ compiler is missing, or the network cannot be compiled.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        device: str,
-        shape: tuple[int, int, int, int, int],
-        threads: int,
-        precision: str,
-        artefacts: Artefacts,
-    ) -> None:
-        chosen = select_device(device)
-        if chosen.type == "cpu":
+    def __init__(self, networks: ModelNetworks, fold: int, request: BackendRequest, artefacts: Artefacts) -> None:
+        self.device = select_device(request.device)
+        if self.device.type == "cpu":
             _require_compiler()
-        settled = network.to(chosen).eval().requires_grad_(False)
+        settled = networks.modules[fold].to(self.device).eval().requires_grad_(False)
         compiled: Any = torch.compile(settled, fullgraph=True, dynamic=False, options={"freezing": True})
-        self._eager = TorchBackend(compiled, device=device, batch=shape[0], threads=threads, precision=precision)
-        self._numeric_class = replace(
-            self._eager.numeric_class, backend=f"compile {torch.__version__.partition('+')[0]}"
-        )
+        self._eager = TorchBackend.around(compiled, request)
+        name = f"compile {torch.__version__.partition('+')[0]}"
+        self.numeric_class = replace(self._eager.numeric_class, backend=name)
         try:
             with _generating_in(artefacts.compiler_folder()):
-                self.forward(torch.zeros(shape, device=chosen))
+                self.forward(torch.zeros(networks.shape(request.batch), device=self.device))
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             reason = " ".join(str(error).split())[:300]
             raise DeviceError(
@@ -80,32 +52,19 @@ class CompiledBackend:
                 "system.backend=torch"
             ) from error
 
-    @property
-    def device(self) -> torch.device:
-        """Where ``forward`` expects its input and leaves its output."""
-        return self._eager.device
-
-    @property
-    def numeric_class(self) -> NumericClass:
-        """What decides the last bits of the logits."""
-        return self._numeric_class
+    @classmethod
+    def make(cls, networks: ModelNetworks, fold: int, request: BackendRequest, artefacts: Artefacts) -> MadeBackend:
+        """See ``BackendKind``."""
+        return cls(networks, fold, request, artefacts)
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [n, k, z, y, x] of windows float32 [n, c, z, y, x]; both on ``device``.
-
-        Raises
-        ------
-        ValueError
-            If the batch has another dtype, device or number of axes, no row, or too many.
-        RuntimeError
-            If the backend is closed.
-        """
+        """See ``Backend``."""
         # tensors made in inference mode are of another kind, for which it would compile once more
         with torch.inference_mode(False):
             return self._eager.forward(batch.clone())
 
     def close(self) -> None:
-        """Let go of the network and its memory; twice is fine."""
+        """See ``Backend``."""
         self._eager.close()
 
 

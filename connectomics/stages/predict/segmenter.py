@@ -35,8 +35,6 @@ class EnsembleMember:
     ----------
     predictor, schemes
         The networks' logits, and how their input is normalised.
-    by_slice
-        Whether each section is a case of its own, or the volume is one.
     order
         The model's order of axes: volumes and cases come in the volume's, the predictor and what it reads work in the
         model's.
@@ -49,24 +47,27 @@ class EnsembleMember:
     previous
         Gives these labels (1, z, y, x), checked, of any box of the volume; set where the volume is known.
     section_axis
-        The volume's axis (0 = z, 1 = y, 2 = x) across which sections that are cases lie.
+        The volume's axis (0 = z, 1 = y, 2 = x) across which each section is a case of its own; None: the volume is one.
     """
 
     predictor: Predictor
     schemes: tuple[ChannelNormalisation, ...]
-    by_slice: bool = False
     order: AxisOrder = field(default_factory=AxisOrder)
     resampling: Resampling | None = None
     weight: float = 1.0
     previous_values: tuple[int, ...] = ()
     previous: ReadBox | None = None
-    section_axis: int = 0
+    section_axis: int | None = None
+
+    @property
+    def by_slice(self) -> bool:
+        """Whether each section is a case of its own."""
+        return self.section_axis is not None
 
     @property
     def sees(self) -> tuple[object, ...]:
         """What decides its cases; members that see a volume alike share them."""
-        cases = (self.by_slice, self.section_axis if self.by_slice else 0)
-        return (self.schemes, cases, self.plane_axis, self.keeps_mask, self.previous_values)
+        return (self.schemes, self.section_axis, self.plane_axis, self.keeps_mask, self.previous_values)
 
     @property
     def keeps_mask(self) -> bool:
@@ -182,7 +183,7 @@ class Segmenter:
                     name,
                     m.schemes,
                     by_slice=m.by_slice,
-                    section_axis=m.section_axis,
+                    section_axis=m.section_axis or 0,
                     workers=workers,
                     plane_axis=m.plane_axis,
                     with_mask=m.keeps_mask,
@@ -297,8 +298,10 @@ class Segmenter:
         return result
 
 
-def cases_in(cases: Sequence[Case], box: Box, axis: int) -> Sequence[Case]:
-    """The cases (in order along ``axis``) that share sections with ``box``."""
+def cases_in(cases: Sequence[Case], box: Box, axis: int | None) -> Sequence[Case]:
+    """The cases (in order along ``axis``, or one) that share sections with ``box``."""
+    if axis is None:
+        return cases
     first = bisect_right(cases, box.start[axis], key=lambda case: case.region.stop[axis])
     last = first
     while last < len(cases) and cases[last].region.start[axis] < box.stop[axis]:
