@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+MADE := $(VENV)/.made-by-make
 JOBS ?= 2
 
 .PHONY: setup demo test test-long coverage lint parity bench structure package-test clean
@@ -10,16 +11,19 @@ JOBS ?= 2
 
 setup: $(READY)
 
-# torch and torchvision come as a pair (constraints.txt), for packages of nnU-Net's import torchvision; nothing here needs
-# it. Where the package index has only a CPU torch and a CUDA torchvision, that torchvision does not load and breaks
-# whoever tries to import it: one that was installed here is taken away again, one that was there before is left alone.
+# An environment that make did not make is left as it is. In its own, torch and torchvision, which nnU-Net's dependencies
+# bring, come as a pair (constraints.txt). Where the package index has only a CPU torch and a CUDA torchvision, that
+# torchvision does not load and breaks whoever tries to import it: make takes away what it installed; nothing needs it.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Python 3.11 or newer is needed; say which with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@! test -e $(VENV) || test -e $(MADE) -o -e $(READY) || \
+	    { echo "$(VENV) was not made by make and is left as it is; name a folder that is free:" \
+	           "make VENV=.venv-make $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	before=$$($(PY) -m pip show torchvision 2>/dev/null); \
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' || exit 1; \
-	[ -n "$$before" ] || $(PY) -c 'import torchvision' 2>/dev/null || \
+	@touch $(MADE)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -c 'import torchvision' 2>/dev/null || \
 	    { echo "torchvision does not load with this torch: removed, it is not needed"; \
 	      $(PY) -m pip uninstall --quiet --yes torchvision; }
 	@touch $(READY)
@@ -71,4 +75,5 @@ structure: $(READY)  ## rooms, sizes and names, before and now
 	$(PY) scripts/structure.py
 
 clean:
-	rm -rf $(VENV) demo_output .coverage* .make-test-seconds .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@! test -e $(MADE) -o -e $(READY) || rm -rf $(VENV)
+	rm -rf demo_output .coverage* .make-test-seconds .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -68,7 +68,7 @@ def _installation(package: Path = Path(connectomics.__file__).parent) -> Diagnos
             "connectomics",
             False,
             f"{', '.join(others)} also installs a package {PACKAGE}, which may be imported instead of this one",
-            f"pip uninstall {' '.join(others)}, then {install_command()}",
+            f"pip uninstall --yes {' '.join([*others, DISTRIBUTION])} && {install_command()}",
         )
     return Diagnosis("connectomics", True, f"{VERSION}, from {package}")
 
@@ -82,7 +82,7 @@ def _is_ours(owner: str) -> bool:
 def _nnunet() -> Diagnosis:
     version = importlib.metadata.version("nnunetv2")
     ok = TESTED_NNUNET[0] <= version < TESTED_NNUNET[1]
-    mend = "" if ok else f"pip install 'nnunetv2>={TESTED_NNUNET[0]},<{TESTED_NNUNET[1]}'"
+    mend = "" if ok else install_command()
     return Diagnosis(
         "nnunetv2", ok, f"{version} (tested: {TESTED_NNUNET[0]} up to, not with, {TESTED_NNUNET[1]})", mend
     )

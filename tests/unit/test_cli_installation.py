@@ -30,7 +30,7 @@ def test_the_doctor_finds_another_package_of_our_name(tmp_path: Path, monkeypatc
     found = _installation()
     assert not found.ok
     assert "connectomics also installs a package connectomics" in found.text
-    assert found.mend.startswith("pip uninstall connectomics, then ")
+    assert found.mend == f"pip uninstall --yes connectomics connectomics-nnunet && {install_command()}"
 
 
 def test_an_older_installation_of_ours_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
