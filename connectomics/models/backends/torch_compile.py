@@ -28,7 +28,7 @@ FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
 class CompiledBackend:
-    """As ``TorchBackend``, with the network compiled for one shape when it is made.
+    """Runs a network as ``TorchBackend`` does, with the network compiled for one shape when it is made.
 
     Parameters
     ----------
