@@ -40,9 +40,10 @@ test: $(READY)  ## the test suite
 test-long: $(READY)  ## every combination, long storms
 	$(PYTEST) -m long
 
-# Measuring slows a test down by a fifth to two thirds. These are the tests that run in the measured process; those with
-# a nnU-Net beside ours, and those that kill what they start, add next to nothing.
-MEASURED := tests/unit tests/contract $(addprefix tests/fault/test_,bad_models.py bad_volumes.py bad_archives.py \
+# Measuring slows a test down by a fifth to two thirds. These are the tests that run in the measured process; those
+# that kill what they start add next to nothing.
+MEASURED := tests/unit tests/contract tests/property tests/golden $(addprefix tests/parity/test_,from_nnunet.py \
+    from_nnunet_nifti.py verify.py cascade.py planes.py) $(addprefix tests/fault/test_,bad_models.py bad_volumes.py bad_archives.py \
     bad_copies.py bad_configuration.py verify_run.py failing_blocks.py)
 
 coverage: $(READY)  ## line coverage of at least 95 % by the tests that run in one process

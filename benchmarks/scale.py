@@ -42,7 +42,7 @@ from connectomics.planning.memory import Budget, NetworkWork, Work, share_freed_
 from connectomics.runs.job import JobRecord, Labeller, RunSettings, VolumeJob
 from connectomics.runs.volume import run_volume
 from connectomics.stages.output.finish import FinalOutput
-from connectomics.stages.predict.filters import Filters
+from connectomics.stages.predict.filters import BinaryFilters
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.stages.predict.task import PredictTask
 from connectomics.stages.survey.survey import load_survey, save_survey, survey, survey_bytes
@@ -177,7 +177,13 @@ def process(extent: Vec3, folder: Path) -> dict[str, float]:
     plan = plan_for(reader.info, base)
     output = FinalOutput(LABELS, "volume", "key", ("zarr",))
     job = VolumeJob(
-        "volume", folder / "volume.run", reader, Labeller(segmenter(), Filters()), (output,), plan, JobRecord({}, ())
+        "volume",
+        folder / "volume.run",
+        reader,
+        Labeller(segmenter(), BinaryFilters()),
+        (output,),
+        plan,
+        JobRecord({}, ()),
     )
     before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     report = run_volume(job, settings_in(folder), OverlappingExecutor(), lambda done, planned: None)
