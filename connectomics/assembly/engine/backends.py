@@ -84,7 +84,7 @@ def known_profile(networks: NetworkSettings, specs: Sequence[ModelSpec], patches
 def trial_backends(
     networks: NetworkSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3], trial: Trial
 ) -> ChosenBackends:
-    """Choose backends as ``choose_backends`` does, as a trial wants them.
+    """As ``choose_backends``, as a trial wants them.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def trial_backends(
 def reference_backends(
     networks: NetworkSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3], fast: NumericClass
 ) -> ChosenBackends:
-    """Choose backends as ``choose_backends`` does, in float32: what a fast backend is held against."""
+    """As ``choose_backends``, in float32: what a fast backend is held against."""
     terms = BackendRequest(networks.device, "exact", fast.batch, fast.threads, low_memory=True)
     own = kind_of(fast.as_dict())
     name = own if own in REFERENCES else REFERENCES[0]
