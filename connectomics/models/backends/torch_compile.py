@@ -28,7 +28,7 @@ FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
 class CompiledBackend:
-    """Runs a network as ``TorchBackend`` does, with the network compiled for one shape when it is made.
+    """As ``TorchBackend``, with the network compiled for one shape when it is made.
 
     Parameters
     ----------
