@@ -287,7 +287,7 @@ def test_code_that_is_named_exists(path: Path) -> None:
         assert not name or any(name in defined_in(source) for source in found), f"{path.name}: {file} defines no {name}"
 
 
-ROOMS = ["architecture", "glossary", "gpu", "memory", "objects", "path_of_a_voxel", "recovery"]
+ROOMS = ["architecture", "contracts", "glossary", "gpu", "memory", "objects", "path_of_a_voxel", "recovery"]
 PAGES_OF_THE_CODE = [
     REPOSITORY / "CONTRIBUTING.md",
     *(REPOSITORY / "docs" / f"{page}.md" for page in ROOMS),
