@@ -46,7 +46,7 @@ def plan_volume(engine: Engine, segmenter: Segmenter, info: VolumeInfo) -> tuple
 
 
 def plan_within_device(engine: Engine, segmenters: Sequence[Segmenter], info: VolumeInfo) -> tuple[BlockPlan, int]:
-    """As ``plan_volume``, of blocks whose memory the device really had for once.
+    """Plan as ``plan_volume`` does, with blocks whose memory the device really had for once.
 
     Parameters
     ----------

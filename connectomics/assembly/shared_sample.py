@@ -59,7 +59,7 @@ class SharedSample:
         return self._taken[numeric_class]
 
     def _take(self, engine: Engine) -> Agreement:
-        """From volumes that lie apart in the list, until a million voxels are compared; what cannot be read is left."""
+        """Sample volumes that lie apart in the list until a million voxels are compared; skip what cannot be read."""
         found = Agreement(0, 0, ())
         for seen, number in enumerate(spread(len(self._sources), 0)):
             missing = SAMPLED_VOXELS - found.voxels

@@ -40,7 +40,7 @@ def run_program() -> NoReturn:
 
 
 def script_main(arguments: Sequence[str] | None = None) -> int:
-    """As ``main`` for ``scripts/main.py``, where ``--mode`` names the command."""
+    """Run a command as ``main`` does, for ``scripts/main.py``, where ``--mode`` names the command."""
     words = parse_mode(arguments, __doc__)
     return guarded(_COMMANDS[words.command], words)
 

@@ -124,7 +124,7 @@ class FolderPrediction:
 
     @property
     def deviations(self) -> tuple[str, ...]:
-        """In which ways this is not nnU-Net's default inference."""
+        """The ways in which this is not nnU-Net's default inference."""
         return self._engine.identity.deviations
 
     @property

@@ -51,7 +51,7 @@ class DamageReport:
     mend: str = ""
 
     def lines(self) -> Iterator[str]:
-        """For the screen."""
+        """Return the text for the screen."""
         yield f"{self.subject}: {self.read} read, {len(self.damaged)} damaged"
         yield from (f"  damaged: {name}" for name in self.damaged[:SHOWN])
         if len(self.damaged) > SHOWN:

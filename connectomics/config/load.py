@@ -58,6 +58,11 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     ------
     ConfigError
         If the file cannot be read, a key is unknown, or a value has the wrong type or is impossible.
+
+    Examples
+    --------
+    >>> load_config(None, ["inference.sliding_window.window_size=[256,256]"]).inference.sliding_window.window_size
+    [256, 256]
     """
     stated: dict[str, object] = {}
     if path is not None:

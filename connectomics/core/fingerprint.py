@@ -1,6 +1,6 @@
 """Result and run keys: sha256 over canonical JSON of whatever decides a result.
 
-``assembly`` puts together what goes in; the pipeline stamps and compares the keys.
+``assembly`` puts together what goes in; stages stamp and compare the keys.
 """
 
 from __future__ import annotations

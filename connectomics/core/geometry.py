@@ -229,6 +229,11 @@ class BlockGrid:
         Shape of a core (z, y, x); blocks at the far faces are clipped.
     halo
         Context (z, y, x) added to ``core`` on both sides for ``read``, clipped to the volume.
+
+    Examples
+    --------
+    >>> [(block.key, block.core.shape, block.read.shape) for block in BlockGrid((1, 8, 10), (1, 8, 6), halo=(0, 2, 2))]
+    [('0-0-0', (1, 8, 6), (1, 8, 8)), ('0-0-1', (1, 8, 4), (1, 8, 6))]
     """
 
     volume: Vec3

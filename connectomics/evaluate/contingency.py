@@ -72,6 +72,12 @@ class Contingency:
         ------
         VolumeError
             If the shapes differ, or a value is negative or not whole.
+
+        Examples
+        --------
+        >>> table = Contingency.from_arrays(np.array([7, 7, 0, 8]), np.array([1, 1, 1, 2]))
+        >>> table.prediction.tolist(), table.truth.tolist(), table.counts.tolist()
+        ([0, 7, 8], [1, 1, 2], [1, 2, 1])
         """
         if prediction.shape != truth.shape:
             raise VolumeError(

@@ -143,7 +143,7 @@ def match_table(overlaps: ObjectPairs) -> dict[str, npt.NDArray[np.generic]]:
 
 
 def _best(overlaps: ObjectPairs, objects: Places, count: int) -> Places:
-    """For each of ``count`` objects the place of its pair of highest IoU, or -1."""
+    """Return, for each of ``count`` objects, the place of its pair of highest IoU, or -1."""
     best = np.full(count, _NONE)
     order = np.lexsort((overlaps.of_truth, overlaps.of_prediction, -overlaps.iou))
     places, first = np.unique(objects[order], return_index=True)

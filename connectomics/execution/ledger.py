@@ -226,7 +226,7 @@ class Ledger:
         return (record for _, record in self.named_records())
 
     def named_records(self) -> Iterator[tuple[RecordName, BlockRecord]]:
-        """As ``records``, each with its name."""
+        """Yield what ``records`` yields, each with its name."""
         for file, state in list(self._read.items()):
             number = -2
             for line, end in whole_lines(self._folder / file, 0):
@@ -286,7 +286,7 @@ class Ledger:
         return True
 
     def _number(self, key: str) -> int:
-        """As ``grid.number``, a million times a few seconds sooner."""
+        """Number a block as ``grid.number`` does; a million take a few seconds less."""
         z, y, x = map(int, key.split("-"))
         nz, ny, nx = self._extent
         if not (0 <= z < nz and 0 <= y < ny and 0 <= x < nx):

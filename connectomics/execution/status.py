@@ -53,7 +53,7 @@ class RunStatus:
     last_error: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         stages = [
             {
                 "work": s.work,
@@ -77,7 +77,7 @@ class RunStatus:
         }
 
     def lines(self) -> list[str]:
-        """For the screen."""
+        """Return the text for the screen."""
         wide = max(12, *(len(s.stage) for s in self.stages))
         lines = [f"{'survey':{wide}} {'done' if self.surveyed else 'not kept'}"]
         for s in self.stages:

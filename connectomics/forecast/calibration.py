@@ -46,7 +46,7 @@ TUNED = "connectomics tune"
 
 @dataclass(frozen=True, slots=True)
 class WindowTimes:
-    """For each member the seconds of a window and those with the stand-in, and where the first come from."""
+    """What each member takes: seconds of a window, seconds with the stand-in, and where the first come from."""
 
     full: tuple[Timing, ...]
     stand_in: tuple[float, ...]

@@ -60,7 +60,7 @@ class Plan:
         return sum((f.output for f in self.forecasts), OutputSize(0, 0))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         total = {
             "volumes": len(self.forecasts),
             "blocks": sum(f.work.blocks for f in self.forecasts),
@@ -73,7 +73,7 @@ class Plan:
         return {"volumes": [f.as_dict() for f in self.forecasts], "total": total, "refused": refused}
 
     def lines(self) -> list[str]:
-        """For the screen."""
+        """Return the text for the screen."""
         lines = [line for f in self.forecasts for line in f.lines()]
         if len(self.forecasts) > 1:
             lines.append(

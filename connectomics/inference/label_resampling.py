@@ -61,7 +61,7 @@ class LabelResampling:
         return labels
 
     def _along(self, labels: Array, axes: Sequence[int], box: Box, near: Box) -> Array:
-        """Along some axes; the others are left as they are."""
+        """Resample along some axes; the others are left as they are."""
         if all(self.axes[axis].order == 0 for axis in axes):
             values = torch.from_numpy(np.ascontiguousarray(labels))[None].double()
             nearest: Array = interpolated(values, self.axes, axes, box, near=near)[0].numpy().astype(labels.dtype)
@@ -71,7 +71,7 @@ class LabelResampling:
         return self._largest(labels, axes, box, near)
 
     def _largest_half(self, labels: Array, axes: Sequence[int], box: Box, near: Box) -> Array:
-        """As ``resample_torch_simple``: the lowest label of those with the largest share in half precision."""
+        """Choose as ``resample_torch_simple`` does: the lowest of the labels that share most in half precision."""
         present = np.unique(labels)
         shares = torch.from_numpy(np.stack([labels == label for label in present])).float() * SCALE
         winner = interpolated(shares, self.axes, axes[::-1], box, near=near).half().argmax(0)
@@ -79,7 +79,7 @@ class LabelResampling:
         return result
 
     def _largest(self, labels: Array, axes: Sequence[int], box: Box, near: Box) -> Array:
-        """As batchgenerators' ``resize_segmentation``: shares in float64, ties go to the nearest voxel's label."""
+        """Choose as batchgenerators' ``resize_segmentation``: float64 shares, ties to the nearest voxel's label."""
         taps = [
             self.axes[a].weighted_taps(box.start[a], box.stop[a], near.start[a]) if a in axes else _unchanged(n)
             for a, n in enumerate(labels.shape)

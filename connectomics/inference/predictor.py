@@ -1,6 +1,6 @@
 """Logits of any box of a case, equal to those of the whole case: global windows, rolling float32 accumulators.
 
-The pipeline asks for the box a block writes; ``InferenceManager`` asks for the whole case.
+The segmenter asks for the box a block writes; ``InferenceManager`` asks for the whole case.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class RollingPredictor:
 
     @property
     def _axis(self) -> int:
-        """Along which the accumulator rolls."""
+        """The axis along which the accumulator rolls."""
         return 0 if self._setting.patch[0] > 1 else 1
 
     @torch.inference_mode()
@@ -278,7 +278,7 @@ class _Sweep:
     starts: tuple[tuple[int, ...], ...]
 
     def windows(self) -> Iterator[_Window]:
-        """In raster order."""
+        """Yield the windows in raster order."""
         rows = self.starts[self.axis]
         for position, following in zip(rows, (*rows[1:], self.core.stop[self.axis]), strict=True):
             corners = list(itertools.product(*self.starts[: self.axis], (position,), *self.starts[self.axis + 1 :]))
@@ -287,7 +287,7 @@ class _Sweep:
                 yield _Window(self, box, following if number == len(corners) else None)
 
     def fresh(self) -> Iterator[Box]:
-        """At each position of a window along the axis, the rows that it needs and none before it needed."""
+        """Yield, for each position of a window along the axis, the rows that it needs and none before it needed."""
         read = self.starts[self.axis][0]
         for position in self.starts[self.axis]:
             first, read = max(position, read), position + self.patch[self.axis]

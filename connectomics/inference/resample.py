@@ -173,7 +173,7 @@ class ResampledInput:
         return result
 
     def _splines(self, image: Array, within: list[int], tile: Box, near: Box) -> Array:
-        """Along the axes ``within``, clipped to the range of the case, or of each section where they are separate."""
+        """Interpolate along the axes ``within``; clip to the range of the case, or of each section if separate."""
         axes = [self._axes[axis] for axis in within]
         corners = [[corner[axis] for axis in within] for corner in (tile.start, tile.stop, near.start)]
 
@@ -271,7 +271,7 @@ class ResampledPredictor:
         return self._inner.windows(resampled, reach_of(axes, core.relative_to(source.box)))
 
     def try_memory(self, shape: Vec3, channels: int) -> None:
-        """As if for a core of this shape (z, y, x) of the image; see ``Predictor``."""
+        """Try as if for a core of this shape (z, y, x) of the image; see ``Predictor``."""
         spacing, target = self._resampling.spacing, self._resampling.target
         ratios = zip(shape, spacing, target, strict=True)
         self._inner.try_memory(vec3([math.ceil(n * own / network) for n, own, network in ratios]), channels)

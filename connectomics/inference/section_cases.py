@@ -1,6 +1,6 @@
 """Many sections that are cases of their own, as one table: 32 bytes a section and 32 a channel, whatever their number.
 
-The survey fills it; the pipeline reads it as a sequence of ``Case``.
+The survey fills it; stages read it as a sequence of ``Case``.
 """
 
 from __future__ import annotations

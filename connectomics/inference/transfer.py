@@ -1,7 +1,7 @@
 """Between the host and a GPU: windows on their way to the network, finished logits on their way back.
 
 Both go through two pinned buffers in turn, copied by a queue of their own while the network computes. What only CUDA
-can do is behind ``Streams``; on the CPU nothing is copied. The predictor uploads, the pipeline takes ``on_host``.
+can do is behind ``Streams``; on the CPU nothing is copied. The predictor uploads, stages take ``on_host``.
 """
 
 from __future__ import annotations

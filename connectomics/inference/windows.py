@@ -92,7 +92,13 @@ class WindowGrid:
         return tuple(first + s for s in window_starts(extent + padding, patch, self.step, wanted))
 
     def touching(self, box: Box) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Along each axis, the starts of the windows that share a voxel with ``box``."""
+        """Return, for each axis, the starts of the windows that share a voxel with ``box``.
+
+        Examples
+        --------
+        >>> WindowGrid(Box.of_shape((1, 128, 128)), (1, 64, 64), 0.5).touching(Box((0, 40, 0), (1, 41, 9)))
+        ((0,), (0, 32), (0,))
+        """
         z, y, x = (self.starts(axis, (box.start[axis], box.stop[axis])) for axis in range(3))
         return z, y, x
 

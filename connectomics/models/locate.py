@@ -148,7 +148,7 @@ def _in_folder(request: ModelRequest) -> ModelFiles:
 
 
 def _available_folds(root: Path, checkpoint_name: str) -> tuple[str, ...]:
-    """As nnU-Net detects them: every numbered fold in order of its name; if there is none, fold_all."""
+    """Find folds as nnU-Net detects them: every numbered fold in order of its name; if there is none, fold_all."""
     folders = [f for f in root.iterdir() if f.name.startswith(_FOLD) and (f / checkpoint_name).is_file()]
     names = sorted(folder.name.removeprefix(_FOLD) for folder in folders)
     numbered = tuple(name for name in names if name.isdecimal())

@@ -78,7 +78,7 @@ def _windows(direction: int, step: int, length: int) -> tuple[slice, slice]:
 
 
 def _once(keys: Array) -> Array:
-    """Without what repeats the one before, which sorting would then have to carry."""
+    """Leave out what repeats the one before, which sorting would then have to carry."""
     changes = np.empty(keys.shape, bool)
     changes[:1] = True
     np.not_equal(keys[1:], keys[:-1], out=changes[1:])

@@ -1,6 +1,6 @@
 """Filters on a whole volume of labels in memory: small objects, holes.
 
-The pipeline's finish calls them after checking the memory budget; all arrays are (z, y, x).
+``stages.predict.filters`` calls them after checking the memory budget; all arrays are (z, y, x).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class PieceRuns:
 
     @classmethod
     def of(cls, lengths: Array, labels: Array, shape: Vec3) -> PieceRuns:
-        """From the lengths of the runs."""
+        """Make them from the lengths of the runs."""
         return cls(np.cumsum(lengths, dtype=np.int64) - lengths, labels, shape)
 
     def part(self, begin: int, end: int) -> tuple[Array, Array]:

@@ -173,7 +173,7 @@ class Forecast:
         return self.work.read_voxels / self.work.voxels
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         seconds = None if self.time is None else asdict(self.time.seconds)
         return {
             "name": self.name,
@@ -211,7 +211,7 @@ class Forecast:
         )
 
     def lines(self) -> list[str]:
-        """For the screen."""
+        """Return the text for the screen."""
         rows = [
             ("blocks", f"{self.work.blocks} of {self.work.block_shape} voxels at most"),
             ("windows", f"{self.work.windows}, {self.work.passes} forward passes; {self.backend}"),

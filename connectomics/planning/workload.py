@@ -164,7 +164,7 @@ def batch_fill(member: EnsembleMember, window: SlidingWindow, partition: Partiti
 
 
 class _Reach:
-    """Along one axis of a model, the windows of a span, and the voxels that they lie on."""
+    """What a span touches along one axis of a model: its windows, and the voxels that they lie on."""
 
     def __init__(self, member: EnsembleMember, window: SlidingWindow, extent: Vec3, axis: int) -> None:
         self._extent, self._axis, self._window = extent, axis, window

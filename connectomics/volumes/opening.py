@@ -36,6 +36,11 @@ def open_volume(uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres 
     ------
     VolumeError
         If the volume cannot be opened; the message names it and says what was found.
+
+    Examples
+    --------
+    >>> open_volume("phantom:64x1024x1024?seed=7").info.shape
+    (1, 64, 1024, 1024)
     """
     if uri.startswith("phantom:"):
         from connectomics.volumes.phantom.volume import open_phantom

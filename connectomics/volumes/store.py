@@ -1,6 +1,6 @@
 """The working store: an OME-Zarr 0.5 group with one sharded Zarr v3 array, one shard for each block's core.
 
-The pipeline writes finished cores into it and reads them back; the final outputs are made from it. A
+Stages write finished cores into it and read them back; the final outputs are made from it. A
 shard is one file that TensorStore writes under a temporary name and renames, so it is whole or absent.
 """
 

@@ -12,11 +12,13 @@ import contextlib
 import dataclasses
 import doctest
 import functools
+import importlib
 import io
 import json
 import os
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,7 @@ MODEL = PACKAGE / "example" / "phantom_mito_2d"
 GUIDE = REPOSITORY / "docs" / "nnunet_integration.md"
 DOCUMENTS = sorted(
     path
-    for pattern in ("*.md", "docs/*.md", "changelog.d/*.md", "connectomics/example/*.md")
+    for pattern in ("*.md", "docs/*.md", "docs/decisions/*.md", "changelog.d/*.md", "connectomics/example/*.md")
     for path in REPOSITORY.glob(pattern)
 )
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -253,23 +255,97 @@ def test_messages_that_are_explained_exist(message: str) -> None:
     assert any(searched.search(text) for text in source_texts())
 
 
-def defined_in(path: Path) -> Iterator[str]:
-    """Names of functions, classes and, as Class.method, methods."""
-    for node in ast.parse(path.read_text()).body:
+def names_in(body: Sequence[ast.stmt]) -> Iterator[str]:
+    for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
         if isinstance(node, ast.ClassDef):
-            yield from (f"{node.name}.{item.name}" for item in node.body if isinstance(item, ast.FunctionDef))
+            yield from (f"{node.name}.{name}" for name in names_in(node.body))
+        if isinstance(node, ast.AnnAssign | ast.Assign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
-@pytest.mark.parametrize("page", ["path_of_a_voxel.md", "glossary.md"])
-def test_every_stop_on_a_voxels_path_and_every_word_exists(page: str) -> None:
+@functools.cache
+def defined_in(path: Path) -> frozenset[str]:
+    """Names of functions, classes and constants and, as Class.name, of methods and fields."""
+    return frozenset(names_in(ast.parse(path.read_text()).body))
+
+
+@functools.cache
+def python_files() -> tuple[Path, ...]:
+    folders = ("connectomics", "tests", "scripts", "benchmarks")
+    return tuple(path for folder in folders for path in sorted((REPOSITORY / folder).rglob("*.py")))
+
+
+@pytest.mark.parametrize("path", named(DOCUMENTS))
+def test_code_that_is_named_exists(path: Path) -> None:
+    """``file.py`` is the end of a file's path, and ``file.py:name`` is defined in such a file."""
+    for file, name in re.findall(r"`([\w./-]+\.py)(?:: ?([\w.]+))?`", path.read_text()):
+        found = [source for source in python_files() if f"/{source.relative_to(REPOSITORY)}".endswith(f"/{file}")]
+        assert found, f"{path.name} names {file}, which is absent"
+        assert not name or any(name in defined_in(source) for source in found), f"{path.name}: {file} defines no {name}"
+
+
+ROOMS = ["architecture", "contracts", "glossary", "gpu", "memory", "objects", "path_of_a_voxel", "recovery"]
+PAGES_OF_THE_CODE = [
+    REPOSITORY / "CONTRIBUTING.md",
+    *(REPOSITORY / "docs" / f"{page}.md" for page in ROOMS),
+    *sorted((REPOSITORY / "docs" / "decisions").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("path", named(PAGES_OF_THE_CODE))
+def test_classes_and_folders_that_are_named_exist(path: Path) -> None:
+    known = {name for source in python_files() for name in defined_in(source)}
+    for name in re.findall(r"`((?:[A-Z]+[a-z]\w*)(?:\.\w+)?)`", path.read_text()):
+        assert name in known, f"{path.name} names {name}, which nothing defines"
+    for folder in re.findall(r"`([a-z_]+/[a-z_/]*)`", path.read_text()):
+        roots = [root for root in (REPOSITORY, PACKAGE) if (root / folder.partition("/")[0]).is_dir()]
+        assert not roots or any((root / folder).is_dir() for root in roots), f"{path.name} names {folder}"
+
+
+@pytest.mark.parametrize(("page", "least"), [("path_of_a_voxel.md", 35), ("glossary.md", 55), ("architecture.md", 0)])
+def test_pages_name_rooms_and_stops(page: str, least: int) -> None:
+    """Stops are given by their whole path in the package, so that a reader finds them."""
     text = (REPOSITORY / "docs" / page).read_text()
     stops = re.findall(r"`([\w/]+\.py):([\w.]+)`", text)
-    assert len(stops) >= 15
+    assert len(stops) >= least
     for file, name in stops:
-        assert (PACKAGE / file).is_file(), file
-        assert name in set(defined_in(PACKAGE / file)), f"{file} defines no {name}"
+        assert name in defined_in(PACKAGE / file), f"{file} defines no {name}"
+
+
+def test_the_picture_of_the_rooms_is_the_one_that_is_checked() -> None:
+    """The rows of docs/architecture.md are those of import-linter's contract, and each room has a paragraph."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    rows = [re.findall(r"\w+", row) for row in project["tool"]["importlinter"]["contracts"][0]["layers"]]
+    text = (REPOSITORY / "docs" / "architecture.md").read_text()
+    drawn = [re.match(r"[\w]+(?: · \w+)*", row) for row in re.findall(r"^ +\d+ +(\w.*)$", text, re.MULTILINE)]
+    assert [re.findall(r"\w+", row[0]) for row in drawn if row] == rows
+    paragraphs = re.findall(r"^\*\*`(\w+)`\*\* ", text, re.MULTILINE)
+    assert sorted(paragraphs) == sorted(room for row in rows for room in row)
+    assert len(text.split()) <= 1500
+
+
+def test_decisions_are_dated_and_have_a_context_and_a_price() -> None:
+    decisions = sorted((REPOSITORY / "docs" / "decisions").glob("*.md"))
+    assert len(decisions) >= 10
+    for path in decisions:
+        text = path.read_text()
+        assert re.search(r"^" + path.name[:10] + "$", text, re.MULTILINE), f"{path.name} states no date, or another"
+        headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+        assert headings == ["Context", "Decision", "Price"], path.name
+
+
+WITH_EXAMPLES = [path for path in python_files() if PACKAGE in path.parents and ">>>" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", named(WITH_EXAMPLES))
+def test_examples_in_docstrings(path: Path) -> None:
+    module = importlib.import_module(".".join(path.relative_to(REPOSITORY).with_suffix("").parts))
+    found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert found.failed == 0
+    assert found.attempted > 0
 
 
 def test_the_api_page_names_every_public_name() -> None:

@@ -54,7 +54,7 @@ def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
 
 
 def make_engine(stated: InferenceSettings) -> Engine:
-    """As ``build_engine``, of a configuration that is resolved."""
+    """Make an engine as ``build_engine`` does, of settings that are resolved."""
     share_freed_memory()
     loaded = load_models(stated.models)
     check_activation(stated.labels.activation, loaded[0][1].spec)

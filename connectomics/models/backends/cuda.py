@@ -101,7 +101,7 @@ def in_half(network: nn.Module, dtype: torch.dtype, *, channels_last: bool = Tru
 
 
 class CudaBackend:
-    """As ``TorchBackend`` in ``fast``, for one shape.
+    """Runs a network as ``TorchBackend`` does in ``fast``, for one shape.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """The filters of ``inference.postprocessing.binary`` on a store of labels of any size: small objects, holes.
 
-``finish.filter_store`` calls it. The same tasks and tables as for decoding; labels stay labels.
+``stages.predict.filters.filter_store`` calls it. The same tasks and tables as for decoding; labels stay labels.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ class StepContext:
         return self.selected(kind, find, rule)
 
     def selected(self, kind: str, find: Callable[[Path], int], rule: Rule) -> tuple[Path, int, int]:
-        """As ``objects``, of tables that ``find`` leaves in a folder; it gives the number of objects found."""
+        """Do as ``objects`` does with the tables that ``find`` leaves in a folder; it gives the number of objects."""
 
         def make(path: Path) -> None:
             with replacing(path) as temporary:

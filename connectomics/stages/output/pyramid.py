@@ -245,7 +245,7 @@ def _create(pyramid: Pyramid) -> None:
 
 
 def _tasks(pyramid: Pyramid, source: Store) -> dict[int, LevelTask]:
-    """By level, in the order in which they are to be done; pieces are such that each chunk is read once."""
+    """Return the tasks by level, in the order they are done in; pieces are such that each chunk is read once."""
     tasks: dict[int, LevelTask] = {}
     before: Readable = source
     chunk, extent = source.info.chunk_shape, source.info.extent

@@ -245,7 +245,7 @@ class Segmenter:
     def segment_roi(
         self, read: ReadBox, surveyed: Surveyed, core: Box, roi: RegionOfInterest | None
     ) -> tuple[dict[str, Array], int]:
-        """As ``segment`` where voxels are wanted, and background elsewhere; the number of windows computed.
+        """Label as ``segment`` does where voxels are wanted, with background elsewhere; count the windows.
 
         Only windows that touch the smallest box around the wanted voxels are computed; None wants every voxel.
         """

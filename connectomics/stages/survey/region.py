@@ -207,7 +207,7 @@ def _any_of(flags: Flags, spans: Indices, axis: int) -> Flags:
 
 
 def _blocks_at_once(spans: tuple[Indices, ...], itemsize: int) -> Vec3:
-    """As many blocks (z, y, x) as may be asked about with one piece of the mask, one at least."""
+    """Return how many blocks (z, y, x) may be asked about with one piece of the mask, one at least."""
     widest = [int((s[:, 1] - s[:, 0]).max()) for s in spans]
     count = [1, 1, 1]
     for axis in (2, 1, 0):

@@ -148,7 +148,7 @@ def _header(path: Path, packed: bool) -> _NiftiHeader:
 
 
 def turn_to_ras(affine: Array) -> Orientation:
-    """From (z, y, x) as stored to those of nnU-Net's NibabelIOWithReorient: x to the right, y to the front, z up.
+    """Turn (z, y, x) as stored to those of nnU-Net's NibabelIOWithReorient: x to the right, y to the front, z up.
 
     Raises
     ------

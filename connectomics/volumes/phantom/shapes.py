@@ -285,7 +285,7 @@ def sites_of(tile: Tile) -> Sites:
 
 
 def neurites(tile: Tile, warp: tuple[Floats, Floats], sites: Sites) -> tuple[npt.NDArray[np.int32], Floats]:
-    """For each pixel its neurite (position in ``sites``) and the distance to the nearest border in pixels.
+    """Return for each pixel its neurite (position in ``sites``) and the distance to the nearest border in pixels.
 
     Both nearest sites are found as minima of integers that carry the site in their last 8 bits, so the order
     of drawing does not matter. Neurites bend more than mitochondria: nothing depends on their topology.

@@ -74,7 +74,7 @@ class Multiscale(Protocol):
 
     @property
     def levels(self) -> tuple[Level, ...]:
-        """From level 0 on."""
+        """Return the levels, from level 0 on."""
         ...
 
     def files(self) -> dict[str, str]:
