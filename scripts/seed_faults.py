@@ -210,7 +210,10 @@ def judge(faults: Sequence[Fault], jobs: int) -> list[str]:
             trees.put(tree)
         every = sorted({test for fault in faults for test in fault.tests})
         clean = run_tests(tree, every)
-        print(f"{'without a fault':<44} {'green' if clean.code == GREEN else 'RED':<72} {clean.seconds:6.1f} s", flush=True)
+        print(
+            f"{'without a fault':<44} {'green' if clean.code == GREEN else 'RED':<72} {clean.seconds:6.1f} s",
+            flush=True,
+        )
         if clean.code == RED:
             raise RedWithoutFaultError(clean.output[-3000:])
 
