@@ -48,6 +48,11 @@ class Registry(Generic[T]):
     def __contains__(self, name: object) -> bool:
         return name in self.built_in or name in self._added
 
+    def look_again(self) -> None:
+        """Find features of packages that were installed, or taken away, while this process ran."""
+        vars(self).pop("_added", None)
+        _installed.cache_clear()
+
     def load(self, name: str) -> T:
         """Import a feature.
 

@@ -151,9 +151,9 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: one-object\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[connectomics.decoding_steps]\none_object = one_object:OneObject\n")
     monkeypatch.syspath_prepend(package)
-    vars(DECODING_STEPS).pop("_added", None)
+    DECODING_STEPS.look_again()
     yield
-    vars(DECODING_STEPS).pop("_added", None)
+    DECODING_STEPS.look_again()
     sys.modules.pop("one_object", None)
 
 
