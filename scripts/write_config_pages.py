@@ -30,29 +30,40 @@ def guide(text: str, keys: list[KeyEntry]) -> str:
 
 
 def tutorial(text: str, keys: list[KeyEntry]) -> str:
-    """The tutorial with a comment at each key; its values, sections and opening lines stay."""
-    meaning = sections() | {entry.key: entry.plain for entry in keys}
-    first = text.index("\nexperiment_name")
-    lines, path = [text[:first]], list[tuple[int, str]]()
-    for line in text[first + 1 :].splitlines():
-        stated = re.match(r"( *)(\w+):(.*)$", line)
-        if stated is None:
-            if not line.strip():
-                lines.append("")
-            continue
-        indent, name = len(stated[1]), stated[2]
-        path = [(depth, key) for depth, key in path if depth < indent] + [(indent, name)]
-        value = re.sub(r"\s+#.*$", "", stated[3])
-        lines += described(f"{stated[1]}{name}:{value}", indent, meaning.get(".".join(key for _, key in path), ""))
+    """The tutorial with every key, its comment beside it; opening lines and values stay, new keys get defaults."""
+    meaning, values = sections(), values_in(text)
+    lines, opened = [text[: text.index("\nexperiment_name")].rstrip("\n"), ""], set[str]()
+    for entry in keys:
+        path = entry.key.split(".")
+        for depth in range(len(path) - 1):
+            section = ".".join(path[: depth + 1])
+            if section not in opened:
+                first = depth > 0 and lines[-1].lstrip().startswith(f"{path[depth - 1]}:")
+                lines += [""] * (depth < 2 and not first)
+                lines += described(f"{'  ' * depth}{path[depth]}:", meaning[section])
+                opened.add(section)
+        lines += [""] * (len(path) == 1 and lines[-1].startswith(" "))
+        margin = "  " * (len(path) - 1)
+        lines += described(f"{margin}{path[-1]}: {values.get(entry.key, entry.default)}", entry.plain)
     return "\n".join(lines) + "\n"
 
 
-def described(line: str, indent: int, meaning: str) -> list[str]:
+def values_in(text: str) -> dict[str, str]:
+    """The values of the tutorial as they are written, by their keys."""
+    path, found = list[tuple[int, str]](), dict[str, str]()
+    for stated in re.finditer(r"^( *)(\w+):[ \t]*(.*?)(?:\s+#.*)?$", text, re.MULTILINE):
+        indent = len(stated[1])
+        path = [(depth, key) for depth, key in path if depth < indent] + [(indent, stated[2])]
+        found[".".join(key for _, key in path)] = stated[3]
+    return found
+
+
+def described(line: str, meaning: str) -> list[str]:
     """A line with its comment behind it, or where that is too long above it."""
     behind = f"{line:{COLUMN}}  # {meaning}"
-    if not meaning or len(behind) <= WIDTH:
-        return [behind if meaning else line]
-    margin = " " * indent + "# "
+    if len(behind) <= WIDTH:
+        return [behind]
+    margin = " " * (len(line) - len(line.lstrip())) + "# "
     return [*textwrap.wrap(meaning, WIDTH, initial_indent=margin, subsequent_indent=margin), line]
 
 

@@ -160,7 +160,7 @@ def _add_inspect(commands: Commands) -> None:
 def _add_config_keys(commands: Commands) -> None:
     config = commands.add_parser("config", help="what can be configured")
     topics = config.add_subparsers(dest="topic", required=True, metavar="TOPIC")
-    text = "print each key of the configuration, its default and what it means"
+    text = "print each key of the configuration, its default, what it means and [what it takes]"
     keys = topics.add_parser("keys", help=text, description=text)
     keys.add_argument("prefix", nargs="?", default="", help="only keys that begin so, such as inference.output")
     _add_json(keys)

@@ -186,17 +186,19 @@ def _inspect(words: argparse.Namespace) -> int:
 
 
 def _config(words: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
     from connectomics.config.reference import entries
 
     found = entries(words.prefix)
     if not found:
         raise ConfigError(f"no key begins with {words.prefix!r}; connectomics config keys prints all")
     if words.json:
-        print(json.dumps([{"key": e.key, "default": e.default, "meaning": e.plain} for e in found], indent=1))
+        print(json.dumps([asdict(entry) | {"meaning": entry.plain} for entry in found], indent=1))
         return 0
     wide = max(len(entry.key) + len(entry.default) for entry in found) + 3
     for entry in found:
-        print(f"{f'{entry.key} = {entry.default}':{wide}}  {entry.plain}")
+        print(f"{f'{entry.key} = {entry.default}':{wide}}  {entry.plain} [{entry.allowed}]")
     return 0
 
 

@@ -12,11 +12,10 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from connectomics.config.key_rules import kind_in_words
 from connectomics.config.validation import shown
 from connectomics.core.errors import ConfigError
 from connectomics.core.features import DECODING_STEPS
-
-_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def read_steps(value: object) -> list[Any]:
@@ -75,5 +74,5 @@ def _typed(key: str, hint: Any, value: object) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{key} is {shown(value)}, expected {_TYPE_NAMES[kind]}{', or null' if optional else ''}")
+        raise ConfigError(f"{key} is {shown(value)}, expected {kind_in_words(hint)}")
     return str(value) if kind is str else value  # Hydra's quoted text is a class of its own

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from connectomics.config.decoding import read_steps
+from connectomics.config.key_rules import kind_in_words
 from connectomics.config.schema import Config
 from connectomics.config.validation import shown, validate
 from connectomics.core.errors import ConfigError
@@ -34,8 +35,6 @@ _LARGEST_BYTES = 1 << 20
 _MOST_VALUES = 100_000
 _WHOLE = 1 << 63  # integers beyond are none that the program could use
 _ALIKE = 1.1  # of 2: at most 1 from the whole key and 1 from its last part
-_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-_NESTED = "a list of lists, each of whole numbers"  # the one kind of nested list there is
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -78,12 +77,12 @@ def known_keys() -> tuple[str, ...]:
     >>> known_keys()[:3]
     ('experiment_name', 'description', 'system.device')
     """
-    return tuple(key for key, kind in _kinds().items() if not dataclasses.is_dataclass(kind))
+    return tuple(key for key, kind in kinds().items() if not dataclasses.is_dataclass(kind))
 
 
 @functools.cache
-def _kinds() -> Mapping[str, Any]:
-    """Type of every section and every value by its dotted key."""
+def kinds() -> Mapping[str, Any]:
+    """Return the type of every section and every value by its dotted key."""
     return dict(_schema(Config, ""))
 
 
@@ -148,9 +147,9 @@ def _stated_in(tree: Mapping[str, object], prefix: str, where: str) -> Iterator[
         key = f"{prefix}{name}"
         if "." in str(name):
             raise ConfigError(f"{where}: {shown(name)} has dots; keys in a mapping are nested, as in a: {{b: 1}}")
-        if key not in _kinds():
+        if key not in kinds():
             raise _unknown(key, where)
-        is_section = dataclasses.is_dataclass(_kinds()[key])
+        is_section = dataclasses.is_dataclass(kinds()[key])
         if is_section and isinstance(value, Mapping):
             yield from _stated_in(value, f"{key}.", where)
         elif is_section and value is not None:  # a section whose keys are all commented out is null
@@ -165,10 +164,10 @@ def _unknown(key: str, where: str) -> ConfigError:
     def likeness(known: str) -> float:
         return _ratio(key, known) + _ratio(key.rpartition(".")[2], known.rpartition(".")[2])
 
-    nearest = max(_kinds(), key=likeness)
+    nearest = max(kinds(), key=likeness)
     hint = f"the nearest known key is {nearest}"
     if likeness(nearest) < _ALIKE:
-        hint = f"no known key is like it; the top level holds {', '.join(k for k in _kinds() if '.' not in k)}"
+        hint = f"no known key is like it; the top level holds {', '.join(k for k in kinds() if '.' not in k)}"
     return ConfigError(f"{where}: unknown key {shown(key)}; {hint}")
 
 
@@ -185,7 +184,7 @@ def _override(text: str) -> Iterator[tuple[str, object]]:
         override = OverridesParser.create().parse_override(text)
     except (HydraException, ValueError, RecursionError) as error:
         name, mark, literal = text.lstrip("+").partition("=")
-        if mark and _kinds().get(name) in (str, str | None):
+        if mark and kinds().get(name) in (str, str | None):
             return iter([(name, literal)])
         raise ConfigError(
             f"{where} cannot be read ({_first_line(error)}); write key=value, and give a value with '=', "
@@ -198,9 +197,9 @@ def _override(text: str) -> Iterator[tuple[str, object]]:
     key, value = override.key_or_group, override.value()
     if override.package is not None:
         raise _unknown(f"{key}@{override.package}", where)
-    if key not in _kinds():
+    if key not in kinds():
         raise _unknown(key, where)
-    if value is None and dataclasses.is_dataclass(_kinds()[key]):
+    if value is None and dataclasses.is_dataclass(kinds()[key]):
         raise ConfigError(f"{where}: {key} is a section with keys of its own; set those")
     section, _, name = key.rpartition(".")
     return _stated_in({name: value}, f"{section}." if section else "", where)
@@ -227,7 +226,7 @@ def _typed(values: Mapping[str, object]) -> Config:
     """The schema with ``values`` put in, each checked against its type."""
     config = OmegaConf.structured(Config)
     OmegaConf.set_readonly(config, False)  # OmegaConf takes a frozen dataclass for read-only
-    for key, kind in _kinds().items():
+    for key, kind in kinds().items():
         if dataclasses.is_dataclass(kind):
             OmegaConf.set_readonly(OmegaConf.select(config, key), False)
     for key, value in values.items():
@@ -253,12 +252,11 @@ def written(value: object) -> str:
 
 
 def _put(config: DictConfig, key: str, value: object) -> None:
-    kind = _kinds()[key]
-    optional = isinstance(kind, types.UnionType)
-    kind = typing.get_args(kind)[0] if optional else kind
+    stated = kind = kinds()[key]
+    if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]
     is_list = typing.get_origin(kind) is list
-    inner = typing.get_args(kind)[0] if is_list else kind
-    nested = typing.get_origin(inner) is list
+    nested = is_list and typing.get_origin(typing.get_args(kind)[0]) is list
     if is_list and isinstance(value, str | int | float):
         value = [value]
     parts = value if is_list and isinstance(value, list) else [value]
@@ -272,9 +270,7 @@ def _put(config: DictConfig, key: str, value: object) -> None:
             return
     except OmegaConfBaseException:
         pass
-    one = _NESTED if nested else _TYPE_NAMES[inner]
-    expected = f"a list, each {one}" if is_list and not nested else one
-    raise ConfigError(f"{key} is {shown(value)}, expected {expected}{', or null' if optional else ''}")
+    raise ConfigError(f"{key} is {shown(value)}, expected {kind_in_words(stated)}")
 
 
 def _read_file_list(value: object) -> object:

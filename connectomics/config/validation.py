@@ -1,21 +1,24 @@
 """Which values of the configuration are possible: one sentence for each that is not.
 
 ``load_config`` calls ``validate`` on the typed configuration; ``assembly`` checks what depends on the model. What a key
-alone must be stands with it in the schema; here is what keys must be together.
+alone must be stands with it in the schema; here is what keys must be together, a rule a function.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from connectomics.config.inference_keys import InferenceConfig
-from connectomics.config.key_rules import RULES, KeyRule
-from connectomics.config.schema import METRICS, SEMANTIC_METRICS, Config, EvaluationConfig, TestConfig
+from connectomics.config.key_rules import RULES
+from connectomics.config.schema import METRICS, SEMANTIC_METRICS, Config
 from connectomics.core.errors import ConfigError
 
+Judged = Iterator[tuple[str, bool, str]]  # a key, whether its value suits others, and what is said where it does not
+TTA, WINDOW, BINARY = "test_time_augmentation", "inference.sliding_window", "inference.postprocessing.binary"
+ACT, ENGINE = f"inference.{TTA}.act", f"{WINDOW}.engine"
 _LONGEST_SHOWN = 80
 
 
@@ -36,166 +39,147 @@ def validate(config: Config) -> None:
     ConfigError
         Names the first such key, its value and what is allowed, in one sentence.
     """
-    for key, value, rule in _ruled(config, ""):
-        for one in value if rule.each else [value]:
-            _require(rule.holds(one), key, one, rule.text)
-    _model(config)
-    _ensemble(config)
-    _expectations(config)
-    _frame(config.inference)
-    _planes(config.inference)
-    _wanted(config.inference)
-    _activation(config.inference)
-    _binary(config.inference)
-    _output(config.inference)
-    _known_answers(config.test)
+    for key, value, field in stated_values(config):
+        for rule in field.metadata[RULES] if value is not None else ():
+            for one in value if rule.each else [value]:
+                if not rule.holds(one):
+                    raise ConfigError(f"{key} is {shown(one)}, but {rule.text}")
+    for together in TOGETHER:
+        for key, suits, text in together(config):
+            if not suits:
+                raise ConfigError(f"{key} is {shown(_at(config, key))}, but {text}")
 
 
-def _ruled(section: Any, prefix: str) -> Iterator[tuple[str, Any, KeyRule]]:
-    """Each key that is not null with its value and each of its rules."""
+def stated_values(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """Yield each key of a section with its value and its declaration, in the schema's order."""
     for field in dataclasses.fields(section):
         value, key = getattr(section, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):
-            yield from _ruled(value, f"{key}.")
-        elif value is not None:
-            yield from ((key, value, rule) for rule in field.metadata[RULES])
+            yield from stated_values(value, f"{key}.")
+        else:
+            yield key, value, field
 
 
-def _require(possible: bool, key: str, value: object, rule: str) -> None:
-    if not possible:
-        raise ConfigError(f"{key} is {shown(value)}, but {rule}")
+def _at(config: Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
 
 
-def _model(config: Config) -> None:
+def _one_device(config: Config) -> Judged:
     stated, device = config.model.nnunet_device, config.system.device
-    rule = f"system.device is {shown(device)} and one process drives one device; state it once"
-    _require(stated is None or device in ("auto", stated), "model.nnunet_device", stated, rule)
+    text = f"system.device is {shown(device)} and one process drives one device; state it once"
+    yield "model.nnunet_device", stated is None or device in ("auto", stated), text
 
 
-def _ensemble(config: Config) -> None:
+def _weights_of_models(config: Config) -> Judged:
+    weights, count = config.model.ensemble_weights, 1 + len(config.model.ensemble or ())
+    suits = weights is None or (len(weights) == count and all(0 < weight < math.inf for weight in weights))
+    text = f"must be {count} positive numbers, one for the first model and one for each of model.ensemble"
+    yield "model.ensemble_weights", suits, text
+
+
+def _one_model_only(config: Config) -> Judged:
     """An ensemble's models are stated one by one; what belongs to a single model cannot be said for several."""
-    model, key = config.model, "model.ensemble"
-    weights = model.ensemble_weights
-    count = 1 + len(model.ensemble or ())
-    rule = f"must be {count} positive numbers, one for the first model and one for each of {key}"
-    possible = weights is None or (len(weights) == count and all(0 < w < math.inf for w in weights))
-    _require(possible, "model.ensemble_weights", weights, rule)
-    if not model.ensemble:
-        return
-    for name, value in (
-        ("model.nnunet_plans", model.nnunet_plans),
-        ("model.nnunet_dataset", model.nnunet_dataset),
-        ("model.sha256", model.sha256),
+    for key in ("model.nnunet_plans", "model.nnunet_dataset", "model.sha256") if config.model.ensemble else ():
+        yield key, _at(config, key) is None, "model.ensemble names more models and this belongs to one; leave it null"
+
+
+def _means(config: Config) -> Judged:
+    """Models of an ensemble are averaged, and so are several planes."""
+    planes = config.inference.planes
+    engine, act = _at(config, ENGINE) == "nnunet", _at(config, ACT) != "none"
+    text = "averages probabilities, so there are no logits to keep; state null"
+    if config.model.ensemble:
+        yield ACT, act, f"model.ensemble {text}"
+        yield ENGINE, engine, "model.ensemble needs nnunet"
+    if planes != ["xy"]:
+        yield ENGINE, engine, "inference.planes other than [xy] needs nnunet"
+        yield ACT, act or len(planes) == 1, f"inference.planes {text}"
+    allowed = config.inference.allow_anisotropic_planes
+    text = "takes effect only where inference.planes names xz or yz"
+    yield "inference.allow_anisotropic_planes", not (allowed and planes == ["xy"]), text
+
+
+def _expectations(config: Config) -> Judged:
+    for name in ("in_channels", "out_channels"):
+        in_data, in_model = _at(config, f"data.{name}"), _at(config, f"model.{name}")
+        suits = in_data is None or in_model is None or in_data == in_model
+        yield f"data.{name}", suits, f"model.{name} is {in_model}; state the number once"
+
+
+def _volumes(config: Config) -> Judged:
+    inference, key = config.inference, "inference.volume_mode"
+    alone = inference.volume_mode.file_pattern is None or inference.volume_mode.file_list is None
+    yield f"{key}.file_pattern", alone, f"{key}.file_list is given too; set one of them to null"
+    suits = inference.spacing is None or inference.resample == "plan"
+    yield "inference.spacing", suits, "takes effect only with inference.resample=plan"
+
+
+def _padding(config: Config) -> Judged:
+    window = config.inference.sliding_window
+    suits = window.padding_mode == "constant" or window.engine == "monai"
+    yield f"{WINDOW}.padding_mode", suits, f"nnU-Net pads with zeros; other modes need {ENGINE}=monai"
+
+
+def _whole_objects(config: Config) -> Judged:
+    """Components are cleaned up where foreground is made, and where nothing cuts them."""
+    binary = config.inference.postprocessing.binary
+    whole = config.inference.roi is None and config.inference.mask is None
+    cut = "inference.roi and inference.mask cut objects, and it needs whole ones; state one or the other"
+    for name, idle in (
+        ("remove_small_objects", binary.remove_small_objects == 0),
+        ("fill_holes", not binary.fill_holes),
     ):
-        _require(value is None, name, value, f"{key} names more models and this belongs to one; leave it null")
-    act = config.inference.test_time_augmentation.act
-    rule = f"{key} averages probabilities, so there are no logits to keep; state null"
-    _require(act != "none", "inference.test_time_augmentation.act", act, rule)
-    engine = config.inference.sliding_window.engine
-    _require(engine == "nnunet", "inference.sliding_window.engine", engine, f"{key} needs nnunet")
+        yield f"{BINARY}.{name}", idle or whole, cut
+        yield f"{BINARY}.{name}", idle or binary.enabled, f"it takes effect only with {BINARY}.enabled=true"
 
 
-def _expectations(config: Config) -> None:
-    data, model = config.data, config.model
-    for name, in_data, in_model in (
-        ("in_channels", data.in_channels, model.in_channels),
-        ("out_channels", data.out_channels, model.out_channels),
-    ):
-        agree = in_data is None or in_model is None or in_data == in_model
-        _require(agree, f"data.{name}", in_data, f"model.{name} is {in_model}; state the number once")
+def _probabilities(config: Config) -> Judged:
+    """Keys of probabilities are for those that are saved or make the foreground."""
+    saved, binary = config.inference.output.save_probabilities, config.inference.postprocessing.binary.enabled
+    logits, channels = _at(config, ACT) == "none", config.inference.test_time_augmentation.select_channel
+    yield ACT, not (logits and binary), f"must be null, for {BINARY} compares probabilities with its threshold"
+    text = "labels do not depend on it; set inference.output.save_probabilities=true to save logits"
+    yield ACT, saved or not logits, text
+    text = f"it selects among probabilities; set inference.output.save_probabilities=true or {BINARY}.enabled=true"
+    yield f"inference.{TTA}.select_channel", channels is None or saved or binary, text
+    for key in ("inference.postprocessing.intensity_scale", "inference.postprocessing.intensity_dtype"):
+        text = "it is about saved probabilities; set inference.output.save_probabilities=true"
+        yield key, _at(config, key) is None or saved, text
 
 
-def _frame(inference: InferenceConfig) -> None:
-    mode, window = inference.volume_mode, inference.sliding_window
-    key = "inference.volume_mode"
-    rule = f"{key}.file_list is given too; set one of them to null"
-    alone = mode.file_pattern is None or mode.file_list is None
-    _require(alone, f"{key}.file_pattern", mode.file_pattern, rule)
-    rule = "takes effect only with inference.resample=plan"
-    possible = inference.spacing is None or inference.resample == "plan"
-    _require(possible, "inference.spacing", inference.spacing, rule)
-    key = "inference.sliding_window"
-    rule = f"nnU-Net pads with zeros; other modes need {key}.engine=monai"
-    possible = window.padding_mode == "constant" or window.engine == "monai"
-    _require(possible, f"{key}.padding_mode", window.padding_mode, rule)
-
-
-def _planes(inference: InferenceConfig) -> None:
-    """Several planes are averaged as the models of an ensemble are."""
-    planes, key = inference.planes, "inference.planes"
-    if planes == ["xy"]:
-        rule = f"takes effect only where {key} names xz or yz"
-        allowed = inference.allow_anisotropic_planes
-        _require(not allowed, "inference.allow_anisotropic_planes", allowed, rule)
-        return
-    engine = inference.sliding_window.engine
-    _require(engine == "nnunet", "inference.sliding_window.engine", engine, f"{key} other than [xy] needs nnunet")
-    act = inference.test_time_augmentation.act
-    rule = f"{key} averages probabilities, so there are no logits to keep; state null"
-    _require(len(planes) == 1 or act != "none", "inference.test_time_augmentation.act", act, rule)
-
-
-def _wanted(inference: InferenceConfig) -> None:
-    roi, mask, binary = inference.roi, inference.mask, inference.postprocessing.binary
-    key = "inference.postprocessing.binary"
-    rule = "inference.roi and inference.mask cut objects, and it needs whole ones; state one or the other"
-    whole = roi is None and mask is None
-    _require(
-        whole or binary.remove_small_objects == 0, f"{key}.remove_small_objects", binary.remove_small_objects, rule
+def _known_answers(config: Config) -> Judged:
+    data = config.test.data
+    named = data.test_image is not None or data.test_prediction is not None
+    yield (
+        "test.data.test_label",
+        data.test_label is None or named,
+        "needs test.data.test_image or test.data.test_prediction",
     )
-    _require(whole or not binary.fill_holes, f"{key}.fill_holes", binary.fill_holes, rule)
+    for key in ("test.data.test_instances", "test.data.test_ignore"):
+        yield key, _at(config, key) is None or data.test_label is not None, "needs test.data.test_label"
 
 
-def _activation(inference: InferenceConfig) -> None:
-    tta, key = inference.test_time_augmentation, "inference.test_time_augmentation"
-    binary, saved = inference.postprocessing.binary, inference.output.save_probabilities
-    logits = tta.act == "none"
-    rule = "must be null, for inference.postprocessing.binary compares probabilities with its threshold"
-    _require(not (logits and binary.enabled), f"{key}.act", tta.act, rule)
-    rule = "labels do not depend on it; set inference.output.save_probabilities=true to save logits"
-    _require(saved or not logits, f"{key}.act", tta.act, rule)
-    channels = tta.select_channel
-    rule = (
-        "it selects among probabilities; set inference.output.save_probabilities=true or "
-        "inference.postprocessing.binary.enabled=true"
-    )
-    _require(channels is None or saved or binary.enabled, f"{key}.select_channel", channels, rule)
+def _metrics(config: Config) -> Judged:
+    evaluation, key = config.test.evaluation, "test.evaluation.metrics"
+    named, semantic = set(evaluation.metrics), ", ".join(SEMANTIC_METRICS)
+    text = f"must name at least one of {', '.join(METRICS)}, or set test.evaluation.enabled=false"
+    yield key, bool(named) or not evaluation.enabled, text
+    text = f"it is about classes; name any of {semantic} in {key}"
+    yield "test.evaluation.foreground", not evaluation.foreground or bool(named & set(SEMANTIC_METRICS)), text
+    text = f"it is about average precision; name ap in {key}"
+    yield "test.evaluation.size_bounds", evaluation.size_bounds is None or "ap" in named, text
 
 
-def _binary(inference: InferenceConfig) -> None:
-    binary, key = inference.postprocessing.binary, "inference.postprocessing.binary"
-    small = binary.remove_small_objects
-    rule = f"it takes effect only with {key}.enabled=true"
-    _require(binary.enabled or small == 0, f"{key}.remove_small_objects", small, rule)
-    _require(binary.enabled or not binary.fill_holes, f"{key}.fill_holes", binary.fill_holes, rule)
-
-
-def _output(inference: InferenceConfig) -> None:
-    post, saved = inference.postprocessing, inference.output.save_probabilities
-    rule = "it is about saved probabilities; set inference.output.save_probabilities=true"
-    for name, value in (("intensity_scale", post.intensity_scale), ("intensity_dtype", post.intensity_dtype)):
-        _require(value is None or saved, f"inference.postprocessing.{name}", value, rule)
-
-
-def _known_answers(test: TestConfig) -> None:
-    images, labels = test.data.test_image, test.data.test_label
-    named = images is not None or test.data.test_prediction is not None
-    rule = "needs test.data.test_image or test.data.test_prediction"
-    _require(labels is None or named, "test.data.test_label", labels, rule)
-    rule = "needs test.data.test_label"
-    for key, names in (("test_instances", test.data.test_instances), ("test_ignore", test.data.test_ignore)):
-        _require(names is None or labels is not None, f"test.data.{key}", names, rule)
-    _evaluation(test.evaluation)
-
-
-def _evaluation(evaluation: EvaluationConfig) -> None:
-    metrics = evaluation.metrics
-    rule = f"must name at least one of {', '.join(METRICS)}, or set test.evaluation.enabled=false"
-    possible = len(metrics) > 0 or not evaluation.enabled
-    _require(possible, "test.evaluation.metrics", metrics, rule)
-    rule = f"it is about classes; name any of {', '.join(SEMANTIC_METRICS)} in test.evaluation.metrics"
-    possible = not evaluation.foreground or bool(set(metrics) & set(SEMANTIC_METRICS))
-    _require(possible, "test.evaluation.foreground", evaluation.foreground, rule)
-    bounds = evaluation.size_bounds
-    rule = "it is about average precision; name ap in test.evaluation.metrics"
-    _require(bounds is None or "ap" in metrics, "test.evaluation.size_bounds", bounds, rule)
+TOGETHER: tuple[Callable[[Config], Judged], ...] = (
+    _one_device,
+    _weights_of_models,
+    _one_model_only,
+    _means,
+    _expectations,
+    _volumes,
+    _padding,
+    _whole_objects,
+    _probabilities,
+    _known_answers,
+    _metrics,
+)

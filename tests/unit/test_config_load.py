@@ -142,8 +142,9 @@ def value_at(config: Config, key: str) -> object:
     return value
 
 
-def test_the_known_keys_are_the_specified_ones() -> None:
-    assert set(known_keys()) == {key for key, *_ in KEYS} | set(ONE_VALUE_ONLY)
+def test_the_specified_keys_are_known() -> None:
+    """Later ones are held by ``test_every_key.py`` alone, whose table must have them all."""
+    assert set(known_keys()) >= {key for key, *_ in KEYS} | set(ONE_VALUE_ONLY)
     assert len(known_keys()) == len(set(known_keys()))
 
 
