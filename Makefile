@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MADE := $(VENV)/.made-by-make
 JOBS ?= 2
 
-.PHONY: setup demo test test-long coverage lint parity bench structure package-test clean
+.PHONY: setup demo test test-long coverage lint parity bench structure faults package-test clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -54,6 +54,9 @@ coverage: $(READY)  ## line coverage of at least 95 % by the tests that run in o
 	rm -f .coverage .coverage.*
 	$(PYTEST) -m "not long" --cov --cov-report= $(MEASURED)
 	$(PY) -m coverage report --skip-covered --fail-under=95
+
+faults: $(READY)  ## seeded faults, each of which the short tests must find
+	$(PY) scripts/seed_faults.py --jobs $(JOBS)
 
 lint: $(READY)  ## the gates that read the code
 	$(PY) -m ruff check .

@@ -31,7 +31,7 @@ TABLE = Path(__file__).with_name("seeded_faults.toml")
 SHORT = ("-x", "-q", "-n", "0", "-m", "not long", "-p", "no:cacheprovider", "--timeout", "200")
 GREEN, RED = 0, 1
 LONGEST_S = 900.0
-FIRST_RED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+FIRST_RED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 
 class CannotTellError(Exception):
@@ -211,7 +211,7 @@ def judge(faults: Sequence[Fault], jobs: int) -> list[str]:
         every = sorted({test for fault in faults for test in fault.tests})
         clean = run_tests(tree, every)
         print(
-            f"{'without a fault':<44} {'green' if clean.code == GREEN else 'RED':<72} {clean.seconds:6.1f} s",
+            f"{'without a fault':<46} {'green' if clean.code == GREEN else 'RED':<72} {clean.seconds:6.1f} s",
             flush=True,
         )
         if clean.code == RED:
@@ -225,7 +225,7 @@ def judge(faults: Sequence[Fault], jobs: int) -> list[str]:
             finally:
                 trees.put(tree)
             found = verdict.first_red.removeprefix("tests/") if verdict.code == RED else "SURVIVED"
-            print(f"{fault.name:<44} {found:<72.72} {verdict.seconds:6.1f} s", flush=True)
+            print(f"{fault.name:<46} {found:<72.72} {verdict.seconds:6.1f} s", flush=True)
             return verdict.code == RED
 
         with ThreadPoolExecutor(jobs) as pool:
@@ -261,7 +261,7 @@ def main(words: Sequence[str] | None = None) -> int:
         faults = chosen(faults, arguments.only)
         if arguments.list:
             for fault in faults:
-                print(f"{fault.name:<44} {fault.file}")
+                print(f"{fault.name:<46} {fault.file}")
             return 0
         survived = judge(faults, max(1, arguments.jobs))
     except RedWithoutFaultError as error:

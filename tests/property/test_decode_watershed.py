@@ -206,3 +206,18 @@ def test_distances_are_exact() -> None:
     near = Distance(lambda b: inside[b.slices], BlockGrid(inside.shape, inside.shape), size, by_section=False)
     exact = squared_distance(inside, size)[box.slices]
     assert np.array_equal(beyond(near.near(box, 9.3), 9.3), exact > 9300**2) and (exact > 9300**2).any()
+
+
+def test_the_highest_are_flooded_first_and_of_equal_ones_the_marked_in_raster_order() -> None:
+    """As sorting the voxels one by one by these rules has it; unmarked ones of equal height have one turn."""
+    rng = np.random.default_rng(3)
+    heights, marked = rng.integers(0, 5, (4, 5, 6)), rng.random((4, 5, 6)) < 0.4
+    inside = rng.random((4, 5, 6)) < 0.9
+    rules = [
+        (-h, not m, i if m else 0)
+        for i, (h, m) in enumerate(zip(heights.ravel().tolist(), (marked & inside).ravel().tolist(), strict=True))
+        if inside.ravel()[i]
+    ]
+    turns = {rule: turn for turn, rule in enumerate(sorted(set(rules)))}
+    _, found = np.unique(flooding_order(heights, marked & inside, inside)[inside], return_inverse=True)
+    assert found.tolist() == [turns[rule] for rule in rules]

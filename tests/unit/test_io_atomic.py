@@ -145,6 +145,32 @@ def test_folders_are_flushed_into_those_above_them(tmp_path: Path, monkeypatch: 
     assert flushed == [tmp_path / "a", tmp_path, tmp_path / "a" / "c", tmp_path / "a"]
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_name_is_given_to_what_is_flushed_and_flushed_itself(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this order: all contents, the rename, the folder that holds the name; a loss of power comes anywhere."""
+    told: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, Path.replace
+
+    def flushed(descriptor: int) -> None:
+        told.append(("flush", Path(f"/proc/self/fd/{descriptor}").resolve().name))
+        fsync(descriptor)
+
+    def renamed(old: Path, new: Path) -> Path:
+        told.append(("rename", new.name))
+        return rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    with replacing(tmp_path / "a") as temporary:
+        if kind == "folder":
+            temporary.mkdir()
+        (temporary / "b" if kind == "folder" else temporary).write_text("content")
+    contents = ["b", temporary.name] if kind == "folder" else [temporary.name]
+    assert told == [*(("flush", name) for name in contents), ("rename", "a"), ("flush", tmp_path.name)]
+
+
 def test_of_several_first_texts_one_wins(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     assert write_once(path, "one")
