@@ -7,6 +7,7 @@ from pathlib import Path
 
 from connectomics.assembly.engine.cascade import checked_labels, open_previous
 from connectomics.assembly.engine.engine import Engine, EngineModel
+from connectomics.assembly.engine.make_engine import under
 from connectomics.assembly.engine.planes import check_isotropic
 from connectomics.assembly.memory import decoding_bytes, plan_within_device
 from connectomics.assembly.precision import fast_contract
@@ -149,11 +150,7 @@ def first_stage_of(engine: Engine, source: VolumeSource) -> Engine:
     assert previous is not None
     folder = run_folder(engine.inference.outputs, source) / PREVIOUS
     outputs = dataclasses.replace(previous.inference.outputs, folder=folder)
-    return dataclasses.replace(
-        previous,
-        inference=dataclasses.replace(previous.inference, outputs=outputs),
-        settings=dataclasses.replace(previous.settings, folder=folder),
-    )
+    return under(previous, dataclasses.replace(previous.inference, outputs=outputs))
 
 
 def _previous_facts(engine: Engine, source: VolumeSource, reader: VolumeReader) -> dict[str, object]:

@@ -86,6 +86,16 @@ def test_a_failure_is_one_volumes_and_the_others_are_done(folder: Path, output: 
     assert final_names(output) == {"v0_labels.h5", "v1_labels.h5"}
 
 
+def test_all_results_go_where_the_processors_configuration_says(folder: Path, tmp_path: Path) -> None:
+    _, engine = engine_for(folder)
+    other = load_config(None, [f"inference.data.output_path='{tmp_path}/other'", "system.device=cpu"])
+    (outcome,) = VolumeProcessor(other, engine).run(sources(folder, "v0"))
+    assert outcome.paths == (tmp_path / "other" / "v0_labels.h5",)
+    assert final_names(tmp_path / "other") == {"v0_labels.h5"}
+    assert (tmp_path / "other" / "v0_labels.run" / "provenance.json").exists()
+    assert not (folder / "out").exists()
+
+
 def test_stop_on_error_stops(folder: Path, output: Path) -> None:
     config, engine = engine_for(folder, "inference.volume_mode.stop_on_error=true")
     outcomes = VolumeProcessor(config, engine).run(sources(folder, "v0", "bad", "v1"))

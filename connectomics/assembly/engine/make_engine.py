@@ -99,7 +99,8 @@ def under(engine: Engine, stated: InferenceSettings) -> Engine:
     previous, own = engine.previous, first_stage_settings(stated, engine.specs)
     if previous is not None and own is not None:
         previous = dataclasses.replace(previous, inference=own)
-    return dataclasses.replace(engine, inference=stated, previous=previous)
+    settings = dataclasses.replace(engine.settings, folder=stated.outputs.folder)
+    return dataclasses.replace(engine, inference=stated, settings=settings, previous=previous)
 
 
 def _cached(chosen: ChosenBackends) -> tuple[tuple[CachedBackend, ...], ...]:
