@@ -422,7 +422,8 @@ def test_every_format_tells_how_it_was_made(job: Job) -> None:
         assert told <= set(stamp), form
         assert stamp["result_key"] == provenance["result_keys"]["labels"]
         assert {key: provenance[key] for key in told} == {key: stamp[key] for key in told}, form
-    for name in ("connectomics", "nnunetv2", "torch", "numpy", "scipy", "tensorstore"):
-        assert provenance["versions"][name] == importlib.metadata.version(name)
+    versions = {"connectomics": importlib.metadata.version("connectomics-nnunet")}
+    versions |= {name: importlib.metadata.version(name) for name in ("nnunetv2", "torch", "numpy", "scipy", "tensorstore")}
+    assert {name: provenance["versions"][name] for name in versions} == versions
     assert provenance["numeric_class"]["threads"] == 1
     assert provenance["input"]["name"] == "v.h5"
