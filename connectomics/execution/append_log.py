@@ -32,10 +32,7 @@ class LineFile:
     def append(self, line: str, what: str) -> None:
         """Write a line; on return it is on the disk.
 
-        Raises
-        ------
-        StorageError
-            If the disk refuses; the file must not be used any more then. ``what`` says what could not be done.
+        If the disk refuses, StorageError says that it cannot do ``what``; the file must not be used any more then.
         """
         content = line.encode() + b"\n"
         try:

@@ -84,10 +84,7 @@ def raise_systemic(error: Exception) -> None:
 def write_block(store: Store, block: Block, array: Array, pauses_s: tuple[float, ...] = PAUSES_S) -> tuple[str, str]:
     """Write a block's shard (c, z, y, x) and read it back; its path in the work folder and its sha256.
 
-    Raises
-    ------
-    OutputError, VolumeError
-        If the storage refuses, also after waiting.
+    Raises OutputError or VolumeError if the storage refuses, also after waiting.
     """
 
     def written() -> str:

@@ -99,13 +99,7 @@ class RunStatus:
 
 
 def status_of(run: Path) -> RunStatus:
-    """Look at a RUN folder.
-
-    Raises
-    ------
-    ConfigError
-        If it is not one.
-    """
+    """Look at a RUN folder; a ConfigError if it is none."""
     stages, workers = [], []
     works = work_folders(run)
     for work in works:

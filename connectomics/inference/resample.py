@@ -58,13 +58,7 @@ class Resampling:
         check_rules(self.data, self.probabilities, self.labels)
 
     def network_shape(self, shape: Vec3) -> Vec3:
-        """Extent of a case of ``shape`` on the network's grid, by nnU-Net's own rule.
-
-        Raises
-        ------
-        VolumeError
-            If nothing would be left of an axis.
-        """
+        """Extent of a case of ``shape`` on the network's grid, as nnU-Net has it; a VolumeError if an axis vanishes."""
         from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
         result = vec3([int(n) for n in compute_new_shape(shape, self.spacing, self.target)])
@@ -310,13 +304,7 @@ def _blocks_over(grid: BlockGrid, box: Box) -> Iterator[Vec3]:
 
 
 def check_rules(data: ResamplingRule, probabilities: ResamplingRule, labels: ResamplingRule | None = None) -> None:
-    """Refuse resampling that this program cannot do as nnU-Net does it, or that makes no sense.
-
-    Raises
-    ------
-    ModelError
-        If the plans name another function, argument or order, or leave logits on the network's grid.
-    """
+    """Refuse, by a ModelError, resampling that this program cannot do as nnU-Net does it, or that makes no sense."""
     advice = "bring the volume to the plan's spacing yourself and set inference.resample=off"
     stages = [] if labels is None else [("labels of the previous stage", labels, LINEAR)]
     for what, rule, highest in (("images", data, CUBIC), ("logits", probabilities, LINEAR), *stages):
@@ -345,13 +333,7 @@ def check_rules(data: ResamplingRule, probabilities: ResamplingRule, labels: Res
 
 
 def check_ratio(spacing: Spacing, target: Spacing, *, allowed: bool, limit: float = 4.0) -> None:
-    """Refuse a resampling that is more likely a mistaken unit than a wish.
-
-    Raises
-    ------
-    VolumeError
-        If a ratio exceeds ``limit`` and that is not allowed.
-    """
+    """Refuse, by a VolumeError, a resampling that is more likely a mistaken unit than a wish, unless it is allowed."""
     ratios = [max(a / b, b / a) for a, b in zip(spacing, target, strict=True)]
     if max(ratios) > limit and not allowed:
         raise VolumeError(

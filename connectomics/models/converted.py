@@ -73,13 +73,7 @@ def is_converted(path: Path) -> bool:
 
 
 def weights_name(fold: str) -> str:
-    """Where the weights of a fold lie within the folder.
-
-    Raises
-    ------
-    ModelError
-        If the fold's name is not a plain word.
-    """
+    """Where the weights of a fold lie within the folder; a ModelError if its name is not a plain word."""
     if not _FOLD_NAME.fullmatch(fold):
         raise ModelError(f"the fold is named {fold!r:.60}, expected letters and digits; the checkpoint is not usable")
     return f"fold_{fold}/weights.safetensors"
@@ -137,13 +131,7 @@ def _write_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
-    """The manifest of a copy, found consistent in itself, and the sha256 of its file.
-
-    Raises
-    ------
-    ModelError
-        If it is damaged, was changed, or is of another format.
-    """
+    """The manifest of a copy and the sha256 of its file; a ModelError if it is damaged, changed or of another kind."""
     path = folder / MANIFEST
     text = read_json(path)
     values = dict(text.values)
@@ -205,13 +193,7 @@ def _check_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def check_file(folder: Path, name: str, manifest: Manifest) -> None:
-    """Raise unless a file of the copy has the digest that the manifest states.
-
-    Raises
-    ------
-    ModelError
-        If it is missing, unreadable or differs.
-    """
+    """Raise ModelError unless a file of the copy is there with the digest that the manifest states."""
     try:
         if not stat.S_ISREG((folder / name).stat().st_mode):
             raise ModelError(f"{folder / name}: is no file; {_AGAIN}")
@@ -226,13 +208,7 @@ def check_file(folder: Path, name: str, manifest: Manifest) -> None:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file by all of their names.
-
-    Raises
-    ------
-    ModelError
-        If it is not a safetensors file with plain weights.
-    """
+    """The tensors of a safetensors file by all of their names; a ModelError if it is none, or not of plain weights."""
     try:
         with path.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")

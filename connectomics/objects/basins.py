@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components as trees_of
 from scipy.sparse.csgraph import minimum_spanning_tree
@@ -22,8 +21,8 @@ from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.objects.components import Connectivity, connected_components
 from connectomics.objects.faces import directions
 from connectomics.objects.watershed import flood, flooding_order, footprint_of
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 _minima: Callable[..., Any] = morphology.local_minima
 
 

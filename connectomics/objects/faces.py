@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.objects.components import Connectivity
-
-Array = npt.NDArray[Any]
+from connectomics.volumes.volume import Array
 
 
 def directions(connectivity: Connectivity) -> tuple[Vec3, ...]:

@@ -10,27 +10,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from connectomics.objects.merge import (
-    FIRST_ID,
-    IDS,
-    OBJECTS,
-    OFFSETS,
-    mapped,
-    roots,
-    spans,
-    table,
-    unite,
-)
+from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS, mapped, roots, spans, table, unite
 from connectomics.objects.numbering import ascending
 from connectomics.objects.overlaps import COLUMNS, OVERLAP, load_overlaps, summed
 from connectomics.objects.pieces import PIECE, merged, nothing, together
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 AT_ONCE = 1 << 20  # rows or pairs that are in memory at a time
 IOU = "iou"
 CANDIDATE = np.dtype([*((name, "i8") for name in COLUMNS), ("distance", "i8"), ("measure", "f8")])

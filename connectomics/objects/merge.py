@@ -19,8 +19,8 @@ from scipy.sparse.csgraph import connected_components
 
 from connectomics.objects.arrays import load
 from connectomics.objects.pieces import PIECE, merged, nothing, together
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 AT_ONCE = 1 << 22  # rows, nodes or pairs that are in memory at a time
 FIRST_ID = 1
 IDS, OFFSETS, OBJECTS = "ids.npy", "offsets.npy", "objects.npy"

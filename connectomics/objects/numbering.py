@@ -8,15 +8,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from connectomics.objects.merge import AT_ONCE, IDS, OBJECTS, mapped, spans, table, windows
 from connectomics.objects.pieces import PIECE
-
-Array = npt.NDArray[Any]
+from connectomics.volumes.volume import Array
 
 
 def number_by_first(folder: Path, count: int, *, at_once: int = AT_ONCE) -> None:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.objects.components import Connectivity, connected_components
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 FIXED_POINT = 1 << 24  # probabilities are summed as whole multiples of its inverse, so that no order matters
 PIECE = np.dtype(
     [

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from connectomics.objects.merge import AT_ONCE, FIRST_ID, IDS, OBJECTS, spans, table
 from connectomics.objects.pieces import PIECE, merged, together
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 NUMBERS = "numbers.npy"
 
 

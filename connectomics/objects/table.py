@@ -7,18 +7,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from connectomics.core.errors import OutputError
 from connectomics.core.files import replacing
 from connectomics.core.installation import install_command
 from connectomics.objects.merge import OBJECTS, spans
 from connectomics.objects.selection import NUMBERS
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 Columns = dict[str, Array | None]
 ROWS_AT_ONCE = 1 << 17
 WHOLE, REAL, YES_OR_NO = "uint64", "float64", "bool"
@@ -135,13 +133,7 @@ def write_table(tables: Path, count: int, path: Path, frame: MeasurementUnits, s
 
 
 def require_parquet() -> None:
-    """Make sure that Parquet can be written, before the work.
-
-    Raises
-    ------
-    OutputError
-        Saying what to install.
-    """
+    """Make sure before the work that Parquet can be written; the OutputError says what to install."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:

@@ -19,8 +19,8 @@ from skimage import segmentation
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import AT_ONCE, OBJECTS, spans, table
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 _watershed: Callable[..., Any] = segmentation.watershed
 SEED_COUNTS = "seed_counts.npy"
 MOST_VOXELS = 1 << 27  # of a flood: beyond, its order needs more than the 53 bits of a float64

@@ -197,13 +197,7 @@ def _export(
 
 
 def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: float) -> RunReport:
-    """What this process did, also in RUN.
-
-    Raises
-    ------
-    QuarantineError
-        If blocks failed.
-    """
+    """What this process did, also in RUN; raises QuarantineError if blocks failed."""
     voxels = Box.of_shape(prepared.ledger.grid.volume).voxels
     seconds = round(time.perf_counter() - began, 3)
     failed = len(blocks.failures)
@@ -233,13 +227,7 @@ def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: floa
 
 
 def begun_class(run_folder: Path, outputs: Sequence[FinalOutput], program: str) -> Mapping[str, object] | None:
-    """The numeric class in which unfinished work on these outputs was begun, or None where there is none.
-
-    Raises
-    ------
-    LedgerError
-        If what stands there is no ledger of this version.
-    """
+    """The numeric class in which unfinished work on these outputs was begun, or None where there is none."""
     ledger = work_folder(run_folder, outputs, program) / LEDGER
     if not (ledger / HEADER).exists():
         return None
@@ -304,13 +292,7 @@ def measure_agreement(
 
 
 def _agreement(work: Path, job: VolumeJob, reader: RetryingReader, surveyed: Surveyed) -> Agreement | None:
-    """What a fast run changes in this volume's sample; measured once a run, None where it is exact.
-
-    Raises
-    ------
-    AgreementError
-        If that is too much.
-    """
+    """What fast changes in this volume's sample, measured once a run, or None; an AgreementError if it is too much."""
     if job.labeller.contract is None:
         return None
     found = agreements.load(work / AGREEMENT)

@@ -137,13 +137,7 @@ def unreadable(source: Source, kind: str, error: BaseException) -> VolumeError:
 
 
 def refuse_inner(source: Source) -> None:
-    """Refuse ``path::inner`` for a format whose files hold one array.
-
-    Raises
-    ------
-    VolumeError
-        If the request has an inner part.
-    """
+    """Refuse ``path::inner``, by a VolumeError, for a format whose files hold one array."""
     if source.inner is not None:
         raise VolumeError(
             f"{source.uri}: the file holds one array and has no inner part {source.inner!r}; name the file alone."
@@ -151,13 +145,7 @@ def refuse_inner(source: Source) -> None:
 
 
 def is_folder(source: Source) -> bool:
-    """Whether the path is a folder, having made sure that it is there and not an empty file.
-
-    Raises
-    ------
-    VolumeError
-        Naming the path and what is wrong with it.
-    """
+    """Whether the path is a folder; a VolumeError if it is absent, an empty file, or neither of both."""
     path = source.path
     try:
         found = path.stat()
@@ -238,10 +226,7 @@ def _first_visit(folder: Path, seen: set[tuple[int, int]]) -> bool:
 def json_at(path: Path) -> Any:
     """The JSON value in a metadata file; nothing is waited for and no bomb is read.
 
-    Raises
-    ------
-    OSError, ValueError, RecursionError
-        If it is no file, too large, or not JSON.
+    Raises OSError, ValueError or RecursionError if it is no file, too large, or not JSON.
     """
     file_identity(path)  # refuses pipes, at which opening would wait for ever
     with path.open("rb") as stream:
@@ -252,13 +237,7 @@ def json_at(path: Path) -> Any:
 
 
 def require_believable(source: Source, claimed_bytes: int) -> None:
-    """Refuse a volume that claims to be vast while next to nothing of it is stored.
-
-    Raises
-    ------
-    VolumeError
-        If the files at the path are too small for it.
-    """
+    """Refuse a volume that claims to be vast while next to nothing of it is stored, by a VolumeError."""
     if claimed_bytes <= BELIEVED_BYTES:
         return
     stored = 0

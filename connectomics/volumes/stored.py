@@ -126,10 +126,7 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None) -> Layou
 def native_dtype(source: Source, dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:
     """The dtype in which voxels are handed out: this machine's byte order, bool as uint8.
 
-    Raises
-    ------
-    VolumeError
-        For anything but bool, integers and floats of at most 64 bit.
+    Raises VolumeError for anything but bool, integers and floats of at most 64 bit.
     """
     if dtype.kind == "b":
         return np.dtype(np.uint8)
@@ -153,10 +150,7 @@ def info_of(
 ) -> VolumeInfo:
     """The volume's description; the request's voxel size wins over ``voxel_size_nm`` found in the file.
 
-    Raises
-    ------
-    VolumeError
-        If the dtype cannot be used, the requested voxel size is not positive, or the shape is beyond belief.
+    Raises VolumeError if dtype or requested voxel size cannot be used, or the shape is beyond belief.
     """
     native = native_dtype(source, dtype)
     require_believable(source, math.prod(layout.stored) * dtype.itemsize)
@@ -169,13 +163,7 @@ def info_of(
 
 
 def require_small_chunks(source: Source, stored_chunk: Sequence[int], itemsize: int) -> None:
-    """Refuse an array whose chunks are too large to be unpacked.
-
-    Raises
-    ------
-    VolumeError
-        If one takes more than ``LARGEST_CHUNK_BYTES``.
-    """
+    """Refuse an array whose chunks take more than ``LARGEST_CHUNK_BYTES`` unpacked, by a VolumeError."""
     found = math.prod(int(n) for n in stored_chunk) * itemsize
     if found > LARGEST_CHUNK_BYTES:
         raise VolumeError(

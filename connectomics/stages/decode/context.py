@@ -134,10 +134,7 @@ class StepContext:
     def do(self, task: Task, kept: Path) -> None:
         """Do all blocks of a task whose results in the folder ``kept`` are not recorded, or not there any more.
 
-        Raises
-        ------
-        QuarantineError
-            If blocks failed.
+        Raises QuarantineError if blocks failed.
         """
         folder = self.work / f"{LEDGER}_{task.name}"
         with closing(Ledger(folder, self.run_key, {}, self.plan, volume=self.grid.volume)) as ledger:

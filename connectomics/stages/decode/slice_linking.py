@@ -55,13 +55,7 @@ class SectionIds:
         return 64 - max(1, (self.depth - 1).bit_length())
 
     def __call__(self, box: Box) -> Array:
-        """u64 (z, y, x) of a box; 0 is background.
-
-        Raises
-        ------
-        VolumeError
-            If an id has more digits than the sections leave.
-        """
+        """u64 (z, y, x) of a box, 0 in the background; a VolumeError if an id has more digits than there is room."""
         ids = self.values(box).astype(np.uint64)
         if int(ids.max()) >> self.digits:
             raise VolumeError(

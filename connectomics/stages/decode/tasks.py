@@ -24,14 +24,7 @@ from connectomics.objects.arrays import SUFFIX, load, save
 from connectomics.objects.components import Connectivity
 from connectomics.objects.faces import block_number, directions, first_axis, neighbour, pairs
 from connectomics.objects.merge import IDS, OFFSETS
-from connectomics.objects.pieces import (
-    BlockPlacement,
-    component_pieces,
-    hole_pieces,
-    painted,
-    plane_name,
-    value_pieces,
-)
+from connectomics.objects.pieces import BlockPlacement, component_pieces, hole_pieces, painted, plane_name, value_pieces
 from connectomics.volumes.source import reason
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array
@@ -71,13 +64,7 @@ class BlockTask:
         return self.folder.name
 
     def process(self, block: Block) -> BlockRecord:
-        """Compute a block; its file is on disk on return.
-
-        Raises
-        ------
-        OutputError
-            If the storage refuses, also after waiting.
-        """
+        """Compute a block; its file is on disk on return, or an OutputError is raised, also after waiting."""
         began = time.perf_counter()
         arrays, path = self.compute(self.grid, block), block_file(self.folder, block)
 

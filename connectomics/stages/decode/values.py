@@ -87,13 +87,7 @@ class ClassProbabilities:
     labels: Values
 
     def __call__(self, box: Box) -> Array:
-        """Probabilities (z, y, x) of a box.
-
-        Raises
-        ------
-        VolumeError
-            If a label has no channel.
-        """
+        """Probabilities (z, y, x) of a box; a VolumeError if a label has no channel."""
         found = self.probabilities.read(box)
         if len(found) == 1:
             only: Array = found[0]

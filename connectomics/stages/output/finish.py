@@ -75,13 +75,7 @@ def _key_at(path: Path, form: str) -> object:
 
 
 def check_names(outputs: Sequence[FinalOutput], folder: Path, *, overwrite: bool) -> None:
-    """Refuse to replace what another model, setting or input made.
-
-    Raises
-    ------
-    OutputError
-        If a final name is taken and ``overwrite`` is false.
-    """
+    """Refuse, by an OutputError, to replace what another model, setting or input made unless ``overwrite`` is set."""
     taken = [path for output in outputs for path in output.taken(folder)]
     if taken and not overwrite:
         raise OutputError(
@@ -91,13 +85,7 @@ def check_names(outputs: Sequence[FinalOutput], folder: Path, *, overwrite: bool
 
 
 def check_exportable(output: FinalOutput, info: VolumeInfo, folder: Path, budget_bytes: int) -> None:
-    """Refuse formats that cannot hold an output, before any work is done.
-
-    Raises
-    ------
-    OutputError
-        Saying which can.
-    """
+    """Refuse formats that cannot hold an output before any work is done, by an OutputError that says which can."""
     for form, path in output.paths(folder).items():
         require_exportable(info, path, form, budget_bytes)
 

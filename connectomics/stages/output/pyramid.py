@@ -85,13 +85,7 @@ class LevelTask:
         return BlockGrid(self.level.extent, self.target.unit_shape)
 
     def process(self, block: Block) -> BlockRecord:
-        """Make a block, write it and compare what is read back.
-
-        Raises
-        ------
-        OutputError
-            If the disk refuses or gives other voxels.
-        """
+        """Make a block, write it and compare it; an OutputError if the disk refuses or gives other voxels."""
         began, written = time.perf_counter(), sha256()
 
         def parts() -> Iterator[tuple[Box, Array]]:

@@ -22,13 +22,7 @@ class Frame:
 def chunked_volume(
     source: Source, layout: Layout, array: Any, *, frame: Frame, identity: Callable[[], dict[str, object]]
 ) -> StoredVolume:
-    """The reader of TensorStore's handle of an array.
-
-    Raises
-    ------
-    VolumeError
-        If its type or the size of its chunks cannot be used.
-    """
+    """The reader of TensorStore's handle of an array; a VolumeError if its type or size of chunks is unusable."""
     dtype = array.dtype.numpy_dtype
     chunk: tuple[Any, ...] = array.chunk_layout.read_chunk.shape or array.shape
     require_small_chunks(source, chunk, dtype.itemsize)

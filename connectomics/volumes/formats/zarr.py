@@ -76,10 +76,7 @@ def open_zarr(source: Source) -> StoredVolume:
 
 def open_array(path: Path, version: int, *, writable: bool = False) -> Any:
     """TensorStore's handle of the array in a folder; written chunks are kept even where all zero."""
-    spec = {
-        "driver": "zarr3" if version == 3 else "zarr",
-        "kvstore": {"driver": "file", "path": f"{path.resolve()}/"},
-    }
+    spec = {"driver": "zarr3" if version == 3 else "zarr", "kvstore": {"driver": "file", "path": f"{path.resolve()}/"}}
     options = {"store_data_equal_to_fill_value": True} if writable else {}
     return ts.open({**spec, **options}, open=True, read=True, write=writable, context=ts.Context()).result()
 

@@ -68,10 +68,7 @@ class NiftiGeometry:
 def frame_of(path: Path, reader: str) -> NiftiGeometry:
     """Read an image's header as nnU-Net's ``reader`` would.
 
-    Raises
-    ------
-    VolumeError
-        If it cannot be read, or the reader cannot write labels for an image of its axes.
+    Raises VolumeError if it cannot be read, or the reader cannot write labels for an image of its axes.
     """
     try:
         return _itk_frame(path) if reader == SIMPLE_ITK else _nibabel_frame(path, turned=reader == NIBABEL_TURNED)

@@ -68,13 +68,7 @@ class LevelArray:
         return self._unit if self._shards is None else self._shards.part_shape
 
     def read(self, box: Box) -> Array:
-        """Voxels of ``box`` as a new (c, z, y, x) array; 0 where nothing was written.
-
-        Raises
-        ------
-        VolumeError
-            If the storage cannot be read.
-        """
+        """Voxels of ``box`` as a new (c, z, y, x) array, 0 where nothing was written; a VolumeError if that fails."""
         try:
             voxels: Array = self._stored[self._index(box)].read().result()
         except READ_ERRORS as error:
@@ -119,13 +113,7 @@ class LevelArray:
 
 
 def open_driver(driver: str, folder: Path, **more: object) -> Any:
-    """TensorStore's handle of an array on disk whose metadata are there.
-
-    Raises
-    ------
-    OutputError
-        If they are damaged or gone.
-    """
+    """TensorStore's handle of an array on disk; an OutputError if its metadata are damaged or gone."""
     spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"}, **more}
     try:
         return ts.open(spec, open=True, read=True, write=True, context=ts.Context()).result()
