@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -98,14 +98,7 @@ def write_copy(
         (folder / name).chmod((folder / PLANS).stat().st_mode)  # safetensors leaves it to its owner alone
     values: dict[str, object] = {
         "format": FORMAT,
-        "trainer_name": manifest.trainer_name,
-        "configuration": manifest.configuration,
-        "mirror_axes": list(manifest.mirror_axes),
-        "checkpoint_name": manifest.checkpoint_name,
-        "folds": list(manifest.folds),
-        "original": [list(entry) for entry in manifest.original],
-        "original_sha256": manifest.original_sha256,
-        "architecture": manifest.architecture,
+        **asdict(manifest),
         "files": {name: sha256_of_file(folder / name) for name in (PLANS, DATASET, *names)},
     }
     values["sha256"] = key_of(values)

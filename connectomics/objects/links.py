@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS, mapped, roots, spans, table, unite
-from connectomics.objects.numbering import ascending
+from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS, ascending, mapped, roots, spans, table, unite
 from connectomics.objects.overlaps import COLUMNS, OVERLAP, load_overlaps, summed
 from connectomics.objects.pieces import PIECE, merged, nothing, together
 from connectomics.volumes.volume import Array

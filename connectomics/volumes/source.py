@@ -6,6 +6,7 @@ Every file of a format imports this; it knows nothing about arrays.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import struct
@@ -51,26 +52,13 @@ PRECOMPUTED_PREFIXES = ("precomputed://file://", "precomputed://")
 """What may stand before the path of a precomputed volume, longest first."""
 
 NM_PER_UNIT = {
-    "pm": 1e-3,
-    "picometer": 1e-3,
-    "å": 0.1,
-    "angstrom": 0.1,
-    "nm": 1.0,
-    "nanometer": 1.0,
-    "nanometre": 1.0,
-    "um": 1e3,
-    "micron": 1e3,
-    "micrometer": 1e3,
-    "micrometre": 1e3,
-    "mm": 1e6,
-    "millimeter": 1e6,
-    "millimetre": 1e6,
-    "cm": 1e7,
-    "centimeter": 1e7,
-    "centimetre": 1e7,
-    "m": 1e9,
-    "meter": 1e9,
-    "metre": 1e9,
+    **dict.fromkeys(("pm", "picometer"), 1e-3),
+    **dict.fromkeys(("å", "angstrom"), 0.1),
+    **dict.fromkeys(("nm", "nanometer", "nanometre"), 1.0),
+    **dict.fromkeys(("um", "micron", "micrometer", "micrometre"), 1e3),
+    **dict.fromkeys(("mm", "millimeter", "millimetre"), 1e6),
+    **dict.fromkeys(("cm", "centimeter", "centimetre"), 1e7),
+    **dict.fromkeys(("m", "meter", "metre"), 1e9),
 }
 
 
@@ -118,6 +106,17 @@ def three_positive(values: object, factor: float = 1.0) -> Nanometres | None:
     except (TypeError, ValueError):
         return None
     return (z, y, x) if all(np.isfinite(v) and v > 0 for v in (z, y, x)) else None
+
+
+def nanometres(unit: object) -> float:
+    """Nanometres in one ``unit`` as programs spell it; not a number where it is unknown."""
+    plain = str(unit).strip().lower().replace("µ", "u").replace("μ", "u")
+    return NM_PER_UNIT.get(plain, NM_PER_UNIT.get(plain.removesuffix("s"), math.nan))
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Names in a message, at most ten."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def reason(error: BaseException) -> str:

@@ -17,8 +17,7 @@ from connectomics.core.files import replacing
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.volumes.formats.zarr import open_array, open_zarr
-from connectomics.volumes.levels import Level
-from connectomics.volumes.ome import multiscale
+from connectomics.volumes.levels import Level, multiscale
 from connectomics.volumes.source import READ_ERRORS, Source, reason
 from connectomics.volumes.stored import StoredVolume
 from connectomics.volumes.volume import Array, VolumeInfo

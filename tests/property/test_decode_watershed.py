@@ -14,8 +14,7 @@ from skimage.segmentation import watershed
 
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.objects.distance import beyond, squared_distance
-from connectomics.objects.merge import Cuts, merge
-from connectomics.objects.numbering import number_by_first
+from connectomics.objects.merge import Cuts, merge, number_by_first
 from connectomics.objects.watershed import flooding_order
 from connectomics.stages.decode.tasks import BlockPieces, BlockTask, block_file, painted_block
 from connectomics.stages.decode.watershed.flooding import Distance

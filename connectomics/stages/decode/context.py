@@ -25,8 +25,7 @@ from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.runner import RunStage, failure_message, void_lost
 from connectomics.execution.task import Task
-from connectomics.objects.merge import Cuts, merge
-from connectomics.objects.numbering import number_by_first
+from connectomics.objects.merge import Cuts, merge, number_by_first
 from connectomics.objects.selection import Rule, Selection, select
 from connectomics.objects.table import MeasurementUnits
 from connectomics.stages.decode.tasks import (

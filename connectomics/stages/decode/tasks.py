@@ -22,7 +22,7 @@ from connectomics.execution.runner import write_block
 from connectomics.execution.task import BlockRecord
 from connectomics.objects.arrays import SUFFIX, load, save
 from connectomics.objects.components import Connectivity
-from connectomics.objects.faces import block_number, directions, first_axis, neighbour, pairs
+from connectomics.objects.faces import directions, first_axis, neighbour, pairs
 from connectomics.objects.merge import IDS, OFFSETS
 from connectomics.objects.pieces import BlockPlacement, component_pieces, hole_pieces, painted, plane_name, value_pieces
 from connectomics.volumes.source import reason
@@ -151,7 +151,7 @@ class BlockJoins:
             touching = pairs(plane, other, direction, self.connectivity, values=values, others=others)
             found["here"].append(touching[:, 0].astype(np.int64))
             found["there"].append(touching[:, 1].astype(np.int64))
-            found["other"].append(np.full(len(touching), block_number(index, grid.counts), np.int64))
+            found["other"].append(np.full(len(touching), grid.number(index), np.int64))
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
     def _side(self, block: Block, axis: int, *, high: bool) -> tuple[Array, Array]:
@@ -203,7 +203,7 @@ def painted_block(grid: BlockGrid, block: Block, pieces: Path, tables: Path, dty
     """A block (z, y, x) with what the tables say is painted for its pieces; 0 elsewhere."""
     lengths, labels = load(block_file(pieces, block), "lengths", "labels")
     offsets = np.load(tables / OFFSETS, mmap_mode="r")
-    number = block_number(block.index, grid.counts)
+    number = grid.number(block.index)
     ids = np.load(tables / IDS, mmap_mode="r")[offsets[number] : offsets[number + 1]]
     numbers = np.zeros(len(ids) + 1, dtype)
     numbers[1:] = ids

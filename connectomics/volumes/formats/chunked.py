@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import tensorstore as ts
+
+from connectomics.core.errors import VolumeError
 from connectomics.volumes.source import Source
 from connectomics.volumes.stored import Layout, StoredVolume, info_of, require_small_chunks
 from connectomics.volumes.volume import Array, Nanometres
@@ -17,6 +21,20 @@ class Frame:
 
     voxel_size_nm: Nanometres | None = None
     origin_nm: Nanometres = (0.0, 0.0, 0.0)
+
+
+def open_stored(driver: str, folder: Path, *, writable: bool = False, **options: object) -> Any:
+    """TensorStore's handle of the array that stands in a folder; ``options`` are the driver's."""
+    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"}, **options}
+    return ts.open(spec, open=True, read=True, write=writable, context=ts.Context()).result()
+
+
+def inner_path(source: Source, kind: str) -> PurePosixPath:
+    """What stands after ``::``, a path below the folder; a VolumeError if it leads out of that."""
+    inner = PurePosixPath(source.inner or "")
+    if inner.is_absolute() or ".." in inner.parts:
+        raise VolumeError(f"{source.uri}: the array {source.inner!r} lies outside the {kind} folder; name one inside.")
+    return inner
 
 
 def chunked_volume(

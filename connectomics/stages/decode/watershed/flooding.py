@@ -16,7 +16,6 @@ from connectomics.core.geometry import Block, BlockGrid, Box, vec3
 from connectomics.objects.arrays import load
 from connectomics.objects.components import Connectivity
 from connectomics.objects.distance import around, beyond, reach, squared_distance
-from connectomics.objects.faces import block_number
 from connectomics.objects.merge import IDS, OBJECTS, OFFSETS
 from connectomics.objects.watershed import SEED_COUNTS, RunLengths, flood
 from connectomics.stages.decode.tasks import Read, block_file, smallest_dtype
@@ -121,7 +120,7 @@ class ContestedComponents:
 
     def of(self, block: Block) -> tuple[Array, Array, Array]:
         """Components in a block, int64 ascending, their numbers of seeds, and their rows."""
-        number = block_number(block.index, self.grid.counts)
+        number = self.grid.number(block.index)
         offsets = np.load(self.ground.tables / OFFSETS, mmap_mode="r")
         ids = np.load(self.ground.tables / IDS, mmap_mode="r")[offsets[number] : offsets[number + 1]]
         here = np.unique(ids).astype(np.int64)

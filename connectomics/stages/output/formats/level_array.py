@@ -12,6 +12,7 @@ import tensorstore as ts
 from connectomics.core.errors import OutputError, VolumeError
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.stages.output.shards import ShardWriter
+from connectomics.volumes.formats.chunked import open_stored
 from connectomics.volumes.source import READ_ERRORS, reason
 from connectomics.volumes.volume import Array
 
@@ -114,8 +115,7 @@ class LevelArray:
 
 def open_driver(driver: str, folder: Path, **more: object) -> Any:
     """TensorStore's handle of an array on disk; an OutputError if its metadata are damaged or gone."""
-    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"}, **more}
     try:
-        return ts.open(spec, open=True, read=True, write=True, context=ts.Context()).result()
+        return open_stored(driver, folder, writable=True, **more)
     except READ_ERRORS as error:
         raise OutputError(f"cannot open {folder}: {reason(error)}. Remove it and run again.") from error

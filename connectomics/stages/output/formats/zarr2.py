@@ -12,8 +12,7 @@ from connectomics.stages.output.formats.contract import UNIT_BYTES, ChunkedForma
 from connectomics.stages.output.formats.level_array import LevelArray, open_driver
 from connectomics.stages.output.formats.zarr import STAMP, info_of_level
 from connectomics.stages.output.size import OutputSize
-from connectomics.volumes.levels import Level, plan_levels
-from connectomics.volumes.ome import multiscale
+from connectomics.volumes.levels import Level, multiscale, plan_levels
 from connectomics.volumes.store import ATTRIBUTES
 from connectomics.volumes.volume import VolumeInfo
 
