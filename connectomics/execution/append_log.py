@@ -16,13 +16,7 @@ READ_BYTES = 1 << 20
 
 
 class LineFile:
-    """A new file of this process alone in ``folder``.
-
-    Parameters
-    ----------
-    folder, suffix
-        Where it goes, and how its name ends.
-    """
+    """A new file of this process alone in ``folder``, whose name ends in ``suffix``."""
 
     def __init__(self, folder: Path, suffix: str) -> None:
         self.path = folder / (new_mark() + suffix)

@@ -66,15 +66,7 @@ def retried(action: Callable[[], T], what: str, pauses_s: tuple[float, ...] = PA
 
 
 class RetryingReader:
-    """A volume whose reading is tried again when it fails for a moment.
-
-    Parameters
-    ----------
-    reader, name
-        The volume; whoever made it closes it.
-    pauses_s
-        See ``retried``.
-    """
+    """A volume whose reading is tried again as ``retried`` does; whoever made the volume closes it."""
 
     def __init__(self, reader: VolumeReader, name: str, pauses_s: tuple[float, ...] = PAUSES_S) -> None:
         self._reader = reader

@@ -158,21 +158,9 @@ def failure_message(failures: tuple[BlockFailure, ...], planned: int, folder: Pa
 
 
 def void_lost(ledger: Ledger, work: Path, stores: Collection[str]) -> int:
-    """Undo records whose files are not there or, for a sample, differ from their checksum.
+    """Undo records whose files are not there or, for a sample, differ from their checksum; how many were undone.
 
-    Parameters
-    ----------
-    ledger
-        Of the stage.
-    work
-        The work folder.
-    stores
-        Names of the folders in it that are looked at; others may have become final outputs.
-
-    Returns
-    -------
-    lost
-        Number of records undone.
+    Only the folders of ``work`` that are named in ``stores`` are looked at; others may have become final outputs.
     """
     stride = max(1, ledger.finished // CHECKED_BLOCKS)
     lost = 0

@@ -108,15 +108,7 @@ def _axes(rule: ResamplingRule, separate: int | None, old: Vec3, new: Vec3) -> t
 
 @dataclass(slots=True)
 class ResampledInput:
-    """What ``CaseInput`` is for the image's grid, for the network's: ``get`` gives its voxels, zeros outside.
-
-    Parameters
-    ----------
-    source
-        The case at the image's spacing.
-    resampling
-        The rules.
-    """
+    """What ``CaseInput`` is for the image's grid, for the network's: ``get`` gives its voxels, zeros outside."""
 
     source: CaseInput
     resampling: Resampling
@@ -199,15 +191,7 @@ class ResampledInput:
 
 @dataclass(frozen=True, slots=True)
 class ResampledLabels:
-    """The labels of a previous stage on the network's grid, a channel each.
-
-    Parameters
-    ----------
-    source
-        The labels on the image's grid.
-    resampling
-        The rules.
-    """
+    """The labels of a previous stage on the network's grid, a channel each."""
 
     source: PreviousLabels
     resampling: Resampling
@@ -243,15 +227,7 @@ def _on_network_grid(source: ImageSource, resampling: Resampling) -> WindowSourc
 
 
 class ResampledPredictor:
-    """Predicts on the network's grid and brings the logits back to the image's.
-
-    Parameters
-    ----------
-    inner
-        Predicts on the network's grid.
-    resampling
-        The rules.
-    """
+    """Predicts, by another predictor, on the network's grid and brings the logits back to the image's."""
 
     def __init__(self, inner: Predictor, resampling: Resampling) -> None:
         self._inner, self._resampling = inner, resampling

@@ -84,10 +84,7 @@ def write_copy(
 ) -> None:
     """Write a copy into an empty folder; equal models give equal bytes. ``manifest.files`` is filled in here.
 
-    Parameters
-    ----------
-    weights
-        For each fold of the manifest, tensors by the network's names.
+    ``weights`` has, for each fold of the manifest, tensors by the network's names.
     """
     for name, text in ((PLANS, plans), (DATASET, dataset)):
         (folder / name).write_text(json.dumps(text.values, indent=1) + "\n", encoding="utf-8")

@@ -212,15 +212,7 @@ def shared_with(core: Box, read: Box) -> tuple[Array, Array]:
 
 
 def seeds_of_basins(saddles: Saddles, seed_count: int, count: int) -> Array:
-    """The seed that floods each basin, u8 [count], from all saddles of a volume.
-
-    Parameters
-    ----------
-    saddles
-        Between seeds, 1 to ``seed_count``, and basins, which follow them.
-    seed_count, count
-        How many there are of each.
-    """
+    """The seed that floods each basin, u8 [count], from all saddles between seeds, 1 to ``seed_count``, and basins."""
     nodes, place = np.unique(saddles.pairs, return_inverse=True)
     _, root = Saddles(place.reshape(-1, 2), saddles.heights).forest(len(nodes), nodes <= seed_count)
     result = np.zeros(count, np.uint64)

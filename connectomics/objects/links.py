@@ -83,25 +83,10 @@ class Sections:
 
 
 def link(sections: Sections, rule: Linking, folder: Path, *, at_once: int = AT_ONCE) -> int:
-    """Link objects of sections, number what becomes of them by its first voxel and measure it.
+    """Link objects of sections, number what becomes of them by its first voxel and measure it; how many there are.
 
-    Leaves in ``folder`` the tables that ``merge`` leaves, now of linked objects.
-
-    Parameters
-    ----------
-    sections
-        Objects and overlaps.
-    rule
-        Which are linked.
-    folder
-        Empty folder for the tables.
-    at_once
-        Rows in memory at a time; the overlaps of one object always are.
-
-    Returns
-    -------
-    int
-        Number of objects.
+    Leaves in ``folder``, which is empty before, the tables that ``merge`` leaves, now of linked objects. So many rows
+    are in memory ``at_once``; the overlaps of one object always are.
     """
     rows = np.load(sections.folder / OBJECTS, mmap_mode="r")
     classes = table(folder / "scratch_classes", sections.count, np.uint64)

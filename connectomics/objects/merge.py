@@ -49,26 +49,10 @@ class Cuts:
 
 
 def merge(cuts: Cuts, folder: Path, *, first_id: int = FIRST_ID, at_once: int = AT_ONCE) -> int:
-    """Number the objects and measure them.
+    """Number the objects, from ``first_id`` on in the order of their first voxels, and measure them; how many they are.
 
-    Leaves in ``folder``: ``offsets.npy``, where each block's pieces begin; ``ids.npy`` u8, the object of each piece;
-    ``objects.npy``, a ``PIECE`` for each object in the order of ids.
-
-    Parameters
-    ----------
-    cuts
-        The blocks' results.
-    folder
-        Empty folder for the tables.
-    first_id
-        Number of the object with the first voxel; the next is one more.
-    at_once
-        Rows in memory at a time.
-
-    Returns
-    -------
-    int
-        Number of objects.
+    Leaves in ``folder``, which is empty before: ``offsets.npy``, where each block's pieces begin; ``ids.npy`` u8, the
+    object of each piece; ``objects.npy``, a ``PIECE`` for each object in the order of ids.
     """
     tables = _gathered(cuts, folder)
     if cuts.joins is not None:
@@ -260,17 +244,7 @@ def _measured(
 
 
 def number_by_first(folder: Path, count: int, *, at_once: int = AT_ONCE) -> None:
-    """Number objects that were joined by value by their first voxels, in place; their value becomes 1.
-
-    Parameters
-    ----------
-    folder
-        Tables of ``merge``.
-    count
-        Objects in them.
-    at_once
-        Rows in memory at a time.
-    """
+    """Number objects that were joined by value by their first voxels, in their tables; their value becomes 1."""
     objects = np.load(folder / OBJECTS, mmap_mode="r+")
     numbers = table(folder / "scratch_by_value", count, np.uint64)
     ordered = table(folder / "scratch_ordered", count, PIECE)

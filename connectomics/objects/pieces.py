@@ -130,15 +130,7 @@ def plane_name(axis: int, high: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class BlockPlacement:
-    """Where a block lies.
-
-    Parameters
-    ----------
-    core
-        The block.
-    volume
-        Shape (z, y, x) of all.
-    """
+    """Where the core of a block lies in a volume of shape (z, y, x)."""
 
     core: Box
     volume: Vec3

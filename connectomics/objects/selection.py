@@ -100,23 +100,10 @@ class Holes:
 def select(
     folder: Path, count: int, rule: Rule, *, first_id: int = FIRST_ID, at_once: int = AT_ONCE
 ) -> tuple[int, int]:
-    """Drop objects from the tables in ``folder``; those that stay keep their number.
+    """Drop objects from the tables in ``folder``; those that stay keep their number, from ``first_id`` on.
 
     Afterwards ``ids.npy`` holds what is painted for each piece (0 for dropped ones), ``objects.npy`` the rows of the
     objects that stay, ``numbers.npy`` u8 what is painted for each row.
-
-    Parameters
-    ----------
-    folder
-        Tables of ``merge``.
-    count
-        Objects in them.
-    rule
-        Which stay, and what is painted.
-    first_id
-        Id of the first row.
-    at_once
-        Rows in memory at a time.
 
     Returns
     -------
@@ -181,20 +168,9 @@ def _kept(scratch: Path, path: Path, count: int, kind: np.dtype[Any], at_once: i
 
 
 def absorb(tables: Path, count: int, holes: Path, found: int, *, at_once: int = AT_ONCE) -> None:
-    """Add filled holes to the rows of the objects they were filled with, in place.
+    """Add ``found`` filled holes, selected by ``Holes``, to the rows of the ``count`` objects they were filled with.
 
-    Parameters
-    ----------
-    tables
-        Tables of ``count`` objects with ascending numbers.
-    count
-        Objects in them.
-    holes
-        Tables of ``found`` holes, selected by ``Holes``.
-    found
-        Holes in them.
-    at_once
-        Rows in memory at a time.
+    Both are tables; the objects', whose numbers ascend, is changed in place.
     """
     objects = np.load(tables / OBJECTS, mmap_mode="r+")
     numbers = np.load(tables / NUMBERS, mmap_mode="r")[:count]
@@ -208,20 +184,9 @@ def absorb(tables: Path, count: int, holes: Path, found: int, *, at_once: int = 
 
 
 def inherit(tables: Path, count: int, before: Path, known: int, *, at_once: int = AT_ONCE) -> None:
-    """Give objects the values that objects of the same numbers have in other tables, in place.
+    """Give ``count`` objects the values that objects of the same numbers have in other tables, in place.
 
-    Parameters
-    ----------
-    tables
-        Tables of ``count`` objects.
-    count
-        Objects in them.
-    before
-        Tables of ``known`` objects with ascending numbers, among them all of these.
-    known
-        Objects in them.
-    at_once
-        Rows in memory at a time.
+    The others, whose numbers ascend, are ``known`` objects, among them all of these.
     """
     objects, numbers = np.load(tables / OBJECTS, mmap_mode="r+"), np.load(tables / NUMBERS, mmap_mode="r")
     older, named = np.load(before / OBJECTS, mmap_mode="r"), np.load(before / NUMBERS, mmap_mode="r")[:known]

@@ -122,20 +122,9 @@ class RunLengths:
 
 
 def count_seeds(seeds: Path, count: int, components: int, folder: Path, *, at_once: int = AT_ONCE) -> None:
-    """Write how many seeds each component has: ``seed_counts.npy`` u4.
+    """Write how many seeds each component, numbered from 1 on, has: ``seed_counts.npy`` u4 in ``folder``.
 
-    Parameters
-    ----------
-    seeds
-        Tables of ``count`` seeds, whose values are their components.
-    count
-        Seeds in them.
-    components
-        How many there are, numbered from 1 on.
-    folder
-        Where the table goes.
-    at_once
-        Rows in memory at a time.
+    ``seeds`` are tables of ``count`` seeds, whose values are their components.
     """
     rows = np.load(seeds / OBJECTS, mmap_mode="r")
     counts = table(folder / SEED_COUNTS, components, np.uint32)

@@ -66,23 +66,9 @@ class _Prepared:
 def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_block: OnBlock) -> RunReport:
     """Bring one volume to its final outputs, continuing whatever an earlier run of the same result left.
 
-    Several processes may do so at the same time: they share the blocks, and each returns when all is done.
-
-    Parameters
-    ----------
-    job
-        The volume.
-    settings
-        Folder, budget and numeric class.
-    executor
-        Runs the blocks.
-    on_block
-        Called with (finished, planned) blocks at the start and after each block.
-
-    Raises
-    ------
-    ConnectomicsError
-        If the volume cannot be finished; finished blocks are kept and a rerun continues.
+    Several processes may do so at the same time: they share the blocks, and each returns when all is done. ``on_block``
+    is called with (finished, planned) blocks at the start and after each block. Whatever ConnectomicsError is raised,
+    finished blocks are kept and a rerun continues.
     """
     began = time.perf_counter()
     for output in job.outputs:

@@ -42,17 +42,7 @@ def block_file(folder: Path, block: Block) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class BlockTask:
-    """Compute arrays for each block; they lie in a folder, after which the stage is called.
-
-    Parameters
-    ----------
-    grid
-        Blocks of the volume.
-    folder
-        Where the results go, one file a block.
-    compute
-        Gives the arrays of a block, by name.
-    """
+    """Compute the arrays of each block, by name, into one file; the stage is called as the folder of the files."""
 
     grid: BlockGrid
     folder: Path
@@ -121,15 +111,7 @@ class BlockPieces:
 
 @dataclass(frozen=True, slots=True)
 class BlockJoins:
-    """Find which pieces of a block touch pieces of its later neighbours.
-
-    Parameters
-    ----------
-    pieces
-        Where the pieces lie.
-    connectivity
-        Which voxels are neighbours.
-    """
+    """Find which pieces of a block, whose file lies in ``pieces``, touch pieces of its later neighbours."""
 
     pieces: Path
     connectivity: Connectivity
@@ -164,18 +146,7 @@ class BlockJoins:
 class PaintTask:
     """Write each block with its objects' numbers.
 
-    Parameters
-    ----------
-    grid
-        Blocks of the volume.
-    pieces
-        Where their pieces lie.
-    tables
-        Where the objects' numbers lie.
-    store
-        What is written.
-    under
-        Values (z, y, x) of a box that are kept where no object is painted, or None.
+    ``pieces`` and ``tables`` are folders. ``under`` gives values (z, y, x) of a box, kept where no object is painted.
     """
 
     grid: BlockGrid

@@ -73,15 +73,7 @@ def probability_units(info: VolumeInfo, certain: float | None = None) -> tuple[f
 
 @dataclass(frozen=True, slots=True)
 class ClassProbabilities:
-    """The probability of each voxel's own label.
-
-    Parameters
-    ----------
-    probabilities
-        One channel, or one for each label from 0 on.
-    labels
-        What the labels are.
-    """
+    """The probability of each voxel's own label, from one channel, or from one for each label from 0 on."""
 
     probabilities: VolumeReader
     labels: Values

@@ -93,25 +93,10 @@ def check_exportable(output: FinalOutput, info: VolumeInfo, folder: Path, budget
 def export_output(
     store: Store, output: FinalOutput, folder: Path, stamp: dict[str, object], work: Path, run: RunStage
 ) -> None:
-    """Write what is missing of an output.
+    """Write what is missing of an output from its complete working store; chunked ones are built in ``work``.
 
-    Parameters
-    ----------
-    store
-        The complete working store.
-    folder
-        Of the final outputs.
-    stamp
-        Facts that each carries, beside its result key.
-    work
-        Where chunked outputs are built.
-    run
-        Runs their blocks.
-
-    Raises
-    ------
-    OutputError
-        If the disk refuses or what is written does not read back equal.
+    Each carries ``stamp``, beside its result key. Raises OutputError if the disk refuses or what is written does not
+    read back equal.
     """
     paths = output.paths(folder)
     for form in output.missing(folder):

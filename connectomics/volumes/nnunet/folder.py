@@ -50,15 +50,7 @@ Spacing3 = tuple[float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class FileKind:
-    """How a dataset's files are read and written.
-
-    Parameters
-    ----------
-    reader
-        nnU-Net's class, from plans.json.
-    ending
-        Of every image and label, from dataset.json.
-    """
+    """How a dataset's files are read: nnU-Net's class, from plans.json, and the ending of all, from dataset.json."""
 
     reader: str
     ending: str
@@ -171,21 +163,10 @@ def copy_descriptions(model: Path, folder: Path) -> None:
 
 
 def write_labels(labels: VolumeReader, path: Path, kind: FileKind, frame: NiftiGeometry | None = None) -> None:
-    """Write labels in the file nnU-Net would leave: uint8 where every label is below 255, else uint16.
+    """Write labels of one channel as nnU-Net would leave them: uint8 where all are below 255, else uint16.
 
-    It is read back and compared, and appears under its name when it is complete.
-
-    Parameters
-    ----------
-    labels
-        One channel.
-    frame
-        That of the image, for NIfTI.
-
-    Raises
-    ------
-    OutputError
-        If reading back gives other voxels, or the format cannot hold them.
+    The file is read back and compared, and appears under its name when it is complete; the OutputError says if that
+    gives other voxels, or the format cannot hold them. ``frame`` is that of the image, for NIfTI.
     """
     largest = max(int(slab.max()) for slab in _slabs(labels))
     dtype = np.dtype(np.uint8 if largest < 255 else np.uint16)

@@ -131,15 +131,7 @@ def _positive(values: object) -> Spacing:
 def header_of(frame: NiftiGeometry, extent: Vec3, dtype: np.dtype[Any]) -> bytes:
     """All that stands before the voxels of a label file, made by the library that nnU-Net's reader writes with.
 
-    Parameters
-    ----------
-    extent
-        (z, y, x) of the labels in the file's axes.
-
-    Raises
-    ------
-    OutputError
-        If an axis is too long for NIfTI-1.
+    ``extent`` is (z, y, x) of the labels in the file's axes. Raises OutputError if an axis is too long for NIfTI-1.
     """
     shape = extent[:0:-1] if frame.itk is not None and len(frame.itk[0]) == 2 else extent[::-1]
     if max(shape) > LONGEST_AXIS:

@@ -101,16 +101,7 @@ class Seeds:
 class ContestedComponents:
     """Which components have several seeds, and which of them are too large to be flooded whole.
 
-    Parameters
-    ----------
-    grid
-        Blocks of the volume.
-    ground
-        The components.
-    folder
-        Where their numbers of seeds lie.
-    most_voxels
-        Of the box of a component that is flooded whole.
+    ``folder`` has their numbers of seeds; ``most_voxels`` may have the box of a component that is flooded whole.
     """
 
     grid: BlockGrid
@@ -185,19 +176,7 @@ class Floods:
 
 @dataclass(frozen=True, slots=True)
 class BlockFloods:
-    """Flood the components that have their first voxel in a block and several seeds, each in its own box.
-
-    Parameters
-    ----------
-    contests
-        Which components are flooded.
-    seeds
-        Components of the seeds.
-    heights
-        What is flooded, the highest first.
-    connectivity
-        Which voxels are neighbours.
-    """
+    """Flood the components that have their first voxel in a block and several seeds, each in its own box."""
 
     contests: ContestedComponents
     seeds: PaintedComponents
@@ -218,18 +197,8 @@ class BlockFloods:
 class Flooded:
     """The labels of a block: its components, and where they have several seeds the seeds that flooded them.
 
-    Parameters
-    ----------
-    contests
-        Which components were flooded.
-    seeds
-        How many seeds there are.
-    folder
-        What was flooded whole.
-    subvolumes
-        What was flooded in subvolumes, or None.
-    keep_unseeded
-        Whether components without a seed are objects.
+    ``seeds`` is how many there are. In ``folder`` lies what was flooded whole, in ``subvolumes`` what was too large for
+    that.
     """
 
     contests: ContestedComponents

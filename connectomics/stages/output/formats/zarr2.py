@@ -19,17 +19,7 @@ from connectomics.volumes.volume import VolumeInfo
 
 @dataclass(frozen=True, slots=True)
 class Zarr2Levels:
-    """OME-Zarr 0.4, for programs that do not read 0.5: Zarr v2 has no shards, so chunks are large and files.
-
-    Parameters
-    ----------
-    info
-        Level 0.
-    levels
-        From level 0 on.
-    unit_bytes
-        Uncompressed size of what is written at once.
-    """
+    """OME-Zarr 0.4, for programs that do not read 0.5: Zarr v2 has no shards, so chunks are large and files."""
 
     info: VolumeInfo
     levels: tuple[Level, ...]
