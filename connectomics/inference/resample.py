@@ -24,6 +24,7 @@ from connectomics.models.spec import DEFAULT_RESAMPLING, NO_RESAMPLING, TORCH_RE
 from connectomics.volumes.volume import Array, Spacing
 
 TILE: Vec3 = (32, 128, 128)  # network voxels computed at once
+LARGEST_RATIO = 4.0  # of spacings, unless more is allowed
 CUBIC = 3  # the highest order of images
 LINEAR = 1  # the highest order of logits: splines are clipped to the range of all of them, which nobody knows before
 ImageSource = CaseInput | StackedInput[CaseInput, PreviousLabels]  # a case on the image's grid
@@ -308,10 +309,10 @@ def check_rules(data: ResamplingRule, probabilities: ResamplingRule, labels: Res
         )
 
 
-def check_ratio(spacing: Spacing, target: Spacing, *, allowed: bool, limit: float = 4.0) -> None:
+def check_ratio(spacing: Spacing, target: Spacing, *, allowed: bool) -> None:
     """Refuse, by a VolumeError, a resampling that is more likely a mistaken unit than a wish, unless it is allowed."""
     ratios = [max(a / b, b / a) for a, b in zip(spacing, target, strict=True)]
-    if max(ratios) > limit and not allowed:
+    if max(ratios) > LARGEST_RATIO and not allowed:
         raise VolumeError(
             f"the volume's spacing {spacing} and the plan's {target} (z, y, x) differ {max(ratios):.1f} fold; "
             "are both in the same unit? Set inference.spacing in the plan's unit, or confirm with "

@@ -121,13 +121,13 @@ class RunLengths:
         return np.repeat(self.labels.astype(dtype), self.lengths).reshape(shape)
 
 
-def count_seeds(seeds: Path, count: int, components: int, folder: Path, *, at_once: int = AT_ONCE) -> None:
+def count_seeds(seeds: Path, count: int, components: int, folder: Path) -> None:
     """Write how many seeds each component, numbered from 1 on, has: ``seed_counts.npy`` u4 in ``folder``.
 
     ``seeds`` are tables of ``count`` seeds, whose values are their components.
     """
     rows = np.load(seeds / OBJECTS, mmap_mode="r")
     counts = table(folder / SEED_COUNTS, components, np.uint32)
-    for span in spans(count, at_once):
+    for span in spans(count, AT_ONCE):
         np.add.at(counts, rows["value"][span].astype(np.int64) - 1, 1)
     counts.flush()

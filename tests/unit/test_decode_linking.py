@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,6 @@ from connectomics.core.errors import QuarantineError
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.objects import links, overlaps
 from connectomics.objects.links import Linking
-from connectomics.stages.decode import slice_linking
 from connectomics.stages.decode.connected_components import ConnectedComponents
 from connectomics.stages.decode.object_filters import Filters
 from connectomics.stages.decode.slice_linking import SliceLinking
@@ -117,7 +115,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Tables are read in parts of a few rows, sections counted line by line."""
 
     def small(at_once: int) -> None:
-        monkeypatch.setattr(slice_linking, "link", functools.partial(links.link, at_once=at_once))
+        monkeypatch.setattr(links, "AT_ONCE", at_once)
         monkeypatch.setattr(overlaps, "VOXELS_AT_ONCE", 30)
 
     yield small
