@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from connectomics.assembly.engine.cascade import checked_labels, open_previous
 from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.make_engine import under
-from connectomics.assembly.engine.planes import check_isotropic
+from connectomics.assembly.engine.rules import check_isotropic
 from connectomics.assembly.memory import decoding_bytes, plan_within_device
-from connectomics.assembly.precision import fast_contract
 from connectomics.assembly.provenance import command_of, provenance_of, resampling_facts, roi_facts
 from connectomics.assembly.settings import OutputSettings, RegionSettings, VolumeSettings
 from connectomics.config.inference_keys import VolumeModeConfig
@@ -21,10 +21,12 @@ from connectomics.core.geometry import Box, Vec3
 from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.inference.case import ReadBox
 from connectomics.inference.resample import Resampling, check_ratio
+from connectomics.models.backends.cached import sampled
 from connectomics.models.spec import NO_RESAMPLING, ModelSpec
 from connectomics.runs.job import JobLimits, JobRecord, Labeller, VolumeJob
 from connectomics.stages.output.export import export_path, formats_holding
 from connectomics.stages.output.finish import FinalOutput
+from connectomics.stages.predict.precision_check import FastContract, piece_shape
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.stages.survey.region import RegionOfInterest, require_inside
 from connectomics.volumes.listing import VolumeSource, expand, group, refuse_collisions, without_results
@@ -217,6 +219,31 @@ def _resampling_of(
     check_ratio(spacing, target, allowed=stated.allow_large_resampling)
     return Resampling(
         spacing, target, spec.resampling_data, spec.resampling_probabilities, labels=spec.resampling_labels
+    )
+
+
+def fast_contract(engine: Engine, exact: Segmenter, block: Vec3) -> FastContract | None:
+    """What a fast run of one volume is held to, or None where the precision is exact.
+
+    Parameters
+    ----------
+    exact
+        The segmenter of this volume in float32.
+    block
+        Shape (z, y, x) in the volume's axes that memory was planned for; no piece of the sample is larger.
+    """
+    if engine.reference is None:
+        return None
+    member, (z, y, x) = exact.members[0], engine.models[0].window.patch
+    size = (float(z), float(y), float(x))
+    if member.resampling is not None:
+        own, network = member.resampling.spacing, member.resampling.target
+        size = (z * network[0] / own[0], y * network[1] / own[1], x * network[2] / own[2])
+    return FastContract(
+        exact,
+        engine.inference.networks.max_disagreement,
+        piece_shape(member.order.inverse.turn(size), block),
+        sampled=functools.partial(sampled, engine.reference.cached_backends),
     )
 
 

@@ -267,7 +267,7 @@ def _convert(words: argparse.Namespace) -> int:
     from connectomics.config.load import load_config
 
     config = load_config(None, words.overrides)
-    from connectomics.assembly.convert import convert
+    from connectomics.assembly.engine.models import convert
     from connectomics.assembly.settings import model_request
 
     for key, value in convert(model_request(config.model, words.model), words.output).items():

@@ -21,7 +21,7 @@ import torch
 
 from connectomics.assembly.engine.backends import known_profile, measured_as
 from connectomics.assembly.engine.engine import Engine, EngineModel
-from connectomics.assembly.engine.windows import make_predictor
+from connectomics.assembly.engine.rules import make_predictor
 from connectomics.assembly.settings import InferenceSettings
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan

@@ -18,7 +18,7 @@ import torch
 
 from connectomics.assembly.engine.backends import holds_batch, trial_backends
 from connectomics.assembly.engine.models import load_models
-from connectomics.assembly.engine.windows import make_window
+from connectomics.assembly.engine.rules import make_window
 from connectomics.assembly.settings import NetworkSettings, VolumeSettings, resolve
 from connectomics.assembly.volumes import named_sources, open_input
 from connectomics.config.schema import Config

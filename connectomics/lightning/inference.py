@@ -15,12 +15,12 @@ import torch
 from connectomics.assembly.engine.cascade import check_previous_stage
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.make_engine import make_engine, under
-from connectomics.assembly.engine.planes import check_isotropic
-from connectomics.assembly.precision import fast_contract
+from connectomics.assembly.engine.rules import check_isotropic
 from connectomics.assembly.provenance import batch_note
 from connectomics.assembly.settings import resolve
 from connectomics.assembly.shared_sample import SharedSample
 from connectomics.assembly.volumes import (
+    fast_contract,
     final_paths,
     job_of,
     open_source,

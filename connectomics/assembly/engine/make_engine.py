@@ -14,9 +14,14 @@ from connectomics.assembly.engine.cascade import check_first_stage, first_stage_
 from connectomics.assembly.engine.engine import Engine, EngineIdentity, EngineMemory, EngineModel, ExactReference
 from connectomics.assembly.engine.identity import deviations_of, program_version, result_facts
 from connectomics.assembly.engine.models import load_models
-from connectomics.assembly.engine.planes import check_planes
-from connectomics.assembly.engine.rules import check_activation, label_rule, probability_rule
-from connectomics.assembly.engine.windows import make_predictor, make_window
+from connectomics.assembly.engine.rules import (
+    check_activation,
+    check_planes,
+    label_rule,
+    make_predictor,
+    make_window,
+    probability_rule,
+)
 from connectomics.assembly.settings import InferenceSettings, WindowSettings, resolve
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ModelError

@@ -1,4 +1,4 @@
-"""The models: which the configuration names, how each is loaded, what ``inspect`` says of it."""
+"""The models: which the configuration names, how each is loaded, what ``inspect`` says of it, and copies of it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from connectomics.assembly.settings import ModelSettings
-from connectomics.core.errors import ModelError
+from connectomics.core.errors import ModelError, OutputError
+from connectomics.core.files import replacing
 from connectomics.models.checkpoint import LoadedModel, load_model
+from connectomics.models.conversion import convert_model
+from connectomics.models.locate import ModelRequest
 from connectomics.models.spec import ModelSpec
 
 
@@ -96,4 +99,39 @@ def describe(stated: ModelSettings) -> dict[str, object]:
         "parameters": spec.parameters,
         "sha256": spec.weights_sha256,
         "files": [f"{name} {digest}" for name, digest in spec.files],
+    }
+
+
+def convert(request: ModelRequest, output: Path) -> dict[str, object]:
+    """Convert a model; the folder appears when it is complete and was read back.
+
+    Returns
+    -------
+    dict
+        What ``connectomics convert`` prints, as JSON values.
+
+    Raises
+    ------
+    OutputError
+        If ``output`` exists or cannot be written.
+    ModelError
+        If the model cannot be used.
+    """
+    if output.exists() or output.is_symlink():
+        raise OutputError(f"{output}: is there already; give another name or remove it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(output) as folder:
+            folder.mkdir()
+            spec = convert_model(request, folder)
+            written_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    except OSError as error:
+        raise OutputError(
+            f"{output}: cannot be written ({error.strerror or error}); check the folder and its disk"
+        ) from error
+    return {
+        "copy": str(output),
+        "folds": ", ".join(spec.folds),
+        "bytes": written_bytes,
+        "sha256": spec.weights_sha256,
     }
