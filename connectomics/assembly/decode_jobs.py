@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import psutil
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.identity import program_version
 from connectomics.assembly.memory import decoding_bytes
+from connectomics.assembly.provenance import stamp_of
 from connectomics.assembly.settings import memory_budget_bytes
 from connectomics.config.load import written
 from connectomics.config.schema import Config
@@ -26,7 +28,7 @@ from connectomics.stages.decode.context import decode_plan
 from connectomics.stages.decode.object_filters import passes
 from connectomics.stages.decode.step_contract import DecodingMemory, DecodingStep, StepInput
 from connectomics.stages.decode.values import ClassProbabilities, Values, probability_units
-from connectomics.stages.output.export import FORMATS, export_path, formats_holding, read_stamp
+from connectomics.stages.output.export import FORMATS, export_path, formats_holding
 from connectomics.stages.output.finish import FinalOutput
 from connectomics.volumes.listing import stem_of
 from connectomics.volumes.opening import open_volume
@@ -205,22 +207,15 @@ def output_of(request: DecodingRequest, source: DecodingInput, volume: VolumeRea
 
 
 def _known(uri: str) -> dict[str, object]:
-    reader = open_volume(uri)
-    try:
+    with contextlib.closing(open_volume(uri)) as reader:
         return _identity(uri, reader)
-    finally:
-        reader.close()
 
 
 def _identity(uri: str, reader: VolumeReader) -> dict[str, object]:
     """The result key of what a run made, which another run may make again; of other volumes what the file says."""
-    path = Path(uri)
-    for form in FORMATS:
-        if path.name.endswith(export_path(Path(), "", form).name):
-            key = (read_stamp(path, form) or {}).get("result_key")
-            if key is not None:
-                return {"result_key": key}
-    return reader.identity
+    stamp, _ = stamp_of(Path(uri)) or ({}, "")
+    key = stamp.get("result_key")
+    return reader.identity if key is None else {"result_key": key}
 
 
 def table_of(output: ObjectsOutput, source: DecodingInput) -> Path | None:

@@ -239,7 +239,7 @@ def _decode(words: argparse.Namespace) -> int:
 
 
 def _reproduce(words: argparse.Namespace) -> int:
-    from connectomics.commands.reproduce import reproduce
+    from connectomics.assembly.provenance import reproduce
 
     print(reproduce(words.output))
     return 0

@@ -23,7 +23,7 @@ from connectomics.assembly.volumes import named_sources, open_source, segmenter_
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ModelError, VolumeError
 from connectomics.core.files import write_text
-from connectomics.core.geometry import Box, Vec3, vec3
+from connectomics.core.geometry import Box, vec3
 from connectomics.lightning.inference import InferenceManager
 from connectomics.models.backends.contract import torch_threads
 from connectomics.models.checkpoint import LoadedModel
@@ -335,6 +335,4 @@ def report(result: Certificate) -> list[str]:
 
 
 def _span(box: Box) -> str:
-    names: tuple[str, str, str] = ("z", "y", "x")
-    start: Vec3 = box.start
-    return " ".join(f"{n} {a}-{b - 1}" for n, a, b in zip(names, start, box.stop, strict=True))
+    return " ".join(f"{n} {a}-{b - 1}" for n, a, b in zip("zyx", box.start, box.stop, strict=True))

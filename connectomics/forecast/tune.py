@@ -94,10 +94,8 @@ def tune(config: Config, checkpoint: Path | None, volume: str, seconds: float, p
 
     Parameters
     ----------
-    config
-        The configuration; ``sw_batch_size``, ``num_cpus`` and device as a run would have them.
-    checkpoint
-        The model.
+    config, checkpoint
+        ``sw_batch_size``, ``num_cpus`` and device as a run would have them, and the model.
     volume
         Where the sample windows are taken.
     seconds
@@ -145,7 +143,10 @@ def tune(config: Config, checkpoint: Path | None, volume: str, seconds: float, p
     progress(total - 1, total, "measuring")
     _measure(running, began + seconds)
     profile = Profile(tuple(_timed(trial, running) for trial in trials))
-    path = _kept(networks, models, patches, profile)
+    path = None
+    if networks.cache is not None:
+        path = profile_path(networks.cache, [model.spec for model in models], patches, networks.device)
+        save_profile(path, profile, networks.device)
     progress(total, total, "done")
     return TuneReport(profile, path)
 
@@ -203,16 +204,6 @@ def _timed(trial: Trial, running: Sequence[_Running]) -> Trial:
     quick_s, window_s, slow_s = (float(s) for s in np.quantile(found.seconds, (0.1, 0.5, 0.9)))
     ratio = statistics.median(running[0].seconds) / window_s
     return replace(trial, window_s=window_s, ratio=ratio, quick_s=quick_s, slow_s=slow_s)
-
-
-def _kept(
-    networks: NetworkSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3], profile: Profile
-) -> Path | None:
-    if networks.cache is None:
-        return None
-    path = profile_path(networks.cache, [model.spec for model in models], patches, networks.device)
-    save_profile(path, profile, networks.device)
-    return path
 
 
 def _sample(stated: VolumeSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3], volume: str) -> list[Array]:
