@@ -298,6 +298,8 @@ def _demo(words: argparse.Namespace) -> int:
 
 
 def _from_nnunet(words: argparse.Namespace) -> int:
+    from dataclasses import fields
+
     model = _model_of(words)
     for word in ("npp", "nps", "verbose", "not_on_device"):
         if vars(words)[word]:
@@ -307,21 +309,8 @@ def _from_nnunet(words: argparse.Namespace) -> int:
         from connectomics.commands.from_nnunet import FolderPrediction, NnunetCall
         from connectomics.lightning.inference import check_output_folder
 
-    call = NnunetCall(
-        words.i,
-        words.o,
-        model,
-        tuple(words.f),
-        checkpoint_name=words.chk,
-        step_size=words.step_size,
-        mirroring=not words.disable_tta,
-        save_probabilities=words.save_probabilities,
-        keep_finished=words.continue_prediction,
-        num_parts=words.num_parts,
-        part_id=words.part_id,
-        device=words.device,
-        previous_folder=words.prev_stage_predictions,
-    )
+    stated = {field.name: vars(words)[field.name] for field in fields(NnunetCall) if field.name != "model"}
+    call = NnunetCall(model=model, **stated)
     prediction = FolderPrediction(call, words.overrides)
     for deviation in prediction.deviations:
         print(f"not nnU-Net's default: {deviation}", file=sys.stderr)

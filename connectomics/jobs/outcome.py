@@ -100,7 +100,7 @@ def outcomes_of(
 def attempted(name: str, folder: Path, run: Callable[[], tuple[tuple[Path, ...], RunReport]]) -> VolumeOutcome:
     """Run one volume; whatever goes wrong is its outcome, never another volume's.
 
-    RUN is the folder where its log is kept; ``run`` brings it to its final outputs, and gives their paths and the report.
+    Its log is kept in the folder, RUN; ``run`` brings it to its final outputs, and gives their paths and the report.
     """
     began = time.perf_counter()
     try:
