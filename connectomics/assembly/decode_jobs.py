@@ -254,16 +254,7 @@ def open_decoding_input(request: DecodingRequest, source: DecodingInput) -> Volu
 def decode_job(
     request: DecodingRequest, source: DecodingInput, volume: VolumeReader, likely: VolumeReader | None
 ) -> DecodeJob:
-    """Return all that decoding one volume needs.
-
-    Parameters
-    ----------
-    request
-        What is asked for.
-    source
-        The volume.
-    volume, likely
-        It and its probabilities, opened.
+    """Return all that decoding one volume needs; it and its probabilities (``likely``) are open.
 
     Raises
     ------

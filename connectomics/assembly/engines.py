@@ -25,13 +25,7 @@ PADDED = "the last batch of a block is not full, and here blocks have so few win
 
 
 class Engines:
-    """Makes engines that differ from the run's in how the networks are run.
-
-    Parameters
-    ----------
-    first
-        The run's.
-    """
+    """Makes engines that differ from the run's, which is the first, in how the networks are run."""
 
     def __init__(self, first: Engine) -> None:
         self.first = first
@@ -42,13 +36,7 @@ class Engines:
         return (engine for _, engine in self._made)
 
     def of(self, networks: NetworkSettings) -> Engine:
-        """The engine whose networks are run so.
-
-        Raises
-        ------
-        ConfigError, DeviceError
-            If what the settings say is not available.
-        """
+        """The engine whose networks are run so; ConfigError or DeviceError where that cannot be had."""
         wanted = replace(self.first.inference, networks=networks)
         for known, engine in self._made:
             if known == wanted:

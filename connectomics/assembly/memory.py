@@ -127,16 +127,7 @@ def _budget(engine: Engine, segmenter: Segmenter, info: VolumeInfo, stored_bytes
 
 
 def decoding_bytes(info: VolumeInfo, budget_bytes: int, base_bytes: int) -> int:
-    """Host memory that a block may take whose objects are found.
-
-    Parameters
-    ----------
-    info
-        What is read.
-    budget_bytes
-        Of the process.
-    base_bytes
-        What it takes before.
+    """Host memory that a block may take whose objects are found, of a process that takes ``base_bytes`` before.
 
     Raises
     ------

@@ -41,15 +41,7 @@ ELSEWHERE = (
 def provenance_of(
     engine: Engine, reader: VolumeReader, segmenter: Segmenter, previous: VolumeReader | None
 ) -> dict[str, object]:
-    """What the results of a volume are made of and how.
-
-    Parameters
-    ----------
-    segmenter
-        Set up for the volume.
-    previous
-        The labels of the previous stage of a cascade.
-    """
+    """What the results of a volume are made of and how; ``previous`` are the labels of a cascade's previous stage."""
     described = [_described(model) for model in engine.models]
     told = [*engine.identity.notes, *batch_note(engine)]
     call, deviations = engine.inference.call, engine.identity.deviations
@@ -145,12 +137,7 @@ def stamp_of(output: Path) -> tuple[Mapping[str, object], str] | None:
 
 
 def reproduce(output: Path) -> str:
-    """The command line that makes this output again, but for the folder it is written to.
-
-    Parameters
-    ----------
-    output
-        A final output (file or folder), its RUN folder beside it.
+    """The command line that makes a final output again, but for the folder; its RUN folder lies beside it.
 
     Raises
     ------

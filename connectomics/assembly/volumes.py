@@ -248,14 +248,7 @@ def fast_contract(engine: Engine, exact: Segmenter, block: Vec3) -> FastContract
 
 
 def roi_of(region: RegionSettings, extent: Vec3, name: str) -> RegionOfInterest | None:
-    """What ``inference.roi`` and ``inference.mask`` leave of a volume, or None where they do not restrict it.
-
-    Parameters
-    ----------
-    extent
-        Of the volume (z, y, x).
-    name
-        Of the volume, for messages.
+    """What ``inference.roi`` and ``inference.mask`` leave of a volume of some extent; None: they do not restrict it.
 
     Raises
     ------
@@ -284,14 +277,7 @@ def job_of(
     previous: VolumeReader | None = None,
     roi: RegionOfInterest | None = None,
 ) -> VolumeJob:
-    """All that running one volume needs.
-
-    Parameters
-    ----------
-    previous
-        The labels of the previous stage of a cascade.
-    roi
-        What ``roi_of`` gives.
+    """All that running one volume needs; ``previous`` are the labels of a cascade's previous stage.
 
     Raises
     ------

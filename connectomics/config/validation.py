@@ -60,6 +60,15 @@ def stated_values(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, da
             yield key, value, field
 
 
+def changed_values(config: Config) -> dict[str, object]:
+    """Every key that is not at its default, with its value; the steps of decoding as mappings."""
+    pairs = zip(stated_values(Config()), stated_values(config), strict=True)
+    found = {key: value for (key, default, _), (_, value, _) in pairs if value != default}
+    if config.decoding:
+        found["decoding"] = [dataclasses.asdict(step) for step in config.decoding]
+    return found
+
+
 def _at(config: Config, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
 

@@ -85,12 +85,9 @@ class Plan:
 
 
 def plan_volumes(engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
-    """Say what each volume takes, as if nothing was done yet; an engine's pace is measured on its first volume.
+    """Say what each volume takes, as if nothing was done yet.
 
-    Parameters
-    ----------
-    sources
-        The volumes; their metadata are read, and of the first a small part.
+    Their metadata are read, and a small part of an engine's first volume, on which its pace is measured.
     """
     forecasts: list[Forecast] = []
     refused: list[tuple[str, str]] = []
@@ -148,13 +145,7 @@ class JobForecaster:
 
 
 def forecast(engine: Engine, job: VolumeJob, pace: CostModel | None) -> Forecast:
-    """What one volume takes; without a pace no time is told.
-
-    Parameters
-    ----------
-    job
-        The volume; of its wanted voxels the box counts, and all of it.
-    """
+    """What one volume takes, all of its box of wanted voxels counted; without a pace no time is told."""
     info, members = job.reader.info, job.labeller.segmenter.members
     partition = _cut(engine, job)
     windows = [count_windows(member, partition, info.channels) for member in members]

@@ -103,12 +103,7 @@ def describe(stated: ModelSettings) -> dict[str, object]:
 
 
 def convert(request: ModelRequest, output: Path) -> dict[str, object]:
-    """Convert a model; the folder appears when it is complete and was read back.
-
-    Returns
-    -------
-    dict
-        What ``connectomics convert`` prints, as JSON values.
+    """Convert a model; the folder appears when it is complete and was read back. What is returned is printed.
 
     Raises
     ------
