@@ -42,16 +42,10 @@ SMALLEST_IDS = np.dtype(np.uint32)
 
 @dataclass(frozen=True, slots=True)
 class DecodingInput:
-    """A volume to be decoded.
+    """A volume of labels, ids or probabilities to be decoded.
 
-    Parameters
-    ----------
-    uri
-        Labels, ids or probabilities.
-    probabilities
-        URI of the model's probabilities of all labels, for the table, or None.
-    certain
-        Their stored value of probability 1; None for the type's own.
+    For the table there are the model's ``probabilities`` of all labels, or None, and ``certain``, their stored value of
+    probability 1; None for the type's own.
     """
 
     uri: str
@@ -77,22 +71,10 @@ class ObjectsOutput:
 
 @dataclass(frozen=True, slots=True)
 class DecodingRequest:
-    """What is asked of all volumes that are decoded.
+    """What is asked of all volumes that are decoded: the steps in order, and what is left.
 
-    Parameters
-    ----------
-    steps
-        In order.
-    output
-        What is left.
-    axes, voxel_size_nm
-        Of the volumes, where they do not say so themselves.
-    block_shape
-        (z, y, x), or None for what fits.
-    budget_bytes
-        Host memory.
-    notes
-        What the user says, for the provenance.
+    ``axes`` and ``voxel_size_nm`` are those of volumes that do not say so themselves, ``block_shape`` (z, y, x) is None
+    where memory decides, and ``notes`` are what the user says, for the provenance.
     """
 
     steps: tuple[DecodingStep, ...]
@@ -154,13 +136,7 @@ def keeps_probabilities(engine: Engine) -> bool:
 
 
 def check_run(request: DecodingRequest, engine: Engine) -> None:
-    """Refuse steps that cannot decode what a run leaves, before the run.
-
-    Raises
-    ------
-    ConfigError
-        If they need a threshold of its labels, or probabilities that it does not keep.
-    """
+    """Refuse, before a run, steps that need a threshold of its labels, or probabilities that it does not keep."""
     _check(request, StepInput("", None, probabilities=keeps_probabilities(engine)))
 
 
@@ -170,13 +146,7 @@ def _check(request: DecodingRequest, given: StepInput) -> None:
 
 
 def decoding_input(word: str) -> DecodingInput:
-    """Return what a volume, or the RUN folder of an earlier run, means.
-
-    Raises
-    ------
-    VolumeError
-        If a RUN folder has no labels beside it.
-    """
+    """Return what a volume, or the RUN folder of an earlier run, means; VolumeError where no labels lie beside that."""
     path = Path(word)
     if path.suffix != RUN:
         return DecodingInput(word)
@@ -234,13 +204,7 @@ def stated_probabilities(request: DecodingRequest, source: DecodingInput) -> str
 
 
 def open_decoding_input(request: DecodingRequest, source: DecodingInput) -> VolumeReader:
-    """Open a volume and hold it against the steps.
-
-    Raises
-    ------
-    ConfigError, VolumeError
-        If it cannot be read, or a step cannot work on it.
-    """
+    """Open a volume and hold it against the steps; ConfigError or VolumeError where they do not fit."""
     reader = open_volume(source.uri, axes=request.axes, voxel_size_nm=request.voxel_size_nm)
     known = stated_probabilities(request, source) is not None
     try:

@@ -203,13 +203,7 @@ def resolve(config: Config, checkpoint: Path | None = None) -> InferenceSettings
 
 
 def model_settings(model: ModelConfig, data: DataConfig, checkpoint: Path | None = None) -> ModelSettings:
-    """Which models a configuration names, and what it expects of them.
-
-    Raises
-    ------
-    ConfigError
-        If it names none.
-    """
+    """Which models a configuration names, and what it expects of them; ConfigError if it names none."""
     first = checkpoint or (None if model.nnunet_checkpoint is None else Path(model.nnunet_checkpoint))
     if first is None:
         raise ConfigError("no model is named; give --checkpoint PATH or set model.nnunet_checkpoint")
@@ -244,13 +238,7 @@ def model_request(model: ModelConfig, path: Path) -> ModelRequest:
 
 
 def network_settings(config: Config) -> NetworkSettings:
-    """How a configuration wants networks to be run.
-
-    Raises
-    ------
-    ConfigError
-        If no GPU is allowed and one is asked for, or the other way round.
-    """
+    """How a configuration wants networks to be run; ConfigError where its words on GPUs contradict each other."""
     system, inference = config.system, config.inference
     return NetworkSettings(
         _device(system, config.model.nnunet_device or system.device),

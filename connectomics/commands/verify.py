@@ -79,16 +79,7 @@ class Reference:
     """nnU-Net's own predictor on the CPU, as it ships, given the same model.
 
     The weights come from our restricted reading of the checkpoint; the network, the preprocessing, the windows and the
-    export are nnunetv2's.
-
-    Parameters
-    ----------
-    model
-        The loaded model.
-    mirror
-        Whether nnU-Net mirrors.
-    threads
-        CPU threads of its operations; with as many as ours its network gives the same bits.
+    export are nnunetv2's. With as many threads as ours its network gives the same bits.
 
     Raises
     ------

@@ -56,10 +56,7 @@ class WindowTimes:
 def measure_windows(engine: Engine, seconds: float = WINDOWS_S) -> WindowTimes:
     """Time a window of each model: the network as ``connectomics tune`` measured it, else as it goes now.
 
-    Parameters
-    ----------
-    seconds
-        About how long to measure each model, where a few windows do not take longer.
+    Each is measured for about so many seconds, where a few windows do not take longer.
     """
     profile = None
     if len(engine.models) == 1:

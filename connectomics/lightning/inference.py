@@ -271,13 +271,7 @@ class VolumeProcessor:
 
 
 def check_output_folder(folder: Path) -> None:
-    """Make the output folder, or say why it cannot be.
-
-    Raises
-    ------
-    ConfigError
-        If it cannot be made or written to.
-    """
+    """Make the output folder, or say why it cannot be; ConfigError if it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -32,14 +32,7 @@ Span = tuple[int, int]
 class Partition:
     """How the wanted part of a volume is cut into blocks.
 
-    Parameters
-    ----------
-    extent
-        Of the volume (z, y, x) in voxels.
-    block_shape
-        Of a block's core (z, y, x).
-    roi
-        Box of the wanted voxels, not empty.
+    ``extent`` and ``block_shape`` (z, y, x), of the volume and of a block's core, are in voxels; the box is not empty.
     """
 
     extent: Vec3

@@ -82,10 +82,7 @@ def fitting_backends(
 ) -> FittedBackends:
     """Backends of all networks, of one kind, with as many windows a batch as the device's memory holds.
 
-    Parameters
-    ----------
-    models, patches
-        The models, and the windows (z, y, x) each is given.
+    Each model is given windows of its patch (z, y, x).
 
     Raises
     ------

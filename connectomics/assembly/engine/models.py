@@ -15,13 +15,7 @@ from connectomics.models.spec import ModelSpec
 
 
 def load(stated: ModelSettings, number: int = 0) -> LoadedModel:
-    """Load one of the models that are named, and hold it against what is expected.
-
-    Raises
-    ------
-    ModelError
-        If it cannot be loaded or is not what the configuration says.
-    """
+    """Load one of the models that are named; ModelError where it is not what the configuration says."""
     request = stated.requests[number]
     loaded = load_model(request)
     _check_expectations(stated.expected, loaded.spec, request.path)
@@ -45,13 +39,7 @@ def load_models(stated: ModelSettings) -> list[tuple[Path, LoadedModel]]:
 
 
 def check_alike(ours: ModelSpec, theirs: ModelSpec, path: str, first: str, what_they_are: str) -> None:
-    """Refuse a model at ``path`` that does not segment the same labels of the same channels as the first.
-
-    Raises
-    ------
-    ModelError
-        Naming what differs.
-    """
+    """Refuse (ModelError) a model that does not segment the same labels of the same channels as the first."""
     for what, expected, found in (
         ("channels", ours.channel_names, theirs.channel_names),
         ("labels", ours.label_names, theirs.label_names),

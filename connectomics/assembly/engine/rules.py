@@ -23,13 +23,7 @@ LARGEST_RATIO = 1.5  # of the longest edge of a voxel to the shortest
 
 
 def make_window(stated: WindowSettings, batch: int | None, spec: ModelSpec) -> SlidingWindow:
-    """How a model's windows are laid, ``batch`` of them a forward pass; None for one.
-
-    Raises
-    ------
-    ConfigError
-        If what is stated does not fit the model.
-    """
+    """How a model's windows are laid, ``batch`` of them a forward pass; ConfigError where they do not fit it."""
     patch = spec.patch_shape
     if stated.shape is not None:
         patch = as_patch(stated.shape, spec.patch_shape)
@@ -70,13 +64,7 @@ def make_predictor(
 
 
 def check_planes(planes: list[str], spec: ModelSpec, path: Path) -> None:
-    """Refuse planes other than xy for a model that cannot take them.
-
-    Raises
-    ------
-    ModelError
-        If it is 3D, or the second stage of a cascade.
-    """
+    """Refuse (ModelError) planes other than xy for a model that is 3D, or the second stage of a cascade."""
     if planes == ["xy"]:
         return
     if spec.dimensions != 2:
@@ -94,14 +82,8 @@ def check_planes(planes: list[str], spec: ModelSpec, path: Path) -> None:
 def check_isotropic(stated: VolumeSettings, edges: Nanometres | Spacing | None, name: str) -> None:
     """Refuse planes other than xy in a volume whose voxels are longer along one axis.
 
-    Nothing is refused with ``inference.resample=plan``, which brings each plane to the pixels of the model's training.
-
-    Parameters
-    ----------
-    edges
-        Of a voxel (z, y, x) in any unit, None where they are not known.
-    name
-        Of the volume, for messages.
+    Nothing is refused with ``inference.resample=plan``, which brings each plane to the pixels of the model's training,
+    nor where the edges of a voxel (z, y, x), in any unit, are not known.
 
     Raises
     ------
@@ -142,13 +124,7 @@ def label_rule(stated: LabelSettings, spec: ModelSpec) -> LabelRule:
 
 
 def check_activation(stated: str | None, spec: ModelSpec) -> str:
-    """What makes probabilities of the model's logits, or none.
-
-    Raises
-    ------
-    ConfigError
-        If the configuration states the other family's.
-    """
+    """What makes probabilities of the model's logits; ConfigError where the other family's is stated."""
     own, outputs = (
         ("sigmoid", "regions, which overlap") if spec.regions else ("softmax", "labels, which exclude others")
     )
