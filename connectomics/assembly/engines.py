@@ -11,7 +11,7 @@ from connectomics.assembly.engine.backends import known_profile, measured_as, wa
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.make_engine import make_engine
 from connectomics.assembly.memory import plan_volume
-from connectomics.assembly.settings import InferenceSettings, NetworkSettings
+from connectomics.assembly.settings import NetworkSettings
 from connectomics.assembly.volumes import segmenter_of
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Box
@@ -29,21 +29,20 @@ class Engines:
 
     def __init__(self, first: Engine) -> None:
         self.first = first
-        self._made: list[tuple[InferenceSettings, Engine]] = [(first.inference, first)]
+        self._made = [first]
 
     def __iter__(self) -> Iterator[Engine]:
         """All there are by now."""
-        return (engine for _, engine in self._made)
+        return iter(self._made)
 
     def of(self, networks: NetworkSettings) -> Engine:
         """The engine whose networks are run so; ConfigError or DeviceError where that cannot be had."""
         wanted = replace(self.first.inference, networks=networks)
-        for known, engine in self._made:
-            if known == wanted:
+        for engine in self._made:
+            if engine.inference == wanted:
                 return engine
-        engine = make_engine(wanted)
-        self._made.append((wanted, engine))
-        return engine
+        self._made.append(make_engine(wanted))
+        return self._made[-1]
 
     def suiting(self, reader: VolumeReader) -> Engine:
         """The engine for a volume that nobody has begun: the first, or with one window a batch where that suits better.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 from connectomics.assembly.engine.cascade import checked_labels, open_previous
@@ -88,19 +90,27 @@ def open_input(stated: VolumeSettings, spec: ModelSpec, source: VolumeSource) ->
         reader = open_volume(source.uris[0], axes=axes, voxel_size_nm=voxel_size)
     else:
         reader = open_channels(source.uris, axes=axes, voxel_size_nm=voxel_size)
-    if reader.info.channels != spec.channels:
-        reader.close()
-        raise VolumeError(
-            f"{source.name}: has {reader.info.channels} channels, the model expects {spec.channels} "
-            f"({', '.join(spec.channel_names)}); add the files of the other channels (NAME_0000, NAME_0001, …), "
-            "choose the right volume, or state inference.axes"
-        )
     try:
+        if reader.info.channels != spec.channels:
+            raise VolumeError(
+                f"{source.name}: has {reader.info.channels} channels, the model expects {spec.channels} "
+                f"({', '.join(spec.channel_names)}); add the files of the other channels (NAME_0000, NAME_0001, …), "
+                "choose the right volume, or state inference.axes"
+            )
         check_isotropic(stated, reader.info.voxel_size_nm or reader.info.spacing, source.name)
     except VolumeError:
         reader.close()
         raise
     return reader
+
+
+@contextlib.contextmanager
+def opened_source(engine: Engine, source: VolumeSource) -> Iterator[tuple[VolumeReader, RegionOfInterest | None]]:
+    """A volume and what of it is wanted (see ``roi_of``), open while the context is."""
+    with contextlib.closing(open_source(engine, source)) as reader:
+        roi = roi_of(engine.inference.region, reader.info.extent, source.name)
+        with contextlib.nullcontext() if roi is None else contextlib.closing(roi):
+            yield reader, roi
 
 
 def run_folder(outputs: OutputSettings, source: VolumeSource) -> Path:

@@ -6,6 +6,7 @@ profile that runs and ``connectomics plan`` pick up for what the configuration l
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -160,9 +161,8 @@ def _candidates(networks: NetworkSettings, models: Sequence[LoadedModel], patche
     if on_cpu:
         kinds = [REFERENCE, ("openvino", EXACT.name), ("openvino", FAST.name), ("torch", FAST.name)]
     ways = [(*kind, b, most) for b, kind in itertools.product(batches, kinds)]
-    if (
-        networks.stated_threads is None and most > 1 and on_cpu
-    ):  # two threads of one core, or of a core that others use, are often slower
+    # two threads of one core, or of a core that others use, are often slower
+    if networks.stated_threads is None and most > 1 and on_cpu:
         ways += [(*kind, batch, most // 2) for kind in kinds]
     ways += [("compile", precision, batch, most) for precision in PRECISIONS.names()]
     too_large = {b for b in batches if b > batch and not holds_batch(networks.budget_bytes, models, patches, b)}
@@ -209,11 +209,8 @@ def _timed(trial: Trial, running: Sequence[_Running]) -> Trial:
 def _sample(stated: VolumeSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3], volume: str) -> list[Array]:
     """Windows of each model from the volume, float32 [n, c, z, y, x], each normalised by itself."""
     (source,) = named_sources([volume], models[0].spec.channels)
-    reader = open_input(stated, models[0].spec, source)
-    try:
+    with contextlib.closing(open_input(stated, models[0].spec, source)) as reader:
         return [_windows(reader, model.spec, patch, source.name) for model, patch in zip(models, patches, strict=True)]
-    finally:
-        reader.close()
 
 
 def _windows(reader: VolumeReader, spec: ModelSpec, patch: Vec3, name: str) -> Array:

@@ -184,9 +184,7 @@ class _Reach:
 
 def _knowing(member: EnsembleMember) -> EnsembleMember:
     """The member of a second stage with labels of the first that nobody reads."""
-    if not member.previous_values:
-        return member
-    return replace(member, previous=_unread)
+    return replace(member, previous=_unread) if member.previous_values else member
 
 
 def _unread(box: Box) -> Array:
