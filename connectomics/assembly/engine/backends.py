@@ -101,10 +101,10 @@ def fitting_backends(
             tried = dataclasses.replace(networks, batch=batch)
             trials = _measured(tried, models, patches)
         terms = BackendRequest(tried.device, tried.precision, tried.batch or 1, tried.threads)
-        measured_ways = [(t.backend, dataclasses.replace(terms, batch=t.batch, threads=t.threads)) for t in trials]
-        if measured_ways and tried.backend != AUTO:
-            (_, terms), measured_ways = measured_ways[0], []
-        chosen, reference = choose(tried.backend, terms, modules, artefacts, measured=measured_ways), None
+        open_ways = [(t.backend, dataclasses.replace(terms, batch=t.batch, threads=t.threads)) for t in trials]
+        if open_ways and tried.backend != AUTO:
+            (_, terms), open_ways = open_ways[0], []
+        chosen, reference = choose(tried.backend, terms, modules, artefacts, measured=open_ways), None
         own = chosen.backends[0][0].numeric_class
         exact = precision_named(own.precision).reference
         if exact is not None:
