@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from connectomics.assembly.engine.cascade import check_previous_stage, open_previous
+from connectomics.assembly.engine.cascade import check_previous_stage, open_labels, open_previous
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.identity import versions
 from connectomics.assembly.engine.models import load
@@ -29,7 +29,6 @@ from connectomics.models.backends.contract import torch_threads
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.stages.survey.survey import nonzero_box
 from connectomics.volumes.listing import VolumeSource
-from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import Array, VolumeReader
 
 
@@ -180,7 +179,7 @@ def verify(
     reader = open_source(engine, source)
     first = _FirstStage(engine, source, reader)
     boxes = _samples(reader, engine, samples, largest)
-    existing = None if output is None else _opened(output, reader)
+    existing = None if output is None else open_labels(str(output), reader, "labels")
     _require_no_crop(boxes, volume, output, largest)
     found = []
     for scope, box in boxes:
@@ -237,16 +236,6 @@ class _FirstStage:
     def theirs(self, image: Array, box: Box) -> Array | None:
         """Labels (z, y, x) for nnU-Net's second stage; None for models that are none."""
         return self.given(box) if self._reference is None else self._reference.predict(image, self._spacing)
-
-
-def _opened(output: Path, reader: VolumeReader) -> VolumeReader:
-    existing = open_volume(str(output))
-    if existing.info.extent != reader.info.extent or existing.info.channels != 1:
-        raise VolumeError(
-            f"{output}: has shape (c, z, y, x) {existing.info.shape}, expected labels of extent {reader.info.extent}; "
-            "give the labels of this volume"
-        )
-    return existing
 
 
 def _spacing(engine: Engine, reader: VolumeReader) -> list[float]:

@@ -117,14 +117,14 @@ def open_previous(stated: str | None, source: VolumeSource, reader: VolumeReader
     return open_labels(stated.replace(NAME, source.stem), reader)
 
 
-def open_labels(uri: str, reader: VolumeReader) -> VolumeReader:
-    """Open labels of a previous stage; VolumeError where they cannot be read or have another extent."""
+def open_labels(uri: str, reader: VolumeReader, what: str = "the previous stage's labels") -> VolumeReader:
+    """Open the labels of a volume; VolumeError where they cannot be read or have another extent."""
     labels = open_volume(uri)
     if labels.info.extent != reader.info.extent or labels.info.channels != 1:
         labels.close()
         raise VolumeError(
-            f"{uri}: has shape (c, z, y, x) {labels.info.shape}, expected the previous stage's labels of extent "
-            f"{reader.info.extent}; give those of this volume"
+            f"{uri}: has shape (c, z, y, x) {labels.info.shape}, expected {what} of extent {reader.info.extent}; "
+            "give the labels of this volume"
         )
     return labels
 
