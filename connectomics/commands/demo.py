@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -23,24 +24,9 @@ SHOWN_SECTION = 3
 
 
 def run_demo(folder: Path, observer: Observer) -> list[str]:
-    """Label the phantom, measure it against its ground truth, draw a montage.
+    """Label the phantom, measure it against its ground truth, draw a montage; the lines to print.
 
-    Parameters
-    ----------
-    folder
-        Where everything goes; a second run finds its work done.
-    observer
-        Hears of progress.
-
-    Returns
-    -------
-    lines
-        What to print.
-
-    Raises
-    ------
-    ConnectomicsError
-        If the volume could not be finished.
+    A second run finds the work in ``folder`` done; ConnectomicsError where the volume could not be finished.
     """
     words = ["experiment_name=demo", "inference.output.formats=[h5,png]", "inference.output.overwrite=true"]
     words += [f"test.data.test_image='{VOLUME}'", f"test.data.test_label='{TRUTH}'"]
@@ -64,8 +50,7 @@ def run_demo(folder: Path, observer: Observer) -> list[str]:
 
 
 def _section(uri: str) -> Array:
-    reader = open_volume(uri)
-    _, height, width = reader.info.extent
-    section: Array = reader.read(Box((SHOWN_SECTION, 0, 0), (SHOWN_SECTION + 1, height, width)))[0, 0]
-    reader.close()
+    with closing(open_volume(uri)) as reader:
+        _, height, width = reader.info.extent
+        section: Array = reader.read(Box((SHOWN_SECTION, 0, 0), (SHOWN_SECTION + 1, height, width)))[0, 0]
     return section
