@@ -10,6 +10,7 @@ import difflib
 import functools
 import io
 import json
+import pickle
 import re
 import types
 import typing
@@ -216,7 +217,7 @@ def _resolved(stated: Mapping[str, object]) -> dict[str, object]:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and text.count("${") != len(_INTERPOLATION.findall(text)):
                 raise ConfigError(f"{key} is {shown(text)}, but only ${{a.key}} and ${{oc.env:NAME}} are replaced")
-    tree = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config)))
+    tree = pickle.loads(_untyped_defaults())  # noqa: S301 - our own bytes
     try:
         for key, value in stated.items():
             OmegaConf.update(tree, key, value)
@@ -229,11 +230,7 @@ def _resolved(stated: Mapping[str, object]) -> dict[str, object]:
 
 def _typed(values: Mapping[str, object]) -> Config:
     """The schema with ``values`` put in, each checked against its type."""
-    config = OmegaConf.structured(Config)
-    OmegaConf.set_readonly(config, False)  # OmegaConf takes a frozen dataclass for read-only
-    for key, kind in kinds().items():
-        if dataclasses.is_dataclass(kind):
-            OmegaConf.set_readonly(OmegaConf.select(config, key), False)
+    config = pickle.loads(_typed_defaults())  # noqa: S301 - our own bytes
     for key, value in values.items():
         if key != _DECODING:
             _put(config, key, _read_file_list(value) if key == _FILE_LIST else value)
@@ -248,6 +245,23 @@ def with_values(section: Any, values: Mapping[str, object]) -> Any:
         own = with_values(getattr(section, name), {rest: value}) if rest else value
         section = dataclasses.replace(section, **{name: own})
     return section
+
+
+@functools.cache
+def _typed_defaults() -> bytes:
+    """Return the schema as OmegaConf reads it, pickled: reading it takes longer than all the rest of loading."""
+    config = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(config, False)  # OmegaConf takes a frozen dataclass for read-only
+    for key, kind in kinds().items():
+        if dataclasses.is_dataclass(kind):
+            OmegaConf.set_readonly(OmegaConf.select(config, key), False)
+    return pickle.dumps(config)
+
+
+@functools.cache
+def _untyped_defaults() -> bytes:
+    """Return the defaults without their types, in which interpolations are looked up, pickled."""
+    return pickle.dumps(OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config))))
 
 
 def written(value: object) -> str:
