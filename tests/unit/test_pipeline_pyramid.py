@@ -211,7 +211,7 @@ def test_files_stay_under_one_a_block(tmp_path: Path, form: str, name: str, shap
     [
         ((12, 128, 122), SHARD, 1 << 14),
         ((50, 33, 20), (1, 32, 32), 1),
-        ((1, 500, 60), (1, 16, 64), 1),
+        ((1, 1000, 60), (1, 16, 64), 1),
         ((60, 60, 60), (16, 16, 16), 1),
         *(
             pytest.param(*case, marks=pytest.mark.long)
