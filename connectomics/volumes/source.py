@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import struct
 import zlib
@@ -102,12 +103,18 @@ def some_of(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
+_STATUS = re.compile(r"^([A-Z]+_?)+: ")  # TensorStore's code of an error
+_HDF5_WORDS = re.compile(r"(?:Can't|Unable to) synchronously [\w ]+ \((.*)\)$")
+
+
 def reason(error: BaseException) -> str:
     """The first line of an error, short enough for one sentence; libraries put the cause at its start or its end."""
     if isinstance(error, PermissionError):
         return "permission denied; make it readable for this user"
     lines = str(error).partition(" [tensorstore_spec=")[0].strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
+    text = lines[0].strip("'") if lines else type(error).__name__
+    within = _HDF5_WORDS.match(text)
+    text = within[1] if within else _STATUS.sub("", text)
     return text if len(text) <= 200 else f"{text[:90]} … {text[-110:]}"
 
 

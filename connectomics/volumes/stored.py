@@ -167,6 +167,7 @@ def info_of(
     native = native_dtype(source, dtype)
     require_believable(source, math.prod(layout.stored) * dtype.itemsize)
     stated = source.voxel_size_nm
+    known = {"voxel size": voxel_size_nm is not None, "spacing": spacing is not None}
     try:
         chunk = layout.chunk(stored_chunk)
         return VolumeInfo(
@@ -178,7 +179,7 @@ def info_of(
             spacing=spacing,
             found={
                 **({"axes": f"{layout.letters}, by {layout.where}"} if layout.where else {}),
-                **(found or {}),
+                **{fact: where for fact, where in (found or {}).items() if known.get(fact, True)},
                 **({"voxel size": "inference.voxel_size_nm"} if stated else {}),
             },
         )

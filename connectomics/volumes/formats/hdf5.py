@@ -7,12 +7,14 @@ import itertools
 import math
 import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
 from connectomics.core.errors import VolumeError
+from connectomics.volumes.mapped import MappedArray
 from connectomics.volumes.metadata.hdf5_attributes import stated_axes, stated_frame
 from connectomics.volumes.metadata.hdf5_parts import parts_of, require_links
 from connectomics.volumes.source import READ_ERRORS, Source, file_identity, some_of, unreadable
@@ -46,7 +48,7 @@ def open_hdf5(source: Source) -> StoredVolume:
             file = opened.enter_context(h5py.File(source.path, "r", locking="best-effort"))
             dataset = _dataset(source, file)
             watched = WatchedFiles(source.path, parts_of(source, dataset))
-            dataset = _at_its_place(dataset)
+            raw = _raw_array(dataset, opened)
             stated = stated_axes(source, dataset)
             layout = layout_of(source, dataset.shape, *(stated or (None,)))
             unsigned = _is_bigdataviewer(file, dataset)
@@ -63,7 +65,7 @@ def open_hdf5(source: Source) -> StoredVolume:
                 origin_nm=frame.origin_nm,
                 found=frame.found,
             )
-            opened.pop_all()
+            close = opened.pop_all().close
     except READ_ERRORS as error:
         raise unreadable(source, "HDF5", error) from error
     lock = threading.Lock()
@@ -71,12 +73,12 @@ def open_hdf5(source: Source) -> StoredVolume:
     def fetch(index: tuple[slice, ...]) -> Array:
         with lock:
             _refuse_bombs(dataset, index)
-            block: Array = dataset[index]
+            block: Array = dataset[index] if raw is None else raw.fetch(index)
         return block.view(block.dtype.str.replace("i", "u")) if unsigned else block
 
     def release() -> None:
         with lock:
-            file.close()
+            close()
 
     def identity() -> dict[str, object]:
         return watched.identity | {"dataset": dataset.name}
@@ -84,14 +86,13 @@ def open_hdf5(source: Source) -> StoredVolume:
     return StoredVolume(source, info, layout, fetch=fetch, identity=identity, release=release, watched=watched)
 
 
-def _at_its_place(dataset: Any) -> Any:
-    """The dataset again, whose raw storage is looked for beside the file, where HDF5 takes the working folder."""
+def _raw_array(dataset: Any, opened: contextlib.ExitStack) -> MappedArray | None:
+    """The voxels of a dataset in raw storage, which HDF5 itself would look for in the working folder; else None."""
     if not dataset.external:
-        return dataset
-    access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
-    access.set_efile_prefix(b"${ORIGIN}")
-    name = dataset.name.encode()
-    return h5py.Dataset(h5py.h5d.open(dataset.file.id, name, access))
+        return None
+    ((name, offset, _),) = dataset.external
+    stream = opened.enter_context(Path(dataset.file.filename).with_name(name).open("rb"))
+    return MappedArray(stream, dataset.dtype, dataset.shape, offset)
 
 
 def _is_bigdataviewer(file: Any, dataset: Any) -> bool:

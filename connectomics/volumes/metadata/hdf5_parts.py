@@ -40,19 +40,25 @@ def parts_of(source: Source, dataset: Any) -> list[Part]:
 def _raw_storage(source: Source, dataset: Any, path: Path) -> dict[str, Path]:
     """Files that hold a dataset's voxels as plain numbers."""
     found: dict[str, Path] = {}
-    folder = path.parent
-    for name, offset, size in dataset.external or ():
+    folder, stored = path.parent, dataset.external or ()
+    if len(stored) > 1:
+        raise VolumeError(
+            f"{source.uri}: dataset {dataset.name} keeps its voxels in {len(stored)} files without headers, expected "
+            "one; copy the voxels into a dataset of their own."
+        )
+    for name, offset, _ in stored:
         part = folder / name
         if not part.resolve().is_relative_to(folder.resolve()):
             raise VolumeError(
                 f"{source.uri}: dataset {dataset.name} keeps its voxels in {name}, outside the folder of {path.name}; "
-                "files are read from that folder only, so copy the voxels into a dataset of their own (h5repack)."
+                "files are read from that folder only, so copy the voxels into a dataset of their own."
             )
         _require_file(source, dataset, name, part)
-        if size != h5py.h5f.UNLIMITED and part.stat().st_size < offset + size:
+        expected, size = offset + dataset.size * dataset.dtype.itemsize, part.stat().st_size
+        if size < expected:
             raise VolumeError(
-                f"{source.uri}: {name}, which holds the voxels of dataset {dataset.name}, has {part.stat().st_size} "
-                f"bytes, expected {offset + size}; it was cut short, so copy it again."
+                f"{source.uri}: {name}, which holds the voxels of dataset {dataset.name}, has {size} bytes, expected "
+                f"{expected}; it was cut short, so copy it again."
             )
         found[name] = part
     return found
@@ -66,21 +72,25 @@ def _virtual(source: Source, dataset: Any, path: Path) -> dict[str, Path]:
             if name != ".":
                 _require_file(source, dataset, name, part)
                 found[name] = part
-            found |= _checked(source, dataset, mapped, part)
+            _check(source, dataset, mapped, part)
     return found
 
 
-def _checked(source: Source, dataset: Any, mapped: Any, part: Path) -> dict[str, Path]:
-    """The raw storage of one part, which must be there, be no virtual dataset and have all that is read from it."""
+def _check(source: Source, dataset: Any, mapped: Any, part: Path) -> None:
+    """Refuse a part that is absent, is a virtual dataset or in raw storage, or lacks voxels that are read from it."""
     same = part == Path(dataset.file.filename)
     with contextlib.nullcontext(dataset.file) if same else h5py.File(part, "r", locking="best-effort") as file:
-        names = [mapped.dset_name] if "%b" not in mapped.dset_name else []
-        for name in names:
+        for name in [mapped.dset_name] if "%b" not in mapped.dset_name else []:
             node = file.get(name)
             if not isinstance(node, h5py.Dataset):
                 raise VolumeError(
                     f"{source.uri}: dataset {dataset.name} is made of {name!r} in {part.name}, which is absent there; "
                     "copy or write that file again."
+                )
+            if node.external:
+                raise VolumeError(
+                    f"{source.uri}: dataset {dataset.name} is made of {node.name} in {part.name}, whose voxels are in "
+                    "a file without header; copy the voxels into a dataset of their own."
                 )
             if node.is_virtual:
                 raise VolumeError(
@@ -88,8 +98,6 @@ def _checked(source: Source, dataset: Any, mapped: Any, part: Path) -> dict[str,
                     "lead in a circle; copy the voxels into a dataset of their own."
                 )
             _require_extent(source, dataset, mapped, node, part)
-            return _raw_storage(source, node, part)
-    return {}
 
 
 def _require_extent(source: Source, dataset: Any, mapped: Any, node: Any, part: Path) -> None:
@@ -152,7 +160,10 @@ def require_links(source: Source, file: Any, wanted: str) -> None:
     at = ""
     for word in [word for word in wanted.split("/") if word]:
         at = f"{at}/{word}"
-        link = file.get(at, getlink=True) if at not in file else None
+        try:
+            link = file.get(at, getlink=True) if file.get(at) is None else None
+        except (KeyError, OSError):
+            return  # nothing of that name
         if isinstance(link, h5py.ExternalLink):
             path = Path(file.filename).parent / link.filename
             why = f"{link.path} is absent in it" if path.is_file() else "that file is absent"
