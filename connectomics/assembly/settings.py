@@ -12,9 +12,11 @@ from typing import Any
 import psutil
 
 from connectomics.config.inference_keys import PLANES, InferenceConfig
+from connectomics.config.load import Given, as_config
 from connectomics.config.schema import Config, DataConfig, ModelConfig, SystemConfig
-from connectomics.core.errors import ConfigError
+from connectomics.core.errors import NO_MODEL, ConfigError
 from connectomics.core.geometry import Box, Vec3, vec3
+from connectomics.core.places import local_path
 from connectomics.core.process import cpus
 from connectomics.models.backends.precisions import Precision, default_precision, precision_named
 from connectomics.models.locate import ModelRequest
@@ -157,13 +159,13 @@ class InferenceSettings:
     call: CallSettings
 
 
-def resolve(config: Config, checkpoint: Path | None = None) -> InferenceSettings:
+def resolve(config: Config | Given | None, checkpoint: str | os.PathLike[str] | None = None) -> InferenceSettings:
     """Resolve a validated configuration.
 
     Parameters
     ----------
     config
-        The configuration.
+        The configuration, or what ``as_config`` makes one of.
     checkpoint
         From the command line; replaces ``model.nnunet_checkpoint``.
 
@@ -172,6 +174,7 @@ def resolve(config: Config, checkpoint: Path | None = None) -> InferenceSettings
     ConfigError
         If no model is named, or device and number of GPUs contradict each other.
     """
+    config = as_config(config)
     system, inference = config.system, config.inference
     window, mirroring = inference.sliding_window, inference.test_time_augmentation
     return InferenceSettings(
@@ -211,7 +214,9 @@ def resolve(config: Config, checkpoint: Path | None = None) -> InferenceSettings
     )
 
 
-def model_settings(model: ModelConfig, data: DataConfig, checkpoint: Path | None = None) -> ModelSettings:
+def model_settings(
+    model: ModelConfig, data: DataConfig, checkpoint: str | os.PathLike[str] | None = None
+) -> ModelSettings:
     """Which models a configuration names, and what it expects of them.
 
     Raises
@@ -219,10 +224,10 @@ def model_settings(model: ModelConfig, data: DataConfig, checkpoint: Path | None
     ConfigError
         If it names none.
     """
-    first = checkpoint or (None if model.nnunet_checkpoint is None else Path(model.nnunet_checkpoint))
-    if first is None:
-        raise ConfigError("no model is named; give --checkpoint PATH or set model.nnunet_checkpoint")
-    paths = [first, *map(Path, model.ensemble or ())]
+    named = model.nnunet_checkpoint if checkpoint is None else checkpoint
+    if named is None:
+        raise ConfigError(NO_MODEL)
+    paths = [local_path(named, "the model"), *map(Path, model.ensemble or ())]
     stated = {
         "model.in_channels": model.in_channels,
         "model.out_channels": model.out_channels,

@@ -16,6 +16,7 @@ from connectomics.config.key_rules import kind_in_words
 from connectomics.config.validation import shown
 from connectomics.core.errors import ConfigError
 from connectomics.core.features import DECODING_STEPS
+from connectomics.core.places import refusal
 
 
 def read_steps(value: object) -> list[Any]:
@@ -75,4 +76,6 @@ def _typed(key: str, hint: Any, value: object) -> Any:
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{key} is {shown(value)}, expected {kind_in_words(hint)}")
+    if isinstance(value, str) and refusal(value):
+        raise ConfigError(f"{key} is {shown(value)}, but {refusal(value)}")
     return str(value) if kind is str else value  # Hydra's quoted text is a class of its own

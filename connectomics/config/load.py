@@ -10,6 +10,7 @@ import difflib
 import functools
 import io
 import json
+import os
 import re
 import types
 import typing
@@ -27,6 +28,7 @@ from connectomics.config.key_rules import kind_in_words
 from connectomics.config.schema import Config
 from connectomics.config.validation import shown, validate
 from connectomics.core.errors import ConfigError
+from connectomics.core.places import local_path, refusal
 
 _FILE_LIST = "inference.volume_mode.file_list"
 _DECODING = "decoding"
@@ -37,16 +39,23 @@ _WHOLE = 1 << 63  # integers beyond are none that the program could use
 _ALIKE = 1.1  # of 2: at most 1 from the whole key and 1 from its last part
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+Given = str | os.PathLike[str] | Mapping[str, object]
+"""What a file holds, or its name."""
+Stated = Sequence[str | Mapping[str, object]] | Mapping[str, object]
+"""What is stated beside a file: words ``key=value``, values by key, nested or with dots, or several of both."""
+
+
+def load_config(path: Given | None = None, overrides: Stated = ()) -> Config:
     """Read a configuration.
 
     Parameters
     ----------
     path
         YAML file, or None for the defaults of the schema. Paths in it are used as they stand, that is
-        relative to the working directory.
+        relative to the working directory. A mapping is taken for the content of a file.
     overrides
-        Words ``key=value`` in Hydra's override grammar; they win over the file, later ones over earlier ones.
+        Words ``key=value`` in Hydra's override grammar, or a mapping of values, whose keys are nested or have dots;
+        they win over the file, later ones over earlier ones.
 
     Returns
     -------
@@ -63,15 +72,71 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     --------
     >>> load_config(None, ["inference.sliding_window.window_size=[256,256]"]).inference.sliding_window.window_size
     [256, 256]
+    >>> load_config({"system": {"device": "cpu"}}, {"system.num_cpus": 2}).system.num_cpus
+    2
     """
     stated: dict[str, object] = {}
-    if path is not None:
-        stated.update(_stated_in(_read_yaml(path), "", f"configuration file {path}"))
-    for text in overrides:
-        stated.update(_override(text))
+    if isinstance(path, Mapping):
+        stated.update(_of_mapping(path))
+    elif path is not None:
+        file = local_path(path, "the configuration file")
+        stated.update(_stated_in(_read_yaml(file), "", f"configuration file {file}"))
+    for part in _parts(overrides):
+        stated.update(_of_mapping(part) if isinstance(part, Mapping) else _override(part))
     config = _typed(_resolved(stated))
     validate(config)
     return config
+
+
+def as_config(stated: Config | Given | None) -> Config:
+    """The configuration that somebody means: itself, a YAML file, a mapping of values, or None for the defaults.
+
+    Raises
+    ------
+    ConfigError
+        As ``load_config``.
+    """
+    return stated if isinstance(stated, Config) else load_config(stated)
+
+
+def _parts(overrides: object) -> Sequence[str | Mapping[str, object]]:
+    parts = [overrides] if isinstance(overrides, str | Mapping) else overrides
+    if not isinstance(parts, Sequence) or not all(isinstance(part, str | Mapping) for part in parts):
+        raise ConfigError(f"overrides are {shown(overrides)}, expected a list of 'key=value' words, or a mapping")
+    return parts
+
+
+def _of_mapping(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Dotted key and value of all that a mapping states, whose keys may have dots themselves."""
+    where = "configuration"
+    for name, value in values.items():
+        key = str(name)
+        if key not in kinds():
+            raise _unknown(key, where)
+        section, _, last = key.rpartition(".")
+        yield from _stated_in({last: _plain(key, value)}, f"{section}." if section else "", where)
+
+
+def _plain(key: str, value: object) -> object:
+    """A value as a YAML file would hold it: paths as text, tuples and arrays as lists, their numbers as plain ones."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(f"{key}.{name}", item) for name, item in value.items()}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, _HasList):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(key, item) for item in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise ConfigError(f"{key} is {shown(value)}, expected {kind_in_words(kinds().get(key, Any))}")
+
+
+@typing.runtime_checkable
+class _HasList(typing.Protocol):
+    """An array of numpy or torch, or a number of theirs."""
+
+    def tolist(self) -> object: ...
 
 
 def known_keys() -> tuple[str, ...]:
@@ -282,6 +347,8 @@ def _read_file_list(value: object) -> object:
     """The volumes named in a text file; anything but the name of one passes unchanged."""
     if not isinstance(value, str):
         return value
+    if refusal(value):
+        raise ConfigError(f"{_FILE_LIST} is {shown(value)}, but {refusal(value)}")
     try:
         lines = [line.strip() for line in Path(value).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from connectomics.core.errors import ConnectomicsError, OutputError, VolumeError
+from connectomics.core.files import require_short
+from connectomics.core.text import VisibleFormatter
 from connectomics.execution.retry import SYSTEMIC, errno_of
 from connectomics.execution.task import RunReport
 
@@ -146,6 +148,7 @@ class RunLog:
     """While open, everything the package logs also goes to ``run.log`` in a RUN folder."""
 
     def __init__(self, folder: Path) -> None:
+        require_short(folder.name)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._handler = _LogFile(folder / "run.log")
@@ -153,7 +156,7 @@ class RunLog:
             raise OutputError(
                 f"{folder}: cannot make the RUN folder ({error.strerror}); choose another inference.data.output_path"
             ) from error
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
+        self._handler.setFormatter(VisibleFormatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
         self._logger = logging.getLogger("connectomics")
         self._level = self._logger.level
 

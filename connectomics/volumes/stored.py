@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ LARGEST_CHUNK_BYTES = 1 << 32
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Which letter each stored axis has; ``t`` marks an axis of length 1 that is dropped.
+    """Which letter each stored axis has; ``t`` marks an axis of length 1 that is dropped; ``where`` tells who says so.
 
     Examples
     --------
@@ -39,6 +39,7 @@ class Layout:
 
     letters: str
     stored: tuple[int, ...]
+    where: str = ""
 
     def size(self, letter: str) -> int:
         """Length of the axis ``letter``; 1 where the array has no such axis."""
@@ -71,7 +72,7 @@ class Layout:
         return arranged
 
 
-def layout_of(source: Source, stored: Sequence[int], found: str | None) -> Layout:
+def layout_of(source: Source, stored: Sequence[int], found: str | None, where: str = "the file") -> Layout:
     """Decide the stored axes from the user's override, the file's own letters, or the number of axes.
 
     Parameters
@@ -82,6 +83,8 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None) -> Layou
         Shape of the stored array.
     found
         Letters out of t, c, z, y, x that the file states, ``?`` for an axis of another kind, or None.
+    where
+        The file states them.
 
     Raises
     ------
@@ -120,7 +123,8 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None) -> Layou
             f"{source.uri}: cannot use the axes {letters!r} for an array of shape {shape}: each of c, z, "
             "y, x may stand once, y and x must; state them with axes=, for example 'zyx' or 'czyx'."
         )
-    return Layout(letters, shape)
+    usual = f"the usual order of {len(shape)} axes, as the file states none"
+    return Layout(letters, shape, "inference.axes" if source.axes else where if found else usual)
 
 
 def native_dtype(source: Source, dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:
@@ -150,8 +154,11 @@ def info_of(
     voxel_size_nm: Nanometres | None = None,
     origin_nm: Nanometres = (0.0, 0.0, 0.0),
     spacing: Spacing | None = None,
+    found: Mapping[str, str] | None = None,
 ) -> VolumeInfo:
     """The volume's description; the request's voxel size wins over ``voxel_size_nm`` found in the file.
+
+    ``found`` says where each of these facts was found.
 
     Raises
     ------
@@ -163,7 +170,19 @@ def info_of(
     stated = source.voxel_size_nm
     try:
         chunk = layout.chunk(stored_chunk)
-        return VolumeInfo(layout.shape, native, chunk, stated or voxel_size_nm, origin_nm=origin_nm, spacing=spacing)
+        return VolumeInfo(
+            layout.shape,
+            native,
+            chunk,
+            stated or voxel_size_nm,
+            origin_nm=origin_nm,
+            spacing=spacing,
+            found={
+                **({"axes": f"{layout.letters}, by {layout.where}"} if layout.where else {}),
+                **(found or {}),
+                **({"voxel size": "inference.voxel_size_nm"} if stated else {}),
+            },
+        )
     except ValueError as error:
         raise VolumeError(f"{source.uri}: {error}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from connectomics.assembly.engine.planes import check_planes
 from connectomics.assembly.engine.rules import check_activation, label_rule, probability_rule
 from connectomics.assembly.engine.windows import make_predictor, make_window
 from connectomics.assembly.settings import InferenceSettings, WindowSettings, resolve
+from connectomics.config.load import Given
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ModelError
 from connectomics.core.geometry import AxisOrder
@@ -35,13 +37,13 @@ from connectomics.runs.job import RunSettings
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 
 
-def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
+def build_engine(config: Config | Given | None = None, checkpoint: str | os.PathLike[str] | None = None) -> Engine:
     """Make everything that serves all volumes.
 
     Parameters
     ----------
     config
-        The configuration.
+        The configuration, a YAML file, or a mapping.
     checkpoint
         From the command line; replaces ``model.nnunet_checkpoint``.
 

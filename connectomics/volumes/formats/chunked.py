@@ -13,10 +13,11 @@ from connectomics.volumes.volume import Array, Nanometres
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Voxel size and position of the first voxel (z, y, x), as far as metadata state them."""
+    """Voxel size and position of the first voxel (z, y, x), as far as metadata state them, and where they do."""
 
     voxel_size_nm: Nanometres | None = None
     origin_nm: Nanometres = (0.0, 0.0, 0.0)
+    where: str = ""
 
 
 def chunked_volume(
@@ -32,7 +33,15 @@ def chunked_volume(
     dtype = array.dtype.numpy_dtype
     chunk: tuple[Any, ...] = array.chunk_layout.read_chunk.shape or array.shape
     require_small_chunks(source, chunk, dtype.itemsize)
-    info = info_of(source, layout, dtype, chunk, voxel_size_nm=frame.voxel_size_nm, origin_nm=frame.origin_nm)
+    info = info_of(
+        source,
+        layout,
+        dtype,
+        chunk,
+        voxel_size_nm=frame.voxel_size_nm,
+        origin_nm=frame.origin_nm,
+        found={"voxel size": frame.where, "origin": frame.where} if frame.where else {},
+    )
 
     def fetch(index: tuple[slice, ...]) -> Array:
         block: Array = array[index].read().result()

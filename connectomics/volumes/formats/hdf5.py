@@ -44,7 +44,8 @@ def open_hdf5(source: Source) -> StoredVolume:
             layout = layout_of(source, dataset.shape, None)
             chunk = dataset.chunks or row_chunk(dataset.shape, dataset.dtype.itemsize)
             require_small_chunks(source, chunk, dataset.dtype.itemsize)
-            info = info_of(source, layout, dataset.dtype, chunk, voxel_size_nm=_voxel_size(file, dataset))
+            size, found = _voxel_size(file, dataset)
+            info = info_of(source, layout, dataset.dtype, chunk, voxel_size_nm=size, found=found)
             opened.pop_all()
     except READ_ERRORS as error:
         raise unreadable(source, "HDF5", error) from error
@@ -131,10 +132,11 @@ def _refuse_bombs(dataset: Any, index: tuple[slice, ...]) -> None:
             raise ValueError(f"the chunk at {start} takes {found} bytes packed, expected at most {largest}")
 
 
-def _voxel_size(file: Any, dataset: Any) -> Nanometres | None:
+def _voxel_size(file: Any, dataset: Any) -> tuple[Nanometres | None, dict[str, str]]:
+    """The voxel size, and where it was found."""
     for name, factor in VOXEL_SIZE_ATTRIBUTES.items():
         for holder in (dataset, file):
             value = holder.attrs.get(name)
             if value is not None and np.size(value) == 3:
-                return three_positive(value, factor)
-    return None
+                return three_positive(value, factor), {"voxel size": f"attribute {name} of {holder.name}"}
+    return None, {}

@@ -62,10 +62,11 @@ def open_mrc(source: Source) -> StoredVolume:
                 header = opened.enter_context(mrcfile.open(source.path, header_only=True)).header
             shape = mrcfile.utils.data_shape_from_header(header)
             dtype = _dtype(source, header, mrcfile.utils.data_dtype_from_header(header))
-            layout = layout_of(source, shape, _letters(header, len(shape)))
+            layout = layout_of(source, shape, _letters(header, len(shape)), "mapc, mapr and maps of its header")
             stream = opened.enter_context(source.path.open("rb"))
             array = MappedArray(stream, dtype, shape, header.nbytes + max(0, int(header.nsymbt)))
-            info = info_of(source, layout, dtype, array.chunk, voxel_size_nm=_voxel_size(header))
+            found = {"voxel size": "cella over mx, my and mz of its header"}
+            info = info_of(source, layout, dtype, array.chunk, voxel_size_nm=_voxel_size(header), found=found)
             release = opened.pop_all().close
     except READ_ERRORS as error:
         raise unreadable(source, "MRC", error) from error

@@ -52,7 +52,8 @@ def open_n5(source: Source) -> StoredVolume:
     try:
         folder = _choose(source)
         attributes = _attributes(folder)
-        layout = layout_of(source, _dimensions(source, attributes), LETTERS.get(len(attributes["dimensions"])))
+        letters = LETTERS.get(len(attributes["dimensions"]))
+        layout = layout_of(source, _dimensions(source, attributes), letters, "N5's own order")
         spec = {"driver": "n5", "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"}}
         _require_known(source, attributes)
         array = ts.open(spec, open=True, read=True, write=False, context=ts.Context()).result()
@@ -126,13 +127,19 @@ def _frame(folder: Path, attributes: dict[str, Any], root: Path) -> Frame:
     own = _size(attributes)
     whole = factors == [1, 1, 1]
     if own is not None:
-        return Frame(own, _offset(attributes)) if whole else Frame()
+        return Frame(own, _offset(attributes), _where(attributes)) if whole else Frame()
     if folder == root:
         return Frame()
     above, steps = _size(_attributes(folder.parent)), three_positive(factors)
     if above is None or steps is None:
         return Frame()
-    return Frame((above[0] * steps[2], above[1] * steps[1], above[2] * steps[0]))
+    where = f"{_where(_attributes(folder.parent))} above the array, times its downsamplingFactors"
+    return Frame((above[0] * steps[2], above[1] * steps[1], above[2] * steps[0]), where=where)
+
+
+def _where(attributes: dict[str, Any]) -> str:
+    """The key that ``_size`` reads."""
+    return f"{'pixelResolution' if 'pixelResolution' in attributes else 'resolution'} in {ATTRIBUTES}"
 
 
 def _size(attributes: dict[str, Any]) -> Nanometres | None:
@@ -174,7 +181,7 @@ def _of_transform(transform: dict[str, Any]) -> Frame:
     }
     z, y, x = (rows.get(letter, (math.nan, math.nan)) for letter in "zyx")
     size = three_positive((z[0], y[0], x[0]))
-    return Frame(size, (z[1], y[1], x[1])) if size else Frame()
+    return Frame(size, (z[1], y[1], x[1]), f"transform in {ATTRIBUTES}") if size else Frame()
 
 
 def _nanometres(unit: object) -> float:

@@ -85,7 +85,7 @@ def open_nifti(source: Source) -> VolumeReader:
             identity = file_identity(source.path)
             header = _header(source.path, packed)
             native_dtype(source, header.dtype)
-            layout = layout_of(source, header.shape, LETTERS.get(len(header.shape)))
+            layout = layout_of(source, header.shape, LETTERS.get(len(header.shape)), "NIfTI's own order")
             array: _Unpacked | MappedArray
             if packed and header.total_bytes > LARGEST_RATIO * source.path.stat().st_size:
                 raise ValueError(f"its header promises {header.total_bytes} bytes, more than the file can hold")
@@ -102,6 +102,7 @@ def open_nifti(source: Source) -> VolumeReader:
                 contiguous_chunk(header.shape, header.dtype.itemsize, "F"),
                 voxel_size_nm=_spatial(layout, header, MILLIMETRES_PER_UNIT.get(header.unit, math.nan) * 1e6),
                 spacing=_spacing(layout, header, by_itk=packed and header.first_version and source.inner is None),
+                found={"voxel size": "pixdim and xyzt_units of its header", "spacing": "pixdim of its header"},
             )
             turn = turn_to_ras(header.affine) if source.inner else None
             release = opened.pop_all().close

@@ -52,11 +52,12 @@ def open_precomputed(source: Source) -> StoredVolume:
         }
         opened = ts.open(spec, open=True, read=True, write=False, context=ts.Context()).result()
         array = opened[ts.d[:].translate_to[0]]
-        layout = layout_of(source, array.shape, "xyzc")
+        layout = layout_of(source, array.shape, "xyzc", "precomputed's own order")
         x, y, z = three_positive(scale.get("resolution")) or (np.nan,) * 3
         size = three_positive((z, y, x))
         offset = [float(n) for n in opened.domain.origin[:3]]
-        frame = Frame(size, (offset[2] * z, offset[1] * y, offset[0] * x)) if size else Frame()
+        where = f"resolution and voxel_offset of scale {scale['key']} in info"
+        frame = Frame(size, (offset[2] * z, offset[1] * y, offset[0] * x), where) if size else Frame()
         return chunked_volume(source, layout, array, frame=frame, identity=identity)
     except READ_ERRORS as error:
         raise unreadable(source, "precomputed", error) from error

@@ -33,6 +33,11 @@ from connectomics.volumes.volume import Array, Nanometres, Spacing
 
 LETTERS = {"S": "c", "C": "c", "Q": "z", "I": "z", "Z": "z", "Y": "y", "X": "x", "T": "t"}
 """TIFF series axes: samples are channels, pages of unstated meaning are sections."""
+_PLACES = {
+    "ome": "PhysicalSizeZ, Y and X of its OME-XML",
+    "imagej": "spacing and unit of ImageJ's description, and the resolution tags",
+    "shaped": "voxel_size_nm of its description",
+}
 JPEG_COMPRESSIONS = (6, 7, 33007, 34892)
 
 
@@ -58,10 +63,18 @@ def open_tiff(source: Source, *, spacing: Spacing | None = None) -> StoredVolume
             tif = opened.enter_context(tifffile.TiffFile(source.path))
             series, number = _series(source, tif)
             _require_whole(source, tif, series)
-            layout = layout_of(source, series.shape, "".join(LETTERS.get(letter, "?") for letter in series.axes))
+            letters = "".join(LETTERS.get(letter, "?") for letter in series.axes)
+            layout = layout_of(source, series.shape, letters, f"axes {series.axes} of its {series.kind} description")
             pages = _Pages(source, series, layout, stream.fileno())
-            size = _voxel_size(tif, number)
-            info = info_of(source, layout, series.dtype, pages.chunk(), voxel_size_nm=size, spacing=spacing)
+            size, found = (
+                _voxel_size(tif, number),
+                {"voxel size": _PLACES[series.kind]} if series.kind in _PLACES else {},
+            )
+            if spacing is not None:
+                found["spacing"] = "the JSON file beside it"
+            info = info_of(
+                source, layout, series.dtype, pages.chunk(), voxel_size_nm=size, spacing=spacing, found=found
+            )
             opened.callback(pages.forget)
             release = opened.pop_all().close
     except (AssertionError, *READ_ERRORS) as error:  # tifffile asserts what a damaged file may break

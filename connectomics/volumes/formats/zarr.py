@@ -66,7 +66,9 @@ def open_zarr(source: Source) -> StoredVolume:
     try:
         node = _choose(source)
         ome = _frame(source, node)
-        layout = layout_of(source, _shape(source, node), ome.letters if ome else _dimension_names(node))
+        letters = ome.letters if ome else _dimension_names(node)
+        where = f"axes of multiscales in {ome.group.name}" if ome else "dimension_names of the array"
+        layout = layout_of(source, _shape(source, node), letters, where)
         _require_plain(source, node)
         array = open_array(node.path, node.version)
         return chunked_volume(source, layout, array, frame=ome.frame if ome else Frame(), identity=identity)
@@ -213,7 +215,14 @@ def _frame_of(multiscale: dict[str, Any], dataset: dict[str, Any], group: Path) 
     if voxel_size_nm is None:
         return _OmeFrame(letters, group)
     z, y, x = (float(value) for value in origin[order] * factors)
-    return _OmeFrame(letters, group, Frame(voxel_size_nm, (z, y, x)))
+    where = f"coordinateTransformations of multiscales in {group.name}"
+    return _OmeFrame(letters, group, Frame(voxel_size_nm, (z, y, x), where))
+
+
+def level_names(folder: Path) -> list[str]:
+    """Names of the levels of the group in a folder, the finest first; empty where its metadata name none."""
+    node = _node(folder)
+    return [] if node is None or node.is_array else [str(dataset.get("path")) for dataset in _datasets(node)]
 
 
 def _metadata_files(folder: Path) -> list[tuple[str, Path]]:
