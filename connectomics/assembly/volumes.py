@@ -127,8 +127,7 @@ def open_input(stated: VolumeSettings, spec: ModelSpec, source: VolumeSource) ->
         reader.close()
         raise VolumeError(
             f"{source.name}: has {reader.info.channels} channels, the model expects {spec.channels} "
-            f"({', '.join(spec.channel_names)}); add the files of the other channels (NAME_0000, NAME_0001, …), "
-            "choose the right volume, or state inference.axes"
+            f"({', '.join(spec.channel_names)}); {_channels_remedy(source, reader.info.channels, spec.channels)}"
         )
     try:
         check_isotropic(stated, reader.info.voxel_size_nm or reader.info.spacing, source.name)
@@ -136,6 +135,25 @@ def open_input(stated: VolumeSettings, spec: ModelSpec, source: VolumeSource) ->
         reader.close()
         raise
     return reader
+
+
+def _channels_remedy(source: VolumeSource, found: int, expected: int) -> str:
+    """What to do about a volume of ``found`` channels, where the model has ``expected``."""
+    axes = "or, if the file's axes are others, state them, such as inference.axes=czyx"
+    if found > expected:
+        return f"keep {'one' if expected == 1 else expected} of them in a volume of their own, {axes}"
+    path, _, inner = source.uris[0].partition("::")
+    numbered = f"{source.stem}_0000" in path
+    if found > 1 or inner or path.startswith("phantom:") or Path(path).is_dir():
+        return f"write all {expected} into one volume, as an axis c, {axes}"
+    ending = Path(path).name.removeprefix(f"{source.stem}_0000" if numbered else source.stem)
+    names = [f"{source.stem}_{number:04d}{ending}" for number in range(expected)]
+    if numbered:
+        return f"add the files of the other channels, {', '.join(names[1:])}, {axes}"
+    return (
+        f"give each channel as a file of its own, {', '.join(names)}, of which this one may be one, and name the volume "
+        f"as {source.stem}_*{ending}, {axes}"
+    )
 
 
 def run_folder(outputs: OutputSettings, source: VolumeSource) -> Path:

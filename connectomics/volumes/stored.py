@@ -16,7 +16,7 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box, Vec3, pieces, vec3
-from connectomics.volumes.source import READ_ERRORS, Source, reason, require_believable
+from connectomics.volumes.source import READ_ERRORS, Source, again, reason, require_believable
 from connectomics.volumes.volume import Array, Nanometres, Spacing, VolumeInfo
 
 AXES = "czyx"
@@ -94,15 +94,16 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None, where: s
     shape = tuple(int(n) for n in stored)
     default = {2: "yx", 3: "zyx", 4: "czyx"}.get(len(shape))
     letters = source.axes or found or default
+    stating = f"state them in the file's order, such as inference.axes={default} (in Python axes={default!r})"
     if letters is None:
         raise VolumeError(
             f"{source.uri}: the array has {len(shape)} axes, shape {shape!s:.80}; a volume has 2 (y, x), 3 (z, "
-            "y, x) or 4 (c, z, y, x). Name an array of fewer axes or state the axes."
+            "y, x) or 4 (c, z, y, x). Name an array of so many, or write it again with them."
         )
     if len(letters) != len(shape):
         raise VolumeError(
             f"{source.uri}: the axes {letters!r} name {len(letters)} axes, but the stored array has "
-            f"{len(shape)}, shape {shape!s:.80}; give one letter for each of them."
+            f"{len(shape)}, shape {shape!s:.80}; {stating}."
         )
     if min(shape) < 1:
         raise VolumeError(
@@ -113,15 +114,14 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None, where: s
             kind = "a time axis" if letter == "t" else "an axis of unknown kind"
             raise VolumeError(
                 f"{source.uri}: {kind} of length {length} in an array of shape {shape} (axes "
-                f"{letters!r}); export a single one of "
-                "them, or state what the axes are with axes=, for example 'zyx'."
+                f"{letters!r}); export a single one of them{f', or, if its axes are others, {stating}' if default else ''}."
             )
     letters = letters.replace("?", "t")
     spatial = letters.replace("t", "")
     if set(spatial) - set(AXES) or len(set(spatial)) < len(spatial) or not {"y", "x"} <= set(spatial):
         raise VolumeError(
             f"{source.uri}: cannot use the axes {letters!r} for an array of shape {shape}: each of c, z, "
-            "y, x may stand once, y and x must; state them with axes=, for example 'zyx' or 'czyx'."
+            f"y, x may stand once, y and x must; {stating if default else 'write it again with at most four axes'}."
         )
     usual = f"the usual order of {len(shape)} axes, as the file states none"
     return Layout(letters, shape, "inference.axes" if source.axes else where if found else usual)
@@ -327,7 +327,7 @@ class StoredVolume:
                 result[(slice(None), *part.relative_to(box).slices)] = block
             assert result is not None, "a box that is not empty has parts"
         except READ_ERRORS as error:
-            raise VolumeError(f"cannot read {where}: {reason(error)}. Check that the file is complete.") from error
+            raise VolumeError(f"cannot read {where}: {reason(error)}.{again(error)}") from error
         return result
 
     def close(self) -> None:
