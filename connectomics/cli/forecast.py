@@ -1,4 +1,4 @@
-"""The commands that look ahead, ``plan`` and ``tune``; their words are in ``cli_arguments``."""
+"""The commands that look ahead, ``plan`` and ``tune``; their words are in ``arguments.py``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from connectomics.core.text import visible
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine
     from connectomics.forecast.tune import Progress
-    from connectomics.forecast.volumes import Plan
     from connectomics.volumes.listing import VolumeSource
 
 
@@ -26,41 +25,27 @@ def plan(words: argparse.Namespace) -> int:
     config, checkpoint = named_run(words)
     from connectomics.assembly.engine.make_engine import build_engine
     from connectomics.assembly.volumes import named_sources, share_of, stated_volumes
+    from connectomics.forecast.volumes import plan_volumes
+    from connectomics.planning.forecast import require_within
 
     volumes = stated_volumes(config.inference.volume_mode)
     engine = build_engine(config, checkpoint)
-    found = planned(engine, share_of(config.inference.volume_mode, named_sources(volumes, engine.spec.channels)))
+    found = plan_volumes(engine, share_of(config.inference.volume_mode, named_sources(volumes, engine.spec.channels)))
     if words.json:
         say(json.dumps(found.as_dict(), indent=1))
     else:
         say("\n".join(found.lines()))
-    _require(found, words)
+    require_within(found.forecasts, words.max_hours, words.max_gb)
     return FAILED if found.refused else 0
 
 
-def planned(engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
-    """The plan of some volumes."""
-    from connectomics.forecast.volumes import plan_volumes
-
-    return plan_volumes(engine, sources)
-
-
 def check_limits(words: argparse.Namespace, engine: Engine, sources: Sequence[VolumeSource]) -> None:
-    """Refuse volumes beyond ``--max-hours`` or ``--max-gb``, where these are stated, before the first is begun.
-
-    Raises
-    ------
-    ResourceError
-        Saying what to change.
-    """
-    if words.max_hours is not None or words.max_gb is not None:
-        _require(planned(engine, sources), words)
-
-
-def _require(found: Plan, words: argparse.Namespace) -> None:
+    """Refuse volumes beyond ``--max-hours`` or ``--max-gb``, where these are stated, before the first is begun."""
+    from connectomics.forecast.volumes import plan_volumes
     from connectomics.planning.forecast import require_within
 
-    require_within(found.forecasts, words.max_hours, words.max_gb)
+    if words.max_hours is not None or words.max_gb is not None:
+        require_within(plan_volumes(engine, sources).forecasts, words.max_hours, words.max_gb)
 
 
 def tune(words: argparse.Namespace) -> int:

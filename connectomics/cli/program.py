@@ -25,6 +25,7 @@ from connectomics.core.places import local_path
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine
     from connectomics.commands.evaluate import Scores
+    from connectomics.config.load import Stated
     from connectomics.config.schema import Config
     from connectomics.jobs.outcome import VolumeOutcome
     from connectomics.volumes.listing import VolumeSource
@@ -61,10 +62,11 @@ def _importing() -> Iterator[None]:
         gc.enable()
 
 
-def _configured(words: argparse.Namespace) -> Config:
+def _configured(words: argparse.Namespace, overrides: Stated | None = None) -> Config:
+    """The configuration of a command, some of which take no file; ``overrides`` instead of all words."""
     from connectomics.config.load import load_config
 
-    return load_config(words.config, overrides_of(words))
+    return load_config(vars(words).get("config"), overrides_of(words) if overrides is None else overrides)
 
 
 def _infer_volume(words: argparse.Namespace) -> int:
@@ -144,10 +146,8 @@ def _test(words: argparse.Namespace) -> int:
 
 
 def _evaluate(words: argparse.Namespace) -> int:
-    from connectomics.config.load import load_config
-
     stated = [INSTANCES] if words.instances else []
-    config = load_config(words.config, [*stated, *overrides_of(words)])
+    config = _configured(words, [*stated, *overrides_of(words)])
     from connectomics.commands.evaluate import evaluate_volumes, stated_comparisons
     from connectomics.evaluate.comparison import Comparison
     from connectomics.lightning.inference import check_output_folder
@@ -173,9 +173,7 @@ def _print_scores(scores: Scores, as_json: bool) -> int:
 
 
 def _inspect(words: argparse.Namespace) -> int:
-    from connectomics.config.load import load_config
-
-    config = load_config(None, overrides_of(words))
+    config = _configured(words)
     from connectomics.models.locate import looks_like_model
 
     if looks_like_model(Path(words.model)):
@@ -213,10 +211,8 @@ def _config(words: argparse.Namespace) -> int:
 
 
 def _verify(words: argparse.Namespace) -> int:
-    from connectomics.config.load import load_config
-
     outputs, overrides = told_apart(words.overrides)
-    config = load_config(None, overrides)
+    config = _configured(words, overrides)
     if len(outputs) > 1:
         raise ConfigError(f"verify compares one output, found {', '.join(outputs)}; {right_form('verify')}")
     from connectomics.commands.verify import report, verify
@@ -249,7 +245,7 @@ def _decode(words: argparse.Namespace) -> int:
 
 
 def _reproduce(words: argparse.Namespace) -> int:
-    from connectomics.commands.reproduce import reproduce
+    from connectomics.assembly.provenance import reproduce
 
     say(reproduce(words.output))
     return 0
@@ -274,10 +270,8 @@ def _verify_run(words: argparse.Namespace) -> int:
 
 
 def _convert(words: argparse.Namespace) -> int:
-    from connectomics.config.load import load_config
-
-    config = load_config(None, overrides_of(words))
-    from connectomics.assembly.convert import convert
+    config = _configured(words)
+    from connectomics.assembly.engine.models import convert
     from connectomics.assembly.settings import model_request
 
     for key, value in convert(model_request(config.model, words.model), words.output).items():
@@ -308,6 +302,8 @@ def _demo(words: argparse.Namespace) -> int:
 
 
 def _from_nnunet(words: argparse.Namespace) -> int:
+    from dataclasses import fields
+
     model = _model_of(words)
     for word in ("npp", "nps", "verbose", "not_on_device"):
         if vars(words)[word]:
@@ -317,21 +313,8 @@ def _from_nnunet(words: argparse.Namespace) -> int:
         from connectomics.commands.from_nnunet import FolderPrediction, NnunetCall
         from connectomics.lightning.inference import check_output_folder
 
-    call = NnunetCall(
-        words.i,
-        words.o,
-        model,
-        tuple(words.f),
-        checkpoint_name=words.chk,
-        step_size=words.step_size,
-        mirroring=not words.disable_tta,
-        save_probabilities=words.save_probabilities,
-        keep_finished=words.continue_prediction,
-        num_parts=words.num_parts,
-        part_id=words.part_id,
-        device=words.device,
-        previous_folder=words.prev_stage_predictions,
-    )
+    stated = {field.name: vars(words)[field.name] for field in fields(NnunetCall) if field.name != "model"}
+    call = NnunetCall(model=model, **stated)
     prediction = FolderPrediction(call, [word for word in overrides_of(words) if isinstance(word, str)])
     for deviation in prediction.deviations:
         say(f"not nnU-Net's default: {deviation}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""From a YAML file and ``key=value`` words to one typed, validated ``Config``; called by the command line.
+"""From a YAML file and ``key=value`` words to one typed, validated ``Config``, with the steps of its ``decoding``.
 
 Every refusal is a ConfigError of one sentence. Hydra's grammar is imported only when there are overrides.
 """
@@ -8,33 +8,31 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import io
 import json
 import os
+import pickle
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # OmegaConf's parser ships no types
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError
 
-from connectomics.config.decoding import read_steps
 from connectomics.config.key_rules import kind_in_words
+from connectomics.config.python_values import parts_of, plain_value
 from connectomics.config.schema import Config
 from connectomics.config.validation import shown, validate
+from connectomics.config.yaml_file import first_line, read_yaml
 from connectomics.core.errors import ConfigError
+from connectomics.core.features import DECODING_STEPS
 from connectomics.core.places import local_path, refusal
 
 _FILE_LIST = "inference.volume_mode.file_list"
 _DECODING = "decoding"
 _INTERPOLATION = re.compile(r"\$\{(?:[\w.]+|oc\.env:[^${}]+)\}")
-_LARGEST_BYTES = 1 << 20
-_MOST_VALUES = 100_000
 _WHOLE = 1 << 63  # integers beyond are none that the program could use
 _ALIKE = 1.1  # of 2: at most 1 from the whole key and 1 from its last part
 
@@ -80,8 +78,8 @@ def load_config(path: Given | None = None, overrides: Stated = ()) -> Config:
         stated.update(_of_mapping(path))
     elif path is not None:
         file = local_path(path, "the configuration file")
-        stated.update(_stated_in(_read_yaml(file), "", f"configuration file {file}"))
-    for part in _parts(overrides):
+        stated.update(_stated_in(read_yaml(file), "", f"configuration file {file}"))
+    for part in parts_of(overrides):
         stated.update(_of_mapping(part) if isinstance(part, Mapping) else _override(part))
     config = _typed(_resolved(stated))
     validate(config)
@@ -99,13 +97,6 @@ def as_config(stated: Config | Given | None) -> Config:
     return stated if isinstance(stated, Config) else load_config(stated)
 
 
-def _parts(overrides: object) -> Sequence[str | Mapping[str, object]]:
-    parts = [overrides] if isinstance(overrides, str | Mapping) else overrides
-    if not isinstance(parts, Sequence) or not all(isinstance(part, str | Mapping) for part in parts):
-        raise ConfigError(f"overrides are {shown(overrides)}, expected a list of 'key=value' words, or a mapping")
-    return parts
-
-
 def _of_mapping(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     """Dotted key and value of all that a mapping states, whose keys may have dots themselves."""
     where = "configuration"
@@ -114,29 +105,7 @@ def _of_mapping(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
         if key not in kinds():
             raise _unknown(key, where)
         section, _, last = key.rpartition(".")
-        yield from _stated_in({last: _plain(key, value)}, f"{section}." if section else "", where)
-
-
-def _plain(key: str, value: object) -> object:
-    """A value as a YAML file would hold it: paths as text, tuples and arrays as lists, their numbers as plain ones."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(f"{key}.{name}", item) for name, item in value.items()}
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, _HasList):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(key, item) for item in value]
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise ConfigError(f"{key} is {shown(value)}, expected {kind_in_words(kinds().get(key, Any))}")
-
-
-@typing.runtime_checkable
-class _HasList(typing.Protocol):
-    """An array of numpy or torch, or a number of theirs."""
-
-    def tolist(self) -> object: ...
+        yield from _stated_in({last: plain_value(key, value)}, f"{section}." if section else "", where)
 
 
 def known_keys() -> tuple[str, ...]:
@@ -161,54 +130,6 @@ def _schema(owner: type, prefix: str) -> Iterator[tuple[str, Any]]:
         yield prefix + name, kind
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield from _schema(kind, f"{prefix}{name}.")
-
-
-def _read_yaml(path: Path) -> Mapping[str, object]:
-    where = f"configuration file {path}"
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(_LARGEST_BYTES + 1)
-        if len(data) > _LARGEST_BYTES:
-            raise ConfigError(f"{where} is larger than {_LARGEST_BYTES} bytes; give a YAML file of keys and values")
-        text = data.decode("utf-8-sig")
-        if _expanded(yaml.compose(text, yaml.SafeLoader), {}) > _MOST_VALUES:
-            raise ConfigError(f"{where} has more than {_MOST_VALUES} values, repeated ones counted; write fewer")
-        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except (YAMLError, RecursionError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{where}{_yaml_finding(error)}") from error  # PyYAML says a wrong !!int with a ValueError
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{where} cannot be read: {_first_line(error)}") from error
-    except OSError as error:
-        # OmegaConf raises an OSError without errno for a document that is a bare value
-        finding = f"cannot be read: {error.strerror}" if error.strerror else "is not a mapping of keys"
-        raise ConfigError(f"{where} {finding}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{where} is not a mapping of keys but a list")
-    return typing.cast(Mapping[str, object], content)
-
-
-def _expanded(node: yaml.Node | None, known: dict[int, int]) -> int:
-    """How many values a document has once its aliases are written out, of which there may be powers of powers."""
-    if node is None or isinstance(node, yaml.ScalarNode):
-        return 1
-    if id(node) not in known:
-        known[id(node)] = _MOST_VALUES + 1  # while it is open: it holds itself
-        parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
-        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
-    return known[id(node)]
-
-
-def _yaml_finding(error: Exception) -> str:
-    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
-        return f", line {error.problem_mark.line + 1}: not valid YAML ({error.problem})"
-    return f" is not valid YAML ({_first_line(error)})"
-
-
-def _first_line(error: Exception) -> str:
-    line = str(error).partition("\n")[0]
-    return line if len(line) <= 200 else f"{line[:200]} …"
 
 
 def _stated_in(tree: Mapping[str, object], prefix: str, where: str) -> Iterator[tuple[str, object]]:
@@ -257,7 +178,7 @@ def _override(text: str) -> Iterator[tuple[str, object]]:
         if mark and kinds().get(name) in (str, str | None):
             return iter([(name, literal)])
         raise ConfigError(
-            f"{where} cannot be read ({_first_line(error)}); write key=value, and give a value with '=', "
+            f"{where} cannot be read ({first_line(error)}); write key=value, and give a value with '=', "
             "commas or other signs quotes of its own: 'key=\"value\"'"
         ) from error
     if override.is_delete():
@@ -281,29 +202,51 @@ def _resolved(stated: Mapping[str, object]) -> dict[str, object]:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and text.count("${") != len(_INTERPOLATION.findall(text)):
                 raise ConfigError(f"{key} is {shown(text)}, but only ${{a.key}} and ${{oc.env:NAME}} are replaced")
-    tree = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config)))
+    tree = pickle.loads(_untyped_defaults())  # noqa: S301 - our own bytes
     try:
         for key, value in stated.items():
             OmegaConf.update(tree, key, value)
         OmegaConf.resolve(tree)
     except (OmegaConfBaseException, RecursionError) as error:
-        raise ConfigError(f"a ${{…}} in the configuration has no value: {_first_line(error)}") from error
+        raise ConfigError(f"a ${{…}} in the configuration has no value: {first_line(error)}") from error
     values = {key: OmegaConf.select(tree, key) for key in stated}
     return {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in values.items()}
 
 
 def _typed(values: Mapping[str, object]) -> Config:
     """The schema with ``values`` put in, each checked against its type."""
-    config = OmegaConf.structured(Config)
-    OmegaConf.set_readonly(config, False)  # OmegaConf takes a frozen dataclass for read-only
-    for key, kind in kinds().items():
-        if dataclasses.is_dataclass(kind):
-            OmegaConf.set_readonly(OmegaConf.select(config, key), False)
+    config = pickle.loads(_typed_defaults())  # noqa: S301 - our own bytes
     for key, value in values.items():
         if key != _DECODING:
             _put(config, key, _read_file_list(value) if key == _FILE_LIST else value)
     steps = read_steps(values.get(_DECODING, []))
     return dataclasses.replace(typing.cast(Config, OmegaConf.to_object(config)), decoding=steps)
+
+
+def with_values(section: Any, values: Mapping[str, object]) -> Any:
+    """Return a section, or the whole configuration, with other values at some dotted keys; they are not judged."""
+    for key, value in values.items():
+        name, _, rest = key.partition(".")
+        own = with_values(getattr(section, name), {rest: value}) if rest else value
+        section = dataclasses.replace(section, **{name: own})
+    return section
+
+
+@functools.cache
+def _typed_defaults() -> bytes:
+    """Return the schema as OmegaConf reads it, pickled: reading it takes longer than all the rest of loading."""
+    config = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(config, False)  # OmegaConf takes a frozen dataclass for read-only
+    for key, kind in kinds().items():
+        if dataclasses.is_dataclass(kind):
+            OmegaConf.set_readonly(OmegaConf.select(config, key), False)
+    return pickle.dumps(config)
+
+
+@functools.cache
+def _untyped_defaults() -> bytes:
+    """Return the defaults without their types, in which interpolations are looked up, pickled."""
+    return pickle.dumps(OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config))))
 
 
 def written(value: object) -> str:
@@ -358,3 +301,65 @@ def _read_file_list(value: object) -> object:
             "write a volume itself as [path]"
         ) from error
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def read_steps(value: object) -> list[Any]:
+    """Return the steps of a list of mappings.
+
+    A step's keys are the fields of its class, a frozen dataclass that gives ``rules``; ``core.features`` names them.
+
+    Raises
+    ------
+    ConfigError
+        If it is no such list, a name or key is unknown, or a value has the wrong type or is impossible.
+    """
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        raise ConfigError(
+            f"decoding is {shown(value)}, expected a list of steps, such as [{{name: connected_components}}]"
+        )
+    steps = [_step(f"decoding[{i}]", item) for i, item in enumerate(value)]
+    for i, step in enumerate(steps):
+        for key, (possible, rule) in step.rules().items():
+            if not possible:
+                found = shown(dataclasses.asdict(step)[key])
+                raise ConfigError(f"decoding[{i}].{key} is {found}, but {rule}")
+    return steps
+
+
+def _step(where: str, stated: Mapping[str, object]) -> Any:
+    name = stated.get("name")
+    if name not in DECODING_STEPS:
+        known = DECODING_STEPS.names()
+        raise ConfigError(
+            f"{where}.name is {shown(name)}, known steps are {', '.join(known)}{_nearest(str(name), known)}"
+        )
+    kind = DECODING_STEPS.load(str(name))
+    types_of = typing.get_type_hints(kind)
+    hints = {field.name: types_of[field.name] for field in dataclasses.fields(kind)}
+    values = {}
+    for key, value in stated.items():
+        if key not in hints:
+            raise ConfigError(
+                f"{where}: unknown key {shown(key)} of {name}, which has {', '.join(hints)}{_nearest(key, hints)}"
+            )
+        values[key] = _step_value(f"{where}.{key}", hints[key], value)
+    return kind(**values)
+
+
+def _nearest(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _step_value(key: str, hint: Any, value: object) -> Any:
+    optional = isinstance(hint, types.UnionType)
+    kind = typing.get_args(hint)[0] if optional else hint
+    if value is None and optional:
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{key} is {shown(value)}, expected {kind_in_words(hint)}")
+    if isinstance(value, str) and refusal(value):
+        raise ConfigError(f"{key} is {shown(value)}, but {refusal(value)}")
+    return str(value) if kind is str else value  # Hydra's quoted text is a class of its own

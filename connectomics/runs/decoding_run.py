@@ -48,17 +48,7 @@ HERE = "decoder"  # the lease of each process that still needs what unfinished w
 
 @dataclass(frozen=True, slots=True)
 class DecodeRecord:
-    """What is written about a result.
-
-    Parameters
-    ----------
-    program
-        Name and version, part of the run key.
-    provenance
-        What is stamped on the output.
-    command
-        That makes the result again.
-    """
+    """What is written about a result, and ``program``: its name and version, part of the run key."""
 
     program: str
     provenance: Mapping[str, object]
@@ -122,17 +112,7 @@ class DecodeJob:
 
 @dataclass(frozen=True, slots=True)
 class DecodeSettings:
-    """How volumes are decoded; nothing here changes a voxel.
-
-    Parameters
-    ----------
-    folder
-        Where final outputs go.
-    budget_bytes
-        Host memory.
-    stale_s, pauses_s
-        See ``run.RunSettings``.
-    """
+    """How volumes are decoded; nothing here changes a voxel. See ``RunSettings``, whose fields these are."""
 
     folder: Path
     budget_bytes: int
@@ -144,23 +124,8 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
     """Bring one volume to its objects, continuing whatever an earlier run of the same result left.
 
     Several processes may do so at the same time: they share the blocks of each stage, one of them makes what is made
-    of all blocks at once, and each returns when all is done.
-
-    Parameters
-    ----------
-    job
-        The volume.
-    settings
-        Folder and budget.
-    executor
-        Runs the blocks.
-    on_block
-        Called with (finished, planned) blocks of each stage.
-
-    Raises
-    ------
-    ConnectomicsError
-        If it cannot be finished; finished blocks are kept and a rerun continues.
+    of all blocks at once, and each returns when all is done. ``on_block`` is called with (finished, planned) blocks of
+    each stage. Whatever ConnectomicsError is raised, finished blocks are kept and a rerun continues.
     """
     began = time.perf_counter()
     check_exportable(job.output, _info_of(job, job.plan), settings.folder, settings.budget_bytes)

@@ -6,6 +6,7 @@ Every file of a format imports this; it knows nothing about arrays.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import struct
@@ -51,26 +52,13 @@ PRECOMPUTED_PREFIXES = ("precomputed://file://", "precomputed://")
 """What may stand before the path of a precomputed volume, longest first."""
 
 NM_PER_UNIT = {
-    "pm": 1e-3,
-    "picometer": 1e-3,
-    "å": 0.1,
-    "angstrom": 0.1,
-    "nm": 1.0,
-    "nanometer": 1.0,
-    "nanometre": 1.0,
-    "um": 1e3,
-    "micron": 1e3,
-    "micrometer": 1e3,
-    "micrometre": 1e3,
-    "mm": 1e6,
-    "millimeter": 1e6,
-    "millimetre": 1e6,
-    "cm": 1e7,
-    "centimeter": 1e7,
-    "centimetre": 1e7,
-    "m": 1e9,
-    "meter": 1e9,
-    "metre": 1e9,
+    **dict.fromkeys(("pm", "picometer"), 1e-3),
+    **dict.fromkeys(("å", "angstrom"), 0.1),
+    **dict.fromkeys(("nm", "nanometer", "nanometre"), 1.0),
+    **dict.fromkeys(("um", "micron", "micrometer", "micrometre"), 1e3),
+    **dict.fromkeys(("mm", "millimeter", "millimetre"), 1e6),
+    **dict.fromkeys(("cm", "centimeter", "centimetre"), 1e7),
+    **dict.fromkeys(("m", "meter", "metre"), 1e9),
 }
 
 
@@ -120,6 +108,17 @@ def three_positive(values: object, factor: float = 1.0) -> Nanometres | None:
     return (z, y, x) if all(np.isfinite(v) and v > 0 for v in (z, y, x)) else None
 
 
+def nanometres(unit: object) -> float:
+    """Nanometres in one ``unit`` as programs spell it; not a number where it is unknown."""
+    plain = str(unit).strip().lower().replace("µ", "u").replace("μ", "u")
+    return NM_PER_UNIT.get(plain, NM_PER_UNIT.get(plain.removesuffix("s"), math.nan))
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Names in a message, at most ten."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
 def reason(error: BaseException) -> str:
     """The first line of an error, short enough for one sentence; libraries put the cause at its start or its end."""
     if isinstance(error, PermissionError):
@@ -142,13 +141,7 @@ def again(error: BaseException) -> str:
 
 
 def refuse_inner(source: Source) -> None:
-    """Refuse ``path::inner`` for a format whose files hold one array.
-
-    Raises
-    ------
-    VolumeError
-        If the request has an inner part.
-    """
+    """Refuse ``path::inner``, by a VolumeError, for a format whose files hold one array."""
     if source.inner is not None:
         raise VolumeError(
             f"{source.uri}: the file holds one array and has no inner part {source.inner!r}; name the file alone."
@@ -156,13 +149,7 @@ def refuse_inner(source: Source) -> None:
 
 
 def is_folder(source: Source) -> bool:
-    """Whether the path is a folder, having made sure that it is there and not an empty file.
-
-    Raises
-    ------
-    VolumeError
-        Naming the path and what is wrong with it.
-    """
+    """Whether the path is a folder; a VolumeError if it is absent, an empty file, or neither of both."""
     path = source.path
     try:
         found = path.stat()
@@ -243,10 +230,7 @@ def _first_visit(folder: Path, seen: set[tuple[int, int]]) -> bool:
 def json_at(path: Path) -> Any:
     """The JSON value in a metadata file; nothing is waited for and no bomb is read.
 
-    Raises
-    ------
-    OSError, ValueError, RecursionError
-        If it is no file, too large, or not JSON.
+    Raises OSError, ValueError or RecursionError if it is no file, too large, or not JSON.
     """
     file_identity(path)  # refuses pipes, at which opening would wait for ever
     with path.open("rb") as stream:
@@ -257,13 +241,7 @@ def json_at(path: Path) -> Any:
 
 
 def require_believable(source: Source, claimed_bytes: int) -> None:
-    """Refuse a volume that claims to be vast while next to nothing of it is stored.
-
-    Raises
-    ------
-    VolumeError
-        If the files at the path are too small for it.
-    """
+    """Refuse a volume that claims to be vast while next to nothing of it is stored, by a VolumeError."""
     if claimed_bytes <= BELIEVED_BYTES:
         return
     stored = 0

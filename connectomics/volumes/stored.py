@@ -112,9 +112,10 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None, where: s
     for letter, length in zip(letters, shape, strict=True):
         if letter in "t?" and length > 1:
             kind = "a time axis" if letter == "t" else "an axis of unknown kind"
+            others = f", or, if its axes are others, {stating}" if default else ""
             raise VolumeError(
-                f"{source.uri}: {kind} of length {length} in an array of shape {shape} (axes "
-                f"{letters!r}); export a single one of them{f', or, if its axes are others, {stating}' if default else ''}."
+                f"{source.uri}: {kind} of length {length} in an array of shape {shape} (axes {letters!r}); export a "
+                f"single one of them{others}."
             )
     letters = letters.replace("?", "t")
     spatial = letters.replace("t", "")
@@ -130,10 +131,7 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None, where: s
 def native_dtype(source: Source, dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:
     """The dtype in which voxels are handed out: this machine's byte order, bool as uint8.
 
-    Raises
-    ------
-    VolumeError
-        For anything but bool, integers and floats of at most 64 bit.
+    Raises VolumeError for anything but bool, integers and floats of at most 64 bit.
     """
     if dtype.kind == "b":
         return np.dtype(np.uint8)
@@ -158,12 +156,8 @@ def info_of(
 ) -> VolumeInfo:
     """The volume's description; the request's voxel size wins over ``voxel_size_nm`` found in the file.
 
-    ``found`` says where each of these facts was found.
-
-    Raises
-    ------
-    VolumeError
-        If the dtype cannot be used, the requested voxel size is not positive, or the shape is beyond belief.
+    ``found`` says where each of these facts was found. Raises VolumeError if dtype or requested voxel size cannot be
+    used, or the shape is beyond belief.
     """
     native = native_dtype(source, dtype)
     require_believable(source, math.prod(layout.stored) * dtype.itemsize)
@@ -188,13 +182,7 @@ def info_of(
 
 
 def require_small_chunks(source: Source, stored_chunk: Sequence[int], itemsize: int) -> None:
-    """Refuse an array whose chunks are too large to be unpacked.
-
-    Raises
-    ------
-    VolumeError
-        If one takes more than ``LARGEST_CHUNK_BYTES``.
-    """
+    """Refuse an array whose chunks take more than ``LARGEST_CHUNK_BYTES`` unpacked, by a VolumeError."""
     found = math.prod(int(n) for n in stored_chunk) * itemsize
     if found > LARGEST_CHUNK_BYTES:
         raise VolumeError(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import tensorstore as ts
+
+from connectomics.core.errors import VolumeError
 from connectomics.volumes.source import Source
 from connectomics.volumes.stored import Layout, StoredVolume, info_of, require_small_chunks
 from connectomics.volumes.volume import Array, Nanometres
@@ -20,16 +24,24 @@ class Frame:
     where: str = ""
 
 
+def open_stored(driver: str, folder: Path, *, writable: bool = False, **options: object) -> Any:
+    """TensorStore's handle of the array that stands in a folder; ``options`` are the driver's."""
+    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"}, **options}
+    return ts.open(spec, open=True, read=True, write=writable, context=ts.Context()).result()
+
+
+def inner_path(source: Source, kind: str) -> PurePosixPath:
+    """What stands after ``::``, a path below the folder; a VolumeError if it leads out of that."""
+    inner = PurePosixPath(source.inner or "")
+    if inner.is_absolute() or ".." in inner.parts:
+        raise VolumeError(f"{source.uri}: the array {source.inner!r} lies outside the {kind} folder; name one inside.")
+    return inner
+
+
 def chunked_volume(
     source: Source, layout: Layout, array: Any, *, frame: Frame, identity: Callable[[], dict[str, object]]
 ) -> StoredVolume:
-    """The reader of TensorStore's handle of an array.
-
-    Raises
-    ------
-    VolumeError
-        If its type or the size of its chunks cannot be used.
-    """
+    """The reader of TensorStore's handle of an array; a VolumeError if its type or size of chunks is unusable."""
     dtype = array.dtype.numpy_dtype
     chunk: tuple[Any, ...] = array.chunk_layout.read_chunk.shape or array.shape
     require_small_chunks(source, chunk, dtype.itemsize)

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.source import READ_ERRORS, Source, file_identity, three_positive, unreadable
+from connectomics.volumes.source import READ_ERRORS, Source, file_identity, some_of, three_positive, unreadable
 from connectomics.volumes.stored import StoredVolume, info_of, layout_of, require_small_chunks, row_chunk
 from connectomics.volumes.volume import Array, Nanometres
 
@@ -74,9 +74,8 @@ def _dataset(source: Source, file: Any) -> Any:
         raise VolumeError(f"{source.uri}: the HDF5 file holds no dataset.")
     if source.inner is None and len(names) == 1:
         return _usable(source, file[names[0]])
-    listed = ", ".join(sorted(names)[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     raise VolumeError(
-        f"{source.uri}: no dataset {wanted!r}; the file holds {listed}. Name one of them as "
+        f"{source.uri}: no dataset {wanted!r}; the file holds {some_of(sorted(names))}. Name one of them as "
         f"{source.path.name}::dataset."
     )
 

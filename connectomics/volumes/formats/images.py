@@ -23,14 +23,7 @@ from connectomics.volumes.source import READ_ERRORS, Source, file_identity, fold
 from connectomics.volumes.stored import Layout, RecentArrays, StoredVolume, info_of, native_dtype
 from connectomics.volumes.volume import Array
 
-FORMAT_OF_SUFFIX = {
-    ".png": "png",
-    ".tif": "tiff",
-    ".tiff": "tiff",
-    ".jpg": "jpeg",
-    ".jpeg": "jpeg",
-    ".bmp": "bmp",
-}
+FORMAT_OF_SUFFIX = {".png": "png", ".tif": "tiff", ".tiff": "tiff", ".jpg": "jpeg", ".jpeg": "jpeg", ".bmp": "bmp"}
 CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")
 MOST_CHANNELS = 4
 """More different ``_0000`` suffixes than this in one folder number the sections, not the channels."""

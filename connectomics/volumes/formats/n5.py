@@ -9,18 +9,17 @@ import math
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import tensorstore as ts
-
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.formats.chunked import Frame, chunked_volume
+from connectomics.volumes.formats.chunked import Frame, chunked_volume, inner_path, open_stored
 from connectomics.volumes.source import (
-    NM_PER_UNIT,
     READ_ERRORS,
     Source,
     arrays_below,
     files_below,
     folded_identity,
     json_at,
+    nanometres,
+    some_of,
     three_positive,
     unreadable,
 )
@@ -54,10 +53,8 @@ def open_n5(source: Source) -> StoredVolume:
         attributes = _attributes(folder)
         letters = LETTERS.get(len(attributes["dimensions"]))
         layout = layout_of(source, _dimensions(source, attributes), letters, "N5's own order")
-        spec = {"driver": "n5", "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"}}
         _require_known(source, attributes)
-        array = ts.open(spec, open=True, read=True, write=False, context=ts.Context()).result()
-        frame = _frame(folder, attributes, source.path)
+        array, frame = open_stored("n5", folder), _frame(folder, attributes, source.path)
         return chunked_volume(source, layout, array, frame=frame, identity=identity)
     except READ_ERRORS as error:
         raise unreadable(source, "N5", error) from error
@@ -77,10 +74,7 @@ def _is_array(folder: Path) -> bool:
 
 def _choose(source: Source) -> Path:
     """The folder of the array that the request means: itself, its finest level ``s0``, or the only one."""
-    inner = PurePosixPath(source.inner or "")
-    if inner.is_absolute() or ".." in inner.parts:
-        raise VolumeError(f"{source.uri}: the array {source.inner!r} lies outside the N5 folder; name one inside.")
-    root = source.path
+    inner, root = inner_path(source, "N5"), source.path
     for candidate in (root / inner, root / inner / "s0"):
         if _is_array(candidate):
             return candidate
@@ -92,9 +86,8 @@ def _choose(source: Source) -> Path:
         return root / only[0]
     if not names:
         raise VolumeError(f"{source.uri}: no N5 array in this folder; expected {ATTRIBUTES} with dimensions.")
-    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     what = f"no array {source.inner!r}" if source.inner else "several arrays"
-    raise VolumeError(f"{source.uri}: {what}; the folder holds {listed}. Name one as {root.name}::array.")
+    raise VolumeError(f"{source.uri}: {what}; the folder holds {some_of(names)}. Name one as {root.name}::array.")
 
 
 def _dimensions(source: Source, attributes: dict[str, Any]) -> list[int]:
@@ -155,7 +148,7 @@ def _size(attributes: dict[str, Any]) -> Nanometres | None:
     size = three_positive(values)
     if size is None:
         return None
-    factors = [_nanometres(unit) for unit in units] if isinstance(units, list) and len(units) == 3 else [math.nan] * 3
+    factors = [nanometres(unit) for unit in units] if isinstance(units, list) and len(units) == 3 else [math.nan] * 3
     return three_positive([size[i] * factors[i] for i in (2, 1, 0)])
 
 
@@ -176,15 +169,9 @@ def _of_transform(transform: dict[str, Any]) -> Frame:
         return Frame()
     moved = shift if isinstance(shift, list) else [0.0] * len(axes)
     rows = {
-        str(axis): (float(step) * _nanometres(unit), float(start) * _nanometres(unit))
+        str(axis): (float(step) * nanometres(unit), float(start) * nanometres(unit))
         for axis, unit, step, start in zip(axes, units, scale, moved, strict=True)
     }
     z, y, x = (rows.get(letter, (math.nan, math.nan)) for letter in "zyx")
     size = three_positive((z[0], y[0], x[0]))
     return Frame(size, (z[1], y[1], x[1]), f"transform in {ATTRIBUTES}") if size else Frame()
-
-
-def _nanometres(unit: object) -> float:
-    """Nanometres in one ``unit``; not a number where the unit is unknown."""
-    plain = str(unit).strip().lower().replace("µ", "u").replace("μ", "u")
-    return NM_PER_UNIT.get(plain, NM_PER_UNIT.get(plain.removesuffix("s"), math.nan))

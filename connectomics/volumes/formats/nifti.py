@@ -151,10 +151,7 @@ def _header(path: Path, packed: bool) -> _NiftiHeader:
 def turn_to_ras(affine: Array) -> Orientation:
     """Turn (z, y, x) as stored to those of nnU-Net's NibabelIOWithReorient: x to the right, y to the front, z up.
 
-    Raises
-    ------
-    ValueError
-        If the affine leaves out an axis.
+    Raises ValueError if the affine leaves out an axis.
     """
     orientation = io_orientation(affine)
     if np.isnan(orientation).any():

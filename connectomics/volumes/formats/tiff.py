@@ -18,7 +18,7 @@ import numpy as np
 import tifffile
 
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.source import NM_PER_UNIT, READ_ERRORS, Source, file_identity, three_positive, unreadable
+from connectomics.volumes.source import READ_ERRORS, Source, file_identity, nanometres, three_positive, unreadable
 from connectomics.volumes.spacing import stated_spacing
 from connectomics.volumes.stored import (
     Layout,
@@ -286,6 +286,5 @@ def _imagej_voxel_size(tif: Any) -> Nanometres | None:
 
 
 def _nanometres(unit: str) -> float:
-    """Nanometres in one ``unit``; not a number where the unit is unknown."""
-    plain = unit.strip().lower().replace("\\u00b5", "u").replace("µ", "u").replace("μ", "u")
-    return NM_PER_UNIT.get(plain, NM_PER_UNIT.get(plain.removesuffix("s"), float("nan")))
+    """Do as ``nanometres``, also where ImageJ has written µ as an escape."""
+    return nanometres(unit.lower().replace("\\u00b5", "u"))

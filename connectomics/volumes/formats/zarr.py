@@ -7,10 +7,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.formats.chunked import Frame, chunked_volume
+from connectomics.volumes.formats.chunked import Frame, chunked_volume, inner_path, open_stored
 from connectomics.volumes.source import (
     DEEPEST,
     NM_PER_UNIT,
@@ -20,6 +19,7 @@ from connectomics.volumes.source import (
     files_below,
     folded_identity,
     json_at,
+    some_of,
     three_positive,
     unreadable,
 )
@@ -78,12 +78,8 @@ def open_zarr(source: Source) -> StoredVolume:
 
 def open_array(path: Path, version: int, *, writable: bool = False) -> Any:
     """TensorStore's handle of the array in a folder; written chunks are kept even where all zero."""
-    spec = {
-        "driver": "zarr3" if version == 3 else "zarr",
-        "kvstore": {"driver": "file", "path": f"{path.resolve()}/"},
-    }
     options = {"store_data_equal_to_fill_value": True} if writable else {}
-    return ts.open({**spec, **options}, open=True, read=True, write=writable, context=ts.Context()).result()
+    return open_stored("zarr3" if version == 3 else "zarr", path, writable=writable, **options)
 
 
 def _node(path: Path) -> _Node | None:
@@ -109,10 +105,7 @@ def _is_array(folder: Path) -> bool:
 
 def _choose(source: Source) -> _Node:
     """The array that the request means."""
-    inner = PurePosixPath(source.inner or "")
-    if inner.is_absolute() or ".." in inner.parts:
-        raise VolumeError(f"{source.uri}: the array {source.inner!r} lies outside the Zarr folder; name one inside.")
-    root = source.path
+    inner, root = inner_path(source, "Zarr"), source.path
     node = _node(root / inner)
     if node is not None and node.is_array:
         return node
@@ -132,9 +125,8 @@ def _choose(source: Source) -> _Node:
         return only
     if not names:
         raise VolumeError(f"{source.uri}: no Zarr array in this folder; expected zarr.json or .zarray files.")
-    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     what = f"no array or level {source.inner!r}" if source.inner else "several arrays and no multiscales metadata"
-    raise VolumeError(f"{source.uri}: {what}; the folder holds {listed}. Name one as {root.name}::array.")
+    raise VolumeError(f"{source.uri}: {what}; the folder holds {some_of(names)}. Name one as {root.name}::array.")
 
 
 def _multiscale(node: _Node) -> dict[str, Any]:
