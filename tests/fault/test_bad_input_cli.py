@@ -491,7 +491,12 @@ def test_a_budget_too_small_for_a_volume_is_that_volumes_failure(
     ],
 )
 def test_as_a_process_of_its_own(bench: Bench, tmp_path: Path, words: list[str], code: int) -> None:
-    command = [sys.executable, "-m", "connectomics.cli", *infer_words(bench.model, tmp_path / "o", "x.h5", *words)]
+    command = [
+        sys.executable,
+        "-m",
+        "connectomics.cli",
+        *infer_words(bench.model, tmp_path / "o", bench.good / "*.h5", *words),
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == code
     require_one_sentence(ended.stderr)

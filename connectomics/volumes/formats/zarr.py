@@ -214,5 +214,13 @@ def _described(source: Source, node: _Node) -> tuple[Path | None, OmeLevel | Non
     return None, None
 
 
+def level_names(folder: Path) -> list[str]:
+    """Names of the levels of the group in a folder, the finest first; empty where its metadata name none."""
+    node = _node(folder)
+    if node is None or node.is_array:
+        return []
+    return [str(level.get("path")) for level in levels_of(image_of(node.attributes))]
+
+
 def _metadata_files(folder: Path) -> list[tuple[str, Path]]:
     return [(name, folder / name) for name in ("zarr.json", ".zattrs") if (folder / name).exists()]
