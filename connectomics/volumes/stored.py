@@ -255,7 +255,7 @@ class StoredVolume:
     fetch
         Gives the voxels at an index (one slice for each stored axis) as a new array.
     identity
-        Computes the identity; called once, when first asked for.
+        Computes the identity; called once, when first asked for. Without it, that of ``watched``.
     release
         Closes what ``fetch`` uses.
     watched
@@ -269,16 +269,17 @@ class StoredVolume:
         layout: Layout,
         *,
         fetch: Callable[[tuple[slice, ...]], Array],
-        identity: Callable[[], dict[str, object]],
+        identity: Callable[[], dict[str, object]] | None = None,
         release: Callable[[], None],
         watched: WatchedFiles | None = None,
     ) -> None:
+        assert identity or watched, "a stored volume has files"
         self._watched = watched
         self._source = source
         self._info = info
         self._layout = layout
         self._fetch = fetch
-        self._compute_identity = identity
+        self._compute_identity = identity or (lambda: watched.identity if watched else {})
         self._identity: dict[str, object] | None = None
         self._release = release
         self._closed = False

@@ -192,7 +192,7 @@ def _frame(source: Source, node: _Node, layout: Layout, *, named: bool) -> list[
     order = spatial if named and source.axes is None and len(spatial) == 3 else SPATIAL
     name = node.path.name
     return [
-        AttributeHolder(source, node.attributes, name, order, layout.letters).frame(),
+        AttributeHolder(source, node.attributes, name, order=order, letters=layout.letters).frame(),
         transform_frame(source, node.attributes, name),
         pixel_resolution_frame(source, node.attributes, name),
     ]
