@@ -101,11 +101,11 @@ def _check(source: Source, dataset: Any, mapped: Any, part: Path) -> None:
 
 
 def _require_extent(dataset: str, mapped: Any, node: Any, part: Path) -> None:
+    if any(h5py.h5s.UNLIMITED in space.get_simple_extent_dims(True) for space in (mapped.vspace, mapped.src_space)):
+        return
     if mapped.src_space.get_select_type() == h5py.h5s.SEL_ALL:
         wanted: tuple[int, ...] = (mapped.vspace.get_select_npoints(),)
         short = wanted[0] != node.size
-    elif h5py.h5s.UNLIMITED in mapped.src_space.get_simple_extent_dims(True):
-        return
     else:
         _, last = mapped.src_space.get_select_bounds()
         wanted = tuple(end + 1 for end in last)
