@@ -1,15 +1,11 @@
-"""What a volume's results were made of and how, and the command that makes them again."""
+"""What a volume's results were made of and how."""
 
 from __future__ import annotations
 
-from connectomics.assembly.engine.backends import kind_of
 from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.identity import versions
 from connectomics.assembly.settings import RegionSettings
-from connectomics.config.load import written
-from connectomics.models.backends.choice import AUTO
 from connectomics.stages.predict.segmenter import Segmenter
-from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import VolumeReader
 
@@ -18,16 +14,6 @@ CHOSEN = (
     "nnU-Net's"
 )
 BATCH_KEY = "inference.sliding_window.sw_batch_size"
-# keys that a reproducing command states in another way, or that only say where and which
-ELSEWHERE = (
-    "model.nnunet_checkpoint",
-    "system.cache_dir",
-    "inference.data.output_path",
-    "inference.volume_mode.file_",
-    "inference.volume_mode.st",
-    "inference.output.overwrite",
-    "test.",
-)
 
 
 def provenance_of(
@@ -43,7 +29,6 @@ def provenance_of(
         The labels of the previous stage of a cascade.
     """
     described = [_described(model) for model in engine.models]
-    told = [*engine.identity.notes, *batch_note(engine)]
     call, deviations = engine.inference.call, engine.identity.deviations
     provenance: dict[str, object] = {
         "program": engine.settings.program,
@@ -61,9 +46,14 @@ def provenance_of(
         provenance
         | (described[0] if len(described) == 1 else {"models": described})
         | dict(engine.identity.facts)
-        | ({"backend_choice": told} if told else {})
         | _previous_facts(engine, previous)
     )
+
+
+def choices_of(engine: Engine) -> dict[str, object]:
+    """Why it is computed as it is, where that was left to the machine; a command that states it tells nothing."""
+    told = [*engine.identity.notes, *batch_note(engine)]
+    return {"backend_choice": told} if told else {}
 
 
 def _previous_facts(engine: Engine, previous: VolumeReader | None) -> dict[str, object]:
@@ -83,22 +73,6 @@ def _described(model: EngineModel) -> dict[str, object]:
         "plan_spacing": list(model.spec.spacing),
         "axis_order": list(model.spec.axis_order),
     }
-
-
-def command_of(engine: Engine, source: VolumeSource) -> tuple[str, ...]:
-    """Words of the command that makes this volume's results again, but for where they go."""
-    stated = engine.inference.call.changed
-    changed = {key: value for key, value in stated.items() if not key.startswith(ELSEWHERE)}
-    changed["inference.volume_mode.file_list"] = list(source.uris)
-    if stated.get("system.backend") == AUTO:
-        changed["system.backend"] = kind_of(engine.settings.numeric_class)
-    batch = engine.models[0].window.batch
-    if batch != stated.get(BATCH_KEY):  # chosen, or more did not fit
-        changed[BATCH_KEY] = batch
-    if engine.reference is not None:  # the device's default elsewhere may be another
-        changed["inference.precision"] = engine.settings.numeric_class["precision"]
-    words = (f"{key}={written(value)}" for key, value in sorted(changed.items()))
-    return ("infer-volume", "--checkpoint", str(engine.models[0].checkpoint), *words)
 
 
 def batch_note(engine: Engine) -> list[str]:

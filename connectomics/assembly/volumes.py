@@ -11,7 +11,8 @@ from connectomics.assembly.engine.make_engine import under
 from connectomics.assembly.engine.planes import check_isotropic
 from connectomics.assembly.memory import decoding_bytes, plan_within_device
 from connectomics.assembly.precision import fast_contract
-from connectomics.assembly.provenance import command_of, provenance_of, resampling_facts, roi_facts
+from connectomics.assembly.provenance import choices_of, provenance_of, resampling_facts, roi_facts
+from connectomics.assembly.reproduction import command_of
 from connectomics.assembly.settings import OutputSettings, RegionSettings, VolumeSettings
 from connectomics.config.inference_keys import VolumeModeConfig
 from connectomics.config.schema import Config
@@ -137,8 +138,7 @@ def outputs_of(engine: Engine, source: VolumeSource, reader: VolumeReader) -> tu
     outputs = [FinalOutput(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1], pyramid=pyramid)]
     rule = engine.segmenter.probabilities
     if rule is not None:
-        kept = {"channels": list(rule.channels), "activation": rule.activation, "scale": rule.scale}
-        key = key_of(facts | {"probabilities": kept | {"dtype": rule.dtype.str}})
+        key = key_of(facts | {PROBABILITIES: rule.facts})
         stem, formats = names[PROBABILITIES]
         outputs.append(FinalOutput(PROBABILITIES, stem, key, formats, pyramid=pyramid))
     return tuple(outputs)
@@ -286,6 +286,8 @@ def job_of(
         Labeller(segmenter, engine.inference.labels.filters, roi, contract),
         outputs=outputs,
         plan=plan,
-        record=JobRecord(provenance_of(engine, reader, segmenter, previous), command_of(engine, source)),
+        record=JobRecord(
+            provenance_of(engine, reader, segmenter, previous), command_of(engine, source), told=choices_of(engine)
+        ),
         limits=JobLimits(readers, block_bytes, on_device=engine.memory.device_bytes is not None),
     )

@@ -227,7 +227,8 @@ def _verify(words: argparse.Namespace) -> int:
 
 def _decode(words: argparse.Namespace) -> int:
     config = _configured(words)
-    from connectomics.assembly.decode_jobs import decoding_input, decoding_request
+    from connectomics.assembly.decode_inputs import decoding_input
+    from connectomics.assembly.decode_jobs import decoding_request
     from connectomics.cli.progress import ProgressBar
     from connectomics.commands.decode import Decoder
     from connectomics.lightning.inference import check_output_folder

@@ -19,7 +19,7 @@ import numpy as np
 
 from connectomics.core.errors import QuarantineError
 from connectomics.core.files import replacing, write_once
-from connectomics.core.geometry import BlockGrid, vec3
+from connectomics.core.geometry import BlockGrid, Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import LEDGER
@@ -244,8 +244,19 @@ def decode_plan(info: VolumeInfo, budget_bytes: int) -> BlockPlan:
         if not growing or shape[0] * shape[1] * shape[2] * 2 > most:
             break
         shape[axis] *= 2
-    chunk = list(shape)
+    return in_chunks(vec3(shape))
+
+
+def in_chunks(block_shape: Vec3) -> BlockPlan:
+    """Blocks of this shape, in chunks of about ``CHUNK``: the same for the same blocks, whoever chose them.
+
+    Examples
+    --------
+    >>> in_chunks((2, 100, 512))
+    BlockPlan(block_shape=(2, 100, 512), chunk_shape=(2, 50, 64))
+    """
+    chunk = list(block_shape)
     for axis in range(3):
         while chunk[axis] > CHUNK and chunk[axis] % 2 == 0:
             chunk[axis] //= 2
-    return BlockPlan(vec3(shape), vec3(chunk))
+    return BlockPlan(block_shape, vec3(chunk))

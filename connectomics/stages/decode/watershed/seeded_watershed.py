@@ -35,7 +35,7 @@ from connectomics.stages.decode.context import (
 )
 from connectomics.stages.decode.step_contract import DecodingMemory, Rules, StepInput, check_values, foreground_rules
 from connectomics.stages.decode.tasks import BlockPieces, Read, smallest_dtype
-from connectomics.stages.decode.values import Values, probability_units
+from connectomics.stages.decode.values import Values
 from connectomics.stages.decode.watershed.flooding import BlockFloods, ContestedComponents, Distance, Flooded, Seeds
 from connectomics.stages.decode.watershed.subvolumes import (
     BlockBasins,
@@ -184,7 +184,7 @@ class Watershed:
         values = Values(state.volume, self.channel, self.threshold, joined=True)
         likely, units = state.probabilities, state.frame.probability_units
         if self.threshold is not None:
-            likely, units = values.raw, probability_units(info)
+            likely, units = values.of_threshold(state.frame.own_units)
         heights, floor = self._heights(values, likely, state, context.grid)
         ground = _labelled(values, connectivity, info, context.part("components"))
         seeds = _labelled(Seeds(ground, heights, floor), connectivity, info, context.part("seeds"))
