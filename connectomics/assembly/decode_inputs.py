@@ -102,8 +102,8 @@ def decoding_input(word: str) -> DecodingInput:
     labels = [p for p in found if stem_of(str(p)) == stem]
     if not labels:
         raise VolumeError(
-            f"{word}: no finished labels beside this RUN folder; run the command that began it again until it ends, "
-            "or name a volume"
+            f"{word}: no finished labels lie beside this RUN folder; run the command that began it again until it "
+            "ends, or name a volume"
         )
     for likely in found:
         kept = stored_probabilities(str(likely))

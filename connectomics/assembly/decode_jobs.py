@@ -230,9 +230,11 @@ def decode_job(
                 "name those of this volume"
             )
         named = stated_probabilities(request, source)
+        of_classes = ClassProbabilities(likely, Values(volume))
         probabilities = replace(
             probabilities,
-            read=ClassProbabilities(likely, Values(volume)),
+            read=of_classes,
+            of_labels=of_classes.of if likely.info.channels > 1 else None,
             units=units_of_classes(str(named), likely.info, source.certain),
         )
     provenance = {

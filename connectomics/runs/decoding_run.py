@@ -29,7 +29,7 @@ from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blo
 from connectomics.execution.task import Executor, RunReport, Task
 from connectomics.objects.table import MeasurementUnits, table_key, write_table
 from connectomics.runs.job import command_with_blocks
-from connectomics.stages.decode.context import PLAN, DecodingState, StepContext, kept_plan
+from connectomics.stages.decode.context import PLAN, DecodingState, ProbabilityOf, StepContext, kept_plan
 from connectomics.stages.decode.step_contract import DecodingPass
 from connectomics.stages.decode.tasks import Read
 from connectomics.stages.output.finish import (
@@ -70,12 +70,14 @@ class DecodeRecord:
 class TableProbabilities:
     """Probabilities (z, y, x) of a box for the table, or None, and how they are summed.
 
-    ``own_units`` are those of the volume that is decoded, see ``MeasurementUnits``.
+    ``of_labels`` gives those of other labels, see ``DecodingState``. ``own_units`` are those of the volume that is
+    decoded, see ``MeasurementUnits``.
     """
 
     read: Read | None = None
     units: tuple[float, float] | None = None
     own_units: tuple[float, float] | None = None
+    of_labels: ProbabilityOf | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,7 @@ def _objects(job: DecodeJob, settings: DecodeSettings, run: RunStage, worker: Wo
         RetryingReader(job.volume, job.output.stem, settings.pauses_s),
         MeasurementUnits(info.voxel_size_nm, info.origin_nm, likely.units, own_units=likely.own_units),
         None if likely.read is None else _patiently(likely.read, job.output.stem, settings.pauses_s),
+        of_labels=likely.of_labels,
     )
     alone = functools.partial(worker.alone, SINGLE_WRITER)
     context = StepContext(job.work, "", job.plan, grid, run_key=run_key, run=run, alone=alone)

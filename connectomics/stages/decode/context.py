@@ -19,7 +19,7 @@ import numpy as np
 
 from connectomics.core.errors import QuarantineError
 from connectomics.core.files import replacing, write_once
-from connectomics.core.geometry import BlockGrid, Vec3, vec3
+from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import LEDGER
@@ -39,9 +39,10 @@ from connectomics.stages.decode.tasks import (
     block_file,
 )
 from connectomics.volumes.store import Store, create_store, open_store
-from connectomics.volumes.volume import VolumeInfo, VolumeReader
+from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 log = logging.getLogger(__name__)
+ProbabilityOf = Callable[[Box, Read], Array]
 EVERYTHING = Selection()
 BLOCK_VOXELS = 1 << 24
 VOXEL_BYTES = 40  # of a block: values, components, runs, probabilities as they are summed
@@ -71,6 +72,9 @@ class DecodingState:
         Objects in them.
     facts
         What steps have to say in the provenance, by their names.
+    of_labels
+        Probabilities (z, y, x) of a box, of the labels that a function gives for it, where each label has its own; None
+        where there are none, or one for all.
     """
 
     volume: VolumeReader
@@ -79,6 +83,7 @@ class DecodingState:
     tables: Path | None = None
     count: int = 0
     facts: Mapping[str, object] = field(default_factory=dict)
+    of_labels: ProbabilityOf | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,11 +111,21 @@ class ClassProbabilities:
         VolumeError
             If a label has no channel.
         """
+        return self.of(box, self.labels.raw)
+
+    def of(self, box: Box, labelled: Callable[[Box], Array]) -> Array:
+        """Probabilities (z, y, x) of a box, of other labels than its own.
+
+        Raises
+        ------
+        VolumeError
+            If a label has no channel.
+        """
         found = self.probabilities.read(box)
         if len(found) == 1:
             only: Array = found[0]
             return only
-        labels = self.labels.raw(box)
+        labels = labelled(box)
         if labels.max() >= len(found):
             raise VolumeError(
                 f"label {labels.max()} in voxels {box.start} to {box.stop} (z, y, x) has no channel among the "
