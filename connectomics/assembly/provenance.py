@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.identity import versions
-from connectomics.assembly.settings import RegionSettings
+from connectomics.assembly.settings import InferenceSettings
 from connectomics.stages.predict.segmenter import Segmenter
+from connectomics.stages.survey.placement import Placement, placed
 from connectomics.volumes.opening import open_volume
-from connectomics.volumes.volume import VolumeReader
+from connectomics.volumes.volume import VolumeInfo, VolumeReader
 
 CHOSEN = (
     "{} windows a forward pass, which connectomics tune measured to be faster; one label in 100,000 may differ from "
@@ -41,7 +44,7 @@ def provenance_of(
         "regions": {name: list(values) for name, values in engine.spec.regions},
         "resample": resampling_facts(segmenter),
         "seed": call.seed,
-    } | roi_facts(engine.inference.region)
+    } | roi_facts(engine.inference, reader.info)
     return (
         provenance
         | (described[0] if len(described) == 1 else {"models": described})
@@ -90,12 +93,22 @@ def resampling_facts(segmenter: Segmenter) -> object:
     return facts[0] if len(facts) == 1 else facts
 
 
-def roi_facts(region: RegionSettings) -> dict[str, object]:
-    """What restricts a volume, for result keys and provenance; nothing where nothing does."""
-    box = region.box
+def roi_facts(stated: InferenceSettings, info: VolumeInfo) -> dict[str, object]:
+    """What restricts a volume, for result keys and provenance; nothing where nothing does.
+
+    Where a mask lies is told if it is not simply spread over the volume, as it once always was.
+    """
+    box, mask = stated.region.box, stated.region.mask
     facts: dict[str, object] = {} if box is None else {"roi": [list(box.start), list(box.stop)]}
-    if region.mask is not None:
-        reader = open_volume(region.mask)
-        facts["mask"] = reader.identity
-        reader.close()
+    if mask is not None:
+        with closing(open_volume(mask)) as reader:
+            facts["mask"] = reader.identity
+            placement = mask_placement(stated, info, reader.info, f"inference.mask={mask}")
+        if not all(axis.spread for axis in placement):
+            facts["mask_placement"] = [[axis.begin, axis.factor] for axis in placement]
     return {"wanted": facts} if facts else {}
+
+
+def mask_placement(stated: InferenceSettings, info: VolumeInfo, mask: VolumeInfo, name: str) -> Placement:
+    """Where a mask lies in a volume; see ``placed``."""
+    return placed(info, mask, name, stated_size=stated.volumes.voxel_size_nm is not None)

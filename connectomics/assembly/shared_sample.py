@@ -80,7 +80,7 @@ class SharedSample:
             opened.callback(reader.close)
             if not _small(reader.info):
                 return Agreement(0, 0, ())
-            roi = roi_of(engine.inference.region, reader.info.extent, source.name)
+            roi = roi_of(engine.inference, reader.info, source.name)
             if roi is not None:
                 opened.callback(roi.close)
             job = job_of(engine, source, reader, previous=None, roi=roi)

@@ -11,14 +11,14 @@ from connectomics.assembly.engine.make_engine import under
 from connectomics.assembly.engine.planes import check_isotropic
 from connectomics.assembly.memory import decoding_bytes, plan_within_device
 from connectomics.assembly.precision import fast_contract
-from connectomics.assembly.provenance import choices_of, provenance_of, resampling_facts, roi_facts
+from connectomics.assembly.provenance import choices_of, mask_placement, provenance_of, resampling_facts, roi_facts
 from connectomics.assembly.reproduction import command_of
-from connectomics.assembly.settings import OutputSettings, RegionSettings, VolumeSettings
+from connectomics.assembly.settings import InferenceSettings, OutputSettings, VolumeSettings
 from connectomics.config.inference_keys import VolumeModeConfig
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.core.fingerprint import key_of
-from connectomics.core.geometry import Box, Vec3
+from connectomics.core.geometry import Box
 from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.inference.case import ReadBox
 from connectomics.inference.resample import Resampling, check_ratio
@@ -30,7 +30,7 @@ from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.stages.survey.region import RegionOfInterest, require_inside
 from connectomics.volumes.listing import VolumeSource, expand, group, refuse_collisions, without_results
 from connectomics.volumes.opening import open_channels, open_volume
-from connectomics.volumes.volume import Spacing, VolumeReader
+from connectomics.volumes.volume import Spacing, VolumeInfo, VolumeReader
 
 PREVIOUS = "previous_stage"  # folder in RUN where the labels of a cascade's first stage are kept
 
@@ -133,7 +133,7 @@ def outputs_of(engine: Engine, source: VolumeSource, reader: VolumeReader) -> tu
     names = final_names(engine, source)
     resampling = resampling_facts(segmenter_of(engine, reader.info.spacing))
     facts = dict(engine.identity.facts) | {"input": reader.identity, "resample": resampling}
-    facts |= _previous_facts(engine, source, reader) | roi_facts(engine.inference.region)
+    facts |= _previous_facts(engine, source, reader) | roi_facts(engine.inference, reader.info)
     pyramid = engine.inference.outputs.pyramid
     outputs = [FinalOutput(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1], pyramid=pyramid)]
     rule = engine.segmenter.probabilities
@@ -220,13 +220,13 @@ def _resampling_of(
     )
 
 
-def roi_of(region: RegionSettings, extent: Vec3, name: str) -> RegionOfInterest | None:
+def roi_of(stated: InferenceSettings, info: VolumeInfo, name: str) -> RegionOfInterest | None:
     """What ``inference.roi`` and ``inference.mask`` leave of a volume, or None where they do not restrict it.
 
     Parameters
     ----------
-    extent
-        Of the volume (z, y, x).
+    info
+        Of the volume.
     name
         Of the volume, for messages.
 
@@ -235,7 +235,7 @@ def roi_of(region: RegionSettings, extent: Vec3, name: str) -> RegionOfInterest 
     VolumeError
         If the box lies outside the volume, or the mask cannot be opened or belongs to another one.
     """
-    mask = region.mask
+    region, mask, extent = stated.region, stated.region.mask, info.extent
     if region.box is None and mask is None:
         return None
     box = Box.of_shape(extent) if region.box is None else region.box
@@ -244,7 +244,8 @@ def roi_of(region: RegionSettings, extent: Vec3, name: str) -> RegionOfInterest 
         return RegionOfInterest(extent, box)
     reader = open_volume(mask)
     try:
-        return RegionOfInterest(extent, box, reader, f"inference.mask={mask}, for {name}")
+        told = f"inference.mask={mask}, for {name}"
+        return RegionOfInterest(extent, box, reader, told, placement=mask_placement(stated, info, reader.info, told))
     except VolumeError:
         reader.close()
         raise

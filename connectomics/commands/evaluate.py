@@ -168,8 +168,9 @@ def _within(engine: Engine, outcome: VolumeOutcome, opened: ExitStack) -> Within
     """Gives the voxels of a box that were wanted, or None where all were."""
     from connectomics.assembly.volumes import roi_of
 
-    with closing(open_volume(str(outcome.paths[0]))) as labels:
-        wanted = roi_of(engine.inference.region, labels.info.extent, outcome.name)
+    stated = engine.inference.volumes
+    with closing(open_volume(outcome.name, axes=stated.axes, voxel_size_nm=stated.voxel_size_nm)) as volume:
+        wanted = roi_of(engine.inference, volume.info, outcome.name)
     return None if wanted is None else opened.enter_context(closing(wanted)).within
 
 

@@ -99,7 +99,18 @@ def measure_pace(engine: Engine, job: VolumeJob, times: WindowTimes) -> CostMode
         sample_s = [t.median + _window_seconds(m.predictor, model, 0.0).median for model, m, t in triples]
     predictors = [_standing_in(engine.inference, model) for model in engine.of_members]
     voxel_s, fixed_s = _outside(job, engine, predictors, times.stand_in)
-    return CostModel(times.full, tuple(sample_s), voxel_s, fixed_s, basis=times.basis)
+    survey_s = 0.0 if job.labeller.roi is None else min(voxel_s, _survey_seconds(job, engine))
+    return CostModel(times.full, tuple(sample_s), voxel_s, fixed_s, basis=times.basis, survey_s=survey_s)
+
+
+def _survey_seconds(job: VolumeJob, engine: Engine) -> float:
+    """Seconds of a voxel in the survey of the middle of the volume."""
+    extent = job.reader.info.extent
+    patch = _within(extent, vec3([max(axis) for axis in zip(*_patches(engine, job), strict=True)]))
+    part = _Part(job.reader, _within(extent, grown(patch, extent, 1, max(MINIATURE_VOXELS, 2 * math.prod(patch)))))
+    began = time.perf_counter()
+    job.labeller.segmenter.survey(part, job.name)
+    return (time.perf_counter() - began) / Box.of_shape(part.info.extent).voxels
 
 
 def _standing_in(stated: InferenceSettings, model: EngineModel) -> Predictor:

@@ -14,7 +14,7 @@ from connectomics.assembly.memory import peak_of
 from connectomics.assembly.shared_sample import SharedSample
 from connectomics.assembly.volumes import job_of, open_source, roi_of
 from connectomics.core.errors import ConnectomicsError
-from connectomics.core.geometry import Box
+from connectomics.core.geometry import BlockGrid, Box, vec3
 from connectomics.execution.ledger import plan_of
 from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.stage import PROBABILITIES
@@ -101,7 +101,7 @@ def plan_volumes(engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
             with contextlib.ExitStack() as opened:
                 reader = open_source(engine, source)
                 opened.callback(reader.close)
-                roi = roi_of(engine.inference.region, reader.info.extent, source.name)
+                roi = roi_of(engine.inference, reader.info, source.name)
                 if roi is not None:
                     opened.callback(roi.close)
                 suiting = engines.suiting(reader)
@@ -153,7 +153,7 @@ def forecast(engine: Engine, job: VolumeJob, pace: CostModel | None) -> Forecast
     Parameters
     ----------
     job
-        The volume; of its wanted voxels the box counts, and all of it.
+        The volume; its blocks that hold a wanted voxel count, whole as far as they lie in the box.
     """
     info, members = job.reader.info, job.labeller.segmenter.members
     partition = _cut(engine, job)
@@ -171,17 +171,21 @@ def forecast(engine: Engine, job: VolumeJob, pace: CostModel | None) -> Forecast
     peak = peak_of(engine, job.labeller.segmenter, info, block=partition.block_shape)
     outputs, scratch = _sizes(engine, job, partition)
     everything = job.labeller.roi is None or _written_everywhere(job)
+    wanted = voxels if everything else partition.voxels
+    read = round(read * partition.voxels / partition.roi.voxels)
     return Forecast(
         job.name,
         PlannedWork(
-            replace(partition, roi=Box.of_shape(info.extent)).blocks if everything else partition.blocks,
+            Partition(info.extent, partition.block_shape, Box.of_shape(info.extent)).blocks
+            if everything
+            else partition.blocks,
             partition.block_shape,
             sum(windows),
             passes,
             voxels=voxels,
             read_voxels=voxels + read,
         ),
-        None if pace is None else PlannedTime(pace.predict(filled, sampled, voxels), pace.basis),
+        None if pace is None else PlannedTime(pace.predict(filled, sampled, voxels, wanted), pace.basis),
         PlannedMemory(peak.host_bytes, peak.device_bytes, engine.settings.budget_bytes),
         outputs=outputs,
         scratch=scratch,
@@ -196,7 +200,14 @@ def _cut(engine: Engine, job: VolumeJob) -> Partition:
     plan = plan_of(ledger) or job.plan
     extent = job.reader.info.extent
     roi = job.labeller.roi
-    return Partition(extent, plan.block_shape, Box.of_shape(extent) if roi is None else roi.box)
+    if roi is None:
+        return Partition(extent, plan.block_shape, Box.of_shape(extent))
+    partition = Partition(extent, plan.block_shape, roi.box)
+    if roi.mask is None:
+        return partition
+    first = vec3([low // size for low, size in zip(roi.box.start, plan.block_shape, strict=True)])
+    touched = Box.of_shape(partition.counts).shift(first)
+    return replace(partition, wanted=roi.blocks(BlockGrid(extent, plan.block_shape))[touched.slices])
 
 
 def _written_everywhere(job: VolumeJob) -> bool:
@@ -225,10 +236,6 @@ def _not_counted(engine: Engine, job: VolumeJob) -> tuple[str, ...]:
         (
             job.labeller.contract is not None and job.labeller.contract.shared is not None,
             "the sample of fast against exact, which small volumes share",
-        ),
-        (
-            job.labeller.roi is not None and job.labeller.roi.mask is not None,
-            "what inference.mask leaves out: all is taken as wanted",
         ),
     ]
     return tuple(text for holds, text in tests if holds)

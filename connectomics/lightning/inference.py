@@ -138,7 +138,7 @@ class InferenceManager:
         check_isotropic(volumes, volumes.voxel_size_nm or spacing, "the image")
         first = self._previous(reader, spacing, previous)
         segmenter, whole = self.segmenter(spacing, first), Box.of_shape(reader.info.extent)
-        roi = roi_of(self.engine.inference.region, reader.info.extent, "the image")
+        roi = roi_of(self.engine.inference, reader.info, "the image")
         with contextlib.closing(roi) if roi is not None else contextlib.nullcontext():
             surveyed = segmenter.survey(reader, "the image")
             if not self._held:
@@ -258,8 +258,7 @@ class VolumeProcessor:
             engine = self._resumed.engine(source, reader)
             for note in [*engine.identity.notes, *batch_note(engine)]:
                 log.info("backend: %s", note)
-            region = engine.inference.region  # refused before a first stage is run
-            roi = roi_of(region, reader.info.extent, source.name)
+            roi = roi_of(engine.inference, reader.info, source.name)  # refused before a first stage is run
             if roi is not None:
                 opened.callback(roi.close)
             previous = opened.enter_context(previous_labels(engine, source, reader, on_block=self._observer.block))

@@ -123,6 +123,7 @@ def test_what_a_run_leaves(job: Job) -> None:
         stamp = json.loads(file.attrs["connectomics"])
     assert provenance.pop("command")[:2] == ["infer-volume", "--checkpoint"]
     assert provenance.pop("result_keys") == {"labels": stamp["result_key"]}
+    assert provenance.pop("outputs") == ["v_labels.h5"]
     assert stamp == provenance | {"result_key": stamp["result_key"]}
     assert job.report()["windows"] == sum(line["windows"] for line in ledger_lines(job.run_folder))
 
@@ -423,7 +424,9 @@ def test_every_format_tells_how_it_was_made(job: Job) -> None:
         assert stamp["result_key"] == provenance["result_keys"]["labels"]
         assert {key: provenance[key] for key in told} == {key: stamp[key] for key in told}, form
     versions = {"connectomics": importlib.metadata.version("connectomics-nnunet")}
-    versions |= {name: importlib.metadata.version(name) for name in ("nnunetv2", "torch", "numpy", "scipy", "tensorstore")}
+    versions |= {
+        name: importlib.metadata.version(name) for name in ("nnunetv2", "torch", "numpy", "scipy", "tensorstore")
+    }
     assert {name: provenance["versions"][name] for name in versions} == versions
     assert provenance["numeric_class"]["threads"] == 1
     assert provenance["input"]["name"] == "v.h5"

@@ -66,16 +66,18 @@ def made(model: Path, words: list[str]) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "extent", "block", "words"), PLACES)
-@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("part", ["all", "a box", "blocks of a mask"])
 def test_windows_and_reading_are_those_of_the_blocks(
-    models: dict[str, Path], kind: str, extent: Vec3, block: Vec3, words: list[str], part: bool
+    models: dict[str, Path], kind: str, extent: Vec3, block: Vec3, words: list[str], part: str
 ) -> None:
     """Each block is really predicted: forward passes are counted where they happen, voxels where they are read."""
     engine, member = made(models[kind], words)
-    roi = Box((1, 3, 5), (extent[0], extent[1] - 2, extent[2] - 7)) if part else Box.of_shape(extent)
+    roi = Box((1, 3, 5), (extent[0], extent[1] - 2, extent[2] - 7)) if part == "a box" else Box.of_shape(extent)
     cut = Partition(extent, block, roi)
+    if part == "blocks of a mask":
+        cut = replace(cut, wanted=np.random.default_rng(1).random(cut.counts) < 0.6)
     image = np.random.default_rng(0).integers(1, 200, (1, *extent), np.uint8)
-    cases, read, passes, blocks = assumed_cases(member, extent, 1), 0, 0, 0
+    cases, read, passes, blocks, voxels = assumed_cases(member, extent, 1), 0, 0, 0, 0
 
     def reading(box: Box) -> Any:
         nonlocal read
@@ -91,10 +93,16 @@ def test_windows_and_reading_are_those_of_the_blocks(
         patched.setattr(TorchBackend, "forward", forward)
         for each in BlockGrid(extent, block):
             core = each.core.intersect(roi)
+            if cut.wanted is not None and not cut.wanted[each.index]:
+                continue
             blocks += core.voxels > 0
+            voxels += core.voxels
             for _ in member.logits(reading, cases, core) if core.voxels else ():
                 pass
-    assert cut.blocks == blocks
+    assert (cut.blocks, cut.voxels) == (blocks, voxels)
+    if cut.wanted is not None:
+        assert count_windows(member, cut, 1) * engine.models[0].window.passes == passes
+        return
     assert count_windows(member, cut, 1) * engine.models[0].window.passes == passes
     whole = "engine=monai" in "".join(words)
     counted = count_read(member, engine.models[0].window, cut, whole=whole)
