@@ -145,6 +145,7 @@ def _evaluate(words: argparse.Namespace) -> int:
 
     stated = [INSTANCES] if words.instances else []
     config = load_config(words.config, [*stated, *words.overrides])
+    from connectomics.assembly.settings import memory_budget_bytes
     from connectomics.commands.evaluate import evaluate_volumes, stated_comparisons
     from connectomics.evaluate.comparison import Comparison
     from connectomics.lightning.inference import check_output_folder
@@ -156,7 +157,8 @@ def _evaluate(words: argparse.Namespace) -> int:
     jobs = one if named else stated_comparisons(config.test.data)
     folder = Path(config.inference.data.output_path)
     check_output_folder(folder)
-    return _print_scores(evaluate_volumes(folder, config.test.evaluation, jobs), words.json)
+    budget = memory_budget_bytes(config.system.memory_budget_gb)
+    return _print_scores(evaluate_volumes(folder, config.test.evaluation, jobs, budget_bytes=budget), words.json)
 
 
 def _print_scores(scores: Scores, as_json: bool) -> int:
