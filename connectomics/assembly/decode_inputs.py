@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from connectomics.assembly.provenance import stamp_of
 from connectomics.core.errors import VolumeError
 from connectomics.execution.run_folder import PROVENANCE
 from connectomics.execution.stage import PROBABILITIES
 from connectomics.stages.decode.step_contract import DecodingStep
 from connectomics.stages.decode.values import NOT_PROBABILITIES, Units, probability_units
-from connectomics.stages.output.export import FORMATS, export_path, read_stamp
+from connectomics.stages.output.export import FORMATS, export_path
 from connectomics.volumes.listing import stem_of
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import VolumeInfo, VolumeReader
@@ -80,7 +81,7 @@ class StoredProbabilities:
 
 def stored_probabilities(uri: str) -> StoredProbabilities | None:
     """Return what the stamp of a volume says of its probabilities, or None where there is no stamp that does."""
-    facts = (_stamp(uri) or {}).get(PROBABILITIES)
+    facts = _stamp(uri).get(PROBABILITIES)
     if not isinstance(facts, dict):
         return None
     return StoredProbabilities(tuple(facts["channels"]), facts["activation"], float(facts["scale"]))
@@ -123,7 +124,7 @@ def _outputs_of(run: Path, stem: str) -> Sequence[Path]:
 
 def identity_of(uri: str, reader: VolumeReader) -> dict[str, object]:
     """The result key of what a run made, which another run may make again; of other volumes what the file says."""
-    key = (_stamp(uri) or {}).get("result_key")
+    key = _stamp(uri).get("result_key")
     return reader.identity if key is None else {"result_key": key}
 
 
@@ -136,15 +137,10 @@ def identity_at(uri: str) -> dict[str, object]:
         reader.close()
 
 
-def _stamp(uri: str) -> dict[str, object] | None:
-    """The stamp of a result of this program, or None."""
-    path = Path(uri)
-    for form in FORMATS:
-        if path.name.endswith(export_path(Path(), "", form).name):
-            stamp = read_stamp(path, form)
-            if stamp is not None and "result_key" in stamp:
-                return stamp
-    return None
+def _stamp(uri: str) -> Mapping[str, object]:
+    """The stamp of a result of this program, or nothing."""
+    found = stamp_of(Path(uri))
+    return {} if found is None else found[0]
 
 
 def units_of_classes(uri: str, info: VolumeInfo, certain: float | None) -> Units:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +41,7 @@ from connectomics.stages.output.finish import FinalOutput
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.source import absolute_uri
 from connectomics.volumes.volume import Nanometres, VolumeInfo, VolumeReader
+from connectomics.volumes.watched import changed_input
 
 OBJECTS = "objects"
 SMALLEST_IDS = np.dtype(np.uint32)
@@ -58,22 +61,10 @@ class ObjectsOutput:
 
 @dataclass(frozen=True, slots=True)
 class DecodingRequest:
-    """What is asked of all volumes that are decoded.
+    """What is asked of all volumes that are decoded: the steps in order, and what is left.
 
-    Parameters
-    ----------
-    steps
-        In order.
-    output
-        What is left.
-    axes, voxel_size_nm
-        Of the volumes, where they do not say so themselves.
-    block_shape
-        (z, y, x), or None for what fits.
-    budget_bytes
-        Host memory.
-    notes
-        What the user says, for the provenance.
+    ``axes`` and ``voxel_size_nm`` are those of volumes that do not say so themselves, ``block_shape`` (z, y, x) is None
+    where memory decides, and ``notes`` are what the user says, for the provenance.
     """
 
     steps: tuple[DecodingStep, ...]
@@ -135,13 +126,7 @@ def keeps_probabilities(engine: Engine) -> bool:
 
 
 def check_run(request: DecodingRequest, engine: Engine) -> None:
-    """Refuse steps that cannot decode what a run leaves, before the run.
-
-    Raises
-    ------
-    ConfigError
-        If they need a threshold of its labels, or probabilities that it does not keep.
-    """
+    """Refuse, before a run, steps that need a threshold of its labels, or probabilities that it does not keep."""
     _check(request, StepInput("", None, probabilities=keeps_probabilities(engine)))
 
 
@@ -166,6 +151,14 @@ def output_of(request: DecodingRequest, source: DecodingInput, volume: VolumeRea
     return FinalOutput(OBJECTS, source.stem, key_of(facts), output.formats, pyramid=output.pyramid)
 
 
+def _require_unchanged(request: DecodingRequest, source: DecodingInput, output: FinalOutput) -> None:
+    """Open all inputs again, and refuse to go on, by a VolumeError, if they are not those of this result."""
+    with contextlib.closing(open_decoding_input(request, source)) as volume:
+        now = output_of(request, source, volume)
+    if now.result_key != output.result_key:
+        raise VolumeError(changed_input(source.uri))
+
+
 def table_of(output: ObjectsOutput, source: DecodingInput) -> Path | None:
     """Return the final name of the table of objects, or None where none is wanted."""
     return None if output.table == "none" else output.folder / f"{source.stem}.{output.table}"
@@ -182,13 +175,7 @@ def stated_probabilities(request: DecodingRequest, source: DecodingInput) -> str
 
 
 def open_decoding_input(request: DecodingRequest, source: DecodingInput) -> VolumeReader:
-    """Open a volume and hold it against the steps.
-
-    Raises
-    ------
-    ConfigError, VolumeError
-        If it cannot be read, or a step cannot work on it.
-    """
+    """Open a volume and hold it against the steps; ConfigError or VolumeError where they do not fit."""
     reader = open_volume(source.uri, axes=request.axes, voxel_size_nm=request.voxel_size_nm)
     known = stated_probabilities(request, source) is not None
     try:
@@ -203,16 +190,7 @@ def open_decoding_input(request: DecodingRequest, source: DecodingInput) -> Volu
 def decode_job(
     request: DecodingRequest, source: DecodingInput, volume: VolumeReader, likely: VolumeReader | None
 ) -> DecodeJob:
-    """Return all that decoding one volume needs.
-
-    Parameters
-    ----------
-    request
-        What is asked for.
-    source
-        The volume.
-    volume, likely
-        It and its probabilities, opened.
+    """Return all that decoding one volume needs; it and its probabilities (``likely``) are open.
 
     Raises
     ------
@@ -250,7 +228,12 @@ def decode_job(
         output,
         table=table_of(request.output, source),
         plan=plan,
-        record=DecodeRecord(program_version(), provenance, _command(request, source)),
+        record=DecodeRecord(
+            program_version(),
+            provenance,
+            _command(request, source),
+            require_unchanged=functools.partial(_require_unchanged, request, source, output),
+        ),
         probabilities=probabilities,
     )
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
+from pathlib import Path
 
 from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.identity import versions
 from connectomics.assembly.settings import InferenceSettings
+from connectomics.stages.output.export import FORMATS, export_path, read_stamp
 from connectomics.stages.predict.segmenter import Segmenter
 from connectomics.stages.survey.placement import Placement, placed
 from connectomics.volumes.opening import open_volume
@@ -22,15 +25,7 @@ BATCH_KEY = "inference.sliding_window.sw_batch_size"
 def provenance_of(
     engine: Engine, reader: VolumeReader, segmenter: Segmenter, previous: VolumeReader | None
 ) -> dict[str, object]:
-    """What the results of a volume are made of and how.
-
-    Parameters
-    ----------
-    segmenter
-        Set up for the volume.
-    previous
-        The labels of the previous stage of a cascade.
-    """
+    """What the results of a volume are made of and how; ``previous`` are the labels of a cascade's previous stage."""
     described = [_described(model) for model in engine.models]
     call, deviations = engine.inference.call, engine.identity.deviations
     provenance: dict[str, object] = {
@@ -91,6 +86,15 @@ def resampling_facts(segmenter: Segmenter) -> object:
         for m in segmenter.members
     ]
     return facts[0] if len(facts) == 1 else facts
+
+
+def stamp_of(output: Path) -> tuple[Mapping[str, object], str] | None:
+    """The stamp of an output, and its name without what its format adds; None where it carries none."""
+    for form in FORMATS:
+        ending = export_path(Path(), "", form).name
+        if output.name.endswith(ending) and (stamp := read_stamp(output, form)) is not None:
+            return stamp, output.name.removesuffix(ending)
+    return None
 
 
 def roi_facts(stated: InferenceSettings, info: VolumeInfo) -> dict[str, object]:

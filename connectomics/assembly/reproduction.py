@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from connectomics.assembly.engine.backends import kind_of
 from connectomics.assembly.engine.engine import Engine
-from connectomics.assembly.provenance import BATCH_KEY
+from connectomics.assembly.provenance import BATCH_KEY, stamp_of
 from connectomics.config.load import written
+from connectomics.core.errors import OutputError
+from connectomics.execution.run_folder import PROVENANCE, checksums_of
 from connectomics.models.backends.choice import AUTO
+from connectomics.objects.table import CSV, TABLES, table_key
 from connectomics.stages.decode.step_contract import DecodingStep
+from connectomics.volumes.digests import digests, is_intact
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.source import absolute_uri
 
@@ -96,3 +102,61 @@ def _absolute(key: str, value: object) -> object:
     if key not in PATHS:
         return value
     return [absolute_uri(each) for each in value] if isinstance(value, list) else absolute_uri(str(value))
+
+
+def reproduce(output: Path) -> str:
+    """The command line that makes this output again from any folder, but for the folder it is written to.
+
+    Parameters
+    ----------
+    output
+        A final output (file or folder) or a table of objects, its RUN folder beside it.
+
+    Raises
+    ------
+    OutputError
+        If it carries no stamp, or its RUN folder is gone or tells of another result.
+    """
+    stem, key = _named(output)
+    run = output.parent / f"{stem.removesuffix('_probabilities')}.run"
+    record = run / PROVENANCE
+    try:
+        provenance = json.loads(record.read_text())
+        command, keys = [str(word) for word in provenance["command"]], list(provenance["result_keys"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(
+            f"{record}: cannot be read ({type(error).__name__}), and it tells how {output} was made; restore the RUN "
+            "folder beside the output"
+        ) from error
+    if key is None and not _is_sealed(run, output):
+        raise OutputError(
+            f"{output}: is not the table that {run} keeps the checksum of; it was changed, or is of another result"
+        )
+    if key is not None and key not in keys:
+        raise OutputError(
+            f"{record}: tells of another result than {output} (result key {key}); the output was exchanged, or made "
+            "before the last run of other settings"
+        )
+    return shlex.join(["connectomics", *command])
+
+
+def _named(output: Path) -> tuple[str, object]:
+    """An output's name without what its format adds, and its result key; None of a CSV table, which has no place."""
+    found = stamp_of(output)
+    if found is not None:
+        return found[1], found[0].get("result_key")
+    if output.suffix in TABLES and output.is_file():
+        key = table_key(output)
+        if key is not None or output.suffix == CSV:
+            return output.stem, key
+    raise OutputError(
+        f"{output}: carries no stamp of this program; give a result of connectomics infer-volume or decode"
+    )
+
+
+def _is_sealed(run: Path, output: Path) -> bool:
+    """Whether RUN has the checksum of this very file."""
+    try:
+        return all(is_intact(output.parent, *line) for line in digests(checksums_of(run, output)))
+    except OSError:
+        return False

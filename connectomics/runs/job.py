@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,12 +85,15 @@ class JobRecord:
     """What is told of a volume: its provenance, the command that makes it again, and the time that was predicted.
 
     ``told`` goes into ``provenance.json`` alone, not into the outputs: how a choice was made that the command states.
+    ``require_unchanged`` is called before a result is stamped with them; it raises VolumeError where what was read is
+    not any more what it was when the provenance was taken.
     """
 
     provenance: Mapping[str, object]
     command: tuple[str, ...]
     predicted_s: float | None = None
     told: Mapping[str, object] = field(default_factory=dict)
+    require_unchanged: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)

@@ -243,11 +243,7 @@ def _volume_tally(reader: VolumeReader, name: str, workers: int, planes: _Sectio
 
 
 def _tallies(
-    reader: VolumeReader,
-    name: str,
-    workers: int,
-    see: Callable[[Array, Box], None],
-    order: AxisOrder = AS_THEY_ARE,
+    reader: VolumeReader, name: str, workers: int, see: Callable[[Array, Box], None], order: AxisOrder = AS_THEY_ARE
 ) -> Iterator[_CaseTally]:
     """What is known of each section, in order of z; ``see`` gets each tile and its box.
 
