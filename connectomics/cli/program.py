@@ -148,6 +148,7 @@ def _test(words: argparse.Namespace) -> int:
 def _evaluate(words: argparse.Namespace) -> int:
     stated = [INSTANCES] if words.instances else []
     config = _configured(words, [*stated, *overrides_of(words)])
+    from connectomics.assembly.settings import memory_budget_bytes
     from connectomics.commands.evaluate import evaluate_volumes, stated_comparisons
     from connectomics.evaluate.comparison import Comparison
     from connectomics.lightning.inference import check_output_folder
@@ -159,7 +160,8 @@ def _evaluate(words: argparse.Namespace) -> int:
     jobs = one if named else stated_comparisons(config.test.data)
     folder = Path(config.inference.data.output_path)
     check_output_folder(folder)
-    return _print_scores(evaluate_volumes(folder, config.test.evaluation, jobs), words.json)
+    budget = memory_budget_bytes(config.system.memory_budget_gb)
+    return _print_scores(evaluate_volumes(folder, config.test.evaluation, jobs, budget_bytes=budget), words.json)
 
 
 def _print_scores(scores: Scores, as_json: bool) -> int:
@@ -233,7 +235,8 @@ def _verify(words: argparse.Namespace) -> int:
 
 def _decode(words: argparse.Namespace) -> int:
     config = _configured(words)
-    from connectomics.assembly.decode_jobs import decoding_input, decoding_request
+    from connectomics.assembly.decode_inputs import decoding_input
+    from connectomics.assembly.decode_jobs import decoding_request
     from connectomics.cli.progress import ProgressBar
     from connectomics.commands.decode import Decoder
     from connectomics.lightning.inference import check_output_folder
@@ -245,7 +248,7 @@ def _decode(words: argparse.Namespace) -> int:
 
 
 def _reproduce(words: argparse.Namespace) -> int:
-    from connectomics.assembly.provenance import reproduce
+    from connectomics.assembly.reproduction import reproduce
 
     say(reproduce(words.output))
     return 0

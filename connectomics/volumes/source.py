@@ -64,6 +64,21 @@ def without_prefix(uri: str) -> tuple[str, str]:
     return prefix, uri.removeprefix(prefix)
 
 
+def absolute_uri(uri: str) -> str:
+    """Return the URI that means the same volume from any folder.
+
+    Examples
+    --------
+    >>> absolute_uri("phantom:1x8x8"), absolute_uri("precomputed:///data/em::1"), absolute_uri("/a/b.h5::raw")
+    ('phantom:1x8x8', 'precomputed:///data/em::1', '/a/b.h5::raw')
+    """
+    prefix, local = without_prefix(uri)
+    if uri.startswith("phantom:") or "://" in local:
+        return uri
+    path, mark, inner = local.partition("::")
+    return f"{prefix}{Path(path).absolute()}{mark}{inner}"
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A request to open one volume.

@@ -81,9 +81,9 @@ def deviations_of(stated: InferenceSettings, models: tuple[EngineModel, ...], se
         (region.mask is not None, "background outside inference.mask"),
         (len({m.weight for m in segmenter.members}) > 1, "a weighted mean of probabilities"),
     ]
-    for model, member in zip(models, segmenter.members[:: len(planes)], strict=True):
+    for number, (model, member) in enumerate(zip(models, segmenter.members[:: len(planes)], strict=True), 1):
         spec, window = model.spec, model.window
-        of = f" of {model.checkpoint}" if len(models) > 1 else ""
+        of = f" of model {number}" if len(models) > 1 else ""  # no path: it is stamped, and the same from any folder
         mirrored = stated.windows.mirroring and window.mirror_axes != spec.mirror_axes
         tests += [
             (window.patch != spec.patch_shape, f"window size{of} {window.patch} instead of {spec.patch_shape}"),
