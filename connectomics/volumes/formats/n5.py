@@ -11,7 +11,7 @@ from typing import Any
 
 from connectomics.core.errors import VolumeError
 from connectomics.volumes.formats.chunked import chunked_volume, inner_path, open_mended, open_stored
-from connectomics.volumes.metadata.axes import Stated, agreed, letters_of
+from connectomics.volumes.metadata.axes import StatedAxes, agreed, letters_of
 from connectomics.volumes.metadata.frame import NOWHERE, AttributeHolder, Frame, agreed_frame
 from connectomics.volumes.metadata.transforms import pixel_resolution_frame, scaled, transform_frame
 from connectomics.volumes.source import (
@@ -77,7 +77,7 @@ def _letters(source: Source, attributes: dict[str, Any], folder: Path) -> tuple[
 
     ``_ARRAY_DIMENSIONS`` and ``axis_names`` were written by Python, which counts N5's axes from the slowest.
     """
-    stated: list[Stated] = []
+    stated: list[StatedAxes] = []
     for key in ("axes", "_ARRAY_DIMENSIONS", "axis_names"):
         names = attributes.get(key)
         letters = letters_of(names) if isinstance(names, list) and all(isinstance(n, str) for n in names) else None

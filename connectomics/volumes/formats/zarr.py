@@ -8,7 +8,7 @@ from typing import Any
 
 from connectomics.core.errors import VolumeError
 from connectomics.volumes.formats.chunked import chunked_volume, inner_path, open_mended, open_stored
-from connectomics.volumes.metadata.axes import SPATIAL, Stated, agreed, letters_of
+from connectomics.volumes.metadata.axes import SPATIAL, StatedAxes, agreed, letters_of
 from connectomics.volumes.metadata.frame import AttributeHolder, Frame, agreed_frame
 from connectomics.volumes.metadata.ome import OmeLevel, image_of, level_of, levels_of, refuse_plates, states_axes
 from connectomics.volumes.metadata.transforms import pixel_resolution_frame, transform_frame
@@ -176,9 +176,9 @@ def _require_plain(source: Source, node: _Node) -> None:
         )
 
 
-def _stated_axes(source: Source, node: _Node, ome: OmeLevel | None) -> Stated | None:
+def _stated_axes(source: Source, node: _Node, ome: OmeLevel | None) -> StatedAxes | None:
     """Letters of the axes by OME metadata and by the array's own names, or None where there are none."""
-    stated: list[Stated] = [(ome.letters, ome.where)] if ome else []
+    stated: list[StatedAxes] = [(ome.letters, ome.where)] if ome else []
     for key, names in _AXIS_NAMES:
         found = (node.metadata if key == names else node.attributes).get(names)
         letters = letters_of(found) if isinstance(found, list) else None
