@@ -13,8 +13,9 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box
+from connectomics.volumes.formats.signatures import KNOSSOS_MARKERS, converter, suffix_by_content
 from connectomics.volumes.input_formats import READERS, STACK, InputFormat, input_formats, long_suffixes, suffixes
-from connectomics.volumes.source import Source, is_folder, reason, without_prefix
+from connectomics.volumes.source import Source, is_folder, path_and_inner, reason, without_prefix
 from connectomics.volumes.volume import Array, Nanometres, VolumeInfo, VolumeReader
 
 
@@ -50,7 +51,7 @@ def open_volume(uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres 
     scheme, separator, _ = local.partition("://")
     if separator and "/" not in scheme:
         raise VolumeError(f"cannot open {uri}: only local paths and phantom: are read, not {scheme}://; copy it first.")
-    name, _, inner = local.partition("::")
+    name, inner = path_and_inner(local)
     source = Source(uri, Path(name), inner or None, axes, voxel_size_nm=voxel_size_nm)
     return (_stated_precomputed(source) if prefix else _format_of(source)).open(source)
 
@@ -125,6 +126,11 @@ def _format_of(source: Source) -> InputFormat:
         for form in input_formats():
             if form.markers is not None and (suffix in form.suffixes or _holds(source, form.markers)):
                 return form
+        if _holds(source, KNOSSOS_MARKERS):
+            raise VolumeError(
+                f"cannot open {source.uri}: a KNOSSOS cube data set is not read; convert it: "
+                f"webknossos convert-knossos {source.path.name} {source.path.name}_wkw"
+            )
         if suffix in files:
             raise VolumeError(
                 f"cannot open {source.uri}: a folder, where {suffix} promises a file; rename or correct it."
@@ -132,6 +138,8 @@ def _format_of(source: Source) -> InputFormat:
         return STACK
     if suffix in folders:
         raise VolumeError(f"cannot open {source.uri}: a file, where {suffix} promises a folder; unpack or correct it.")
+    if suffix not in files:
+        suffix = _by_content(source, suffix)
     if suffix not in files:
         raise VolumeError(
             f"cannot open {source.uri}: unknown format {suffix or 'without suffix'!r}; known are "
@@ -143,6 +151,18 @@ def _format_of(source: Source) -> InputFormat:
 def _suffix(path: Path) -> str:
     name = path.name.lower()
     return next((suffix for suffix in long_suffixes() if name.endswith(suffix)), path.suffix.lower())
+
+
+def _by_content(source: Source, suffix: str) -> str:
+    """The suffix that a file's first bytes promise, else its own; a VolumeError if such files are not read."""
+    try:
+        found = suffix_by_content(source.path)
+    except OSError as error:
+        raise VolumeError(f"cannot open {source.uri}: {reason(error)}.") from error
+    for one in (suffix, found):
+        if why := converter(source.path.name, one):
+            raise VolumeError(f"cannot open {source.uri}: {why}.")
+    return found or suffix
 
 
 def _stated_precomputed(source: Source) -> InputFormat:

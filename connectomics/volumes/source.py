@@ -20,6 +20,7 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.fingerprint import key_of
+from connectomics.volumes.library_text import in_our_words
 from connectomics.volumes.volume import Nanometres
 
 READ_ERRORS = (
@@ -74,6 +75,24 @@ def without_prefix(uri: str) -> tuple[str, str]:
     return prefix, uri.removeprefix(prefix)
 
 
+def path_and_inner(local: str) -> tuple[str, str]:
+    """The path of a URI without prefix, and what stands after ``::``; a path that has ``::`` in it is taken whole.
+
+    Where several readings are possible, that of the longest path that is there counts, else the shortest one.
+
+    Examples
+    --------
+    >>> path_and_inner("raw.h5::volumes/raw"), path_and_inner("cell.h5")
+    (('raw.h5', 'volumes/raw'), ('cell.h5', ''))
+    """
+    parts = local.split("::")
+    for count in range(len(parts), 1, -1):
+        path = "::".join(parts[:count])
+        if os.path.lexists(path):
+            return path, "::".join(parts[count:])
+    return parts[0], "::".join(parts[1:])
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A request to open one volume.
@@ -123,8 +142,11 @@ def reason(error: BaseException) -> str:
     """The first line of an error, short enough for one sentence; libraries put the cause at its start or its end."""
     if isinstance(error, PermissionError):
         return "permission denied; make it readable for this user"
-    lines = str(error).partition(" [tensorstore_spec=")[0].strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
+    theirs = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = in_our_words(theirs.strip())
+    if text is None:
+        lines = theirs.strip().splitlines()
+        text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 200 else f"{text[:90]} … {text[-110:]}"
 
 

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 
 from connectomics.core.errors import VolumeError
+from connectomics.volumes.formats.codecs.hdf5_filters import require_filters
 from connectomics.volumes.source import READ_ERRORS, Source, file_identity, some_of, three_positive, unreadable
 from connectomics.volumes.stored import StoredVolume, info_of, layout_of, require_small_chunks, row_chunk
 from connectomics.volumes.volume import Array, Nanometres
@@ -52,7 +53,7 @@ def open_hdf5(source: Source) -> StoredVolume:
 
     def fetch(index: tuple[slice, ...]) -> Array:
         with lock:
-            _refuse_bombs(dataset, index)
+            refuse_bombs(dataset, index)
             block: Array = dataset[index]
         return block
 
@@ -105,6 +106,7 @@ def _usable(source: Source, dataset: Any) -> Any:
             f"{source.uri}: dataset {dataset.name} is made of parts that are virtual themselves, which may lead in a "
             "circle; copy the voxels into a dataset of their own."
         )
+    require_filters(source, dataset)
     return dataset
 
 
@@ -115,10 +117,13 @@ def _is_virtual(source: Source, part: Any) -> bool:
         return False  # such parts are the fill value
     with h5py.File(path, "r", locking="best-effort") as file:
         node = file.get(part.dset_name)
-        return isinstance(node, h5py.Dataset) and bool(node.is_virtual)
+        if not isinstance(node, h5py.Dataset):
+            return False
+        require_filters(source, node)
+        return bool(node.is_virtual)
 
 
-def _refuse_bombs(dataset: Any, index: tuple[slice, ...]) -> None:
+def refuse_bombs(dataset: Any, index: tuple[slice, ...]) -> None:
     """Refuse packed chunks that are longer than what they should unpack to: HDF5 would unpack them whatever comes."""
     if not dataset.chunks or not dataset.id.get_create_plist().get_nfilters():
         return

@@ -1,4 +1,4 @@
-"""MRC volumes (``.mrc``, ``.rec``, ``.map``), memory-mapped; needs the extra ``mrc``; for ``opening``."""
+"""MRC volumes (also RELION's ``.mrcs`` and IMOD's endings), memory-mapped; needs the extra ``mrc``; for ``opening``."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ IMOD_HALF_BYTES = 16
 EXTENDED_BYTES_AT, MAP_AT, BYTE_ORDER_AT = 92, 208, 212
 BIG_ENDIAN_STAMP = 0x11
 """Offsets of the extended header's length, the word MAP and the machine stamp, whose first byte tells the order."""
+LONGEST_AXIS, PLAIN_MODES = 1 << 22, (0, 1, 2, 6, 12)
+"""What is possible in a header that nothing else marks."""
 IMOD_FIELDS = slice(10, 12)
 """Where IMOD's stamp and flags stand among the integers of the header field ``extra2``."""
 
@@ -57,9 +59,11 @@ def open_mrc(source: Source) -> StoredVolume:
         with contextlib.ExitStack() as opened:
             identity = file_identity(source.path)
             _require_extended_header(source.path)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about the extended header, which is not used
-                header = opened.enter_context(mrcfile.open(source.path, header_only=True)).header
+            header = _header_without_name(source.path, mrcfile.dtypes.HEADER_DTYPE)
+            if header is None:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # about the extended header, which is not used
+                    header = opened.enter_context(mrcfile.open(source.path, header_only=True)).header
             shape = mrcfile.utils.data_shape_from_header(header)
             dtype = _dtype(source, header, mrcfile.utils.data_dtype_from_header(header))
             layout = layout_of(source, shape, _letters(header, len(shape)))
@@ -81,6 +85,24 @@ def _require_extended_header(path: Path) -> None:
         (extended,) = struct.unpack_from(f"{order}i", block, EXTENDED_BYTES_AT)
         if extended > path.stat().st_size:
             raise ValueError(f"its header promises an extended header of {extended} bytes, more than the file has")
+
+
+def _header_without_name(path: Path, form: np.dtype[Any]) -> Any:
+    """The header of a file without the word MAP, as IMOD before 2000 and others leave it out; None where it stands.
+
+    The byte order is the one in which axes and mode are possible. None also where neither is, so that mrcfile
+    complains.
+    """
+    with path.open("rb") as stream:
+        block = stream.read(form.itemsize)
+    if len(block) < form.itemsize or block[MAP_AT : MAP_AT + 3] == b"MAP":
+        return None
+    for ordered in (form.newbyteorder("<"), form.newbyteorder(">")):
+        header = np.frombuffer(block, ordered).reshape(()).view(np.recarray)
+        lengths = [int(header[name]) for name in ("nx", "ny", "nz")]
+        if min(lengths) >= 1 and max(lengths) <= LONGEST_AXIS and int(header.mode) in PLAIN_MODES:
+            return header
+    return None
 
 
 def _letters(header: Any, dimensions: int) -> str:

@@ -29,7 +29,15 @@ from connectomics.volumes.volume import Nanometres
 LETTERS = {2: "xy", 3: "xyz", 4: "xyzc"}
 ATTRIBUTES = "attributes.json"
 TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64")
-COMPRESSIONS = ("raw", "gzip", "bzip2", "xz", "blosc", "zstd")
+COMPRESSIONS: dict[str, dict[str, object]] = {
+    "raw": {},
+    "gzip": {"level": -1, "useZlib": False},
+    "bzip2": {"blockSize": 9},
+    "xz": {"preset": 6},
+    "blosc": {"cname": "blosclz", "clevel": 6, "shuffle": 0},
+    "zstd": {"level": 1},
+}
+"""What TensorStore reads, each with the members that it knows and asks for; other writers state more, or fewer."""
 
 
 def open_n5(source: Source) -> StoredVolume:
@@ -53,7 +61,8 @@ def open_n5(source: Source) -> StoredVolume:
         attributes = _attributes(folder)
         layout = layout_of(source, _dimensions(source, attributes), LETTERS.get(len(attributes["dimensions"])))
         _require_known(source, attributes)
-        array, frame = open_stored("n5", folder), _frame(folder, attributes, source.path)
+        array = open_stored("n5", folder, instead={ATTRIBUTES: _as_stored(attributes)})
+        frame = _frame(folder, attributes, source.path)
         return chunked_volume(source, layout, array, frame=frame, identity=identity)
     except READ_ERRORS as error:
         raise unreadable(source, "N5", error) from error
@@ -97,14 +106,31 @@ def _dimensions(source: Source, attributes: dict[str, Any]) -> list[int]:
 
 
 def _require_known(source: Source, attributes: dict[str, Any]) -> None:
-    compression = attributes.get("compression")
-    kind = compression.get("type") if isinstance(compression, dict) else compression
+    if attributes.get("isLabelMultiset"):
+        raise VolumeError(
+            f"{source.uri}: a label multiset of Paintera, in which a voxel has several labels, cannot be read; export "
+            "labels of one number a voxel, for example from Paintera's menu or with paintera-conversion-helper."
+        )
+    kind = _compression(attributes).get("type")
     for what, found, known in (("type", attributes.get("dataType"), TYPES), ("compression", kind, COMPRESSIONS)):
         if found not in known:
             raise VolumeError(
                 f"{source.uri}: N5 {what} {found!r:.80} cannot be read; expected one of {', '.join(known)}. "
                 "Write the array again in one of them."
             )
+
+
+def _compression(attributes: dict[str, Any]) -> dict[str, Any]:
+    """How the chunks are packed; before N5 2.0 the name alone stood under another key."""
+    found = attributes.get("compression", {"type": attributes.get("compressionType")})
+    return found if isinstance(found, dict) else {"type": found}
+
+
+def _as_stored(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The attributes with a compression that TensorStore takes: what others state of it besides is left out."""
+    stated = _compression(attributes)
+    known = {name: stated.get(name, usual) for name, usual in COMPRESSIONS[stated["type"]].items()}
+    return attributes | {"compression": {"type": stated["type"], **known}}
 
 
 def _frame(folder: Path, attributes: dict[str, Any], root: Path) -> Frame:

@@ -11,13 +11,14 @@ import os
 import struct
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
 
 from connectomics.core.errors import VolumeError
+from connectomics.volumes.mapped import MappedArray
 from connectomics.volumes.source import READ_ERRORS, Source, file_identity, nanometres, three_positive, unreadable
 from connectomics.volumes.spacing import stated_spacing
 from connectomics.volumes.stored import (
@@ -59,9 +60,13 @@ def open_tiff(source: Source, *, spacing: Spacing | None = None) -> StoredVolume
             series, number = _series(source, tif)
             _require_whole(source, tif, series)
             layout = layout_of(source, series.shape, "".join(LETTERS.get(letter, "?") for letter in series.axes))
-            pages = _Pages(source, series, layout, stream.fileno())
+            pages: _Pages | _OnePage
+            if series.is_truncated:
+                pages = _OnePage(stream, series)
+            else:
+                pages = _Pages(source, series, layout, stream.fileno())
             size = _voxel_size(tif, number)
-            info = info_of(source, layout, series.dtype, pages.chunk(), voxel_size_nm=size, spacing=spacing)
+            info = info_of(source, layout, series.dtype, pages.chunk, voxel_size_nm=size, spacing=spacing)
             opened.callback(pages.forget)
             release = opened.pop_all().close
     except (AssertionError, *READ_ERRORS) as error:  # tifffile asserts what a damaged file may break
@@ -112,8 +117,38 @@ def _require_whole(source: Source, tif: Any, series: Any) -> None:
         stream.seek(tags * format_.tagsize, os.SEEK_CUR)
         (following,) = struct.unpack(format_.offsetformat, stream.read(format_.offsetsize))
     whole = following == 0 or any(following == page.offset for page in tif.pages)
-    if series.is_truncated or not whole or any(page is None for page in series.pages):
+    cut = _lacks_planes(tif, series) or (series.is_truncated and not _stands_behind_one_page(tif, series))
+    if cut or not whole or any(page is None for page in series.pages):
         raise VolumeError(f"{source.uri}: the TIFF file is truncated or lacks pages; copy or write it again.")
+
+
+def _lacks_planes(tif: Any, series: Any) -> bool:
+    """Whether ImageJ wrote of more planes than the only page, behind which the file is cut short."""
+    if not tif.is_imagej or series.kind == "imagej" or len(tif.pages) > 1:
+        return False
+    stated = tif.imagej_metadata or {}
+    return any(isinstance(n, int) and n > 1 for n in (stated.get(k) for k in ("images", "slices", "frames")))
+
+
+def _stands_behind_one_page(tif: Any, series: Any) -> bool:
+    """Whether the file has one page and the planes of all others behind its own, as ImageJ writes more than 4 GB."""
+    return len(tif.pages) == 1 and bool(series.keyframe.is_final) and series.kind in ("imagej", "shaped")
+
+
+class _OnePage:
+    """The planes behind the only page of a file as one array, memory-mapped."""
+
+    def __init__(self, stream: IO[bytes], series: Any) -> None:
+        dtype = series.dtype.newbyteorder(series.keyframe.parent.byteorder)
+        self._array = MappedArray(stream, dtype, series.shape, int(series.keyframe.dataoffsets[0]))
+        self.chunk = self._array.chunk
+        self._dtype = series.dtype
+
+    def fetch(self, index: tuple[slice, ...]) -> Array:
+        return self._array.fetch(index).astype(self._dtype, copy=False)
+
+    def forget(self) -> None:
+        """Nothing is remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +206,7 @@ class _Pages:
         """Drop the remembered pieces."""
         self._recent.clear()
 
+    @property
     def chunk(self) -> tuple[int, ...]:
         """Stored shape of the piece that is cheapest to read at once."""
         whole = list(self._key.shape)

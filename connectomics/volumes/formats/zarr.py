@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from natsort import natsorted
 
 from connectomics.core.errors import VolumeError
 from connectomics.volumes.formats.chunked import Frame, chunked_volume, inner_path, open_stored
+from connectomics.volumes.formats.codecs.zarr_codecs import as_tensorstore_takes, foreign_codecs
 from connectomics.volumes.source import (
     DEEPEST,
     NM_PER_UNIT,
@@ -64,20 +67,73 @@ def open_zarr(source: Source) -> StoredVolume:
         return {**folded_identity(source.path.name, files), "array": source.inner or ""}
 
     try:
-        node = _choose(source)
-        ome = _frame(source, node)
-        layout = layout_of(source, _shape(source, node), ome.letters if ome else _dimension_names(node))
-        _require_plain(source, node)
-        array = open_array(node.path, node.version)
-        return chunked_volume(source, layout, array, frame=ome.frame if ome else Frame(), identity=identity)
+        node, ome = _found(source)
+        return _volume(source, node, ome, place=node.path, identity=identity)
     except READ_ERRORS as error:
         raise unreadable(source, "Zarr", error) from error
 
 
-def open_array(path: Path, version: int, *, writable: bool = False) -> Any:
-    """TensorStore's handle of the array in a folder; written chunks are kept even where all zero."""
+def open_zarr_in(
+    source: Source, *, store: Callable[[Path], Mapping[str, Any]], identity: Callable[[], dict[str, object]]
+) -> StoredVolume:
+    """Open an array whose metadata alone are in a folder.
+
+    Parameters
+    ----------
+    source
+        The request, with the folder of the metadata for its path.
+    store
+        TensorStore's description of where the chunks of the array in a folder are.
+    identity
+        Of the volume.
+
+    Raises
+    ------
+    VolumeError
+        As ``open_zarr``, or where only zarr-python knows its codecs.
+    """
+    node, ome = _found(source)
+    return _volume(source, node, ome, place=store(node.path), identity=identity)
+
+
+def _found(source: Source) -> tuple[_Node, _OmeFrame | None]:
+    node = _choose(source)
+    return node, _frame(source, node)
+
+
+def _volume(
+    source: Source,
+    node: _Node,
+    ome: _OmeFrame | None,
+    *,
+    place: Path | Mapping[str, Any],
+    identity: Callable[[], dict[str, object]],
+) -> StoredVolume:
+    layout = layout_of(source, _shape(source, node), ome.letters if ome else _dimension_names(node))
+    _require_plain(source, node)
+    frame = ome.frame if ome else Frame()
+    foreign = foreign_codecs(node.metadata)
+    if foreign and isinstance(place, Path):
+        from connectomics.volumes.formats.codecs.zarr_python import second_reader
+
+        return second_reader(source, layout, place, frame=frame, identity=identity, codecs=foreign)
+    if foreign:
+        raise VolumeError(
+            f"{source.uri}: its codec {foreign[0]!r:.40} is not read inside a zip file; unpack it and name the folder."
+        )
+    array = open_array(place, node.version, metadata=node.metadata)
+    return chunked_volume(source, layout, array, frame=frame, identity=identity)
+
+
+def open_array(path: Path | Mapping[str, Any], version: int, *, writable: bool = False, metadata: Any = None) -> Any:
+    """TensorStore's handle of the array in a folder; written chunks are kept even where all zero.
+
+    ``metadata`` are those of an array that is read; what TensorStore takes too strictly is put right then.
+    """
     options = {"store_data_equal_to_fill_value": True} if writable else {}
-    return open_stored("zarr3" if version == 3 else "zarr", path, writable=writable, **options)
+    lenient = as_tensorstore_takes(metadata)
+    instead = {"zarr.json" if version == 3 else ".zarray": lenient} if lenient != metadata else None
+    return open_stored("zarr3" if version == 3 else "zarr", path, writable=writable, instead=instead, **options)
 
 
 def _node(path: Path) -> _Node | None:
@@ -108,6 +164,7 @@ def _choose(source: Source) -> _Node:
     if node is not None and node.is_array:
         return node
     if node is not None:
+        node = _image_of(source, node)
         for dataset in _datasets(node):
             level = PurePosixPath(str(dataset.get("path")))
             chosen = None if ".." in level.parts or level.is_absolute() else _node(node.path / level)
@@ -125,6 +182,38 @@ def _choose(source: Source) -> _Node:
         raise VolumeError(f"{source.uri}: no Zarr array in this folder; expected zarr.json or .zarray files.")
     what = f"no array or level {source.inner!r}" if source.inner else "several arrays and no multiscales metadata"
     raise VolumeError(f"{source.uri}: {what}; the folder holds {some_of(names)}. Name one as {root.name}::array.")
+
+
+def _image_of(source: Source, node: _Node) -> _Node:
+    """The group itself, or where it is a root that bioformats2raw laid out, that of its only image."""
+    ome = node.attributes.get("ome")
+    stated = ome if isinstance(ome, dict) else node.attributes
+    if "plate" in stated or "well" in stated:
+        raise VolumeError(
+            f"{source.uri}: a plate of many images, which is no volume; name one image of it, as in "
+            f"{source.path.name}::A/1/0 for row A, column 1, first field."
+        )
+    if "bioformats2raw.layout" not in stated:
+        return node
+    images = [name for name in _series(node) if (found := _node(node.path / name)) is not None and _multiscale(found)]
+    if len(images) > 1:
+        raise VolumeError(
+            f"{source.uri}: {len(images)} images in one folder ({some_of(images)}); name one as "
+            f"{source.path.name}::{PurePosixPath(source.inner or '') / images[0]}."
+        )
+    return (_node(node.path / images[0]) if images else None) or node
+
+
+def _series(root: _Node) -> list[str]:
+    """Names of the images of a root that bioformats2raw laid out: as its group OME lists them, else by number."""
+    listing = _node(root.path / "OME")
+    attributes = listing.attributes if listing is not None else {}
+    ome = attributes.get("ome")
+    names = (ome if isinstance(ome, dict) else attributes).get("series")
+    if not isinstance(names, list):
+        names = natsorted(path.name for path in root.path.iterdir() if path.name.isdecimal())
+    plain = [PurePosixPath(str(name)) for name in names]
+    return [str(name) for name in plain if not name.is_absolute() and ".." not in name.parts]
 
 
 def _multiscale(node: _Node) -> dict[str, Any]:
