@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from connectomics.assembly.engine.cascade import check_previous_stage, open_previous
+from connectomics.assembly.engine.cascade import check_previous_stage, open_labels, open_previous
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.identity import versions
 from connectomics.assembly.engine.models import load
@@ -23,13 +23,12 @@ from connectomics.assembly.volumes import named_sources, open_source, segmenter_
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ModelError, VolumeError
 from connectomics.core.files import write_text
-from connectomics.core.geometry import Box, Vec3, vec3
+from connectomics.core.geometry import Box, vec3
 from connectomics.lightning.inference import InferenceManager
 from connectomics.models.backends.contract import torch_threads
 from connectomics.models.checkpoint import LoadedModel
 from connectomics.stages.survey.survey import nonzero_box
 from connectomics.volumes.listing import VolumeSource
-from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import Array, VolumeReader
 
 
@@ -79,16 +78,7 @@ class Reference:
     """nnU-Net's own predictor on the CPU, as it ships, given the same model.
 
     The weights come from our restricted reading of the checkpoint; the network, the preprocessing, the windows and the
-    export are nnunetv2's.
-
-    Parameters
-    ----------
-    model
-        The loaded model.
-    mirror
-        Whether nnU-Net mirrors.
-    threads
-        CPU threads of its operations; with as many as ours its network gives the same bits.
+    export are nnunetv2's. With as many threads as ours its network gives the same bits.
 
     Raises
     ------
@@ -189,7 +179,7 @@ def verify(
     reader = open_source(engine, source)
     first = _FirstStage(engine, source, reader)
     boxes = _samples(reader, engine, samples, largest)
-    existing = None if output is None else _opened(output, reader)
+    existing = None if output is None else open_labels(str(output), reader, "labels")
     _require_no_crop(boxes, volume, output, largest)
     found = []
     for scope, box in boxes:
@@ -246,16 +236,6 @@ class _FirstStage:
     def theirs(self, image: Array, box: Box) -> Array | None:
         """Labels (z, y, x) for nnU-Net's second stage; None for models that are none."""
         return self.given(box) if self._reference is None else self._reference.predict(image, self._spacing)
-
-
-def _opened(output: Path, reader: VolumeReader) -> VolumeReader:
-    existing = open_volume(str(output))
-    if existing.info.extent != reader.info.extent or existing.info.channels != 1:
-        raise VolumeError(
-            f"{output}: has shape (c, z, y, x) {existing.info.shape}, expected labels of extent {reader.info.extent}; "
-            "give the labels of this volume"
-        )
-    return existing
 
 
 def _spacing(engine: Engine, reader: VolumeReader) -> list[float]:
@@ -335,6 +315,4 @@ def report(result: Certificate) -> list[str]:
 
 
 def _span(box: Box) -> str:
-    names: tuple[str, str, str] = ("z", "y", "x")
-    start: Vec3 = box.start
-    return " ".join(f"{n} {a}-{b - 1}" for n, a, b in zip(names, start, box.stop, strict=True))
+    return " ".join(f"{n} {a}-{b - 1}" for n, a, b in zip("zyx", box.start, box.stop, strict=True))

@@ -6,7 +6,6 @@ Every file of a format imports this; it knows nothing about arrays.
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
 import struct
@@ -51,16 +50,6 @@ DEEPEST = 8
 
 PRECOMPUTED_PREFIXES = ("precomputed://file://", "precomputed://")
 """What may stand before the path of a precomputed volume, longest first."""
-
-NM_PER_UNIT = {
-    **dict.fromkeys(("pm", "picometer"), 1e-3),
-    **dict.fromkeys(("å", "angstrom"), 0.1),
-    **dict.fromkeys(("nm", "nanometer", "nanometre"), 1.0),
-    **dict.fromkeys(("um", "micron", "micrometer", "micrometre"), 1e3),
-    **dict.fromkeys(("mm", "millimeter", "millimetre"), 1e6),
-    **dict.fromkeys(("cm", "centimeter", "centimetre"), 1e7),
-    **dict.fromkeys(("m", "meter", "metre"), 1e9),
-}
 
 
 def without_prefix(uri: str) -> tuple[str, str]:
@@ -125,12 +114,6 @@ def three_positive(values: object, factor: float = 1.0) -> Nanometres | None:
     except (TypeError, ValueError):
         return None
     return (z, y, x) if all(np.isfinite(v) and v > 0 for v in (z, y, x)) else None
-
-
-def nanometres(unit: object) -> float:
-    """Nanometres in one ``unit`` as programs spell it; not a number where it is unknown."""
-    plain = str(unit).strip().lower().replace("µ", "u").replace("μ", "u")
-    return NM_PER_UNIT.get(plain, NM_PER_UNIT.get(plain.removesuffix("s"), math.nan))
 
 
 def some_of(names: Sequence[str]) -> str:

@@ -131,7 +131,9 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize("case", CUT)
+@pytest.mark.parametrize(
+    "case", ["section", *(pytest.param(case, marks=pytest.mark.long) for case in ("probability", "distance"))]
+)
 def test_large_components_of_real_predictions(case: str, shared_data: Path, folder: Path) -> None:
     """Flooded in windows of 16,384 voxels they have an adapted Rand error below 0.001, whatever the blocks."""
     kind, settings = CUT[case]

@@ -12,14 +12,7 @@ from connectomics.core.installation import VERSION
 from connectomics.models.backends.precisions import Precision
 from connectomics.stages.predict.segmenter import Segmenter
 
-PACKAGES = (
-    "nnunetv2",
-    "torch",
-    "numpy",
-    "scipy",
-    "scikit-image",
-    "tensorstore",
-)  # that compute or write
+PACKAGES = ("nnunetv2", "torch", "numpy", "scipy", "scikit-image", "tensorstore")  # that compute or write
 
 
 def program_version() -> str:

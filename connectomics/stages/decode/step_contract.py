@@ -1,6 +1,6 @@
 """What a step of ``decoding`` is: ``DecodingStep``, the one home of its settings, checks, memory and work.
 
-``core.features`` names the steps, ``config.decoding`` reads their settings, ``assembly.decode_jobs`` asks what they
+``core.features`` names the steps, ``config.load`` reads their settings, ``assembly.decode_jobs`` asks what they
 need, ``runs.decoding_run`` runs them; ``connectomics.testing.decoding_step`` holds what each must keep.
 """
 

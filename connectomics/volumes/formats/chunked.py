@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import tensorstore as ts
 
 from connectomics.core.errors import VolumeError
+from connectomics.volumes.metadata.frame import Frame
 from connectomics.volumes.source import Source
 from connectomics.volumes.stored import Layout, StoredVolume, info_of, require_small_chunks
-from connectomics.volumes.volume import Array, Nanometres
+from connectomics.volumes.volume import Array
 
 INSTEAD = "instead/"
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """Voxel size and position of the first voxel (z, y, x), as far as metadata state them."""
-
-    voxel_size_nm: Nanometres | None = None
-    origin_nm: Nanometres = (0.0, 0.0, 0.0)
 
 
 def open_stored(
@@ -76,7 +68,15 @@ def chunked_volume(
     dtype = array.dtype.numpy_dtype
     chunk: tuple[Any, ...] = array.chunk_layout.read_chunk.shape or array.shape
     require_small_chunks(source, chunk, dtype.itemsize)
-    info = info_of(source, layout, dtype, chunk, voxel_size_nm=frame.voxel_size_nm, origin_nm=frame.origin_nm)
+    info = info_of(
+        source,
+        layout,
+        dtype,
+        chunk,
+        voxel_size_nm=frame.voxel_size_nm,
+        origin_nm=frame.origin_nm,
+        found=frame.found,
+    )
 
     def fetch(index: tuple[slice, ...]) -> Array:
         block: Array = array[index].read().result()

@@ -10,8 +10,9 @@ import numpy as np
 import tensorstore as ts
 
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.formats.chunked import Frame, chunked_volume, open_stored
+from connectomics.volumes.formats.chunked import chunked_volume, open_stored
 from connectomics.volumes.formats.codecs.packed_chunks import UNPACKERS, PackedChunks
+from connectomics.volumes.metadata.frame import Frame
 from connectomics.volumes.source import (
     READ_ERRORS,
     Source,
@@ -47,12 +48,13 @@ def open_precomputed(source: Source) -> StoredVolume:
         index, scale = _choose(source, _scales(source))
         folder = _folder(source, scale)
         opened = open_stored("neuroglancer_precomputed", source.path, scale_index=index)
-        layout = layout_of(source, opened.shape, "xyzc")
         array = opened[ts.d[:].translate_to[0]]
+        layout = layout_of(source, array.shape, "xyzc", "precomputed's own order")
         x, y, z = three_positive(scale.get("resolution")) or (np.nan,) * 3
         size = three_positive((z, y, x))
         offset = [float(n) for n in opened.domain.origin[:3]]
-        frame = Frame(size, (offset[2] * z, offset[1] * y, offset[0] * x)) if size else Frame()
+        where = f"resolution and voxel_offset of scale {scale['key']} in info"
+        frame = Frame(size, (offset[2] * z, offset[1] * y, offset[0] * x), where) if size else Frame()
         plain = chunked_volume(source, layout, array, frame=frame, identity=identity)
         if not _is_packed(folder):
             return plain

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 from natsort import natsorted
 
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.formats.chunked import Frame, chunked_volume, inner_path, open_stored
+from connectomics.volumes.formats.chunked import chunked_volume, inner_path, open_stored
 from connectomics.volumes.formats.codecs.zarr_codecs import as_tensorstore_takes, foreign_codecs
+from connectomics.volumes.metadata.axes import SPATIAL, Stated, agreed, letters_of
+from connectomics.volumes.metadata.frame import AttributeHolder, Frame, agreed_frame
+from connectomics.volumes.metadata.ome import (
+    OmeLevel,
+    image_of,
+    level_of,
+    levels_of,
+    ome_of,
+    refuse_plates,
+    states_axes,
+)
+from connectomics.volumes.metadata.transforms import pixel_resolution_frame, transform_frame
 from connectomics.volumes.source import (
     DEEPEST,
-    NM_PER_UNIT,
     READ_ERRORS,
     Source,
     arrays_below,
@@ -23,12 +33,21 @@ from connectomics.volumes.source import (
     folded_identity,
     json_at,
     some_of,
-    three_positive,
     unreadable,
 )
-from connectomics.volumes.stored import StoredVolume, layout_of
+from connectomics.volumes.stored import Layout, StoredVolume, layout_of
 
-METADATA_FILES = ("zarr.json", ".zarray", ".zgroup")
+ARRAY_V2 = ".zarray"
+LAYOUT = "bioformats2raw.layout"
+METADATA_FILES = ("zarr.json", ARRAY_V2, ".zgroup")
+_DRIVERS = {2: "zarr", 3: "zarr3"}
+_AXIS_NAMES = (
+    ("dimension_names", "dimension_names"),
+    ("attributes", "_ARRAY_DIMENSIONS"),
+    ("attributes", "axis_names"),
+    ("attributes", "dimension_names"),
+)
+"""Zarr v3's own names of axes, those of xarray and funlib among the attributes, and v3's name there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +61,6 @@ class _Node:
     attributes: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _OmeFrame:
-    """What OME metadata say of one array: axis letters, and where its voxels are."""
-
-    letters: str
-    group: Path
-    frame: Frame = field(default_factory=Frame)
-
-
 def open_zarr(source: Source) -> StoredVolume:
     """Open one array of a Zarr hierarchy for lazy reading.
 
@@ -62,12 +72,13 @@ def open_zarr(source: Source) -> StoredVolume:
 
     def identity() -> dict[str, object]:
         files = list(files_below(node.path))
-        if ome is not None:
-            files += [(f"../{name}", path) for name, path in _metadata_files(ome.group)]
+        if group is not None:
+            files += [(f"../{name}", path) for name, path in _metadata_files(group)]
         return {**folded_identity(source.path.name, files), "array": source.inner or ""}
 
     try:
-        node, ome = _found(source)
+        node = _choose(source)
+        group, ome = _described(source, node)
         return _volume(source, node, ome, place=node.path, identity=identity)
     except READ_ERRORS as error:
         raise unreadable(source, "Zarr", error) from error
@@ -92,26 +103,24 @@ def open_zarr_in(
     VolumeError
         As ``open_zarr``, or where only zarr-python knows its codecs.
     """
-    node, ome = _found(source)
-    return _volume(source, node, ome, place=store(node.path), identity=identity)
-
-
-def _found(source: Source) -> tuple[_Node, _OmeFrame | None]:
     node = _choose(source)
-    return node, _frame(source, node)
+    _, ome = _described(source, node)
+    return _volume(source, node, ome, place=store(node.path), identity=identity)
 
 
 def _volume(
     source: Source,
     node: _Node,
-    ome: _OmeFrame | None,
+    ome: OmeLevel | None,
     *,
     place: Path | Mapping[str, Any],
     identity: Callable[[], dict[str, object]],
 ) -> StoredVolume:
-    layout = layout_of(source, _shape(source, node), ome.letters if ome else _dimension_names(node))
+    stated = _stated_axes(source, node, ome)
+    layout = layout_of(source, _shape(source, node), *(stated or (None,)))
     _require_plain(source, node)
-    frame = ome.frame if ome else Frame()
+    frames = _frame(source, node, layout, named=stated is not None)
+    frame = agreed_frame(source, [*([ome.frame] if ome else []), *frames])
     foreign = foreign_codecs(node.metadata)
     if foreign and isinstance(place, Path):
         from connectomics.volumes.formats.codecs.zarr_python import second_reader
@@ -121,19 +130,24 @@ def _volume(
         raise VolumeError(
             f"{source.uri}: its codec {foreign[0]!r:.40} is not read inside a zip file; unpack it and name the folder."
         )
-    array = open_array(place, node.version, metadata=node.metadata)
-    return chunked_volume(source, layout, array, frame=frame, identity=identity)
+    return chunked_volume(source, layout, _opened(node, place), frame=frame, identity=identity)
 
 
-def open_array(path: Path | Mapping[str, Any], version: int, *, writable: bool = False, metadata: Any = None) -> Any:
-    """TensorStore's handle of the array in a folder; written chunks are kept even where all zero.
-
-    ``metadata`` are those of an array that is read; what TensorStore takes too strictly is put right then.
-    """
+def open_array(path: Path, version: int, *, writable: bool = False) -> Any:
+    """TensorStore's handle of the array in a folder; written chunks are kept even where all zero."""
     options = {"store_data_equal_to_fill_value": True} if writable else {}
-    lenient = as_tensorstore_takes(metadata)
-    instead = {"zarr.json" if version == 3 else ".zarray": lenient} if lenient != metadata else None
-    return open_stored("zarr3" if version == 3 else "zarr", path, writable=writable, instead=instead, **options)
+    return open_stored(_DRIVERS[version], path, writable=writable, **options)
+
+
+def _opened(node: _Node, place: Path | Mapping[str, Any]) -> Any:
+    """TensorStore's handle for reading, where an absent chunk is an error if its voxels are undefined: no fill value.
+
+    What other programs write and TensorStore takes too strictly is replaced.
+    """
+    whole = {} if node.metadata.get("fill_value") is not None else {"fill_missing_data_reads": False}
+    lenient = as_tensorstore_takes(node.metadata)
+    instead = None if lenient == node.metadata else {ARRAY_V2 if node.version == 2 else METADATA_FILES[0]: lenient}
+    return open_stored(_DRIVERS[node.version], place, instead=instead, **whole)
 
 
 def _node(path: Path) -> _Node | None:
@@ -164,8 +178,9 @@ def _choose(source: Source) -> _Node:
     if node is not None and node.is_array:
         return node
     if node is not None:
+        refuse_plates(source, node.attributes)
         node = _image_of(source, node)
-        for dataset in _datasets(node):
+        for dataset in levels_of(image_of(node.attributes)):
             level = PurePosixPath(str(dataset.get("path")))
             chosen = None if ".." in level.parts or level.is_absolute() else _node(node.path / level)
             if chosen is not None and chosen.is_array:
@@ -186,46 +201,27 @@ def _choose(source: Source) -> _Node:
 
 def _image_of(source: Source, node: _Node) -> _Node:
     """The group itself, or where it is a root that bioformats2raw laid out, that of its only image."""
-    ome = node.attributes.get("ome")
-    stated = ome if isinstance(ome, dict) else node.attributes
-    if "plate" in stated or "well" in stated:
-        raise VolumeError(
-            f"{source.uri}: a plate of many images, which is no volume; name one image of it, as in "
-            f"{source.path.name}::A/1/0 for row A, column 1, first field."
-        )
-    if "bioformats2raw.layout" not in stated:
+    if LAYOUT not in ome_of(node.attributes):
         return node
-    images = [name for name in _series(node) if (found := _node(node.path / name)) is not None and _multiscale(found)]
+    named = {name: _node(node.path / name) for name in _series(node)}
+    images = [name for name, group in named.items() if group is not None and image_of(group.attributes)]
     if len(images) > 1:
         raise VolumeError(
             f"{source.uri}: {len(images)} images in one folder ({some_of(images)}); name one as "
             f"{source.path.name}::{PurePosixPath(source.inner or '') / images[0]}."
         )
-    return (_node(node.path / images[0]) if images else None) or node
+    return (named[images[0]] if images else None) or node
 
 
 def _series(root: _Node) -> list[str]:
     """Names of the images of a root that bioformats2raw laid out: as its group OME lists them, else by number."""
     listing = _node(root.path / "OME")
     attributes = listing.attributes if listing is not None else {}
-    ome = attributes.get("ome")
-    names = (ome if isinstance(ome, dict) else attributes).get("series")
+    names = ome_of(attributes).get("series")
     if not isinstance(names, list):
         names = natsorted(path.name for path in root.path.iterdir() if path.name.isdecimal())
     plain = [PurePosixPath(str(name)) for name in names]
     return [str(name) for name in plain if not name.is_absolute() and ".." not in name.parts]
-
-
-def _multiscale(node: _Node) -> dict[str, Any]:
-    """The first multiscales entry of a group, OME-Zarr 0.1 to 0.5; empty where there is none."""
-    ome = node.attributes.get("ome")
-    entries = (ome if isinstance(ome, dict) else node.attributes).get("multiscales")
-    first = entries[0] if isinstance(entries, list) and entries else {}
-    return first if isinstance(first, dict) else {}
-
-
-def _datasets(node: _Node) -> list[dict[str, Any]]:
-    return [dataset for dataset in _multiscale(node).get("datasets", []) if isinstance(dataset, dict)]
 
 
 def _shape(source: Source, node: _Node) -> list[int]:
@@ -250,51 +246,42 @@ def _require_plain(source: Source, node: _Node) -> None:
         )
 
 
-def _dimension_names(node: _Node) -> str | None:
-    names = node.metadata.get("dimension_names")
-    if isinstance(names, list) and all(name in set("tczyx") for name in names) and {"y", "x"} <= set(names):
-        return "".join(names)
-    return None
+def _stated_axes(source: Source, node: _Node, ome: OmeLevel | None) -> Stated | None:
+    """Letters of the axes by OME metadata and by the array's own names, or None where there are none."""
+    stated: list[Stated] = [(ome.letters, ome.where)] if ome else []
+    for key, names in _AXIS_NAMES:
+        found = (node.metadata if key == names else node.attributes).get(names)
+        letters = letters_of(found) if isinstance(found, list) else None
+        stated += [(letters, f"`{names}` of `{node.path.name}`")] if letters else []
+    return agreed(source, stated)
 
 
-def _frame(source: Source, node: _Node) -> _OmeFrame | None:
-    """OME metadata of the array, from the nearest group above it that names it."""
+def _frame(source: Source, node: _Node, layout: Layout, *, named: bool) -> list[Frame]:
+    """What the array's own attributes say: gunpowder's, daisy's and funlib's, and those of Java's programs."""
+    spatial = "".join(letter for letter in layout.letters if letter in SPATIAL)
+    order = spatial if named and source.axes is None and len(spatial) == 3 else SPATIAL
+    name = node.path.name
+    return [
+        AttributeHolder(source, node.attributes, name, order, layout.letters).frame(),
+        transform_frame(source, node.attributes, name),
+        pixel_resolution_frame(source, node.attributes, name),
+    ]
+
+
+def _described(source: Source, node: _Node) -> tuple[Path | None, OmeLevel | None]:
+    """The nearest group above the array whose OME metadata name it, and what they say."""
     for parent in list(node.path.parents)[:DEEPEST]:
         group = _node(parent)
         if group is None:
             if not parent.is_relative_to(source.path):
-                return None
+                return None, None
             continue
-        for dataset in _datasets(group):
+        image = image_of(group.attributes)
+        for dataset in levels_of(image):
             if parent / str(dataset.get("path")) == node.path:
-                multiscale = _multiscale(group)
-                stated = "axes" in multiscale or len(_shape(source, node)) == 5
-                return _frame_of(multiscale, dataset, parent) if stated else None
-    return None
-
-
-def _frame_of(multiscale: dict[str, Any], dataset: dict[str, Any], group: Path) -> _OmeFrame | None:
-    axes = [{"name": axis} if isinstance(axis, str) else axis for axis in multiscale.get("axes") or "tczyx"]
-    letters = "".join(
-        name if name in set("tczyx") else "?" for name in (str(axis.get("name")).lower() for axis in axes)
-    )
-    scale, origin = np.ones(len(axes)), np.zeros(len(axes))
-    for holder in (dataset, multiscale):
-        for step in holder.get("coordinateTransformations") or []:
-            values = step.get(step.get("type"))
-            if step.get("type") == "scale":
-                scale, origin = scale * np.asarray(values, float), origin * np.asarray(values, float)
-            elif step.get("type") == "translation":
-                origin = origin + np.asarray(values, float)
-    if not all(letter in letters for letter in "zyx"):
-        return _OmeFrame(letters, group)
-    order = [letters.index(letter) for letter in "zyx"]
-    factors = [NM_PER_UNIT.get(str(axes[i].get("unit")), np.nan) for i in order]
-    voxel_size_nm = three_positive(scale[order] * factors)
-    if voxel_size_nm is None:
-        return _OmeFrame(letters, group)
-    z, y, x = (float(value) for value in origin[order] * factors)
-    return _OmeFrame(letters, group, Frame(voxel_size_nm, (z, y, x)))
+                known = states_axes(image) or len(_shape(source, node)) == 5
+                return (parent, level_of(source, image, dataset, parent.name)) if known else (None, None)
+    return None, None
 
 
 def _metadata_files(folder: Path) -> list[tuple[str, Path]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.installation import install_command
-from connectomics.volumes.formats.chunked import Frame
+from connectomics.volumes.metadata.frame import Frame
 from connectomics.volumes.source import Source
 from connectomics.volumes.stored import Layout, StoredVolume, info_of, require_small_chunks
 from connectomics.volumes.volume import Array
@@ -36,7 +36,15 @@ def second_reader(
     array = _opened(source, folder, codecs)
     chunk = tuple(int(n) for n in array.chunks)
     require_small_chunks(source, chunk, array.dtype.itemsize)
-    info = info_of(source, layout, array.dtype, chunk, voxel_size_nm=frame.voxel_size_nm, origin_nm=frame.origin_nm)
+    info = info_of(
+        source,
+        layout,
+        array.dtype,
+        chunk,
+        voxel_size_nm=frame.voxel_size_nm,
+        origin_nm=frame.origin_nm,
+        found=frame.found,
+    )
 
     def fetch(index: tuple[slice, ...]) -> Array:
         with warnings.catch_warnings():

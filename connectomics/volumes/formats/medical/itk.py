@@ -18,8 +18,8 @@ from connectomics.volumes.formats.medical.raw_array import (
     FROM_THE_END,
     RawArray,
     beside,
-    identity_of,
     text_before,
+    watched_files,
 )
 from connectomics.volumes.source import READ_ERRORS, Source, refuse_inner, three_positive, unreadable
 from connectomics.volumes.stored import StoredVolume, info_of, layout_of, native_dtype, row_chunk
@@ -89,14 +89,16 @@ def open_gipl(source: Source) -> StoredVolume:
 
 def _volume(source: Source, array: RawArray, letters: str, spacing: Sequence[float]) -> StoredVolume:
     with contextlib.ExitStack() as opened:
-        identity = identity_of(source, array)
+        watched = watched_files(source, array)
         native_dtype(source, array.dtype)
-        layout = layout_of(source, array.shape, letters)
+        layout = layout_of(source, array.shape, letters, "the format's own order")
         fetch = array.open(source, opened)
         chunk = row_chunk(array.shape[::-1], array.dtype.itemsize)[::-1]
-        info = info_of(source, layout, array.dtype, chunk, spacing=_spacing(spacing))
+        info = info_of(source, layout, array.dtype, chunk, spacing=_spacing(spacing), found={"spacing": "its header"})
         release = opened.pop_all().close
-    return StoredVolume(source, info, layout, fetch=fetch, identity=lambda: identity, release=release)
+    return StoredVolume(
+        source, info, layout, fetch=fetch, identity=lambda: watched.identity, release=release, watched=watched
+    )
 
 
 def _spacing(found: Sequence[float]) -> Spacing | None:

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.formats.medical.raw_array import RawArray, beside, identity_of, text_before
-from connectomics.volumes.source import READ_ERRORS, Source, nanometres, refuse_inner, three_positive, unreadable
+from connectomics.volumes.formats.medical.raw_array import RawArray, beside, text_before, watched_files
+from connectomics.volumes.metadata.units import nanometres
+from connectomics.volumes.source import READ_ERRORS, Source, refuse_inner, three_positive, unreadable
 from connectomics.volumes.stored import Layout, StoredVolume, info_of, layout_of, native_dtype, row_chunk
 from connectomics.volumes.volume import Nanometres, Spacing
 
@@ -55,18 +56,28 @@ def open_nrrd(source: Source) -> StoredVolume:
         with contextlib.ExitStack() as opened:
             fields, header_bytes = _fields(source.path)
             array = _array(source, fields, header_bytes)
-            identity = identity_of(source, array)
+            watched = watched_files(source, array)
             native_dtype(source, array.dtype)
             letters = _letters(fields, len(array.shape))
-            layout = layout_of(source, array.shape, letters)
+            layout = layout_of(source, array.shape, letters, "kinds and space directions of its header")
             fetch = array.open(source, opened)
             chunk = row_chunk(array.shape[::-1], array.dtype.itemsize)[::-1]
-            size, spacing = _frame(fields, layout)
-            info = info_of(source, layout, array.dtype, chunk, voxel_size_nm=size, spacing=spacing)
+            size, spacing = _frame(source, fields, layout)
+            info = info_of(
+                source,
+                layout,
+                array.dtype,
+                chunk,
+                voxel_size_nm=size,
+                spacing=spacing,
+                found={"voxel size": "its header", "spacing": "its header"},
+            )
             release = opened.pop_all().close
     except READ_ERRORS as error:
         raise unreadable(source, "NRRD", error) from error
-    return StoredVolume(source, info, layout, fetch=fetch, identity=lambda: identity, release=release)
+    return StoredVolume(
+        source, info, layout, fetch=fetch, identity=lambda: watched.identity, release=release, watched=watched
+    )
 
 
 def _fields(path: Path) -> tuple[dict[str, str], int]:
@@ -137,11 +148,11 @@ def _directions(fields: dict[str, str]) -> list[list[float] | None]:
     return [row if row and all(math.isfinite(n) for n in row) else None for row in rows]
 
 
-def _frame(fields: dict[str, str], layout: Layout) -> tuple[Nanometres | None, Spacing | None]:
+def _frame(source: Source, fields: dict[str, str], layout: Layout) -> tuple[Nanometres | None, Spacing | None]:
     """Voxel size, where its unit is one of length, and spacing as SimpleITK states it."""
     rows = _directions(fields)
     if len(rows) == len(layout.stored):
-        factors = _factors(fields, "spaceunits", max((len(row) for row in rows if row), default=0))
+        factors = _factors(source, fields, "spaceunits", max((len(row) for row in rows if row), default=0))
         lengths = [math.nan if row is None else math.hypot(*row) for row in rows]
         in_nm = [
             math.nan if row is None else math.hypot(*(n * f for n, f in zip(row, factors, strict=False) if n))
@@ -150,14 +161,16 @@ def _frame(fields: dict[str, str], layout: Layout) -> tuple[Nanometres | None, S
     else:
         found = [float(word) for word in fields.get("spacings", "").split() if NUMBER.fullmatch(word)]
         lengths = found if len(found) == len(layout.stored) else [math.nan] * len(layout.stored)
-        factors = _factors(fields, "units", len(layout.stored))
+        factors = _factors(source, fields, "units", len(layout.stored))
         in_nm = [n * f for n, f in zip(lengths, factors, strict=True)]
     return _zyx(layout.letters, in_nm), _zyx(layout.letters, lengths) or _of_section(layout.letters, lengths)
 
 
-def _factors(fields: dict[str, str], key: str, count: int) -> list[float]:
+def _factors(source: Source, fields: dict[str, str], key: str, count: int) -> list[float]:
+    """Nanometres in the unit of each axis; not a number where there is none."""
     units = re.findall(r'"([^"]*)"', fields.get(key, ""))
-    return [nanometres(unit) for unit in units] if len(units) == count else [math.nan] * count
+    found = [nanometres(source, unit, f"{key} of its header") for unit in units] if len(units) == count else []
+    return [math.nan if factor is None else factor for factor in found] or [math.nan] * count
 
 
 def _zyx(letters: str, lengths: Sequence[float]) -> Nanometres | None:

@@ -17,8 +17,9 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.volumes.mapped import LARGEST_RATIO, UNPACKED_BYTES, MappedArray, UnpackedArray
-from connectomics.volumes.source import Source, file_identity, folded_identity
+from connectomics.volumes.source import Source
 from connectomics.volumes.volume import Array
+from connectomics.volumes.watched import WatchedFiles
 
 LARGEST_TEXT_BYTES = 1 << 26
 FROM_THE_END = -1
@@ -162,11 +163,9 @@ def beside(source: Source, name: str) -> Path:
     return path
 
 
-def identity_of(source: Source, array: RawArray) -> dict[str, object]:
-    """That of the file, or of the header and the file beside it."""
-    if array.path == source.path:
-        return file_identity(source.path)
-    return folded_identity(source.path.name, [(path.name, path) for path in (source.path, array.path)])
+def watched_files(source: Source, array: RawArray) -> WatchedFiles:
+    """The file, or the header and the file beside it."""
+    return WatchedFiles(source.path, [] if array.path == source.path else [(array.path.name, array.path)])
 
 
 def text_before(path: Path, is_end: Callable[[bytes], bool], limit: int = 1 << 20) -> tuple[list[str], int]:

@@ -10,9 +10,11 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.installation import install_command
-from connectomics.volumes.source import READ_ERRORS, Source, file_identity, nanometres, three_positive, unreadable
+from connectomics.volumes.metadata.units import nanometres
+from connectomics.volumes.source import READ_ERRORS, Source, three_positive, unreadable
 from connectomics.volumes.stored import StoredVolume, info_of, layout_of, native_dtype
 from connectomics.volumes.volume import Array, Nanometres
+from connectomics.volumes.watched import WatchedFiles
 
 
 def open_dm(source: Source) -> StoredVolume:
@@ -32,7 +34,7 @@ def open_dm(source: Source) -> StoredVolume:
         ) from error
     errors: tuple[type[Exception], ...] = (*_errors(vars(exceptions)), *READ_ERRORS)
     try:
-        identity = file_identity(source.path)
+        watched = WatchedFiles(source.path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata that are not used
             images = digitalmicrograph.file_reader(str(source.path), lazy=True)
@@ -40,17 +42,25 @@ def open_dm(source: Source) -> StoredVolume:
         axes = sorted(image["axes"], key=lambda axis: int(axis["index_in_array"]))
         data = image["data"]
         native_dtype(source, data.dtype)
-        layout = layout_of(source, data.shape, _letters(axes, len(data.shape)))
-        info = info_of(source, layout, data.dtype, data.chunksize, voxel_size_nm=_voxel_size(layout.letters, axes))
+        layout = layout_of(source, data.shape, _letters(axes, len(data.shape)), "its dimensions")
+        info = info_of(
+            source,
+            layout,
+            data.dtype,
+            data.chunksize,
+            voxel_size_nm=_voxel_size(source, layout.letters, axes),
+            found={"voxel size": "its calibration"},
+        )
     except errors as error:
         raise unreadable(source, "DigitalMicrograph", error) from error
-    if source.inner is not None:
-        identity["image"] = number
 
     def fetch(index: tuple[slice, ...]) -> Array:
         return np.array(data[index].compute(scheduler="synchronous"))
 
-    return StoredVolume(source, info, layout, fetch=fetch, identity=lambda: identity, release=lambda: None)
+    def identity() -> dict[str, object]:
+        return watched.identity | ({} if source.inner is None else {"image": number})
+
+    return StoredVolume(source, info, layout, fetch=fetch, identity=identity, release=lambda: None, watched=watched)
 
 
 def _errors(names: dict[str, Any]) -> tuple[type[Exception], ...]:
@@ -79,10 +89,11 @@ def _letters(axes: list[Any], dimensions: int) -> str:
     return "".join(usual) if names == usual else "".join(name if name in ("z", "y", "x") else "?" for name in names)
 
 
-def _voxel_size(letters: str, axes: list[Any]) -> Nanometres | None:
+def _voxel_size(source: Source, letters: str, axes: list[Any]) -> Nanometres | None:
     """Each axis has a unit of its own; ``A`` is ångström."""
-    sizes = {
-        letter: float(axis["scale"]) * nanometres("angstrom" if axis["units"] == "A" else axis["units"])
-        for letter, axis in zip(letters, axes, strict=True)
-    }
+    sizes = {}
+    for letter, axis in zip(letters, axes, strict=True):
+        unit = "angstrom" if axis["units"] == "A" else axis["units"]
+        factor = nanometres(source, unit, f"the unit of axis {letter}")
+        sizes[letter] = math.nan if factor is None else float(axis["scale"]) * factor
     return three_positive([sizes.get(letter, math.nan) for letter in "zyx"])

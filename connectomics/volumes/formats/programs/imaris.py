@@ -12,9 +12,11 @@ import numpy as np
 from connectomics.core.errors import VolumeError
 from connectomics.volumes.formats.codecs.hdf5_filters import require_filters
 from connectomics.volumes.formats.hdf5 import refuse_bombs
-from connectomics.volumes.source import READ_ERRORS, Source, file_identity, nanometres, three_positive, unreadable
+from connectomics.volumes.metadata.units import nanometres
+from connectomics.volumes.source import READ_ERRORS, Source, file_identity, three_positive, unreadable
 from connectomics.volumes.stored import StoredVolume, info_of, layout_of, require_small_chunks, row_chunk
 from connectomics.volumes.volume import Array, Nanometres
+from connectomics.volumes.watched import WatchedFiles
 
 LEVEL = "DataSet/ResolutionLevel {}"
 FIRST = "TimePoint 0"
@@ -30,7 +32,8 @@ def open_imaris(source: Source) -> StoredVolume:
     """
     try:
         with contextlib.ExitStack() as opened:
-            identity = file_identity(source.path)
+            file_identity(source.path)  # refuses pipes, at which opening would wait for ever
+            watched = WatchedFiles(source.path)
             file = opened.enter_context(h5py.File(source.path, "r", locking="best-effort"))
             channels, extent = _channels(source, file)
             first = channels[0]["Data"]
@@ -41,15 +44,20 @@ def open_imaris(source: Source) -> StoredVolume:
                     n > m for n, m in zip(extent, dataset.shape, strict=True)
                 ):
                     raise ValueError("its channels differ in type or size")
-            layout = layout_of(source, (len(datasets), *extent), "czyx")
+            layout = layout_of(source, (len(datasets), *extent), "czyx", "Imaris' own order")
             chunk = first.chunks or row_chunk(first.shape, first.dtype.itemsize)
             require_small_chunks(source, chunk, first.dtype.itemsize)
-            info = info_of(source, layout, first.dtype, (1, *chunk), voxel_size_nm=_voxel_size(file, extent))
+            info = info_of(
+                source,
+                layout,
+                first.dtype,
+                (1, *chunk),
+                voxel_size_nm=_voxel_size(source, file, extent),
+                found={"voxel size": "DataSetInfo/Image"},
+            )
             opened.pop_all()
     except READ_ERRORS as error:
         raise unreadable(source, "Imaris", error) from error
-    if source.inner is not None:
-        identity["level"] = source.inner
     lock = threading.Lock()
 
     def fetch(index: tuple[slice, ...]) -> Array:
@@ -63,7 +71,10 @@ def open_imaris(source: Source) -> StoredVolume:
         with lock:
             file.close()
 
-    return StoredVolume(source, info, layout, fetch=fetch, identity=lambda: identity, release=release)
+    def identity() -> dict[str, object]:
+        return watched.identity | ({} if source.inner is None else {"level": source.inner})
+
+    return StoredVolume(source, info, layout, fetch=fetch, identity=identity, release=release, watched=watched)
 
 
 def _channels(source: Source, file: Any) -> tuple[list[Any], tuple[int, ...]]:
@@ -100,7 +111,7 @@ def _text(value: Any) -> str:
     return b"".join(np.asarray(value).astype("S1").ravel()[:1000].tolist()).decode()
 
 
-def _voxel_size(file: Any, extent: tuple[int, ...]) -> Nanometres | None:
+def _voxel_size(source: Source, file: Any, extent: tuple[int, ...]) -> Nanometres | None:
     """The edges of the box over the number of voxels; in micrometres where no unit is stated."""
     image = file.get("DataSetInfo/Image")
     if image is None:
@@ -110,4 +121,5 @@ def _voxel_size(file: Any, extent: tuple[int, ...]) -> Nanometres | None:
         edges = [float(stated[f"ExtMax{i}"]) - float(stated[f"ExtMin{i}"]) for i in (2, 1, 0)]
     except (KeyError, ValueError):
         return None
-    return three_positive(np.divide(edges, extent), nanometres(stated.get("Unit") or "um"))
+    factor = nanometres(source, stated.get("Unit") or "um", "attribute `Unit` of DataSetInfo/Image")
+    return None if factor is None else three_positive(np.divide(edges, extent), factor)

@@ -14,13 +14,13 @@ import numpy as np
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.core.installation import install_command
+from connectomics.volumes.metadata.units import nanometres
 from connectomics.volumes.source import (
     READ_ERRORS,
     Source,
     files_below,
     folded_identity,
     json_at,
-    nanometres,
     refuse_inner,
     three_positive,
     unreadable,
@@ -63,12 +63,20 @@ def open_wkw(source: Source) -> StoredVolume:
         dataset = wkw.Dataset.open(str(folder))
         header = dataset.header
         start, extent, size = _box(source, folder, properties, header.block_len * header.file_len)
-        layout = layout_of(source, (header.num_channels, *extent), "cxyz")
+        layout = layout_of(source, (header.num_channels, *extent), "cxyz", "WKW's own order")
         dtype = np.dtype(header.voxel_type)
         chunk = (header.num_channels, *(header.block_len,) * 3)
         require_small_chunks(source, chunk, dtype.itemsize)
         origin = (start[2] * size[0], start[1] * size[1], start[0] * size[2]) if size else (0.0, 0.0, 0.0)
-        info = info_of(source, layout, dtype, chunk, voxel_size_nm=size, origin_nm=origin)
+        info = info_of(
+            source,
+            layout,
+            dtype,
+            chunk,
+            voxel_size_nm=size,
+            origin_nm=origin,
+            found={"voxel size": f"`scale` in {PROPERTIES}"},
+        )
     except (wkw.WKWException, *READ_ERRORS) as error:
         raise unreadable(source, "WKW", error) from error
     lock = threading.Lock()
@@ -109,8 +117,8 @@ def _box(source: Source, folder: Path, properties: Path, file_voxels: int) -> tu
     scale = content.get("scale")
     stated = scale if isinstance(scale, dict) else {"factor": scale, "unit": "nanometer"}
     factor = three_positive(stated.get("factor"))
-    unit = nanometres(stated.get("unit"))
-    size = None if factor is None else three_positive([factor[i] * step[i] * unit for i in (2, 1, 0)])
+    unit = nanometres(source, stated.get("unit", "nanometer"), f"`unit` in {PROPERTIES}")
+    size = None if factor is None or unit is None else three_positive([factor[i] * step[i] * unit for i in (2, 1, 0)])
     return start, extent, size
 
 
