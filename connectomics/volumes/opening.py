@@ -19,7 +19,9 @@ from connectomics.volumes.source import Source, is_folder, path_and_inner, reaso
 from connectomics.volumes.volume import Array, Nanometres, VolumeInfo, VolumeReader
 
 
-def open_volume(uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres | None = None) -> VolumeReader:
+def open_volume(
+    uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres | None = None, channels: int | None = None
+) -> VolumeReader:
     """Open a volume for lazy reading; its format follows from the name.
 
     Parameters
@@ -32,6 +34,10 @@ def open_volume(uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres 
         folder of images: "zyx" makes each file a section, "cyx" each file a channel.
     voxel_size_nm
         (z, y, x) in nanometres, overriding what the file says.
+
+    channels
+        How many are expected. Images whose colours are equal everywhere are grey, one channel, unless as many as
+        there are colours are expected.
 
     Raises
     ------
@@ -52,7 +58,7 @@ def open_volume(uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres 
     if separator and "/" not in scheme:
         raise VolumeError(f"cannot open {uri}: only local paths and phantom: are read, not {scheme}://; copy it first.")
     name, inner = path_and_inner(local)
-    source = Source(uri, Path(name), inner or None, axes, voxel_size_nm=voxel_size_nm)
+    source = Source(uri, Path(name), inner or None, axes, voxel_size_nm=voxel_size_nm, channels=channels)
     return (_stated_precomputed(source) if prefix else _format_of(source)).open(source)
 
 

@@ -98,6 +98,8 @@ class Source:
         Letters of the stored array's axes that override what the file says, or None.
     voxel_size_nm
         (z, y, x) in nanometres that override what the file says, or None.
+    channels
+        How many the caller expects, or None: grey that was saved as so many colours is read as these.
     """
 
     uri: str
@@ -105,6 +107,7 @@ class Source:
     inner: str | None = None
     axes: str | None = None
     voxel_size_nm: Nanometres | None = None
+    channels: int | None = None
 
 
 def three_positive(values: object, factor: float = 1.0) -> Nanometres | None:
