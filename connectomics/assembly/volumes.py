@@ -125,7 +125,7 @@ def open_input(stated: VolumeSettings, spec: ModelSpec, source: VolumeSource) ->
     if source.problem:
         raise VolumeError(source.problem)
     if len(source.uris) == 1:
-        reader = open_volume(source.uris[0], axes=axes, voxel_size_nm=voxel_size)
+        reader = open_volume(source.uris[0], axes=axes, voxel_size_nm=voxel_size, channels=spec.channels)
     else:
         reader = open_channels(source.uris, axes=axes, voxel_size_nm=voxel_size)
     try:

@@ -71,6 +71,8 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     finished blocks are kept and a rerun continues.
     """
     began = time.perf_counter()
+    for note in job.reader.info.notes:
+        log.warning("%s: %s", job.name, note)
     for output in job.outputs:
         check_exportable(output, info_of(job, output.name, job.plan), settings.folder, settings.budget_bytes)
     work = work_folder(job.run_folder, job.outputs, settings.program)

@@ -13,7 +13,7 @@ from natsort import natsorted
 from connectomics.core.errors import ConfigError
 from connectomics.core.places import refusal
 from connectomics.volumes.input_formats import long_suffixes, suffixes
-from connectomics.volumes.source import without_prefix
+from connectomics.volumes.source import path_and_inner, without_prefix
 
 CHANNEL = re.compile(r"^(?P<stem>.+)_(?P<channel>\d{4})$")
 
@@ -56,7 +56,8 @@ def expand(pattern: str, stated: str = "") -> list[str]:
     prefix, local = without_prefix(pattern)
     if why := refusal(local):
         raise ConfigError(f"{stated}: {why}")
-    path, mark, inner = local.partition("::")
+    path, inner = path_and_inner(local)
+    mark = "::" if inner else ""
     try:
         if Path(path).exists():
             return [pattern]
@@ -92,7 +93,7 @@ def stem_of(uri: str) -> str:
 
 def _local(uri: str) -> Path:
     """The path in a URI."""
-    return Path(without_prefix(uri)[1].partition("::")[0])
+    return Path(path_and_inner(without_prefix(uri)[1])[0])
 
 
 def _is_folder(path: Path) -> bool:

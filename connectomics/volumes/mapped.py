@@ -1,17 +1,26 @@
-"""One uncompressed array inside a file, memory-mapped anew for each read; for ``npy``, ``nifti`` and ``mrc``."""
+"""One array inside a file in C or Fortran order: memory-mapped anew for each read, or unpacked once and then mapped."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
 from typing import IO, Literal
 
 import numpy as np
 
+from connectomics.core.errors import VolumeError
+from connectomics.volumes.source import Source
 from connectomics.volumes.stored import row_chunk
 from connectomics.volumes.volume import Array
+
+UNPACKED_BYTES = 4 << 20  # at a time
+LARGEST_RATIO = 1040  # gzip packs 1032 bytes into one at best
 
 
 class MappedArray:
@@ -73,3 +82,72 @@ class MappedArray:
 def contiguous_chunk(shape: Sequence[int], itemsize: int, order: Literal["C", "F"]) -> tuple[int, ...]:
     """The cheap unit of an array that is stored without chunks: neighbours in the file."""
     return row_chunk(shape, itemsize) if order == "C" else row_chunk(shape[::-1], itemsize)[::-1]
+
+
+class UnpackedArray:
+    """The array of a packed file, unpacked when first asked for into an anonymous temporary file, and then mapped.
+
+    Parameters
+    ----------
+    source
+        The request, for messages.
+    open_packed
+        Gives a stream of the unpacked bytes.
+    total_bytes
+        How many there are, as the header promises.
+    mapped
+        Gives the array in the file of the unpacked bytes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        open_packed: Callable[[], IO[bytes]],
+        total_bytes: int,
+        mapped: Callable[[IO[bytes]], MappedArray],
+    ) -> None:
+        self._source = source
+        self._open = open_packed
+        self._bytes = total_bytes
+        self._mapped = mapped
+        self._lock = threading.Lock()
+        self._stream: IO[bytes] | None = None
+        self._array: MappedArray | None = None
+
+    def fetch(self, index: tuple[slice, ...]) -> Array:
+        """A copy of the voxels at an index."""
+        with self._lock:
+            if self._array is None:
+                self._array = self._unpack()
+        return self._array.fetch(index)
+
+    def close(self) -> None:
+        """Remove what was unpacked."""
+        with self._lock:
+            if self._stream is not None:
+                self._stream.close()
+            self._array = self._stream = None
+
+    def _unpack(self) -> MappedArray:
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+        if self._bytes > free:
+            raise VolumeError(
+                f"{self._source.uri}: unpacked it takes {self._bytes} bytes, but {folder} has {free} free; "
+                "set TMPDIR to a folder with more room, or write it unpacked."
+            )
+        with contextlib.ExitStack() as opened:
+            stream: IO[bytes] = opened.enter_context(tempfile.TemporaryFile())
+            left, surplus = self._bytes, 0
+            with self._open() as packed:
+                while piece := packed.read(UNPACKED_BYTES):  # to the end, where checksums are
+                    stream.write(piece[:left])
+                    surplus += max(0, len(piece) - left)
+                    left -= min(left, len(piece))
+                    if surplus > self._bytes + UNPACKED_BYTES:
+                        raise ValueError(f"it goes on beyond the {self._bytes} bytes that its header promises")
+            stream.flush()
+            array = self._mapped(stream)
+            self._stream = stream
+            opened.pop_all()
+        return array

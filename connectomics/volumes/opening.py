@@ -15,6 +15,7 @@ import numpy as np
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box
 from connectomics.core.places import refusal
+from connectomics.volumes.formats.signatures import KNOSSOS_MARKERS, converter, suffix_by_content
 from connectomics.volumes.input_formats import (
     READERS,
     STACK,
@@ -25,12 +26,16 @@ from connectomics.volumes.input_formats import (
     suffixes,
 )
 from connectomics.volumes.opened import OpenedVolume
-from connectomics.volumes.source import Source, is_folder, reason, three_positive, without_prefix
+from connectomics.volumes.source import Source, is_folder, path_and_inner, reason, three_positive, without_prefix
 from connectomics.volumes.volume import Array, Nanometres, VolumeInfo, VolumeReader
 
 
 def open_volume(
-    uri: str | os.PathLike[str], *, axes: str | None = None, voxel_size_nm: Sequence[float] | None = None
+    uri: str | os.PathLike[str],
+    *,
+    axes: str | None = None,
+    voxel_size_nm: Sequence[float] | None = None,
+    channels: int | None = None,
 ) -> OpenedVolume:
     """Open a volume for lazy reading; its format follows from the name.
 
@@ -44,6 +49,10 @@ def open_volume(
         folder of images: "zyx" makes each file a section, "cyx" each file a channel.
     voxel_size_nm
         (z, y, x) in nanometres, overriding what the file says.
+
+    channels
+        How many are expected. Images whose colours are equal everywhere are grey, one channel, unless as many as
+        there are colours are expected.
 
     Returns
     -------
@@ -70,8 +79,8 @@ def open_volume(
     prefix, local = without_prefix(uri)
     if why := refusal(local):
         raise VolumeError(f"cannot open {uri}: {why}.")
-    name, _, inner = local.partition("::")
-    source = Source(uri, Path(name), inner or None, axes, voxel_size_nm=size)
+    name, inner = path_and_inner(local)
+    source = Source(uri, Path(name), inner or None, axes, voxel_size_nm=size, channels=channels)
     form = _stated_precomputed(source) if prefix else _format_of(source)
     return OpenedVolume(form.open(source), uri, name_of(form))
 
@@ -164,6 +173,11 @@ def _format_of(source: Source) -> InputFormat:
         for form in input_formats():
             if form.markers is not None and (suffix in form.suffixes or _holds(source, form.markers)):
                 return form
+        if _holds(source, KNOSSOS_MARKERS):
+            raise VolumeError(
+                f"cannot open {source.uri}: a KNOSSOS cube data set is not read; convert it: "
+                f"webknossos convert-knossos {source.path.name} {source.path.name}_wkw"
+            )
         if suffix in files:
             raise VolumeError(
                 f"cannot open {source.uri}: a folder, where {suffix} promises a file; rename or correct it."
@@ -171,6 +185,8 @@ def _format_of(source: Source) -> InputFormat:
         return STACK
     if suffix in folders:
         raise VolumeError(f"cannot open {source.uri}: a file, where {suffix} promises a folder; unpack or correct it.")
+    if suffix not in files:
+        suffix = _by_content(source, suffix)
     if suffix not in files:
         raise VolumeError(
             f"cannot open {source.uri}: unknown format {suffix or 'without suffix'!r}; known are "
@@ -182,6 +198,18 @@ def _format_of(source: Source) -> InputFormat:
 def _suffix(path: Path) -> str:
     name = path.name.lower()
     return next((suffix for suffix in long_suffixes() if name.endswith(suffix)), path.suffix.lower())
+
+
+def _by_content(source: Source, suffix: str) -> str:
+    """The suffix that a file's first bytes promise, else its own; a VolumeError if such files are not read."""
+    try:
+        found = suffix_by_content(source.path)
+    except OSError as error:
+        raise VolumeError(f"cannot open {source.uri}: {reason(error)}.") from error
+    for one in (suffix, found):
+        if why := converter(source.path.name, one):
+            raise VolumeError(f"cannot open {source.uri}: {why}.")
+    return found or suffix
 
 
 def _stated_precomputed(source: Source) -> InputFormat:

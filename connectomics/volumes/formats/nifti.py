@@ -7,14 +7,13 @@ file (in TMPDIR) that vanishes when the volume is closed or the process ends.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import math
-import shutil
-import tempfile
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 from nibabel.nifti1 import Nifti1Header
@@ -25,7 +24,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import AxisOrder, vec3
-from connectomics.volumes.mapped import MappedArray, contiguous_chunk
+from connectomics.volumes.mapped import LARGEST_RATIO, MappedArray, UnpackedArray, contiguous_chunk
 from connectomics.volumes.reoriented import Orientation, ReorientedVolume
 from connectomics.volumes.source import READ_ERRORS, Source, three_positive, unreadable
 from connectomics.volumes.stored import Layout, StoredVolume, info_of, layout_of, native_dtype
@@ -39,8 +38,6 @@ FIVE_AXES = "xyztc"
 MILLIMETRES_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
 HEADER_BYTES = 540
 RAS = "ras"
-PIECE_BYTES = 4 << 20
-LARGEST_RATIO = 1040  # gzip packs 1032 bytes into one at best
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +86,7 @@ def open_nifti(source: Source) -> VolumeReader:
             header = _header(source.path, packed)
             native_dtype(source, header.dtype)
             layout = layout_of(source, header.shape, _letters(len(header.shape)), "NIfTI's own order")
-            array: _Unpacked | MappedArray
-            if packed and header.total_bytes > LARGEST_RATIO * source.path.stat().st_size:
-                raise ValueError(f"its header promises {header.total_bytes} bytes, more than the file can hold")
-            if packed:
-                array = _Unpacked(source, header)
-                opened.callback(array.close)
-            else:
-                stream = opened.enter_context(source.path.open("rb"))
-                array = MappedArray(stream, header.dtype, header.shape, header.offset, order="F")
+            array = _array(source, header, opened, packed=packed)
             info = info_of(
                 source,
                 layout,
@@ -121,6 +110,24 @@ def open_nifti(source: Source) -> VolumeReader:
 
     volume = StoredVolume(source, info, layout, fetch=fetch, watched=watched, release=release)
     return ReorientedVolume(volume, turn) if turn else volume
+
+
+def _array(
+    source: Source, header: _NiftiHeader, opened: contextlib.ExitStack, *, packed: bool
+) -> UnpackedArray | MappedArray:
+    if not packed:
+        stream = opened.enter_context(source.path.open("rb"))
+        return MappedArray(stream, header.dtype, header.shape, header.offset, order="F")
+    if header.total_bytes > LARGEST_RATIO * source.path.stat().st_size:
+        raise ValueError(f"its header promises {header.total_bytes} bytes, more than the file can hold")
+    array = UnpackedArray(
+        source,
+        cast(Callable[[], IO[bytes]], functools.partial(gzip.open, source.path)),
+        header.total_bytes,
+        lambda stream: MappedArray(stream, header.dtype, header.shape, header.offset, order="F"),
+    )
+    opened.callback(array.close)
+    return array
 
 
 def _header(path: Path, packed: bool) -> _NiftiHeader:
@@ -181,50 +188,3 @@ def _spacing(layout: Layout, header: _NiftiHeader, *, by_itk: bool) -> Spacing |
         return _spatial(layout, header, factor)
     y, x = (header.zooms[layout.letters.index(letter)] * factor for letter in "yx")
     return three_positive([999 * max(y, x), y, x])  # one section, as SimpleITKIO states it
-
-
-class _Unpacked:
-    """The voxels of a ``.nii.gz`` file, unpacked when first asked for."""
-
-    def __init__(self, source: Source, header: _NiftiHeader) -> None:
-        self._source = source
-        self._header = header
-        self._lock = threading.Lock()
-        self._stream: IO[bytes] | None = None
-        self._array: MappedArray | None = None
-
-    def fetch(self, index: tuple[slice, ...]) -> Array:
-        with self._lock:
-            if self._array is None:
-                self._array = self._unpack()
-        return self._array.fetch(index)
-
-    def close(self) -> None:
-        with self._lock:
-            if self._stream is not None:
-                self._stream.close()
-            self._array = self._stream = None
-
-    def _unpack(self) -> MappedArray:
-        header, folder = self._header, tempfile.gettempdir()
-        free = shutil.disk_usage(folder).free
-        if header.total_bytes > free:
-            raise VolumeError(
-                f"{self._source.uri}: unpacked it takes {header.total_bytes} bytes, but {folder} has {free} free; "
-                "set TMPDIR to a folder with more room, or unpack it to .nii."
-            )
-        with contextlib.ExitStack() as opened:
-            stream: IO[bytes] = opened.enter_context(tempfile.TemporaryFile())
-            left, surplus = header.total_bytes, 0
-            with gzip.open(self._source.path) as packed:
-                while piece := packed.read(PIECE_BYTES):  # to the end, where gzip's checksum is
-                    stream.write(piece[:left])
-                    surplus += max(0, len(piece) - left)
-                    left -= min(left, len(piece))
-                    if surplus > header.total_bytes + PIECE_BYTES:
-                        raise ValueError(f"it goes on beyond the {header.total_bytes} bytes that its header promises")
-            stream.flush()
-            array = MappedArray(stream, header.dtype, header.shape, header.offset, order="F")
-            self._stream = stream
-            opened.pop_all()
-        return array
