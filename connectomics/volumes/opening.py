@@ -49,7 +49,6 @@ def open_volume(
         folder of images: "zyx" makes each file a section, "cyx" each file a channel.
     voxel_size_nm
         (z, y, x) in nanometres, overriding what the file says.
-
     channels
         How many are expected. Images whose colours are equal everywhere are grey, one channel, unless as many as
         there are colours are expected.

@@ -15,7 +15,7 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.volumes.formats.codecs.hdf5_filters import require_filters
-from connectomics.volumes.mapped import MappedArray
+from connectomics.volumes.formats.mapped import MappedArray
 from connectomics.volumes.metadata.hdf5_attributes import stated_axes, stated_frame
 from connectomics.volumes.metadata.hdf5_parts import parts_of, require_links
 from connectomics.volumes.source import READ_ERRORS, Source, file_identity, some_of, unreadable

@@ -24,7 +24,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import AxisOrder, vec3
-from connectomics.volumes.mapped import LARGEST_RATIO, MappedArray, UnpackedArray, contiguous_chunk
+from connectomics.volumes.formats.mapped import LARGEST_RATIO, MappedArray, UnpackedArray, contiguous_chunk
 from connectomics.volumes.reoriented import Orientation, ReorientedVolume
 from connectomics.volumes.source import READ_ERRORS, Source, three_positive, unreadable
 from connectomics.volumes.stored import Layout, StoredVolume, info_of, layout_of, native_dtype

@@ -19,7 +19,7 @@ import tifffile
 
 from connectomics.core.errors import VolumeError
 from connectomics.volumes.formats.grey import Fetch, grey_fetch, is_grey, may_be_one_channel
-from connectomics.volumes.mapped import MappedArray
+from connectomics.volumes.formats.mapped import MappedArray
 from connectomics.volumes.metadata.tiff_frames import refuse_companions, tiff_frame
 from connectomics.volumes.source import READ_ERRORS, Source, unreadable
 from connectomics.volumes.spacing import stated_spacing

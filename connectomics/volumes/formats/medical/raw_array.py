@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.mapped import LARGEST_RATIO, UNPACKED_BYTES, MappedArray, UnpackedArray
+from connectomics.volumes.formats.mapped import LARGEST_RATIO, UNPACKED_BYTES, MappedArray, UnpackedArray
 from connectomics.volumes.source import Source
 from connectomics.volumes.volume import Array
 from connectomics.volumes.watched import WatchedFiles
