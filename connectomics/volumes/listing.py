@@ -146,14 +146,25 @@ def group(uris: Sequence[str], channels: int) -> list[VolumeSource]:
         key = (folder, match["stem"]) if match else ("", "")
         members = groups.get(key, {})
         if not match or (channels == 1 and set(members) != {0}):
-            sources.append(VolumeSource(uri, stem, (uri,)))
+            sources.append(VolumeSource(uri, stem, (uri,), _unwritable(uri)))
             continue
         if key in seen:
             continue
         seen.add(key)
         ordered = tuple(members[c] for c in sorted(members))
-        sources.append(VolumeSource(ordered[0], match["stem"], ordered, _problem(key, members, channels)))
+        problem = _unwritable(ordered[0]) or _problem(key, members, channels)
+        sources.append(VolumeSource(ordered[0], match["stem"], ordered, problem))
     return sources
+
+
+def _unwritable(uri: str) -> str:
+    """Why results cannot carry the name of a volume: bytes that are no UTF-8, which stores and records cannot write."""
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        shown = uri.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return f"{shown}: its name has bytes that are no UTF-8, so no result can carry it; rename it"
+    return ""
 
 
 def _problem(key: tuple[str, str], members: Mapping[int, str], channels: int) -> str:

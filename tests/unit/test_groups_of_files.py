@@ -14,6 +14,7 @@ from PIL import Image
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box
+from connectomics.volumes.listing import group
 from connectomics.volumes.opening import open_volume as open_reader
 from connectomics.volumes.volume import VolumeReader
 
@@ -155,3 +156,9 @@ def test_a_knossos_folder_names_a_converter(tmp_path: Path) -> None:
     (tmp_path / "knossos.conf").write_text("experiment name")
     with pytest.raises(VolumeError, match="webknossos convert-knossos"):
         open_volume(str(tmp_path))
+
+
+def test_a_name_that_is_no_utf8_is_refused_before_work_begins() -> None:
+    first, second = group(["caf\udce9.h5", "café.h5"], 1)
+    assert re.search(r"^caf\\xe9\.h5: its name has bytes that are no UTF-8.*rename it$", first.problem)
+    assert second.problem == ""
