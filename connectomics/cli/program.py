@@ -78,10 +78,12 @@ def _infer_volume(words: argparse.Namespace) -> int:
 
 
 def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> list[VolumeOutcome]:
+    from connectomics.assembly.engine.identity import case_note
     from connectomics.assembly.provenance import batch_note
     from connectomics.cli.progress import ProgressBar
     from connectomics.lightning.inference import VolumeProcessor, check_output_folder
 
+    print(case_note(engine), file=sys.stderr)
     for deviation in engine.identity.deviations:
         print(f"not nnU-Net: {deviation}", file=sys.stderr)
     if config.system.backend == "auto":
@@ -205,16 +207,18 @@ def _config(words: argparse.Namespace) -> int:
 def _verify(words: argparse.Namespace) -> int:
     from connectomics.config.load import load_config
 
-    outputs = [word for word in words.overrides if "=" not in word]
     config = load_config(None, [word for word in words.overrides if "=" in word])
+    from connectomics.commands.verify import report, verify
+    from connectomics.commands.verify_input import files_of_one
+
+    files, outputs = files_of_one([words.volume, *(word for word in words.overrides if "=" not in word)])
     if len(outputs) > 1:
         raise ConfigError(f"verify compares one output, found {', '.join(outputs)}; give one, or none")
-    from connectomics.commands.verify import report, verify
 
     result = verify(
         config,
         words.model,
-        words.volume,
+        files,
         output=Path(outputs[0]) if outputs else None,
         samples=words.samples,
         largest=words.max_voxels,
@@ -323,6 +327,7 @@ def _from_nnunet(words: argparse.Namespace) -> int:
         previous_folder=words.prev_stage_predictions,
     )
     prediction = FolderPrediction(call, words.overrides)
+    print(prediction.case_note, file=sys.stderr)
     for deviation in prediction.deviations:
         print(f"not nnU-Net's default: {deviation}", file=sys.stderr)
     check_output_folder(prediction.own_folder)

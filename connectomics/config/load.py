@@ -236,7 +236,7 @@ def _typed(values: Mapping[str, object]) -> Config:
             OmegaConf.set_readonly(OmegaConf.select(config, key), False)
     for key, value in values.items():
         if key != _DECODING:
-            _put(config, key, _read_file_list(value) if key == _FILE_LIST else value)
+            _put(config, key, read_file_list(value) if key == _FILE_LIST and isinstance(value, str) else value)
     steps = read_steps(values.get(_DECODING, []))
     return dataclasses.replace(typing.cast(Config, OmegaConf.to_object(config)), decoding=steps)
 
@@ -278,10 +278,14 @@ def _put(config: DictConfig, key: str, value: object) -> None:
     raise ConfigError(f"{key} is {shown(value)}, expected {kind_in_words(stated)}")
 
 
-def _read_file_list(value: object) -> object:
-    """The volumes named in a text file; anything but the name of one passes unchanged."""
-    if not isinstance(value, str):
-        return value
+def read_file_list(value: str) -> list[str]:
+    """The volumes named in a text file, one a line.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read.
+    """
     try:
         lines = [line.strip() for line in Path(value).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -35,7 +35,7 @@ LETTERS = {2: "xy", 3: "xyz", 4: "xyzc"}
 """Stored axes by their number; the fourth holds channels, as nnU-Net's SimpleITKIO takes it."""
 MILLIMETRES_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
 HEADER_BYTES = 540
-RAS = "ras"
+RAS, ITK = "ras", "itk"
 PIECE_BYTES = 4 << 20
 LARGEST_RATIO = 1040  # gzip packs 1032 bytes into one at best
 
@@ -60,7 +60,10 @@ class _NiftiHeader:
 
 
 def open_nifti(source: Source) -> VolumeReader:
-    """Open a NIfTI-1 or NIfTI-2 file for lazy reading; with the inner part ``ras`` as NibabelIOWithReorient turns it.
+    """Open a NIfTI-1 or NIfTI-2 file for lazy reading.
+
+    The inner part ``ras`` turns it as NibabelIOWithReorient does. With ``itk`` spacing and voxels are those of
+    SimpleITKIO whatever the suffix: a stored value that is infinite or not a number is 0.
 
     Scaled voxels (``scl_slope``, ``scl_inter``) are float32. The spacing is the one nnU-Net's reader of the suffix
     states: in millimetres for ``.nii.gz`` (SimpleITKIO), as stored for ``.nii`` and NIfTI-2 (NibabelIO).
@@ -70,15 +73,7 @@ def open_nifti(source: Source) -> VolumeReader:
     VolumeError
         If the file is damaged or cut short, has voxels that are no numbers, or more than four axes.
     """
-    if source.inner not in (None, RAS):
-        raise VolumeError(
-            f"{source.uri}: a NIfTI file has no inner part {source.inner!r}; name the file alone, or with ::{RAS} "
-            "to turn its axes to right, front and up."
-        )
-    if source.inner and source.axes:
-        raise VolumeError(
-            f"{source.uri}: ::{RAS} and the axes {source.axes!r} both turn the volume; state one of them."
-        )
+    _check_inner(source)
     packed = source.path.name.lower().endswith(".gz")
     try:
         with contextlib.ExitStack() as opened:
@@ -86,6 +81,7 @@ def open_nifti(source: Source) -> VolumeReader:
             header = _header(source.path, packed)
             native_dtype(source, header.dtype)
             layout = layout_of(source, header.shape, LETTERS.get(len(header.shape)))
+            by_itk = source.inner == ITK or (packed and header.first_version and source.inner is None)
             array: _Unpacked | MappedArray
             if packed and header.total_bytes > LARGEST_RATIO * source.path.stat().st_size:
                 raise ValueError(f"its header promises {header.total_bytes} bytes, more than the file can hold")
@@ -101,15 +97,17 @@ def open_nifti(source: Source) -> VolumeReader:
                 header.dtype if header.slope is None else np.dtype(np.float32),
                 contiguous_chunk(header.shape, header.dtype.itemsize, "F"),
                 voxel_size_nm=_spatial(layout, header, MILLIMETRES_PER_UNIT.get(header.unit, math.nan) * 1e6),
-                spacing=_spacing(layout, header, by_itk=packed and header.first_version and source.inner is None),
+                spacing=_spacing(layout, header, by_itk=by_itk),
             )
-            turn = turn_to_ras(header.affine) if source.inner else None
+            turn = turn_to_ras(header.affine) if source.inner == RAS else None
             release = opened.pop_all().close
     except (HeaderDataError, WrapStructError, *READ_ERRORS) as error:
         raise unreadable(source, "NIfTI", error) from error
 
     def fetch(index: tuple[slice, ...]) -> Array:
         voxels = array.fetch(index)
+        if source.inner == ITK and voxels.dtype.kind == "f":
+            voxels = np.where(np.isfinite(voxels), voxels, voxels.dtype.type(0))
         if header.slope is None:
             return voxels
         with np.errstate(over="ignore", invalid="ignore"):
@@ -117,6 +115,18 @@ def open_nifti(source: Source) -> VolumeReader:
 
     volume = StoredVolume(source, info, layout, fetch=fetch, identity=lambda: identity, release=release)
     return ReorientedVolume(volume, turn) if turn else volume
+
+
+def _check_inner(source: Source) -> None:
+    if source.inner not in (None, RAS, ITK):
+        raise VolumeError(
+            f"{source.uri}: a NIfTI file has no inner part {source.inner!r}; name the file alone, with ::{RAS} "
+            f"to turn its axes to right, front and up, or with ::{ITK} to read it as SimpleITK does."
+        )
+    if source.inner == RAS and source.axes:
+        raise VolumeError(
+            f"{source.uri}: ::{RAS} and the axes {source.axes!r} both turn the volume; state one of them."
+        )
 
 
 def _header(path: Path, packed: bool) -> _NiftiHeader:
