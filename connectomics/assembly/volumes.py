@@ -35,7 +35,7 @@ from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.predict.precision_check import FastContract, piece_shape
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.stages.survey.region import RegionOfInterest, require_inside
-from connectomics.volumes.listing import VolumeSource, expand, group, refuse_collisions, without_results
+from connectomics.volumes.listing import VolumeSource, expand, group, other_channels, refuse_collisions, without_results
 from connectomics.volumes.opening import open_channels, open_volume
 from connectomics.volumes.volume import Spacing, VolumeInfo, VolumeReader
 from connectomics.volumes.watched import changed_input
@@ -128,6 +128,10 @@ def open_input(stated: VolumeSettings, spec: ModelSpec, source: VolumeSource) ->
         reader = open_volume(source.uris[0], axes=axes, voxel_size_nm=voxel_size, channels=spec.channels)
     else:
         reader = open_channels(source.uris, axes=axes, voxel_size_nm=voxel_size)
+    others = other_channels(source.uris[0], spec.channels) if reader.info.channels == 1 < spec.channels else ()
+    if others and len(source.uris) == 1:  # the first file stands for all, which lie beside it
+        reader.close()
+        reader = open_channels(others, axes=axes, voxel_size_nm=voxel_size)
     try:
         if reader.info.channels != spec.channels:
             raise VolumeError(

@@ -83,10 +83,12 @@ def _infer_volume(words: argparse.Namespace) -> int:
 
 
 def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> list[VolumeOutcome]:
+    from connectomics.assembly.engine.identity import case_note
     from connectomics.assembly.provenance import batch_note
     from connectomics.cli.progress import ProgressBar
     from connectomics.lightning.inference import VolumeProcessor, check_output_folder
 
+    say(case_note(engine), file=sys.stderr)
     for deviation in engine.identity.deviations:
         say(f"not nnU-Net: {deviation}", file=sys.stderr)
     if config.system.backend == "auto":
@@ -213,16 +215,19 @@ def _config(words: argparse.Namespace) -> int:
 
 
 def _verify(words: argparse.Namespace) -> int:
-    outputs, overrides = told_apart(words.overrides)
+    others, overrides = told_apart(words.overrides)
     config = _configured(words, overrides)
+    from connectomics.commands.verify import report, verify
+    from connectomics.commands.verify_input import files_of_one
+
+    files, outputs = files_of_one([words.volume, *others])
     if len(outputs) > 1:
         raise ConfigError(f"verify compares one output, found {', '.join(outputs)}; {right_form('verify')}")
-    from connectomics.commands.verify import report, verify
 
     result = verify(
         config,
         words.model,
-        words.volume,
+        files,
         output=local_path(outputs[0], "OUTPUT") if outputs else None,
         samples=words.samples,
         largest=words.max_voxels,
@@ -319,6 +324,7 @@ def _from_nnunet(words: argparse.Namespace) -> int:
     stated = {field.name: vars(words)[field.name] for field in fields(NnunetCall) if field.name != "model"}
     call = NnunetCall(model=model, **stated)
     prediction = FolderPrediction(call, [word for word in overrides_of(words) if isinstance(word, str)])
+    say(prediction.case_note, file=sys.stderr)
     for deviation in prediction.deviations:
         say(f"not nnU-Net's default: {deviation}", file=sys.stderr)
     check_output_folder(prediction.own_folder)

@@ -219,7 +219,7 @@ def _typed(values: Mapping[str, object]) -> Config:
     config = pickle.loads(_typed_defaults())  # noqa: S301 - our own bytes
     for key, value in values.items():
         if key != _DECODING:
-            _put(config, key, _read_file_list(value) if key == _FILE_LIST else value)
+            _put(config, key, read_file_list(value) if key == _FILE_LIST and isinstance(value, str) else value)
     steps = read_steps(values.get(_DECODING, []))
     return dataclasses.replace(typing.cast(Config, OmegaConf.to_object(config)), decoding=steps)
 
@@ -294,10 +294,14 @@ def _put(config: DictConfig, key: str, value: object) -> None:
     raise ConfigError(f"{key} is {shown(value)}, expected {kind_in_words(stated)}")
 
 
-def _read_file_list(value: object) -> object:
-    """The volumes named in a text file; anything but the name of one passes unchanged."""
-    if not isinstance(value, str):
-        return value
+def read_file_list(value: str) -> list[str]:
+    """The volumes named in a text file, one a line.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read.
+    """
     if refusal(value):
         raise ConfigError(f"{_FILE_LIST} is {shown(value)}, but {refusal(value)}")
     try:

@@ -167,6 +167,20 @@ def _unwritable(uri: str) -> str:
     return ""
 
 
+def other_channels(uri: str, channels: int) -> tuple[str, ...]:
+    """The files ``NAME_0000``, ``NAME_0001``, … of a volume of ``channels`` channels, of which ``uri`` is the first.
+
+    Empty where it is not, or one of them is missing.
+    """
+    stem = stem_of(uri)
+    match = _channel(uri, stem)
+    if match is None or int(match["channel"]) != 0:
+        return ()
+    start = uri.rfind(stem) + len(stem) - 4
+    uris = tuple(f"{uri[:start]}{number:04d}{uri[start + 4 :]}" for number in range(channels))
+    return uris if all(_local(each).exists() for each in uris) else ()
+
+
 def _problem(key: tuple[str, str], members: Mapping[int, str], channels: int) -> str:
     if set(members) in ({0}, set(range(channels))):
         return ""

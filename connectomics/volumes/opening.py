@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from connectomics.volumes.input_formats import (
 )
 from connectomics.volumes.opened import OpenedVolume
 from connectomics.volumes.source import Source, is_folder, path_and_inner, reason, three_positive, without_prefix
-from connectomics.volumes.volume import Array, Nanometres, VolumeInfo, VolumeReader
+from connectomics.volumes.volume import Array, Nanometres, Spacing, VolumeInfo, VolumeReader
 
 
 def open_volume(
@@ -103,7 +103,10 @@ def _size(stated: object) -> Nanometres | None:
 def open_channels(
     uris: Sequence[str | os.PathLike[str]], *, axes: str | None = None, voxel_size_nm: Sequence[float] | None = None
 ) -> OpenedVolume:
-    """Open several volumes of the same extent and dtype as the channels of one, in the order given.
+    """Open several volumes of the same extent as the channels of one, in the order given.
+
+    As nnU-Net's readers do it, channels of different dtypes become float32, and spacings agree where they are equal
+    within numpy's tolerance (a share of 1e-5).
 
     Parameters
     ----------
@@ -115,7 +118,7 @@ def open_channels(
     Raises
     ------
     VolumeError
-        If one cannot be opened, or its extent, dtype, voxel size or spacing differs from the first's.
+        If one cannot be opened, or its extent, or the voxel size or spacing that it states, differs from the first's.
     """
     if not uris:
         raise VolumeError("no volume was named; give at least one for the first channel.")
@@ -123,7 +126,8 @@ def open_channels(
     try:
         for uri in uris:
             readers.append(open_volume(uri, axes=axes, voxel_size_nm=voxel_size_nm))
-            _require_alike(readers[0].uri, readers[0].info, readers[-1].uri, readers[-1].info)
+            for other in readers[:-1]:
+                _require_alike(other.uri, other.info, readers[-1].uri, readers[-1].info)
     except VolumeError:
         for reader in readers:
             reader.close()
@@ -134,20 +138,27 @@ def open_channels(
 
 
 class _Channels:
-    """Volumes of one extent, stacked along c."""
+    """Volumes of one extent, stacked along c; float32 where their dtypes differ."""
 
     def __init__(self, readers: Sequence[VolumeReader]) -> None:
         self._readers = list(readers)
-        first = readers[0].info
-        channels = sum(reader.info.channels for reader in readers)
-        self.info = dataclasses.replace(first, shape=(channels, *first.extent))
+        infos = [reader.info for reader in readers]
+        self.info = dataclasses.replace(
+            infos[0],
+            shape=(sum(info.channels for info in infos), *infos[0].extent),
+            dtype=infos[0].dtype if len({info.dtype for info in infos}) == 1 else np.dtype(np.float32),
+            voxel_size_nm=_first(info.voxel_size_nm for info in infos),
+            spacing=_first(info.spacing for info in infos),
+        )
 
     @property
     def identity(self) -> dict[str, object]:
         return {"channels": [reader.identity for reader in self._readers]}
 
     def read(self, box: Box) -> Array:
-        block: Array = np.concatenate([reader.read(box) for reader in self._readers])
+        block: Array = np.concatenate(
+            [reader.read(box) for reader in self._readers], dtype=self.info.dtype, casting="unsafe"
+        )
         return block
 
     def close(self) -> None:
@@ -155,13 +166,17 @@ class _Channels:
             reader.close()
 
 
+def _first(stated: Iterable[Spacing | None]) -> Spacing | None:
+    return next((value for value in stated if value is not None), None)
+
+
 def _require_alike(first_uri: str, first: VolumeInfo, uri: str, info: VolumeInfo) -> None:
-    expected = (first.extent, str(first.dtype), first.voxel_size_nm, first.spacing)
-    found = (info.extent, str(info.dtype), info.voxel_size_nm, info.spacing)
-    if found != expected:
+    pairs = ((first.voxel_size_nm, info.voxel_size_nm), (first.spacing, info.spacing))
+    if first.extent != info.extent or not all(a is None or b is None or np.allclose(a, b) for a, b in pairs):
         raise VolumeError(
-            f"{uri} cannot be a channel beside {first_uri}: (z, y, x), dtype, voxel size and spacing are {found}, "
-            f"expected {expected}; all channels must agree."
+            f"{uri} cannot be a channel beside {first_uri}: (z, y, x), voxel size and spacing are "
+            f"{(info.extent, info.voxel_size_nm, info.spacing)}, expected "
+            f"{(first.extent, first.voxel_size_nm, first.spacing)}; all channels must agree."
         )
 
 

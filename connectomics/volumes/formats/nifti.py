@@ -37,7 +37,7 @@ FIVE_AXES = "xyztc"
 """Where there are more, the fourth is time and the fifth holds channels, as NIfTI says; others have no meaning."""
 MILLIMETRES_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
 HEADER_BYTES = 540
-RAS = "ras"
+RAS, ITK = "ras", "itk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,10 @@ class _NiftiHeader:
 
 
 def open_nifti(source: Source) -> VolumeReader:
-    """Open a NIfTI-1 or NIfTI-2 file for lazy reading; with the inner part ``ras`` as NibabelIOWithReorient turns it.
+    """Open a NIfTI-1 or NIfTI-2 file for lazy reading.
+
+    The inner part ``ras`` turns it as NibabelIOWithReorient does. With ``itk`` spacing and voxels are those of
+    SimpleITKIO whatever the suffix: a stored value that is infinite or not a number is 0.
 
     Scaled voxels (``scl_slope``, ``scl_inter``) are float32. The spacing is the one nnU-Net's reader of the suffix
     states: in millimetres for ``.nii.gz`` (SimpleITKIO), as stored for ``.nii`` and NIfTI-2 (NibabelIO).
@@ -70,15 +73,7 @@ def open_nifti(source: Source) -> VolumeReader:
     VolumeError
         If the file is damaged or cut short, has voxels that are no numbers, or more than four axes.
     """
-    if source.inner not in (None, RAS):
-        raise VolumeError(
-            f"{source.uri}: a NIfTI file has no inner part {source.inner!r}; name the file alone, or with ::{RAS} "
-            "to turn its axes to right, front and up."
-        )
-    if source.inner and source.axes:
-        raise VolumeError(
-            f"{source.uri}: ::{RAS} and the axes {source.axes!r} both turn the volume; state one of them."
-        )
+    _check_inner(source)
     packed = source.path.name.lower().endswith(".gz")
     try:
         with contextlib.ExitStack() as opened:
@@ -86,6 +81,7 @@ def open_nifti(source: Source) -> VolumeReader:
             header = _header(source.path, packed)
             native_dtype(source, header.dtype)
             layout = layout_of(source, header.shape, _letters(len(header.shape)), "NIfTI's own order")
+            by_itk = source.inner == ITK or (packed and header.first_version and source.inner is None)
             array = _array(source, header, opened, packed=packed)
             info = info_of(
                 source,
@@ -93,20 +89,16 @@ def open_nifti(source: Source) -> VolumeReader:
                 header.dtype if header.slope is None else np.dtype(np.float32),
                 contiguous_chunk(header.shape, header.dtype.itemsize, "F"),
                 voxel_size_nm=_spatial(layout, header, MILLIMETRES_PER_UNIT.get(header.unit, math.nan) * 1e6),
-                spacing=_spacing(layout, header, by_itk=packed and header.first_version and source.inner is None),
+                spacing=_spacing(layout, header, by_itk=by_itk),
                 found={"voxel size": "pixdim and xyzt_units of its header", "spacing": "pixdim of its header"},
             )
-            turn = turn_to_ras(header.affine) if source.inner else None
+            turn = turn_to_ras(header.affine) if source.inner == RAS else None
             release = opened.pop_all().close
     except (HeaderDataError, WrapStructError, *READ_ERRORS) as error:
         raise unreadable(source, "NIfTI", error) from error
 
     def fetch(index: tuple[slice, ...]) -> Array:
-        voxels = array.fetch(index)
-        if header.slope is None:
-            return voxels
-        with np.errstate(over="ignore", invalid="ignore"):
-            return (voxels.astype(np.float64) * header.slope + header.intercept).astype(np.float32)
+        return _values(array.fetch(index), header, zeros=source.inner == ITK)
 
     volume = StoredVolume(source, info, layout, fetch=fetch, watched=watched, release=release)
     return ReorientedVolume(volume, turn) if turn else volume
@@ -128,6 +120,28 @@ def _array(
     )
     opened.callback(array.close)
     return array
+
+
+def _values(voxels: Array, header: _NiftiHeader, *, zeros: bool) -> Array:
+    """Stored voxels as the header scales them, before that with ``zeros`` where one is no finite number."""
+    if zeros and voxels.dtype.kind == "f":
+        voxels = np.where(np.isfinite(voxels), voxels, voxels.dtype.type(0))
+    if header.slope is None:
+        return voxels
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (voxels.astype(np.float64) * header.slope + header.intercept).astype(np.float32)
+
+
+def _check_inner(source: Source) -> None:
+    if source.inner not in (None, RAS, ITK):
+        raise VolumeError(
+            f"{source.uri}: a NIfTI file has no inner part {source.inner!r}; name the file alone, with ::{RAS} "
+            f"to turn its axes to right, front and up, or with ::{ITK} to read it as SimpleITK does."
+        )
+    if source.inner == RAS and source.axes:
+        raise VolumeError(
+            f"{source.uri}: ::{RAS} and the axes {source.axes!r} both turn the volume; state one of them."
+        )
 
 
 def _header(path: Path, packed: bool) -> _NiftiHeader:
