@@ -82,7 +82,7 @@ def _nnunet() -> Diagnosis:
     bad = known_bad(installed)
     if bad:
         words = " ".join(f"'{requirement}'" for _, requirement in bad)
-        return Diagnosis("nnunetv2", "; ".join(finding for finding, _ in bad), f"pip install {words}")
+        return Diagnosis("nnunetv2", "; ".join(finding for finding, _ in bad), f"install {words} with pip")
     return Diagnosis("nnunetv2", f"{installed['nnunetv2']} (tested: 2.5.1 up to, not with, 2.9), {text}")
 
 

@@ -88,6 +88,7 @@ def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> lis
     from connectomics.cli.progress import ProgressBar
     from connectomics.lightning.inference import VolumeProcessor, check_output_folder
 
+    check_output_folder(engine.settings.folder)
     say(case_note(engine), file=sys.stderr)
     for deviation in engine.identity.deviations:
         say(f"not nnU-Net: {deviation}", file=sys.stderr)
@@ -96,7 +97,6 @@ def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> lis
         say(f"system.backend=auto: {chosen}", file=sys.stderr)
     for note in batch_note(engine):
         say(note, file=sys.stderr)
-    check_output_folder(engine.settings.folder)
     if not config.decoding:
         with ProgressBar() as bar:
             return VolumeProcessor(config, engine, bar).run(sources)

@@ -11,6 +11,7 @@ _TENSORSTORE = re.compile(
     r"UNAUTHENTICATED): "
 )
 _FILE = re.compile(r'(?:local file|reading|writing) "([^"]+)"')
+_SYSTEM = re.compile(r"\[os_error_code='(\d+)'\]")
 _MEMBER = re.compile(r'Error parsing object member "([^"]{1,40})"')
 _STATUSES = {
     "NOT_FOUND": "is absent",
@@ -63,6 +64,9 @@ def _of_tensorstore(text: str, status: str) -> str:
     file = _FILE.search(text)
     where = "/".join(file[1].rstrip("/").split("/")[-4:]).removeprefix("instead/") if file else "a part of it"
     members = [member for member in _MEMBER.findall(text) if member.isprintable()]
+    refused = _SYSTEM.search(text) if "writing" in text else None
+    if refused:
+        return f"{where}: {os.strerror(int(refused[1]))}"
     if members:
         return f"{where} states for {' of '.join(repr(m) for m in reversed(members))} what cannot be used"
     return f"{where} {_STATUSES.get(status, 'is damaged, or not as its format prescribes')}"

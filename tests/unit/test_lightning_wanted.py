@@ -238,7 +238,7 @@ def test_what_is_absent_or_outside_fails_its_volume(
 ) -> None:
     code, output = bench.run("absent", word)
     printed = capsys.readouterr()
-    assert code == 3
+    assert code == (2 if "://" in word else 3)  # what the words alone tell is said before anything is read
     assert finding in printed.err + printed.out
     assert not final_names(output)
 
