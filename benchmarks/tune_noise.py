@@ -26,7 +26,7 @@ import torch
 
 from connectomics.assembly.engine.backends import trial_backends
 from connectomics.assembly.engine.models import load_models
-from connectomics.assembly.engine.windows import make_window
+from connectomics.assembly.engine.rules import make_window
 from connectomics.assembly.settings import resolve
 from connectomics.config.load import load_config
 from connectomics.planning.profile import WORTH, Profile, Trial

@@ -48,6 +48,9 @@ def check(name: str, pins: list[str], folder: Path) -> bool:
     place = folder / name
     python = place / "bin" / "python"
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    # older releases of nnunetv2 read these when it is imported, and the trainer that makes the tests' models needs them
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        environment[variable] = str(folder / variable)
     if not python.exists():
         venv.create(place, with_pip=True)
     words = [str(python), "-m", "pip", "install", "--quiet", *pins, "-e", str(REPOSITORY), *NEEDED_BY_TESTS]

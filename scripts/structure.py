@@ -107,7 +107,6 @@ SAME_MEANING: Mapping[str, str] = {
     "tiff.py": "the format TIFF: reading and writing",
     "volume.py": "one volume: the contract, the phantom, a run",
     "volumes.py": "the volumes of a call: what is made for each, and what each will take",
-    "windows.py": "network windows: how they are laid for a model, and their grid",
     "zarr.py": "the format Zarr: reading and writing",
 }
 """File names that may stand in several folders, and the one thing they mean."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +21,30 @@ SLOW_FIRST = (REPOSITORY / "tests" / "slow_files.txt").read_text().split()
 """Files that take more than a few seconds, the slowest first: so the last ones to be run are short."""
 
 
+MEMORY, NEEDED_BYTES = Path("/dev/shm"), 4 << 30
+
+
+def pytest_configure() -> None:
+    """Give a test one thread, and pytest's own temporary folders memory where there is any: runs wait for many fsyncs.
+
+    As in ``small_jobs.quick_folder``; what a killed process leaves does not depend on the disk.
+    """
+    usable = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= NEEDED_BYTES
+    if usable:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many workers as cores: more threads wait for each other
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the slow files; a worker takes whole files, so that it makes what their tests share once."""
     place = {name: i for i, name in enumerate(SLOW_FIRST)}
     items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from what all the modules have made, which it would look at again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def shared_data_folder() -> Path | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import psutil
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.identity import program_version
 from connectomics.assembly.memory import decoding_bytes
+from connectomics.assembly.provenance import stamp_of
 from connectomics.assembly.settings import memory_budget_bytes
 from connectomics.config.load import written
 from connectomics.config.schema import Config
@@ -26,11 +29,12 @@ from connectomics.stages.decode.context import decode_plan
 from connectomics.stages.decode.object_filters import passes
 from connectomics.stages.decode.step_contract import DecodingMemory, DecodingStep, StepInput
 from connectomics.stages.decode.values import ClassProbabilities, Values, probability_units
-from connectomics.stages.output.export import FORMATS, export_path, formats_holding, read_stamp
+from connectomics.stages.output.export import FORMATS, export_path, formats_holding
 from connectomics.stages.output.finish import FinalOutput
 from connectomics.volumes.listing import stem_of
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import Nanometres, VolumeInfo, VolumeReader
+from connectomics.volumes.watched import changed_input
 
 OBJECTS = "objects"
 SUFFIX = "_instances"
@@ -40,16 +44,10 @@ SMALLEST_IDS = np.dtype(np.uint32)
 
 @dataclass(frozen=True, slots=True)
 class DecodingInput:
-    """A volume to be decoded.
+    """A volume of labels, ids or probabilities to be decoded.
 
-    Parameters
-    ----------
-    uri
-        Labels, ids or probabilities.
-    probabilities
-        URI of the model's probabilities of all labels, for the table, or None.
-    certain
-        Their stored value of probability 1; None for the type's own.
+    For the table there are the model's ``probabilities`` of all labels, or None, and ``certain``, their stored value of
+    probability 1; None for the type's own.
     """
 
     uri: str
@@ -75,22 +73,10 @@ class ObjectsOutput:
 
 @dataclass(frozen=True, slots=True)
 class DecodingRequest:
-    """What is asked of all volumes that are decoded.
+    """What is asked of all volumes that are decoded: the steps in order, and what is left.
 
-    Parameters
-    ----------
-    steps
-        In order.
-    output
-        What is left.
-    axes, voxel_size_nm
-        Of the volumes, where they do not say so themselves.
-    block_shape
-        (z, y, x), or None for what fits.
-    budget_bytes
-        Host memory.
-    notes
-        What the user says, for the provenance.
+    ``axes`` and ``voxel_size_nm`` are those of volumes that do not say so themselves, ``block_shape`` (z, y, x) is None
+    where memory decides, and ``notes`` are what the user says, for the provenance.
     """
 
     steps: tuple[DecodingStep, ...]
@@ -152,13 +138,7 @@ def keeps_probabilities(engine: Engine) -> bool:
 
 
 def check_run(request: DecodingRequest, engine: Engine) -> None:
-    """Refuse steps that cannot decode what a run leaves, before the run.
-
-    Raises
-    ------
-    ConfigError
-        If they need a threshold of its labels, or probabilities that it does not keep.
-    """
+    """Refuse, before a run, steps that need a threshold of its labels, or probabilities that it does not keep."""
     _check(request, StepInput("", None, probabilities=keeps_probabilities(engine)))
 
 
@@ -168,13 +148,7 @@ def _check(request: DecodingRequest, given: StepInput) -> None:
 
 
 def decoding_input(word: str) -> DecodingInput:
-    """Return what a volume, or the RUN folder of an earlier run, means.
-
-    Raises
-    ------
-    VolumeError
-        If a RUN folder has no labels beside it.
-    """
+    """Return what a volume, or the RUN folder of an earlier run, means; VolumeError where no labels lie beside that."""
     path = Path(word)
     if path.suffix != RUN:
         return DecodingInput(word)
@@ -204,23 +178,24 @@ def output_of(request: DecodingRequest, source: DecodingInput, volume: VolumeRea
     return FinalOutput(OBJECTS, source.stem, key_of(facts), output.formats, pyramid=output.pyramid)
 
 
+def _require_unchanged(request: DecodingRequest, source: DecodingInput, output: FinalOutput) -> None:
+    """Open all inputs again, and refuse to go on, by a VolumeError, if they are not those of this result."""
+    with contextlib.closing(open_decoding_input(request, source)) as volume:
+        now = output_of(request, source, volume)
+    if now.result_key != output.result_key:
+        raise VolumeError(changed_input(source.uri))
+
+
 def _known(uri: str) -> dict[str, object]:
-    reader = open_volume(uri)
-    try:
+    with contextlib.closing(open_volume(uri)) as reader:
         return _identity(uri, reader)
-    finally:
-        reader.close()
 
 
 def _identity(uri: str, reader: VolumeReader) -> dict[str, object]:
     """The result key of what a run made, which another run may make again; of other volumes what the file says."""
-    path = Path(uri)
-    for form in FORMATS:
-        if path.name.endswith(export_path(Path(), "", form).name):
-            key = (read_stamp(path, form) or {}).get("result_key")
-            if key is not None:
-                return {"result_key": key}
-    return reader.identity
+    stamp, _ = stamp_of(Path(uri)) or ({}, "")
+    key = stamp.get("result_key")
+    return reader.identity if key is None else {"result_key": key}
 
 
 def table_of(output: ObjectsOutput, source: DecodingInput) -> Path | None:
@@ -239,13 +214,7 @@ def stated_probabilities(request: DecodingRequest, source: DecodingInput) -> str
 
 
 def open_decoding_input(request: DecodingRequest, source: DecodingInput) -> VolumeReader:
-    """Open a volume and hold it against the steps.
-
-    Raises
-    ------
-    ConfigError, VolumeError
-        If it cannot be read, or a step cannot work on it.
-    """
+    """Open a volume and hold it against the steps; ConfigError or VolumeError where they do not fit."""
     reader = open_volume(source.uri, axes=request.axes, voxel_size_nm=request.voxel_size_nm)
     known = stated_probabilities(request, source) is not None
     try:
@@ -259,16 +228,7 @@ def open_decoding_input(request: DecodingRequest, source: DecodingInput) -> Volu
 def decode_job(
     request: DecodingRequest, source: DecodingInput, volume: VolumeReader, likely: VolumeReader | None
 ) -> DecodeJob:
-    """Return all that decoding one volume needs.
-
-    Parameters
-    ----------
-    request
-        What is asked for.
-    source
-        The volume.
-    volume, likely
-        It and its probabilities, opened.
+    """Return all that decoding one volume needs; it and its probabilities (``likely``) are open.
 
     Raises
     ------
@@ -301,7 +261,12 @@ def decode_job(
         output,
         table=table_of(request.output, source),
         plan=plan,
-        record=DecodeRecord(program_version(), provenance, _command(request, source)),
+        record=DecodeRecord(
+            program_version(),
+            provenance,
+            _command(request, source),
+            require_unchanged=functools.partial(_require_unchanged, request, source, output),
+        ),
         probabilities=probabilities,
     )
 

@@ -12,7 +12,7 @@ from connectomics.core.errors import DeviceMemoryError, ResourceError
 from connectomics.core.geometry import Vec3
 from connectomics.execution.block_plan import REFUSAL_STEP_BYTES, BlockPlan
 from connectomics.planning.blocks import plan_blocks
-from connectomics.planning.memory import LIBRARY_BYTES, Budget, Footprint, NetworkWork, Work
+from connectomics.planning.memory import LIBRARY_BYTES, Budget, Footprint, NetworkWork, Work, largest_footprint
 from connectomics.stages.decode.context import CHUNK, VOXEL_BYTES
 from connectomics.stages.output.export import exporting_bytes
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
@@ -27,19 +27,12 @@ def peak_of(engine: Engine, segmenter: Segmenter, info: VolumeInfo, block: Vec3)
     """Memory of the whole process, and of the device, while a volume is worked on in such blocks (z, y, x)."""
     works = _works(engine, segmenter, info)
     budget, _ = _budget(engine, segmenter, info, stored_bytes=works[0].stored_bytes)
-    each = [work.footprint(block, info.extent) for work in works]
-    need = Footprint(max(f.host_bytes for f in each), max(f.device_bytes for f in each))
+    need = largest_footprint(works, block, info.extent)
     return Footprint(budget.host_need(need), need.device_bytes)
 
 
 def plan_volume(engine: Engine, segmenter: Segmenter, info: VolumeInfo) -> tuple[BlockPlan, int]:
-    """Blocks in the volume's axes, and how many threads may read ahead in the survey.
-
-    Raises
-    ------
-    ResourceError
-        If the memory budget cannot hold the smallest blocks.
-    """
+    """Blocks in the volume's axes, and threads that may read ahead in the survey; raises as ``plan_blocks``."""
     works = _works(engine, segmenter, info)
     budget, readers = _budget(engine, segmenter, info, stored_bytes=works[0].stored_bytes)
     return plan_blocks(info.extent, works, budget, engine.inference.outputs.block_shape), readers
@@ -68,7 +61,7 @@ def plan_within_device(engine: Engine, segmenters: Sequence[Segmenter], info: Vo
         except DeviceMemoryError as error:
             log.warning("blocks of %s voxels are too large: %s", plan.block_shape, error)
             works = _works(engine, segmenters[0], info)
-            need = max(work.footprint(plan.block_shape, info.extent).device_bytes for work in works)
+            need = largest_footprint(works, plan.block_shape, info.extent).device_bytes
             left = dataclasses.replace(engine.memory, device_bytes=need - 1)
             engine = dataclasses.replace(engine, memory=left)
             try:
@@ -127,16 +120,7 @@ def _budget(engine: Engine, segmenter: Segmenter, info: VolumeInfo, stored_bytes
 
 
 def decoding_bytes(info: VolumeInfo, budget_bytes: int, base_bytes: int) -> int:
-    """Host memory that a block may take whose objects are found.
-
-    Parameters
-    ----------
-    info
-        What is read.
-    budget_bytes
-        Of the process.
-    base_bytes
-        What it takes before.
+    """Host memory that a block may take whose objects are found, of a process that takes ``base_bytes`` before.
 
     Raises
     ------

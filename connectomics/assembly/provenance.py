@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
 from connectomics.assembly.engine.backends import kind_of
 from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.identity import versions
 from connectomics.assembly.settings import RegionSettings
 from connectomics.config.load import written
+from connectomics.core.errors import OutputError
+from connectomics.execution.run_folder import PROVENANCE
 from connectomics.models.backends.choice import AUTO
+from connectomics.stages.output.export import FORMATS, export_path, read_stamp
 from connectomics.stages.predict.segmenter import Segmenter
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.opening import open_volume
@@ -33,15 +41,7 @@ ELSEWHERE = (
 def provenance_of(
     engine: Engine, reader: VolumeReader, segmenter: Segmenter, previous: VolumeReader | None
 ) -> dict[str, object]:
-    """What the results of a volume are made of and how.
-
-    Parameters
-    ----------
-    segmenter
-        Set up for the volume.
-    previous
-        The labels of the previous stage of a cascade.
-    """
+    """What the results of a volume are made of and how; ``previous`` are the labels of a cascade's previous stage."""
     described = [_described(model) for model in engine.models]
     told = [*engine.identity.notes, *batch_note(engine)]
     call, deviations = engine.inference.call, engine.identity.deviations
@@ -125,3 +125,41 @@ def roi_facts(region: RegionSettings) -> dict[str, object]:
         facts["mask"] = reader.identity
         reader.close()
     return {"wanted": facts} if facts else {}
+
+
+def stamp_of(output: Path) -> tuple[Mapping[str, object], str] | None:
+    """The stamp of an output, and its name without what its format adds; None where it carries none."""
+    for form in FORMATS:
+        ending = export_path(Path(), "", form).name
+        if output.name.endswith(ending) and (stamp := read_stamp(output, form)) is not None:
+            return stamp, output.name.removesuffix(ending)
+    return None
+
+
+def reproduce(output: Path) -> str:
+    """The command line that makes a final output again, but for the folder; its RUN folder lies beside it.
+
+    Raises
+    ------
+    OutputError
+        If it carries no stamp, or its RUN folder is gone or tells of another result.
+    """
+    found = stamp_of(output)
+    if found is None:
+        raise OutputError(f"{output}: carries no stamp of this program; give a result of connectomics infer-volume")
+    stamp, stem = found
+    record = output.parent / f"{stem.removesuffix('_probabilities')}.run" / PROVENANCE
+    try:
+        provenance = json.loads(record.read_text())
+        command, keys = [str(word) for word in provenance["command"]], provenance["result_keys"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(
+            f"{record}: cannot be read ({type(error).__name__}), and it tells how {output} was made; restore the RUN "
+            "folder beside the output"
+        ) from error
+    if stamp.get("result_key") not in keys:
+        raise OutputError(
+            f"{record}: tells of another result than {output} (result key {stamp.get('result_key')}); the output was "
+            "exchanged, or made before the last run of other settings"
+        )
+    return shlex.join(["connectomics", *command])

@@ -7,12 +7,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from connectomics.config.inference_keys import PLANES, InferenceConfig
 from connectomics.config.schema import Config, DataConfig, ModelConfig, SystemConfig
+from connectomics.config.validation import changed_values
 from connectomics.core.errors import ConfigError
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.core.process import cpus
@@ -158,14 +158,7 @@ class InferenceSettings:
 
 
 def resolve(config: Config, checkpoint: Path | None = None) -> InferenceSettings:
-    """Resolve a validated configuration.
-
-    Parameters
-    ----------
-    config
-        The configuration.
-    checkpoint
-        From the command line; replaces ``model.nnunet_checkpoint``.
+    """Resolve a validated configuration; the checkpoint of the command line replaces ``model.nnunet_checkpoint``.
 
     Raises
     ------
@@ -188,9 +181,7 @@ def resolve(config: Config, checkpoint: Path | None = None) -> InferenceSettings
         ),
         _labels(inference),
         volumes=_volumes(inference),
-        region=RegionSettings(
-            None if inference.roi is None else Box(vec3(inference.roi[0]), vec3(inference.roi[1])), inference.mask
-        ),
+        region=RegionSettings(None if inference.roi is None else Box(*map(vec3, inference.roi)), inference.mask),
         outputs=OutputSettings(
             Path(inference.data.output_path),
             inference.volume_mode.output_suffix,
@@ -203,7 +194,7 @@ def resolve(config: Config, checkpoint: Path | None = None) -> InferenceSettings
             config.experiment_name,
             config.description,
             seed=system.seed,
-            changed=_changed(config),
+            changed=changed_values(config),
             decodes=bool(config.decoding),
             readers=max(1, system.inference.num_workers or 1),
             allow_mixed=system.allow_mixed_devices,
@@ -212,13 +203,7 @@ def resolve(config: Config, checkpoint: Path | None = None) -> InferenceSettings
 
 
 def model_settings(model: ModelConfig, data: DataConfig, checkpoint: Path | None = None) -> ModelSettings:
-    """Which models a configuration names, and what it expects of them.
-
-    Raises
-    ------
-    ConfigError
-        If it names none.
-    """
+    """Which models a configuration names, and what it expects of them; ConfigError if it names none."""
     first = checkpoint or (None if model.nnunet_checkpoint is None else Path(model.nnunet_checkpoint))
     if first is None:
         raise ConfigError("no model is named; give --checkpoint PATH or set model.nnunet_checkpoint")
@@ -253,13 +238,7 @@ def model_request(model: ModelConfig, path: Path) -> ModelRequest:
 
 
 def network_settings(config: Config) -> NetworkSettings:
-    """How a configuration wants networks to be run.
-
-    Raises
-    ------
-    ConfigError
-        If no GPU is allowed and one is asked for, or the other way round.
-    """
+    """How a configuration wants networks to be run; ConfigError where its words on GPUs contradict each other."""
     system, inference = config.system, config.inference
     return NetworkSettings(
         _device(system, config.model.nnunet_device or system.device),
@@ -331,16 +310,3 @@ def _volumes(inference: InferenceConfig) -> VolumeSettings:
 
 def _tuple(values: list[int] | None) -> tuple[int, ...] | None:
     return None if values is None else tuple(values)
-
-
-def _changed(config: Config) -> dict[str, object]:
-    """Every key that is not at its default."""
-    default = _leaves(dataclasses.asdict(Config()))
-    return {key: value for key, value in _leaves(dataclasses.asdict(config)).items() if value != default[key]}
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found

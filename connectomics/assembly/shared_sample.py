@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
@@ -10,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from connectomics.assembly.engine.engine import Engine
-from connectomics.assembly.volumes import job_of, open_source, roi_of
+from connectomics.assembly.volumes import job_of, opened_source
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
 from connectomics.execution.retry import RetryingReader
@@ -75,14 +74,9 @@ class SharedSample:
 
     def _measured(self, engine: Engine, source: VolumeSource, voxels: int) -> Agreement:
         engine = self._engine_of(source, engine)
-        with contextlib.ExitStack() as opened:
-            reader = open_source(engine, source)
-            opened.callback(reader.close)
+        with opened_source(engine, source) as (reader, roi):
             if not _small(reader.info):
                 return Agreement(0, 0, ())
-            roi = roi_of(engine.inference.region, reader.info.extent, source.name)
-            if roi is not None:
-                opened.callback(roi.close)
             job = job_of(engine, source, reader, previous=None, roi=roi)
             retrying = RetryingReader(reader, source.name, engine.settings.pauses_s)
             return measure_agreement(job, retrying, job.labeller.segmenter.survey(retrying, source.name), voxels)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 from connectomics.assembly.engine.cascade import checked_labels, open_previous
 from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.make_engine import under
-from connectomics.assembly.engine.planes import check_isotropic
+from connectomics.assembly.engine.rules import check_isotropic
 from connectomics.assembly.memory import decoding_bytes, plan_within_device
-from connectomics.assembly.precision import fast_contract
 from connectomics.assembly.provenance import command_of, provenance_of, resampling_facts, roi_facts
 from connectomics.assembly.settings import OutputSettings, RegionSettings, VolumeSettings
 from connectomics.config.inference_keys import VolumeModeConfig
@@ -21,15 +23,18 @@ from connectomics.core.geometry import Box, Vec3
 from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.inference.case import ReadBox
 from connectomics.inference.resample import Resampling, check_ratio
+from connectomics.models.backends.cached import sampled
 from connectomics.models.spec import NO_RESAMPLING, ModelSpec
 from connectomics.runs.job import JobLimits, JobRecord, Labeller, VolumeJob
 from connectomics.stages.output.export import export_path, formats_holding
 from connectomics.stages.output.finish import FinalOutput
+from connectomics.stages.predict.precision_check import FastContract, piece_shape
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.stages.survey.region import RegionOfInterest, require_inside
 from connectomics.volumes.listing import VolumeSource, expand, group, other_channels, refuse_collisions, without_results
 from connectomics.volumes.opening import open_channels, open_volume
 from connectomics.volumes.volume import Spacing, VolumeReader
+from connectomics.volumes.watched import changed_input
 
 PREVIOUS = "previous_stage"  # folder in RUN where the labels of a cascade's first stage are kept
 
@@ -90,19 +95,27 @@ def open_input(stated: VolumeSettings, spec: ModelSpec, source: VolumeSource) ->
     if others and len(source.uris) == 1:  # the first file stands for all, which lie beside it
         reader.close()
         reader = open_channels(others, axes=axes, voxel_size_nm=voxel_size)
-    if reader.info.channels != spec.channels:
-        reader.close()
-        raise VolumeError(
-            f"{source.name}: has {reader.info.channels} channels, the model expects {spec.channels} "
-            f"({', '.join(spec.channel_names)}); add the files of the other channels (NAME_0000, NAME_0001, …), "
-            "choose the right volume, or state inference.axes"
-        )
     try:
+        if reader.info.channels != spec.channels:
+            raise VolumeError(
+                f"{source.name}: has {reader.info.channels} channels, the model expects {spec.channels} "
+                f"({', '.join(spec.channel_names)}); add the files of the other channels (NAME_0000, NAME_0001, …), "
+                "choose the right volume, or state inference.axes"
+            )
         check_isotropic(stated, reader.info.voxel_size_nm or reader.info.spacing, source.name)
     except VolumeError:
         reader.close()
         raise
     return reader
+
+
+@contextlib.contextmanager
+def opened_source(engine: Engine, source: VolumeSource) -> Iterator[tuple[VolumeReader, RegionOfInterest | None]]:
+    """A volume and what of it is wanted (see ``roi_of``), open while the context is."""
+    with contextlib.closing(open_source(engine, source)) as reader:
+        roi = roi_of(engine.inference.region, reader.info.extent, source.name)
+        with contextlib.nullcontext() if roi is None else contextlib.closing(roi):
+            yield reader, roi
 
 
 def run_folder(outputs: OutputSettings, source: VolumeSource) -> Path:
@@ -224,15 +237,33 @@ def _resampling_of(
     )
 
 
-def roi_of(region: RegionSettings, extent: Vec3, name: str) -> RegionOfInterest | None:
-    """What ``inference.roi`` and ``inference.mask`` leave of a volume, or None where they do not restrict it.
+def fast_contract(engine: Engine, exact: Segmenter, block: Vec3) -> FastContract | None:
+    """What a fast run of one volume is held to, or None where the precision is exact.
 
     Parameters
     ----------
-    extent
-        Of the volume (z, y, x).
-    name
-        Of the volume, for messages.
+    exact
+        The segmenter of this volume in float32.
+    block
+        Shape (z, y, x) in the volume's axes that memory was planned for; no piece of the sample is larger.
+    """
+    if engine.reference is None:
+        return None
+    member, (z, y, x) = exact.members[0], engine.models[0].window.patch
+    size = (float(z), float(y), float(x))
+    if member.resampling is not None:
+        own, network = member.resampling.spacing, member.resampling.target
+        size = (z * network[0] / own[0], y * network[1] / own[1], x * network[2] / own[2])
+    return FastContract(
+        exact,
+        engine.inference.networks.max_disagreement,
+        piece_shape(member.order.inverse.turn(size), block),
+        sampled=functools.partial(sampled, engine.reference.cached_backends),
+    )
+
+
+def roi_of(region: RegionSettings, extent: Vec3, name: str) -> RegionOfInterest | None:
+    """What ``inference.roi`` and ``inference.mask`` leave of a volume of some extent; None: they do not restrict it.
 
     Raises
     ------
@@ -254,6 +285,14 @@ def roi_of(region: RegionSettings, extent: Vec3, name: str) -> RegionOfInterest 
         raise
 
 
+def _require_unchanged(engine: Engine, source: VolumeSource, outputs: tuple[FinalOutput, ...]) -> None:
+    """Open all inputs again, and refuse to go on, by a VolumeError, if they are not those of these results."""
+    with contextlib.closing(open_source(engine, source)) as reader:
+        now = outputs_of(engine, source, reader)
+    if [output.result_key for output in now] != [output.result_key for output in outputs]:
+        raise VolumeError(changed_input(source.name))
+
+
 def job_of(
     engine: Engine,
     source: VolumeSource,
@@ -261,14 +300,7 @@ def job_of(
     previous: VolumeReader | None = None,
     roi: RegionOfInterest | None = None,
 ) -> VolumeJob:
-    """All that running one volume needs.
-
-    Parameters
-    ----------
-    previous
-        The labels of the previous stage of a cascade.
-    roi
-        What ``roi_of`` gives.
+    """All that running one volume needs; ``previous`` are the labels of a cascade's previous stage.
 
     Raises
     ------
@@ -290,6 +322,10 @@ def job_of(
         Labeller(segmenter, engine.inference.labels.filters, roi, contract),
         outputs=outputs,
         plan=plan,
-        record=JobRecord(provenance_of(engine, reader, segmenter, previous), command_of(engine, source)),
+        record=JobRecord(
+            provenance_of(engine, reader, segmenter, previous),
+            command_of(engine, source),
+            require_unchanged=functools.partial(_require_unchanged, engine, source, outputs),
+        ),
         limits=JobLimits(readers, block_bytes, on_device=engine.memory.device_bytes is not None),
     )

@@ -43,14 +43,23 @@ def parse_command(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_runs(commands)
-    _add_tune(commands)
-    _add_evaluate(commands)
-    _add_inspect(commands)
-    _add_config_keys(commands)
+    _add_measurements(commands)
+    _add_lookups(commands)
     _add_verify(commands)
-    _add_decode(commands)
+    decode = _command(
+        commands,
+        "decode",
+        "turn labels or probabilities into objects: the steps of decoding, a volume of ids and a table",
+    )
+    decode.add_argument("volume", help="a volume, or the RUN folder of an earlier run")
+    _add_config(decode)
+    _add_overrides(decode, "decoding=[…]")
     _add_records(commands)
-    _add_convert(commands)
+    text = "write an inference-only copy of a model: safetensors and JSON with a manifest of digests, no pickle"
+    convert = _command(commands, "convert", text)
+    _add_model(convert)
+    convert.add_argument("output", type=Path, help="folder to write, which must not exist yet")
+    _add_overrides(convert, "model.folds=[0]")
     demo = commands.add_parser("demo", help="the whole job on an embedded example")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the results")
     _add_from_nnunet(commands)
@@ -80,6 +89,10 @@ def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
     return words
 
 
+def _command(commands: Commands, name: str, text: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=text, description=text)
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="YAML file; see tutorials/nnunet_mito_inference.yaml")
 
@@ -102,13 +115,6 @@ def _add_run_words(parser: argparse.ArgumentParser) -> None:
     _add_overrides(parser, "system.device=cuda:0")
 
 
-def _add_limits(parser: argparse.ArgumentParser) -> None:
-    text = "refuse volumes that are predicted to take longer, all together"
-    parser.add_argument("--max-hours", type=float, metavar="H", help=text)
-    text = "refuse volumes whose outputs may take more than that many 10^9 bytes, all together"
-    parser.add_argument("--max-gb", type=float, metavar="G", help=text)
-
-
 def _add_runs(commands: Commands) -> None:
     """The commands that take a configuration, a model and volumes."""
     for name, text in (
@@ -117,28 +123,27 @@ def _add_runs(commands: Commands) -> None:
         ("test", "label the volumes of test.data and, where labels are given, measure the result"),
         ("doctor", "check versions, device, memory, disk, model and volumes"),
     ):
-        command = commands.add_parser(name, help=text, description=text)
+        command = _command(commands, name, text)
         _add_run_words(command)
         if name in ("infer-volume", "plan"):
-            _add_limits(command)
+            text = "refuse volumes that are predicted to take longer, all together"
+            command.add_argument("--max-hours", type=float, metavar="H", help=text)
+            text = "refuse volumes whose outputs may take more than that many 10^9 bytes, all together"
+            command.add_argument("--max-gb", type=float, metavar="G", help=text)
         if name == "plan":
             _add_json(command)
 
 
-def _add_tune(commands: Commands) -> None:
+def _add_measurements(commands: Commands) -> None:
     text = "measure backends, precisions, batches and threads on this machine, for what runs leave open"
-    tune = commands.add_parser("tune", help=text, description=text)
+    tune = _command(commands, "tune", text)
     _add_model(tune)
     tune.add_argument("volume", help="a volume that the model is for")
     tune.add_argument("--seconds", type=float, default=60.0, help="about how long; default: %(default)s")
     _add_json(tune)
     _add_config(tune)
     _add_overrides(tune, "system.num_cpus=4")
-
-
-def _add_evaluate(commands: Commands) -> None:
-    text = "measure labels or objects against their truth; no model is needed"
-    evaluate = commands.add_parser("evaluate", help=text, description=text)
+    evaluate = _command(commands, "evaluate", "measure labels or objects against their truth; no model is needed")
     evaluate.add_argument("prediction", help="a volume of labels or, with --instances, of ids")
     evaluate.add_argument("truth", help="a volume of the same shape; format, type and chunks may differ")
     evaluate.add_argument("--ignore", metavar="VOLUME", help="where it is not 0, voxels are not counted")
@@ -150,25 +155,24 @@ def _add_evaluate(commands: Commands) -> None:
     evaluate.set_defaults(checkpoint=None)
 
 
-def _add_inspect(commands: Commands) -> None:
+def _add_lookups(commands: Commands) -> None:
+    """The commands that say what a checkpoint is, and what can be configured."""
     inspect = commands.add_parser("inspect", help="say what a checkpoint is, without running anything it brings")
     _add_model(inspect)
     _add_json(inspect)
     _add_overrides(inspect, "model.folds=[0]")
-
-
-def _add_config_keys(commands: Commands) -> None:
     config = commands.add_parser("config", help="what can be configured")
     topics = config.add_subparsers(dest="topic", required=True, metavar="TOPIC")
-    text = "print each key of the configuration, its default, what it means and [what it takes]"
-    keys = topics.add_parser("keys", help=text, description=text)
+    keys = _command(
+        topics, "keys", "print each key of the configuration, its default, what it means and [what it takes]"
+    )
     keys.add_argument("prefix", nargs="?", default="", help="only keys that begin so, such as inference.output")
     _add_json(keys)
 
 
 def _add_verify(commands: Commands) -> None:
     text = "let nnunetv2 label samples of a volume, hold ours or an existing output against them, write a certificate"
-    verify = commands.add_parser("verify", help=text, description=text)
+    verify = _command(commands, "verify", text)
     verify.add_argument("model", type=Path, help="training folder, fold folder or .pth file")
     verify.add_argument("volume", help="the volume: a path, a pattern, [FILE,FILE] or a text file of its files")
     verify.add_argument("--samples", type=int, default=3, help="sections to compare, where each is a case")
@@ -179,61 +183,50 @@ def _add_verify(commands: Commands) -> None:
     verify.add_argument("overrides", nargs="*", metavar="OUTPUT, key=value", help=text)
 
 
-def _add_decode(commands: Commands) -> None:
-    text = "turn labels or probabilities into objects: the steps of decoding, a volume of ids and a table"
-    decode = commands.add_parser("decode", help=text, description=text)
-    decode.add_argument("volume", help="a volume, or the RUN folder of an earlier run")
-    _add_config(decode)
-    _add_overrides(decode, "decoding=[…]")
-
-
 def _add_records(commands: Commands) -> None:
     """The commands that look at what a run has left."""
-    text = "print the command that made an output"
-    reproduce = commands.add_parser("reproduce", help=text, description=text)
+    reproduce = _command(commands, "reproduce", "print the command that made an output")
     reproduce.add_argument("output", type=Path, help="a final output; its RUN folder lies beside it")
-    text = "how far a run has come, who works on it and how long it will take"
-    status = commands.add_parser("status", help=text, description=text)
+    status = _command(commands, "status", "how far a run has come, who works on it and how long it will take")
     status.add_argument("run", type=Path, help="RUN folder, OUTPUT_PATH/NAME_labels.run")
     _add_json(status)
     text = "read again what a run wrote and compare checksums; what is damaged is made again by the next run"
-    reread = commands.add_parser("verify-run", help=text, description=text)
+    reread = _command(commands, "verify-run", text)
     reread.add_argument("run", type=Path, help="RUN folder, OUTPUT_PATH/NAME_labels.run")
     amount = reread.add_mutually_exclusive_group()
     amount.add_argument("--sample", type=int, metavar="N", help="blocks of each stage and files of each output to read")
     amount.add_argument("--all", action="store_true", help="read everything, which is the default")
 
 
-def _add_convert(commands: Commands) -> None:
-    text = "write an inference-only copy of a model: safetensors and JSON with a manifest of digests, no pickle"
-    convert = commands.add_parser("convert", help=text, description=text)
-    _add_model(convert)
-    convert.add_argument("output", type=Path, help="folder to write, which must not exist yet")
-    _add_overrides(convert, "model.folds=[0]")
-
-
 def _add_from_nnunet(commands: Commands) -> None:
-    """The arguments of ``nnUNetv2_predict`` and ``nnUNetv2_predict_from_modelfolder``, with their defaults."""
+    """The arguments of ``nnUNetv2_predict`` and ``nnUNetv2_predict_from_modelfolder``, with their defaults.
+
+    Those that decide the result are called as the fields of ``commands.from_nnunet.NnunetCall``.
+    """
     parser = commands.add_parser("from-nnunet", help="take the arguments of nnUNetv2_predict, write its file names")
     add = parser.add_argument
-    add("-i", type=Path, required=True, metavar="FOLDER", help="images CASE_0000.png, CASE_0001.png, …")
-    add("-o", type=Path, required=True, metavar="FOLDER", help="where the labels CASE.png go")
+    text = "images CASE_0000.png, CASE_0001.png, …"
+    add("-i", dest="input_folder", type=Path, required=True, metavar="FOLDER", help=text)
+    add("-o", dest="output_folder", type=Path, required=True, metavar="FOLDER", help="where the labels CASE.png go")
     add("-m", type=Path, metavar="FOLDER", help="training folder, instead of -d, -c, -p and -tr")
     add("-d", metavar="DATASET", help="name or number of the dataset, found under $nnUNet_results")
     add("-c", metavar="CONFIGURATION", help="for example 2d or 3d_fullres")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
     add("-tr", default="nnUNetTrainer", metavar="TRAINER", help="default: %(default)s")
-    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="default: 0 1 2 3 4")
-    add("-chk", default="checkpoint_final.pth", metavar="NAME", help="default: %(default)s")
+    text = "default: 0 1 2 3 4"
+    add("-f", dest="folds", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help=text)
+    add("-chk", dest="checkpoint_name", default="checkpoint_final.pth", metavar="NAME", help="default: %(default)s")
     add("-step_size", type=float, default=0.5, help="step between windows, a share of the patch; default: %(default)s")
-    add("--disable_tta", action="store_true", help="no mirroring")
+    add("--disable_tta", dest="mirroring", action="store_false", help="no mirroring")
     add("--save_probabilities", action="store_true", help="also write probabilities, as HDF5")
-    add("--continue_prediction", "--c", action="store_true", help="leave cases alone whose labels are there")
+    text = "leave cases alone whose labels are there"
+    add("--continue_prediction", "--c", dest="keep_finished", action="store_true", help=text)
     add("-num_parts", type=int, default=1, help="of how many calls this is one; default: %(default)s")
     add("-part_id", type=int, default=0, help="which of them, from 0 on; default: %(default)s")
     add("-device", choices=["cuda", "cpu", "mps"], default="cuda", help="default: %(default)s")
     add("--disable_progress_bar", action="store_true", help="no progress")
-    add("-prev_stage_predictions", type=Path, metavar="FOLDER", help="labels CASE.png of a cascade's first stage")
+    text = "labels CASE.png of a cascade's first stage"
+    add("-prev_stage_predictions", dest="previous_folder", type=Path, metavar="FOLDER", help=text)
     for word in ("-npp", "-nps"):
         add(word, type=int, help="ignored: no processes are needed for reading and writing")
     for word in ("--verbose", "--not_on_device"):

@@ -35,21 +35,17 @@ class Diagnosis:
     """One thing that was looked at; ``mend`` says what to do when it is not ok."""
 
     subject: str
-    ok: bool
     text: str
     mend: str = ""
 
+    @property
+    def ok(self) -> bool:
+        """Whether there is nothing to mend."""
+        return not self.mend
+
 
 def examine(config: Config, checkpoint: Path | None) -> list[Diagnosis]:
-    """Look at everything a run would need.
-
-    Parameters
-    ----------
-    config
-        The configuration a run would use.
-    checkpoint
-        From the command line; without one, and without one in the configuration, model and volumes are left out.
-    """
+    """Look at everything a run would need; model and volumes are left out where no checkpoint is named."""
     findings = [_python(), _installation(), _nnunet(), _torchvision(), _device(config), _memory(config), _disk(config)]
     if checkpoint is not None or config.model.nnunet_checkpoint is not None:
         findings += _model_and_volumes(config, checkpoint)
@@ -57,7 +53,7 @@ def examine(config: Config, checkpoint: Path | None) -> list[Diagnosis]:
 
 
 def _python() -> Diagnosis:
-    return Diagnosis("python", True, f"{platform.python_version()}, torch {torch.__version__}")
+    return Diagnosis("python", f"{platform.python_version()}, torch {torch.__version__}")
 
 
 def _installation(package: Path = Path(connectomics.__file__).parent) -> Diagnosis:
@@ -67,11 +63,10 @@ def _installation(package: Path = Path(connectomics.__file__).parent) -> Diagnos
     if others:
         return Diagnosis(
             "connectomics",
-            False,
             f"{', '.join(others)} also installs a package {PACKAGE}, which may be imported instead of this one",
             f"pip uninstall --yes {' '.join([*others, DISTRIBUTION])} && {install_command()}",
         )
-    return Diagnosis("connectomics", True, f"{VERSION}, from {package}")
+    return Diagnosis("connectomics", f"{VERSION}, from {package}")
 
 
 def _is_ours(owner: str) -> bool:
@@ -87,8 +82,8 @@ def _nnunet() -> Diagnosis:
     bad = known_bad(installed)
     if bad:
         words = " ".join(f"'{requirement}'" for _, requirement in bad)
-        return Diagnosis("nnunetv2", False, "; ".join(finding for finding, _ in bad), f"pip install {words}")
-    return Diagnosis("nnunetv2", True, f"{installed['nnunetv2']} (tested: 2.5.1 up to, not with, 2.9), {text}")
+        return Diagnosis("nnunetv2", "; ".join(finding for finding, _ in bad), f"pip install {words}")
+    return Diagnosis("nnunetv2", f"{installed['nnunetv2']} (tested: 2.5.1 up to, not with, 2.9), {text}")
 
 
 def _torchvision() -> Diagnosis:
@@ -96,34 +91,32 @@ def _torchvision() -> Diagnosis:
     try:
         version = importlib.metadata.version("torchvision")
     except importlib.metadata.PackageNotFoundError:
-        return Diagnosis("torchvision", True, "absent; nothing here needs it")
+        return Diagnosis("torchvision", "absent; nothing here needs it")
     try:
         importlib.import_module("torchvision")
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
         return Diagnosis(
             "torchvision",
-            False,
             f"{version} does not load with torch {torch.__version__} ({' '.join(str(error).split())[:80]})",
             "install the torchvision that matches this torch, or pip uninstall torchvision",
         )
-    return Diagnosis("torchvision", True, f"{version} matches torch {torch.__version__}")
+    return Diagnosis("torchvision", f"{version} matches torch {torch.__version__}")
 
 
 def _device(config: Config) -> Diagnosis:
     try:
         device = select_device(network_settings(config).device)
     except ConnectomicsError as error:
-        return Diagnosis("device", False, str(error), "set system.device to cpu, or mend the driver")
-    return Diagnosis("device", True, str(device))
+        return Diagnosis("device", str(error), "set system.device to cpu, or mend the driver")
+    return Diagnosis("device", str(device))
 
 
 def _memory(config: Config) -> Diagnosis:
     memory = psutil.virtual_memory()
     budget = memory_budget_bytes(config.system.memory_budget_gb)
     text = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free, budget {budget / 2**30:.1f} GiB"
-    if budget > memory.total or memory.available < LOW_MEMORY_BYTES:
-        return Diagnosis("memory", False, text, "lower system.memory_budget_gb, or free memory")
-    return Diagnosis("memory", True, text)
+    short = budget > memory.total or memory.available < LOW_MEMORY_BYTES
+    return Diagnosis("memory", text, "lower system.memory_budget_gb, or free memory" if short else "")
 
 
 def _disk(config: Config) -> Diagnosis:
@@ -132,19 +125,19 @@ def _disk(config: Config) -> Diagnosis:
     free = shutil.disk_usage(existing).free
     text = f"{free / 2**30:.1f} GiB free at {folder}"
     if free < LOW_DISK_BYTES:
-        return Diagnosis("disk", False, text, "free the disk, or set inference.data.output_path to another one")
-    return Diagnosis("disk", True, text)
+        return Diagnosis("disk", text, "free the disk, or set inference.data.output_path to another one")
+    return Diagnosis("disk", text)
 
 
 def _model_and_volumes(config: Config, checkpoint: Path | None) -> list[Diagnosis]:
     try:
         engine = build_engine(config, checkpoint)
     except ConnectomicsError as error:
-        return [Diagnosis("model", False, str(error), "see connectomics inspect MODEL")]
+        return [Diagnosis("model", str(error), "see connectomics inspect MODEL")]
     spec = engine.spec
     size = f"{len(spec.folds)} folds of {spec.parameters / 1e6:.2f} M parameters"
     text = f"{spec.configuration}, patch {spec.patch_shape}, {size}"
-    findings = [Diagnosis("model", True, text)]
+    findings = [Diagnosis("model", text)]
     mode = config.inference.volume_mode
     if mode.file_list is None and mode.file_pattern is None:
         return findings
@@ -152,11 +145,11 @@ def _model_and_volumes(config: Config, checkpoint: Path | None) -> list[Diagnosi
         sources = share_of(mode, list_sources(config, spec.channels))
         check_previous_stage(config.model.previous_stage, engine.specs, sources)
     except ConnectomicsError as error:
-        return [*findings, Diagnosis("volumes", False, str(error), "mend inference.volume_mode")]
+        return [*findings, Diagnosis("volumes", str(error), "mend inference.volume_mode")]
     for source in sources[:VOLUMES_OPENED]:
         try:
             open_source(engine, source).close()
         except ConnectomicsError as error:
-            findings.append(Diagnosis("volume", False, str(error), "mend or leave out this volume"))
+            findings.append(Diagnosis("volume", str(error), "mend or leave out this volume"))
     count = f"{len(sources)} volumes, the first {min(len(sources), VOLUMES_OPENED)} opened"
-    return [*findings, Diagnosis("volumes", True, count)]
+    return [*findings, Diagnosis("volumes", count)]

@@ -1,4 +1,4 @@
-"""The commands that look ahead, ``plan`` and ``tune``; their words are in ``cli_arguments``."""
+"""The commands that look ahead, ``plan`` and ``tune``; their words are in ``arguments.py``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from connectomics.core.errors import ConnectomicsError
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine
     from connectomics.forecast.tune import Progress
-    from connectomics.forecast.volumes import Plan
     from connectomics.volumes.listing import VolumeSource
 
 
@@ -26,40 +25,26 @@ def plan(words: argparse.Namespace) -> int:
     config = load_config(words.config, words.overrides)
     from connectomics.assembly.engine.make_engine import build_engine
     from connectomics.assembly.volumes import list_sources, share_of
+    from connectomics.forecast.volumes import plan_volumes
+    from connectomics.planning.forecast import require_within
 
     engine = build_engine(config, words.checkpoint)
-    found = planned(engine, share_of(config.inference.volume_mode, list_sources(config, engine.spec.channels)))
+    found = plan_volumes(engine, share_of(config.inference.volume_mode, list_sources(config, engine.spec.channels)))
     if words.json:
         print(json.dumps(found.as_dict(), indent=1))
     else:
         print("\n".join(found.lines()))
-    _require(found, words)
+    require_within(found.forecasts, words.max_hours, words.max_gb)
     return FAILED if found.refused else 0
 
 
-def planned(engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
-    """The plan of some volumes."""
-    from connectomics.forecast.volumes import plan_volumes
-
-    return plan_volumes(engine, sources)
-
-
 def check_limits(words: argparse.Namespace, engine: Engine, sources: Sequence[VolumeSource]) -> None:
-    """Refuse volumes beyond ``--max-hours`` or ``--max-gb``, where these are stated, before the first is begun.
-
-    Raises
-    ------
-    ResourceError
-        Saying what to change.
-    """
-    if words.max_hours is not None or words.max_gb is not None:
-        _require(planned(engine, sources), words)
-
-
-def _require(found: Plan, words: argparse.Namespace) -> None:
+    """Refuse volumes beyond ``--max-hours`` or ``--max-gb``, where these are stated, before the first is begun."""
+    from connectomics.forecast.volumes import plan_volumes
     from connectomics.planning.forecast import require_within
 
-    require_within(found.forecasts, words.max_hours, words.max_gb)
+    if words.max_hours is not None or words.max_gb is not None:
+        require_within(plan_volumes(engine, sources).forecasts, words.max_hours, words.max_gb)
 
 
 def tune(words: argparse.Namespace) -> int:

@@ -59,10 +59,11 @@ def _importing() -> Iterator[None]:
         gc.enable()
 
 
-def _configured(words: argparse.Namespace) -> Config:
+def _configured(words: argparse.Namespace, overrides: Sequence[str] | None = None) -> Config:
+    """The configuration of a command, some of which take no file; ``overrides`` instead of all words."""
     from connectomics.config.load import load_config
 
-    return load_config(words.config, words.overrides)
+    return load_config(vars(words).get("config"), words.overrides if overrides is None else overrides)
 
 
 def _infer_volume(words: argparse.Namespace) -> int:
@@ -143,10 +144,8 @@ def _test(words: argparse.Namespace) -> int:
 
 
 def _evaluate(words: argparse.Namespace) -> int:
-    from connectomics.config.load import load_config
-
     stated = [INSTANCES] if words.instances else []
-    config = load_config(words.config, [*stated, *words.overrides])
+    config = _configured(words, [*stated, *words.overrides])
     from connectomics.commands.evaluate import evaluate_volumes, stated_comparisons
     from connectomics.evaluate.comparison import Comparison
     from connectomics.lightning.inference import check_output_folder
@@ -172,9 +171,7 @@ def _print_scores(scores: Scores, as_json: bool) -> int:
 
 
 def _inspect(words: argparse.Namespace) -> int:
-    from connectomics.config.load import load_config
-
-    config = load_config(None, words.overrides)
+    config = _configured(words)
     from connectomics.assembly.engine.models import describe
     from connectomics.assembly.settings import model_settings
 
@@ -205,9 +202,7 @@ def _config(words: argparse.Namespace) -> int:
 
 
 def _verify(words: argparse.Namespace) -> int:
-    from connectomics.config.load import load_config
-
-    config = load_config(None, [word for word in words.overrides if "=" in word])
+    config = _configured(words, [word for word in words.overrides if "=" in word])
     from connectomics.commands.verify import report, verify
     from connectomics.commands.verify_input import files_of_one
 
@@ -243,7 +238,7 @@ def _decode(words: argparse.Namespace) -> int:
 
 
 def _reproduce(words: argparse.Namespace) -> int:
-    from connectomics.commands.reproduce import reproduce
+    from connectomics.assembly.provenance import reproduce
 
     print(reproduce(words.output))
     return 0
@@ -268,10 +263,8 @@ def _verify_run(words: argparse.Namespace) -> int:
 
 
 def _convert(words: argparse.Namespace) -> int:
-    from connectomics.config.load import load_config
-
-    config = load_config(None, words.overrides)
-    from connectomics.assembly.convert import convert
+    config = _configured(words)
+    from connectomics.assembly.engine.models import convert
     from connectomics.assembly.settings import model_request
 
     for key, value in convert(model_request(config.model, words.model), words.output).items():
@@ -302,6 +295,8 @@ def _demo(words: argparse.Namespace) -> int:
 
 
 def _from_nnunet(words: argparse.Namespace) -> int:
+    from dataclasses import fields
+
     model = _model_of(words)
     for word in ("npp", "nps", "verbose", "not_on_device"):
         if vars(words)[word]:
@@ -311,21 +306,8 @@ def _from_nnunet(words: argparse.Namespace) -> int:
         from connectomics.commands.from_nnunet import FolderPrediction, NnunetCall
         from connectomics.lightning.inference import check_output_folder
 
-    call = NnunetCall(
-        words.i,
-        words.o,
-        model,
-        tuple(words.f),
-        checkpoint_name=words.chk,
-        step_size=words.step_size,
-        mirroring=not words.disable_tta,
-        save_probabilities=words.save_probabilities,
-        keep_finished=words.continue_prediction,
-        num_parts=words.num_parts,
-        part_id=words.part_id,
-        device=words.device,
-        previous_folder=words.prev_stage_predictions,
-    )
+    stated = {field.name: vars(words)[field.name] for field in fields(NnunetCall) if field.name != "model"}
+    call = NnunetCall(model=model, **stated)
     prediction = FolderPrediction(call, words.overrides)
     print(prediction.case_note, file=sys.stderr)
     for deviation in prediction.deviations:

@@ -25,7 +25,7 @@ from connectomics.assembly.engine.identity import program_version
 from connectomics.core.errors import ConnectomicsError
 from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.task import RunReport
-from connectomics.jobs.outcome import NOT_BEGUN, NullObserver, Observer, VolumeOutcome, attempted
+from connectomics.jobs.outcome import NullObserver, Observer, VolumeOutcome, attempted, outcomes_of
 from connectomics.runs.decoding_run import DecodeSettings, run_decode
 from connectomics.stages.output.finish import check_names, settle, work_folder
 from connectomics.volumes.listing import stem_of
@@ -34,15 +34,7 @@ from connectomics.volumes.volume import VolumeReader
 
 
 class Decoder:
-    """Decodes volumes.
-
-    Parameters
-    ----------
-    request
-        The steps, and what they leave.
-    observer
-        Hears of progress.
-    """
+    """Decodes volumes as the request says; the observer hears of progress."""
 
     def __init__(self, request: DecodingRequest, observer: Observer | None = None) -> None:
         self._request = request
@@ -52,20 +44,14 @@ class Decoder:
     def run(self, sources: Sequence[DecodingInput]) -> list[VolumeOutcome]:
         """Bring volumes to their objects; one outcome each, in the given order."""
         finished = {source.uri: paths for source in sources if (paths := self._finished(source)) is not None}
-        self._observer.listed(len(sources), len(finished))
-        outcomes: list[VolumeOutcome] = []
-        for source in sources:
-            if source.uri in finished:
-                outcome = VolumeOutcome(source.uri, "skipped", paths=finished[source.uri])
-            elif any(earlier.storage for earlier in outcomes):
-                outcome = VolumeOutcome(source.uri, "failed", NOT_BEGUN, storage=True)
-            else:
-                self._observer.began(source.uri)
-                folder = run_folder_of(self._request.output, source)
-                outcome = attempted(source.uri, folder, functools.partial(self._process, source))
-            self._observer.ended(outcome)
-            outcomes.append(outcome)
-        return outcomes
+
+        def process(number: int) -> VolumeOutcome:
+            source = sources[number]
+            self._observer.began(source.uri)
+            folder = run_folder_of(self._request.output, source)
+            return attempted(source.uri, folder, functools.partial(self._process, source))
+
+        return outcomes_of([source.uri for source in sources], finished, process, self._observer)
 
     def _finished(self, source: DecodingInput) -> tuple[Path, ...] | None:
         """Final paths of a volume that is done, or None; a volume that cannot be opened is not done."""
@@ -103,16 +89,7 @@ def decode_outcomes(
 ) -> list[VolumeOutcome]:
     """Decode the labels that a run has left; each outcome then has the paths of its objects too, or their failure.
 
-    Parameters
-    ----------
-    request
-        The steps, and what they leave.
-    engine
-        Of the run; it knows what its probabilities are.
-    outcomes
-        Of the volumes.
-    observer
-        Hears of progress.
+    The engine is that of the run; it knows what its probabilities are.
     """
     decoder = Decoder(request, observer)
     done = [i for i, outcome in enumerate(outcomes) if outcome.state != "failed"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -36,7 +38,6 @@ _COLUMNS = {
     "VOI merge": ("voi", "merge"),
     "ARE": ("arand", "error"),
 }
-
 
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine
@@ -258,7 +259,7 @@ def _semantic(
 
 def _instances(tables: Mapping[str, Contingency], wanted: EvaluationConfig) -> tuple[Entries, dict[str, Any]]:
     """Entries of each volume and of all beside each other, as if they were one."""
-    metrics = [metric for metric in wanted.metrics if metric in INSTANCE_METRICS]
+    metrics = _object_metrics(wanted.metrics)
     if not metrics:
         return {}, {}
 
@@ -293,16 +294,9 @@ def _instance_lines(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, entry in entries.items():
         found = entry["instances"]
         objects = f"{found['prediction_objects']:>10} {found['truth_objects']:>10}"
-        numbers = " ".join(_shown(_at(found, path)) for path in known.values())
+        numbers = " ".join(_shown(functools.reduce(operator.getitem, path, found)) for path in known.values())
         lines.append(f"{name[-_NAME:]:{_NAME}} {objects} {numbers}")
     return lines
-
-
-def _at(entry: Any, path: tuple[str, ...]) -> float | None:
-    for part in path:
-        entry = entry[part]
-    value: float | None = entry
-    return value
 
 
 def _shown(value: float | None) -> str:

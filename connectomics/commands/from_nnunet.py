@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -15,7 +16,7 @@ from connectomics.assembly.engine.make_engine import build_engine, check_resampl
 from connectomics.assembly.settings import resolve
 from connectomics.assembly.shared_sample import SharedSample
 from connectomics.config.inference_keys import InferenceConfig
-from connectomics.config.load import load_config
+from connectomics.config.load import load_config, with_values
 from connectomics.config.schema import Config
 from connectomics.config.validation import validate
 from connectomics.core.errors import ConfigError, ModelError
@@ -77,7 +78,7 @@ class NnunetCall:
     input_folder: Path
     output_folder: Path
     model: Path
-    folds: tuple[str, ...]
+    folds: Sequence[str]
     checkpoint_name: str
     step_size: float
     mirroring: bool
@@ -102,12 +103,7 @@ class NnunetCall:
 class FolderPrediction:
     """Labels the cases of a folder.
 
-    Parameters
-    ----------
-    call
-        What was asked for.
-    overrides
-        ``key=value`` words of this program's configuration; what ``call`` says wins over them.
+    The overrides are ``key=value`` words of this program's configuration; what the call says wins over them.
 
     Raises
     ------
@@ -190,11 +186,8 @@ class FolderPrediction:
     ) -> tuple[Path, ...]:
         """Write a finished case under nnU-Net's name; this program's own probabilities follow in the list."""
         target = self._label_file(source)
-        labels = open_volume(str(own[0]))
-        try:
+        with contextlib.closing(open_volume(str(own[0]))) as labels:
             write_labels(labels, target, self._kind, frame)
-        finally:
-            labels.close()
         if self._kind.reader == TIFFS:
             write_spacing(self._call.output_folder / f"{source.stem}.json", spacing)
         return (target, *own[1:])
@@ -205,20 +198,25 @@ class FolderPrediction:
 
     def _config_at(self, spacing: Spacing3) -> Config:
         """The configuration for a case of this spacing: resampled where it differs from the plan's, as nnU-Net does."""
-        spec = self._engine.spec
-        if self._engine.segmenter.members[0].by_slice:
+        spec, members = self._engine.spec, self._engine.segmenter.members
+        if members[0].by_slice:
             return self._config
-        inference = resampled_at(self._config.inference, spec, spacing)
+        inference = resampled_at(self._config.inference, spec, spacing, [member.order for member in members])
         if inference is self._config.inference:
             return self._config
         check_resampling(spec, resample=True, by_slice=False)
         return dataclasses.replace(self._config, inference=inference)
 
 
-def resampled_at(inference: InferenceConfig, spec: ModelSpec, spacing: Spacing3) -> InferenceConfig:
-    """The settings for a volume of this spacing (z, y, x): resampled where it is not the plan's, as by nnU-Net."""
-    turned = AxisOrder(spec.axis_order).turn(spacing)
-    if all(p is None or p == s for p, s in zip(spec.spacing, turned, strict=True)):
+def resampled_at(
+    inference: InferenceConfig, spec: ModelSpec, spacing: Spacing3, orders: Sequence[AxisOrder]
+) -> InferenceConfig:
+    """The settings for a volume of this spacing (z, y, x): resampled where it is not the plan's, as by nnU-Net.
+
+    ``orders`` turn the volume to what the network sees, along each plane.
+    """
+    turned = [order.turn(spacing) for order in orders]
+    if all(p is None or p == s for own in turned for p, s in zip(spec.spacing, own, strict=True)):
         return inference
     return dataclasses.replace(inference, resample="plan", spacing=list(spacing), allow_large_resampling=True)
 
@@ -267,36 +265,28 @@ class _BlockProgress:
 
 def _configured(call: NnunetCall, kind: FileKind, overrides: Sequence[str]) -> Config:
     stated = load_config(None, overrides)
-    inference = stated.inference
-    first = call.previous_folder
-    previous = None if first is None else f"{first}/*{kind.ending}{kind.inner}"
-    config = dataclasses.replace(
+    first, case = call.previous_folder, stated.inference.case
+    config: Config = with_values(
         stated,
-        system=dataclasses.replace(stated.system, device=call.device),
-        model=dataclasses.replace(
-            stated.model,
-            folds=list(call.folds),
-            checkpoint_name=call.checkpoint_name,
-            previous_stage=previous,
-        ),
-        inference=dataclasses.replace(
-            inference,
-            axes=kind.axes,
-            case="volume" if inference.case == "auto" and kind.reader != IMAGES else inference.case,
-            resample="off",
-            spacing=None,
-            data=dataclasses.replace(inference.data, output_path=str(call.output_folder / OWN_FOLDER)),
-            volume_mode=dataclasses.replace(inference.volume_mode, output_suffix="labels"),
-            sliding_window=dataclasses.replace(
-                inference.sliding_window,
-                overlap=1.0 - call.step_size,
-                sw_batch_size=inference.sliding_window.sw_batch_size or 1,  # as nnU-Net, whose labels are asked for
-            ),
-            test_time_augmentation=dataclasses.replace(inference.test_time_augmentation, enabled=call.mirroring),
-            output=dataclasses.replace(
-                inference.output, formats=["h5"], save_probabilities=call.save_probabilities, overwrite=True
-            ),
-        ),
+        {
+            "system.device": call.device,
+            "model.folds": list(call.folds),
+            "model.checkpoint_name": call.checkpoint_name,
+            "model.previous_stage": None if first is None else f"{first}/*{kind.ending}{kind.inner}",
+            "inference.axes": kind.axes,
+            "inference.case": case if case != "auto" or kind.reader == IMAGES else "volume",
+            "inference.resample": "off",
+            "inference.spacing": None,
+            "inference.data.output_path": str(call.output_folder / OWN_FOLDER),
+            "inference.volume_mode.output_suffix": "labels",
+            "inference.sliding_window.overlap": 1.0 - call.step_size,
+            # as nnU-Net, whose labels are asked for
+            "inference.sliding_window.sw_batch_size": stated.inference.sliding_window.sw_batch_size or 1,
+            "inference.test_time_augmentation.enabled": call.mirroring,
+            "inference.output.formats": ["h5"],
+            "inference.output.save_probabilities": call.save_probabilities,
+            "inference.output.overwrite": True,
+        },
     )
     validate(config)
     return config

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from connectomics.assembly.engine.cascade import check_previous_stage, open_previous
+from connectomics.assembly.engine.cascade import check_previous_stage, open_labels, open_previous
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.identity import case_note, versions
 from connectomics.assembly.engine.models import load
@@ -23,11 +23,10 @@ from connectomics.commands.verify_input import given_to_verify
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.core.files import write_text
-from connectomics.core.geometry import Box, Vec3, vec3
+from connectomics.core.geometry import Box, vec3
 from connectomics.lightning.inference import InferenceManager
 from connectomics.stages.survey.survey import nonzero_box
 from connectomics.volumes.listing import VolumeSource
-from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import Array, VolumeReader
 
 
@@ -117,8 +116,7 @@ def verify(
     volume
         The volume: its path, a pattern, a list of its channels' files, or a text file with one of them a line.
     output
-        Labels of the whole volume that some run wrote; without it ours are computed for the samples. What
-        ``from-nnunet`` wrote is held against nnU-Net with the spacing that it was given then.
+        Labels of the whole volume that some run or ``from-nnunet`` wrote; without it ours are computed for the samples.
     samples
         Sections to compare, where each section is a case.
     largest
@@ -148,13 +146,17 @@ def verify(
         reader = opened.enter_context(contextlib.closing(open_source(engine, source)))
         first = _FirstStage(engine, source, reader)
         boxes = _samples(reader, engine, samples, largest)
-        existing = given.output and opened.enter_context(contextlib.closing(_opened(given.output, reader)))
+        existing = _labels(given.output, reader, opened)
         _require_no_crop(boxes, source.name, output, largest)
-        compared = partial(_compared, reference, manager, first=first, reader=reader, existing=existing or None)
+        compared = partial(_compared, reference, manager, first=first, reader=reader, existing=existing)
         found = tuple(compared(scope, box) for scope, box in boxes)
         result = Certificate(certificate, found, threshold, given.case_note or case_note(engine))
         write_text(certificate, json.dumps(_content(engine, result, source, output, reader=reader), indent=1) + "\n")
     return result
+
+
+def _labels(output: str | None, reader: VolumeReader, opened: contextlib.ExitStack) -> VolumeReader | None:
+    return None if output is None else opened.enter_context(contextlib.closing(open_labels(output, reader, "labels")))
 
 
 def _compared(
@@ -222,16 +224,6 @@ class _FirstStage:
         if self._reference is None:
             return self.given(box)
         return self._reference.predict(image, self._spacing, float32=float32)
-
-
-def _opened(output: str, reader: VolumeReader) -> VolumeReader:
-    existing = open_volume(output)
-    if existing.info.extent != reader.info.extent or existing.info.channels != 1:
-        raise VolumeError(
-            f"{output}: has shape (c, z, y, x) {existing.info.shape}, expected labels of extent {reader.info.extent}; "
-            "give the labels of this volume"
-        )
-    return existing
 
 
 def _spacing(engine: Engine, reader: VolumeReader) -> list[float]:
@@ -318,6 +310,4 @@ def _counted(a: SampleComparison) -> str:
 
 
 def _span(box: Box) -> str:
-    names: tuple[str, str, str] = ("z", "y", "x")
-    start: Vec3 = box.start
-    return " ".join(f"{n} {a}-{b - 1}" for n, a, b in zip(names, start, box.stop, strict=True))
+    return " ".join(f"{n} {a}-{b - 1}" for n, a, b in zip("zyx", box.start, box.stop, strict=True))

@@ -15,6 +15,7 @@ from connectomics.commands.from_nnunet import OWN_FOLDER, kind_of, resampled_at,
 from connectomics.config.inference_keys import InferenceConfig
 from connectomics.config.load import read_file_list
 from connectomics.core.errors import ConfigError
+from connectomics.core.geometry import AxisOrder
 from connectomics.models.locate import training_folder
 from connectomics.models.spec import SINGLE_IMAGES, ModelSpec
 from connectomics.volumes.listing import CHANNEL, VolumeSource, expand, stem_of
@@ -64,7 +65,7 @@ def given_to_verify(
     source = dataclasses.replace(source, uris=uris)
     inference = dataclasses.replace(inference, axes=kind.axes)
     if inference.case != "slice" and not spec.slice_case:
-        inference = resampled_at(inference, spec, spacing_of(source, kind))
+        inference = resampled_at(inference, spec, spacing_of(source, kind), [AxisOrder(spec.axis_order)])
     return GivenToVerify(source, inference, str(output) + kind.inner, note)
 
 

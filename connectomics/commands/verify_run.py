@@ -152,14 +152,7 @@ def _verify_output(run: Path, works: list[Path], record: Path, sample: int | Non
 def salvage(output: Path, run: Path, works: list[Path]) -> int | None:
     """Copy the intact blocks of a damaged Zarr output into a working store, and undo the records of all others.
 
-    Parameters
-    ----------
-    output
-        The final output, which is only read.
-    run
-        RUN, whose provenance names the output.
-    works
-        Its work folders.
+    The output is only read; the provenance of its RUN folder names it.
 
     Returns
     -------

@@ -29,7 +29,7 @@ class KeyRule:
 
 
 def key(default: Any, doc: str, *rules: KeyRule) -> Any:
-    """Declare a key of the configuration.
+    """Declare a key of the configuration; what is returned is a field of the section's dataclass.
 
     Parameters
     ----------
@@ -39,11 +39,6 @@ def key(default: Any, doc: str, *rules: KeyRule) -> Any:
         What it means, in Markdown; the guide, the tutorial and ``connectomics config keys`` show it.
     rules
         What its values must be.
-
-    Returns
-    -------
-    field
-        Of the section's dataclass.
     """
     known = {DOC: doc, RULES: rules}
     if isinstance(default, list):

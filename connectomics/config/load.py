@@ -1,4 +1,4 @@
-"""From a YAML file and ``key=value`` words to one typed, validated ``Config``; called by the command line.
+"""From a YAML file and ``key=value`` words to one typed, validated ``Config``, with the steps of its ``decoding``.
 
 Every refusal is a ConfigError of one sentence. Hydra's grammar is imported only when there are overrides.
 """
@@ -10,10 +10,11 @@ import difflib
 import functools
 import io
 import json
+import pickle
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from connectomics.config.decoding import read_steps
 from connectomics.config.key_rules import kind_in_words
 from connectomics.config.schema import Config
 from connectomics.config.validation import shown, validate
 from connectomics.core.errors import ConfigError
+from connectomics.core.features import DECODING_STEPS
 
 _FILE_LIST = "inference.volume_mode.file_list"
 _DECODING = "decoding"
@@ -216,7 +217,7 @@ def _resolved(stated: Mapping[str, object]) -> dict[str, object]:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and text.count("${") != len(_INTERPOLATION.findall(text)):
                 raise ConfigError(f"{key} is {shown(text)}, but only ${{a.key}} and ${{oc.env:NAME}} are replaced")
-    tree = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config)))
+    tree = pickle.loads(_untyped_defaults())  # noqa: S301 - our own bytes
     try:
         for key, value in stated.items():
             OmegaConf.update(tree, key, value)
@@ -229,16 +230,38 @@ def _resolved(stated: Mapping[str, object]) -> dict[str, object]:
 
 def _typed(values: Mapping[str, object]) -> Config:
     """The schema with ``values`` put in, each checked against its type."""
-    config = OmegaConf.structured(Config)
-    OmegaConf.set_readonly(config, False)  # OmegaConf takes a frozen dataclass for read-only
-    for key, kind in kinds().items():
-        if dataclasses.is_dataclass(kind):
-            OmegaConf.set_readonly(OmegaConf.select(config, key), False)
+    config = pickle.loads(_typed_defaults())  # noqa: S301 - our own bytes
     for key, value in values.items():
         if key != _DECODING:
             _put(config, key, read_file_list(value) if key == _FILE_LIST and isinstance(value, str) else value)
     steps = read_steps(values.get(_DECODING, []))
     return dataclasses.replace(typing.cast(Config, OmegaConf.to_object(config)), decoding=steps)
+
+
+def with_values(section: Any, values: Mapping[str, object]) -> Any:
+    """Return a section, or the whole configuration, with other values at some dotted keys; they are not judged."""
+    for key, value in values.items():
+        name, _, rest = key.partition(".")
+        own = with_values(getattr(section, name), {rest: value}) if rest else value
+        section = dataclasses.replace(section, **{name: own})
+    return section
+
+
+@functools.cache
+def _typed_defaults() -> bytes:
+    """Return the schema as OmegaConf reads it, pickled: reading it takes longer than all the rest of loading."""
+    config = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(config, False)  # OmegaConf takes a frozen dataclass for read-only
+    for key, kind in kinds().items():
+        if dataclasses.is_dataclass(kind):
+            OmegaConf.set_readonly(OmegaConf.select(config, key), False)
+    return pickle.dumps(config)
+
+
+@functools.cache
+def _untyped_defaults() -> bytes:
+    """Return the defaults without their types, in which interpolations are looked up, pickled."""
+    return pickle.dumps(OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config))))
 
 
 def written(value: object) -> str:
@@ -295,3 +318,63 @@ def read_file_list(value: str) -> list[str]:
             "write a volume itself as [path]"
         ) from error
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def read_steps(value: object) -> list[Any]:
+    """Return the steps of a list of mappings.
+
+    A step's keys are the fields of its class, a frozen dataclass that gives ``rules``; ``core.features`` names them.
+
+    Raises
+    ------
+    ConfigError
+        If it is no such list, a name or key is unknown, or a value has the wrong type or is impossible.
+    """
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        raise ConfigError(
+            f"decoding is {shown(value)}, expected a list of steps, such as [{{name: connected_components}}]"
+        )
+    steps = [_step(f"decoding[{i}]", item) for i, item in enumerate(value)]
+    for i, step in enumerate(steps):
+        for key, (possible, rule) in step.rules().items():
+            if not possible:
+                found = shown(dataclasses.asdict(step)[key])
+                raise ConfigError(f"decoding[{i}].{key} is {found}, but {rule}")
+    return steps
+
+
+def _step(where: str, stated: Mapping[str, object]) -> Any:
+    name = stated.get("name")
+    if name not in DECODING_STEPS:
+        known = DECODING_STEPS.names()
+        raise ConfigError(
+            f"{where}.name is {shown(name)}, known steps are {', '.join(known)}{_nearest(str(name), known)}"
+        )
+    kind = DECODING_STEPS.load(str(name))
+    types_of = typing.get_type_hints(kind)
+    hints = {field.name: types_of[field.name] for field in dataclasses.fields(kind)}
+    values = {}
+    for key, value in stated.items():
+        if key not in hints:
+            raise ConfigError(
+                f"{where}: unknown key {shown(key)} of {name}, which has {', '.join(hints)}{_nearest(key, hints)}"
+            )
+        values[key] = _step_value(f"{where}.{key}", hints[key], value)
+    return kind(**values)
+
+
+def _nearest(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _step_value(key: str, hint: Any, value: object) -> Any:
+    optional = isinstance(hint, types.UnionType)
+    kind = typing.get_args(hint)[0] if optional else hint
+    if value is None and optional:
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{key} is {shown(value)}, expected {kind_in_words(hint)}")
+    return str(value) if kind is str else value  # Hydra's quoted text is a class of its own

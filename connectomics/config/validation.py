@@ -1,7 +1,7 @@
 """Which values of the configuration are possible: one sentence for each that is not.
 
 ``load_config`` calls ``validate`` on the typed configuration; ``assembly`` checks what depends on the model. What a key
-alone must be stands with it in the schema; here is what keys must be together, a rule a function.
+alone must be stands with it in the schema; here is what keys must be together.
 """
 
 from __future__ import annotations
@@ -60,35 +60,34 @@ def stated_values(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, da
             yield key, value, field
 
 
+def changed_values(config: Config) -> dict[str, object]:
+    """Every key that is not at its default, with its value; the steps of decoding as mappings."""
+    pairs = zip(stated_values(Config()), stated_values(config), strict=True)
+    found = {key: value for (key, default, _), (_, value, _) in pairs if value != default}
+    if config.decoding:
+        found["decoding"] = [dataclasses.asdict(step) for step in config.decoding]
+    return found
+
+
 def _at(config: Config, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
 
 
-def _one_device(config: Config) -> Judged:
-    stated, device = config.model.nnunet_device, config.system.device
+def _models(config: Config) -> Judged:
+    """An ensemble's models are stated one by one, and averaged; so are several planes."""
+    model, device = config.model, config.system.device
     text = f"system.device is {shown(device)} and one process drives one device; state it once"
-    yield "model.nnunet_device", stated is None or device in ("auto", stated), text
-
-
-def _weights_of_models(config: Config) -> Judged:
-    weights, count = config.model.ensemble_weights, 1 + len(config.model.ensemble or ())
+    yield "model.nnunet_device", model.nnunet_device is None or device in ("auto", model.nnunet_device), text
+    weights, count = model.ensemble_weights, 1 + len(model.ensemble or ())
     suits = weights is None or (len(weights) == count and all(0 < weight < math.inf for weight in weights))
     text = f"must be {count} positive numbers, one for the first model and one for each of model.ensemble"
     yield "model.ensemble_weights", suits, text
-
-
-def _one_model_only(config: Config) -> Judged:
-    """An ensemble's models are stated one by one; what belongs to a single model cannot be said for several."""
-    for key in ("model.nnunet_plans", "model.nnunet_dataset", "model.sha256") if config.model.ensemble else ():
+    for key in ("model.nnunet_plans", "model.nnunet_dataset", "model.sha256") if model.ensemble else ():
         yield key, _at(config, key) is None, "model.ensemble names more models and this belongs to one; leave it null"
-
-
-def _means(config: Config) -> Judged:
-    """Models of an ensemble are averaged, and so are several planes."""
     planes = config.inference.planes
     engine, act = _at(config, ENGINE) == "nnunet", _at(config, ACT) != "none"
     text = "averages probabilities, so there are no logits to keep; state null"
-    if config.model.ensemble:
+    if model.ensemble:
         yield ACT, act, f"model.ensemble {text}"
         yield ENGINE, engine, "model.ensemble needs nnunet"
     if planes != ["xy"]:
@@ -97,9 +96,6 @@ def _means(config: Config) -> Judged:
     allowed = config.inference.allow_anisotropic_planes
     text = "takes effect only where inference.planes names xz or yz"
     yield "inference.allow_anisotropic_planes", not (allowed and planes == ["xy"]), text
-
-
-def _expectations(config: Config) -> Judged:
     for name in ("in_channels", "out_channels"):
         in_data, in_model = _at(config, f"data.{name}"), _at(config, f"model.{name}")
         suits = in_data is None or in_model is None or in_data == in_model
@@ -107,23 +103,16 @@ def _expectations(config: Config) -> Judged:
 
 
 def _volumes(config: Config) -> Judged:
+    """Components, moreover, are cleaned up where foreground is made, and where nothing cuts them."""
     inference, key = config.inference, "inference.volume_mode"
     alone = inference.volume_mode.file_pattern is None or inference.volume_mode.file_list is None
     yield f"{key}.file_pattern", alone, f"{key}.file_list is given too; set one of them to null"
     suits = inference.spacing is None or inference.resample == "plan"
     yield "inference.spacing", suits, "takes effect only with inference.resample=plan"
-
-
-def _padding(config: Config) -> Judged:
-    window = config.inference.sliding_window
+    window, binary = inference.sliding_window, inference.postprocessing.binary
     suits = window.padding_mode == "constant" or window.engine == "monai"
     yield f"{WINDOW}.padding_mode", suits, f"nnU-Net pads with zeros; other modes need {ENGINE}=monai"
-
-
-def _whole_objects(config: Config) -> Judged:
-    """Components are cleaned up where foreground is made, and where nothing cuts them."""
-    binary = config.inference.postprocessing.binary
-    whole = config.inference.roi is None and config.inference.mask is None
+    whole = inference.roi is None and inference.mask is None
     cut = "inference.roi and inference.mask cut objects, and it needs whole ones; state one or the other"
     for name, idle in (
         ("remove_small_objects", binary.remove_small_objects == 0),
@@ -148,19 +137,11 @@ def _probabilities(config: Config) -> Judged:
 
 
 def _known_answers(config: Config) -> Judged:
-    data = config.test.data
-    named = data.test_image is not None or data.test_prediction is not None
-    yield (
-        "test.data.test_label",
-        data.test_label is None or named,
-        "needs test.data.test_image or test.data.test_prediction",
-    )
-    for key in ("test.data.test_instances", "test.data.test_ignore"):
-        yield key, _at(config, key) is None or data.test_label is not None, "needs test.data.test_label"
-
-
-def _metrics(config: Config) -> Judged:
-    evaluation, key = config.test.evaluation, "test.evaluation.metrics"
+    data, evaluation, key = config.test.data, config.test.evaluation, "test.evaluation.metrics"
+    suits = data.test_label is None or data.test_image is not None or data.test_prediction is not None
+    yield "test.data.test_label", suits, "needs test.data.test_image or test.data.test_prediction"
+    for name in ("test.data.test_instances", "test.data.test_ignore"):
+        yield name, _at(config, name) is None or data.test_label is not None, "needs test.data.test_label"
     named, semantic = set(evaluation.metrics), ", ".join(SEMANTIC_METRICS)
     text = f"must name at least one of {', '.join(METRICS)}, or set test.evaluation.enabled=false"
     yield key, bool(named) or not evaluation.enabled, text
@@ -170,16 +151,4 @@ def _metrics(config: Config) -> Judged:
     yield "test.evaluation.size_bounds", evaluation.size_bounds is None or "ap" in named, text
 
 
-TOGETHER: tuple[Callable[[Config], Judged], ...] = (
-    _one_device,
-    _weights_of_models,
-    _one_model_only,
-    _means,
-    _expectations,
-    _volumes,
-    _padding,
-    _whole_objects,
-    _probabilities,
-    _known_answers,
-    _metrics,
-)
+TOGETHER: tuple[Callable[[Config], Judged], ...] = (_models, _volumes, _probabilities, _known_answers)

@@ -42,10 +42,7 @@ BACKENDS: Registry[Any] = Registry(
 PRECISIONS: Registry[Any] = Registry(
     "precision",
     "connectomics.precisions",
-    {
-        "exact": "connectomics.models.backends.precisions:EXACT",
-        "fast": "connectomics.models.backends.precisions:FAST",
-    },
+    {"exact": "connectomics.models.backends.precisions:EXACT", "fast": "connectomics.models.backends.precisions:FAST"},
 )
 ARCHITECTURES: Registry[Any] = Registry(
     "architecture", "connectomics.architectures", {"nnunet": "connectomics.models.arch.nnunet_models:build_nnunet"}

@@ -10,8 +10,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
-
 
 def canonical_json(value: object) -> str:
     """Serialise to JSON with sorted keys and no spaces, so that equal values give equal text.

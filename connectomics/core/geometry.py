@@ -16,13 +16,7 @@ Vec3 = tuple[int, int, int]
 
 
 def vec3(values: tuple[int, ...] | list[int]) -> Vec3:
-    """Return ``values`` as a tuple of exactly three Python ints.
-
-    Raises
-    ------
-    ValueError
-        If there are not exactly three values.
-    """
+    """Return ``values`` as a tuple of exactly three Python ints; a ValueError if there are not three."""
     z, y, x = (int(v) for v in values)
     return (z, y, x)
 
@@ -260,13 +254,7 @@ class BlockGrid:
                     yield self.block((z, y, x))
 
     def block(self, index: Vec3) -> Block:
-        """The block at ``index`` (z, y, x).
-
-        Raises
-        ------
-        IndexError
-            If the grid has no such block.
-        """
+        """The block at ``index`` (z, y, x); an IndexError if the grid has no such block."""
         if any(not 0 <= i < n for i, n in zip(index, self.counts, strict=True)):
             raise IndexError(f"block {index} is outside a grid of {self.counts} blocks")
         start = vec3([i * b for i, b in zip(index, self.block_shape, strict=True)])
@@ -274,13 +262,7 @@ class BlockGrid:
         return Block(index, core, core.grow(self.halo).clip(self.volume))
 
     def number(self, index: Vec3) -> int:
-        """Position of the block at ``index`` (z, y, x) in raster order, from 0 on.
-
-        Raises
-        ------
-        IndexError
-            If the grid has no such block.
-        """
+        """Position of the block at ``index`` (z, y, x) in raster order from 0 on; an IndexError if there is none."""
         counts = self.counts
         if any(not 0 <= i < n for i, n in zip(index, counts, strict=True)):
             raise IndexError(f"block {index} is outside a grid of {counts} blocks")

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from connectomics.core.errors import VolumeError
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.uint64]
 Counts = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,21 +10,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from connectomics.core.errors import OutputError
 from connectomics.core.files import replacing
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
 
 # Okabe and Ito (2008), distinct for colour-blind readers; label 1 comes first, labels beyond repeat.
 _COLOURS = np.array(
-    [
-        (230, 159, 0),
-        (86, 180, 233),
-        (0, 158, 115),
-        (240, 228, 66),
-        (0, 114, 178),
-        (213, 94, 0),
-        (204, 121, 167),
-    ],
+    [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)],
     np.float32,
 )
 _OPACITY = 0.4

@@ -79,13 +79,7 @@ def _require_labels(values: Ids, classes: int, role: str) -> None:
 
 
 def labels_found(tables: Sequence[Contingency]) -> int:
-    """One more than the highest label of prediction and truth, at least 2.
-
-    Raises
-    ------
-    VolumeError
-        If there are too many to be classes.
-    """
+    """One more than the highest label of prediction and truth, at least 2; a VolumeError if these are no classes."""
     highest = max((int(side.max()) for t in tables for side in (t.prediction, t.truth) if side.size), default=1)
     if highest >= MOST_CLASSES:
         raise VolumeError(

@@ -16,13 +16,7 @@ READ_BYTES = 1 << 20
 
 
 class LineFile:
-    """A new file of this process alone in ``folder``.
-
-    Parameters
-    ----------
-    folder, suffix
-        Where it goes, and how its name ends.
-    """
+    """A new file of this process alone in ``folder``, whose name ends in ``suffix``."""
 
     def __init__(self, folder: Path, suffix: str) -> None:
         self.path = folder / (new_mark() + suffix)
@@ -32,10 +26,7 @@ class LineFile:
     def append(self, line: str, what: str) -> None:
         """Write a line; on return it is on the disk.
 
-        Raises
-        ------
-        StorageError
-            If the disk refuses; the file must not be used any more then. ``what`` says what could not be done.
+        If the disk refuses, StorageError says that it cannot do ``what``; the file must not be used any more then.
         """
         content = line.encode() + b"\n"
         try:

@@ -116,13 +116,7 @@ class Ledger:
 
     @classmethod
     def existing(cls, folder: Path) -> Ledger:
-        """The ledger in ``folder`` as it was begun.
-
-        Raises
-        ------
-        LedgerError
-            If there is none.
-        """
+        """The ledger in ``folder`` as it was begun; a LedgerError if there is none."""
         header = read_header(folder)
         plan = plan_of(folder)
         assert plan is not None
@@ -195,12 +189,7 @@ class Ledger:
     def append(self, record: BlockRecord) -> None:
         """Record a block whose data are on disk; on return the line is too.
 
-        Raises
-        ------
-        StorageError
-            If the disk refuses.
-        LedgerError
-            If another process began to record another numeric class.
+        Raises StorageError if the disk refuses, LedgerError if another process began to record another numeric class.
         """
         self._write(asdict(record) | {"at": int(time.time())}, f"record block {record.block}")
 
@@ -306,13 +295,7 @@ class Ledger:
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """The header of the ledger in ``folder``.
-
-    Raises
-    ------
-    LedgerError
-        If there is none of this version.
-    """
+    """The header of the ledger in ``folder``; a LedgerError if there is none of this version."""
     path = folder / HEADER
     try:
         header = json.loads(path.read_bytes())
@@ -329,13 +312,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def plan_of(folder: Path) -> BlockPlan | None:
-    """The plan in the header of the ledger in ``folder``, or None where there is no ledger.
-
-    Raises
-    ------
-    LedgerError
-        If it is not a ledger of this version.
-    """
+    """The plan in the header of the ledger in ``folder``, None where there is no ledger; errors of ``read_header``."""
     if not (folder / HEADER).exists():
         return None
     plan = read_header(folder)["plan"]

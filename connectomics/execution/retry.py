@@ -17,36 +17,11 @@ from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 PAUSES_S = (0.2, 0.8, 3.2, 12.8)
-TRANSIENT = frozenset(
-    {
-        errno.EIO,
-        errno.EAGAIN,
-        errno.EINTR,
-        errno.EBUSY,
-        errno.ESTALE,
-        errno.ETIMEDOUT,
-        errno.ECONNRESET,
-        errno.ECONNABORTED,
-        errno.ENETUNREACH,
-        errno.ENETDOWN,
-        errno.EHOSTUNREACH,
-        errno.EHOSTDOWN,
-    }
-)
-SYSTEMIC = frozenset(
-    {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENODEV,
-        errno.ENXIO,
-        errno.ENOTCONN,
-        errno.ESHUTDOWN,
-    }
-)
+_BUSY = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT}
+_NO_ANSWER = {errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH, errno.EHOSTDOWN}
+TRANSIENT = frozenset({errno.ECONNRESET, errno.ECONNABORTED} | _BUSY | _NO_ANSWER)
+_FULL_OR_FORBIDDEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+SYSTEMIC = frozenset({errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ESHUTDOWN} | _FULL_OR_FORBIDDEN)
 STATED = re.compile(r"os_error_code='(\d+)'|errno = (\d+)")  # TensorStore's and HDF5's messages
 UNAVAILABLE = re.compile(r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): ")  # TensorStore's own words
 
@@ -91,15 +66,7 @@ def retried(action: Callable[[], T], what: str, pauses_s: tuple[float, ...] = PA
 
 
 class RetryingReader:
-    """A volume whose reading is tried again when it fails for a moment.
-
-    Parameters
-    ----------
-    reader, name
-        The volume; whoever made it closes it.
-    pauses_s
-        See ``retried``.
-    """
+    """A volume whose reading is tried again as ``retried`` does; whoever made the volume closes it."""
 
     def __init__(self, reader: VolumeReader, name: str, pauses_s: tuple[float, ...] = PAUSES_S) -> None:
         self._reader = reader

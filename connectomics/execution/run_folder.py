@@ -20,13 +20,7 @@ SINGLE_WRITER = "house"  # the lease on what one process alone does: survey, sto
 
 
 def work_folders(run: Path) -> list[Path]:
-    """Work folders of a RUN folder in which blocks were begun.
-
-    Raises
-    ------
-    ConfigError
-        If there is none.
-    """
+    """Work folders of a RUN folder in which blocks were begun; a ConfigError if there is none."""
     works = sorted({path.parent.parent for path in run.glob(f"*/*/{HEADER}")})
     if not works:
         raise ConfigError(f"{run}: is not the RUN folder of a run with blocks; give OUTPUT_PATH/NAME_labels.run")

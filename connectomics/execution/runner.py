@@ -84,10 +84,7 @@ def raise_systemic(error: Exception) -> None:
 def write_block(store: Store, block: Block, array: Array, pauses_s: tuple[float, ...] = PAUSES_S) -> tuple[str, str]:
     """Write a block's shard (c, z, y, x) and read it back; its path in the work folder and its sha256.
 
-    Raises
-    ------
-    OutputError, VolumeError
-        If the storage refuses, also after waiting.
+    Raises OutputError or VolumeError if the storage refuses, also after waiting.
     """
 
     def written() -> str:
@@ -161,21 +158,9 @@ def failure_message(failures: tuple[BlockFailure, ...], planned: int, folder: Pa
 
 
 def void_lost(ledger: Ledger, work: Path, stores: Collection[str]) -> int:
-    """Undo records whose files are not there or, for a sample, differ from their checksum.
+    """Undo records whose files are not there or, for a sample, differ from their checksum; how many were undone.
 
-    Parameters
-    ----------
-    ledger
-        Of the stage.
-    work
-        The work folder.
-    stores
-        Names of the folders in it that are looked at; others may have become final outputs.
-
-    Returns
-    -------
-    lost
-        Number of records undone.
+    Only the folders of ``work`` that are named in ``stores`` are looked at; others may have become final outputs.
     """
     stride = max(1, ledger.finished // CHECKED_BLOCKS)
     lost = 0

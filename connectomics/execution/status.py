@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,27 +54,11 @@ class RunStatus:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        stages = [
-            {
-                "work": s.work,
-                "stage": s.stage,
-                "planned": s.planned,
-                "done": s.done,
-                "quarantined": list(s.quarantined),
-                "blocks_per_s": s.blocks_per_s,
-                "left_s": s.left_s,
-                "last_block_s_ago": s.last_block_s_ago,
-            }
-            for s in self.stages
-        ]
-        return {
-            "run": str(self.run),
-            "surveyed": self.surveyed,
-            "stages": stages,
-            "workers": list(self.workers),
-            "finished": list(self.finished),
-            "last_error": self.last_error,
-        }
+        values = asdict(self) | {"run": str(self.run)}
+        for stage, plain in zip(self.stages, values["stages"], strict=True):
+            ago = plain.pop("last_block_s_ago")
+            plain |= {"left_s": stage.left_s, "last_block_s_ago": ago}
+        return values
 
     def lines(self) -> list[str]:
         """Return the text for the screen."""
@@ -99,13 +83,7 @@ class RunStatus:
 
 
 def status_of(run: Path) -> RunStatus:
-    """Look at a RUN folder.
-
-    Raises
-    ------
-    ConfigError
-        If it is not one.
-    """
+    """Look at a RUN folder; a ConfigError if it is none."""
     stages, workers = [], []
     works = work_folders(run)
     for work in works:

@@ -18,22 +18,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from connectomics.assembly.engine.backends import known_profile, measured_as
 from connectomics.assembly.engine.engine import Engine, EngineModel
-from connectomics.assembly.engine.windows import make_predictor
+from connectomics.assembly.engine.rules import make_predictor
 from connectomics.assembly.settings import InferenceSettings
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.executors.overlapping import OverlappingExecutor
 from connectomics.inference.predictor import Predictor, SlidingWindow
-from connectomics.models.backends.contract import NumericClass, torch_threads
-from connectomics.models.backends.device import select_device
-from connectomics.models.backends.precisions import EXACT
+from connectomics.models.backends.contract import torch_threads
+from connectomics.models.backends.torch_eager import TorchBackend
 from connectomics.planning.forecast import CostModel, Timing
 from connectomics.runs.job import JobRecord, Labeller, VolumeJob
 from connectomics.runs.volume import run_volume
-from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
+from connectomics.stages.predict.segmenter import Segmenter
 from connectomics.volumes.levels import grown
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
@@ -56,10 +56,7 @@ class WindowTimes:
 def measure_windows(engine: Engine, seconds: float = WINDOWS_S) -> WindowTimes:
     """Time a window of each model: the network as ``connectomics tune`` measured it, else as it goes now.
 
-    Parameters
-    ----------
-    seconds
-        About how long to measure each model, where a few windows do not take longer.
+    Each is measured for about so many seconds, where a few windows do not take longer.
     """
     profile = None
     if len(engine.models) == 1:
@@ -81,17 +78,7 @@ def measure_windows(engine: Engine, seconds: float = WINDOWS_S) -> WindowTimes:
 def measure_pace(engine: Engine, job: VolumeJob, times: WindowTimes) -> CostModel:
     """Measure how fast an engine labels a volume.
 
-    Parameters
-    ----------
-    job
-        Of the volume; nothing of it is changed or kept.
-    times
-        Of the engine's windows.
-
-    Raises
-    ------
-    ConnectomicsError
-        If the volume cannot be read, or a miniature cannot be run.
+    Nothing of the job is changed or kept; ConnectomicsError where the volume cannot be read or a miniature not be run.
     """
     sample_s = [0.0] * len(times.full)
     if engine.reference is not None:
@@ -103,47 +90,26 @@ def measure_pace(engine: Engine, job: VolumeJob, times: WindowTimes) -> CostMode
 
 
 def _standing_in(stated: InferenceSettings, model: EngineModel) -> Predictor:
-    first = StandIn(model.window, model.spec.classes, stated.networks.device)
-    return make_predictor(stated.windows, (first,) * len(model.spec.folds), model.window, model.spec)
+    network = _StandIn(model.window, model.spec.classes)
+    backend = TorchBackend(network, device=stated.networks.device, batch=model.window.batch, threads=1)
+    return make_predictor(stated.windows, (backend,) * len(model.spec.folds), model.window, model.spec)
 
 
-class StandIn:
-    """A backend that finds the same blobs in every window at once.
+class _StandIn(nn.Module):
+    """A network that finds the same blobs in every window at once."""
 
-    Parameters
-    ----------
-    window
-        How windows are laid.
-    classes
-        Output channels.
-    device
-        A name ``select_device`` knows.
-    """
+    logits: torch.Tensor
 
-    def __init__(self, window: SlidingWindow, classes: int, device: str) -> None:
-        self._device = select_device(device)
-        self._class = NumericClass("stand-in", EXACT.name, window.batch, 1, device=self._device.type)
+    def __init__(self, window: SlidingWindow, classes: int) -> None:
+        super().__init__()
         blobs = sum(np.ogrid[tuple(slice(n) for n in window.patch)][a] // BLOB for a in range(3)) % 2
         logits = torch.zeros((1, classes, *window.patch))
         logits[0, -1] = torch.from_numpy(np.where(blobs == 1, np.float32(1), np.float32(-1)))
-        self._logits = logits.to(self._device)
-
-    @property
-    def device(self) -> torch.device:
-        """Where windows are expected."""
-        return self._device
-
-    @property
-    def numeric_class(self) -> NumericClass:
-        """The class of results that nobody keeps."""
-        return self._class
+        self.register_buffer("logits", logits)
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """Logits float32 [n, k, z, y, x] for windows float32 [n, c, z, y, x]."""
-        return self._logits.repeat(len(batch), 1, 1, 1, 1)
-
-    def close(self) -> None:
-        """Nothing to close."""
+        return self.logits.repeat(len(batch), 1, 1, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +155,13 @@ def _outside(
     job: VolumeJob, engine: Engine, predictors: Sequence[Predictor], window_s: Sequence[float]
 ) -> tuple[float, float]:
     """Seconds of a voxel outside the network, and those that every volume takes."""
-    members = [replace(m, predictor=p) for m, p in zip(job.labeller.segmenter.members, predictors, strict=True)]
-    segmenter = replace(job.labeller.segmenter, members=tuple(_without_previous(m) for m in members))
-    extent = job.reader.info.extent
-    patch = _within(extent, vec3([max(axis) for axis in zip(*_patches(engine, job), strict=True)]))
+    own, extent = job.labeller.segmenter, job.reader.info.extent
+    members = [replace(m, predictor=p) for m, p in zip(own.members, predictors, strict=True)]
+    # a second stage finds background in the first one's labels
+    members = [replace(m, previous=_background) if m.previous_values else m for m in members]
+    segmenter = replace(own, members=tuple(members))
+    patches = [m.order.inverse.turn(e.window.patch) for m, e in zip(members, engine.of_members, strict=True)]
+    patch = _within(extent, vec3([max(axis) for axis in zip(*patches, strict=True)]))
     large = _within(extent, grown(patch, extent, 1, max(MINIATURE_VOXELS, 2 * math.prod(patch))))
     measured = []
     for shape in dict.fromkeys((patch, large)):
@@ -205,26 +174,17 @@ def _outside(
     return voxel_s, max(0.0, least - few * voxel_s)
 
 
-def _patches(engine: Engine, job: VolumeJob) -> Iterator[Vec3]:
-    """Each model's window in the volume's axes."""
-    for model, member in zip(engine.of_members, job.labeller.segmenter.members, strict=True):
-        yield member.order.inverse.turn(model.window.patch)
+def _background(box: Box) -> Array:
+    return np.zeros((1, *box.shape), np.uint8)
 
 
 def _within(extent: Vec3, shape: Vec3) -> Vec3:
     return vec3([min(p, n) for p, n in zip(shape, extent, strict=True)])
 
 
-def _without_previous(member: EnsembleMember) -> EnsembleMember:
-    """A second stage that finds background in the first one's labels."""
-    if not member.previous_values:
-        return member
-    return replace(member, previous=lambda box: np.zeros((1, *box.shape), np.uint8))
-
-
 def _miniature(job: VolumeJob, engine: Engine, segmenter: Segmenter, shape: Vec3) -> tuple[int, int, float]:
     """Run the middle of the volume; its voxels, windows of all members, and seconds."""
-    chunk = vec3([min(c, n) for c, n in zip(job.plan.chunk_shape, shape, strict=True)])
+    chunk = _within(shape, job.plan.chunk_shape)
     block = vec3([-(-min(b, n) // c) * c for b, n, c in zip(job.plan.block_shape, shape, chunk, strict=True)])
     part = _Part(job.reader, shape)
     with _scratch(engine.settings.folder) as folder, _quiet_log():
@@ -270,7 +230,7 @@ class _Part:
         found = reader.info
         self._reader = reader
         self._start = vec3([(n - s) // 2 for n, s in zip(found.extent, shape, strict=True)])
-        chunk = vec3([min(c, n) for c, n in zip(found.chunk_shape, shape, strict=True)])
+        chunk = _within(shape, found.chunk_shape)
         self.info: VolumeInfo = replace(found, shape=(found.channels, *shape), chunk_shape=chunk)
         self.identity: dict[str, object] = {}
 

@@ -6,6 +6,7 @@ profile that runs and ``connectomics plan`` pick up for what the configuration l
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -18,7 +19,7 @@ import torch
 
 from connectomics.assembly.engine.backends import holds_batch, trial_backends
 from connectomics.assembly.engine.models import load_models
-from connectomics.assembly.engine.windows import make_window
+from connectomics.assembly.engine.rules import make_window
 from connectomics.assembly.settings import NetworkSettings, VolumeSettings, resolve
 from connectomics.assembly.volumes import named_sources, open_input
 from connectomics.config.schema import Config
@@ -94,10 +95,8 @@ def tune(config: Config, checkpoint: Path | None, volume: str, seconds: float, p
 
     Parameters
     ----------
-    config
-        The configuration; ``sw_batch_size``, ``num_cpus`` and device as a run would have them.
-    checkpoint
-        The model.
+    config, checkpoint
+        ``sw_batch_size``, ``num_cpus`` and device as a run would have them, and the model.
     volume
         Where the sample windows are taken.
     seconds
@@ -145,7 +144,10 @@ def tune(config: Config, checkpoint: Path | None, volume: str, seconds: float, p
     progress(total - 1, total, "measuring")
     _measure(running, began + seconds)
     profile = Profile(tuple(_timed(trial, running) for trial in trials))
-    path = _kept(networks, models, patches, profile)
+    path = None
+    if networks.cache is not None:
+        path = profile_path(networks.cache, [model.spec for model in models], patches, networks.device)
+        save_profile(path, profile, networks.device)
     progress(total, total, "done")
     return TuneReport(profile, path)
 
@@ -159,9 +161,8 @@ def _candidates(networks: NetworkSettings, models: Sequence[LoadedModel], patche
     if on_cpu:
         kinds = [REFERENCE, ("openvino", EXACT.name), ("openvino", FAST.name), ("torch", FAST.name)]
     ways = [(*kind, b, most) for b, kind in itertools.product(batches, kinds)]
-    if (
-        networks.stated_threads is None and most > 1 and on_cpu
-    ):  # two threads of one core, or of a core that others use, are often slower
+    # two threads of one core, or of a core that others use, are often slower
+    if networks.stated_threads is None and most > 1 and on_cpu:
         ways += [(*kind, batch, most // 2) for kind in kinds]
     ways += [("compile", precision, batch, most) for precision in PRECISIONS.names()]
     too_large = {b for b in batches if b > batch and not holds_batch(networks.budget_bytes, models, patches, b)}
@@ -205,24 +206,11 @@ def _timed(trial: Trial, running: Sequence[_Running]) -> Trial:
     return replace(trial, window_s=window_s, ratio=ratio, quick_s=quick_s, slow_s=slow_s)
 
 
-def _kept(
-    networks: NetworkSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3], profile: Profile
-) -> Path | None:
-    if networks.cache is None:
-        return None
-    path = profile_path(networks.cache, [model.spec for model in models], patches, networks.device)
-    save_profile(path, profile, networks.device)
-    return path
-
-
 def _sample(stated: VolumeSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3], volume: str) -> list[Array]:
     """Windows of each model from the volume, float32 [n, c, z, y, x], each normalised by itself."""
     (source,) = named_sources([volume], models[0].spec.channels)
-    reader = open_input(stated, models[0].spec, source)
-    try:
+    with contextlib.closing(open_input(stated, models[0].spec, source)) as reader:
         return [_windows(reader, model.spec, patch, source.name) for model, patch in zip(models, patches, strict=True)]
-    finally:
-        reader.close()
 
 
 def _windows(reader: VolumeReader, spec: ModelSpec, patch: Vec3, name: str) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engines import Engines
 from connectomics.assembly.memory import peak_of
 from connectomics.assembly.shared_sample import SharedSample
-from connectomics.assembly.volumes import job_of, open_source, roi_of
+from connectomics.assembly.volumes import job_of, opened_source
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
 from connectomics.execution.ledger import plan_of
@@ -85,12 +84,9 @@ class Plan:
 
 
 def plan_volumes(engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
-    """Say what each volume takes, as if nothing was done yet; an engine's pace is measured on its first volume.
+    """Say what each volume takes, as if nothing was done yet.
 
-    Parameters
-    ----------
-    sources
-        The volumes; their metadata are read, and of the first a small part.
+    Their metadata are read, and a small part of an engine's first volume, on which its pace is measured.
     """
     forecasts: list[Forecast] = []
     refused: list[tuple[str, str]] = []
@@ -98,12 +94,7 @@ def plan_volumes(engine: Engine, sources: Sequence[VolumeSource]) -> Plan:
     paces: dict[int, CostModel] = {}
     for source in sources:
         try:
-            with contextlib.ExitStack() as opened:
-                reader = open_source(engine, source)
-                opened.callback(reader.close)
-                roi = roi_of(engine.inference.region, reader.info.extent, source.name)
-                if roi is not None:
-                    opened.callback(roi.close)
+            with opened_source(engine, source) as (reader, roi):
                 suiting = engines.suiting(reader)
                 job = sample.shared_by(suiting, job_of(suiting, source, reader, previous=None, roi=roi))
                 if id(suiting) not in paces:
@@ -148,13 +139,7 @@ class JobForecaster:
 
 
 def forecast(engine: Engine, job: VolumeJob, pace: CostModel | None) -> Forecast:
-    """What one volume takes; without a pace no time is told.
-
-    Parameters
-    ----------
-    job
-        The volume; of its wanted voxels the box counts, and all of it.
-    """
+    """What one volume takes, all of its box of wanted voxels counted; without a pace no time is told."""
     info, members = job.reader.info, job.labeller.segmenter.members
     partition = _cut(engine, job)
     windows = [count_windows(member, partition, info.channels) for member in members]
@@ -219,16 +204,11 @@ def _sizes(engine: Engine, job: VolumeJob, partition: Partition) -> tuple[tuple[
 
 def _not_counted(engine: Engine, job: VolumeJob) -> tuple[str, ...]:
     """What the time leaves out."""
+    contract, roi = job.labeller.contract, job.labeller.roi
     tests = [
         (engine.inference.call.decodes, "the steps of decoding"),
         (engine.previous is not None, "the first stage of the cascade"),
-        (
-            job.labeller.contract is not None and job.labeller.contract.shared is not None,
-            "the sample of fast against exact, which small volumes share",
-        ),
-        (
-            job.labeller.roi is not None and job.labeller.roi.mask is not None,
-            "what inference.mask leaves out: all is taken as wanted",
-        ),
+        (contract and contract.shared, "the sample of fast against exact, which small volumes share"),
+        (roi and roi.mask, "what inference.mask leaves out: all is taken as wanted"),
     ]
     return tuple(text for holds, text in tests if holds)

@@ -141,13 +141,7 @@ class ChannelSummary:
 
 
 def check_intensities(scheme: ChannelNormalisation, summary: ChannelSummary, where: str) -> None:
-    """Refuse intensities that a channel's normalisation is not made for.
-
-    Raises
-    ------
-    VolumeError
-        If RGB data leave the range 0 to 255.
-    """
+    """Refuse RGB intensities that leave the range 0 to 255, by a VolumeError."""
     if scheme.scheme == "RGBTo01Normalization" and (summary.minimum < 0 or summary.maximum > 255):
         raise VolumeError(
             f"{where}: the model expects RGB intensities from 0 to 255, found {summary.minimum:g} to "

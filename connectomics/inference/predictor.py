@@ -311,12 +311,7 @@ class _Window:
 class _Rows:
     """The normalised rows that windows are cut from: each is read once and kept while windows of its sweep need it.
 
-    Parameters
-    ----------
-    axis
-        Along which sweeps roll.
-    read
-        Gives what each sweep calls ``fresh``, one sweep after the other.
+    ``read`` gives what each sweep calls ``fresh``, one sweep after the other.
     """
 
     def __init__(self, axis: int, read: Iterator[Array]) -> None:

@@ -24,6 +24,7 @@ from connectomics.models.spec import DEFAULT_RESAMPLING, NO_RESAMPLING, TORCH_RE
 from connectomics.volumes.volume import Array, Spacing
 
 TILE: Vec3 = (32, 128, 128)  # network voxels computed at once
+LARGEST_RATIO = 4.0  # of spacings, unless more is allowed
 CUBIC = 3  # the highest order of images
 LINEAR = 1  # the highest order of logits: splines are clipped to the range of all of them, which nobody knows before
 ImageSource = CaseInput | StackedInput[CaseInput, PreviousLabels]  # a case on the image's grid
@@ -58,13 +59,7 @@ class Resampling:
         check_rules(self.data, self.probabilities, self.labels)
 
     def network_shape(self, shape: Vec3) -> Vec3:
-        """Extent of a case of ``shape`` on the network's grid, by nnU-Net's own rule.
-
-        Raises
-        ------
-        VolumeError
-            If nothing would be left of an axis.
-        """
+        """Extent of a case of ``shape`` on the network's grid, as nnU-Net has it; a VolumeError if an axis vanishes."""
         from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
         result = vec3([int(n) for n in compute_new_shape(shape, self.spacing, self.target)])
@@ -114,15 +109,7 @@ def _axes(rule: ResamplingRule, separate: int | None, old: Vec3, new: Vec3) -> t
 
 @dataclass(slots=True)
 class ResampledInput:
-    """What ``CaseInput`` is for the image's grid, for the network's: ``get`` gives its voxels, zeros outside.
-
-    Parameters
-    ----------
-    source
-        The case at the image's spacing.
-    resampling
-        The rules.
-    """
+    """What ``CaseInput`` is for the image's grid, for the network's: ``get`` gives its voxels, zeros outside."""
 
     source: CaseInput
     resampling: Resampling
@@ -205,15 +192,7 @@ class ResampledInput:
 
 @dataclass(frozen=True, slots=True)
 class ResampledLabels:
-    """The labels of a previous stage on the network's grid, a channel each.
-
-    Parameters
-    ----------
-    source
-        The labels on the image's grid.
-    resampling
-        The rules.
-    """
+    """The labels of a previous stage on the network's grid, a channel each."""
 
     source: PreviousLabels
     resampling: Resampling
@@ -249,15 +228,7 @@ def _on_network_grid(source: ImageSource, resampling: Resampling) -> WindowSourc
 
 
 class ResampledPredictor:
-    """Predicts on the network's grid and brings the logits back to the image's.
-
-    Parameters
-    ----------
-    inner
-        Predicts on the network's grid.
-    resampling
-        The rules.
-    """
+    """Predicts, by another predictor, on the network's grid and brings the logits back to the image's."""
 
     def __init__(self, inner: Predictor, resampling: Resampling) -> None:
         self._inner, self._resampling = inner, resampling
@@ -310,13 +281,7 @@ def _blocks_over(grid: BlockGrid, box: Box) -> Iterator[Vec3]:
 
 
 def check_rules(data: ResamplingRule, probabilities: ResamplingRule, labels: ResamplingRule | None = None) -> None:
-    """Refuse resampling that this program cannot do as nnU-Net does it, or that makes no sense.
-
-    Raises
-    ------
-    ModelError
-        If the plans name another function, argument or order, or leave logits on the network's grid.
-    """
+    """Refuse, by a ModelError, resampling that this program cannot do as nnU-Net does it, or that makes no sense."""
     advice = "bring the volume to the plan's spacing yourself and set inference.resample=off"
     stages = [] if labels is None else [("labels of the previous stage", labels, LINEAR)]
     for what, rule, highest in (("images", data, CUBIC), ("logits", probabilities, LINEAR), *stages):
@@ -344,16 +309,10 @@ def check_rules(data: ResamplingRule, probabilities: ResamplingRule, labels: Res
         )
 
 
-def check_ratio(spacing: Spacing, target: Spacing, *, allowed: bool, limit: float = 4.0) -> None:
-    """Refuse a resampling that is more likely a mistaken unit than a wish.
-
-    Raises
-    ------
-    VolumeError
-        If a ratio exceeds ``limit`` and that is not allowed.
-    """
+def check_ratio(spacing: Spacing, target: Spacing, *, allowed: bool) -> None:
+    """Refuse, by a VolumeError, a resampling that is more likely a mistaken unit than a wish, unless it is allowed."""
     ratios = [max(a / b, b / a) for a, b in zip(spacing, target, strict=True)]
-    if max(ratios) > limit and not allowed:
+    if max(ratios) > LARGEST_RATIO and not allowed:
         raise VolumeError(
             f"the volume's spacing {spacing} and the plan's {target} (z, y, x) differ {max(ratios):.1f} fold; "
             "are both in the same unit? Set inference.spacing in the plan's unit, or confirm with "

@@ -133,11 +133,8 @@ def constant_weight(patch: Vec3) -> npt.NDArray[np.float32]:
 
 
 def as_patch(values: tuple[int, ...] | list[int], model_patch: Vec3) -> Vec3:
-    """A user's window size of two (y, x) or three (z, y, x) voxels as a patch; two keep the model's depth.
+    """A user's window of two (y, x) or three (z, y, x) voxels as a patch; two keep the model's depth.
 
-    Raises
-    ------
-    ValueError
-        If there are neither two nor three values.
+    Raises ValueError if there are neither two nor three.
     """
     return vec3(values) if len(values) != 2 else vec3([model_patch[0], *values])

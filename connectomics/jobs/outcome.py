@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -51,17 +51,13 @@ class Observer(Protocol):
 class NullObserver:
     """An observer that does nothing."""
 
-    def listed(self, total: int, finished: int) -> None:
-        """Nothing."""
+    def listed(self, total: int, finished: int) -> None: ...
 
-    def began(self, name: str) -> None:
-        """Nothing."""
+    def began(self, name: str) -> None: ...
 
-    def block(self, finished: int, planned: int) -> None:
-        """Nothing."""
+    def block(self, finished: int, planned: int) -> None: ...
 
-    def ended(self, outcome: VolumeOutcome) -> None:
-        """Nothing."""
+    def ended(self, outcome: VolumeOutcome) -> None: ...
 
 
 def outcomes_of(
@@ -76,10 +72,8 @@ def outcomes_of(
 
     Parameters
     ----------
-    names
-        Of the volumes.
-    kept
-        Final paths of those that are done already, by name.
+    names, kept
+        The volumes, and final paths of those that are done already, by name.
     process
         Gives the outcome of the volume with this number.
     observer
@@ -106,18 +100,11 @@ def outcomes_of(
 def attempted(name: str, folder: Path, run: Callable[[], tuple[tuple[Path, ...], RunReport]]) -> VolumeOutcome:
     """Run one volume; whatever goes wrong is its outcome, never another volume's.
 
-    Parameters
-    ----------
-    name
-        Of the volume.
-    folder
-        RUN, where its log is kept.
-    run
-        Brings it to its final outputs; gives their paths and the report.
+    Its log is kept in the folder, RUN; ``run`` brings it to its final outputs, and gives their paths and the report.
     """
     began = time.perf_counter()
     try:
-        with RunLog(folder):
+        with _run_log(folder):
             paths, report = run()
     except Exception as error:  # noqa: BLE001 - the runner's broad catch: a failure stays with its volume
         return failed_outcome(name, error, time.perf_counter() - began)
@@ -142,30 +129,29 @@ class _LogFile(logging.FileHandler):
         """Let the line go."""
 
 
-class RunLog:
+@contextlib.contextmanager
+def _run_log(folder: Path) -> Iterator[None]:
     """While open, everything the package logs also goes to ``run.log`` in a RUN folder."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._handler = _LogFile(folder / "run.log")
-        except OSError as error:
-            raise OutputError(
-                f"{folder}: cannot make the RUN folder ({error.strerror}); choose another inference.data.output_path"
-            ) from error
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
-        self._logger = logging.getLogger("connectomics")
-        self._level = self._logger.level
-
-    def __enter__(self) -> None:
-        self._logger.setLevel(logging.INFO)
-        self._logger.addHandler(self._handler)
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            unexpected = isinstance(error, Exception) and not isinstance(error, EXPECTED)
-            self._logger.info("stopped: %s", error, exc_info=unexpected)
-        self._logger.removeHandler(self._handler)
-        self._logger.setLevel(self._level)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = _LogFile(folder / "run.log")
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot make the RUN folder ({error.strerror}); choose another inference.data.output_path"
+        ) from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("connectomics")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        unexpected = isinstance(error, Exception) and not isinstance(error, EXPECTED)
+        logger.info("stopped: %s", error, exc_info=unexpected)
+        raise
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
         with contextlib.suppress(OSError):  # a full disk; the run says so
-            self._handler.close()
+            handler.close()

@@ -20,13 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class ResumedEngines:
-    """Finds the engine for each volume: the one there is, or one as an earlier run of that volume had.
-
-    Parameters
-    ----------
-    engine
-        What this run would choose; used for volumes that nobody has begun.
-    """
+    """Finds the engine for each volume: this run's own where nobody has begun it, or one as an earlier run had."""
 
     def __init__(self, engine: Engine) -> None:
         self._engines = Engines(engine)

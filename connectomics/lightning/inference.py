@@ -15,15 +15,16 @@ import torch
 from connectomics.assembly.engine.cascade import check_previous_stage
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.make_engine import make_engine, under
-from connectomics.assembly.engine.planes import check_isotropic
-from connectomics.assembly.precision import fast_contract
+from connectomics.assembly.engine.rules import check_isotropic
 from connectomics.assembly.provenance import batch_note
 from connectomics.assembly.settings import resolve
 from connectomics.assembly.shared_sample import SharedSample
 from connectomics.assembly.volumes import (
+    fast_contract,
     final_paths,
     job_of,
     open_source,
+    opened_source,
     outputs_of,
     roi_of,
     run_folder,
@@ -236,11 +237,8 @@ class VolumeProcessor:
         try:
             if not all(path.exists() for path in final_paths(self._engine, source)):
                 return None
-            reader = open_source(self._engine, source)
-            try:
+            with contextlib.closing(open_source(self._engine, source)) as reader:
                 outputs = outputs_of(self._engine, source, reader)
-            finally:
-                reader.close()
         except (ConnectomicsError, OSError):
             return None
         if any(o.missing(settings.folder) for o in outputs):
@@ -253,15 +251,11 @@ class VolumeProcessor:
     def _process(self, source: VolumeSource, sample: SharedSample) -> tuple[tuple[Path, ...], RunReport]:
         settings = self._engine.settings
         with contextlib.ExitStack() as opened:
-            reader = open_source(self._engine, source)
-            opened.callback(reader.close)
+            # what of it is wanted is refused before a first stage is run
+            reader, roi = opened.enter_context(opened_source(self._engine, source))
             engine = self._resumed.engine(source, reader)
             for note in [*engine.identity.notes, *batch_note(engine)]:
                 log.info("backend: %s", note)
-            region = engine.inference.region  # refused before a first stage is run
-            roi = roi_of(region, reader.info.extent, source.name)
-            if roi is not None:
-                opened.callback(roi.close)
             previous = opened.enter_context(previous_labels(engine, source, reader, on_block=self._observer.block))
             job = job_of(engine, source, reader, previous=previous, roi=roi)
             check_names(job.outputs, settings.folder, overwrite=engine.inference.outputs.overwrite)
@@ -271,13 +265,7 @@ class VolumeProcessor:
 
 
 def check_output_folder(folder: Path) -> None:
-    """Make the output folder, or say why it cannot be.
-
-    Raises
-    ------
-    ConfigError
-        If it cannot be made or written to.
-    """
+    """Make the output folder, or say why it cannot be; ConfigError if it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -262,13 +262,7 @@ def _check_fit(network: nn.Module, member: Fold, where: str) -> None:
 
 
 def check_finite(member: Fold) -> None:
-    """Raise unless every weight is a number.
-
-    Raises
-    ------
-    ModelError
-        If one is infinite or not a number.
-    """
+    """Raise ModelError unless every weight is a number."""
     seen = set()
     for key, tensor in member.weights.items():
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)

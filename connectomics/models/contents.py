@@ -64,10 +64,7 @@ class ModelContents:
 def read_contents(request: ModelRequest) -> ModelContents:
     """Read a model that is not packed; the types of what its files hold are checked, not whether they fit.
 
-    Raises
-    ------
-    ModelError
-        If a file is missing, damaged or contradicts another.
+    Raises ModelError if a file is missing, damaged or contradicts another.
     """
     return _from_copy(request) if is_converted(request.path) else _from_training(request)
 

@@ -1,4 +1,4 @@
-"""Writes the inference-only copy of a model and reads it back. Called by ``assembly.convert``."""
+"""Writes the inference-only copy of a model and reads it back. Called by ``assembly.engine.models``."""
 
 from __future__ import annotations
 

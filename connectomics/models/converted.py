@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -73,13 +73,7 @@ def is_converted(path: Path) -> bool:
 
 
 def weights_name(fold: str) -> str:
-    """Where the weights of a fold lie within the folder.
-
-    Raises
-    ------
-    ModelError
-        If the fold's name is not a plain word.
-    """
+    """Where the weights of a fold lie within the folder; a ModelError if its name is not a plain word."""
     if not _FOLD_NAME.fullmatch(fold):
         raise ModelError(f"the fold is named {fold!r:.60}, expected letters and digits; the checkpoint is not usable")
     return f"fold_{fold}/weights.safetensors"
@@ -90,10 +84,7 @@ def write_copy(
 ) -> None:
     """Write a copy into an empty folder; equal models give equal bytes. ``manifest.files`` is filled in here.
 
-    Parameters
-    ----------
-    weights
-        For each fold of the manifest, tensors by the network's names.
+    ``weights`` has, for each fold of the manifest, tensors by the network's names.
     """
     for name, text in ((PLANS, plans), (DATASET, dataset)):
         (folder / name).write_text(json.dumps(text.values, indent=1) + "\n", encoding="utf-8")
@@ -104,14 +95,7 @@ def write_copy(
         (folder / name).chmod((folder / PLANS).stat().st_mode)  # safetensors leaves it to its owner alone
     values: dict[str, object] = {
         "format": FORMAT,
-        "trainer_name": manifest.trainer_name,
-        "configuration": manifest.configuration,
-        "mirror_axes": list(manifest.mirror_axes),
-        "checkpoint_name": manifest.checkpoint_name,
-        "folds": list(manifest.folds),
-        "original": [list(entry) for entry in manifest.original],
-        "original_sha256": manifest.original_sha256,
-        "architecture": manifest.architecture,
+        **asdict(manifest),
         "files": {name: sha256_of_file(folder / name) for name in (PLANS, DATASET, *names)},
     }
     values["sha256"] = key_of(values)
@@ -137,13 +121,7 @@ def _write_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
-    """The manifest of a copy, found consistent in itself, and the sha256 of its file.
-
-    Raises
-    ------
-    ModelError
-        If it is damaged, was changed, or is of another format.
-    """
+    """The manifest of a copy and the sha256 of its file; a ModelError if it is damaged, changed or of another kind."""
     path = folder / MANIFEST
     text = read_json(path)
     values = dict(text.values)
@@ -205,13 +183,7 @@ def _check_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def check_file(folder: Path, name: str, manifest: Manifest) -> None:
-    """Raise unless a file of the copy has the digest that the manifest states.
-
-    Raises
-    ------
-    ModelError
-        If it is missing, unreadable or differs.
-    """
+    """Raise ModelError unless a file of the copy is there with the digest that the manifest states."""
     try:
         if not stat.S_ISREG((folder / name).stat().st_mode):
             raise ModelError(f"{folder / name}: is no file; {_AGAIN}")
@@ -226,13 +198,7 @@ def check_file(folder: Path, name: str, manifest: Manifest) -> None:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file by all of their names.
-
-    Raises
-    ------
-    ModelError
-        If it is not a safetensors file with plain weights.
-    """
+    """The tensors of a safetensors file by all of their names; a ModelError if it is none, or not of plain weights."""
     try:
         with path.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")

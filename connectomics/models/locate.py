@@ -111,13 +111,7 @@ def is_visible(name: str) -> bool:
 
 
 def locate_model(request: ModelRequest) -> ModelFiles:
-    """Find what belongs to a model that is not packed.
-
-    Raises
-    ------
-    ModelError
-        If something is missing, unreadable or contradictory.
-    """
+    """Find what belongs to a model that is not packed; a ModelError if that is missing, unreadable or contradictory."""
     try:
         return _locate(request)
     except OSError as error:

@@ -31,13 +31,7 @@ class PlanText:
         return json.dumps(self.values, sort_keys=True)
 
     def get(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
-        """The value of a required key.
-
-        Raises
-        ------
-        ModelError
-            If it is missing or of another type.
-        """
+        """The value of a required key; a ModelError if it is missing or of another type."""
         if key not in self.values:
             raise ModelError(f"{self.where}: '{key}' is missing, expected {expected}; {RESTORE}")
         value = self.values[key]
@@ -46,13 +40,7 @@ class PlanText:
         return value
 
     def numbers(self, key: str, count: int) -> list[float]:
-        """A required list of positive numbers.
-
-        Raises
-        ------
-        ModelError
-            If it is anything else.
-        """
+        """A required list of positive numbers; a ModelError if it is anything else."""
         values: list[float] = self.get(key, list, f"{count} positive numbers")
         numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
         if len(values) != count or not numeric or not all(0 < v < math.inf for v in values):
@@ -61,13 +49,7 @@ class PlanText:
 
 
 def read_json(path: Path) -> PlanText:
-    """The object in a JSON file.
-
-    Raises
-    ------
-    ModelError
-        If the file cannot be read or is not a JSON object; the message names the line.
-    """
+    """The object in a JSON file; a ModelError, which names the line, if it cannot be read or is none."""
     try:
         with path.open("rb") as stream:
             text = stream.read(_LARGEST_BYTES + 1)
@@ -86,13 +68,7 @@ def read_json(path: Path) -> PlanText:
 
 
 def embedded_json(value: object, where: str) -> PlanText:
-    """A mapping that a checkpoint carries, with JSON's types.
-
-    Raises
-    ------
-    ModelError
-        If it is not a mapping that JSON can carry.
-    """
+    """A mapping that a checkpoint carries, with JSON's types; a ModelError if JSON cannot carry it."""
     try:
         return _as_object(json.loads(json.dumps(value)), where)
     except (TypeError, ValueError, RecursionError) as error:

@@ -47,10 +47,7 @@ _LARGEST_PAINTED = 32767  # nnU-Net paints regions in int16
 def resolve_configuration(plans: PlanText, name: str) -> PlanText:
     """The configuration ``name`` with what it inherits, in today's format of nnU-Net's plans.
 
-    Raises
-    ------
-    ModelError
-        If it does not exist, inherits in a circle, or its old format cannot be converted.
+    Raises ModelError if it does not exist, inherits in a circle, or its old format cannot be converted.
     """
     configurations = plans.get("configurations", dict, "the configurations")
     chain: list[dict[str, Any]] = []
@@ -92,13 +89,7 @@ def _modernised(configuration: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def check_supported(plans: PlanText, configuration: PlanText) -> None:
-    """Refuse by name what nnU-Net can do and this program cannot yet.
-
-    Raises
-    ------
-    ModelError
-        For custom preprocessors and label managers.
-    """
+    """Refuse, by a ModelError, the custom preprocessors and label managers that nnU-Net has and this program lacks."""
     reason: str | None = None
     preprocessor = configuration.values.get("preprocessor_name", "DefaultPreprocessor")
     manager = plans.values.get("label_manager", "LabelManager")
@@ -111,13 +102,7 @@ def check_supported(plans: PlanText, configuration: PlanText) -> None:
 
 
 def previous_stage(configuration: PlanText) -> str | None:
-    """The configuration whose labels a second stage is given besides the image, or None.
-
-    Raises
-    ------
-    ModelError
-        If it is no name.
-    """
+    """The configuration whose labels a second stage is given beside the image, or None; a ModelError if no name."""
     stated = configuration.values.get("previous_stage")
     if stated is not None and (not isinstance(stated, str) or not stated):
         raise ModelError(
@@ -129,10 +114,7 @@ def previous_stage(configuration: PlanText) -> str | None:
 def axis_order(plans: PlanText) -> Vec3:
     """``transpose_forward``: which axis of the volume each axis of the model is.
 
-    Raises
-    ------
-    ModelError
-        If it is no permutation of the axes, or ``transpose_backward`` does not undo it.
+    Raises ModelError if it is no permutation of the axes, or ``transpose_backward`` does not undo it.
     """
     forward = plans.values.get("transpose_forward", [0, 1, 2])
     if not isinstance(forward, list) or any(type(a) is not int for a in forward) or sorted(forward) != [0, 1, 2]:
@@ -166,12 +148,7 @@ def channel_names(dataset: PlanText) -> tuple[str, ...]:
     """Names of the input channels in order; ``modality``, the key of older files, goes first as in nnU-Net.
 
     nnU-Net only counts them, so they may have any keys or none: a mapping whose keys are 0, 1, … is taken in the order
-    of these numbers, any other mapping and a list in the order of the file.
-
-    Raises
-    ------
-    ModelError
-        If there is none.
+    of these numbers, any other mapping and a list in the order of the file. Raises ModelError if there is none.
     """
     key = "modality" if "modality" in dataset.values else "channel_names"
     names = dataset.get(key, (dict, list), "the input channels by number")
@@ -256,10 +233,7 @@ def _painting_order(dataset: PlanText, regions: int, labels_: int) -> tuple[int,
 def normalisations(plans: PlanText, configuration: PlanText, channels: int) -> tuple[ChannelNormalisation, ...]:
     """How each channel is normalised.
 
-    Raises
-    ------
-    ModelError
-        If a scheme is unknown, missing, or lacks the intensities it needs, or ``use_mask_for_norm`` does not fit.
+    Raises ModelError if a scheme is unknown, missing, or lacks what it needs, or ``use_mask_for_norm`` does not fit.
     """
     schemes = configuration.get("normalization_schemes", list, "one scheme a channel")
     if len(schemes) != channels:
@@ -304,10 +278,7 @@ def _number(values: object, key: str) -> float | None:
 def patch_and_spacing(configuration: PlanText) -> tuple[int, Vec3, PlanSpacing]:
     """Dimensions of the network, its patch (z, y, x) and its spacing (z, y, x) in the plan's unit.
 
-    Raises
-    ------
-    ModelError
-        If they are not two or three positive numbers, or absurdly large.
+    Raises ModelError if they are not two or three positive numbers, or absurdly large.
     """
     dimensions = len(configuration.get("patch_size", list, "two or three whole numbers"))
     if dimensions not in (2, 3):
@@ -326,10 +297,7 @@ def patch_and_spacing(configuration: PlanText) -> tuple[int, Vec3, PlanSpacing]:
 def resampling_rule(configuration: PlanText, key: str) -> ResamplingRule:
     """The resampling function that the plans name under ``key``, with nnU-Net's defaults for what they do not state.
 
-    Raises
-    ------
-    ModelError
-        If its arguments are of the wrong type.
+    Raises ModelError if its arguments are of the wrong type.
     """
     function = configuration.values.get(key, DEFAULT_RESAMPLING)
     stated = configuration.values.get(f"{key}_kwargs", {"force_separate_z": None})

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from connectomics.core.errors import LedgerError
 from connectomics.core.files import replacing
 from connectomics.volumes.source import READ_ERRORS, reason
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 SUFFIX = ".members"
 
 
@@ -31,13 +30,7 @@ def save(path: Path, **members: Array) -> None:
 
 
 def load(path: Path, *names: str) -> tuple[Array, ...]:
-    """Members of a saved file, in the order of their names.
-
-    Raises
-    ------
-    LedgerError
-        If the file is absent or damaged.
-    """
+    """Members of a saved file in the order of their names; a LedgerError if it is absent or damaged."""
     try:
         with path.open("rb") as stream:
             head = json.loads(stream.readline())

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components as trees_of
 from scipy.sparse.csgraph import minimum_spanning_tree
@@ -22,8 +21,8 @@ from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.objects.components import Connectivity, connected_components
 from connectomics.objects.faces import directions
 from connectomics.objects.watershed import flood, flooding_order, footprint_of
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 _minima: Callable[..., Any] = morphology.local_minima
 
 
@@ -213,15 +212,7 @@ def shared_with(core: Box, read: Box) -> tuple[Array, Array]:
 
 
 def seeds_of_basins(saddles: Saddles, seed_count: int, count: int) -> Array:
-    """The seed that floods each basin, u8 [count], from all saddles of a volume.
-
-    Parameters
-    ----------
-    saddles
-        Between seeds, 1 to ``seed_count``, and basins, which follow them.
-    seed_count, count
-        How many there are of each.
-    """
+    """The seed that floods each basin, u8 [count], from all saddles between seeds, 1 to ``seed_count``, and basins."""
     nodes, place = np.unique(saddles.pairs, return_inverse=True)
     _, root = Saddles(place.reshape(-1, 2), saddles.heights).forest(len(nodes), nodes <= seed_count)
     result = np.zeros(count, np.uint64)

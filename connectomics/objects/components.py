@@ -12,11 +12,10 @@ from typing import Any
 
 import cc3d
 import numpy as np
-import numpy.typing as npt
 
 from connectomics.core.geometry import Vec3, vec3
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 _number: Callable[..., Any] = cc3d.connected_components
 IN_A_SECTION = {4: 1, 8: 2}
 IN_THE_VOLUME = {6: 1, 18: 2, 26: 3}

@@ -5,15 +5,12 @@ The watershed takes its seeds and its order from it. Squares of distances are wh
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 from scipy import ndimage
 
 from connectomics.core.geometry import Box, Vec3, vec3
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 VoxelSize = tuple[float, float, float]
 PICOMETRES = 1000  # in a nanometre
 

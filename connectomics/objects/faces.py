@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.objects.components import Connectivity
-
-Array = npt.NDArray[Any]
+from connectomics.volumes.volume import Array
 
 
 def directions(connectivity: Connectivity) -> tuple[Vec3, ...]:
@@ -62,11 +58,9 @@ def pairs(
         both = (here > 0) & (there > 0)
         keys.append(_once((here[both].astype(np.uint64) << np.uint64(32)) | there[both]))
     key = np.unique(np.concatenate(keys))
-    found: Array = np.stack([key >> np.uint64(32), key & np.uint64(0xFFFFFFFF)], axis=1).astype(np.uint32) - np.uint32(
-        1
-    )
-    alike: Array = values[found[:, 0]] == others[found[:, 1]]
-    return found[alike]
+    found = np.stack([key >> np.uint64(32), key & np.uint64(0xFFFFFFFF)], axis=1).astype(np.uint32) - np.uint32(1)
+    alike: Array = found[values[found[:, 0]] == others[found[:, 1]]]
+    return alike
 
 
 def _windows(direction: int, step: int, length: int) -> tuple[slice, slice]:
@@ -89,8 +83,3 @@ def neighbour(index: Vec3, direction: Vec3, counts: Vec3) -> Vec3 | None:
     """Index of the block in this direction, or None at the volume's border."""
     found = vec3([i + d for i, d in zip(index, direction, strict=True)])
     return found if all(0 <= i < n for i, n in zip(found, counts, strict=True)) else None
-
-
-def block_number(index: Vec3, counts: Vec3) -> int:
-    """Position of a block in raster order."""
-    return (index[0] * counts[1] + index[1]) * counts[2] + index[2]

@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import cc3d
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-Labels = npt.NDArray[Any]
+from connectomics.volumes.volume import Array
 
 
-def remove_small_objects(labels: Labels, minimum_voxels: int) -> Labels:
+def remove_small_objects(labels: Array, minimum_voxels: int) -> Array:
     """Set connected components of fewer than ``minimum_voxels`` voxels to 0.
 
     Parameters
@@ -31,11 +29,11 @@ def remove_small_objects(labels: Labels, minimum_voxels: int) -> Labels:
     array
         A new array of the same dtype.
     """
-    kept: Labels = cc3d.dust(labels, threshold=minimum_voxels, connectivity=26, in_place=False)
+    kept: Array = cc3d.dust(labels, threshold=minimum_voxels, connectivity=26, in_place=False)
     return kept
 
 
-def fill_holes(labels: Labels) -> Labels:
+def fill_holes(labels: Array) -> Array:
     """Give background that a label encloses to that label.
 
     A hole of a label is a 6-connected set of voxels without that label that does not reach the border of the
@@ -60,7 +58,7 @@ def fill_holes(labels: Labels) -> Labels:
     return filled
 
 
-def _fill_label(filled: Labels, inside: npt.NDArray[np.bool_], label: int, volume: tuple[int, ...]) -> None:
+def _fill_label(filled: Array, inside: npt.NDArray[np.bool_], label: int, volume: tuple[int, ...]) -> None:
     outside = cc3d.connected_components(~inside, connectivity=6)
     is_hole = np.ones(int(outside.max()) + 1, bool)
     is_hole[0] = False

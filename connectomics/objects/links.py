@@ -10,27 +10,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from connectomics.objects.merge import (
-    FIRST_ID,
-    IDS,
-    OBJECTS,
-    OFFSETS,
-    mapped,
-    roots,
-    spans,
-    table,
-    unite,
-)
-from connectomics.objects.numbering import ascending
+from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS, ascending, mapped, roots, spans, table, unite
 from connectomics.objects.overlaps import COLUMNS, OVERLAP, load_overlaps, summed
 from connectomics.objects.pieces import PIECE, merged, nothing, together
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 AT_ONCE = 1 << 20  # rows or pairs that are in memory at a time
 IOU = "iou"
 CANDIDATE = np.dtype([*((name, "i8") for name in COLUMNS), ("distance", "i8"), ("measure", "f8")])
@@ -95,50 +82,35 @@ class Sections:
     depth: int
 
 
-def link(sections: Sections, rule: Linking, folder: Path, *, at_once: int = AT_ONCE) -> int:
-    """Link objects of sections, number what becomes of them by its first voxel and measure it.
+def link(sections: Sections, rule: Linking, folder: Path) -> int:
+    """Link objects of sections, number what becomes of them by its first voxel and measure it; how many there are.
 
-    Leaves in ``folder`` the tables that ``merge`` leaves, now of linked objects.
-
-    Parameters
-    ----------
-    sections
-        Objects and overlaps.
-    rule
-        Which are linked.
-    folder
-        Empty folder for the tables.
-    at_once
-        Rows in memory at a time; the overlaps of one object always are.
-
-    Returns
-    -------
-    int
-        Number of objects.
+    Leaves in ``folder``, which is empty before, the tables that ``merge`` leaves, now of linked objects. ``AT_ONCE``
+    rows are in memory at a time; the overlaps of one object always are.
     """
     rows = np.load(sections.folder / OBJECTS, mmap_mode="r")
     classes = table(folder / "scratch_classes", sections.count, np.uint64)
     parent = table(folder / "scratch_parent", sections.count, np.int64)
-    for span in spans(sections.count, at_once):
+    for span in spans(sections.count, AT_ONCE):
         classes[span] = sections.classes(rows[span])
         parent[span] = np.arange(span.start, span.stop)
-    candidates = _candidates(sections, rows, classes, rule, folder=folder, at_once=at_once)
-    for links in _links(candidates, sections.count, rule, folder, at_once=at_once):
-        for span in spans(len(links), at_once):
+    candidates = _candidates(sections, rows, classes, rule, folder=folder)
+    for links in _links(candidates, sections.count, rule, folder):
+        for span in spans(len(links), AT_ONCE):
             unite(parent, np.stack([links["here"][span], links["there"][span]]))
-    numbers, count = _numbered(rows, parent, sections.count, folder, at_once=at_once)
-    _written(sections, classes, numbers, count, folder=folder, at_once=at_once)
+    numbers, count = _numbered(rows, parent, sections.count, folder)
+    _written(sections, classes, numbers, count, folder=folder)
     for path in folder.glob("scratch_*"):
         path.unlink()
     return count
 
 
-def _candidates(sections: Sections, rows: Array, classes: Array, rule: Linking, folder: Path, at_once: int) -> Array:
+def _candidates(sections: Sections, rows: Array, classes: Array, rule: Linking, folder: Path) -> Array:
     """All pairs of objects, in the order of the first, that are alike and overlap enough."""
     section, voxels = rows["start"][:, 0], rows["voxels"]
     path, count = folder / "scratch_candidates", 0
     with path.open("wb") as stream:
-        for pairs in _pairs(sections, folder, at_once):
+        for pairs in _pairs(sections, folder):
             pairs = pairs[classes[pairs["here"]] == classes[pairs["there"]]]
             here, there, shared = (pairs[name] for name in COLUMNS)
             found = np.empty(len(pairs), CANDIDATE)
@@ -153,7 +125,7 @@ def _candidates(sections: Sections, rows: Array, classes: Array, rule: Linking, 
     return mapped(path, count, CANDIDATE)
 
 
-def _pairs(sections: Sections, folder: Path, at_once: int) -> Iterator[Array]:
+def _pairs(sections: Sections, folder: Path) -> Iterator[Array]:
     """``OVERLAP`` rows of whole objects, some at a time, in the order of the first object."""
     paths = [folder / f"scratch_{name}" for name in COLUMNS]
     edges = [0]
@@ -169,7 +141,7 @@ def _pairs(sections: Sections, folder: Path, at_once: int) -> Iterator[Array]:
         objects, runs = waiting.pop()
         runs = [run for run in runs if run[1] > run[0]]
         total = sum(b - a for a, b in runs)
-        if total > at_once and objects[1] - objects[0] > 1:
+        if total > AT_ONCE and objects[1] - objects[0] > 1:
             middle = sum(objects) // 2
             cuts = [int(a + np.searchsorted(columns[0][a:b], middle)) for a, b in runs]
             waiting.append(((middle, objects[1]), [(c, b) for c, (_, b) in zip(cuts, runs, strict=True)]))
@@ -181,7 +153,7 @@ def _pairs(sections: Sections, folder: Path, at_once: int) -> Iterator[Array]:
             yield summed(rows)
 
 
-def _links(candidates: Array, count: int, rule: Linking, folder: Path, at_once: int) -> Iterator[Array]:
+def _links(candidates: Array, count: int, rule: Linking, folder: Path) -> Iterator[Array]:
     """The candidates that become links: those from one section to the next, then those that leap one, and so on."""
     forward = table(folder / "scratch_forward", count, np.bool_)
     backward = table(folder / "scratch_backward", count, np.bool_)
@@ -193,10 +165,10 @@ def _links(candidates: Array, count: int, rule: Linking, folder: Path, at_once: 
             places: Array = span.start + np.flatnonzero(free & (rows["distance"] == distance))
             return places
 
-        best = _best(candidates, count, possible, folder, at_once=at_once) if rule.one_to_one else None
+        best = _best(candidates, count, possible, folder) if rule.one_to_one else None
         path, chosen = folder / f"scratch_links_{distance}", 0
         with path.open("wb") as stream:
-            for span in spans(len(candidates), at_once):
+            for span in spans(len(candidates), AT_ONCE):
                 places = possible(span)
                 if best is not None:
                     rows = candidates[places]
@@ -204,23 +176,21 @@ def _links(candidates: Array, count: int, rule: Linking, folder: Path, at_once: 
                 stream.write(candidates[places].tobytes())
                 chosen += len(places)
         links = mapped(path, chosen, CANDIDATE)
-        for span in spans(chosen, at_once):  # only now: links of one distance do not hinder each other
+        for span in spans(chosen, AT_ONCE):  # only now: links of one distance do not hinder each other
             forward[links["here"][span]] = True
             backward[links["there"][span]] = True
         yield links
 
 
-def _best(
-    candidates: Array, count: int, possible: Callable[[slice], Array], folder: Path, at_once: int
-) -> tuple[Array, Array]:
+def _best(candidates: Array, count: int, possible: Callable[[slice], Array], folder: Path) -> tuple[Array, Array]:
     """The place of each object's best possible candidate to later and to earlier sections; ``NOBODY`` without one."""
     best: dict[str, Array] = {
         side: table(folder / f"scratch_best_of_{side}", count, np.int64) for side in ("here", "there")
     }
     for places in best.values():
-        for span in spans(count, at_once):
+        for span in spans(count, AT_ONCE):
             places[span] = NOBODY
-    for span in spans(len(candidates), at_once):
+    for span in spans(len(candidates), AT_ONCE):
         new = possible(span)
         for side, other in (("here", "there"), ("there", "here")):
             owners = np.unique(candidates[new][side])
@@ -233,38 +203,38 @@ def _best(
     return best["here"], best["there"]
 
 
-def _numbered(rows: Array, parent: Array, count: int, folder: Path, at_once: int) -> tuple[Array, int]:
+def _numbered(rows: Array, parent: Array, count: int, folder: Path) -> tuple[Array, int]:
     """Number of each object of a section, from 0 on: that of its linked object, by the first voxel; and how many."""
     first = table(folder / "scratch_first", count, np.uint64)
     numbers = table(folder / "scratch_numbers", count, np.int64)
-    for span in spans(count, at_once):
+    for span in spans(count, AT_ONCE):
         first[span] = np.iinfo(np.uint64).max
-    for span in spans(count, at_once):
+    for span in spans(count, AT_ONCE):
         parent[span] = root = roots(parent, np.arange(span.start, span.stop))
         np.minimum.at(first, root, rows["first"][span])
     following = 0
     leaders = (
-        span.start + np.flatnonzero(parent[span] == np.arange(span.start, span.stop)) for span in spans(count, at_once)
+        span.start + np.flatnonzero(parent[span] == np.arange(span.start, span.stop)) for span in spans(count, AT_ONCE)
     )
-    for some in ascending(first, leaders, folder, at_once):
+    for some in ascending(first, leaders, folder, AT_ONCE):
         numbers[some] = np.arange(following, following + len(some))
         following += len(some)
-    for span in spans(count, at_once):  # leaders keep theirs
+    for span in spans(count, AT_ONCE):  # leaders keep theirs
         numbers[span] = numbers[parent[span]]
     return numbers, following
 
 
-def _written(sections: Sections, classes: Array, numbers: Array, count: int, folder: Path, at_once: int) -> None:
+def _written(sections: Sections, classes: Array, numbers: Array, count: int, folder: Path) -> None:
     """The tables of linked objects."""
     shutil.copyfile(sections.folder / OFFSETS, folder / OFFSETS)
     total = int(np.load(folder / OFFSETS)[-1])
     before, ids = np.load(sections.folder / IDS, mmap_mode="r"), table(folder / IDS, total, np.uint64)
-    for span in spans(total, at_once):
+    for span in spans(total, AT_ONCE):
         ids[span] = numbers[before[span].astype(np.int64) - FIRST_ID] + FIRST_ID
     of_sections, objects = np.load(sections.folder / OBJECTS, mmap_mode="r"), table(folder / OBJECTS, count, PIECE)
-    for span in spans(count, max(1, at_once // WIDE)):
+    for span in spans(count, max(1, AT_ONCE // WIDE)):
         objects[span] = nothing(span.stop - span.start)
-    for span in spans(sections.count, max(1, at_once // WIDE)):
+    for span in spans(sections.count, max(1, AT_ONCE // WIDE)):
         rows = np.array(of_sections[span])
         rows["value"] = classes[span]
         if sections.depth > 1:  # components of sections know no border in z

@@ -7,7 +7,7 @@ The order of the blocks' rows makes numbering an external merge sort: each block
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from scipy.sparse.csgraph import connected_components
 
 from connectomics.objects.arrays import load
 from connectomics.objects.pieces import PIECE, merged, nothing, together
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 AT_ONCE = 1 << 22  # rows, nodes or pairs that are in memory at a time
 FIRST_ID = 1
 IDS, OFFSETS, OBJECTS = "ids.npy", "offsets.npy", "objects.npy"
@@ -49,26 +49,10 @@ class Cuts:
 
 
 def merge(cuts: Cuts, folder: Path, *, first_id: int = FIRST_ID, at_once: int = AT_ONCE) -> int:
-    """Number the objects and measure them.
+    """Number the objects, from ``first_id`` on in the order of their first voxels, and measure them; how many they are.
 
-    Leaves in ``folder``: ``offsets.npy``, where each block's pieces begin; ``ids.npy`` u8, the object of each piece;
-    ``objects.npy``, a ``PIECE`` for each object in the order of ids.
-
-    Parameters
-    ----------
-    cuts
-        The blocks' results.
-    folder
-        Empty folder for the tables.
-    first_id
-        Number of the object with the first voxel; the next is one more.
-    at_once
-        Rows in memory at a time.
-
-    Returns
-    -------
-    int
-        Number of objects.
+    Leaves in ``folder``, which is empty before: ``offsets.npy``, where each block's pieces begin; ``ids.npy`` u8, the
+    object of each piece; ``objects.npy``, a ``PIECE`` for each object in the order of ids.
     """
     tables = _gathered(cuts, folder)
     if cuts.joins is not None:
@@ -257,3 +241,57 @@ def _measured(
         rows, at = merged(rows, (ids - np.uint64(first_id)).astype(np.int64))
         objects[at] = together(objects[at], rows)
     return objects
+
+
+def number_by_first(folder: Path, count: int, *, at_once: int = AT_ONCE) -> None:
+    """Number objects that were joined by value by their first voxels, in their tables; their value becomes 1."""
+    objects = np.load(folder / OBJECTS, mmap_mode="r+")
+    numbers = table(folder / "scratch_by_value", count, np.uint64)
+    ordered = table(folder / "scratch_ordered", count, PIECE)
+    following = 0
+    every = (np.arange(span.start, span.stop) for span in spans(count, at_once))
+    for rows in ascending(objects["first"], every, folder, at_once):
+        span = slice(following, following + len(rows))
+        numbers[rows] = np.arange(span.start, span.stop, dtype=np.uint64) + np.uint64(1)
+        ordered[span] = objects[rows]
+        ordered["value"][span] = 1
+        following = span.stop
+    ids = np.load(folder / IDS, mmap_mode="r+")
+    for span in spans(len(ids) if count else 0, at_once):
+        ids[span] = numbers[ids[span].astype(np.int64) - 1]
+    for span in spans(count, at_once):
+        objects[span] = ordered[span]
+    for written in (ids, objects):
+        written.flush()
+    for scratch in folder.glob("scratch_*"):
+        scratch.unlink()
+
+
+def ascending(keys: Array, parts: Iterable[Array], folder: Path, at_once: int) -> Iterator[Array]:
+    """Rows of a table by ascending keys, some at a time.
+
+    An external merge sort: each part, sorted, is one run in a file.
+
+    Parameters
+    ----------
+    keys
+        Of all rows of the table, u64; those of the rows that are sorted differ.
+    parts
+        The rows that are sorted, int64 [n], at most ``at_once`` at a time.
+    folder
+        For scratch files, which are left there.
+    at_once
+        Rows in memory at a time.
+    """
+    edges = [0]
+    paths = folder / "scratch_keys", folder / "scratch_rows"
+    with paths[0].open("wb") as keys_file, paths[1].open("wb") as rows_file:
+        for part in parts:
+            rows = part[np.argsort(keys[part])]
+            keys_file.write(keys[rows].tobytes())
+            rows_file.write(rows.tobytes())
+            edges.append(edges[-1] + len(rows))
+    run_keys, run_rows = mapped(paths[0], edges[-1], np.uint64), mapped(paths[1], edges[-1], np.int64)
+    for window in windows(run_keys, list(itertools.pairwise(edges)), at_once):
+        places = np.concatenate([np.arange(a, b) for a, b in window])
+        yield run_rows[places[np.argsort(run_keys[places])]]

@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from connectomics.core.geometry import Vec3
 from connectomics.objects.arrays import load
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 VOXELS_AT_ONCE = 1 << 20
 OVERLAP = np.dtype([("here", "i8"), ("there", "i8"), ("voxels", "i8")])
 """Voxels (y, x) that an object of one section and an object of a later one share."""

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.objects.components import Connectivity, connected_components
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 FIXED_POINT = 1 << 24  # probabilities are summed as whole multiples of its inverse, so that no order matters
 PIECE = np.dtype(
     [
@@ -132,15 +130,7 @@ def plane_name(axis: int, high: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class BlockPlacement:
-    """Where a block lies.
-
-    Parameters
-    ----------
-    core
-        The block.
-    volume
-        Shape (z, y, x) of all.
-    """
+    """Where the core of a block lies in a volume of shape (z, y, x)."""
 
     core: Box
     volume: Vec3

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from connectomics.objects.merge import AT_ONCE, FIRST_ID, IDS, OBJECTS, spans, table
 from connectomics.objects.pieces import PIECE, merged, together
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 NUMBERS = "numbers.npy"
 
 
@@ -98,26 +97,11 @@ class Holes:
         return around
 
 
-def select(
-    folder: Path, count: int, rule: Rule, *, first_id: int = FIRST_ID, at_once: int = AT_ONCE
-) -> tuple[int, int]:
+def select(folder: Path, count: int, rule: Rule) -> tuple[int, int]:
     """Drop objects from the tables in ``folder``; those that stay keep their number.
 
     Afterwards ``ids.npy`` holds what is painted for each piece (0 for dropped ones), ``objects.npy`` the rows of the
     objects that stay, ``numbers.npy`` u8 what is painted for each row.
-
-    Parameters
-    ----------
-    folder
-        Tables of ``merge``.
-    count
-        Objects in them.
-    rule
-        Which stay, and what is painted.
-    first_id
-        Id of the first row.
-    at_once
-        Rows in memory at a time.
 
     Returns
     -------
@@ -126,41 +110,41 @@ def select(
     """
     objects = np.load(folder / OBJECTS, mmap_mode="r")
     painted = table(folder / "scratch_painted", count, np.uint64)
-    floor, ties = _limit(objects, count, rule, at_once)
+    floor, ties = _limit(objects, count, rule)
     left = folder / "scratch_left"
     kept = largest = 0
     with left.open("wb") as rows_file, (folder / "scratch_numbers").open("wb") as numbers_file:
-        for span in spans(count, at_once):
+        for span in spans(count, AT_ONCE):
             rows = objects[span]
             fits = rule.fits(rows) & (rows["voxels"] >= floor)
             if rule.largest is not None:
                 at_limit = np.flatnonzero(fits & (rows["voxels"] == floor))
                 fits[at_limit[ties:]] = False
                 ties = max(0, ties - len(at_limit))
-            numbers = np.arange(span.start, span.stop, dtype=np.uint64) + np.uint64(first_id)
+            numbers = np.arange(span.start, span.stop, dtype=np.uint64) + np.uint64(FIRST_ID)
             painted[span] = np.where(fits, rule.paint(rows, numbers), 0)
             rows_file.write(rows[fits].tobytes())
             numbers_file.write(painted[span][fits].tobytes())
             kept += int(np.count_nonzero(fits))
             largest = max(largest, int(painted[span].max()))
     ids = np.load(folder / IDS, mmap_mode="r+")
-    for span in spans(len(ids) if count else 0, at_once):
-        ids[span] = painted[ids[span] - np.uint64(first_id)]
+    for span in spans(len(ids) if count else 0, AT_ONCE):
+        ids[span] = painted[ids[span] - np.uint64(FIRST_ID)]
     ids.flush()
     del objects
-    _kept(left, folder / OBJECTS, kept, PIECE, at_once=at_once)
-    _kept(folder / "scratch_numbers", folder / NUMBERS, kept, np.dtype(np.uint64), at_once=at_once)
+    _kept(left, folder / OBJECTS, kept, PIECE)
+    _kept(folder / "scratch_numbers", folder / NUMBERS, kept, np.dtype(np.uint64))
     (folder / "scratch_painted").unlink()
     return kept, largest
 
 
-def _limit(objects: Array, count: int, rule: Rule, at_once: int) -> tuple[int, int]:
+def _limit(objects: Array, count: int, rule: Rule) -> tuple[int, int]:
     """The size of the smallest object among the largest, and how many of that size stay."""
     wanted = rule.largest
     if wanted is None or wanted == 0:
         return (0, 0) if wanted is None else (np.iinfo(np.int64).max, 0)
     top = np.zeros(0, np.uint64)
-    for span in spans(count, at_once):
+    for span in spans(count, AT_ONCE):
         rows = objects[span]
         top = np.concatenate([top, rows["voxels"][rule.fits(rows)]])
         if len(top) > wanted:
@@ -170,37 +154,26 @@ def _limit(objects: Array, count: int, rule: Rule, at_once: int) -> tuple[int, i
     return int(top.min()), int(np.count_nonzero(top == top.min()))
 
 
-def _kept(scratch: Path, path: Path, count: int, kind: np.dtype[Any], at_once: int) -> None:
+def _kept(scratch: Path, path: Path, count: int, kind: np.dtype[Any]) -> None:
     """Make a table of what was written to a scratch file."""
     final = table(path, count, kind)
     if count:
         source = np.memmap(scratch, kind, "r", shape=(count,))
-        for span in spans(count, at_once):
+        for span in spans(count, AT_ONCE):
             final[span] = source[span]
     final.flush()
     scratch.unlink()
 
 
-def absorb(tables: Path, count: int, holes: Path, found: int, *, at_once: int = AT_ONCE) -> None:
-    """Add filled holes to the rows of the objects they were filled with, in place.
+def absorb(tables: Path, count: int, holes: Path, found: int) -> None:
+    """Add ``found`` filled holes, selected by ``Holes``, to the rows of the ``count`` objects they were filled with.
 
-    Parameters
-    ----------
-    tables
-        Tables of ``count`` objects with ascending numbers.
-    count
-        Objects in them.
-    holes
-        Tables of ``found`` holes, selected by ``Holes``.
-    found
-        Holes in them.
-    at_once
-        Rows in memory at a time.
+    Both are tables; the objects', whose numbers ascend, is changed in place.
     """
     objects = np.load(tables / OBJECTS, mmap_mode="r+")
     numbers = np.load(tables / NUMBERS, mmap_mode="r")[:count]
     rows_of, around = np.load(holes / OBJECTS, mmap_mode="r"), np.load(holes / NUMBERS, mmap_mode="r")
-    for span in spans(found, at_once):
+    for span in spans(found, AT_ONCE):
         rows = np.array(rows_of[span])
         rows["value"] = np.iinfo(np.uint64).max  # a background has none
         rows, at = merged(rows, np.searchsorted(numbers, around[span]))
@@ -208,24 +181,13 @@ def absorb(tables: Path, count: int, holes: Path, found: int, *, at_once: int = 
     objects.flush()
 
 
-def inherit(tables: Path, count: int, before: Path, known: int, *, at_once: int = AT_ONCE) -> None:
-    """Give objects the values that objects of the same numbers have in other tables, in place.
+def inherit(tables: Path, count: int, before: Path, known: int) -> None:
+    """Give ``count`` objects the values that objects of the same numbers have in other tables, in place.
 
-    Parameters
-    ----------
-    tables
-        Tables of ``count`` objects.
-    count
-        Objects in them.
-    before
-        Tables of ``known`` objects with ascending numbers, among them all of these.
-    known
-        Objects in them.
-    at_once
-        Rows in memory at a time.
+    The others, whose numbers ascend, are ``known`` objects, among them all of these.
     """
     objects, numbers = np.load(tables / OBJECTS, mmap_mode="r+"), np.load(tables / NUMBERS, mmap_mode="r")
     older, named = np.load(before / OBJECTS, mmap_mode="r"), np.load(before / NUMBERS, mmap_mode="r")[:known]
-    for span in spans(count, at_once):
+    for span in spans(count, AT_ONCE):
         objects["value"][span] = older["value"][np.searchsorted(named, numbers[span])]
     objects.flush()

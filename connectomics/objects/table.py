@@ -7,18 +7,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from connectomics.core.errors import OutputError
 from connectomics.core.files import replacing
 from connectomics.core.installation import install_command
 from connectomics.objects.merge import OBJECTS, spans
 from connectomics.objects.selection import NUMBERS
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 Columns = dict[str, Array | None]
 ROWS_AT_ONCE = 1 << 17
 WHOLE, REAL, YES_OR_NO = "uint64", "float64", "bool"
@@ -65,17 +63,7 @@ class MeasurementUnits:
 
 
 def columns_of(rows: Array, numbers: Array, frame: MeasurementUnits) -> Columns:
-    """Values of ``COLUMNS`` for some objects.
-
-    Parameters
-    ----------
-    rows
-        ``PIECE`` [n].
-    numbers
-        Their ids [n].
-    frame
-        Voxel size and scales.
-    """
+    """Values of ``COLUMNS`` for some objects, from their ``PIECE`` [n] and ids [n]."""
     voxels = rows["voxels"]
     columns: Columns = dict.fromkeys(COLUMNS) | {
         "id": numbers,
@@ -104,25 +92,10 @@ def columns_of(rows: Array, numbers: Array, frame: MeasurementUnits) -> Columns:
 
 
 def write_table(tables: Path, count: int, path: Path, frame: MeasurementUnits, stamp: str) -> None:
-    """Write the table of the objects in a folder of tables, whole or not at all.
+    """Write the table of the ``count`` objects in a folder that ``select`` has worked on, whole or not at all.
 
-    Parameters
-    ----------
-    tables
-        Folder that ``select`` has worked on.
-    count
-        Objects in it.
-    path
-        ``.parquet`` or ``.csv``.
-    frame
-        Voxel size and scales.
-    stamp
-        Kept in the Parquet file's metadata; CSV has no place for it.
-
-    Raises
-    ------
-    OutputError
-        If pyarrow is needed and not installed.
+    ``path`` ends in ``.parquet``, whose metadata keep the stamp, or in ``.csv``, which has no place for it. Raises
+    OutputError if pyarrow is needed and not installed.
     """
     rows = np.load(tables / OBJECTS, mmap_mode="r")
     numbers = np.load(tables / NUMBERS, mmap_mode="r")
@@ -135,13 +108,7 @@ def write_table(tables: Path, count: int, path: Path, frame: MeasurementUnits, s
 
 
 def require_parquet() -> None:
-    """Make sure that Parquet can be written, before the work.
-
-    Raises
-    ------
-    OutputError
-        Saying what to install.
-    """
+    """Make sure before the work that Parquet can be written; the OutputError says what to install."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:

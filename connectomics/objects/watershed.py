@@ -19,8 +19,8 @@ from skimage import segmentation
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import AT_ONCE, OBJECTS, spans, table
+from connectomics.volumes.volume import Array
 
-Array = npt.NDArray[Any]
 _watershed: Callable[..., Any] = segmentation.watershed
 SEED_COUNTS = "seed_counts.npy"
 MOST_VOXELS = 1 << 27  # of a flood: beyond, its order needs more than the 53 bits of a float64
@@ -121,24 +121,13 @@ class RunLengths:
         return np.repeat(self.labels.astype(dtype), self.lengths).reshape(shape)
 
 
-def count_seeds(seeds: Path, count: int, components: int, folder: Path, *, at_once: int = AT_ONCE) -> None:
-    """Write how many seeds each component has: ``seed_counts.npy`` u4.
+def count_seeds(seeds: Path, count: int, components: int, folder: Path) -> None:
+    """Write how many seeds each component, numbered from 1 on, has: ``seed_counts.npy`` u4 in ``folder``.
 
-    Parameters
-    ----------
-    seeds
-        Tables of ``count`` seeds, whose values are their components.
-    count
-        Seeds in them.
-    components
-        How many there are, numbered from 1 on.
-    folder
-        Where the table goes.
-    at_once
-        Rows in memory at a time.
+    ``seeds`` are tables of ``count`` seeds, whose values are their components.
     """
     rows = np.load(seeds / OBJECTS, mmap_mode="r")
     counts = table(folder / SEED_COUNTS, components, np.uint32)
-    for span in spans(count, at_once):
+    for span in spans(count, AT_ONCE):
         np.add.at(counts, rows["value"][span].astype(np.int64) - 1, 1)
     counts.flush()

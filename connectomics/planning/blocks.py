@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from connectomics.core.errors import ResourceError
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.execution.block_plan import REFUSAL_STEP_BYTES, BlockPlan
-from connectomics.planning.memory import Budget, Footprint, Work
+from connectomics.planning.memory import Budget, Footprint, Work, largest_footprint
 
 PLANE_CHUNK = 512  # chunk edge in y and x where the patch is one voxel deep
 CUBE_CHUNK = 64  # chunk edge where it is deeper
@@ -46,15 +46,15 @@ def plan_blocks(extent: Vec3, works: Sequence[Work], budget: Budget, stated: Vec
     chunk = max((_chunk(extent, work, crossed) for work in works), key=min)  # of a 3D model, or where sections cross
     if stated is not None:
         chunk = vec3([min(c, b) for c, b in zip(chunk, stated, strict=True)])
-    if stated is not None:
         wanted = [stated]
+    elif crossed:  # sections lie across several axes, so that no axis can be cut without windows computed twice
+        wanted = [vec3([_up(CUBE_PATCHES * _patch(works, axis), chunk[axis]) for axis in range(3)])]
     else:
-        wanted = [_cube(works, chunk)] if crossed else [_preferred(extent, work, chunk) for work in works]
+        wanted = [_preferred(extent, work, chunk) for work in works]
     block = [_up(min(n, *lengths), c) for n, c, *lengths in zip(extent, chunk, *wanted, strict=True)]
 
     def need(shape: Sequence[int]) -> Footprint:
-        each = [work.footprint(vec3(list(shape)), extent) for work in works]
-        return Footprint(max(f.host_bytes for f in each), max(f.device_bytes for f in each))
+        return largest_footprint(works, vec3(list(shape)), extent)
 
     fixed = stated is not None or any(work.whole for work in works)
     while not budget.holds(need(block)):
@@ -79,11 +79,6 @@ def _preferred(extent: Vec3, work: Work, chunk: Vec3) -> Vec3:
     else:
         block = [min(own[0], _up(SLAB_PATCHES * patch[0], unit[0])), own[1], own[2]]
     return work.order.inverse.turn(vec3(block))
-
-
-def _cube(works: Sequence[Work], chunk: Vec3) -> Vec3:
-    """Blocks where sections lie across several axes, so that no axis can be cut without windows computed twice."""
-    return vec3([_up(CUBE_PATCHES * _patch(works, axis), chunk[axis]) for axis in range(3)])
 
 
 def _patch(works: Sequence[Work], axis: int) -> int:

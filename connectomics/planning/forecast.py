@@ -135,22 +135,10 @@ class PlannedMemory:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What one volume will take.
+    """What one volume will take; no time where it was not asked for.
 
-    Parameters
-    ----------
-    name
-        Of the volume.
-    work, time, memory
-        What is to be done, how long it lasts (None where it was not asked for), and what it takes.
-    outputs
-        Final outputs with their largest sizes.
-    scratch
-        What lies on the disk beside them before the end, at most.
-    backend
-        The numeric class in words.
-    notes
-        What is not counted.
+    ``scratch`` is what lies on the disk beside the outputs before the end, at most; ``backend`` the numeric class in
+    words; ``notes`` say what is not counted.
     """
 
     name: str
@@ -219,12 +207,9 @@ class Forecast:
         if self.time is not None:
             rows.append(("time", f"about {_range(self.time.seconds)}; a window's from {self.time.basis}"))
         memory = f"at most {_gb(self.memory.host_bytes)} of {_gb(self.memory.budget_bytes)}"
-        rows.append(
-            (
-                "memory",
-                memory + (f", {_gb(self.memory.device_bytes)} of the device's" if self.memory.device_bytes else ""),
-            )
-        )
+        if self.memory.device_bytes:
+            memory += f", {_gb(self.memory.device_bytes)} of the device's"
+        rows.append(("memory", memory))
         rows += [("output", f"{o.path}: at most {_gb(o.size.nbytes)}, {_files(o.size.files)}") for o in self.outputs]
         rows.append(("scratch", f"at most {_gb(self.scratch.nbytes)} more on the disk before the end"))
         rows.append(("reading", f"each voxel {self.read_amplification:.2f} times"))
@@ -233,14 +218,7 @@ class Forecast:
 
 
 def require_within(forecasts: Sequence[Forecast], max_hours: float | None, max_gb: float | None) -> None:
-    """Refuse volumes that take more than is allowed, all together.
-
-    Parameters
-    ----------
-    max_hours
-        Of the predicted time.
-    max_gb
-        Of the largest final outputs, in 10^9 bytes.
+    """Refuse volumes that all together take more predicted time, or 10^9 bytes of final outputs, than is allowed.
 
     Raises
     ------

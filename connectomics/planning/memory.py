@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from connectomics.core.geometry import AxisOrder, Vec3, vec3
@@ -22,8 +23,6 @@ RESAMPLED_MARGIN = 4  # network voxels that logits are made of beyond a block
 SPLINE_BYTES = 96 << 20  # a tile of the network's grid with its surroundings in float64, some copies
 LIBRARY_BYTES = 192 << 20  # what libraries take when they are first used, and memory that is freed but kept by malloc
 SPARE = 1.1  # the allocator's waste
-
-
 M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
@@ -166,6 +165,12 @@ class Footprint:
 
     host_bytes: int
     device_bytes: int
+
+
+def largest_footprint(works: Sequence[Work], block: Vec3, extent: Vec3) -> Footprint:
+    """The most that any model's work on a block takes."""
+    each = [work.footprint(block, extent) for work in works]
+    return Footprint(max(f.host_bytes for f in each), max(f.device_bytes for f in each))
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,13 +158,7 @@ def load_profile(path: Path) -> Profile | None:
 
 
 def save_profile(path: Path, profile: Profile, device: str) -> None:
-    """Keep it for later runs.
-
-    Raises
-    ------
-    OutputError
-        If the disk refuses.
-    """
+    """Keep it for later runs; OutputError if the disk refuses."""
     content = {"version": VERSION, "machine": machine(device), "trials": [asdict(t) for t in profile.trials]}
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -32,14 +32,7 @@ Span = tuple[int, int]
 class Partition:
     """How the wanted part of a volume is cut into blocks.
 
-    Parameters
-    ----------
-    extent
-        Of the volume (z, y, x) in voxels.
-    block_shape
-        Of a block's core (z, y, x).
-    roi
-        Box of the wanted voxels, not empty.
+    ``extent`` and ``block_shape`` (z, y, x), of the volume and of a block's core, are in voxels; the box is not empty.
     """
 
     extent: Vec3
@@ -111,17 +104,8 @@ def count_sample_windows(member: EnsembleMember, partition: Partition, channels:
 
 
 def count_read(member: EnsembleMember, window: SlidingWindow, partition: Partition, *, whole: bool) -> int:
-    """Voxels of a volume that a member reads in all its blocks.
-
-    Parameters
-    ----------
-    window
-        How its windows are laid.
-    whole
-        Whether the engine predicts whole sections, or the whole volume, for each block.
-    """
-    own = member.order.turn(partition.extent)
-    section = None if member.section_axis is None else member.order.axes.index(member.section_axis)
+    """Voxels of a volume that a member reads in all its blocks; ``whole`` engines predict whole cases for each."""
+    own, section = _in_model(member, partition)
     total = 1
     for axis, volume_axis in enumerate(member.order.axes):
         flat = window.patch[axis] == 1 or axis == section
@@ -137,15 +121,9 @@ def count_read(member: EnsembleMember, window: SlidingWindow, partition: Partiti
 def batch_fill(member: EnsembleMember, window: SlidingWindow, partition: Partition, *, whole: bool) -> float:
     """Share of the rows of a member's forward passes that are windows, mirrored or not; the others are padding.
 
-    Parameters
-    ----------
-    window
-        How its windows are laid.
-    whole
-        Whether the engine fills batches from a whole section, or volume, rather than from a block.
+    ``whole`` engines fill batches from a whole section, or volume, rather than from a block.
     """
-    own = member.order.turn(partition.extent)
-    section = None if member.section_axis is None else member.order.axes.index(member.section_axis)
+    own, section = _in_model(member, partition)
     counts = []
     for axis, volume_axis in enumerate(member.order.axes):
         reach = _Reach(member, window, own, axis)
@@ -161,6 +139,12 @@ def batch_fill(member: EnsembleMember, window: SlidingWindow, partition: Partiti
         filled += times * windows * window.passes
         rows += times * -(-windows * window.passes // window.batch) * window.batch
     return filled / rows
+
+
+def _in_model(member: EnsembleMember, partition: Partition) -> tuple[Vec3, int | None]:
+    """The volume's extent in the model's axes, and that of them across which sections lie, if they are cases."""
+    own = member.order.turn(partition.extent)
+    return own, None if member.section_axis is None else member.order.axes.index(member.section_axis)
 
 
 class _Reach:
@@ -200,9 +184,7 @@ class _Reach:
 
 def _knowing(member: EnsembleMember) -> EnsembleMember:
     """The member of a second stage with labels of the first that nobody reads."""
-    if not member.previous_values:
-        return member
-    return replace(member, previous=_unread)
+    return replace(member, previous=_unread) if member.previous_values else member
 
 
 def _unread(box: Box) -> Array:

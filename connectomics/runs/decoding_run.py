@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -48,21 +48,15 @@ HERE = "decoder"  # the lease of each process that still needs what unfinished w
 
 @dataclass(frozen=True, slots=True)
 class DecodeRecord:
-    """What is written about a result.
+    """What is written about a result, and ``program``: its name and version, part of the run key.
 
-    Parameters
-    ----------
-    program
-        Name and version, part of the run key.
-    provenance
-        What is stamped on the output.
-    command
-        That makes the result again.
+    ``require_unchanged`` is that of ``JobRecord``.
     """
 
     program: str
     provenance: Mapping[str, object]
     command: tuple[str, ...]
+    require_unchanged: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +116,7 @@ class DecodeJob:
 
 @dataclass(frozen=True, slots=True)
 class DecodeSettings:
-    """How volumes are decoded; nothing here changes a voxel.
-
-    Parameters
-    ----------
-    folder
-        Where final outputs go.
-    budget_bytes
-        Host memory.
-    stale_s, pauses_s
-        See ``run.RunSettings``.
-    """
+    """How volumes are decoded; nothing here changes a voxel. See ``RunSettings``, whose fields these are."""
 
     folder: Path
     budget_bytes: int
@@ -144,23 +128,8 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
     """Bring one volume to its objects, continuing whatever an earlier run of the same result left.
 
     Several processes may do so at the same time: they share the blocks of each stage, one of them makes what is made
-    of all blocks at once, and each returns when all is done.
-
-    Parameters
-    ----------
-    job
-        The volume.
-    settings
-        Folder and budget.
-    executor
-        Runs the blocks.
-    on_block
-        Called with (finished, planned) blocks of each stage.
-
-    Raises
-    ------
-    ConnectomicsError
-        If it cannot be finished; finished blocks are kept and a rerun continues.
+    of all blocks at once, and each returns when all is done. ``on_block`` is called with (finished, planned) blocks of
+    each stage. Whatever ConnectomicsError is raised, finished blocks are kept and a rerun continues.
     """
     began = time.perf_counter()
     check_exportable(job.output, _info_of(job, job.plan), settings.folder, settings.budget_bytes)
@@ -234,6 +203,7 @@ def _finish(job: DecodeJob, state: DecodingState, run_key: str, folder: Path, ru
     """Write what is still missing, and remove what is not needed any more."""
     assert isinstance(state.volume, Store), "every step leaves a store"
     if not job.is_finished(folder):  # else another process was first
+        job.record.require_unchanged()
         stamp = dict(job.record.provenance) | {"run_key": run_key, "objects": state.count, **state.facts}
         if job.table is not None and state.tables is not None:
             unseal(job.run_folder, job.table)

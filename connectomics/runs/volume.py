@@ -66,23 +66,9 @@ class _Prepared:
 def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_block: OnBlock) -> RunReport:
     """Bring one volume to its final outputs, continuing whatever an earlier run of the same result left.
 
-    Several processes may do so at the same time: they share the blocks, and each returns when all is done.
-
-    Parameters
-    ----------
-    job
-        The volume.
-    settings
-        Folder, budget and numeric class.
-    executor
-        Runs the blocks.
-    on_block
-        Called with (finished, planned) blocks at the start and after each block.
-
-    Raises
-    ------
-    ConnectomicsError
-        If the volume cannot be finished; finished blocks are kept and a rerun continues.
+    Several processes may do so at the same time: they share the blocks, and each returns when all is done. ``on_block``
+    is called with (finished, planned) blocks at the start and after each block. Whatever ConnectomicsError is raised,
+    finished blocks are kept and a rerun continues.
     """
     began = time.perf_counter()
     for output in job.outputs:
@@ -153,6 +139,8 @@ def _prepare(
 def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, workspace: Workspace) -> None:
     """Write what is still missing of the outputs, and remove the working stores."""
     pending = [o for o in prepared.pending if o.missing(settings.folder)]  # another process may have been first
+    if pending:
+        job.record.require_unchanged()
     prepared.ledger.refresh()
     stamp = dict(job.record.provenance) | {
         "numeric_class": "mixed" if prepared.ledger.mixed else dict(settings.numeric_class),
@@ -197,13 +185,7 @@ def _export(
 
 
 def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: float) -> RunReport:
-    """What this process did, also in RUN.
-
-    Raises
-    ------
-    QuarantineError
-        If blocks failed.
-    """
+    """What this process did, also in RUN; raises QuarantineError if blocks failed."""
     voxels = Box.of_shape(prepared.ledger.grid.volume).voxels
     seconds = round(time.perf_counter() - began, 3)
     failed = len(blocks.failures)
@@ -233,13 +215,7 @@ def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: floa
 
 
 def begun_class(run_folder: Path, outputs: Sequence[FinalOutput], program: str) -> Mapping[str, object] | None:
-    """The numeric class in which unfinished work on these outputs was begun, or None where there is none.
-
-    Raises
-    ------
-    LedgerError
-        If what stands there is no ledger of this version.
-    """
+    """The numeric class in which unfinished work on these outputs was begun, or None where there is none."""
     ledger = work_folder(run_folder, outputs, program) / LEDGER
     if not (ledger / HEADER).exists():
         return None
@@ -304,13 +280,7 @@ def measure_agreement(
 
 
 def _agreement(work: Path, job: VolumeJob, reader: RetryingReader, surveyed: Surveyed) -> Agreement | None:
-    """What a fast run changes in this volume's sample; measured once a run, None where it is exact.
-
-    Raises
-    ------
-    AgreementError
-        If that is too much.
-    """
+    """What fast changes in this volume's sample, measured once a run, or None; an AgreementError if it is too much."""
     if job.labeller.contract is None:
         return None
     found = agreements.load(work / AGREEMENT)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from connectomics.config.decoding import read_steps
+from connectomics.config.load import read_steps
 from connectomics.core.errors import ConfigError
 from connectomics.core.features import DECODING_STEPS
 from connectomics.core.geometry import Block, BlockGrid, Box, Vec3, vec3

@@ -1,12 +1,12 @@
 """The levels of a pyramid: how large each is, what a voxel of it covers, and the units it is written in.
 
-``multiscale`` writes them, ``stages.output.pyramid`` computes them. Levels depend on the volume only, never on who
-computes.
+``stages.output.pyramid`` computes them; they depend on the volume only. ``multiscale`` is how OME-Zarr tells of them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from connectomics.core.geometry import Vec3, vec3
@@ -123,3 +123,25 @@ def grown(chunk: Vec3, extent: Vec3, voxel_bytes: int, limit_bytes: int) -> Vec3
             stuck += 1
         axis = (axis - 1) % 3
     return vec3(shape)
+
+
+def multiscale(name: str, info: VolumeInfo, levels: Sequence[Level]) -> dict[str, object]:
+    """One entry of OME-Zarr's ``multiscales``, 0.4 and 0.5; level ``k``, which has no phase, is the array ``k``."""
+    unit = {} if info.voxel_size_nm is None else {"unit": "nanometer"}
+    channel = [] if info.channels == 1 else [{"name": "c", "type": "channel"}]
+    size = info.voxel_size_nm or (1.0, 1.0, 1.0)
+    datasets = [
+        {
+            "path": str(k),
+            "coordinateTransformations": [
+                {"type": "scale", "scale": [1.0] * len(channel) + list(level.scale(size))},
+                {
+                    "type": "translation",
+                    "translation": [0.0] * len(channel) + list(level.translation(size, info.origin_nm)),
+                },
+            ],
+        }
+        for k, level in enumerate(levels)
+    ]
+    axes = channel + [{"name": axis, "type": "space", **unit} for axis in "zyx"]
+    return {"name": name, "axes": axes, "datasets": datasets}

@@ -174,13 +174,7 @@ def _problem(key: tuple[str, str], members: Mapping[int, str], channels: int) ->
 
 
 def refuse_collisions(sources: Sequence[VolumeSource]) -> None:
-    """Refuse two volumes whose results would have the same name.
-
-    Raises
-    ------
-    ConfigError
-        Naming both.
-    """
+    """Refuse two volumes whose results would have the same name, by a ConfigError that names both."""
     names: dict[str, str] = {}
     for source in sources:
         first = names.get(source.stem)

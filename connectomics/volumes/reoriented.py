@@ -43,15 +43,7 @@ class Orientation:
 
 
 class ReorientedVolume:
-    """A VolumeReader over another one, turned. Closing it closes the other.
-
-    Parameters
-    ----------
-    volume
-        The volume as it is.
-    turn
-        What is done to it.
-    """
+    """A VolumeReader over another one, turned. Closing it closes the other."""
 
     def __init__(self, volume: VolumeReader, turn: Orientation) -> None:
         self._volume = volume

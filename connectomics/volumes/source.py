@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import struct
 import zlib
@@ -49,29 +50,6 @@ DEEPEST = 8
 
 PRECOMPUTED_PREFIXES = ("precomputed://file://", "precomputed://")
 """What may stand before the path of a precomputed volume, longest first."""
-
-NM_PER_UNIT = {
-    "pm": 1e-3,
-    "picometer": 1e-3,
-    "å": 0.1,
-    "angstrom": 0.1,
-    "nm": 1.0,
-    "nanometer": 1.0,
-    "nanometre": 1.0,
-    "um": 1e3,
-    "micron": 1e3,
-    "micrometer": 1e3,
-    "micrometre": 1e3,
-    "mm": 1e6,
-    "millimeter": 1e6,
-    "millimetre": 1e6,
-    "cm": 1e7,
-    "centimeter": 1e7,
-    "centimetre": 1e7,
-    "m": 1e9,
-    "meter": 1e9,
-    "metre": 1e9,
-}
 
 
 def without_prefix(uri: str) -> tuple[str, str]:
@@ -120,12 +98,23 @@ def three_positive(values: object, factor: float = 1.0) -> Nanometres | None:
     return (z, y, x) if all(np.isfinite(v) and v > 0 for v in (z, y, x)) else None
 
 
+def some_of(names: Sequence[str]) -> str:
+    """Names in a message, at most ten."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+_STATUS = re.compile(r"^([A-Z]+_?)+: ")  # TensorStore's code of an error
+_HDF5_WORDS = re.compile(r"(?:Can't|Unable to) synchronously [\w ]+ \((.*)\)$")
+
+
 def reason(error: BaseException) -> str:
     """The first line of an error, short enough for one sentence; libraries put the cause at its start or its end."""
     if isinstance(error, PermissionError):
         return "permission denied; make it readable for this user"
     lines = str(error).partition(" [tensorstore_spec=")[0].strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
+    text = lines[0].strip("'") if lines else type(error).__name__
+    within = _HDF5_WORDS.match(text)
+    text = within[1] if within else _STATUS.sub("", text)
     return text if len(text) <= 200 else f"{text[:90]} … {text[-110:]}"
 
 
@@ -137,13 +126,7 @@ def unreadable(source: Source, kind: str, error: BaseException) -> VolumeError:
 
 
 def refuse_inner(source: Source) -> None:
-    """Refuse ``path::inner`` for a format whose files hold one array.
-
-    Raises
-    ------
-    VolumeError
-        If the request has an inner part.
-    """
+    """Refuse ``path::inner``, by a VolumeError, for a format whose files hold one array."""
     if source.inner is not None:
         raise VolumeError(
             f"{source.uri}: the file holds one array and has no inner part {source.inner!r}; name the file alone."
@@ -151,13 +134,7 @@ def refuse_inner(source: Source) -> None:
 
 
 def is_folder(source: Source) -> bool:
-    """Whether the path is a folder, having made sure that it is there and not an empty file.
-
-    Raises
-    ------
-    VolumeError
-        Naming the path and what is wrong with it.
-    """
+    """Whether the path is a folder; a VolumeError if it is absent, an empty file, or neither of both."""
     path = source.path
     try:
         found = path.stat()
@@ -238,10 +215,7 @@ def _first_visit(folder: Path, seen: set[tuple[int, int]]) -> bool:
 def json_at(path: Path) -> Any:
     """The JSON value in a metadata file; nothing is waited for and no bomb is read.
 
-    Raises
-    ------
-    OSError, ValueError, RecursionError
-        If it is no file, too large, or not JSON.
+    Raises OSError, ValueError or RecursionError if it is no file, too large, or not JSON.
     """
     file_identity(path)  # refuses pipes, at which opening would wait for ever
     with path.open("rb") as stream:
@@ -252,13 +226,7 @@ def json_at(path: Path) -> Any:
 
 
 def require_believable(source: Source, claimed_bytes: int) -> None:
-    """Refuse a volume that claims to be vast while next to nothing of it is stored.
-
-    Raises
-    ------
-    VolumeError
-        If the files at the path are too small for it.
-    """
+    """Refuse a volume that claims to be vast while next to nothing of it is stored, by a VolumeError."""
     if claimed_bytes <= BELIEVED_BYTES:
         return
     stored = 0

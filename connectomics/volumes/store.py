@@ -17,8 +17,7 @@ from connectomics.core.files import replacing
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.volumes.formats.zarr import open_array, open_zarr
-from connectomics.volumes.levels import Level
-from connectomics.volumes.ome import multiscale
+from connectomics.volumes.levels import Level, multiscale
 from connectomics.volumes.source import READ_ERRORS, Source, reason
 from connectomics.volumes.stored import StoredVolume
 from connectomics.volumes.volume import Array, VolumeInfo
@@ -68,10 +67,7 @@ class Store:
     def read(self, box: Box) -> Array:
         """Voxels of ``box`` as a new (c, z, y, x) array; 0 where no shard was written yet.
 
-        Raises
-        ------
-        VolumeError
-            If a shard is damaged, or ``box`` is not inside the volume.
+        Raises VolumeError if a shard is damaged, or ``box`` is not inside the volume.
         """
         return self._reader.read(box)
 
@@ -114,13 +110,7 @@ class Store:
         return self._path.joinpath(ARRAY, "c", *channel, *map(str, index))
 
     def checksum(self, box: Box) -> str:
-        """sha256 of the file that holds ``box``, which must be exactly one shard clipped to the volume.
-
-        Raises
-        ------
-        VolumeError
-            If the shard is absent or unreadable.
-        """
+        """sha256 of the file of ``box``, exactly one shard clipped to the volume; a VolumeError if it is absent."""
         file = self.shard_path(box)
         try:
             return sha256_of_file(file)
@@ -179,13 +169,7 @@ def create_store(path: Path, info: VolumeInfo, *, shard_shape: Vec3, attributes:
 
 
 def open_store(path: Path) -> Store:
-    """Open a working store for reading and writing, keeping what it holds.
-
-    Raises
-    ------
-    OutputError
-        If there is no working store of this program or it cannot be opened.
-    """
+    """Open a working store for reading and writing, keeping what it holds; an OutputError if that cannot be done."""
     try:
         attributes = json.loads((path / METADATA).read_text())["attributes"][ATTRIBUTES]
         reader = open_zarr(Source(str(path), path, ARRAY))

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box, Vec3, pieces, vec3
+from connectomics.volumes.metadata.axes import completed, usual
 from connectomics.volumes.source import READ_ERRORS, Source, reason, require_believable
 from connectomics.volumes.volume import Array, Nanometres, Spacing, VolumeInfo
+from connectomics.volumes.watched import WatchedFiles
 
 AXES = "czyx"
 CACHE_BYTES = 64 << 20
@@ -29,7 +31,7 @@ LARGEST_CHUNK_BYTES = 1 << 32
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Which letter each stored axis has; ``t`` marks an axis of length 1 that is dropped.
+    """Which letter each stored axis has; ``t`` marks an axis of length 1 that is dropped; ``where`` tells who says so.
 
     Examples
     --------
@@ -39,6 +41,7 @@ class Layout:
 
     letters: str
     stored: tuple[int, ...]
+    where: str = ""
 
     def size(self, letter: str) -> int:
         """Length of the axis ``letter``; 1 where the array has no such axis."""
@@ -71,7 +74,7 @@ class Layout:
         return arranged
 
 
-def layout_of(source: Source, stored: Sequence[int], found: str | None) -> Layout:
+def layout_of(source: Source, stored: Sequence[int], found: str | None, where: str = "the file") -> Layout:
     """Decide the stored axes from the user's override, the file's own letters, or the number of axes.
 
     Parameters
@@ -81,7 +84,10 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None) -> Layou
     stored
         Shape of the stored array.
     found
-        Letters out of t, c, z, y, x that the file states, ``?`` for an axis of another kind, or None.
+        Letters out of t, c, z, y, x that the file states, ``?`` for an axis of another kind, ``_`` for one without a
+        name, or None.
+    where
+        The file states them.
 
     Raises
     ------
@@ -89,17 +95,18 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None) -> Layou
         If the letters do not fit the array, an axis is empty, or a time axis is longer than 1.
     """
     shape = tuple(int(n) for n in stored)
-    default = {2: "yx", 3: "zyx", 4: "czyx"}.get(len(shape))
-    letters = source.axes or found or default
+    letters = source.axes or (completed(found, shape) if found else usual(shape))
     if letters is None:
         raise VolumeError(
             f"{source.uri}: the array has {len(shape)} axes, shape {shape!s:.80}; a volume has 2 (y, x), 3 (z, "
-            "y, x) or 4 (c, z, y, x). Name an array of fewer axes or state the axes."
+            "y, x) or 4 (c, z, y, x). State the axes with axes=, t for each of length 1, for example 'tczyx' "
+            "(inference.axes), or export an array of fewer axes."
         )
     if len(letters) != len(shape):
         raise VolumeError(
-            f"{source.uri}: the axes {letters!r} name {len(letters)} axes, but the stored array has "
-            f"{len(shape)}, shape {shape!s:.80}; give one letter for each of them."
+            f"{source.uri}: the axes {letters!r}{'' if source.axes else f' ({where})'} name {len(letters)} axes, but "
+            f"the stored array has {len(shape)}, shape {shape!s:.80}; state the axes (axes=, inference.axes) with one "
+            "letter for each of them, t for one of length 1 that is dropped."
         )
     if min(shape) < 1:
         raise VolumeError(
@@ -109,27 +116,27 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None) -> Layou
         if letter in "t?" and length > 1:
             kind = "a time axis" if letter == "t" else "an axis of unknown kind"
             raise VolumeError(
-                f"{source.uri}: {kind} of length {length} in an array of shape {shape} (axes "
+                f"{source.uri}: {kind} of length {length} in an array of {len(shape)} axes, shape {shape} (axes "
                 f"{letters!r}); export a single one of "
                 "them, or state what the axes are with axes=, for example 'zyx'."
             )
     letters = letters.replace("?", "t")
+    if letters.count("c") > 1:  # such as samples beside channels
+        letters = "".join("t" if a == "c" and n == 1 else a for a, n in zip(letters, shape, strict=True))
     spatial = letters.replace("t", "")
     if set(spatial) - set(AXES) or len(set(spatial)) < len(spatial) or not {"y", "x"} <= set(spatial):
         raise VolumeError(
             f"{source.uri}: cannot use the axes {letters!r} for an array of shape {shape}: each of c, z, "
             "y, x may stand once, y and x must; state them with axes=, for example 'zyx' or 'czyx'."
         )
-    return Layout(letters, shape)
+    by_number = f"the usual order of {len(shape)} axes, as the file states none"
+    return Layout(letters, shape, "inference.axes" if source.axes else where if found else by_number)
 
 
 def native_dtype(source: Source, dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:
     """The dtype in which voxels are handed out: this machine's byte order, bool as uint8.
 
-    Raises
-    ------
-    VolumeError
-        For anything but bool, integers and floats of at most 64 bit.
+    Raises VolumeError for anything but bool, integers and floats of at most 64 bit.
     """
     if dtype.kind == "b":
         return np.dtype(np.uint8)
@@ -150,32 +157,38 @@ def info_of(
     voxel_size_nm: Nanometres | None = None,
     origin_nm: Nanometres = (0.0, 0.0, 0.0),
     spacing: Spacing | None = None,
+    found: Mapping[str, str] | None = None,
 ) -> VolumeInfo:
     """The volume's description; the request's voxel size wins over ``voxel_size_nm`` found in the file.
 
-    Raises
-    ------
-    VolumeError
-        If the dtype cannot be used, the requested voxel size is not positive, or the shape is beyond belief.
+    ``found`` says where each of these facts was found. Raises VolumeError if dtype or requested voxel size cannot be
+    used, or the shape is beyond belief.
     """
     native = native_dtype(source, dtype)
     require_believable(source, math.prod(layout.stored) * dtype.itemsize)
     stated = source.voxel_size_nm
+    known = {"voxel size": voxel_size_nm is not None, "spacing": spacing is not None}
     try:
         chunk = layout.chunk(stored_chunk)
-        return VolumeInfo(layout.shape, native, chunk, stated or voxel_size_nm, origin_nm=origin_nm, spacing=spacing)
+        return VolumeInfo(
+            layout.shape,
+            native,
+            chunk,
+            stated or voxel_size_nm,
+            origin_nm=origin_nm,
+            spacing=spacing,
+            found={
+                **({"axes": f"{layout.letters}, by {layout.where}"} if layout.where else {}),
+                **{fact: where for fact, where in (found or {}).items() if known.get(fact, True)},
+                **({"voxel size": "inference.voxel_size_nm"} if stated else {}),
+            },
+        )
     except ValueError as error:
         raise VolumeError(f"{source.uri}: {error}") from error
 
 
 def require_small_chunks(source: Source, stored_chunk: Sequence[int], itemsize: int) -> None:
-    """Refuse an array whose chunks are too large to be unpacked.
-
-    Raises
-    ------
-    VolumeError
-        If one takes more than ``LARGEST_CHUNK_BYTES``.
-    """
+    """Refuse an array whose chunks take more than ``LARGEST_CHUNK_BYTES`` unpacked, by a VolumeError."""
     found = math.prod(int(n) for n in stored_chunk) * itemsize
     if found > LARGEST_CHUNK_BYTES:
         raise VolumeError(
@@ -245,6 +258,8 @@ class StoredVolume:
         Computes the identity; called once, when first asked for.
     release
         Closes what ``fetch`` uses.
+    watched
+        The files that ``fetch`` reads, which must not change meanwhile; for storage that reads what is gone as zeros.
     """
 
     def __init__(
@@ -256,7 +271,9 @@ class StoredVolume:
         fetch: Callable[[tuple[slice, ...]], Array],
         identity: Callable[[], dict[str, object]],
         release: Callable[[], None],
+        watched: WatchedFiles | None = None,
     ) -> None:
+        self._watched = watched
         self._source = source
         self._info = info
         self._layout = layout
@@ -302,10 +319,13 @@ class StoredVolume:
             for part in pieces(box, self._info.chunk_shape, READ_BYTES // voxel_bytes):
                 block = self._layout.arrange(self._fetch(self._layout.index(part)))
                 if part == box:
-                    return np.asarray(block, dtype=self._info.dtype, order="C")
+                    result = np.asarray(block, dtype=self._info.dtype, order="C")
+                    break
                 if result is None:
                     result = np.empty((self._info.channels, *box.shape), self._info.dtype)
                 result[(slice(None), *part.relative_to(box).slices)] = block
+            if self._watched is not None:
+                self._watched.require_same()
             assert result is not None, "a box that is not empty has parts"
         except READ_ERRORS as error:
             raise VolumeError(f"cannot read {where}: {reason(error)}. Check that the file is complete.") from error

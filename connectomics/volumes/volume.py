@@ -5,7 +5,8 @@ Formats implement these; ``connectomics.volumes.opening`` picks the format. Insi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,6 +38,8 @@ class VolumeInfo:
     spacing
         (z, y, x) as nnU-Net's readers would state it, without a unit: that of the plan the volume was prepared for.
         None where the file states none. Never derived from ``voxel_size_nm``, nor the other way round.
+    found
+        Where a fact was found, such as ``{"voxel size": "attribute 'resolution' of /raw"}``; it tells no volumes apart.
     """
 
     shape: tuple[int, int, int, int]
@@ -45,6 +48,7 @@ class VolumeInfo:
     voxel_size_nm: Nanometres | None = None
     origin_nm: Nanometres = (0.0, 0.0, 0.0)
     spacing: Spacing | None = None
+    found: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.shape) != 4 or min(self.shape) < 1:

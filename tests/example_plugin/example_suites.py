@@ -21,6 +21,7 @@ from connectomics.testing.volume_reader import VolumeReaderContract, WrittenVolu
 
 RANDOM = np.random.default_rng(2)
 SIZE = (40.0, 4.0, 5.0)
+QUICK = ["inference.sliding_window.window_size=[64,64]", "inference.test_time_augmentation.enabled=false"]
 MODEL = Path(__file__).parents[2] / "connectomics" / "example" / "phantom_mito_2d"
 
 
@@ -78,7 +79,7 @@ class TestArchitecture(ArchitectureContract):
 
 def test_a_run_computes_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_voxels(tmp_path / "cell.voxels", RANDOM.integers(0, 256, (1, 2, 64, 64), np.uint8))
-    words = ["infer-volume", "--checkpoint", str(MODEL), "system.device=cpu", "system.num_cpus=1"]
+    words = ["infer-volume", "--checkpoint", str(MODEL), "system.device=cpu", "system.num_cpus=1", *QUICK]
     words += [f"inference.volume_mode.file_pattern={tmp_path}/*.voxels"]
     labels = []
     for backend in ("torch", "double"):
@@ -99,7 +100,7 @@ def test_a_run_reads_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture
     write_voxels(tmp_path / "cell.voxels", image)
     words = ["infer-volume", "--checkpoint", str(MODEL), f"inference.data.output_path={tmp_path / 'out'}"]
     words += [f"inference.volume_mode.file_pattern={tmp_path}/*.voxels", "inference.output.formats=[h5,voxels]"]
-    words += ["system.device=cpu", "system.num_cpus=1"]
+    words += ["system.device=cpu", "system.num_cpus=1", *QUICK]
     assert main(words) == 0
     read = []
     for name in ("cell_labels.h5", "cell_labels.voxels"):

@@ -484,7 +484,11 @@ def test_a_budget_too_small_for_a_volume_is_that_volumes_failure(
 
 @pytest.mark.parametrize(
     ("words", "code"),
-    [(["system.sead=1"], 2), (["model.folds=[7]"], 3), ([f"{PATTERN}=absent_*.h5"], 2)],
+    [
+        pytest.param(["system.sead=1"], 2, marks=pytest.mark.long),
+        (["model.folds=[7]"], 3),
+        pytest.param([f"{PATTERN}=absent_*.h5"], 2, marks=pytest.mark.long),
+    ],
 )
 def test_as_a_process_of_its_own(bench: Bench, tmp_path: Path, words: list[str], code: int) -> None:
     command = [sys.executable, "-m", "connectomics.cli", *infer_words(bench.model, tmp_path / "o", "x.h5", *words)]

@@ -423,7 +423,9 @@ def test_every_format_tells_how_it_was_made(job: Job) -> None:
         assert stamp["result_key"] == provenance["result_keys"]["labels"]
         assert {key: provenance[key] for key in told} == {key: stamp[key] for key in told}, form
     versions = {"connectomics": importlib.metadata.version("connectomics-nnunet")}
-    versions |= {name: importlib.metadata.version(name) for name in ("nnunetv2", "torch", "numpy", "scipy", "tensorstore")}
+    versions |= {
+        name: importlib.metadata.version(name) for name in ("nnunetv2", "torch", "numpy", "scipy", "tensorstore")
+    }
     assert {name: provenance["versions"][name] for name in versions} == versions
     assert provenance["numeric_class"]["threads"] == 1
     assert provenance["input"]["name"] == "v.h5"

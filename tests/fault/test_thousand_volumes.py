@@ -61,7 +61,7 @@ def run(words: list[str], output: Path) -> tuple[int, str, str, list[tuple[int, 
     return process.returncode, logs[0].read_text(), logs[1].read_text(), samples
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.long)])
 def test_many_volumes_in_one_call(folder: Path, count: int) -> None:
     broken = write_volumes(folder / "data", count)
     model = make_model(folder / "model", dimensions=2, patch=SHAPE, features=(4, 8))

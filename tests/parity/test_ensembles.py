@@ -78,7 +78,7 @@ def manager_of(members: Sequence[Path], *more: str) -> InferenceManager:
 
 @pytest.mark.parametrize(
     "names",
-    [("slices", "3D"), ("3D", "2D", "turned"), ("2D regions", "3D regions")],
+    [("3D", "2D", "turned"), ("2D regions", "3D regions"), pytest.param(("slices", "3D"), marks=pytest.mark.long)],
     ids=lambda names: " + ".join(names),
 )
 def test_labels_are_those_of_nnunets_mean(models: dict[str, Path], image: np.ndarray, names: Sequence[str]) -> None:

@@ -61,11 +61,11 @@ def both(model: Path, image: np.ndarray, *, by_slice: bool = False) -> tuple[Pre
     [
         pytest.param(2, REGIONS, [1, 2, 3], False, {0, 1, 2, 3}, id="2D regions"),
         pytest.param(2, REGIONS, [3, 1, 200], True, {0, 1, 3, 200}, id="2D regions by slice, another order"),
-        pytest.param(3, REGIONS, [1, 2, 3], False, {0, 1, 2, 3}, id="3D regions"),
+        pytest.param(3, REGIONS, [1, 2, 3], False, {0, 1, 2, 3}, id="3D regions", marks=pytest.mark.long),
         pytest.param(3, REGIONS | {"ignore": 4}, [2, 1, 3], False, {0, 1, 2, 3}, id="3D regions, ignore label"),
         pytest.param(2, {"background": 0, "both": [1, 2]}, [7], False, {0, 7}, id="one region"),
         pytest.param(2, PLAIN | {"ignore": 3}, None, True, {0, 1, 2}, id="2D ignore label"),
-        pytest.param(3, PLAIN | {"ignore": 3}, None, False, {0, 1, 2}, id="3D ignore label"),
+        pytest.param(3, PLAIN | {"ignore": 3}, None, False, {0, 1, 2}, id="3D ignore label", marks=pytest.mark.long),
         pytest.param(2, {"background": 0, "b": 9, "a": 4}, None, False, {0, 1, 2}, id="values with gaps"),
     ],
 )

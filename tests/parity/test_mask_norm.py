@@ -188,7 +188,11 @@ def test_labels_and_probabilities_equal_the_oracles(world: tuple[Any, ...]) -> N
 
 @pytest.mark.parametrize(
     "world",
-    ["3D, one channel of two", "2D of a volume, transposed", "2D slices", "2D of a volume, resampled"],
+    [
+        "3D, one channel of two",
+        "2D slices",
+        *(pytest.param(f"2D of a volume, {how}", marks=pytest.mark.long) for how in ("transposed", "resampled")),
+    ],
     indirect=True,
 )
 def test_any_blocks_give_the_same_bytes(world: tuple[Any, ...]) -> None:
@@ -270,7 +274,9 @@ def test_a_mask_in_blocks_is_filled_as_scipy_fills_it(shape: Vec3, tmp_path: Pat
         assert shape[0] < 9 or (expected != mask).any(), "the example must hold holes"
 
 
-@pytest.mark.parametrize("name", ["3D, one channel of two", "2D of a volume, resampled", "2D slices"])
+@pytest.mark.parametrize(
+    "name", ["2D of a volume, resampled", "2D slices", pytest.param("3D, one channel of two", marks=pytest.mark.long)]
+)
 def test_volumes_on_disk_get_the_same_labels(name: str, tmp_path: Path) -> None:
     trial = TRIALS[name]
     model, image = model_of(trial, tmp_path / "model"), image_of(trial)

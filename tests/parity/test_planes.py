@@ -104,7 +104,10 @@ def equal(ours: Prediction, theirs: oracle.Answer) -> None:
     assert np.abs(ours.probabilities - theirs[1]).max() <= 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    ["slices", "regions", "turned", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("volume", "masked"))],
+)
 def test_labels_are_those_of_the_mean_of_three_runs_of_nnunet(
     models: dict[str, Path], image: np.ndarray, kind: str
 ) -> None:

@@ -27,6 +27,7 @@ import nnunet_models
 from nnunet_models import DATASET_NAME, make_dataset, make_model
 
 PRESETS = ("M", "L", "XL")
+ALWAYS = (("L", "2d"), ("L", "3d_fullres"))
 
 
 def planned(folder: Path, preset: str) -> dict[str, Any]:
@@ -89,8 +90,14 @@ def assert_equal_to_nnunet(root: Path, checkpoint_name: str = "checkpoint_final.
     assert expected.argmax(1).unique().numel() > 1
 
 
-@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    ("preset", "configuration"),
+    [
+        pytest.param(preset, configuration, marks=() if (preset, configuration) in ALWAYS else pytest.mark.long)
+        for preset in PRESETS
+        for configuration in ("2d", "3d_fullres")
+    ],
+)
 def test_presets_load_as_nnunet_loads_them(tmp_path: Path, preset: str, configuration: str) -> None:
     plans = planned(tmp_path, preset)
     plans["configurations"] = {configuration: plans["configurations"][configuration]}

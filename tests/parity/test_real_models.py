@@ -48,7 +48,7 @@ def against_nnunet(manager: InferenceManager, folder: Path, image: np.ndarray, *
 @pytest.mark.parametrize(
     ("model", "folds", "mirror"),
     [
-        ("vnc_mito_2d", "0", False),
+        pytest.param("vnc_mito_2d", "0", False, marks=pytest.mark.long),
         ("vnc_mito_2d", "0,1", True),
         ("vnc_multi_2d", "all", False),
     ],
@@ -63,6 +63,7 @@ def test_2d_models_equal_the_oracle(shared_data: Path, model: str, folds: str, m
     assert stock <= STOCK_SHARE * voxels
 
 
+@pytest.mark.long
 def test_the_3d_model_equals_the_oracle_at_its_plans_spacing(shared_data: Path) -> None:
     stack = np.stack([section(shared_data, "raw", z) for z in range(16)])[:, 512:1024, 768:1024]
     image = stack.reshape(16, 256, 2, 128, 2).mean((2, 4)).round().astype(np.uint8)[None]

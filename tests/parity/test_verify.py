@@ -180,7 +180,14 @@ def test_an_output_of_another_shape_is_refused(
     assert verified(tmp_path, str(model), str(volume), "a.h5", "b.h5")[0] == 2
 
 
-@pytest.mark.parametrize(("model", "fold"), [("vnc_mito_2d", "0"), ("vnc_multi_2d", "all"), ("vnc_mito_3d", "0")])
+@pytest.mark.parametrize(
+    ("model", "fold"),
+    [
+        ("vnc_mito_2d", "0"),
+        pytest.param("vnc_multi_2d", "all", marks=pytest.mark.long),
+        pytest.param("vnc_mito_3d", "0", marks=pytest.mark.long),
+    ],
+)
 def test_the_shared_models_pass(shared_data: Path, tmp_path: Path, model: str, fold: str) -> None:
     sections = [np.asarray(Image.open(shared_data / "em" / "vnc" / "raw" / f"{z:02d}.png")) for z in range(12, 16)]
     image = np.stack(sections)[:1, :700, :800] if model.endswith("2d") else np.stack(sections)[:, 300:700, 300:600]

@@ -71,7 +71,7 @@ def require_the_same_bytes(volume: tuple[object, ...], index: int, count: int | 
 
 @pytest.mark.parametrize("index", range(12))
 def test_any_blocks_in_any_order_give_the_same_bytes(volume: tuple[object, ...], index: int) -> None:
-    require_the_same_bytes(volume, index, 3)
+    require_the_same_bytes(volume, index, 1)
 
 
 @pytest.mark.long

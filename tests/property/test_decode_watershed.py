@@ -14,8 +14,7 @@ from skimage.segmentation import watershed
 
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.objects.distance import beyond, squared_distance
-from connectomics.objects.merge import Cuts, merge
-from connectomics.objects.numbering import number_by_first
+from connectomics.objects.merge import Cuts, merge, number_by_first
 from connectomics.objects.watershed import flooding_order
 from connectomics.stages.decode.tasks import BlockPieces, BlockTask, block_file, painted_block
 from connectomics.stages.decode.watershed.flooding import Distance
@@ -132,7 +131,9 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize("case", CUT)
+@pytest.mark.parametrize(
+    "case", ["section", *(pytest.param(case, marks=pytest.mark.long) for case in ("probability", "distance"))]
+)
 def test_large_components_of_real_predictions(case: str, shared_data: Path, folder: Path) -> None:
     """Flooded in windows of 16,384 voxels they have an adapted Rand error below 0.001, whatever the blocks."""
     kind, settings = CUT[case]

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from tuned import keep_profile, torch_trial
 
-from connectomics.assembly.batch import PADDED, TOO_LARGE, against_batch
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.make_engine import build_engine
-from connectomics.assembly.engines import Engines
+from connectomics.assembly.engines import PADDED, TOO_LARGE, Engines, against_batch
 from connectomics.assembly.memory import plan_volume
 from connectomics.assembly.volumes import segmenter_of
 from connectomics.config.load import load_config

@@ -208,7 +208,9 @@ def test_the_script_takes_a_mode(folder: Path, model: Path, capsys: pytest.Captu
     assert "--mode" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("start", [["scripts/main.py", "--mode"], ["-m", "connectomics.cli"]])
+@pytest.mark.parametrize(
+    "start", [["scripts/main.py", "--mode"], pytest.param(["-m", "connectomics.cli"], marks=pytest.mark.long)]
+)
 def test_both_ways_to_start_it(folder: Path, model: Path, start: list[str]) -> None:
     output = folder / Path(start[-1]).name
     command = [sys.executable, *start, *infer_words(model, output, folder / "v.h5")]

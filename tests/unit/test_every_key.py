@@ -652,7 +652,7 @@ TABLE: Mapping[str, Check] = {
     "inference.precision": both(precision, refuses("inference.precision=half", "must be one of exact, fast")),
     "inference.max_disagreement": max_disagreement,
     "inference.planes": both(
-        changes(probabilities, "inference.planes=[xy,xz,yz]", given=[SAVE]),
+        changes(probabilities, "inference.planes=[xy,xz,yz]", given=[SAVE, f"{TTA}.enabled=false"]),
         changes(provenance("nnunet"), "inference.planes=[xz]"),
     ),
     "inference.allow_anisotropic_planes": anisotropic,

@@ -85,10 +85,11 @@ def test_empty_box_gives_an_empty_array() -> None:
     assert open_phantom("phantom:4x5x6").read(Box((1, 2, 3), (1, 4, 5))).shape == (1, 0, 2, 2)
 
 
-def test_label_is_where_instances_are(instances: Array) -> None:
-    label = read_all("phantom:80x480x500?seed=7&what=label")
+@pytest.mark.parametrize("sections", [24, pytest.param(80, marks=pytest.mark.long)])
+def test_label_is_where_instances_are(instances: Array, sections: int) -> None:
+    label = read_all(f"phantom:{sections}x480x500?seed=7&what=label")
     assert label.dtype == np.uint8
-    np.testing.assert_array_equal(label, (instances > 0).astype(np.uint8))
+    np.testing.assert_array_equal(label, (instances[:sections] > 0).astype(np.uint8))
     assert 0.02 < label.mean() < 0.12
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -179,6 +180,29 @@ def test_ignored_voxels_of_a_binary_truth_are_no_foreground(tmp_path: Path) -> N
     assert confusion(tmp_path, given, truth, 2, 2) == [[1, 0], [0, 1]]
 
 
+def test_the_demo_tells_what_it_made_or_that_it_is_not_what_it_promises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a piece of a section; ``make demo``, which .ci/run calls, ends with an exit code of its own likewise."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    monkeypatch.setattr(demo, "VOLUME", "phantom:1x96x128?seed=7")
+    monkeypatch.setattr(demo, "TRUTH", "phantom:1x96x128?seed=7&what=label")
+    monkeypatch.setattr(demo, "SHOWN_SECTION", 0)
+    monkeypatch.setattr(demo, "PROMISED_DICE", 0.5)
+    assert demo.run_demo(tmp_path, NullObserver())[0].startswith("done")
+    assert (tmp_path / "montage.png").exists()
+    dice = json.loads((tmp_path / "scores.json").read_text())["pooled"]["labels"]["mitochondrion"]["dice"]
+    monkeypatch.setattr(demo, "PROMISED_DICE", dice)
+    assert demo.run_demo(tmp_path, NullObserver())[0].startswith("skipped")
+    monkeypatch.setattr(demo, "PROMISED_DICE", np.nextafter(dice, 2))
+    assert main(["demo", "--output", str(tmp_path)]) == 3
+    assert f"the Dice of mitochondrion is {dice}" in capsys.readouterr().err
+    monkeypatch.setattr(demo, "VOLUME", "phantom:0x1x1")
+    with pytest.raises(ConnectomicsError, match="phantom"):
+        demo.run_demo(tmp_path, NullObserver())
+
+
+@pytest.mark.long
 def test_the_demo_labels_its_phantom_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "VOLUME", "phantom:5x256x320?seed=7")
     monkeypatch.setattr(demo, "TRUTH", "phantom:5x256x320?seed=7&what=label")

@@ -199,7 +199,7 @@ def test_spacings_are_those_of_the_files_axes_where_plans_transpose(tmp_path: Pa
         tifffile.imwrite(tmp_path / "in" / f"{name}_0000.tif", image)
         (tmp_path / "in" / f"{name}.json").write_text(json.dumps({"spacing": spacing}))
     place = ["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", str(model), "-f", "0", "-device", "cpu"]
-    assert main(["from-nnunet", *place]) == 0
+    assert main(["from-nnunet", *place, "system.num_cpus=1"]) == 0
     predictor = oracle.make_predictor(model, ["0"])
     for name, spacing in spacings.items():
         expected = oracle.predict(predictor, image[None], spacing=spacing)
@@ -214,7 +214,7 @@ def test_planes_other_than_xy_are_resampled_where_sections_are_thick(tmp_path: P
     tifffile.imwrite(tmp_path / "in" / "v_0000.tif", image)
     (tmp_path / "in" / "v.json").write_text(json.dumps({"spacing": [1.7, 1.0, 1.0]}))
     place = ["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", str(model), "-f", "0", "-device", "cpu"]
-    assert main(["from-nnunet", *place, "inference.planes=[xz]"]) == 0
+    assert main(["from-nnunet", *place, "inference.planes=[xz]", "system.num_cpus=1"]) == 0
     turned = np.ascontiguousarray(image.transpose(1, 0, 2))[None]
     expected = oracle.predict(oracle.make_predictor(model, ["0"]), turned, spacing=[1.0, 1.7, 1.0])
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "out" / "v.tif"), expected.transpose(1, 0, 2))

@@ -108,11 +108,16 @@ def test_what_stands_in_the_folder(folder: Path) -> None:
     assert all(abs(line["at"] - time.time()) < 60 for line in lines[1:])
 
 
-def test_whatever_length_a_torn_file_has_a_prefix_of_the_blocks_is_found_and_the_run_goes_on(folder: Path) -> None:
+@pytest.mark.parametrize("apart", [9, pytest.param(1, marks=pytest.mark.long)])
+def test_whatever_length_a_torn_file_has_a_prefix_of_the_blocks_is_found_and_the_run_goes_on(
+    folder: Path, apart: int
+) -> None:
+    """Every length beside the end of a line, and others so far apart."""
     content = filled(folder)
     (path,) = files(folder)
     ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
-    for length in range(len(content) + 1):
+    beside = {end + more for end in ends for more in (-2, -1, 0, 1)} & set(range(len(content) + 1))
+    for length in sorted({*range(0, len(content) + 1, apart), *beside}):
         path.write_bytes(content[:length])
         whole = max(0, sum(end <= length for end in ends) - 1)
         ledger = opened(folder)
@@ -313,9 +318,10 @@ def long_ledger(folder: Path, count: int) -> tuple[int, int, int]:
     return volume
 
 
-def test_a_hundred_thousand_blocks_are_read_in_a_moment(folder: Path) -> None:
+@pytest.mark.parametrize("count", [20_000, pytest.param(100_000, marks=pytest.mark.long)])
+def test_many_blocks_are_read_in_a_moment(folder: Path, count: int) -> None:
     """Beside Python's own JSON in a loop; benchmarks/ledger.py has the seconds of a million."""
-    volume = long_ledger(folder, 100_000)
+    volume = long_ledger(folder, count)
     began = time.perf_counter()
     for line in files(folder)[0].read_bytes().splitlines():
         json.loads(line)
@@ -323,20 +329,21 @@ def test_a_hundred_thousand_blocks_are_read_in_a_moment(folder: Path) -> None:
     began = time.perf_counter()
     ledger = Ledger(folder, "key", CLASS, PLAN, volume)
     seconds = time.perf_counter() - began
-    assert ledger.finished == 100_000
+    assert ledger.finished == count
     assert next(ledger.unfinished(), None) is None
     assert seconds < 12 * floor, f"{seconds:.2f} s, reading the JSON alone takes {floor:.2f} s"
 
 
-def test_memory_holds_a_byte_a_block(folder: Path) -> None:
-    volume = long_ledger(folder, 20_000)
+@pytest.mark.parametrize("count", [6_000, pytest.param(20_000, marks=pytest.mark.long)])
+def test_memory_holds_a_byte_a_block(folder: Path, count: int) -> None:
+    volume = long_ledger(folder, count)
     tracemalloc.start()
     ledger = Ledger(folder, "key", CLASS, PLAN, volume)
     for _ in ledger.records():
         pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < READ_BYTES + 200_000
+    assert peak < READ_BYTES + 80_000 + 6 * count
 
 
 def test_blocks_that_are_left_out_are_neither_planned_nor_unfinished(folder: Path) -> None:

@@ -209,10 +209,14 @@ def test_files_stay_under_one_a_block(tmp_path: Path, form: str, name: str, shap
 @pytest.mark.parametrize(
     ("extent", "shard", "unit_bytes"),
     [
-        ((24, 192, 250), SHARD, 1 << 16),
-        ((100, 33, 20), (1, 32, 32), 1),
+        ((12, 128, 122), SHARD, 1 << 14),
+        ((50, 33, 20), (1, 32, 32), 1),
         ((1, 1000, 60), (1, 16, 64), 1),
         ((60, 60, 60), (16, 16, 16), 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [((24, 192, 250), SHARD, 1 << 16), ((100, 33, 20), (1, 32, 32), 1)]
+        ),
     ],
 )
 def test_a_zarr_has_fewer_files_than_blocks_however_large_these_are(

@@ -65,17 +65,14 @@ def made(model: Path, words: list[str]) -> Any:
     return engine, segmenter_of(engine, None).members[0]
 
 
-@pytest.mark.parametrize(("kind", "extent", "block", "words"), PLACES)
-@pytest.mark.parametrize("part", [False, True])
-def test_windows_and_reading_are_those_of_the_blocks(
-    models: dict[str, Path], kind: str, extent: Vec3, block: Vec3, words: list[str], part: bool
-) -> None:
-    """Each block is really predicted: forward passes are counted where they happen, voxels where they are read."""
-    engine, member = made(models[kind], words)
-    roi = Box((1, 3, 5), (extent[0], extent[1] - 2, extent[2] - 7)) if part else Box.of_shape(extent)
-    cut = Partition(extent, block, roi)
-    image = np.random.default_rng(0).integers(1, 200, (1, *extent), np.uint8)
-    cases, read, passes, blocks = assumed_cases(member, extent, 1), 0, 0, 0
+ROWS = 7
+ALL_BUT_TWO = [pytest.param(*place, marks=[pytest.mark.long] * (i not in (0, 2))) for i, place in enumerate(PLACES)]
+
+
+def predicted(member: Any, cut: Partition) -> tuple[int, list[int]]:
+    """Voxels read, and rows of each forward pass, where every block is really predicted by a network of no work."""
+    image = np.random.default_rng(0).integers(1, 200, (1, *cut.extent), np.uint8)
+    cases, read, rows, blocks = assumed_cases(member, cut.extent, 1), 0, list[int](), 0
 
     def reading(box: Box) -> Any:
         nonlocal read
@@ -83,52 +80,60 @@ def test_windows_and_reading_are_those_of_the_blocks(
         return image[(slice(None), *box.slices)]
 
     def forward(self: TorchBackend, batch: torch.Tensor) -> torch.Tensor:
-        nonlocal passes
-        passes += len(batch)
+        rows.append(len(batch))
         return batch.repeat(1, 2, 1, 1, 1)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(TorchBackend, "forward", forward)
-        for each in BlockGrid(extent, block):
-            core = each.core.intersect(roi)
+        for each in BlockGrid(cut.extent, cut.block_shape):
+            core = each.core.intersect(cut.roi)
             blocks += core.voxels > 0
             for _ in member.logits(reading, cases, core) if core.voxels else ():
                 pass
     assert cut.blocks == blocks
-    assert count_windows(member, cut, 1) * engine.models[0].window.passes == passes
+    return read, rows
+
+
+def require_fill(member: Any, window: Any, cut: Partition, rows: list[int], words: list[str]) -> None:
+    """The share of a batch that is filled is that of the passes."""
     whole = "engine=monai" in "".join(words)
-    counted = count_read(member, engine.models[0].window, cut, whole=whole)
+    fill = batch_fill(member, window, cut, whole=whole)
+    # resampled blocks touch a row more here and there; MONAI lays its windows otherwise
+    expected = sum(rows) / (window.batch * len(rows))
+    assert fill == pytest.approx(expected, rel=0.15 if words == PLAN or whole else 1e-9)
+    assert batch_fill(member, replace(window, batch=1), cut, whole=whole) == 1
+
+
+@pytest.mark.parametrize(("kind", "extent", "block", "words"), PLACES)
+@pytest.mark.parametrize("part", [False, True])
+def test_windows_reading_and_padding_are_those_of_the_blocks(
+    models: dict[str, Path], kind: str, extent: Vec3, block: Vec3, words: list[str], part: bool
+) -> None:
+    """Forward passes and their rows are counted where they happen, voxels where they are read."""
+    engine, member = made(models[kind], [*words, f"inference.sliding_window.sw_batch_size={ROWS}"])
+    roi = Box((1, 3, 5), (extent[0], extent[1] - 2, extent[2] - 7)) if part else Box.of_shape(extent)
+    cut, window = Partition(extent, block, roi), engine.models[0].window
+    read, rows = predicted(member, cut)
+    assert count_windows(member, cut, 1) * window.passes == sum(rows)
+    counted = count_read(member, window, cut, whole="engine=monai" in "".join(words))
     if words == PLAN:  # the splines' surroundings are counted roughly
         assert 0.5 < counted / read < 2
     else:
         assert counted == read
+    if not part:
+        require_fill(member, window, cut, rows, words)
 
 
-@pytest.mark.parametrize("rows", [7, 64])
-@pytest.mark.parametrize(("kind", "extent", "block", "words"), PLACES)
-def test_the_padding_of_batches_is_that_of_the_blocks(
+@pytest.mark.parametrize("rows", [64, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("kind", "extent", "block", "words"), ALL_BUT_TWO)
+def test_the_padding_of_other_batches_is_that_of_the_blocks(
     models: dict[str, Path], kind: str, extent: Vec3, block: Vec3, words: list[str], rows: int
 ) -> None:
-    """Each block is really predicted, and the rows that the network is given are counted where it is called."""
     engine, member = made(models[kind], [*words, f"inference.sliding_window.sw_batch_size={rows}"])
-    image = np.random.default_rng(0).integers(1, 200, (1, *extent), np.uint8)
-    cases, batches, filled = assumed_cases(member, extent, 1), 0, 0
-
-    def forward(self: TorchBackend, batch: torch.Tensor) -> torch.Tensor:
-        nonlocal batches, filled
-        batches, filled = batches + 1, filled + len(batch)
-        return batch.repeat(1, 2, 1, 1, 1)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(TorchBackend, "forward", forward)
-        for each in BlockGrid(extent, block):
-            for _ in member.logits(lambda box: image[(slice(None), *box.slices)], cases, each.core):
-                pass
-    cut, whole = Partition(extent, block, Box.of_shape(extent)), "engine=monai" in "".join(words)
-    fill = batch_fill(member, engine.models[0].window, cut, whole=whole)
-    # resampled blocks touch a row more here and there; MONAI lays its windows otherwise
-    assert fill == pytest.approx(filled / (rows * batches), rel=0.15 if words == PLAN or whole else 1e-9)
-    assert batch_fill(member, replace(engine.models[0].window, batch=1), cut, whole=whole) == 1
+    cut, window = Partition(extent, block, Box.of_shape(extent)), engine.models[0].window
+    passes = predicted(member, cut)[1]
+    assert count_windows(member, cut, 1) * window.passes == sum(passes)
+    require_fill(member, window, cut, passes, words)
 
 
 def test_one_block_has_the_windows_that_nnunet_lays(models: dict[str, Path]) -> None:

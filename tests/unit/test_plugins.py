@@ -27,6 +27,8 @@ def installed(folder: Path, project: str, points: dict[str, dict[str, str]]) -> 
 def test_the_example_package_passes_the_suites(tmp_path: Path) -> None:
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
     environment = installed(tmp_path, project["name"], project["entry-points"])
+    # other packages' plugins of pytest take seconds to import
+    environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "xdist.plugin,pytest_timeout"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "--basetemp"]
     command += [str(tmp_path / "of_the_suites"), str(EXAMPLE / "example_suites.py")]
     result = subprocess.run(

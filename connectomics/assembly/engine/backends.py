@@ -9,8 +9,8 @@ from connectomics.assembly.settings import NetworkSettings
 from connectomics.core.geometry import Vec3
 from connectomics.models.backends.artefacts import Artefacts
 from connectomics.models.backends.choice import AUTO, ChosenBackends, backend_kind, choose
-from connectomics.models.backends.contract import BackendRequest, ModelNetworks, NumericClass
-from connectomics.models.backends.precisions import EXACT, Precision, precision_named
+from connectomics.models.backends.contract import BackendRequest, ModelNetworks
+from connectomics.models.backends.precisions import EXACT, precision_named
 from connectomics.models.backends.probe import largest_fitting, try_batch
 from connectomics.models.backends.torch_eager import window_bytes
 from connectomics.models.checkpoint import LoadedModel
@@ -24,30 +24,6 @@ def holds_batch(budget_bytes: int, models: Sequence[LoadedModel], patches: Seque
     """Whether the networks' work on so many windows (z, y, x) takes at most ``BATCH_SHARE`` of the budget."""
     need = max(window_bytes(model.skeleton, patch) for model, patch in zip(models, patches, strict=True))
     return batch * need <= budget_bytes * BATCH_SHARE
-
-
-def choose_backends(
-    networks: NetworkSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3], trials: Sequence[Trial] = ()
-) -> ChosenBackends:
-    """Backends of all networks, of one kind.
-
-    Parameters
-    ----------
-    models, patches
-        The models, and the windows (z, y, x) each is given.
-    trials
-        What was measured of the ways that the configuration leaves open, the fastest first.
-
-    Raises
-    ------
-    ConfigError, DeviceError
-        If device or backend are not available, with the reason.
-    """
-    backend, terms = networks.backend, _request(networks)
-    measured = [(t.backend, dataclasses.replace(terms, batch=t.batch, threads=t.threads)) for t in trials]
-    if measured and backend != AUTO:
-        (_, terms), measured = measured[0], []
-    return choose(backend, terms, _networks(models, patches), Artefacts(networks.cache), measured=measured)
 
 
 def _measured(networks: NetworkSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[Trial]:
@@ -84,29 +60,9 @@ def known_profile(networks: NetworkSettings, specs: Sequence[ModelSpec], patches
 def trial_backends(
     networks: NetworkSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3], trial: Trial
 ) -> ChosenBackends:
-    """As ``choose_backends``, as a trial wants them.
-
-    Raises
-    ------
-    DeviceError
-        If they are not available, with the reason.
-    """
+    """Backends of all networks as a trial wants them; DeviceError where they are not available, with the reason."""
     terms = BackendRequest(networks.device, precision_named(trial.precision), trial.batch, trial.threads)
     return choose(trial.backend, terms, _networks(models, patches), Artefacts(networks.cache))
-
-
-def reference_backends(
-    networks: NetworkSettings,
-    models: Sequence[LoadedModel],
-    patches: Sequence[Vec3],
-    own: NumericClass,
-    precision: Precision,
-) -> ChosenBackends:
-    """As ``choose_backends``, in the precision that a backend of another one is held against."""
-    terms = BackendRequest(networks.device, precision, own.batch, own.threads, low_memory=True)
-    return choose(
-        backend_kind(kind_of(own.as_dict())).reference, terms, _networks(models, patches), Artefacts(networks.cache)
-    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -124,7 +80,9 @@ class FittedBackends:
 def fitting_backends(
     networks: NetworkSettings, models: Sequence[LoadedModel], patches: Sequence[Vec3]
 ) -> FittedBackends:
-    """``choose_backends`` and ``reference_backends``, with as many windows a batch as the device's memory holds.
+    """Backends of all networks, of one kind, with as many windows a batch as the device's memory holds.
+
+    Each model is given windows of its patch (z, y, x).
 
     Raises
     ------
@@ -133,19 +91,25 @@ def fitting_backends(
     DeviceMemoryError
         If not even one window fits.
     """
-
     measured = _measured(networks, models, patches)
     first = measured[0].batch if measured else networks.batch or 1
+    modules, artefacts = _networks(models, patches), Artefacts(networks.cache)
 
     def made(batch: int) -> FittedBackends:
         tried, trials = networks, measured
         if batch != first:
             tried = dataclasses.replace(networks, batch=batch)
             trials = _measured(tried, models, patches)
-        chosen = choose_backends(tried, models, patches, trials)
+        terms = BackendRequest(tried.device, tried.precision, tried.batch or 1, tried.threads)
+        open_ways = [(t.backend, dataclasses.replace(terms, batch=t.batch, threads=t.threads)) for t in trials]
+        if open_ways and tried.backend != AUTO:
+            (_, terms), open_ways = open_ways[0], []
+        chosen, reference = choose(tried.backend, terms, modules, artefacts, measured=open_ways), None
         own = chosen.backends[0][0].numeric_class
         exact = precision_named(own.precision).reference
-        reference = None if exact is None else reference_backends(tried, models, patches, own, precision=exact)
+        if exact is not None:
+            terms = BackendRequest(tried.device, exact, own.batch, own.threads, low_memory=True)
+            reference = choose(backend_kind(kind_of(own.as_dict())).reference, terms, modules, artefacts)
         for each in (chosen, reference):
             for model, patch, row in zip(models, patches, each.backends if each is not None else (), strict=False):
                 for backend in row:
@@ -154,10 +118,6 @@ def fitting_backends(
 
     fitting, _ = largest_fitting(made, first)
     return fitting
-
-
-def _request(networks: NetworkSettings) -> BackendRequest:
-    return BackendRequest(networks.device, networks.precision, networks.batch or 1, networks.threads)
 
 
 def _networks(models: Sequence[LoadedModel], patches: Sequence[Vec3]) -> list[ModelNetworks]:

@@ -25,14 +25,7 @@ NAME = "*"  # stands for the volume's name in a path of label volumes
 
 
 def first_stage_settings(second: InferenceSettings, specs: Sequence[ModelSpec]) -> InferenceSettings | None:
-    """The settings that run the first stage, or None where there is none or its labels are given.
-
-    Parameters
-    ----------
-    second
-        Those of the second stage.
-    specs
-        The models that it names.
+    """The settings that run the first stage of a second one; None where there is none or its labels are given.
 
     Raises
     ------
@@ -119,43 +112,25 @@ def check_previous_stage(stated: str | None, specs: Sequence[ModelSpec], sources
 
 
 def open_previous(stated: str | None, source: VolumeSource, reader: VolumeReader) -> VolumeReader:
-    """Open the label volume of the previous stage that is given for a volume.
-
-    Raises
-    ------
-    VolumeError
-        If it cannot be read or has another extent.
-    """
+    """Open the label volume of the previous stage that is given for a volume, as ``open_labels`` does."""
     assert stated is not None, "checked with the list of volumes"
     return open_labels(stated.replace(NAME, source.stem), reader)
 
 
-def open_labels(uri: str, reader: VolumeReader) -> VolumeReader:
-    """Open labels of a previous stage and hold them against their volume.
-
-    Raises
-    ------
-    VolumeError
-        If they cannot be read or have another extent.
-    """
+def open_labels(uri: str, reader: VolumeReader, what: str = "the previous stage's labels") -> VolumeReader:
+    """Open the labels of a volume; VolumeError where they cannot be read or have another extent."""
     labels = open_volume(uri)
     if labels.info.extent != reader.info.extent or labels.info.channels != 1:
         labels.close()
         raise VolumeError(
-            f"{uri}: has shape (c, z, y, x) {labels.info.shape}, expected the previous stage's labels of extent "
-            f"{reader.info.extent}; give those of this volume"
+            f"{uri}: has shape (c, z, y, x) {labels.info.shape}, expected {what} of extent {reader.info.extent}; "
+            "give the labels of this volume"
         )
     return labels
 
 
 def checked_labels(read: ReadBox, spec: ModelSpec, name: str) -> ReadBox:
-    """Gives labels (1, z, y, x) as int32, each of them one of the model's.
-
-    Raises
-    ------
-    VolumeError
-        When a box that is read holds anything else.
-    """
+    """Gives labels (1, z, y, x) as int32; VolumeError when a box holds anything but the model's labels."""
     known = np.array(sorted({0, *spec.foreground_labels, *spec.class_values}))
 
     def checked(box: Box) -> Array:

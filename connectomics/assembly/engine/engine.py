@@ -18,19 +18,7 @@ NNUNET_STEP = 0.5
 
 @dataclass(frozen=True, slots=True)
 class EngineModel:
-    """One model of an engine.
-
-    Parameters
-    ----------
-    checkpoint
-        Where it was loaded from.
-    spec
-        What it is.
-    window
-        Window, step, blending, mirroring.
-    window_bytes
-        What its network takes for a window beside input and logits.
-    """
+    """One model of an engine; ``window_bytes`` is what its network takes for a window beside input and logits."""
 
     checkpoint: Path
     spec: ModelSpec
@@ -42,14 +30,8 @@ class EngineModel:
 class EngineIdentity:
     """What an engine's results are, for result keys and provenance.
 
-    Parameters
-    ----------
-    facts
-        Settings that decide the result.
-    deviations
-        In which ways this is not nnU-Net's own inference; empty when it is.
-    notes
-        Why backends that ``auto`` tried first were not taken, or the one that was does less than it can.
+    ``facts`` decide the result, ``deviations`` say in which ways this is not nnU-Net's own inference, and ``notes`` why
+    backends that ``auto`` tried first were not taken, or the one that was does less than it can.
     """
 
     facts: Mapping[str, object]
@@ -81,26 +63,10 @@ class ExactReference:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """All that is made once for many volumes.
+    """All that is made once for many volumes, from what the configuration says (``inference``).
 
-    Parameters
-    ----------
-    inference
-        What the configuration says.
-    models
-        The models, each of which is one of ``segmenter.members`` for each plane, one after the other.
-    segmenter
-        Predictors and rules for labels and probabilities.
-    settings
-        Folder, budget, numeric class.
-    identity
-        What its results are.
-    memory
-        What it takes and leaves.
-    previous
-        The first stage of a cascade, where a model gives its labels.
-    reference
-        Where the precision is fast, what it is held against.
+    Each model is one of ``segmenter.members`` for each plane, one after the other. ``previous`` is the first stage of a
+    cascade, where a model gives its labels, and ``reference`` what a fast precision is held against.
     """
 
     inference: InferenceSettings

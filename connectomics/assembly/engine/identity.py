@@ -13,14 +13,7 @@ from connectomics.models.backends.precisions import Precision
 from connectomics.models.spec import SINGLE_IMAGES, ModelSpec
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 
-PACKAGES = (
-    "nnunetv2",
-    "torch",
-    "numpy",
-    "scipy",
-    "scikit-image",
-    "tensorstore",
-)  # that compute or write
+PACKAGES = ("nnunetv2", "torch", "numpy", "scipy", "scikit-image", "tensorstore")  # that compute or write
 
 
 def program_version() -> str:

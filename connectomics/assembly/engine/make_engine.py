@@ -14,10 +14,15 @@ from connectomics.assembly.engine.cascade import check_first_stage, first_stage_
 from connectomics.assembly.engine.engine import Engine, EngineIdentity, EngineMemory, EngineModel, ExactReference
 from connectomics.assembly.engine.identity import deviations_of, program_version, result_facts
 from connectomics.assembly.engine.models import load_models
-from connectomics.assembly.engine.planes import check_planes
-from connectomics.assembly.engine.rules import check_activation, label_rule, probability_rule
-from connectomics.assembly.engine.windows import make_predictor, make_window
-from connectomics.assembly.settings import InferenceSettings, WindowSettings, resolve
+from connectomics.assembly.engine.rules import (
+    check_activation,
+    check_planes,
+    label_rule,
+    make_predictor,
+    make_window,
+    probability_rule,
+)
+from connectomics.assembly.settings import InferenceSettings, resolve
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ModelError
 from connectomics.core.geometry import AxisOrder
@@ -28,7 +33,6 @@ from connectomics.models.backends.contract import Backend
 from connectomics.models.backends.device import free_device_bytes
 from connectomics.models.backends.precisions import precision_named
 from connectomics.models.backends.torch_eager import window_bytes
-from connectomics.models.checkpoint import LoadedModel
 from connectomics.models.spec import ModelSpec
 from connectomics.planning.memory import share_freed_memory
 from connectomics.runs.job import RunSettings
@@ -61,12 +65,23 @@ def make_engine(stated: InferenceSettings) -> Engine:
     patches = [make_window(stated.windows, None, model.spec).patch for _, model in loaded]
     fitting = fitting_backends(stated.networks, [model for _, model in loaded], patches)
     chosen, reference = fitting.chosen, fitting.reference
-    models = tuple(_engine_model(stated.windows, fitting.batch, *each) for each in loaded)
+    models = tuple(
+        EngineModel(
+            path,
+            model.spec,
+            make_window(stated.windows, fitting.batch, model.spec),
+            window_bytes(model.skeleton, patch),
+        )
+        for (path, model), patch in zip(loaded, patches, strict=True)
+    )
     first = chosen.backends[0][0]
     precision = precision_named(first.numeric_class.precision)
     cached_backends = () if reference is None else _cached(chosen)
     segmenter = _segmenter(stated, models, cached_backends or chosen.backends)
-    previous = _first_stage(stated, [model.spec for model in models])  # which has a batch of its own
+    specs, previous = [model.spec for model in models], None
+    if (first_stage := first_stage_settings(stated, specs)) is not None:
+        previous = make_engine(first_stage)  # with a batch of its own
+        check_first_stage(stated, specs, previous.spec)
     deviations = deviations_of(stated, models, segmenter) + precision.deviations.get(first.device.type, ())
     if previous is not None:
         deviations += tuple(f"the previous stage: {text}" for text in previous.identity.deviations)
@@ -122,20 +137,6 @@ def _segmenter(
         label_rule(labels, spec),
         probability_rule(labels, stated.outputs.formats, spec) if labels.save_probabilities else None,
     )
-
-
-def _first_stage(stated: InferenceSettings, specs: Sequence[ModelSpec]) -> Engine | None:
-    own = first_stage_settings(stated, specs)
-    if own is None:
-        return None
-    engine = make_engine(own)
-    check_first_stage(stated, specs, engine.spec)
-    return engine
-
-
-def _engine_model(stated: WindowSettings, batch: int, path: Path, model: LoadedModel) -> EngineModel:
-    window = make_window(stated, batch, model.spec)
-    return EngineModel(path, model.spec, window, window_bytes(model.skeleton, window.patch))
 
 
 def _members(

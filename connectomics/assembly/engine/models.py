@@ -1,4 +1,4 @@
-"""The models: which the configuration names, how each is loaded, what ``inspect`` says of it."""
+"""The models: which the configuration names, how each is loaded, what ``inspect`` says of it, and copies of it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from connectomics.assembly.settings import ModelSettings
-from connectomics.core.errors import ModelError
+from connectomics.core.errors import ModelError, OutputError
+from connectomics.core.files import replacing
 from connectomics.models.checkpoint import LoadedModel, load_model
+from connectomics.models.conversion import convert_model
+from connectomics.models.locate import ModelRequest
 from connectomics.models.spec import ModelSpec
 
 
 def load(stated: ModelSettings, number: int = 0) -> LoadedModel:
-    """Load one of the models that are named, and hold it against what is expected.
-
-    Raises
-    ------
-    ModelError
-        If it cannot be loaded or is not what the configuration says.
-    """
+    """Load one of the models that are named; ModelError where it is not what the configuration says."""
     request = stated.requests[number]
     loaded = load_model(request)
     _check_expectations(stated.expected, loaded.spec, request.path)
@@ -42,13 +39,7 @@ def load_models(stated: ModelSettings) -> list[tuple[Path, LoadedModel]]:
 
 
 def check_alike(ours: ModelSpec, theirs: ModelSpec, path: str, first: str, what_they_are: str) -> None:
-    """Refuse a model at ``path`` that does not segment the same labels of the same channels as the first.
-
-    Raises
-    ------
-    ModelError
-        Naming what differs.
-    """
+    """Refuse (ModelError) a model that does not segment the same labels of the same channels as the first."""
     for what, expected, found in (
         ("channels", ours.channel_names, theirs.channel_names),
         ("labels", ours.label_names, theirs.label_names),
@@ -96,4 +87,34 @@ def describe(stated: ModelSettings) -> dict[str, object]:
         "parameters": spec.parameters,
         "sha256": spec.weights_sha256,
         "files": [f"{name} {digest}" for name, digest in spec.files],
+    }
+
+
+def convert(request: ModelRequest, output: Path) -> dict[str, object]:
+    """Convert a model; the folder appears when it is complete and was read back. What is returned is printed.
+
+    Raises
+    ------
+    OutputError
+        If ``output`` exists or cannot be written.
+    ModelError
+        If the model cannot be used.
+    """
+    if output.exists() or output.is_symlink():
+        raise OutputError(f"{output}: is there already; give another name or remove it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(output) as folder:
+            folder.mkdir()
+            spec = convert_model(request, folder)
+            written_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    except OSError as error:
+        raise OutputError(
+            f"{output}: cannot be written ({error.strerror or error}); check the folder and its disk"
+        ) from error
+    return {
+        "copy": str(output),
+        "folds": ", ".join(spec.folds),
+        "bytes": written_bytes,
+        "sha256": spec.weights_sha256,
     }

@@ -1,16 +1,105 @@
-"""Rules for what is kept of logits: labels and probabilities, from the configuration and the model."""
+"""How a model is run and what is kept of its logits: windows, planes, labels, probabilities, as the model allows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from connectomics.assembly.settings import LabelSettings
-from connectomics.core.errors import ConfigError
+from connectomics.assembly.engine.engine import NNUNET_STEP
+from connectomics.assembly.settings import LabelSettings, VolumeSettings, WindowSettings
+from connectomics.core.errors import ConfigError, ModelError, VolumeError
 from connectomics.inference.head import LabelRule, ProbabilityRule
+from connectomics.inference.predictor import Predictor, RollingPredictor, SlidingWindow
+from connectomics.inference.windows import as_patch
+from connectomics.models.backends.contract import Backend
 from connectomics.models.spec import ModelSpec
 from connectomics.stages.output.export import formats_holding
+from connectomics.volumes.volume import Nanometres, Spacing
+
+KEY = "inference.planes"
+LARGEST_RATIO = 1.5  # of the longest edge of a voxel to the shortest
+
+
+def make_window(stated: WindowSettings, batch: int | None, spec: ModelSpec) -> SlidingWindow:
+    """How a model's windows are laid, ``batch`` of them a forward pass; ConfigError where they do not fit it."""
+    patch = spec.patch_shape
+    if stated.shape is not None:
+        patch = as_patch(stated.shape, spec.patch_shape)
+        if spec.dimensions == 2 and patch[0] != 1:
+            raise ConfigError(
+                f"inference.sliding_window.window_size is {list(stated.shape)}, but the model is 2D; state (y, x)"
+            )
+    return SlidingWindow(
+        patch,
+        NNUNET_STEP if stated.overlap is None else round(1.0 - stated.overlap, 12),  # 1 - 0.9 is not 0.1
+        stated.blending,
+        _mirror_axes(stated, spec),
+        batch=batch or 1,
+    )
+
+
+def _mirror_axes(stated: WindowSettings, spec: ModelSpec) -> tuple[int, ...]:
+    if not stated.mirroring:
+        return ()
+    if stated.flip_axes is None:
+        return spec.mirror_axes
+    if spec.dimensions == 2 and 0 in stated.flip_axes:
+        raise ConfigError(
+            "inference.test_time_augmentation.flip_axes names 0 (z), but the model is 2D; use 1 (y) and 2 (x)"
+        )
+    return stated.flip_axes
+
+
+def make_predictor(
+    stated: WindowSettings, backends: tuple[Backend, ...], window: SlidingWindow, spec: ModelSpec
+) -> Predictor:
+    """The predictor that lays a model's windows for these backends, one a fold."""
+    if not stated.whole:
+        return RollingPredictor(backends, window, spec.classes)
+    from connectomics.inference.monai_window import MonaiPredictor
+
+    return MonaiPredictor(backends, window, stated.padding_mode)
+
+
+def check_planes(planes: list[str], spec: ModelSpec, path: Path) -> None:
+    """Refuse (ModelError) planes other than xy for a model that is 3D, or the second stage of a cascade."""
+    if planes == ["xy"]:
+        return
+    if spec.dimensions != 2:
+        raise ModelError(
+            f"{path}: is a 3D model, and {KEY} is {planes}: planes are for 2D models, a 3D one sees all three axes at "
+            f"once; set {KEY}=[xy]"
+        )
+    if spec.previous_stage is not None:
+        raise ModelError(
+            f"{path}: is the second stage of a cascade, and {KEY} is {planes}; a cascade runs along xy only: set "
+            f"{KEY}=[xy]"
+        )
+
+
+def check_isotropic(stated: VolumeSettings, edges: Nanometres | Spacing | None, name: str) -> None:
+    """Refuse planes other than xy in a volume whose voxels are longer along one axis.
+
+    Nothing is refused with ``inference.resample=plan``, which brings each plane to the pixels of the model's training,
+    nor where the edges of a voxel (z, y, x), in any unit, are not known.
+
+    Raises
+    ------
+    VolumeError
+        If the longest edge is more than ``LARGEST_RATIO`` times the shortest.
+    """
+    planes = stated.plane_names
+    if planes == ["xy"] or stated.resample or stated.allow_anisotropic or edges is None:
+        return
+    if max(edges) > LARGEST_RATIO * min(edges):
+        raise VolumeError(
+            f"{name}: its voxels measure {edges[0]:g} x {edges[1]:g} x {edges[2]:g} (z, y, x), and {KEY} is "
+            f"{planes}: the model would see sections stretched {max(edges) / min(edges):.3g} times, "
+            f"expected at most {LARGEST_RATIO:g}; set {KEY}=[xy], bring the planes to the model's pixels by "
+            "inference.resample=plan, or set inference.allow_anisotropic_planes=true"
+        )
 
 
 def _selected(stated: tuple[int, ...] | None, spec: ModelSpec) -> tuple[int, ...] | None:
@@ -35,13 +124,7 @@ def label_rule(stated: LabelSettings, spec: ModelSpec) -> LabelRule:
 
 
 def check_activation(stated: str | None, spec: ModelSpec) -> str:
-    """What makes probabilities of the model's logits, or none.
-
-    Raises
-    ------
-    ConfigError
-        If the configuration states the other family's.
-    """
+    """What makes probabilities of the model's logits; ConfigError where the other family's is stated."""
     own, outputs = (
         ("sigmoid", "regions, which overlap") if spec.regions else ("softmax", "labels, which exclude others")
     )

@@ -167,9 +167,7 @@ def build_nnunet(plan: NetworkPlan) -> NNUNetModel:
         # a stock network computes nothing while it is built; another may, which needs real memory
         with torch.device("meta" if network_class in _NETWORKS.values() else "cpu"):
             network = network_class(
-                input_channels=plan.channels,
-                num_classes=plan.classes,
-                **{**arguments, "deep_supervision": False},
+                input_channels=plan.channels, num_classes=plan.classes, **{**arguments, "deep_supervision": False}
             )
     except _MISFIT as error:
         reason = " ".join(str(error).split())[:160]

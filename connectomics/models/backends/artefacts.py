@@ -40,13 +40,7 @@ class MappedArtefact:
 
 
 class Artefacts:
-    """Compiled networks by the facts they were made from.
-
-    Parameters
-    ----------
-    folder
-        Made when something is kept; None keeps nothing.
-    """
+    """Compiled networks by the facts they were made from, in a folder that is made when needed; None keeps nothing."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder

@@ -18,11 +18,6 @@ class CachedBackend:
     """Runs another backend of the CPU, and gives what it gave where a batch has the same bytes as one of the sample.
 
     Logits are kept until they are asked for again, at most ``CACHED_BYTES`` of them, the latest.
-
-    Parameters
-    ----------
-    backend
-        Computes.
     """
 
     def __init__(self, backend: Backend) -> None:

@@ -114,13 +114,7 @@ class OpenVinoBackend:
 
 
 def load_openvino() -> Any:
-    """The library; its telemetry, which would send events without asking, is left out.
-
-    Raises
-    ------
-    DeviceError
-        If it is not installed or does not load.
-    """
+    """The library without its telemetry, which would send events unasked; a DeviceError if it does not load."""
     absent = TELEMETRY not in sys.modules
     if absent:
         sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # an import of it fails, and OpenVINO goes on without

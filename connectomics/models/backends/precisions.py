@@ -49,13 +49,7 @@ class Precision:
     most_disagreement: float = math.inf
 
     def dtype(self, device: torch.device) -> torch.dtype:
-        """Return the type of products and convolutions on a device.
-
-        Raises
-        ------
-        DeviceError
-            If the device does not have this precision.
-        """
+        """Return the type of products and convolutions on a device; a DeviceError if it lacks this precision."""
         if not self.half_on:
             return torch.float32
         if device.type not in self.half_on:

@@ -42,12 +42,7 @@ def naming_what_ran_out(what: str, advice: str) -> Iterator[None]:
 def try_batch(backend: Backend, channels: int, patch: Vec3) -> None:
     """Run a whole batch of empty windows (z, y, x) once, and a second beside its logits, as mirroring does.
 
-    Nothing is run on the CPU, whose memory is counted and not tried.
-
-    Raises
-    ------
-    RuntimeError
-        If the device's memory does not suffice.
+    PyTorch's RuntimeError says that memory does not suffice. That of the CPU is counted, and nothing is run there.
     """
     if backend.device.type == "cpu":
         return

@@ -15,14 +15,7 @@ from connectomics.execution.run_folder import FILTERED, LEDGER
 from connectomics.execution.stage import Workspace
 from connectomics.objects.components import Connectivity
 from connectomics.objects.selection import Holes, Selection
-from connectomics.stages.decode.context import (
-    BLOCK_VOXELS,
-    PLAN,
-    VOXEL_BYTES,
-    StepContext,
-    decode_plan,
-    kept_plan,
-)
+from connectomics.stages.decode.context import BLOCK_VOXELS, PLAN, VOXEL_BYTES, StepContext, decode_plan, kept_plan
 from connectomics.stages.decode.tasks import BlockPieces
 from connectomics.stages.decode.values import Values
 from connectomics.volumes.store import Store, open_store

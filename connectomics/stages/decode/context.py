@@ -25,8 +25,7 @@ from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.runner import RunStage, failure_message, void_lost
 from connectomics.execution.task import Task
-from connectomics.objects.merge import Cuts, merge
-from connectomics.objects.numbering import number_by_first
+from connectomics.objects.merge import Cuts, merge, number_by_first
 from connectomics.objects.selection import Rule, Selection, select
 from connectomics.objects.table import MeasurementUnits
 from connectomics.stages.decode.tasks import (
@@ -134,10 +133,7 @@ class StepContext:
     def do(self, task: Task, kept: Path) -> None:
         """Do all blocks of a task whose results in the folder ``kept`` are not recorded, or not there any more.
 
-        Raises
-        ------
-        QuarantineError
-            If blocks failed.
+        Raises QuarantineError if blocks failed.
         """
         folder = self.work / f"{LEDGER}_{task.name}"
         with closing(Ledger(folder, self.run_key, {}, self.plan, volume=self.grid.volume)) as ledger:

@@ -128,10 +128,7 @@ class Filters:
 def passes(steps: Sequence[DecodingStep], voxel_size_nm: Nanometres | None) -> tuple[DecodingPass, ...]:
     """Return how steps are run: a selection right behind what finds objects is made with it.
 
-    Raises
-    ------
-    VolumeError
-        If filters state nm³ and the size of a voxel is unknown.
+    Raises VolumeError if filters state nm³ and the size of a voxel is unknown.
     """
     made: list[DecodingPass] = []
     for step in steps:

@@ -36,15 +36,7 @@ MEASURES = ("iou", "overlap")
 
 @dataclass(frozen=True, slots=True)
 class SectionIds:
-    """Ids that differ between sections: each with its section's number above its own digits.
-
-    Parameters
-    ----------
-    values
-        Ids, which may begin anew in each section.
-    depth
-        Sections of the volume.
-    """
+    """Ids that differ between sections, though they may begin anew in each: with the section above their own digits."""
 
     values: Values
     depth: int
@@ -55,13 +47,7 @@ class SectionIds:
         return 64 - max(1, (self.depth - 1).bit_length())
 
     def __call__(self, box: Box) -> Array:
-        """u64 (z, y, x) of a box; 0 is background.
-
-        Raises
-        ------
-        VolumeError
-            If an id has more digits than the sections leave.
-        """
+        """u64 (z, y, x) of a box, 0 in the background; a VolumeError if an id has more digits than there is room."""
         ids = self.values(box).astype(np.uint64)
         if int(ids.max()) >> self.digits:
             raise VolumeError(
@@ -79,16 +65,9 @@ class SectionIds:
 
 @dataclass(frozen=True, slots=True)
 class BlockOverlaps:
-    """Count the voxels that objects of a block share with those of the sections after theirs.
+    """Count the voxels that objects of a block share with those of at most ``reach`` sections after theirs.
 
-    Parameters
-    ----------
-    pieces
-        Where the pieces lie.
-    sections
-        Where the tables of the objects of sections lie.
-    reach
-        Largest distance in sections.
+    ``pieces`` and ``sections`` are the folders of the pieces and of the tables of the objects of sections.
     """
 
     pieces: Path

@@ -1,6 +1,6 @@
 """What a step of ``decoding`` is: ``DecodingStep``, the one home of its settings, checks, memory and work.
 
-``core.features`` names the steps, ``config.decoding`` reads their settings, ``assembly.decode_jobs`` asks what they
+``core.features`` names the steps, ``config.load`` reads their settings, ``assembly.decode_jobs`` asks what they
 need, ``runs.decoding_run`` runs them; ``connectomics.testing.decoding_step`` holds what each must keep.
 """
 
@@ -52,13 +52,7 @@ class DecodingMemory:
     free_bytes: int
 
     def require(self, need_bytes: int, what: str, instead: str) -> None:
-        """Refuse what does not fit.
-
-        Raises
-        ------
-        ResourceError
-            With the smallest budget in which it does.
-        """
+        """Refuse what does not fit, by a ResourceError with the smallest budget in which it does."""
         if need_bytes > self.free_bytes:
             least = math.ceil((self.budget_bytes - self.free_bytes + need_bytes) / REFUSAL_STEP_BYTES) + 1
             raise ResourceError(

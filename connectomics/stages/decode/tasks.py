@@ -22,16 +22,9 @@ from connectomics.execution.runner import write_block
 from connectomics.execution.task import BlockRecord
 from connectomics.objects.arrays import SUFFIX, load, save
 from connectomics.objects.components import Connectivity
-from connectomics.objects.faces import block_number, directions, first_axis, neighbour, pairs
+from connectomics.objects.faces import directions, first_axis, neighbour, pairs
 from connectomics.objects.merge import IDS, OFFSETS
-from connectomics.objects.pieces import (
-    BlockPlacement,
-    component_pieces,
-    hole_pieces,
-    painted,
-    plane_name,
-    value_pieces,
-)
+from connectomics.objects.pieces import BlockPlacement, component_pieces, hole_pieces, painted, plane_name, value_pieces
 from connectomics.volumes.source import reason
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array
@@ -49,17 +42,7 @@ def block_file(folder: Path, block: Block) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class BlockTask:
-    """Compute arrays for each block; they lie in a folder, after which the stage is called.
-
-    Parameters
-    ----------
-    grid
-        Blocks of the volume.
-    folder
-        Where the results go, one file a block.
-    compute
-        Gives the arrays of a block, by name.
-    """
+    """Compute the arrays of each block, by name, into one file; the stage is called as the folder of the files."""
 
     grid: BlockGrid
     folder: Path
@@ -71,13 +54,7 @@ class BlockTask:
         return self.folder.name
 
     def process(self, block: Block) -> BlockRecord:
-        """Compute a block; its file is on disk on return.
-
-        Raises
-        ------
-        OutputError
-            If the storage refuses, also after waiting.
-        """
+        """Compute a block; its file is on disk on return, or an OutputError is raised, also after waiting."""
         began = time.perf_counter()
         arrays, path = self.compute(self.grid, block), block_file(self.folder, block)
 
@@ -134,15 +111,7 @@ class BlockPieces:
 
 @dataclass(frozen=True, slots=True)
 class BlockJoins:
-    """Find which pieces of a block touch pieces of its later neighbours.
-
-    Parameters
-    ----------
-    pieces
-        Where the pieces lie.
-    connectivity
-        Which voxels are neighbours.
-    """
+    """Find which pieces of a block, whose file lies in ``pieces``, touch pieces of its later neighbours."""
 
     pieces: Path
     connectivity: Connectivity
@@ -164,7 +133,7 @@ class BlockJoins:
             touching = pairs(plane, other, direction, self.connectivity, values=values, others=others)
             found["here"].append(touching[:, 0].astype(np.int64))
             found["there"].append(touching[:, 1].astype(np.int64))
-            found["other"].append(np.full(len(touching), block_number(index, grid.counts), np.int64))
+            found["other"].append(np.full(len(touching), grid.number(index), np.int64))
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
     def _side(self, block: Block, axis: int, *, high: bool) -> tuple[Array, Array]:
@@ -177,18 +146,7 @@ class BlockJoins:
 class PaintTask:
     """Write each block with its objects' numbers.
 
-    Parameters
-    ----------
-    grid
-        Blocks of the volume.
-    pieces
-        Where their pieces lie.
-    tables
-        Where the objects' numbers lie.
-    store
-        What is written.
-    under
-        Values (z, y, x) of a box that are kept where no object is painted, or None.
+    ``pieces`` and ``tables`` are folders. ``under`` gives values (z, y, x) of a box, kept where no object is painted.
     """
 
     grid: BlockGrid
@@ -216,7 +174,7 @@ def painted_block(grid: BlockGrid, block: Block, pieces: Path, tables: Path, dty
     """A block (z, y, x) with what the tables say is painted for its pieces; 0 elsewhere."""
     lengths, labels = load(block_file(pieces, block), "lengths", "labels")
     offsets = np.load(tables / OFFSETS, mmap_mode="r")
-    number = block_number(block.index, grid.counts)
+    number = grid.number(block.index)
     ids = np.load(tables / IDS, mmap_mode="r")[offsets[number] : offsets[number + 1]]
     numbers = np.zeros(len(ids) + 1, dtype)
     numbers[1:] = ids

@@ -73,27 +73,13 @@ def probability_units(info: VolumeInfo, certain: float | None = None) -> tuple[f
 
 @dataclass(frozen=True, slots=True)
 class ClassProbabilities:
-    """The probability of each voxel's own label.
-
-    Parameters
-    ----------
-    probabilities
-        One channel, or one for each label from 0 on.
-    labels
-        What the labels are.
-    """
+    """The probability of each voxel's own label, from one channel, or from one for each label from 0 on."""
 
     probabilities: VolumeReader
     labels: Values
 
     def __call__(self, box: Box) -> Array:
-        """Probabilities (z, y, x) of a box.
-
-        Raises
-        ------
-        VolumeError
-            If a label has no channel.
-        """
+        """Probabilities (z, y, x) of a box; a VolumeError if a label has no channel."""
         found = self.probabilities.read(box)
         if len(found) == 1:
             only: Array = found[0]

@@ -16,13 +16,7 @@ from connectomics.core.errors import OutputError
 from connectomics.core.features import OUTPUT_FORMATS
 from connectomics.core.files import replacing
 from connectomics.core.geometry import Vec3
-from connectomics.stages.output.formats.contract import (
-    UNIT_BYTES,
-    ChunkedFormat,
-    FileFormat,
-    Multiscale,
-    OutputFormat,
-)
+from connectomics.stages.output.formats.contract import UNIT_BYTES, ChunkedFormat, FileFormat, Multiscale, OutputFormat
 from connectomics.stages.output.size import FILE_BYTES, STAMP_BYTES, OutputSize
 from connectomics.stages.output.slabs import EXPORT_COPIES
 from connectomics.volumes.source import READ_ERRORS, Source, reason
@@ -33,13 +27,7 @@ FORMATS = OUTPUT_FORMATS.names()
 
 
 def output_format(name: str) -> OutputFormat:
-    """The format of a name.
-
-    Raises
-    ------
-    ConfigError
-        If there is none, naming those there are.
-    """
+    """The format of a name; a ConfigError that names those there are, if there is none."""
     found: OutputFormat = OUTPUT_FORMATS.load(name)
     return found
 

@@ -75,13 +75,7 @@ def _key_at(path: Path, form: str) -> object:
 
 
 def check_names(outputs: Sequence[FinalOutput], folder: Path, *, overwrite: bool) -> None:
-    """Refuse to replace what another model, setting or input made.
-
-    Raises
-    ------
-    OutputError
-        If a final name is taken and ``overwrite`` is false.
-    """
+    """Refuse, by an OutputError, to replace what another model, setting or input made unless ``overwrite`` is set."""
     taken = [path for output in outputs for path in output.taken(folder)]
     if taken and not overwrite:
         raise OutputError(
@@ -91,13 +85,7 @@ def check_names(outputs: Sequence[FinalOutput], folder: Path, *, overwrite: bool
 
 
 def check_exportable(output: FinalOutput, info: VolumeInfo, folder: Path, budget_bytes: int) -> None:
-    """Refuse formats that cannot hold an output, before any work is done.
-
-    Raises
-    ------
-    OutputError
-        Saying which can.
-    """
+    """Refuse formats that cannot hold an output before any work is done, by an OutputError that says which can."""
     for form, path in output.paths(folder).items():
         require_exportable(info, path, form, budget_bytes)
 
@@ -105,25 +93,10 @@ def check_exportable(output: FinalOutput, info: VolumeInfo, folder: Path, budget
 def export_output(
     store: Store, output: FinalOutput, folder: Path, stamp: dict[str, object], work: Path, run: RunStage
 ) -> None:
-    """Write what is missing of an output.
+    """Write what is missing of an output from its complete working store; chunked ones are built in ``work``.
 
-    Parameters
-    ----------
-    store
-        The complete working store.
-    folder
-        Of the final outputs.
-    stamp
-        Facts that each carries, beside its result key.
-    work
-        Where chunked outputs are built.
-    run
-        Runs their blocks.
-
-    Raises
-    ------
-    OutputError
-        If the disk refuses or what is written does not read back equal.
+    Each carries ``stamp``, beside its result key. Raises OutputError if the disk refuses or what is written does not
+    read back equal.
     """
     paths = output.paths(folder)
     for form in output.missing(folder):

@@ -85,13 +85,7 @@ class LevelTask:
         return BlockGrid(self.level.extent, self.target.unit_shape)
 
     def process(self, block: Block) -> BlockRecord:
-        """Make a block, write it and compare what is read back.
-
-        Raises
-        ------
-        OutputError
-            If the disk refuses or gives other voxels.
-        """
+        """Make a block, write it and compare it; an OutputError if the disk refuses or gives other voxels."""
         began, written = time.perf_counter(), sha256()
 
         def parts() -> Iterator[tuple[Box, Array]]:
@@ -155,19 +149,7 @@ def _cut(box: Box, shape: Vec3) -> Iterator[Box]:
 
 @dataclass(frozen=True, slots=True)
 class Pyramid:
-    """A chunked output that is being made.
-
-    Parameters
-    ----------
-    name
-        In its ledgers' names; no other output of the volume has it.
-    image
-        Its format and levels.
-    place
-        Where it is built.
-    labels
-        Whether it is a segmentation.
-    """
+    """A chunked output that is being made at ``place``; no other output of the volume has its name."""
 
     name: str
     image: Multiscale
@@ -178,23 +160,8 @@ class Pyramid:
 def fill_pyramid(pyramid: Pyramid, source: Store, work: Path, run: RunStage, key: str) -> None:
     """Make all levels, continuing what a killed run left; the caller is the only one who does.
 
-    Parameters
-    ----------
-    source
-        The complete working store.
-    work
-        Folder for the ledgers.
-    run
-        Runs the blocks.
-    key
-        Of the result; a ledger of another is refused.
-
-    Raises
-    ------
-    OutputError
-        If the disk refuses or gives other voxels.
-    QuarantineError
-        If blocks failed.
+    ``source`` is the complete working store; the ledgers go to ``work``, and one of another ``key`` is refused. Raises
+    OutputError if the disk refuses or gives other voxels, QuarantineError if blocks failed.
     """
     _prepare(pyramid, work, anew=not pyramid.place.is_dir())
     tasks = _tasks(pyramid, source)

@@ -34,17 +34,7 @@ Index = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True)
 class ShardWriter:
-    """Writes the shards of one array whose metadata are ``store.array_metadata``.
-
-    Parameters
-    ----------
-    folder
-        Of the array.
-    info
-        Of the array; ``chunk_shape`` divides ``shard_shape``.
-    shard_shape
-        (z, y, x) of one file.
-    """
+    """Writes the shards (z, y, x) of the array in ``folder``, whose metadata are ``store.array_metadata``."""
 
     folder: Path
     info: VolumeInfo
@@ -59,17 +49,8 @@ class ShardWriter:
     def write(self, box: Box, parts: Iterable[tuple[Box, Array]]) -> None:
         """Write one shard; on return it is on the disk, whole. One without a chunk is no file.
 
-        Parameters
-        ----------
-        box
-            One shard, clipped to the volume.
-        parts
-            Boxes of whole chunks, clipped likewise, that fill it, with their voxels (c, z, y, x).
-
-        Raises
-        ------
-        OSError
-            If the disk refuses.
+        ``parts`` are boxes of whole chunks that fill the shard, with their voxels (c, z, y, x); all are clipped to the
+        volume. Raises OSError if the disk refuses.
         """
         encoded = self._encoded(box, parts)
         first = next(encoded, None)

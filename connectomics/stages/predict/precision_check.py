@@ -117,13 +117,7 @@ class FastContract:
         return found
 
     def require(self, agreement: Agreement, name: str) -> None:
-        """Say what was found, and refuse a volume on which fast is not good enough.
-
-        Raises
-        ------
-        AgreementError
-            If more labels differ than may.
-        """
+        """Say what was found, and refuse a volume of which more labels differ than may, by an AgreementError."""
         if agreement.share > self.most:
             raise AgreementError(
                 f"{name}: inference.precision=fast: {agreement.describe()}, at most {self.most:.1e} may; set "

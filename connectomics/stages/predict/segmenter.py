@@ -261,13 +261,7 @@ class Segmenter:
         return result, self.windows(read, surveyed, part)
 
     def try_memory(self, block: Vec3) -> None:
-        """Take for once the device's memory that a block (z, y, x) takes.
-
-        Raises
-        ------
-        DeviceMemoryError
-            If it does not suffice.
-        """
+        """Take for once the device's memory that a block (z, y, x) takes, or raise DeviceMemoryError."""
         for member in self.members:
             member.try_memory(block)
 

@@ -20,14 +20,7 @@ from connectomics.execution.task import Task
 from connectomics.inference.case import ReadBox
 from connectomics.objects.components import Connectivity
 from connectomics.objects.selection import Selection
-from connectomics.stages.decode.context import (
-    BLOCK_VOXELS,
-    PLAN,
-    VOXEL_BYTES,
-    StepContext,
-    decode_plan,
-    kept_plan,
-)
+from connectomics.stages.decode.context import BLOCK_VOXELS, PLAN, VOXEL_BYTES, StepContext, decode_plan, kept_plan
 from connectomics.stages.decode.tasks import BlockPieces
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader

@@ -86,10 +86,7 @@ class RegionOfInterest:
     def blocks(self, grid: BlockGrid) -> Flags:
         """Which blocks hold a wanted voxel: bool of ``grid.counts``; the mask is read once, many blocks at a time.
 
-        Raises
-        ------
-        VolumeError
-            If the mask cannot be read or holds what is not a number.
+        Raises VolumeError if the mask cannot be read or holds what is not a number.
         """
         flags = np.zeros(grid.counts, bool)
         first, spans = zip(*(self._spans(grid, axis) for axis in range(3)), strict=True)
@@ -150,13 +147,7 @@ class RegionOfInterest:
 
 
 def require_inside(box: Box, extent: Vec3, name: str) -> None:
-    """Refuse a box that does not lie inside a volume.
-
-    Raises
-    ------
-    VolumeError
-        Saying where the volume ends.
-    """
+    """Refuse a box that does not lie inside a volume, by a VolumeError that says where the volume ends."""
     if not Box.of_shape(extent).contains(box):
         raise VolumeError(
             f"{name}: inference.roi is {box.start} to {box.stop} (z, y, x), but the volume ends at {extent}; state a "

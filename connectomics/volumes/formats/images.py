@@ -23,14 +23,7 @@ from connectomics.volumes.source import READ_ERRORS, Source, file_identity, fold
 from connectomics.volumes.stored import Layout, RecentArrays, StoredVolume, info_of, native_dtype
 from connectomics.volumes.volume import Array
 
-FORMAT_OF_SUFFIX = {
-    ".png": "png",
-    ".tif": "tiff",
-    ".tiff": "tiff",
-    ".jpg": "jpeg",
-    ".jpeg": "jpeg",
-    ".bmp": "bmp",
-}
+FORMAT_OF_SUFFIX = {".png": "png", ".tif": "tiff", ".tiff": "tiff", ".jpg": "jpeg", ".jpeg": "jpeg", ".bmp": "bmp"}
 CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")
 MOST_CHANNELS = 4
 """More different ``_0000`` suffixes than this in one folder number the sections, not the channels."""
@@ -159,7 +152,9 @@ def _open_sections(source: Source, sections: Sequence[tuple[Path, ...]]) -> Stor
             f"{source.axes!r} name no c axis."
         )
     height, width = (header.width, header.height) if turned else (header.height, header.width)
-    layout = Layout("czyx", (channels, len(sections), height, width))
+    files = "1 file" if len(sections[0]) == 1 else f"{len(sections[0])} files, one a channel"
+    where = "inference.axes" if source.axes else f"names and colours of the files: each section is {files}"
+    layout = Layout("czyx", (channels, len(sections), height, width), where)
     info = info_of(source, layout, header.dtype, (channels, 1, height, width))
     recent = RecentArrays()
 

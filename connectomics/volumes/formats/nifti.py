@@ -27,12 +27,15 @@ from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import AxisOrder, vec3
 from connectomics.volumes.mapped import MappedArray, contiguous_chunk
 from connectomics.volumes.reoriented import Orientation, ReorientedVolume
-from connectomics.volumes.source import READ_ERRORS, Source, file_identity, three_positive, unreadable
+from connectomics.volumes.source import READ_ERRORS, Source, three_positive, unreadable
 from connectomics.volumes.stored import Layout, StoredVolume, info_of, layout_of, native_dtype
 from connectomics.volumes.volume import Array, Spacing, VolumeReader
+from connectomics.volumes.watched import WatchedFiles
 
 LETTERS = {2: "xy", 3: "xyz", 4: "xyzc"}
 """Stored axes by their number; the fourth holds channels, as nnU-Net's SimpleITKIO takes it."""
+FIVE_AXES = "xyztc"
+"""Where there are more, the fourth is time and the fifth holds channels, as NIfTI says; others have no meaning."""
 MILLIMETRES_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
 HEADER_BYTES = 540
 RAS, ITK = "ras", "itk"
@@ -77,10 +80,10 @@ def open_nifti(source: Source) -> VolumeReader:
     packed = source.path.name.lower().endswith(".gz")
     try:
         with contextlib.ExitStack() as opened:
-            identity = file_identity(source.path)
+            watched = WatchedFiles(source.path)
             header = _header(source.path, packed)
             native_dtype(source, header.dtype)
-            layout = layout_of(source, header.shape, LETTERS.get(len(header.shape)))
+            layout = layout_of(source, header.shape, _letters(len(header.shape)), "NIfTI's own order")
             by_itk = source.inner == ITK or (packed and header.first_version and source.inner is None)
             array: _Unpacked | MappedArray
             if packed and header.total_bytes > LARGEST_RATIO * source.path.stat().st_size:
@@ -98,6 +101,7 @@ def open_nifti(source: Source) -> VolumeReader:
                 contiguous_chunk(header.shape, header.dtype.itemsize, "F"),
                 voxel_size_nm=_spatial(layout, header, MILLIMETRES_PER_UNIT.get(header.unit, math.nan) * 1e6),
                 spacing=_spacing(layout, header, by_itk=by_itk),
+                found={"voxel size": "pixdim and xyzt_units of its header", "spacing": "pixdim of its header"},
             )
             turn = turn_to_ras(header.affine) if source.inner == RAS else None
             release = opened.pop_all().close
@@ -105,16 +109,28 @@ def open_nifti(source: Source) -> VolumeReader:
         raise unreadable(source, "NIfTI", error) from error
 
     def fetch(index: tuple[slice, ...]) -> Array:
-        voxels = array.fetch(index)
-        if source.inner == ITK and voxels.dtype.kind == "f":
-            voxels = np.where(np.isfinite(voxels), voxels, voxels.dtype.type(0))
-        if header.slope is None:
-            return voxels
-        with np.errstate(over="ignore", invalid="ignore"):
-            return (voxels.astype(np.float64) * header.slope + header.intercept).astype(np.float32)
+        return _values(array.fetch(index), header, zeros=source.inner == ITK)
 
-    volume = StoredVolume(source, info, layout, fetch=fetch, identity=lambda: identity, release=release)
+    volume = StoredVolume(
+        source,
+        info,
+        layout,
+        fetch=fetch,
+        identity=lambda: watched.identity,
+        release=release,
+        watched=watched,
+    )
     return ReorientedVolume(volume, turn) if turn else volume
+
+
+def _values(voxels: Array, header: _NiftiHeader, *, zeros: bool) -> Array:
+    """Stored voxels as the header scales them, before that with ``zeros`` where one is no finite number."""
+    if zeros and voxels.dtype.kind == "f":
+        voxels = np.where(np.isfinite(voxels), voxels, voxels.dtype.type(0))
+    if header.slope is None:
+        return voxels
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (voxels.astype(np.float64) * header.slope + header.intercept).astype(np.float32)
 
 
 def _check_inner(source: Source) -> None:
@@ -157,13 +173,15 @@ def _header(path: Path, packed: bool) -> _NiftiHeader:
     )
 
 
+def _letters(count: int) -> str | None:
+    """Letters of so many stored axes; None for fewer than two."""
+    return LETTERS.get(count, f"{FIVE_AXES:?<{count}}" if count > 4 else None)
+
+
 def turn_to_ras(affine: Array) -> Orientation:
     """Turn (z, y, x) as stored to those of nnU-Net's NibabelIOWithReorient: x to the right, y to the front, z up.
 
-    Raises
-    ------
-    ValueError
-        If the affine leaves out an axis.
+    Raises ValueError if the affine leaves out an axis.
     """
     orientation = io_orientation(affine)
     if np.isnan(orientation).any():

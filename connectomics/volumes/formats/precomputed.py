@@ -10,13 +10,15 @@ import numpy as np
 import tensorstore as ts
 
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.formats.chunked import Frame, chunked_volume
+from connectomics.volumes.formats.chunked import chunked_volume, open_stored
+from connectomics.volumes.metadata.frame import Frame
 from connectomics.volumes.source import (
     READ_ERRORS,
     Source,
     files_below,
     folded_identity,
     json_at,
+    some_of,
     three_positive,
     unreadable,
 )
@@ -45,18 +47,14 @@ def open_precomputed(source: Source) -> StoredVolume:
     try:
         index, scale = _choose(source, _scales(source))
         folder = _folder(source, scale)
-        spec = {
-            "driver": "neuroglancer_precomputed",
-            "kvstore": {"driver": "file", "path": f"{source.path.resolve()}/"},
-            "scale_index": index,
-        }
-        opened = ts.open(spec, open=True, read=True, write=False, context=ts.Context()).result()
+        opened = open_stored("neuroglancer_precomputed", source.path, scale_index=index)
         array = opened[ts.d[:].translate_to[0]]
-        layout = layout_of(source, array.shape, "xyzc")
+        layout = layout_of(source, array.shape, "xyzc", "precomputed's own order")
         x, y, z = three_positive(scale.get("resolution")) or (np.nan,) * 3
         size = three_positive((z, y, x))
         offset = [float(n) for n in opened.domain.origin[:3]]
-        frame = Frame(size, (offset[2] * z, offset[1] * y, offset[0] * x)) if size else Frame()
+        where = f"resolution and voxel_offset of scale {scale['key']} in info"
+        frame = Frame(size, (offset[2] * z, offset[1] * y, offset[0] * x), where) if size else Frame()
         return chunked_volume(source, layout, array, frame=frame, identity=identity)
     except READ_ERRORS as error:
         raise unreadable(source, "precomputed", error) from error
@@ -86,9 +84,8 @@ def _choose(source: Source, scales: list[dict[str, Any]]) -> tuple[int, dict[str
         return keys.index(wanted), scales[keys.index(wanted)]
     if wanted.isdecimal() and int(wanted) < len(scales):
         return int(wanted), scales[int(wanted)]
-    listed = ", ".join(keys[:10]) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "")
     raise VolumeError(
-        f"{source.uri}: no scale {wanted!r}; there are {listed}. Name one by its key or by its number from 0."
+        f"{source.uri}: no scale {wanted!r}; there are {some_of(keys)}. Name one by its key or by its number from 0."
     )
 
 

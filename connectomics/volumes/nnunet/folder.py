@@ -51,15 +51,7 @@ Spacing3 = tuple[float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class FileKind:
-    """How a dataset's files are read and written.
-
-    Parameters
-    ----------
-    reader
-        nnU-Net's class, from plans.json.
-    ending
-        Of every image and label, from dataset.json, in upper or lower case.
-    """
+    """How a dataset's files are read: nnU-Net's class, from plans.json, and the ending of all, from dataset.json."""
 
     reader: str
     ending: str
@@ -91,10 +83,7 @@ class FileKind:
 def list_cases(folder: Path, kind: FileKind) -> list[VolumeSource]:
     """Cases of a folder sorted by name; ``CASE_0000.png``, ``CASE_0001.png`` … are the files of one.
 
-    Raises
-    ------
-    ConfigError
-        If there is none, or a file with this ending has no channel number.
+    Raises ConfigError if there is none, or a file with this ending has no channel number.
     """
     ending = kind.ending
     try:
@@ -131,13 +120,7 @@ def _case(folder: Path, case: str, names: list[str], kind: FileKind) -> VolumeSo
 
 
 def require_single_image(source: VolumeSource) -> None:
-    """Refuse what nnU-Net's reader of single images refuses or takes otherwise.
-
-    Raises
-    ------
-    VolumeError
-        If a file holds several sections, or grey with alpha.
-    """
+    """Refuse, by a VolumeError, what nnU-Net's reader of single images cannot take: stacks, and grey with alpha."""
     for uri in source.uris:
         volume = open_volume(uri)
         volume.close()
@@ -156,10 +139,7 @@ def require_single_image(source: VolumeSource) -> None:
 def stated_spacing(source: VolumeSource, ending: str) -> Spacing3 | None:
     """(z, y, x) from ``CASE.json`` beside the images, in nnU-Net's unit; None where there is no such file.
 
-    Raises
-    ------
-    VolumeError
-        If the file does not state three positive numbers.
+    Raises VolumeError if the file does not state three positive numbers.
     """
     path = Path(source.uris[0][: -len(ending) - 5] + ".json")
     if not path.is_file():
@@ -184,12 +164,7 @@ def write_spacing(path: Path, spacing: Spacing3) -> None:
 def copy_descriptions(model: Path, folder: Path) -> None:
     """Put ``dataset.json`` and ``plans.json`` beside the labels, where nnU-Net's post-processing looks for them.
 
-    Several parts of one prediction may do so at a time.
-
-    Raises
-    ------
-    OutputError
-        If the folder refuses.
+    Several parts of one prediction may do so at a time. Raises OutputError if the folder refuses.
     """
     for name in ("dataset.json", "plans.json"):
         temporary = folder / f".{name}.{secrets.token_hex(8)}.partial"
@@ -202,21 +177,10 @@ def copy_descriptions(model: Path, folder: Path) -> None:
 
 
 def write_labels(labels: VolumeReader, path: Path, kind: FileKind, frame: NiftiGeometry | None = None) -> None:
-    """Write labels in the file nnU-Net would leave: uint8 where every label is below 255, else uint16.
+    """Write labels of one channel as nnU-Net would leave them: uint8 where all are below 255, else uint16.
 
-    It is read back and compared, and appears under its name when it is complete.
-
-    Parameters
-    ----------
-    labels
-        One channel.
-    frame
-        That of the image, for NIfTI.
-
-    Raises
-    ------
-    OutputError
-        If reading back gives other voxels, or the format cannot hold them.
+    The file is read back and compared, and appears under its name when it is complete; the OutputError says if that
+    gives other voxels, or the format cannot hold them. ``frame`` is that of the image, for NIfTI.
     """
     largest = max(int(slab.max()) for slab in _slabs(labels))
     dtype = np.dtype(np.uint8 if largest < 255 else np.uint16)

@@ -68,10 +68,7 @@ class NiftiGeometry:
 def frame_of(path: Path, reader: str) -> NiftiGeometry:
     """Read an image's header as nnU-Net's ``reader`` would.
 
-    Raises
-    ------
-    VolumeError
-        If it cannot be read, or the reader cannot write labels for an image of its axes.
+    Raises VolumeError if it cannot be read, or the reader cannot write labels for an image of its axes.
     """
     try:
         return _itk_frame(path) if reader == SIMPLE_ITK else _nibabel_frame(path, turned=reader == NIBABEL_TURNED)
@@ -134,15 +131,7 @@ def _positive(values: object) -> Spacing:
 def header_of(frame: NiftiGeometry, extent: Vec3, dtype: np.dtype[Any]) -> bytes:
     """All that stands before the voxels of a label file, made by the library that nnU-Net's reader writes with.
 
-    Parameters
-    ----------
-    extent
-        (z, y, x) of the labels in the file's axes.
-
-    Raises
-    ------
-    OutputError
-        If an axis is too long for NIfTI-1.
+    ``extent`` is (z, y, x) of the labels in the file's axes. Raises OutputError if an axis is too long for NIfTI-1.
     """
     shape = extent[:0:-1] if frame.itk is not None and len(frame.itk[0]) == 2 else extent[::-1]
     if max(shape) > LONGEST_AXIS:

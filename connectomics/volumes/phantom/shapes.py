@@ -294,10 +294,7 @@ def neurites(tile: Tile, warp: tuple[Floats, Floats], sites: Sites) -> tuple[npt
     first, second = (np.full((len(tile.ys), len(tile.xs)), 2**31 - 1, np.int32) for _ in range(2))
     for n, (j, i, y, x, weight) in enumerate(zip(*sites, strict=True)):
         cy, cx = ((int(v) * SITE_PITCH + SITE_PITCH // 2) for v in (j, i))
-        part = (
-            _window(tile.ys, cy - SITE_REACH, cy + SITE_REACH),
-            _window(tile.xs, cx - SITE_REACH, cx + SITE_REACH),
-        )
+        part = (_window(tile.ys, cy - SITE_REACH, cy + SITE_REACH), _window(tile.xs, cx - SITE_REACH, cx + SITE_REACH))
         dy = (4 * (tile.ys[part[0]] - y)).astype(np.float32)[:, None] + bend[0][part]
         dx = (4 * (tile.xs[part[1]] - x)).astype(np.float32) + bend[1][part]
         dy *= dy

@@ -16,7 +16,6 @@ from connectomics.core.geometry import Block, BlockGrid, Box, vec3
 from connectomics.objects.arrays import load
 from connectomics.objects.components import Connectivity
 from connectomics.objects.distance import around, beyond, reach, squared_distance
-from connectomics.objects.faces import block_number
 from connectomics.objects.merge import IDS, OBJECTS, OFFSETS
 from connectomics.objects.watershed import SEED_COUNTS, RunLengths, flood
 from connectomics.stages.decode.tasks import Read, block_file, smallest_dtype
@@ -102,16 +101,7 @@ class Seeds:
 class ContestedComponents:
     """Which components have several seeds, and which of them are too large to be flooded whole.
 
-    Parameters
-    ----------
-    grid
-        Blocks of the volume.
-    ground
-        The components.
-    folder
-        Where their numbers of seeds lie.
-    most_voxels
-        Of the box of a component that is flooded whole.
+    ``folder`` has their numbers of seeds; ``most_voxels`` may have the box of a component that is flooded whole.
     """
 
     grid: BlockGrid
@@ -121,7 +111,7 @@ class ContestedComponents:
 
     def of(self, block: Block) -> tuple[Array, Array, Array]:
         """Components in a block, int64 ascending, their numbers of seeds, and their rows."""
-        number = block_number(block.index, self.grid.counts)
+        number = self.grid.number(block.index)
         offsets = np.load(self.ground.tables / OFFSETS, mmap_mode="r")
         ids = np.load(self.ground.tables / IDS, mmap_mode="r")[offsets[number] : offsets[number + 1]]
         here = np.unique(ids).astype(np.int64)
@@ -186,19 +176,7 @@ class Floods:
 
 @dataclass(frozen=True, slots=True)
 class BlockFloods:
-    """Flood the components that have their first voxel in a block and several seeds, each in its own box.
-
-    Parameters
-    ----------
-    contests
-        Which components are flooded.
-    seeds
-        Components of the seeds.
-    heights
-        What is flooded, the highest first.
-    connectivity
-        Which voxels are neighbours.
-    """
+    """Flood the components that have their first voxel in a block and several seeds, each in its own box."""
 
     contests: ContestedComponents
     seeds: PaintedComponents
@@ -219,18 +197,8 @@ class BlockFloods:
 class Flooded:
     """The labels of a block: its components, and where they have several seeds the seeds that flooded them.
 
-    Parameters
-    ----------
-    contests
-        Which components were flooded.
-    seeds
-        How many seeds there are.
-    folder
-        What was flooded whole.
-    subvolumes
-        What was flooded in subvolumes, or None.
-    keep_unseeded
-        Whether components without a seed are objects.
+    ``seeds`` is how many there are. In ``folder`` lies what was flooded whole, in ``subvolumes`` what was too large for
+    that.
     """
 
     contests: ContestedComponents

@@ -136,10 +136,7 @@ class Watershed:
     def plan(self, key: str, info: VolumeInfo, memory: DecodingMemory, plan: BlockPlan) -> BlockPlan:
         """Return blocks whose distances fit, too.
 
-        Raises
-        ------
-        ResourceError
-            If none do, or the largest component that is flooded whole does not fit.
+        Raises ResourceError if none do, or the largest component that is flooded whole does not fit.
         """
         flat = Connectivity(self.connectivity).by_section
         voxels = min(self.max_component_voxels, math.prod(info.extent[1:] if flat else info.extent))
@@ -173,13 +170,7 @@ class Watershed:
         return plan
 
     def run(self, state: DecodingState, context: StepContext) -> DecodingState:
-        """Find the objects of a volume.
-
-        Raises
-        ------
-        ConfigError
-            If the probabilities or the voxel size that the seeds need are unknown.
-        """
+        """Find the objects of a volume; a ConfigError if what its seeds need is unknown."""
         info, connectivity = state.volume.info, Connectivity(self.connectivity)
         values = Values(state.volume, self.channel, self.threshold, joined=True)
         likely, units = state.probabilities, state.frame.probability_units

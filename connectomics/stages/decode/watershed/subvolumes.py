@@ -29,17 +29,7 @@ SEEDS, FIRSTS = "seeds.npy", "firsts.npy"
 
 @dataclass(frozen=True, slots=True)
 class PaintedComponents:
-    """Components that were found in all blocks and painted.
-
-    Parameters
-    ----------
-    store
-        Their numbers.
-    tables
-        Their rows and pieces.
-    count
-        How many there are.
-    """
+    """Components that were found in all blocks and painted: their numbers, their rows and pieces, how many they are."""
 
     store: Store
     tables: Path
@@ -53,19 +43,7 @@ class PaintedComponents:
 
 @dataclass(frozen=True, slots=True)
 class BlockBasins:
-    """Cut into basins what lies in a subvolume of the components that are too large.
-
-    Parameters
-    ----------
-    ground, seeds
-        Components of the foreground and of the seeds.
-    large
-        Numbers of the components that are flooded so.
-    heights
-        What is flooded, the highest first.
-    connectivity
-        Which voxels are neighbours.
-    """
+    """Cut into basins what lies in a subvolume of the components that are too large, those numbered in ``large``."""
 
     ground: PaintedComponents
     seeds: PaintedComponents
@@ -104,15 +82,7 @@ def _run_arrays(labels: Array) -> dict[str, Array]:
 
 @dataclass(frozen=True, slots=True)
 class BlockBridges:
-    """Find which basins of a subvolume are which basins of the next ones: those of the voxels that both hold.
-
-    Parameters
-    ----------
-    basins
-        Where the basins lie.
-    connectivity
-        Which voxels are neighbours.
-    """
+    """Find which basins of a subvolume are which basins of the next ones: those of the voxels that both hold."""
 
     basins: Path
     connectivity: Connectivity
@@ -143,17 +113,7 @@ def grow_trees(grid: BlockGrid, basins: Path, bridges: Path, seed_count: int, fo
     """Find which seed floods each basin; in memory for all basins that touch other subvolumes.
 
     Leaves in ``folder``: ``firsts.npy``, the number of the first basin of each subvolume; ``seeds.npy`` u8, by basin.
-
-    Parameters
-    ----------
-    grid
-        The subvolumes.
-    basins, bridges
-        Where the tasks' results lie.
-    seed_count
-        Seeds in the volume.
-    folder
-        Empty folder for the tables.
+    ``seed_count`` is the number of seeds in the volume.
     """
     counts = [int(load(block_file(basins, block), "count")[0][0]) for block in grid]
     firsts = np.cumsum([0, *counts])
@@ -174,19 +134,7 @@ def grow_trees(grid: BlockGrid, basins: Path, bridges: Path, seed_count: int, fo
 
 @dataclass(frozen=True, slots=True)
 class FloodedSubvolumes:
-    """What was flooded in subvolumes.
-
-    Parameters
-    ----------
-    grid
-        The subvolumes.
-    folder
-        Where their labels lie.
-    seed_count
-        Seeds in the volume.
-    trees
-        Where the seeds of basins lie, where the labels are basins, too.
-    """
+    """What was flooded in subvolumes: labels above ``seed_count`` are basins, whose seeds lie in ``trees``."""
 
     grid: BlockGrid
     folder: Path
@@ -219,15 +167,7 @@ class FloodedSubvolumes:
 
 @dataclass(frozen=True, slots=True)
 class BlockRefinement:
-    """Flood a subvolume anew, from seeds and from what the basins say at the ends of a halo; the core is kept.
-
-    Parameters
-    ----------
-    cut
-        What has cut the basins.
-    coarse
-        The basins' seeds.
-    """
+    """Flood a subvolume anew, from seeds and from what the basins say at the ends of a halo; the core is kept."""
 
     cut: BlockBasins
     coarse: FloodedSubvolumes

@@ -61,13 +61,7 @@ def _write_hdf5(source: Store, path: Path, stamp: dict[str, object]) -> None:
     with _Sink(path) as sink:
         with h5py.File(sink, "w") as file:
             dataset = file.create_dataset(
-                DEFAULT_DATASET,
-                shape,
-                info.dtype,
-                chunks=chunks,
-                compression="gzip",
-                compression_opts=1,
-                shuffle=True,
+                DEFAULT_DATASET, shape, info.dtype, chunks=chunks, compression="gzip", compression_opts=1, shuffle=True
             )
             for holder in (file, dataset):
                 holder.attrs[STAMP] = json.dumps(stamp, allow_nan=False)

@@ -12,6 +12,7 @@ import tensorstore as ts
 from connectomics.core.errors import OutputError, VolumeError
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.stages.output.shards import ShardWriter
+from connectomics.volumes.formats.chunked import open_stored
 from connectomics.volumes.source import READ_ERRORS, reason
 from connectomics.volumes.volume import Array
 
@@ -68,13 +69,7 @@ class LevelArray:
         return self._unit if self._shards is None else self._shards.part_shape
 
     def read(self, box: Box) -> Array:
-        """Voxels of ``box`` as a new (c, z, y, x) array; 0 where nothing was written.
-
-        Raises
-        ------
-        VolumeError
-            If the storage cannot be read.
-        """
+        """Voxels of ``box`` as a new (c, z, y, x) array, 0 where nothing was written; a VolumeError if that fails."""
         try:
             voxels: Array = self._stored[self._index(box)].read().result()
         except READ_ERRORS as error:
@@ -119,15 +114,8 @@ class LevelArray:
 
 
 def open_driver(driver: str, folder: Path, **more: object) -> Any:
-    """TensorStore's handle of an array on disk whose metadata are there.
-
-    Raises
-    ------
-    OutputError
-        If they are damaged or gone.
-    """
-    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"}, **more}
+    """TensorStore's handle of an array on disk; an OutputError if its metadata are damaged or gone."""
     try:
-        return ts.open(spec, open=True, read=True, write=True, context=ts.Context()).result()
+        return open_stored(driver, folder, writable=True, **more)
     except READ_ERRORS as error:
         raise OutputError(f"cannot open {folder}: {reason(error)}. Remove it and run again.") from error

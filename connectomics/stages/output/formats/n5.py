@@ -22,17 +22,7 @@ STAMP = "connectomics"
 
 @dataclass(frozen=True, slots=True)
 class N5Levels:
-    """N5 has no shards, so chunks are large and files; channels are the slowest axis; float16 widens to float32.
-
-    Parameters
-    ----------
-    info
-        Level 0.
-    levels
-        From level 0 on.
-    unit_bytes
-        Uncompressed size of what is written at once.
-    """
+    """N5 has no shards, so chunks are large and files; channels are the slowest axis; float16 widens to float32."""
 
     info: VolumeInfo
     levels: tuple[Level, ...]

@@ -24,19 +24,7 @@ BLOCKS_A_SHARD = 4
 
 @dataclass(frozen=True, slots=True)
 class Zarr3Levels:
-    """OME-Zarr 0.5: sharded arrays, whose shards are whole blocks of the run, however large these are.
-
-    Parameters
-    ----------
-    info
-        Level 0.
-    levels
-        From level 0 on.
-    block_shape
-        (z, y, x) of the run's blocks.
-    unit_bytes
-        Uncompressed size of a shard, more where blocks are large.
-    """
+    """OME-Zarr 0.5: sharded arrays, whose shards are whole blocks of the run, however large these are."""
 
     info: VolumeInfo
     levels: tuple[Level, ...]

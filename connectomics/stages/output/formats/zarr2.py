@@ -12,25 +12,14 @@ from connectomics.stages.output.formats.contract import UNIT_BYTES, ChunkedForma
 from connectomics.stages.output.formats.level_array import LevelArray, open_driver
 from connectomics.stages.output.formats.zarr import STAMP, info_of_level
 from connectomics.stages.output.size import OutputSize
-from connectomics.volumes.levels import Level, plan_levels
-from connectomics.volumes.ome import multiscale
+from connectomics.volumes.levels import Level, multiscale, plan_levels
 from connectomics.volumes.store import ATTRIBUTES
 from connectomics.volumes.volume import VolumeInfo
 
 
 @dataclass(frozen=True, slots=True)
 class Zarr2Levels:
-    """OME-Zarr 0.4, for programs that do not read 0.5: Zarr v2 has no shards, so chunks are large and files.
-
-    Parameters
-    ----------
-    info
-        Level 0.
-    levels
-        From level 0 on.
-    unit_bytes
-        Uncompressed size of what is written at once.
-    """
+    """OME-Zarr 0.4, for programs that do not read 0.5: Zarr v2 has no shards, so chunks are large and files."""
 
     info: VolumeInfo
     levels: tuple[Level, ...]
