@@ -60,8 +60,8 @@ def open_image(source: Source) -> StoredVolume:
     dims = 2 if header.channels == 1 else 3
     if source.axes is not None and (len(source.axes) != dims or not {"y", "x"} <= set(source.axes) <= set("cyx")):
         raise VolumeError(
-            f"{source.uri}: the axes {source.axes!r} do not fit an image of {dims} axes; use 'yx' or "
-            "'xy', with c for colours."
+            f"{source.uri}: the axes {source.axes!r} do not fit an image of {dims} axes; state "
+            f"inference.axes={'yx' if dims == 2 else 'cyx'}, or null."
         )
     return _open_sections(source, [(source.path,)])
 
@@ -105,13 +105,13 @@ def _sections(source: Source, images: Sequence[Path], *, colours: bool) -> list[
     axes = source.axes
     if axes is not None and (not {"y", "x"} <= set(axes) <= set("czyx") or len(set(axes)) < len(axes)):
         raise VolumeError(
-            f"{source.uri}: cannot use the axes {axes!r} for a folder of images; use 'zyx', 'cyx' or 'czyx'."
+            f"{source.uri}: cannot use the axes {axes!r} for a folder of images; state inference.axes=zyx, cyx or czyx."
         )
     if axes is not None and "z" not in axes:
         if "c" not in axes and len(images) > 1:
             raise VolumeError(
-                f"{source.uri}: the axes {axes!r} leave no axis for {len(images)} files; use 'zyx' where "
-                "each is a section."
+                f"{source.uri}: the axes {axes!r} leave no axis for {len(images)} files; state "
+                "inference.axes=zyx where each is a section."
             )
         return [tuple(images)]
     matches = [CHANNEL_SUFFIX.fullmatch(path.stem) for path in images]
@@ -129,7 +129,7 @@ def _sections(source: Source, images: Sequence[Path], *, colours: bool) -> list[
             raise VolumeError(
                 f"{source.uri}: section {stem} lacks channel {', '.join(missing)} (file "
                 f"{stem}_{missing[0]}*) that others have; "
-                "add it, or state axes 'zyx' if every file is a section of its own."
+                "add it, or state inference.axes=zyx if every file is a section of its own."
             )
     return [tuple(channels[suffix] for suffix in suffixes) for channels in sections.values()]
 
@@ -149,7 +149,7 @@ def _open_sections(source: Source, sections: Sequence[tuple[Path, ...]]) -> Stor
     if source.axes is not None and "c" not in source.axes and channels > 1:
         raise VolumeError(
             f"{source.uri}: {first.name} has {header.channels} colours, for which the axes "
-            f"{source.axes!r} name no c axis."
+            f"{source.axes!r} name no c axis; state inference.axes=c{source.axes}, or null."
         )
     height, width = (header.width, header.height) if turned else (header.height, header.width)
     files = "1 file" if len(sections[0]) == 1 else f"{len(sections[0])} files, one a channel"

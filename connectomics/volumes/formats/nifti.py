@@ -111,15 +111,7 @@ def open_nifti(source: Source) -> VolumeReader:
     def fetch(index: tuple[slice, ...]) -> Array:
         return _values(array.fetch(index), header, zeros=source.inner == ITK)
 
-    volume = StoredVolume(
-        source,
-        info,
-        layout,
-        fetch=fetch,
-        identity=lambda: watched.identity,
-        release=release,
-        watched=watched,
-    )
+    volume = StoredVolume(source, info, layout, fetch=fetch, watched=watched, release=release)
     return ReorientedVolume(volume, turn) if turn else volume
 
 
