@@ -49,7 +49,7 @@ def cells_of(volume: VolumeInfo, mask: VolumeInfo) -> np.ndarray:
 
 
 @pytest.mark.parametrize("extent", [(3, 45, 61), (9, 33, 100), (1, 1000, 13), (5, 31, 31)])
-@pytest.mark.parametrize("origin", [(0, 0, 0), (800, 16, 8000)])
+@pytest.mark.parametrize("origin", [pytest.param((0, 0, 0), marks=pytest.mark.long), (800, 16, 8000)])
 def test_levels_of_the_programs_own_pyramids_are_placed_by_scale_and_translation(extent: Vec3, origin: Vec3) -> None:
     volume, wanted = info(extent, origin=origin), owners(extent, (0, 0, 0))
     levels = plan_levels(volume)
