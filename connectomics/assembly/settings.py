@@ -11,10 +11,12 @@ from pathlib import Path
 import psutil
 
 from connectomics.config.inference_keys import PLANES, InferenceConfig
+from connectomics.config.load import Given, as_config
 from connectomics.config.schema import Config, DataConfig, ModelConfig, SystemConfig
 from connectomics.config.validation import changed_values
-from connectomics.core.errors import ConfigError
+from connectomics.core.errors import NO_MODEL, ConfigError
 from connectomics.core.geometry import Box, Vec3, vec3
+from connectomics.core.places import local_path
 from connectomics.core.process import cpus
 from connectomics.models.backends.precisions import Precision, default_precision, precision_named
 from connectomics.models.locate import ModelRequest
@@ -157,14 +159,16 @@ class InferenceSettings:
     call: CallSettings
 
 
-def resolve(config: Config, checkpoint: Path | None = None) -> InferenceSettings:
-    """Resolve a validated configuration; the checkpoint of the command line replaces ``model.nnunet_checkpoint``.
+def resolve(config: Config | Given | None, checkpoint: str | os.PathLike[str] | None = None) -> InferenceSettings:
+    """Resolve a configuration or what ``as_config`` makes one of; the checkpoint of the command line replaces
+    ``model.nnunet_checkpoint``.
 
     Raises
     ------
     ConfigError
         If no model is named, or device and number of GPUs contradict each other.
     """
+    config = as_config(config)
     system, inference = config.system, config.inference
     window, mirroring = inference.sliding_window, inference.test_time_augmentation
     return InferenceSettings(
@@ -202,12 +206,14 @@ def resolve(config: Config, checkpoint: Path | None = None) -> InferenceSettings
     )
 
 
-def model_settings(model: ModelConfig, data: DataConfig, checkpoint: Path | None = None) -> ModelSettings:
+def model_settings(
+    model: ModelConfig, data: DataConfig, checkpoint: str | os.PathLike[str] | None = None
+) -> ModelSettings:
     """Which models a configuration names, and what it expects of them; ConfigError if it names none."""
-    first = checkpoint or (None if model.nnunet_checkpoint is None else Path(model.nnunet_checkpoint))
-    if first is None:
-        raise ConfigError("no model is named; give --checkpoint PATH or set model.nnunet_checkpoint")
-    paths = [first, *map(Path, model.ensemble or ())]
+    named = model.nnunet_checkpoint if checkpoint is None else checkpoint
+    if named is None:
+        raise ConfigError(NO_MODEL)
+    paths = [local_path(named, "the model"), *map(Path, model.ensemble or ())]
     stated = {
         "model.in_channels": model.in_channels,
         "model.out_channels": model.out_channels,

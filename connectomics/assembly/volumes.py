@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from connectomics.assembly.engine.cascade import checked_labels, open_previous
@@ -16,10 +17,12 @@ from connectomics.assembly.memory import decoding_bytes, plan_within_device
 from connectomics.assembly.provenance import command_of, provenance_of, resampling_facts, roi_facts
 from connectomics.assembly.settings import OutputSettings, RegionSettings, VolumeSettings
 from connectomics.config.inference_keys import VolumeModeConfig
+from connectomics.config.load import Given, as_config
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import Box, Vec3
+from connectomics.core.places import refusal
 from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.inference.case import ReadBox
 from connectomics.inference.resample import Resampling, check_ratio
@@ -39,7 +42,7 @@ from connectomics.volumes.watched import changed_input
 PREVIOUS = "previous_stage"  # folder in RUN where the labels of a cascade's first stage are kept
 
 
-def list_sources(config: Config, channels: int) -> list[VolumeSource]:
+def list_sources(config: Config | Given | None, channels: int) -> list[VolumeSource]:
     """All volumes of ``inference.volume_mode``, before this process's share is taken.
 
     Raises
@@ -47,15 +50,28 @@ def list_sources(config: Config, channels: int) -> list[VolumeSource]:
     ConfigError
         If none is stated, none matches, or two would write the same names.
     """
-    mode = config.inference.volume_mode
+    return named_sources(stated_volumes(as_config(config).inference.volume_mode), channels)
+
+
+def stated_volumes(mode: VolumeModeConfig) -> list[str]:
+    """The paths of ``inference.volume_mode``, patterns expanded; known before a model is loaded.
+
+    Raises
+    ------
+    ConfigError
+        If none is stated, or none matches.
+    """
     if not mode.enabled:
-        raise ConfigError("inference.volume_mode.enabled is false; set it to true for --mode infer-volume")
+        raise ConfigError("inference.volume_mode.enabled is false; set it to true to label volumes")
     if mode.file_list is not None and mode.file_pattern is not None:
         raise ConfigError("inference.volume_mode has both file_list and file_pattern; state one of them")
     if mode.file_list is None and mode.file_pattern is None:
-        raise ConfigError("no volumes are named; set inference.volume_mode.file_pattern='data/*.h5' or …file_list")
+        raise ConfigError(
+            "no volumes are named; write connectomics infer-volume MODEL VOLUME… -o OUT, or set "
+            "inference.volume_mode.file_pattern='data/*.h5'"
+        )
     uris = mode.file_list if mode.file_list is not None else expand(mode.file_pattern or "")
-    return named_sources(without_results(uris, mode.output_suffix), channels)
+    return without_results(uris, mode.output_suffix)
 
 
 def named_sources(uris: list[str], channels: int) -> list[VolumeSource]:
@@ -63,6 +79,26 @@ def named_sources(uris: list[str], channels: int) -> list[VolumeSource]:
     sources = group(uris, channels)
     refuse_collisions(sources)
     return sources
+
+
+def sources_of(given: Sequence[VolumeSource | str | os.PathLike[str]], channels: int) -> list[VolumeSource]:
+    """Volumes that were listed by ``list_sources``, or of paths.
+
+    Raises
+    ------
+    ConfigError
+        If something else is given, or two would write the same names.
+    """
+    parts = [given] if isinstance(given, str | os.PathLike | VolumeSource) else list(given)
+    if all(isinstance(part, VolumeSource) for part in parts):
+        return [part for part in parts if isinstance(part, VolumeSource)]
+    if not all(isinstance(part, str | os.PathLike) for part in parts):
+        raise ConfigError(f"the volumes are {parts!r:.80}, expected what list_sources gives, or paths")
+    uris = [os.fspath(part) for part in parts if isinstance(part, str | os.PathLike)]
+    for uri in uris:
+        if why := refusal(uri):
+            raise ConfigError(f"{uri}: {why}")
+    return named_sources(uris, channels)
 
 
 def share_of(mode: VolumeModeConfig, sources: list[VolumeSource]) -> list[VolumeSource]:
@@ -95,14 +131,32 @@ def open_input(stated: VolumeSettings, spec: ModelSpec, source: VolumeSource) ->
         if reader.info.channels != spec.channels:
             raise VolumeError(
                 f"{source.name}: has {reader.info.channels} channels, the model expects {spec.channels} "
-                f"({', '.join(spec.channel_names)}); add the files of the other channels (NAME_0000, NAME_0001, …), "
-                "choose the right volume, or state inference.axes"
+                f"({', '.join(spec.channel_names)}); {_channels_remedy(source, reader.info.channels, spec.channels)}"
             )
         check_isotropic(stated, reader.info.voxel_size_nm or reader.info.spacing, source.name)
     except VolumeError:
         reader.close()
         raise
     return reader
+
+
+def _channels_remedy(source: VolumeSource, found: int, expected: int) -> str:
+    """What to do about a volume of ``found`` channels, where the model has ``expected``."""
+    axes = "or, if the file's axes are others, state them, such as inference.axes=czyx"
+    if found > expected:
+        return f"keep {'one' if expected == 1 else expected} of them in a volume of their own, {axes}"
+    path, _, inner = source.uris[0].partition("::")
+    numbered = f"{source.stem}_0000" in path
+    if found > 1 or inner or path.startswith("phantom:") or Path(path).is_dir():
+        return f"write all {expected} into one volume, as an axis c, {axes}"
+    ending = Path(path).name.removeprefix(f"{source.stem}_0000" if numbered else source.stem)
+    names = [f"{source.stem}_{number:04d}{ending}" for number in range(expected)]
+    if numbered:
+        return f"add the files of the other channels, {', '.join(names[1:])}, {axes}"
+    return (
+        f"give each channel as a file of its own, {', '.join(names)}, of which this one may be one, and name the "
+        f"volume as {source.stem}_*{ending}, {axes}"
+    )
 
 
 @contextlib.contextmanager

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
+from connectomics.cli.usage import say
 from connectomics.core.errors import ConnectomicsError
+from connectomics.core.text import VisibleFormatter
 
 FAILED = 3
 INTERRUPTED = 128  # plus the signal's number
@@ -52,7 +54,7 @@ def guarded(command: Callable[[argparse.Namespace], int], words: argparse.Namesp
         with _warnings_on_stderr():
             return command(words)
     except (ConnectomicsError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"error: {' '.join(str(error).split())}", sys.stderr)
         return error.exit_code if isinstance(error, ConnectomicsError) else FAILED
     except _Stopped as stop:
         print("stopped by a signal; finished blocks are kept, the same command continues", file=sys.stderr)
@@ -95,7 +97,7 @@ def _warnings_on_stderr() -> Iterator[None]:
     """While open, warnings that the package logs are printed."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.WARNING)
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(VisibleFormatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("connectomics")
     logger.addHandler(handler)
     try:

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from connectomics.cli.exit import FAILED
+from connectomics.cli.usage import named_run, overrides_of, say
 from connectomics.core.errors import ConnectomicsError
+from connectomics.core.text import visible
 
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine
@@ -20,20 +22,19 @@ if TYPE_CHECKING:
 
 def plan(words: argparse.Namespace) -> int:
     """Print what the volumes of an ``infer-volume`` call would take; the exit code."""
-    from connectomics.config.load import load_config
-
-    config = load_config(words.config, words.overrides)
+    config, checkpoint = named_run(words)
     from connectomics.assembly.engine.make_engine import build_engine
-    from connectomics.assembly.volumes import list_sources, share_of
+    from connectomics.assembly.volumes import named_sources, share_of, stated_volumes
     from connectomics.forecast.volumes import plan_volumes
     from connectomics.planning.forecast import require_within
 
-    engine = build_engine(config, words.checkpoint)
-    found = plan_volumes(engine, share_of(config.inference.volume_mode, list_sources(config, engine.spec.channels)))
+    volumes = stated_volumes(config.inference.volume_mode)
+    engine = build_engine(config, checkpoint)
+    found = plan_volumes(engine, share_of(config.inference.volume_mode, named_sources(volumes, engine.spec.channels)))
     if words.json:
-        print(json.dumps(found.as_dict(), indent=1))
+        say(json.dumps(found.as_dict(), indent=1))
     else:
-        print("\n".join(found.lines()))
+        say("\n".join(found.lines()))
     require_within(found.forecasts, words.max_hours, words.max_gb)
     return FAILED if found.refused else 0
 
@@ -51,7 +52,7 @@ def tune(words: argparse.Namespace) -> int:
     """Measure, print a table and where the profile is; the exit code."""
     from connectomics.config.load import load_config
 
-    config = load_config(words.config, words.overrides)
+    config = load_config(words.config, overrides_of(words))
     from dataclasses import asdict
 
     from connectomics.forecast import tune as tuning
@@ -60,10 +61,10 @@ def tune(words: argparse.Namespace) -> int:
         found = tuning.tune(config, words.model, words.volume, words.seconds, progress=progress)
     if words.json:
         path = None if found.path is None else str(found.path)
-        print(json.dumps({"profile": path, "trials": [asdict(t) for t in found.profile.trials]}, indent=1))
+        say(json.dumps({"profile": path, "trials": [asdict(t) for t in found.profile.trials]}, indent=1))
     else:
-        print("\n".join(tuning.table(found)))
-        print("kept nowhere: there is no home; set system.cache_dir" if found.path is None else found.path)
+        say("\n".join(tuning.table(found)))
+        say("kept nowhere: there is no home; set system.cache_dir" if found.path is None else found.path)
     if not any(trial.window_s for trial in found.profile.trials):
         raise ConnectomicsError("no backend could be measured; the reasons stand above")
     return 0
@@ -80,6 +81,6 @@ def _progress() -> Iterator[Progress]:
         task = bars.add_task("", total=None)
 
         def show(done: int, total: int, what: str) -> None:
-            bars.update(task, completed=done, total=total, description=what)
+            bars.update(task, completed=done, total=total, description=visible(what))
 
         yield show

@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, NoReturn
 from connectomics.cli import forecast
 from connectomics.cli.arguments import INSTANCES, parse_command, parse_mode
 from connectomics.cli.exit import FAILED, guarded, leave
+from connectomics.cli.usage import named_run, overrides_of, right_form, say, told_apart
 from connectomics.core.errors import ConfigError
+from connectomics.core.places import local_path
 
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine
     from connectomics.commands.evaluate import Scores
+    from connectomics.config.load import Stated
     from connectomics.config.schema import Config
     from connectomics.jobs.outcome import VolumeOutcome
     from connectomics.volumes.listing import VolumeSource
@@ -59,21 +62,22 @@ def _importing() -> Iterator[None]:
         gc.enable()
 
 
-def _configured(words: argparse.Namespace, overrides: Sequence[str] | None = None) -> Config:
+def _configured(words: argparse.Namespace, overrides: Stated | None = None) -> Config:
     """The configuration of a command, some of which take no file; ``overrides`` instead of all words."""
     from connectomics.config.load import load_config
 
-    return load_config(vars(words).get("config"), words.overrides if overrides is None else overrides)
+    return load_config(vars(words).get("config"), overrides_of(words) if overrides is None else overrides)
 
 
 def _infer_volume(words: argparse.Namespace) -> int:
-    config = _configured(words)
+    config, checkpoint = named_run(words)
     with _importing():
         from connectomics.assembly.engine.make_engine import build_engine
-        from connectomics.assembly.volumes import list_sources, share_of
+        from connectomics.assembly.volumes import named_sources, share_of, stated_volumes
 
-    engine = build_engine(config, words.checkpoint)
-    sources = share_of(config.inference.volume_mode, list_sources(config, engine.spec.channels))
+    volumes = stated_volumes(config.inference.volume_mode)
+    engine = build_engine(config, checkpoint)
+    sources = share_of(config.inference.volume_mode, named_sources(volumes, engine.spec.channels))
     forecast.check_limits(words, engine, sources)
     return _ended(_run(config, engine, sources))
 
@@ -84,12 +88,12 @@ def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> lis
     from connectomics.lightning.inference import VolumeProcessor, check_output_folder
 
     for deviation in engine.identity.deviations:
-        print(f"not nnU-Net: {deviation}", file=sys.stderr)
+        say(f"not nnU-Net: {deviation}", file=sys.stderr)
     if config.system.backend == "auto":
         chosen = ", ".join(f"{key} {value}" for key, value in engine.settings.numeric_class.items())
-        print(f"system.backend=auto: {chosen}", file=sys.stderr)
+        say(f"system.backend=auto: {chosen}", file=sys.stderr)
     for note in batch_note(engine):
-        print(note, file=sys.stderr)
+        say(note, file=sys.stderr)
     check_output_folder(engine.settings.folder)
     if not config.decoding:
         with ProgressBar() as bar:
@@ -109,18 +113,18 @@ def _ended(outcomes: Sequence[VolumeOutcome]) -> int:
     """Print paths and the closing table; the exit code."""
     for outcome in outcomes:
         for path in outcome.paths:
-            print(path)
+            say(path)
     states = ("done", "skipped", "failed")
     counts = {state: sum(o.state == state for o in outcomes) for state in states}
-    print("\n" + "\n".join(f"{state:8} {counts[state]:>6}" for state in states))
+    say("\n" + "\n".join(f"{state:8} {counts[state]:>6}" for state in states))
     for outcome in outcomes:
         if outcome.state == "failed":
-            print(f"  failed: {outcome.name}: {outcome.reason}")
+            say(f"  failed: {outcome.name}: {outcome.reason}")
     return FAILED if counts["failed"] else 0
 
 
 def _test(words: argparse.Namespace) -> int:
-    config = _configured(words)
+    config, checkpoint = named_run(words)
     with _importing():
         from connectomics.assembly.engine.make_engine import build_engine
         from connectomics.assembly.volumes import named_sources
@@ -129,7 +133,7 @@ def _test(words: argparse.Namespace) -> int:
     images = config.test.data.test_image
     if not images:
         raise ConfigError("test.data.test_image names no volume; set it to a path or a list of paths")
-    engine = build_engine(config, words.checkpoint)
+    engine = build_engine(config, checkpoint)
     sources = named_sources(images, engine.spec.channels)
     labels = config.test.data.test_label if config.test.evaluation.enabled else None
     if labels:
@@ -143,7 +147,7 @@ def _test(words: argparse.Namespace) -> int:
 
 def _evaluate(words: argparse.Namespace) -> int:
     stated = [INSTANCES] if words.instances else []
-    config = _configured(words, [*stated, *words.overrides])
+    config = _configured(words, [*stated, *overrides_of(words)])
     from connectomics.commands.evaluate import evaluate_volumes, stated_comparisons
     from connectomics.evaluate.comparison import Comparison
     from connectomics.lightning.inference import check_output_folder
@@ -162,23 +166,30 @@ def _print_scores(scores: Scores, as_json: bool) -> int:
     """Print a table or JSON, and where the files are; the exit code."""
     from connectomics.commands.evaluate import score_table
 
-    print(json.dumps(scores.content, indent=1) if as_json else score_table(scores))
+    say(json.dumps(scores.content, indent=1) if as_json else score_table(scores))
     for path in () if as_json else (*scores.matches, scores.path):
-        print(path)
+        say(path)
     return FAILED if scores.failures else 0
 
 
 def _inspect(words: argparse.Namespace) -> int:
     config = _configured(words)
-    from connectomics.assembly.engine.models import describe
-    from connectomics.assembly.settings import model_settings
+    from connectomics.models.locate import looks_like_model
 
-    facts = describe(model_settings(config.model, config.data, words.model))
+    if looks_like_model(Path(words.model)):
+        from connectomics.assembly.engine.models import describe
+        from connectomics.assembly.settings import model_settings
+
+        facts = describe(model_settings(config.model, config.data, Path(words.model)))
+    else:
+        from connectomics.commands.inspect_volume import describe_volume
+
+        facts = describe_volume(words.model, config.inference.axes, config.inference.voxel_size_nm)
     if words.json:
-        print(json.dumps(facts, indent=1))
+        say(json.dumps(facts, indent=1))
         return 0
     for key, value in facts.items():
-        print(f"{key:18} {value}")
+        say(f"{key:18} {value}")
     return 0
 
 
@@ -191,32 +202,32 @@ def _config(words: argparse.Namespace) -> int:
     if not found:
         raise ConfigError(f"no key begins with {words.prefix!r}; connectomics config keys prints all")
     if words.json:
-        print(json.dumps([asdict(entry) | {"meaning": entry.plain} for entry in found], indent=1))
+        say(json.dumps([asdict(entry) | {"meaning": entry.plain} for entry in found], indent=1))
         return 0
     wide = max(len(entry.key) + len(entry.default) for entry in found) + 3
     for entry in found:
-        print(f"{f'{entry.key} = {entry.default}':{wide}}  {entry.plain} [{entry.allowed}]")
+        say(f"{f'{entry.key} = {entry.default}':{wide}}  {entry.plain} [{entry.allowed}]")
     return 0
 
 
 def _verify(words: argparse.Namespace) -> int:
-    outputs = [word for word in words.overrides if "=" not in word]
-    config = _configured(words, [word for word in words.overrides if "=" in word])
+    outputs, overrides = told_apart(words.overrides)
+    config = _configured(words, overrides)
     if len(outputs) > 1:
-        raise ConfigError(f"verify compares one output, found {', '.join(outputs)}; give one, or none")
+        raise ConfigError(f"verify compares one output, found {', '.join(outputs)}; {right_form('verify')}")
     from connectomics.commands.verify import report, verify
 
     result = verify(
         config,
         words.model,
         words.volume,
-        output=Path(outputs[0]) if outputs else None,
+        output=local_path(outputs[0], "OUTPUT") if outputs else None,
         samples=words.samples,
         largest=words.max_voxels,
         threshold=words.threshold,
         certificate=words.certificate,
     )
-    print("\n".join(report(result)))
+    say("\n".join(report(result)))
     return 0 if result.passed else FAILED
 
 
@@ -236,7 +247,7 @@ def _decode(words: argparse.Namespace) -> int:
 def _reproduce(words: argparse.Namespace) -> int:
     from connectomics.assembly.provenance import reproduce
 
-    print(reproduce(words.output))
+    say(reproduce(words.output))
     return 0
 
 
@@ -244,7 +255,7 @@ def _status(words: argparse.Namespace) -> int:
     from connectomics.execution.status import status_of
 
     status = status_of(words.run)
-    print(json.dumps(status.as_dict(), indent=1) if words.json else "\n".join(status.lines()))
+    say(json.dumps(status.as_dict(), indent=1) if words.json else "\n".join(status.lines()))
     return 0
 
 
@@ -254,7 +265,7 @@ def _verify_run(words: argparse.Namespace) -> int:
     if words.sample is not None and words.sample < 1:
         raise ConfigError(f"--sample is {words.sample}, expected at least 1")
     findings = verify_run(words.run, words.sample)
-    print("\n".join(line for finding in findings for line in finding.lines()) or "nothing to read again")
+    say("\n".join(line for finding in findings for line in finding.lines()) or "nothing to read again")
     return FAILED if any(finding.damaged for finding in findings) else 0
 
 
@@ -264,19 +275,19 @@ def _convert(words: argparse.Namespace) -> int:
     from connectomics.assembly.settings import model_request
 
     for key, value in convert(model_request(config.model, words.model), words.output).items():
-        print(f"{key:18} {value}")
+        say(f"{key:18} {value}")
     return 0
 
 
 def _doctor(words: argparse.Namespace) -> int:
-    config = _configured(words)
+    config, checkpoint = named_run(words)
     from connectomics.cli.doctor import examine
 
-    findings = examine(config, words.checkpoint)
+    findings = examine(config, checkpoint)
     for finding in findings:
-        print(f"{'ok  ' if finding.ok else 'MEND'} {finding.subject:12} {finding.text}")
+        say(f"{'ok  ' if finding.ok else 'MEND'} {finding.subject:12} {finding.text}")
         if finding.mend:
-            print(f"     {'':12} → {finding.mend}")
+            say(f"     {'':12} → {finding.mend}")
     return 0 if all(f.ok for f in findings) else FAILED
 
 
@@ -286,7 +297,7 @@ def _demo(words: argparse.Namespace) -> int:
 
     with ProgressBar() as bar:
         lines = run_demo(words.output, bar)
-    print("\n".join(lines))
+    say("\n".join(lines))
     return 0
 
 
@@ -296,7 +307,7 @@ def _from_nnunet(words: argparse.Namespace) -> int:
     model = _model_of(words)
     for word in ("npp", "nps", "verbose", "not_on_device"):
         if vars(words)[word]:
-            print(f"note: {word} changes nothing here and is ignored", file=sys.stderr)
+            say(f"note: {word} changes nothing here and is ignored", file=sys.stderr)
     with _importing():
         from connectomics.cli.progress import ProgressBar
         from connectomics.commands.from_nnunet import FolderPrediction, NnunetCall
@@ -304,12 +315,12 @@ def _from_nnunet(words: argparse.Namespace) -> int:
 
     stated = {field.name: vars(words)[field.name] for field in fields(NnunetCall) if field.name != "model"}
     call = NnunetCall(model=model, **stated)
-    prediction = FolderPrediction(call, words.overrides)
+    prediction = FolderPrediction(call, [word for word in overrides_of(words) if isinstance(word, str)])
     for deviation in prediction.deviations:
-        print(f"not nnU-Net's default: {deviation}", file=sys.stderr)
+        say(f"not nnU-Net's default: {deviation}", file=sys.stderr)
     check_output_folder(prediction.own_folder)
     if call.save_probabilities:
-        print(f"note: probabilities are written as HDF5 in {prediction.own_folder}, not as .npz", file=sys.stderr)
+        say(f"note: probabilities are written as HDF5 in {prediction.own_folder}, not as .npz", file=sys.stderr)
     if words.disable_progress_bar:
         return _ended(prediction.run())
     with ProgressBar() as bar:

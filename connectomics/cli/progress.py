@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from connectomics.core.text import visible
 from connectomics.jobs.outcome import VolumeOutcome
 
 PLAIN_EVERY_S = 30.0  # seconds between lines where there is no terminal
@@ -64,7 +65,7 @@ class ProgressBar:
         """A volume begins."""
         self._first = None
         if self._blocks is not None:
-            self._bars.reset(self._blocks, description=name[-40:], total=None, visible=False)
+            self._bars.reset(self._blocks, description=visible(name)[-40:], total=None, visible=False)
 
     def block(self, finished: int, planned: int) -> None:
         """A block of the current volume is on disk."""
@@ -80,7 +81,7 @@ class ProgressBar:
         if self._volumes is not None:
             self._bars.advance(self._volumes)
         if outcome.state == "failed":
-            self._console.print(f"failed: {outcome.name}: {outcome.reason}", style="red", soft_wrap=True)
+            self._console.print(visible(f"failed: {outcome.name}: {outcome.reason}"), style="red", soft_wrap=True)
         left = (time.monotonic() - self._began) / self._count * (self._total - self._count)
         self._say(f"volume {self._count}/{self._total}", f", {left:.0f} s left")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import io
 import json
+import os
 import pickle
 import re
 import types
@@ -18,36 +18,42 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # OmegaConf's parser ships no types
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError
 
 from connectomics.config.key_rules import kind_in_words
+from connectomics.config.python_values import parts_of, plain_value
 from connectomics.config.schema import Config
 from connectomics.config.validation import shown, validate
+from connectomics.config.yaml_file import first_line, read_yaml
 from connectomics.core.errors import ConfigError
 from connectomics.core.features import DECODING_STEPS
+from connectomics.core.places import local_path, refusal
 
 _FILE_LIST = "inference.volume_mode.file_list"
 _DECODING = "decoding"
 _INTERPOLATION = re.compile(r"\$\{(?:[\w.]+|oc\.env:[^${}]+)\}")
-_LARGEST_BYTES = 1 << 20
-_MOST_VALUES = 100_000
 _WHOLE = 1 << 63  # integers beyond are none that the program could use
 _ALIKE = 1.1  # of 2: at most 1 from the whole key and 1 from its last part
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+Given = str | os.PathLike[str] | Mapping[str, object]
+"""What a file holds, or its name."""
+Stated = Sequence[str | Mapping[str, object]] | Mapping[str, object]
+"""What is stated beside a file: words ``key=value``, values by key, nested or with dots, or several of both."""
+
+
+def load_config(path: Given | None = None, overrides: Stated = ()) -> Config:
     """Read a configuration.
 
     Parameters
     ----------
     path
         YAML file, or None for the defaults of the schema. Paths in it are used as they stand, that is
-        relative to the working directory.
+        relative to the working directory. A mapping is taken for the content of a file.
     overrides
-        Words ``key=value`` in Hydra's override grammar; they win over the file, later ones over earlier ones.
+        Words ``key=value`` in Hydra's override grammar, or a mapping of values, whose keys are nested or have dots;
+        they win over the file, later ones over earlier ones.
 
     Returns
     -------
@@ -64,15 +70,42 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     --------
     >>> load_config(None, ["inference.sliding_window.window_size=[256,256]"]).inference.sliding_window.window_size
     [256, 256]
+    >>> load_config({"system": {"device": "cpu"}}, {"system.num_cpus": 2}).system.num_cpus
+    2
     """
     stated: dict[str, object] = {}
-    if path is not None:
-        stated.update(_stated_in(_read_yaml(path), "", f"configuration file {path}"))
-    for text in overrides:
-        stated.update(_override(text))
+    if isinstance(path, Mapping):
+        stated.update(_of_mapping(path))
+    elif path is not None:
+        file = local_path(path, "the configuration file")
+        stated.update(_stated_in(read_yaml(file), "", f"configuration file {file}"))
+    for part in parts_of(overrides):
+        stated.update(_of_mapping(part) if isinstance(part, Mapping) else _override(part))
     config = _typed(_resolved(stated))
     validate(config)
     return config
+
+
+def as_config(stated: Config | Given | None) -> Config:
+    """The configuration that somebody means: itself, a YAML file, a mapping of values, or None for the defaults.
+
+    Raises
+    ------
+    ConfigError
+        As ``load_config``.
+    """
+    return stated if isinstance(stated, Config) else load_config(stated)
+
+
+def _of_mapping(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Dotted key and value of all that a mapping states, whose keys may have dots themselves."""
+    where = "configuration"
+    for name, value in values.items():
+        key = str(name)
+        if key not in kinds():
+            raise _unknown(key, where)
+        section, _, last = key.rpartition(".")
+        yield from _stated_in({last: plain_value(key, value)}, f"{section}." if section else "", where)
 
 
 def known_keys() -> tuple[str, ...]:
@@ -97,54 +130,6 @@ def _schema(owner: type, prefix: str) -> Iterator[tuple[str, Any]]:
         yield prefix + name, kind
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield from _schema(kind, f"{prefix}{name}.")
-
-
-def _read_yaml(path: Path) -> Mapping[str, object]:
-    where = f"configuration file {path}"
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(_LARGEST_BYTES + 1)
-        if len(data) > _LARGEST_BYTES:
-            raise ConfigError(f"{where} is larger than {_LARGEST_BYTES} bytes; give a YAML file of keys and values")
-        text = data.decode("utf-8-sig")
-        if _expanded(yaml.compose(text, yaml.SafeLoader), {}) > _MOST_VALUES:
-            raise ConfigError(f"{where} has more than {_MOST_VALUES} values, repeated ones counted; write fewer")
-        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except (YAMLError, RecursionError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{where}{_yaml_finding(error)}") from error  # PyYAML says a wrong !!int with a ValueError
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{where} cannot be read: {_first_line(error)}") from error
-    except OSError as error:
-        # OmegaConf raises an OSError without errno for a document that is a bare value
-        finding = f"cannot be read: {error.strerror}" if error.strerror else "is not a mapping of keys"
-        raise ConfigError(f"{where} {finding}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{where} is not a mapping of keys but a list")
-    return typing.cast(Mapping[str, object], content)
-
-
-def _expanded(node: yaml.Node | None, known: dict[int, int]) -> int:
-    """How many values a document has once its aliases are written out, of which there may be powers of powers."""
-    if node is None or isinstance(node, yaml.ScalarNode):
-        return 1
-    if id(node) not in known:
-        known[id(node)] = _MOST_VALUES + 1  # while it is open: it holds itself
-        parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
-        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
-    return known[id(node)]
-
-
-def _yaml_finding(error: Exception) -> str:
-    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
-        return f", line {error.problem_mark.line + 1}: not valid YAML ({error.problem})"
-    return f" is not valid YAML ({_first_line(error)})"
-
-
-def _first_line(error: Exception) -> str:
-    line = str(error).partition("\n")[0]
-    return line if len(line) <= 200 else f"{line[:200]} …"
 
 
 def _stated_in(tree: Mapping[str, object], prefix: str, where: str) -> Iterator[tuple[str, object]]:
@@ -193,7 +178,7 @@ def _override(text: str) -> Iterator[tuple[str, object]]:
         if mark and kinds().get(name) in (str, str | None):
             return iter([(name, literal)])
         raise ConfigError(
-            f"{where} cannot be read ({_first_line(error)}); write key=value, and give a value with '=', "
+            f"{where} cannot be read ({first_line(error)}); write key=value, and give a value with '=', "
             "commas or other signs quotes of its own: 'key=\"value\"'"
         ) from error
     if override.is_delete():
@@ -223,7 +208,7 @@ def _resolved(stated: Mapping[str, object]) -> dict[str, object]:
             OmegaConf.update(tree, key, value)
         OmegaConf.resolve(tree)
     except (OmegaConfBaseException, RecursionError) as error:
-        raise ConfigError(f"a ${{…}} in the configuration has no value: {_first_line(error)}") from error
+        raise ConfigError(f"a ${{…}} in the configuration has no value: {first_line(error)}") from error
     values = {key: OmegaConf.select(tree, key) for key in stated}
     return {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in values.items()}
 
@@ -305,6 +290,8 @@ def _read_file_list(value: object) -> object:
     """The volumes named in a text file; anything but the name of one passes unchanged."""
     if not isinstance(value, str):
         return value
+    if refusal(value):
+        raise ConfigError(f"{_FILE_LIST} is {shown(value)}, but {refusal(value)}")
     try:
         lines = [line.strip() for line in Path(value).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -373,4 +360,6 @@ def _step_value(key: str, hint: Any, value: object) -> Any:
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{key} is {shown(value)}, expected {kind_in_words(hint)}")
+    if isinstance(value, str) and refusal(value):
+        raise ConfigError(f"{key} is {shown(value)}, but {refusal(value)}")
     return str(value) if kind is str else value  # Hydra's quoted text is a class of its own

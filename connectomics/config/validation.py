@@ -15,9 +15,12 @@ from typing import Any
 from connectomics.config.key_rules import RULES
 from connectomics.config.schema import METRICS, SEMANTIC_METRICS, Config
 from connectomics.core.errors import ConfigError
+from connectomics.core.places import refusal
 
 Judged = Iterator[tuple[str, bool, str]]  # a key, whether its value suits others, and what is said where it does not
 TTA, WINDOW, BINARY = "test_time_augmentation", "inference.sliding_window", "inference.postprocessing.binary"
+NO_PATHS = ("experiment_name", "description")  # every other text may be a path
+ONE_BY_ONE = ("inference.volume_mode.file_list", "test.data.")  # a volume that cannot be opened fails alone
 ACT, ENGINE = f"inference.{TTA}.act", f"{WINDOW}.engine"
 _LONGEST_SHOWN = 80
 
@@ -44,6 +47,9 @@ def validate(config: Config) -> None:
             for one in value if rule.each else [value]:
                 if not rule.holds(one):
                     raise ConfigError(f"{key} is {shown(one)}, but {rule.text}")
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, str) and not key.startswith(NO_PATHS + ONE_BY_ONE) and refusal(one):
+                raise ConfigError(f"{key} is {shown(one)}, but {refusal(one)}")
     for together in TOGETHER:
         for key, suits, text in together(config):
             if not suits:

@@ -5,6 +5,7 @@ ConnectomicsError
 ├── ModelError         a checkpoint, plans.json or dataset.json cannot be used
 │   └── UnsafeModelError   ... because it brings code that was not asked for
 ├── VolumeError        an input volume cannot be read or does not fit the model
+├── BoxError           a box of voxels is none (also a ValueError)
 ├── OutputError        a result cannot be written, or its name is taken
 │   └── StorageError       ... because the disk is full, read-only, forbidden or gone: no block can be written
 ├── QuarantineError    blocks failed again and again and were set aside, all others are done
@@ -24,6 +25,12 @@ class ConnectomicsError(Exception):
     exit_code = 3
 
 
+NO_MODEL = (
+    "no model is named; write connectomics infer-volume MODEL VOLUME… -o OUT, give --checkpoint MODEL, or set "
+    "model.nnunet_checkpoint"
+)
+
+
 class ConfigError(ConnectomicsError):
     """The command line or the configuration is wrong."""
 
@@ -40,6 +47,10 @@ class UnsafeModelError(ModelError):
 
 class VolumeError(ConnectomicsError):
     """An input volume cannot be read or does not fit the model."""
+
+
+class BoxError(ConnectomicsError, ValueError):
+    """What was given for a box of voxels is none."""
 
 
 class OutputError(ConnectomicsError):

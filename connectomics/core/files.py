@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import os
 import shutil
@@ -14,12 +15,31 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from connectomics.core.errors import OutputError
 from connectomics.core.process import is_dead, is_mark, new_mark
 
 TEMPORARY = ".partial"
 REPLACED = ".replaced"
 LEFT_S = 24 * 3600.0  # age from which the temporary of another machine's process counts as left behind
+LONGEST_NAME = 255
+LONG_NAME = 180  # bytes of a name from which its temporaries are called by its digest; file systems allow 255
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR)
+
+
+def require_short(name: str) -> None:
+    """Refuse a name that file systems do not take.
+
+    Raises
+    ------
+    OutputError
+        Saying how much shorter it must be.
+    """
+    excess = len(os.fsencode(name)) - LONGEST_NAME
+    if excess > 0:
+        raise OutputError(
+            f"{name[:40]}…: the name of the result is {excess} bytes longer than the {LONGEST_NAME} that file systems "
+            "allow; shorten the volume's name, or link to it by a shorter one"
+        )
 
 
 def fsync_path(path: Path) -> None:
@@ -49,12 +69,20 @@ def discard(path: Path) -> None:
 
 def temporary_beside(path: Path, kind: str = TEMPORARY) -> Path:
     """A hidden name beside ``path`` that belongs to this process alone."""
-    return path.with_name(f".{path.name}.{new_mark()}{kind}")
+    return path.with_name(f"{_hidden(path)}{new_mark()}{kind}")
+
+
+def _hidden(path: Path) -> str:
+    """How the temporaries of a path begin: with its name, where there is room for the rest."""
+    name = path.name
+    if len(os.fsencode(name)) > LONG_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return f".{name}."
 
 
 def discard_temporaries(path: Path) -> None:
     """Remove what processes that live no more left beside ``path`` under temporary names."""
-    prefix = f".{path.name}."
+    prefix = _hidden(path)
     with contextlib.suppress(FileNotFoundError), os.scandir(path.parent) as entries:
         for entry in entries:
             kind = next((k for k in (TEMPORARY, REPLACED) if entry.name.endswith(k)), None)

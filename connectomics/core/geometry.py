@@ -1,6 +1,6 @@
 """Pure integer geometry: boxes of voxels and the grid of blocks that covers a volume.
 
-Everything is in voxels, axis order (z, y, x), half open. Used by every layer above; imports nothing of ours.
+Everything is in voxels, axis order (z, y, x), half open. Used by every layer above.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from connectomics.core.errors import BoxError
+
 T = TypeVar("T")
 Vec3 = tuple[int, int, int]
 
 
 def vec3(values: tuple[int, ...] | list[int]) -> Vec3:
-    """Return ``values`` as a tuple of exactly three Python ints; a ValueError if there are not three."""
-    z, y, x = (int(v) for v in values)
+    """Return ``values`` as a tuple of exactly three Python ints; a BoxError if there are not three."""
+    try:
+        z, y, x = (int(v) for v in values)
+    except (TypeError, ValueError) as error:
+        raise BoxError(f"found {values!r:.80}, expected 3 whole numbers (z, y, x)") from error
     return (z, y, x)
 
 
@@ -27,8 +32,8 @@ class Box:
 
     Raises
     ------
-    ValueError
-        If ``stop`` lies before ``start`` on any axis.
+    BoxError
+        If these are not three numbers each, or ``stop`` lies before ``start`` on any axis.
 
     Examples
     --------
@@ -40,8 +45,15 @@ class Box:
     stop: Vec3
 
     def __post_init__(self) -> None:
-        if any(b < a for a, b in zip(self.start, self.stop, strict=True)):
-            raise ValueError(f"box stops before it starts: {self.start} to {self.stop}")
+        try:
+            (az, ay, ax), (bz, by, bx) = self.start, self.stop
+            backwards = bz < az or by < ay or bx < ax
+        except (TypeError, ValueError) as error:
+            raise BoxError(
+                f"a box is {self.start!r:.80} to {self.stop!r:.80}, expected 3 voxel numbers (z, y, x) each"
+            ) from error
+        if backwards:
+            raise BoxError(f"box stops before it starts: {self.start} to {self.stop}; swap them")
 
     @classmethod
     def of_shape(cls, shape: Vec3) -> Box:

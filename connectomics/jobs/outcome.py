@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from connectomics.core.errors import ConnectomicsError, OutputError, VolumeError
+from connectomics.core.files import require_short
+from connectomics.core.text import VisibleFormatter
 from connectomics.execution.retry import SYSTEMIC, errno_of
 from connectomics.execution.task import RunReport
 
@@ -132,6 +134,7 @@ class _LogFile(logging.FileHandler):
 @contextlib.contextmanager
 def _run_log(folder: Path) -> Iterator[None]:
     """While open, everything the package logs also goes to ``run.log`` in a RUN folder."""
+    require_short(folder.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handler = _LogFile(folder / "run.log")
@@ -139,7 +142,7 @@ def _run_log(folder: Path) -> Iterator[None]:
         raise OutputError(
             f"{folder}: cannot make the RUN folder ({error.strerror}); choose another inference.data.output_path"
         ) from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(VisibleFormatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("connectomics")
     level = logger.level
     logger.setLevel(logging.INFO)

@@ -6,9 +6,10 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,8 +30,9 @@ from connectomics.assembly.volumes import (
     roi_of,
     run_folder,
     segmenter_of,
+    sources_of,
 )
-from connectomics.config.load import load_config
+from connectomics.config.load import Given, Stated, as_config, load_config
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ConnectomicsError, VolumeError
 from connectomics.core.geometry import Box
@@ -42,12 +44,14 @@ from connectomics.inference.case import ReadBox
 from connectomics.jobs.cascade import previous_labels
 from connectomics.jobs.outcome import NullObserver, Observer, VolumeOutcome, attempted, outcomes_of
 from connectomics.jobs.resume import ResumedEngines
+from connectomics.lightning.array_input import image_of
 from connectomics.runs.volume import run_volume
 from connectomics.stages.output.finish import check_names, settle, work_folder
 from connectomics.stages.predict.segmenter import Segmenter
 from connectomics.volumes.in_memory import ArrayVolume
 from connectomics.volumes.listing import VolumeSource
-from connectomics.volumes.volume import Array, Spacing
+from connectomics.volumes.source import three_positive
+from connectomics.volumes.volume import Array, Spacing, VolumeReader
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +78,9 @@ class InferenceManager:
     Parameters
     ----------
     config
-        The configuration; ``inference.output.save_probabilities`` asks for probabilities, and windows are run one at a
-        time where no batch is stated.
+        The configuration, a YAML file, or a mapping such as ``{"system": {"device": "cpu"}}``;
+        ``inference.output.save_probabilities`` asks for probabilities, and windows are run one at a time where no
+        batch is stated.
     checkpoint
         A nnU-Net training folder or ``.pth`` file; replaces ``model.nnunet_checkpoint``.
 
@@ -85,7 +90,7 @@ class InferenceManager:
         If the configuration, the model or the device does not fit.
     """
 
-    def __init__(self, config: Config, checkpoint: Path | None = None) -> None:
+    def __init__(self, config: Config | Given | None = None, checkpoint: str | os.PathLike[str] | None = None) -> None:
         stated = resolve(config, checkpoint)
         torch.manual_seed(stated.call.seed)
         networks = replace(stated.networks, batch=stated.networks.batch or 1)
@@ -93,23 +98,40 @@ class InferenceManager:
         self._held = False  # whether a fast engine was held against exact already
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Path | str, overrides: Sequence[str] = ()) -> InferenceManager:
-        """Load a model with nnU-Net's own settings, changed by ``key=value`` words of the configuration."""
-        return cls(load_config(None, overrides), Path(checkpoint))
+    def from_checkpoint(
+        cls, checkpoint: str | os.PathLike[str], overrides: Stated = (), *, device: str | torch.device | None = None
+    ) -> InferenceManager:
+        """Load a model with nnU-Net's own settings, changed by words or values of the configuration.
+
+        Parameters
+        ----------
+        checkpoint
+            A nnU-Net training folder or ``.pth`` file.
+        overrides
+            ``["key=value", …]``, or a mapping by key; see ``load_config``.
+        device
+            Short for ``system.device``.
+        """
+        own = [overrides] if isinstance(overrides, str | Mapping) else overrides
+        words = own if device is None else [*own, {"system.device": str(device)}]
+        return cls(load_config(None, words), checkpoint)
 
     def segmenter(self, spacing: Spacing | None = None, previous: ReadBox | None = None) -> Segmenter:
         """The engine's segmenter for an image of this spacing; ``previous`` gives the labels of a previous stage."""
         return segmenter_of(self.engine, spacing, previous)
 
-    def predict(self, image: Array, spacing: Spacing | None = None, previous: Array | None = None) -> Prediction:
+    def predict(self, image: Any, spacing: Sequence[float] | None = None, previous: Any = None) -> Prediction:
         """Label one image.
 
         Parameters
         ----------
         image
-            Raw intensities, any real dtype: (c, z, y, x), (z, y, x) for one channel, or (y, x).
+            Raw intensities, any real dtype: (c, z, y, x), (z, y, x) for one channel, or (y, x). An array of numpy, a
+            tensor, a list; an array of dask, zarr or h5py, which is read piece by piece; a volume of ``open_volume``;
+            a path, or a list of paths, one a channel.
         spacing
-            Of the image (z, y, x) in the plan's unit, for ``inference.resample=plan`` without ``inference.spacing``.
+            Of the image (z, y, x) in the plan's unit, for ``inference.resample=plan`` without ``inference.spacing``;
+            None: what a volume states.
         previous
             For the second stage of a cascade the labels of the first, (z, y, x) or (y, x); without them those of the
             model ``model.previous_stage``.
@@ -124,19 +146,21 @@ class InferenceManager:
             If the shape, dtype or number of channels does not fit the model, a value is not finite, or
             ``inference.roi`` or ``inference.mask`` does not fit the image.
         """
-        if image.ndim not in (2, 3, 4) or image.size == 0 or image.dtype.kind not in "uifb":
-            raise VolumeError(
-                f"the image has shape {image.shape} and dtype {image.dtype}; expected numbers with axes (c, z, y, x), "
-                "(z, y, x) or (y, x)"
-            )
-        volumes = self.engine.inference.volumes
-        reader = ArrayVolume(image.reshape((1,) * (4 - image.ndim) + image.shape))
+        with contextlib.closing(image_of(image)) as given:
+            result = self._predict(given.volume, spacing, previous)
+        if given.dimensions > 2:
+            return result
+        probabilities = result.probabilities
+        return Prediction(result.labels[0], None if probabilities is None else probabilities[:, 0])
+
+    def _predict(self, reader: VolumeReader, stated: Sequence[float] | None, previous: Any) -> Prediction:
+        volumes, spacing = self.engine.inference.volumes, _spacing(stated) or reader.info.spacing
         if reader.info.channels != self.engine.spec.channels:
             raise VolumeError(
                 f"the image has {reader.info.channels} channels, the model expects {self.engine.spec.channels} "
                 f"({', '.join(self.engine.spec.channel_names)})"
             )
-        check_isotropic(volumes, volumes.voxel_size_nm or spacing, "the image")
+        check_isotropic(volumes, volumes.voxel_size_nm or reader.info.voxel_size_nm or spacing, "the image")
         first = self._previous(reader, spacing, previous)
         segmenter, whole = self.segmenter(spacing, first), Box.of_shape(reader.info.extent)
         roi = roi_of(self.engine.inference.region, reader.info.extent, "the image")
@@ -152,32 +176,36 @@ class InferenceManager:
                 self._held = True
             arrays, _ = segmenter.segment_roi(reader.read, surveyed, whole, roi)
         labels = self.engine.inference.labels.filters.apply(arrays[LABELS][0])
-        probabilities = arrays.get(PROBABILITIES)
-        if image.ndim == 2:
-            return Prediction(labels[0], None if probabilities is None else probabilities[:, 0])
-        return Prediction(labels, probabilities)
+        return Prediction(labels, arrays.get(PROBABILITIES))
 
-    def _previous(self, reader: ArrayVolume, spacing: Spacing | None, given: Array | None) -> ReadBox | None:
+    def _previous(self, reader: VolumeReader, spacing: Spacing | None, given: Any) -> ReadBox | None:
         """Reads the labels of the previous stage, where the model has one."""
         if all(spec.previous_stage is None for spec in self.engine.specs):
             return None
         if given is not None:
-            labels = given.reshape((1,) * (4 - given.ndim) + given.shape)
+            labels = image_of(given, "the labels of the previous stage").volume
         elif self.engine.previous is not None:
             first = segmenter_of(self.engine.previous, spacing)
             surveyed = first.survey(reader, "the image")
-            labels = first.segment(reader.read, surveyed, Box.of_shape(reader.info.extent))[LABELS]
+            labels = ArrayVolume(first.segment(reader.read, surveyed, Box.of_shape(reader.info.extent))[LABELS])
         else:
             raise ConfigError(
                 "the model is the second stage of a cascade; give the labels of the first (previous=…), or set "
                 "model.previous_stage to its model"
             )
-        if labels.shape != (1, *reader.info.extent):
+        if labels.info.shape != (1, *reader.info.extent):
             raise VolumeError(
-                f"the labels of the previous stage have shape {labels.shape}, expected {reader.info.extent}; give "
+                f"the labels of the previous stage have shape {labels.info.shape}, expected {reader.info.extent}; give "
                 "those of this image"
             )
-        return ArrayVolume(labels).read
+        return labels.read
+
+
+def _spacing(stated: Sequence[float] | None) -> Spacing | None:
+    found = None if stated is None else three_positive(stated)
+    if stated is not None and found is None:
+        raise VolumeError(f"spacing is {stated!r:.80}, expected three positive numbers (z, y, x) in the plan's unit")
+    return found
 
 
 class VolumeProcessor:
@@ -193,7 +221,8 @@ class VolumeProcessor:
         Hears of progress.
     """
 
-    def __init__(self, config: Config, engine: Engine, observer: Observer | None = None) -> None:
+    def __init__(self, config: Config | Given | None, engine: Engine, observer: Observer | None = None) -> None:
+        config = as_config(config)
         stated = resolve(config, engine.models[0].checkpoint)
         torch.manual_seed(stated.call.seed)
         self._engine = under(engine, stated)
@@ -202,13 +231,15 @@ class VolumeProcessor:
         self._resumed = ResumedEngines(self._engine)
         self._forecaster = JobForecaster()
 
-    def run(self, sources: Sequence[VolumeSource], sample: SharedSample | None = None) -> list[VolumeOutcome]:
+    def run(
+        self, sources: Sequence[VolumeSource | str | os.PathLike[str]], sample: SharedSample | None = None
+    ) -> list[VolumeOutcome]:
         """Bring volumes to their final outputs.
 
         Parameters
         ----------
         sources
-            The volumes.
+            The volumes, or their paths, of which the files of channels are grouped.
         sample
             Of fast against exact, where these are but some of the volumes that share it.
 
@@ -218,6 +249,7 @@ class VolumeProcessor:
             One per volume in the given order; with ``stop_on_error`` the list ends at the first failure. When the disk
             of the results refuses, volumes that are not finished are not begun any more.
         """
+        sources = sources_of(sources, self._engine.spec.channels)
         check_previous_stage(self._engine.inference.models.previous_stage, self._engine.specs, sources)
         sample = sample or SharedSample(sources)
         finished = {s.name: paths for s in sources if (paths := self._finished(s)) is not None}

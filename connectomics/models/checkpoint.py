@@ -6,9 +6,9 @@ Called by the composition root, ``inspect`` and ``doctor``.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from connectomics.core.errors import ModelError
 from connectomics.core.fingerprint import key_of
+from connectomics.core.places import local_path
 from connectomics.models.arch.nnunet_models import NetworkPlan, NNUNetModel, build_architecture
 from connectomics.models.archive import unpacked
 from connectomics.models.contents import Fold, read_contents
@@ -125,9 +126,9 @@ def load_model(request: ModelRequest) -> LoadedModel:
         return LoadedModel(model.spec, model.skeleton, networks, model.plans.values, dataset=model.dataset.values)
 
 
-def read_spec(model: ModelRequest | Path) -> ModelSpec:
+def read_spec(model: ModelRequest | str | os.PathLike[str]) -> ModelSpec:
     """What ``load_model`` would load of the model at a path, all but the weights' values checked; errors as there."""
-    with unpacked(model if isinstance(model, ModelRequest) else ModelRequest(model)) as there:
+    with unpacked(model if isinstance(model, ModelRequest) else ModelRequest(local_path(model, "the model"))) as there:
         return read_model(there).spec
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from connectomics.core.errors import ConfigError
+from connectomics.core.places import local_path
 
 RESULTS = "nnUNet_results"
 _PLACES = ("nnUNet_preprocessed", "nnUNet_raw", RESULTS)
@@ -33,7 +34,11 @@ def installed_model(dataset: str, configuration: str, plans: str, trainer: str, 
             "set it, or give the training folder with -m"
         )
     name = dataset if dataset.startswith("Dataset") else _name_of(dataset, environment)
-    return Path(environment[RESULTS]) / name / f"{trainer}__{plans}__{configuration}"
+    return (
+        local_path(environment[RESULTS], f"the environment variable {RESULTS}")
+        / name
+        / f"{trainer}__{plans}__{configuration}"
+    )
 
 
 def _name_of(number: str, environment: Mapping[str, str]) -> str:

@@ -75,6 +75,21 @@ class ModelFiles:
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.name
 
 
+def looks_like_model(path: Path) -> bool:
+    """Whether a path is meant for a model rather than a volume; nothing is opened."""
+    if any(part.suffix == ".zip" for part in (path, *path.parents)):
+        return not path.name.endswith(".zarr.zip")
+    if path.suffix in (".pth", ".pt") or path.name.startswith(_FOLD):
+        return True
+    try:
+        if not path.is_dir():
+            return False
+        signs = ("plans.json", "manifest.json", f"{_FOLD}*", "*.pth", "*/plans.json", "*/*/plans.json")
+        return any(next(path.glob(sign), None) is not None for sign in signs)
+    except OSError:  # opening it says why
+        return False
+
+
 def locate_model(request: ModelRequest) -> ModelFiles:
     """Find what belongs to a model that is not packed; a ModelError if that is missing, unreadable or contradictory."""
     try:

@@ -32,7 +32,9 @@ class ArrayVolume:
     ) -> None:
         self._array = array.astype(np.uint8) if array.dtype.kind == "b" else array
         c, z, y, x = array.shape
-        self.info = VolumeInfo((c, z, y, x), self._array.dtype, chunk_shape or (1, y, x), voxel_size_nm)
+        self.info = VolumeInfo(
+            (c, z, y, x), self._array.dtype.newbyteorder("="), chunk_shape or (1, y, x), voxel_size_nm
+        )
         self.identity: dict[str, object] = {}
         self._closed = False
 
@@ -41,7 +43,7 @@ class ArrayVolume:
         if self._closed or not Box.of_shape(self.info.extent).contains(box):
             why = "the volume was closed" if self._closed else f"outside the volume of {self.info.extent}"
             raise VolumeError(f"cannot read the array in memory, voxels {box.start} to {box.stop}: {why}.")
-        return np.array(self._array[(slice(None), *box.slices)], order="C")
+        return np.array(self._array[(slice(None), *box.slices)], self.info.dtype, order="C")
 
     def close(self) -> None:
         """Read no more; closing twice is harmless."""

@@ -86,6 +86,11 @@ def input_formats() -> Iterator[InputFormat]:
     return map(READERS.load, READERS.names())
 
 
+def name_of(form: InputFormat) -> str:
+    """What a format is called."""
+    return next((name for name in READERS.names() if READERS.load(name) is form), "images")
+
+
 def suffixes(*, folders: bool) -> tuple[str, ...]:
     """The suffixes of all formats whose volumes are folders, or of those whose volumes are files."""
     return tuple(suffix for form in input_formats() if form.is_folder == folders for suffix in form.suffixes)

@@ -11,6 +11,7 @@ from pathlib import Path
 from natsort import natsorted
 
 from connectomics.core.errors import ConfigError
+from connectomics.core.places import refusal
 from connectomics.volumes.input_formats import long_suffixes, suffixes
 from connectomics.volumes.source import path_and_inner, without_prefix
 
@@ -39,8 +40,10 @@ class VolumeSource:
     problem: str = ""
 
 
-def expand(pattern: str) -> list[str]:
+def expand(pattern: str, stated: str = "") -> list[str]:
     """Paths that match a glob pattern, in natural order; ``::dataset`` behind it and ``phantom:`` URIs are kept.
+
+    ``stated`` is how the pattern was stated, for messages; empty: as ``inference.volume_mode.file_pattern``.
 
     Raises
     ------
@@ -49,7 +52,10 @@ def expand(pattern: str) -> list[str]:
     """
     if pattern.startswith("phantom:"):
         return [pattern]
+    stated = stated or f"inference.volume_mode.file_pattern='{pattern}'"
     prefix, local = without_prefix(pattern)
+    if why := refusal(local):
+        raise ConfigError(f"{stated}: {why}")
     path, inner = path_and_inner(local)
     mark = "::" if inner else ""
     try:
@@ -59,10 +65,10 @@ def expand(pattern: str) -> list[str]:
     except PermissionError:  # opening it will say so
         return [pattern]
     except OSError as error:
-        raise ConfigError(f"inference.volume_mode.file_pattern='{pattern}': {error.strerror}") from error
+        raise ConfigError(f"{stated}: {error.strerror}; name an existing file or folder") from error
     if not found:
         raise ConfigError(
-            f"inference.volume_mode.file_pattern='{pattern}' matches no file or folder under {Path.cwd()}; "
+            f"{stated} matches no file or folder under {Path.cwd()}; "
             "check the path and quote the pattern so that the shell does not expand it"
         )
     return [prefix + p + mark + inner for p in natsorted(found)]

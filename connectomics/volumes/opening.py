@@ -6,6 +6,7 @@ Formats are imported when first needed, so a run that reads HDF5 never loads a T
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,15 +14,29 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box
+from connectomics.core.places import refusal
 from connectomics.volumes.formats.signatures import KNOSSOS_MARKERS, converter, suffix_by_content
-from connectomics.volumes.input_formats import READERS, STACK, InputFormat, input_formats, long_suffixes, suffixes
-from connectomics.volumes.source import Source, is_folder, path_and_inner, reason, without_prefix
+from connectomics.volumes.input_formats import (
+    READERS,
+    STACK,
+    InputFormat,
+    input_formats,
+    long_suffixes,
+    name_of,
+    suffixes,
+)
+from connectomics.volumes.opened import OpenedVolume
+from connectomics.volumes.source import Source, is_folder, path_and_inner, reason, three_positive, without_prefix
 from connectomics.volumes.volume import Array, Nanometres, VolumeInfo, VolumeReader
 
 
 def open_volume(
-    uri: str, *, axes: str | None = None, voxel_size_nm: Nanometres | None = None, channels: int | None = None
-) -> VolumeReader:
+    uri: str | os.PathLike[str],
+    *,
+    axes: str | None = None,
+    voxel_size_nm: Sequence[float] | None = None,
+    channels: int | None = None,
+) -> OpenedVolume:
     """Open a volume for lazy reading; its format follows from the name.
 
     Parameters
@@ -34,10 +49,14 @@ def open_volume(
         folder of images: "zyx" makes each file a section, "cyx" each file a channel.
     voxel_size_nm
         (z, y, x) in nanometres, overriding what the file says.
-
     channels
         How many are expected. Images whose colours are equal everywhere are grey, one channel, unless as many as
         there are colours are expected.
+
+    Returns
+    -------
+    OpenedVolume
+        A reader and an array (c, z, y, x): ``read(box)``, ``volume[0, :10]``, ``np.asarray(volume)``.
 
     Raises
     ------
@@ -49,22 +68,41 @@ def open_volume(
     >>> open_volume("phantom:64x1024x1024?seed=7").info.shape
     (1, 64, 1024, 1024)
     """
+    uri, size = _text(uri), _size(voxel_size_nm)
+    if axes is not None and not isinstance(axes, str):
+        raise VolumeError(f"cannot open {uri}: axes are {axes!r:.80}, expected letters out of c, z, y, x, as 'zyx'.")
     if uri.startswith("phantom:"):
         from connectomics.volumes.phantom.volume import open_phantom
 
-        return open_phantom(uri)
+        return OpenedVolume(open_phantom(uri), uri, "phantom")
     prefix, local = without_prefix(uri)
-    scheme, separator, _ = local.partition("://")
-    if separator and "/" not in scheme:
-        raise VolumeError(f"cannot open {uri}: only local paths and phantom: are read, not {scheme}://; copy it first.")
+    if why := refusal(local):
+        raise VolumeError(f"cannot open {uri}: {why}.")
     name, inner = path_and_inner(local)
-    source = Source(uri, Path(name), inner or None, axes, voxel_size_nm=voxel_size_nm, channels=channels)
-    return (_stated_precomputed(source) if prefix else _format_of(source)).open(source)
+    source = Source(uri, Path(name), inner or None, axes, voxel_size_nm=size, channels=channels)
+    form = _stated_precomputed(source) if prefix else _format_of(source)
+    return OpenedVolume(form.open(source), uri, name_of(form))
+
+
+def _text(uri: object) -> str:
+    """The name of a volume."""
+    text = os.fspath(uri) if isinstance(uri, str | os.PathLike) else ""
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise VolumeError(f"cannot open {uri!r:.80}: it names no volume; give a path as str or pathlib.Path.")
+    return text
+
+
+def _size(stated: object) -> Nanometres | None:
+    """A voxel size that somebody stated."""
+    size = None if stated is None else three_positive(stated)
+    if stated is not None and size is None:
+        raise VolumeError(f"voxel_size_nm is {stated!r:.80}, expected three positive numbers (z, y, x) in nanometres.")
+    return size
 
 
 def open_channels(
-    uris: Sequence[str], *, axes: str | None = None, voxel_size_nm: Nanometres | None = None
-) -> VolumeReader:
+    uris: Sequence[str | os.PathLike[str]], *, axes: str | None = None, voxel_size_nm: Sequence[float] | None = None
+) -> OpenedVolume:
     """Open several volumes of the same extent and dtype as the channels of one, in the order given.
 
     Parameters
@@ -81,16 +119,18 @@ def open_channels(
     """
     if not uris:
         raise VolumeError("no volume was named; give at least one for the first channel.")
-    readers: list[VolumeReader] = []
+    readers: list[OpenedVolume] = []
     try:
         for uri in uris:
             readers.append(open_volume(uri, axes=axes, voxel_size_nm=voxel_size_nm))
-            _require_alike(uris[0], readers[0].info, uri, readers[-1].info)
+            _require_alike(readers[0].uri, readers[0].info, readers[-1].uri, readers[-1].info)
     except VolumeError:
         for reader in readers:
             reader.close()
         raise
-    return readers[0] if len(readers) == 1 else _Channels(readers)
+    if len(readers) == 1:
+        return readers[0]
+    return OpenedVolume(_Channels(readers), f"{readers[0].uri} and its other channels", readers[0].format)
 
 
 class _Channels:

@@ -138,9 +138,14 @@ def reason(error: BaseException) -> str:
 
 def unreadable(source: Source, kind: str, error: BaseException) -> VolumeError:
     """The error for a file that its library cannot open as ``kind``."""
-    return VolumeError(
-        f"cannot open {source.uri} as {kind}: {reason(error)}. Check that the file is complete and of this format."
-    )
+    return VolumeError(f"cannot open {source.uri} as {kind}: {reason(error)}.{again(error)}")
+
+
+def again(error: BaseException) -> str:
+    """What to do about a file that its library cannot read; of one that is forbidden ``reason`` says it."""
+    if isinstance(error, PermissionError):
+        return ""
+    return " Copy it again from its source; if other programs read it, save it there as HDF5, OME-Zarr or TIFF."
 
 
 def refuse_inner(source: Source) -> None:

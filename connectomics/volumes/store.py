@@ -175,7 +175,9 @@ def open_store(path: Path) -> Store:
         reader = open_zarr(Source(str(path), path, ARRAY))
         array = open_array(path / ARRAY, 3, writable=True)
     except (VolumeError, *READ_ERRORS) as error:
-        raise OutputError(f"cannot open the working store {path}: {reason(error)}. Remove it to begin anew.") from error
+        raise OutputError(
+            f"cannot open the working store {path}: {reason(error).rstrip('.')}; remove it to begin anew."
+        ) from error
     return Store(path, reader, array, attributes)
 
 

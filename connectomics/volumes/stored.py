@@ -17,7 +17,7 @@ import numpy as np
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box, Vec3, pieces, vec3
 from connectomics.volumes.metadata.axes import completed, usual
-from connectomics.volumes.source import READ_ERRORS, Source, reason, require_believable
+from connectomics.volumes.source import READ_ERRORS, Source, again, reason, require_believable
 from connectomics.volumes.volume import Array, Nanometres, Spacing, VolumeInfo
 from connectomics.volumes.watched import WatchedFiles
 
@@ -95,18 +95,19 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None, where: s
         If the letters do not fit the array, an axis is empty, or a time axis is longer than 1.
     """
     shape = tuple(int(n) for n in stored)
+    default = usual(shape) or "tczyx"[-len(shape) :]
     letters = source.axes or (completed(found, shape) if found else usual(shape))
+    stating = f"state them in the file's order, such as inference.axes={default} (in Python axes={default!r})"
     if letters is None:
         raise VolumeError(
             f"{source.uri}: the array has {len(shape)} axes, shape {shape!s:.80}; a volume has 2 (y, x), 3 (z, "
-            "y, x) or 4 (c, z, y, x). State the axes with axes=, t for each of length 1, for example 'tczyx' "
-            "(inference.axes), or export an array of fewer axes."
+            "y, x) or 4 (c, z, y, x). State the axes, t for each of length 1, for example inference.axes=tczyx (in "
+            "Python axes='tczyx'), or export an array of fewer axes."
         )
     if len(letters) != len(shape):
         raise VolumeError(
             f"{source.uri}: the axes {letters!r}{'' if source.axes else f' ({where})'} name {len(letters)} axes, but "
-            f"the stored array has {len(shape)}, shape {shape!s:.80}; state the axes (axes=, inference.axes) with one "
-            "letter for each of them, t for one of length 1 that is dropped."
+            f"the stored array has {len(shape)}, shape {shape!s:.80}; {stating}, t for one of length 1 that is dropped."
         )
     if min(shape) < 1:
         raise VolumeError(
@@ -117,8 +118,7 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None, where: s
             kind = "a time axis" if letter == "t" else "an axis of unknown kind"
             raise VolumeError(
                 f"{source.uri}: {kind} of length {length} in an array of {len(shape)} axes, shape {shape} (axes "
-                f"{letters!r}); export a single one of "
-                "them, or state what the axes are with axes=, for example 'zyx'."
+                f"{letters!r}); export a single one of them, or, if its axes are others, {stating}."
             )
     letters = letters.replace("?", "t")
     if letters.count("c") > 1:  # such as samples beside channels
@@ -127,7 +127,7 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None, where: s
     if set(spatial) - set(AXES) or len(set(spatial)) < len(spatial) or not {"y", "x"} <= set(spatial):
         raise VolumeError(
             f"{source.uri}: cannot use the axes {letters!r} for an array of shape {shape}: each of c, z, "
-            "y, x may stand once, y and x must; state them with axes=, for example 'zyx' or 'czyx'."
+            f"y, x may stand once, y and x must; {stating}."
         )
     by_number = f"the usual order of {len(shape)} axes, as the file states none"
     return Layout(letters, shape, "inference.axes" if source.axes else where if found else by_number)
@@ -255,7 +255,7 @@ class StoredVolume:
     fetch
         Gives the voxels at an index (one slice for each stored axis) as a new array.
     identity
-        Computes the identity; called once, when first asked for.
+        Computes the identity; called once, when first asked for. Without it, that of ``watched``.
     release
         Closes what ``fetch`` uses.
     watched
@@ -269,16 +269,17 @@ class StoredVolume:
         layout: Layout,
         *,
         fetch: Callable[[tuple[slice, ...]], Array],
-        identity: Callable[[], dict[str, object]],
+        identity: Callable[[], dict[str, object]] | None = None,
         release: Callable[[], None],
         watched: WatchedFiles | None = None,
     ) -> None:
+        assert identity or watched, "a stored volume has files"
         self._watched = watched
         self._source = source
         self._info = info
         self._layout = layout
         self._fetch = fetch
-        self._compute_identity = identity
+        self._compute_identity = identity or (lambda: watched.identity if watched else {})
         self._identity: dict[str, object] | None = None
         self._release = release
         self._closed = False
@@ -328,7 +329,7 @@ class StoredVolume:
                 self._watched.require_same()
             assert result is not None, "a box that is not empty has parts"
         except READ_ERRORS as error:
-            raise VolumeError(f"cannot read {where}: {reason(error)}. Check that the file is complete.") from error
+            raise VolumeError(f"cannot read {where}: {reason(error)}.{again(error)}") from error
         return result
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,3 +129,18 @@ def test_wheel_and_sdist_install_into_an_empty_environment_and_run_the_demo() ->
     script = REPOSITORY / "scripts" / "check_package.py"
     ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_type_checkers_follow_an_editable_installation(tmp_path: Path) -> None:
+    """Pyright reads .pth files that hold a path, and no import hooks."""
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    for name in ("__init__.py", "py.typed", "core/__init__.py", "core/installation.py"):
+        (tmp_path / "connectomics" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / "connectomics" / name, tmp_path / "connectomics" / name)
+    code = "from setuptools.build_meta import build_editable; print(build_editable('.'))"
+    built = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    with zipfile.ZipFile(tmp_path / built.stdout.split()[-1]) as wheel:
+        (path,) = (name for name in wheel.namelist() if name.endswith(".pth"))
+        assert wheel.read(path).decode().split() == [str(tmp_path)]
+        assert not any(name.endswith("_finder.py") for name in wheel.namelist())

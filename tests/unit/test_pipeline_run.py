@@ -144,7 +144,7 @@ def test_a_sample_of_many_blocks_is_compared(tmp_path: Path) -> None:
 
 def run_lenient(folder: Path, job: VolumeJob) -> int:
     """How many blocks were computed of those that were recorded; the export meets the damaged rest."""
-    with pytest.raises(VolumeError, match="Check that the file is complete"):
+    with pytest.raises(VolumeError, match="Copy it again from its source"):
         run(folder, job)
     return len(cores(job)) - 1
 

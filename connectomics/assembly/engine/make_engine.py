@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import psutil
 
@@ -23,6 +23,7 @@ from connectomics.assembly.engine.rules import (
     probability_rule,
 )
 from connectomics.assembly.settings import InferenceSettings, resolve
+from connectomics.config.load import Given
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ModelError
 from connectomics.core.geometry import AxisOrder
@@ -39,13 +40,13 @@ from connectomics.runs.job import RunSettings
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 
 
-def build_engine(config: Config, checkpoint: Path | None = None) -> Engine:
+def build_engine(config: Config | Given | None = None, checkpoint: str | os.PathLike[str] | None = None) -> Engine:
     """Make everything that serves all volumes.
 
     Parameters
     ----------
     config
-        The configuration.
+        The configuration, a YAML file, or a mapping.
     checkpoint
         From the command line; replaces ``model.nnunet_checkpoint``.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectomics.core.errors import OutputError
-from connectomics.core.files import discard, put_in_place, write_text
+from connectomics.core.files import discard, put_in_place, require_short, write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.execution.lease import tidy
 from connectomics.execution.run_folder import LEDGER, WORKERS, checksums_of
@@ -24,6 +24,7 @@ from connectomics.stages.output.export import (
 )
 from connectomics.stages.output.formats.contract import ChunkedFormat
 from connectomics.stages.output.pyramid import Pyramid, discard_ledgers, fill_pyramid
+from connectomics.volumes.digests import SUFFIX as DIGESTS
 from connectomics.volumes.digests import write_digests
 from connectomics.volumes.source import reason
 from connectomics.volumes.store import Store
@@ -85,8 +86,12 @@ def check_names(outputs: Sequence[FinalOutput], folder: Path, *, overwrite: bool
 
 
 def check_exportable(output: FinalOutput, info: VolumeInfo, folder: Path, budget_bytes: int) -> None:
-    """Refuse formats that cannot hold an output before any work is done, by an OutputError that says which can."""
+    """Refuse formats that cannot hold an output, and names too long for the disk, before any work is done.
+
+    The OutputError says which formats can, or how much shorter the name must be.
+    """
     for form, path in output.paths(folder).items():
+        require_short(path.name + DIGESTS)
         require_exportable(info, path, form, budget_bytes)
 
 

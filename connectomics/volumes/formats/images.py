@@ -60,8 +60,8 @@ def open_image(source: Source) -> StoredVolume:
     dims = 2 if header.channels == 1 or grey else 3
     if source.axes is not None and (len(source.axes) != dims or not {"y", "x"} <= set(source.axes) <= set("cyx")):
         raise VolumeError(
-            f"{source.uri}: the axes {source.axes!r} do not fit an image of {dims} axes; use 'yx' or "
-            "'xy', with c for colours."
+            f"{source.uri}: the axes {source.axes!r} do not fit an image of {dims} axes; state "
+            f"inference.axes={'yx' if dims == 2 else 'cyx'}, or null."
         )
     return _open_sections(source, [(source.path,)], grey=grey)
 
@@ -129,7 +129,7 @@ def _open_sections(source: Source, sections: Sequence[tuple[Path, ...]], *, grey
     if source.axes is not None and "c" not in source.axes and channels > 1:
         raise VolumeError(
             f"{source.uri}: {first.name} has {header.channels} colours, for which the axes "
-            f"{source.axes!r} name no c axis."
+            f"{source.axes!r} name no c axis; state inference.axes=c{source.axes}, or null."
         )
     height, width = (header.width, header.height) if turned else (header.height, header.width)
     files = "1 file" if len(sections[0]) == 1 else f"{len(sections[0])} files, one a channel"

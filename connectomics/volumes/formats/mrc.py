@@ -78,15 +78,7 @@ def open_mrc(source: Source) -> StoredVolume:
             release = opened.pop_all().close
     except READ_ERRORS as error:
         raise unreadable(source, "MRC", error) from error
-    return StoredVolume(
-        source,
-        info,
-        layout,
-        fetch=array.fetch,
-        identity=lambda: watched.identity,
-        release=release,
-        watched=watched,
-    )
+    return StoredVolume(source, info, layout, fetch=array.fetch, watched=watched, release=release)
 
 
 def _require_extended_header(path: Path) -> bool:

@@ -183,5 +183,5 @@ def _sizes(source: Source, attributes: dict[str, Any], name: str, letters: str) 
     """What Java's ``pixelResolution`` says, and Janelia's ``resolution`` in its units; both count x first."""
     return [
         pixel_resolution_frame(source, attributes, name),
-        AttributeHolder(source, attributes, name, "xyz", letters).frame(),
+        AttributeHolder(source, attributes, name, order="xyz", letters=letters).frame(),
     ]

@@ -108,15 +108,7 @@ def open_nifti(source: Source) -> VolumeReader:
         with np.errstate(over="ignore", invalid="ignore"):
             return (voxels.astype(np.float64) * header.slope + header.intercept).astype(np.float32)
 
-    volume = StoredVolume(
-        source,
-        info,
-        layout,
-        fetch=fetch,
-        identity=lambda: watched.identity,
-        release=release,
-        watched=watched,
-    )
+    volume = StoredVolume(source, info, layout, fetch=fetch, watched=watched, release=release)
     return ReorientedVolume(volume, turn) if turn else volume
 
 

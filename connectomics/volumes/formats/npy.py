@@ -37,15 +37,7 @@ def open_npy(source: Source) -> StoredVolume:
             release = opened.pop_all().close
     except READ_ERRORS as error:
         raise unreadable(source, "npy", error) from error
-    return StoredVolume(
-        source,
-        info,
-        layout,
-        fetch=array.fetch,
-        identity=lambda: watched.identity,
-        release=release,
-        watched=watched,
-    )
+    return StoredVolume(source, info, layout, fetch=array.fetch, watched=watched, release=release)
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:

@@ -38,13 +38,13 @@ def sections_of(source: Source, images: Sequence[Path], *, colours: bool) -> lis
     axes = source.axes
     if axes is not None and (not {"y", "x"} <= set(axes) <= set("czyx") or len(set(axes)) < len(axes)):
         raise VolumeError(
-            f"{source.uri}: cannot use the axes {axes!r} for a folder of images; use 'zyx', 'cyx' or 'czyx'."
+            f"{source.uri}: cannot use the axes {axes!r} for a folder of images; state inference.axes=zyx, cyx or czyx."
         )
     if axes is not None and "z" not in axes:
         if "c" not in axes and len(images) > 1:
             raise VolumeError(
-                f"{source.uri}: the axes {axes!r} leave no axis for {len(images)} files; use 'zyx' where "
-                "each is a section."
+                f"{source.uri}: the axes {axes!r} leave no axis for {len(images)} files; state "
+                "inference.axes=zyx where each is a section."
             )
         return [tuple(images)]
     matches = [CHANNEL_SUFFIX.fullmatch(path.stem) for path in images]
@@ -62,7 +62,7 @@ def sections_of(source: Source, images: Sequence[Path], *, colours: bool) -> lis
             raise VolumeError(
                 f"{source.uri}: section {stem} lacks channel {', '.join(missing)} (file "
                 f"{stem}_{missing[0]}*) that others have; "
-                "add it, or state axes 'zyx' if every file is a section of its own."
+                "add it, or state inference.axes=zyx if every file is a section of its own."
             )
     return [tuple(channels[suffix] for suffix in suffixes) for channels in sections.values()]
 
@@ -83,7 +83,7 @@ def notes_on(sections: Sequence[tuple[Path, ...]]) -> list[str]:
     notes = []
     if len(sections[0]) > 1 and len(sections) == 1:
         notes.append(
-            f"{len(sections[0])} files are read as the channels of one section; state axes 'zyx' where "
+            f"{len(sections[0])} files are read as the channels of one section; state inference.axes=zyx where "
             "they are sections"
         )
     copies = [name for name in names if COPY.search(name) and COPY.sub("", name) in set(names)]

@@ -262,7 +262,7 @@ def _frame(source: Source, node: _Node, layout: Layout, *, named: bool) -> list[
     order = spatial if named and source.axes is None and len(spatial) == 3 else SPATIAL
     name = node.path.name
     return [
-        AttributeHolder(source, node.attributes, name, order, layout.letters).frame(),
+        AttributeHolder(source, node.attributes, name, order=order, letters=layout.letters).frame(),
         transform_frame(source, node.attributes, name),
         pixel_resolution_frame(source, node.attributes, name),
     ]
@@ -282,6 +282,14 @@ def _described(source: Source, node: _Node) -> tuple[Path | None, OmeLevel | Non
                 known = states_axes(image) or len(_shape(source, node)) == 5
                 return (parent, level_of(source, image, dataset, parent.name)) if known else (None, None)
     return None, None
+
+
+def level_names(folder: Path) -> list[str]:
+    """Names of the levels of the group in a folder, the finest first; empty where its metadata name none."""
+    node = _node(folder)
+    if node is None or node.is_array:
+        return []
+    return [str(level.get("path")) for level in levels_of(image_of(node.attributes))]
 
 
 def _metadata_files(folder: Path) -> list[tuple[str, Path]]:

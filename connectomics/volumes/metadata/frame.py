@@ -83,7 +83,7 @@ class AttributeHolder:
     def _size(self) -> tuple[Nanometres | None, str]:
         stated = list(self._sizes())
         for other, where in stated[1:]:
-            require_same_size(self.source, stated[0][0], stated[0][1], other, where)
+            require_same_size(self.source, stated[0], (other, where))
         return stated[0] if stated else (None, "")
 
     def _sizes(self) -> Iterator[tuple[Nanometres, str]]:
@@ -173,8 +173,12 @@ class AttributeHolder:
         )
 
 
-def require_same_size(source: Source, first: Nanometres, where: str, second: Nanometres, there: str) -> None:
-    """Refuse two statements of a voxel size that differ, by a VolumeError; the request's own goes before both."""
+def require_same_size(source: Source, one: tuple[Nanometres, str], other: tuple[Nanometres, str]) -> None:
+    """Refuse two statements of a voxel size that differ, by a VolumeError; the request's own goes before both.
+
+    ``one`` and ``other`` are sizes, and where they stand.
+    """
+    (first, where), (second, there) = one, other
     if source.voxel_size_nm is None and not np.allclose(first, second, rtol=TOLERANCE, atol=0):
         raise VolumeError(
             f"{source.uri}: {where} says that voxels are {first} nm (z, y, x), but {there} says {second}; correct one, "
@@ -187,7 +191,7 @@ def agreed_frame(source: Source, frames: Sequence[Frame]) -> Frame:
     sized = [frame for frame in frames if frame.voxel_size_nm is not None]
     for other in sized[1:]:
         assert sized[0].voxel_size_nm is not None and other.voxel_size_nm is not None
-        require_same_size(source, sized[0].voxel_size_nm, sized[0].where, other.voxel_size_nm, other.where)
+        require_same_size(source, (sized[0].voxel_size_nm, sized[0].where), (other.voxel_size_nm, other.where))
     moved = [frame for frame in frames if frame.origin_nm != NOWHERE or frame.origin_where]
     chosen = sized[0] if sized else Frame()
     placed = next((frame for frame in [chosen, *moved] if frame.origin_nm != NOWHERE), chosen)

@@ -67,7 +67,7 @@ def stated_frame(source: Source, file: Any, dataset: Any, layout: Layout, *, nam
     frames: list[Frame] = []
     for holder in (dataset, dataset.file, file):
         values = {name: holder.attrs[name] for name in ATTRIBUTES if name in holder.attrs}
-        frames.append(AttributeHolder(source, values, holder.name or "/", order, layout.letters).frame())
+        frames.append(AttributeHolder(source, values, holder.name or "/", order=order, letters=layout.letters).frame())
         if frames[-1].voxel_size_nm is not None:
             break
     return agreed_frame(source, [*frames, _ilastik_frame(source, dataset)])

@@ -17,11 +17,11 @@ from connectomics.volumes.formats.codecs.hdf5_filters import require_filters
 from connectomics.volumes.source import Source, some_of
 
 MOST_NUMBERED = 1 << 20
-Part = tuple[str, Path]
+NamedFile = tuple[str, Path]
 """Name as the file states it, and where it is."""
 
 
-def parts_of(source: Source, dataset: Any) -> list[Part]:
+def parts_of(source: Source, dataset: Any) -> list[NamedFile]:
     """All other files that a dataset is read from, each once.
 
     Raises
@@ -99,22 +99,22 @@ def _check(source: Source, dataset: Any, mapped: Any, part: Path) -> None:
                     "lead in a circle; copy the voxels into a dataset of their own."
                 )
             require_filters(source, node)
-            _require_extent(source, dataset, mapped, node, part)
+            _require_extent(f"{source.uri}: dataset {dataset.name}", mapped, node, part)
 
 
-def _require_extent(source: Source, dataset: Any, mapped: Any, node: Any, part: Path) -> None:
+def _require_extent(dataset: str, mapped: Any, node: Any, part: Path) -> None:
+    if any(h5py.h5s.UNLIMITED in space.get_simple_extent_dims(True) for space in (mapped.vspace, mapped.src_space)):
+        return
     if mapped.src_space.get_select_type() == h5py.h5s.SEL_ALL:
         wanted: tuple[int, ...] = (mapped.vspace.get_select_npoints(),)
         short = wanted[0] != node.size
-    elif h5py.h5s.UNLIMITED in mapped.src_space.get_simple_extent_dims(True):
-        return
     else:
         _, last = mapped.src_space.get_select_bounds()
         wanted = tuple(end + 1 for end in last)
         short = len(wanted) != node.ndim or any(n > length for n, length in zip(wanted, node.shape, strict=True))
     if short:
         raise VolumeError(
-            f"{source.uri}: dataset {dataset.name} takes {' × '.join(map(str, wanted))} voxels from {part.name}, whose "
+            f"{dataset} takes {' × '.join(map(str, wanted))} voxels from {part.name}, whose "
             f"{node.name} has shape {node.shape}; the part was cut short or replaced, so write it again."
         )
 

@@ -125,7 +125,7 @@ def _steps(source: Source, stated: object, count: int, where: str, depth: int = 
     for step in stated if isinstance(stated, list) else []:
         kind = step.get("type") if isinstance(step, dict) else None
         if kind == "sequence" and depth < DEEPEST_SEQUENCE:
-            yield from _steps(source, step.get("transformations"), count, where, depth + 1)
+            yield from _steps(source, step.get("transformations"), count, where=where, depth=depth + 1)
         elif kind in ("scale", "translation"):
             values = numbers_in(step.get(kind))
             if values is None or len(values) != count:

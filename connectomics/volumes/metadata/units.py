@@ -69,7 +69,7 @@ def length_of(unit: object) -> float | None:
 
     Examples
     --------
-    >>> [length_of(unit) for unit in ("um", "microns", r"\\\\u03BCm", "Angstrom", "pixel", "furlong")]
+    >>> [length_of(unit) for unit in ("um", "microns", r"\\u03BCm", "Angstrom", "pixel", "furlong")]
     [1000.0, 1000.0, 1000.0, 0.1, None, nan]
     """
     text = plain(unit)
