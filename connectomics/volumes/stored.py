@@ -22,6 +22,8 @@ from connectomics.volumes.volume import Array, Nanometres, Spacing, VolumeInfo
 from connectomics.volumes.watched import WatchedFiles
 
 AXES = "czyx"
+MOST_AXES = 8
+"""An array of more is no volume, whatever they are called."""
 CACHE_BYTES = 64 << 20
 READ_BYTES = 16 << 20
 PIECE_BYTES = 1 << 20
@@ -98,6 +100,8 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None, where: s
     default = usual(shape) or "tczyx"[-len(shape) :]
     letters = source.axes or (completed(found, shape) if found else usual(shape))
     stating = f"state them in the file's order, such as inference.axes={default} (in Python axes={default!r})"
+    if len(shape) > MOST_AXES:
+        stating = "export an array of fewer axes; otherwise state them in the file's order"
     if letters is None:
         raise VolumeError(
             f"{source.uri}: the array has {len(shape)} axes, shape {shape!s:.80}; a volume has 2 (y, x), 3 (z, "
