@@ -19,7 +19,7 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.fingerprint import key_of
-from connectomics.volumes.library_text import in_our_words
+from connectomics.volumes.formats.library_text import in_our_words
 from connectomics.volumes.volume import Nanometres
 
 READ_ERRORS = (
