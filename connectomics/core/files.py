@@ -37,8 +37,8 @@ def require_short(name: str) -> None:
     excess = len(os.fsencode(name)) - LONGEST_NAME
     if excess > 0:
         raise OutputError(
-            f"{name[:40]}…: the name of the result is {excess} bytes longer than the {LONGEST_NAME} that file systems "
-            "allow; shorten the volume's name, or link to it by a shorter one"
+            f"{name[:40]}…: the name of the result is too long by {excess} bytes, for file systems allow "
+            f"{LONGEST_NAME}; shorten the volume's name, or link to it by a shorter one"
         )
 
 

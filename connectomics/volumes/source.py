@@ -137,7 +137,10 @@ def again(error: BaseException) -> str:
     """What to do about a file that its library cannot read; of one that is forbidden ``reason`` says it."""
     if isinstance(error, PermissionError):
         return ""
-    return " Copy it again from its source; if other programs read it, save it there as HDF5, OME-Zarr or TIFF."
+    return (
+        " Copy it again from its source, for it may be incomplete; if other programs read it, save it there as HDF5, "
+        "OME-Zarr or TIFF."
+    )
 
 
 def refuse_inner(source: Source) -> None:
