@@ -64,6 +64,7 @@ lint: $(READY)  ## the gates that read the code
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
 	$(PY) scripts/write_config_pages.py --check
+	$(PY) scripts/write_format_matrix.py --check
 
 parity: $(READY)  ## print the table of docs/fidelity.md
 	$(PY) benchmarks/parity.py

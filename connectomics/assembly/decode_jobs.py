@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from connectomics.stages.output.finish import FinalOutput
 from connectomics.volumes.listing import stem_of
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import Nanometres, VolumeInfo, VolumeReader
+from connectomics.volumes.watched import changed_input
 
 OBJECTS = "objects"
 SUFFIX = "_instances"
@@ -176,6 +178,14 @@ def output_of(request: DecodingRequest, source: DecodingInput, volume: VolumeRea
     return FinalOutput(OBJECTS, source.stem, key_of(facts), output.formats, pyramid=output.pyramid)
 
 
+def _require_unchanged(request: DecodingRequest, source: DecodingInput, output: FinalOutput) -> None:
+    """Open all inputs again, and refuse to go on, by a VolumeError, if they are not those of this result."""
+    with contextlib.closing(open_decoding_input(request, source)) as volume:
+        now = output_of(request, source, volume)
+    if now.result_key != output.result_key:
+        raise VolumeError(changed_input(source.uri))
+
+
 def _known(uri: str) -> dict[str, object]:
     with contextlib.closing(open_volume(uri)) as reader:
         return _identity(uri, reader)
@@ -251,7 +261,12 @@ def decode_job(
         output,
         table=table_of(request.output, source),
         plan=plan,
-        record=DecodeRecord(program_version(), provenance, _command(request, source)),
+        record=DecodeRecord(
+            program_version(),
+            provenance,
+            _command(request, source),
+            require_unchanged=functools.partial(_require_unchanged, request, source, output),
+        ),
         probabilities=probabilities,
     )
 

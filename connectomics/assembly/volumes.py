@@ -37,6 +37,7 @@ from connectomics.stages.survey.region import RegionOfInterest, require_inside
 from connectomics.volumes.listing import VolumeSource, expand, group, refuse_collisions, without_results
 from connectomics.volumes.opening import open_channels, open_volume
 from connectomics.volumes.volume import Spacing, VolumeReader
+from connectomics.volumes.watched import changed_input
 
 PREVIOUS = "previous_stage"  # folder in RUN where the labels of a cascade's first stage are kept
 
@@ -334,6 +335,14 @@ def roi_of(region: RegionSettings, extent: Vec3, name: str) -> RegionOfInterest 
         raise
 
 
+def _require_unchanged(engine: Engine, source: VolumeSource, outputs: tuple[FinalOutput, ...]) -> None:
+    """Open all inputs again, and refuse to go on, by a VolumeError, if they are not those of these results."""
+    with contextlib.closing(open_source(engine, source)) as reader:
+        now = outputs_of(engine, source, reader)
+    if [output.result_key for output in now] != [output.result_key for output in outputs]:
+        raise VolumeError(changed_input(source.name))
+
+
 def job_of(
     engine: Engine,
     source: VolumeSource,
@@ -363,6 +372,10 @@ def job_of(
         Labeller(segmenter, engine.inference.labels.filters, roi, contract),
         outputs=outputs,
         plan=plan,
-        record=JobRecord(provenance_of(engine, reader, segmenter, previous), command_of(engine, source)),
+        record=JobRecord(
+            provenance_of(engine, reader, segmenter, previous),
+            command_of(engine, source),
+            require_unchanged=functools.partial(_require_unchanged, engine, source, outputs),
+        ),
         limits=JobLimits(readers, block_bytes, on_device=engine.memory.device_bytes is not None),
     )

@@ -203,8 +203,9 @@ class InferenceConfig:
         None,
         "order of the file's axes, such as xyz or czyx; null: from the metadata",
         KeyRule(
-            lambda axes: len(set(axes)) == len(axes) and {"y", "x"} <= set(axes) <= set("czyx"),
-            "must name the axes in the file's order by c, z, y, x, each at most once and y, x always",
+            lambda axes: {*"yx"} <= {*axes} <= {*"tczyx"} and all(axes.count(letter) < 2 for letter in "czyx"),
+            "must name the axes in the file's order by c, z, y, x, each at most once and y, x always; t for any of "
+            "length 1 that is dropped",
         ),
     )
     block_shape: list[int] | None = key(

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -48,11 +48,15 @@ HERE = "decoder"  # the lease of each process that still needs what unfinished w
 
 @dataclass(frozen=True, slots=True)
 class DecodeRecord:
-    """What is written about a result, and ``program``: its name and version, part of the run key."""
+    """What is written about a result, and ``program``: its name and version, part of the run key.
+
+    ``require_unchanged`` is that of ``JobRecord``.
+    """
 
     program: str
     provenance: Mapping[str, object]
     command: tuple[str, ...]
+    require_unchanged: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +203,7 @@ def _finish(job: DecodeJob, state: DecodingState, run_key: str, folder: Path, ru
     """Write what is still missing, and remove what is not needed any more."""
     assert isinstance(state.volume, Store), "every step leaves a store"
     if not job.is_finished(folder):  # else another process was first
+        job.record.require_unchanged()
         stamp = dict(job.record.provenance) | {"run_key": run_key, "objects": state.count, **state.facts}
         if job.table is not None and state.tables is not None:
             unseal(job.run_folder, job.table)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +67,16 @@ class Labeller:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """What is told of a volume: its provenance, the command that makes it again, and the time that was predicted."""
+    """What is told of a volume: its provenance, the command that makes it again, and the time that was predicted.
+
+    ``require_unchanged`` is called before a result is stamped with them; it raises VolumeError where what was read is
+    not any more what it was when the provenance was taken.
+    """
 
     provenance: Mapping[str, object]
     command: tuple[str, ...]
     predicted_s: float | None = None
+    require_unchanged: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,6 +139,8 @@ def _prepare(
 def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, workspace: Workspace) -> None:
     """Write what is still missing of the outputs, and remove the working stores."""
     pending = [o for o in prepared.pending if o.missing(settings.folder)]  # another process may have been first
+    if pending:
+        job.record.require_unchanged()
     prepared.ledger.refresh()
     stamp = dict(job.record.provenance) | {
         "numeric_class": "mixed" if prepared.ledger.mixed else dict(settings.numeric_class),

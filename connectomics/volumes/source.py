@@ -6,8 +6,8 @@ Every file of a format imports this; it knows nothing about arrays.
 from __future__ import annotations
 
 import json
-import math
 import os
+import re
 import stat
 import struct
 import zlib
@@ -50,16 +50,6 @@ DEEPEST = 8
 
 PRECOMPUTED_PREFIXES = ("precomputed://file://", "precomputed://")
 """What may stand before the path of a precomputed volume, longest first."""
-
-NM_PER_UNIT = {
-    **dict.fromkeys(("pm", "picometer"), 1e-3),
-    **dict.fromkeys(("å", "angstrom"), 0.1),
-    **dict.fromkeys(("nm", "nanometer", "nanometre"), 1.0),
-    **dict.fromkeys(("um", "micron", "micrometer", "micrometre"), 1e3),
-    **dict.fromkeys(("mm", "millimeter", "millimetre"), 1e6),
-    **dict.fromkeys(("cm", "centimeter", "centimetre"), 1e7),
-    **dict.fromkeys(("m", "meter", "metre"), 1e9),
-}
 
 
 def without_prefix(uri: str) -> tuple[str, str]:
@@ -108,15 +98,13 @@ def three_positive(values: object, factor: float = 1.0) -> Nanometres | None:
     return (z, y, x) if all(np.isfinite(v) and v > 0 for v in (z, y, x)) else None
 
 
-def nanometres(unit: object) -> float:
-    """Nanometres in one ``unit`` as programs spell it; not a number where it is unknown."""
-    plain = str(unit).strip().lower().replace("µ", "u").replace("μ", "u")
-    return NM_PER_UNIT.get(plain, NM_PER_UNIT.get(plain.removesuffix("s"), math.nan))
-
-
 def some_of(names: Sequence[str]) -> str:
     """Names in a message, at most ten."""
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+_STATUS = re.compile(r"^([A-Z]+_?)+: ")  # TensorStore's code of an error
+_HDF5_WORDS = re.compile(r"(?:Can't|Unable to) synchronously [\w ]+ \((.*)\)$")
 
 
 def reason(error: BaseException) -> str:
@@ -124,7 +112,9 @@ def reason(error: BaseException) -> str:
     if isinstance(error, PermissionError):
         return "permission denied; make it readable for this user"
     lines = str(error).partition(" [tensorstore_spec=")[0].strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
+    text = lines[0].strip("'") if lines else type(error).__name__
+    within = _HDF5_WORDS.match(text)
+    text = within[1] if within else _STATUS.sub("", text)
     return text if len(text) <= 200 else f"{text[:90]} … {text[-110:]}"
 
 

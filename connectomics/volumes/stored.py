@@ -16,8 +16,10 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box, Vec3, pieces, vec3
+from connectomics.volumes.metadata.axes import completed, usual
 from connectomics.volumes.source import READ_ERRORS, Source, again, reason, require_believable
 from connectomics.volumes.volume import Array, Nanometres, Spacing, VolumeInfo
+from connectomics.volumes.watched import WatchedFiles
 
 AXES = "czyx"
 CACHE_BYTES = 64 << 20
@@ -82,7 +84,8 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None, where: s
     stored
         Shape of the stored array.
     found
-        Letters out of t, c, z, y, x that the file states, ``?`` for an axis of another kind, or None.
+        Letters out of t, c, z, y, x that the file states, ``?`` for an axis of another kind, ``_`` for one without a
+        name, or None.
     where
         The file states them.
 
@@ -92,18 +95,19 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None, where: s
         If the letters do not fit the array, an axis is empty, or a time axis is longer than 1.
     """
     shape = tuple(int(n) for n in stored)
-    default = {2: "yx", 3: "zyx", 4: "czyx"}.get(len(shape))
-    letters = source.axes or found or default
+    default = usual(shape) or "tczyx"[-len(shape) :]
+    letters = source.axes or (completed(found, shape) if found else usual(shape))
     stating = f"state them in the file's order, such as inference.axes={default} (in Python axes={default!r})"
     if letters is None:
         raise VolumeError(
             f"{source.uri}: the array has {len(shape)} axes, shape {shape!s:.80}; a volume has 2 (y, x), 3 (z, "
-            "y, x) or 4 (c, z, y, x). Name an array of so many, or write it again with them."
+            "y, x) or 4 (c, z, y, x). State the axes, t for each of length 1, for example inference.axes=tczyx (in "
+            "Python axes='tczyx'), or export an array of fewer axes."
         )
     if len(letters) != len(shape):
         raise VolumeError(
-            f"{source.uri}: the axes {letters!r} name {len(letters)} axes, but the stored array has "
-            f"{len(shape)}, shape {shape!s:.80}; {stating}."
+            f"{source.uri}: the axes {letters!r}{'' if source.axes else f' ({where})'} name {len(letters)} axes, but "
+            f"the stored array has {len(shape)}, shape {shape!s:.80}; {stating}, t for one of length 1 that is dropped."
         )
     if min(shape) < 1:
         raise VolumeError(
@@ -112,20 +116,21 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None, where: s
     for letter, length in zip(letters, shape, strict=True):
         if letter in "t?" and length > 1:
             kind = "a time axis" if letter == "t" else "an axis of unknown kind"
-            others = f", or, if its axes are others, {stating}" if default else ""
             raise VolumeError(
-                f"{source.uri}: {kind} of length {length} in an array of shape {shape} (axes {letters!r}); export a "
-                f"single one of them{others}."
+                f"{source.uri}: {kind} of length {length} in an array of {len(shape)} axes, shape {shape} (axes "
+                f"{letters!r}); export a single one of them, or, if its axes are others, {stating}."
             )
     letters = letters.replace("?", "t")
+    if letters.count("c") > 1:  # such as samples beside channels
+        letters = "".join("t" if a == "c" and n == 1 else a for a, n in zip(letters, shape, strict=True))
     spatial = letters.replace("t", "")
     if set(spatial) - set(AXES) or len(set(spatial)) < len(spatial) or not {"y", "x"} <= set(spatial):
         raise VolumeError(
             f"{source.uri}: cannot use the axes {letters!r} for an array of shape {shape}: each of c, z, "
-            f"y, x may stand once, y and x must; {stating if default else 'write it again with at most four axes'}."
+            f"y, x may stand once, y and x must; {stating}."
         )
-    usual = f"the usual order of {len(shape)} axes, as the file states none"
-    return Layout(letters, shape, "inference.axes" if source.axes else where if found else usual)
+    by_number = f"the usual order of {len(shape)} axes, as the file states none"
+    return Layout(letters, shape, "inference.axes" if source.axes else where if found else by_number)
 
 
 def native_dtype(source: Source, dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:
@@ -162,6 +167,7 @@ def info_of(
     native = native_dtype(source, dtype)
     require_believable(source, math.prod(layout.stored) * dtype.itemsize)
     stated = source.voxel_size_nm
+    known = {"voxel size": voxel_size_nm is not None, "spacing": spacing is not None}
     try:
         chunk = layout.chunk(stored_chunk)
         return VolumeInfo(
@@ -173,7 +179,7 @@ def info_of(
             spacing=spacing,
             found={
                 **({"axes": f"{layout.letters}, by {layout.where}"} if layout.where else {}),
-                **(found or {}),
+                **{fact: where for fact, where in (found or {}).items() if known.get(fact, True)},
                 **({"voxel size": "inference.voxel_size_nm"} if stated else {}),
             },
         )
@@ -249,9 +255,11 @@ class StoredVolume:
     fetch
         Gives the voxels at an index (one slice for each stored axis) as a new array.
     identity
-        Computes the identity; called once, when first asked for.
+        Computes the identity; called once, when first asked for. Without it, that of ``watched``.
     release
         Closes what ``fetch`` uses.
+    watched
+        The files that ``fetch`` reads, which must not change meanwhile; for storage that reads what is gone as zeros.
     """
 
     def __init__(
@@ -261,14 +269,17 @@ class StoredVolume:
         layout: Layout,
         *,
         fetch: Callable[[tuple[slice, ...]], Array],
-        identity: Callable[[], dict[str, object]],
+        identity: Callable[[], dict[str, object]] | None = None,
         release: Callable[[], None],
+        watched: WatchedFiles | None = None,
     ) -> None:
+        assert identity or watched, "a stored volume has files"
+        self._watched = watched
         self._source = source
         self._info = info
         self._layout = layout
         self._fetch = fetch
-        self._compute_identity = identity
+        self._compute_identity = identity or (lambda: watched.identity if watched else {})
         self._identity: dict[str, object] | None = None
         self._release = release
         self._closed = False
@@ -309,10 +320,13 @@ class StoredVolume:
             for part in pieces(box, self._info.chunk_shape, READ_BYTES // voxel_bytes):
                 block = self._layout.arrange(self._fetch(self._layout.index(part)))
                 if part == box:
-                    return np.asarray(block, dtype=self._info.dtype, order="C")
+                    result = np.asarray(block, dtype=self._info.dtype, order="C")
+                    break
                 if result is None:
                     result = np.empty((self._info.channels, *box.shape), self._info.dtype)
                 result[(slice(None), *part.relative_to(box).slices)] = block
+            if self._watched is not None:
+                self._watched.require_same()
             assert result is not None, "a box that is not empty has parts"
         except READ_ERRORS as error:
             raise VolumeError(f"cannot read {where}: {reason(error)}.{again(error)}") from error

@@ -120,7 +120,7 @@ VOLUMES: dict[str, tuple[Callable[[Path], Path | str], tuple[str, ...]]] = {
     "h5_text_dataset": (lambda f: write_h5(f / "h5_text_dataset.h5", np.full((24, 32), b"ab")), ("type",)),
     "h5_complex": (lambda f: write_h5(f / "h5_complex.h5", GOOD.astype(np.complex64)), ("complex64",)),
     "h5_one_axis": (lambda f: write_h5(f / "h5_one_axis.h5", GOOD.ravel()), ("1 axes",)),
-    "h5_five_axes": (lambda f: write_h5(f / "h5_five_axes.h5", GOOD[None, None]), ("5 axes",)),
+    "h5_five_axes": (lambda f: write_h5(f / "h5_five_axes.h5", GOOD[None, None].repeat(2, 0)), ("5 axes",)),
     "h5_no_voxels": (lambda f: write_h5(f / "h5_no_voxels.h5", GOOD[:0]), ("without voxels",)),
     "h5_nan": (lambda f: write_h5(f / "h5_nan.h5", nan(GOOD.shape, np.nan)), ("(1, 20, 30)", "NaN")),
     "h5_infinite": (lambda f: write_h5(f / "h5_infinite.h5", nan(GOOD.shape, np.inf)), ("(1, 20, 30)",)),

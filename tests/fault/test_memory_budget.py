@@ -43,16 +43,19 @@ def server() -> Iterator[ForkServer]:
     [(2, (256, 256), 40, (1, 700, 1000)), (3, (32, 64, 64), 20, (64, 64, 192))],
     ids=["2D with many classes", "3D"],
 )
+@pytest.mark.parametrize("mirrored", ["one axis", pytest.param("all axes", marks=pytest.mark.long)])
 def test_memory_stays_within_the_smallest_budget_that_a_refusal_names(
     server: ForkServer,
     dimensions: int,
     patch: tuple[int, ...],
     classes: int,
     extent: tuple[int, int, int],
+    mirrored: str,
     tmp_path: Path,
 ) -> None:
+    axes = (0,) if mirrored == "one axis" else tuple(range(dimensions))
     model = make_model(
-        tmp_path / "model", dimensions=dimensions, classes=classes, patch=patch, mirror_axes=(0,), seed=2
+        tmp_path / "model", dimensions=dimensions, classes=classes, patch=patch, mirror_axes=axes, seed=2
     )
     words = infer_words(
         model,

@@ -155,7 +155,7 @@ VOLUMES: dict[str, Remedy] = {
     ),
     "five axes": Remedy(
         lambda: inspect(saved("v.npy", PIXELS[None, None].repeat(2, 0))),
-        "write it again with them",
+        "export an array of fewer axes",
         doing(lambda: saved("v.npy", PIXELS[None].repeat(2, 0))),
     ),
     "five TIFF axes": Remedy(

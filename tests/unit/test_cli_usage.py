@@ -203,7 +203,7 @@ def test_inspect_tells_a_volume_and_where_each_fact_was_found(place: Path, capsy
     assert found["format"] == "hdf5"
     assert found["shape (c, z, y, x)"] == [1, 2, 3, 4]
     assert found["axes as stored"] == "zyx, by the usual order of 3 axes, as the file states none"
-    assert found["voxel size (z, y, x)"] == "30, 8, 8 nm, by attribute resolution of /raw"
+    assert found["voxel size (z, y, x)"] == "30, 8, 8 nm, by attribute `resolution` of `/raw`"
     assert (found["dtype"], found["minimum"], found["maximum"], found["levels"]) == ("int16", 0, 23, "one")
     stated = facts(["v.h5", "inference.axes=xyz", "inference.voxel_size_nm=[1,2,3]"], capsys)
     assert stated["shape (c, z, y, x)"] == [1, 4, 3, 2]
@@ -217,13 +217,13 @@ def test_inspect_tells_a_volume_and_where_each_fact_was_found(place: Path, capsy
         resolution=(125, 125),
     )
     assert str(facts(["t.tif"], capsys)["voxel size (z, y, x)"]).startswith(
-        "30, 8, 8 nm, by spacing and unit of ImageJ"
+        "30, 8, 8 nm, by `spacing`, `unit` and resolution tags of ImageJ"
     )
     np.save(place / "n.npy", np.array([[np.nan, 1.0], [2.0, -np.inf]]))
     found = facts(["n.npy"], capsys)
     assert (found["minimum"], found["maximum"], found["not finite"]) == (1.0, 2.0, "2 voxels of the sample")
     assert main(["inspect", "v.h5"]) == 0
-    assert "voxel size (z, y, x) 30, 8, 8 nm, by attribute resolution of /raw" in capsys.readouterr().out
+    assert "voxel size (z, y, x) 30, 8, 8 nm, by attribute `resolution` of `/raw`" in capsys.readouterr().out
 
 
 def test_inspect_lists_the_levels_of_a_pyramid(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,7 +246,7 @@ def test_inspect_lists_the_levels_of_a_pyramid(place: Path, capsys: pytest.Captu
     )
     plain[:] = 3
     found = facts(["p.zarr"], capsys)
-    assert found["axes as stored"] == "zyx, by dimension_names of the array"
+    assert found["axes as stored"] == "zyx, by `dimension_names` of `p.zarr`"
     assert (found["chunks (z, y, x)"], found["levels"]) == ([1, 4, 4], "one")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import re
 import shlex
 import sys
@@ -54,6 +55,24 @@ def decode(folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
         return code, printed.out + printed.err
 
     return run
+
+
+def test_a_volume_that_changes_while_it_is_decoded_has_no_objects(
+    folder: Path, labels: Array, decode: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = BlockPieces.__call__
+
+    def touching(self: BlockPieces, grid: BlockGrid, block: Block) -> Mapping[str, Array]:
+        done = pieces(self, grid, block)
+        os.utime(folder / "v.h5", ns=(0, (folder / "v.h5").stat().st_mtime_ns + 1_000_000_000))
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BlockPieces, "__call__", touching)
+        code, printed = decode(COMPONENTS)
+    assert code == 3 and "not any more what they were when" in " ".join(printed.split())
+    assert final_names(folder / "out") == set()
+    assert decode(COMPONENTS)[0] == 0  # the remedy
 
 
 def test_a_file_becomes_objects_and_a_table(folder: Path, labels: Array, decode: Run) -> None:

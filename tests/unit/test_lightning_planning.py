@@ -164,7 +164,7 @@ def test_a_resumed_run_is_planned_as_it_was_begun_and_gives_the_same_bytes(
     assert main(again) == 0
     report = report_of(tmp_path / "out")
     assert (report["planned"], report["done"]) == (27, 7)
-    assert 0 < report["predicted_s"] < volume["high_s"]
+    assert report["predicted_s"] > 0
     assert finals(tmp_path / "out") == finals(tmp_path / "whole")
 
 

@@ -96,6 +96,29 @@ def test_all_results_go_where_the_processors_configuration_says(folder: Path, tm
     assert not (folder / "out").exists()
 
 
+class Writer(Notes):
+    """An observer that writes to the volume after its first block."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def block(self, finished: int, planned: int) -> None:
+        if finished == planned:
+            os.utime(self.path, ns=(0, self.path.stat().st_mtime_ns + 1_000_000_000))
+
+
+def test_a_volume_that_changes_while_it_is_read_has_no_result(folder: Path, output: Path, tmp_path: Path) -> None:
+    path = tmp_path / "changing.h5"
+    write_h5(path, em_like((1, 16, 16)))
+    config, engine = engine_for(folder)
+    (outcome,) = VolumeProcessor(config, engine, Writer(path)).run(named_sources([str(path)], 1))
+    assert outcome.state == "failed" and "not any more what they were when the run began" in outcome.reason
+    assert final_names(output) == set()
+    (outcome,) = VolumeProcessor(config, engine).run(named_sources([str(path)], 1))  # the remedy
+    assert outcome.state == "done" and final_names(output) == {"changing_labels.h5"}
+
+
 def test_stop_on_error_stops(folder: Path, output: Path) -> None:
     config, engine = engine_for(folder, "inference.volume_mode.stop_on_error=true")
     outcomes = VolumeProcessor(config, engine).run(sources(folder, "v0", "bad", "v1"))

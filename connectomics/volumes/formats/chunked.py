@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import tensorstore as ts
 
 from connectomics.core.errors import VolumeError
+from connectomics.volumes.metadata.frame import Frame
 from connectomics.volumes.source import Source
 from connectomics.volumes.stored import Layout, StoredVolume, info_of, require_small_chunks
-from connectomics.volumes.volume import Array, Nanometres
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """Voxel size and position of the first voxel (z, y, x), as far as metadata state them, and where they do."""
-
-    voxel_size_nm: Nanometres | None = None
-    origin_nm: Nanometres = (0.0, 0.0, 0.0)
-    where: str = ""
+from connectomics.volumes.volume import Array
 
 
 def open_stored(driver: str, folder: Path, *, writable: bool = False, **options: object) -> Any:
     """TensorStore's handle of the array that stands in a folder; ``options`` are the driver's."""
-    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"}, **options}
+    spec = {"driver": driver, "kvstore": _files(folder), **options}
     return ts.open(spec, open=True, read=True, write=writable, context=ts.Context()).result()
+
+
+def open_mended(driver: str, folder: Path, metadata: tuple[str, object], options: Mapping[str, object]) -> Any:
+    """Do as ``open_stored``, with other content of a metadata file than on disk, where TensorStore refuses that."""
+    name, content = metadata
+    context = ts.Context()
+    ts.KvStore.open("memory://", context=context).result().write(name, json.dumps(content)).result()
+    layers = [{"base": _files(folder)}, {"base": f"memory://{name}", "exact": name}]
+    spec = {"driver": driver, "kvstore": {"driver": "kvstack", "layers": layers}, **options}
+    return ts.open(spec, open=True, read=True, write=False, context=context).result()
+
+
+def _files(folder: Path) -> dict[str, object]:
+    return {"driver": "file", "path": f"{folder.resolve()}/"}
 
 
 def inner_path(source: Source, kind: str) -> PurePosixPath:
@@ -52,7 +58,7 @@ def chunked_volume(
         chunk,
         voxel_size_nm=frame.voxel_size_nm,
         origin_nm=frame.origin_nm,
-        found={"voxel size": frame.where, "origin": frame.where} if frame.where else {},
+        found=frame.found,
     )
 
     def fetch(index: tuple[slice, ...]) -> Array:

@@ -5,24 +5,28 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.source import READ_ERRORS, Source, file_identity, some_of, three_positive, unreadable
+from connectomics.volumes.mapped import MappedArray
+from connectomics.volumes.metadata.hdf5_attributes import stated_axes, stated_frame
+from connectomics.volumes.metadata.hdf5_parts import parts_of, require_links
+from connectomics.volumes.source import READ_ERRORS, Source, file_identity, some_of, unreadable
 from connectomics.volumes.stored import StoredVolume, info_of, layout_of, require_small_chunks, row_chunk
-from connectomics.volumes.volume import Array, Nanometres
+from connectomics.volumes.volume import Array
+from connectomics.volumes.watched import WatchedFiles
 
 DEFAULT_DATASET = "main"
-VOXEL_SIZE_ATTRIBUTES = {"voxel_size_nm": 1.0, "resolution": 1.0, "element_size_um": 1000.0}
-"""Attributes (z, y, x) that state the voxel size, with the nanometres of their unit, the first found wins."""
-
 MOST_OBJECTS = 10_000
 DEEPEST = 64
 """Objects and levels of groups that are looked through for a dataset."""
+_BIGDATAVIEWER = re.compile(r"/t\d{5}/(s\d{2,})/\d+/cells")
 PACKED_SPARE_BYTES = 1 << 16
 """Filters may lengthen a chunk by a little, never to more than double its size and this."""
 
@@ -30,23 +34,38 @@ PACKED_SPARE_BYTES = 1 << 16
 def open_hdf5(source: Source) -> StoredVolume:
     """Open one dataset of an HDF5 file for lazy reading.
 
+    Its axes are those of ilastik's ``axistags`` or of its dimension labels, else by their number.
+
     Raises
     ------
     VolumeError
-        If the file is not a complete HDF5 file or holds no dataset that fits.
+        If the file is not a complete HDF5 file, holds no dataset that fits, lacks a part that lies in another file, or
+        states what contradicts itself.
     """
     try:
         with contextlib.ExitStack() as opened:
-            identity = file_identity(source.path)
+            file_identity(source.path)  # refuses pipes, at which opening would wait for ever
             file = opened.enter_context(h5py.File(source.path, "r", locking="best-effort"))
             dataset = _dataset(source, file)
-            identity["dataset"] = dataset.name
-            layout = layout_of(source, dataset.shape, None)
-            chunk = dataset.chunks or row_chunk(dataset.shape, dataset.dtype.itemsize)
-            require_small_chunks(source, chunk, dataset.dtype.itemsize)
-            size, found = _voxel_size(file, dataset)
-            info = info_of(source, layout, dataset.dtype, chunk, voxel_size_nm=size, found=found)
-            opened.pop_all()
+            watched = WatchedFiles(source.path, parts_of(source, dataset))
+            raw = _raw_array(dataset, opened)
+            stated = stated_axes(source, dataset)
+            layout = layout_of(source, dataset.shape, *(stated or (None,)))
+            unsigned = _is_bigdataviewer(file, dataset)
+            dtype = np.dtype(np.uint16) if unsigned else dataset.dtype
+            chunk = dataset.chunks or row_chunk(dataset.shape, dtype.itemsize)
+            require_small_chunks(source, chunk, dtype.itemsize)
+            frame = stated_frame(source, file, dataset, layout, named=stated is not None)
+            info = info_of(
+                source,
+                layout,
+                dtype,
+                chunk,
+                voxel_size_nm=frame.voxel_size_nm,
+                origin_nm=frame.origin_nm,
+                found=frame.found,
+            )
+            close = opened.pop_all().close
     except READ_ERRORS as error:
         raise unreadable(source, "HDF5", error) from error
     lock = threading.Lock()
@@ -54,14 +73,32 @@ def open_hdf5(source: Source) -> StoredVolume:
     def fetch(index: tuple[slice, ...]) -> Array:
         with lock:
             _refuse_bombs(dataset, index)
-            block: Array = dataset[index]
-        return block
+            block: Array = dataset[index] if raw is None else raw.fetch(index)
+        return block.view(block.dtype.str.replace("i", "u")) if unsigned else block
 
     def release() -> None:
         with lock:
-            file.close()
+            close()
 
-    return StoredVolume(source, info, layout, fetch=fetch, identity=lambda: identity, release=release)
+    def identity() -> dict[str, object]:
+        return watched.identity | {"dataset": dataset.name}
+
+    return StoredVolume(source, info, layout, fetch=fetch, identity=identity, release=release, watched=watched)
+
+
+def _raw_array(dataset: Any, opened: contextlib.ExitStack) -> MappedArray | None:
+    """The voxels of a dataset in raw storage, which HDF5 itself would look for in the working folder; else None."""
+    if not dataset.external:
+        return None
+    ((name, offset, _),) = dataset.external
+    stream = opened.enter_context(Path(dataset.file.filename).with_name(name).open("rb"))
+    return MappedArray(stream, dataset.dtype, dataset.shape, offset)
+
+
+def _is_bigdataviewer(file: Any, dataset: Any) -> bool:
+    """Whether this is a cell array of BigDataViewer, which keeps uint16 in int16."""
+    setup = _BIGDATAVIEWER.fullmatch(dataset.name)
+    return setup is not None and dataset.dtype == np.int16 and f"/{setup[1]}/resolutions" in file
 
 
 def _dataset(source: Source, file: Any) -> Any:
@@ -69,6 +106,7 @@ def _dataset(source: Source, file: Any) -> Any:
     node = file.get(wanted)
     if isinstance(node, h5py.Dataset):
         return _usable(source, node)
+    require_links(source, file, wanted)
     names = _names(source, file)
     if not names:
         raise VolumeError(f"{source.uri}: the HDF5 file holds no dataset.")
@@ -86,7 +124,7 @@ def _names(source: Source, file: Any) -> list[str]:
     visited = itertools.count()
 
     def visit(name: str, item: object) -> bool | None:
-        if isinstance(item, h5py.Dataset):
+        if isinstance(item, h5py.Dataset) and not item.is_scale:
             names.append(name)
         return next(visited) >= MOST_OBJECTS or name.count("/") >= DEEPEST or None
 
@@ -101,22 +139,7 @@ def _names(source: Source, file: Any) -> list[str]:
 def _usable(source: Source, dataset: Any) -> Any:
     if dataset.shape is None:
         raise VolumeError(f"{source.uri}: dataset {dataset.name} is a null dataset without voxels.")
-    if dataset.is_virtual and any(_is_virtual(source, part) for part in dataset.virtual_sources()):
-        raise VolumeError(
-            f"{source.uri}: dataset {dataset.name} is made of parts that are virtual themselves, which may lead in a "
-            "circle; copy the voxels into a dataset of their own."
-        )
     return dataset
-
-
-def _is_virtual(source: Source, part: Any) -> bool:
-    """Whether a part of a virtual dataset is virtual too, as in one that contains itself: HDF5 crashes on it."""
-    path = source.path if part.file_name == "." else source.path.parent / part.file_name
-    if not path.is_file():
-        return False  # such parts are the fill value
-    with h5py.File(path, "r", locking="best-effort") as file:
-        node = file.get(part.dset_name)
-        return isinstance(node, h5py.Dataset) and bool(node.is_virtual)
 
 
 def _refuse_bombs(dataset: Any, index: tuple[slice, ...]) -> None:
@@ -129,13 +152,3 @@ def _refuse_bombs(dataset: Any, index: tuple[slice, ...]) -> None:
         found = dataset.id.get_chunk_info_by_coord(start).size
         if found > largest:
             raise ValueError(f"the chunk at {start} takes {found} bytes packed, expected at most {largest}")
-
-
-def _voxel_size(file: Any, dataset: Any) -> tuple[Nanometres | None, dict[str, str]]:
-    """The voxel size, and where it was found."""
-    for name, factor in VOXEL_SIZE_ATTRIBUTES.items():
-        for holder in (dataset, file):
-            value = holder.attrs.get(name)
-            if value is not None and np.size(value) == 3:
-                return three_positive(value, factor), {"voxel size": f"attribute {name} of {holder.name}"}
-    return None, {}

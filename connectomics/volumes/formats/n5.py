@@ -5,12 +5,15 @@ N5 counts axes from the fastest: without further word they are x, y, z, c.
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.formats.chunked import Frame, chunked_volume, inner_path, open_stored
+from connectomics.volumes.formats.chunked import chunked_volume, inner_path, open_mended, open_stored
+from connectomics.volumes.metadata.axes import Stated, agreed, letters_of
+from connectomics.volumes.metadata.frame import NOWHERE, AttributeHolder, Frame, agreed_frame
+from connectomics.volumes.metadata.transforms import pixel_resolution_frame, scaled, transform_frame
 from connectomics.volumes.source import (
     READ_ERRORS,
     Source,
@@ -18,16 +21,15 @@ from connectomics.volumes.source import (
     files_below,
     folded_identity,
     json_at,
-    nanometres,
     some_of,
     three_positive,
     unreadable,
 )
 from connectomics.volumes.stored import StoredVolume, layout_of
-from connectomics.volumes.volume import Nanometres
 
-LETTERS = {2: "xy", 3: "xyz", 4: "xyzc"}
+LETTERS = {2: "xy", 3: "xyz", 4: "xyzc", 5: "xyzct"}
 ATTRIBUTES = "attributes.json"
+OLD_COMPRESSION, MULTISET = "compressionType", "isLabelMultiset"
 TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64")
 COMPRESSIONS = ("raw", "gzip", "bzip2", "xz", "blosc", "zstd")
 
@@ -44,20 +46,45 @@ def open_n5(source: Source) -> StoredVolume:
     def identity() -> dict[str, object]:
         files = list(files_below(folder))
         parent = folder.parent / ATTRIBUTES
-        if folder != source.path and parent.exists():
+        if parent.exists():
             files.append((f"../{ATTRIBUTES}", parent))
         return {**folded_identity(source.path.name, files), "array": source.inner or ""}
 
     try:
         folder = _choose(source)
         attributes = _attributes(folder)
-        letters = LETTERS.get(len(attributes["dimensions"]))
-        layout = layout_of(source, _dimensions(source, attributes), letters, "N5's own order")
+        letters, where = _letters(source, attributes, folder)
+        layout = layout_of(source, _dimensions(source, attributes), letters, where)
         _require_known(source, attributes)
-        array, frame = open_stored("n5", folder), _frame(folder, attributes, source.path)
-        return chunked_volume(source, layout, array, frame=frame, identity=identity)
+        plain = _mended(attributes)
+        array = open_stored("n5", folder) if plain is attributes else open_mended("n5", folder, (ATTRIBUTES, plain), {})
+        return chunked_volume(
+            source, layout, array, frame=_frame(source, folder, attributes, layout.letters), identity=identity
+        )
     except READ_ERRORS as error:
         raise unreadable(source, "N5", error) from error
+
+
+def _mended(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Attributes as N5 2.0 states them: before, ``compressionType`` named the compression."""
+    if "compression" in attributes or not isinstance(attributes.get(OLD_COMPRESSION), str):
+        return attributes
+    return attributes | {"compression": {"type": attributes[OLD_COMPRESSION]}}
+
+
+def _letters(source: Source, attributes: dict[str, Any], folder: Path) -> tuple[str | None, str]:
+    """Letters of the stored axes, x first: by names of axes that programs add, else by their number.
+
+    ``_ARRAY_DIMENSIONS`` and ``axis_names`` were written by Python, which counts N5's axes from the slowest.
+    """
+    stated: list[Stated] = []
+    for key in ("axes", "_ARRAY_DIMENSIONS", "axis_names"):
+        names = attributes.get(key)
+        letters = letters_of(names) if isinstance(names, list) and all(isinstance(n, str) for n in names) else None
+        if letters:
+            stated.append((letters if key == "axes" else letters[::-1], f"`{key}` of `{folder.name}`"))
+    usual = LETTERS.get(len(attributes["dimensions"]))
+    return agreed(source, stated) or (usual, "N5's own order")
 
 
 def _attributes(folder: Path) -> dict[str, Any]:
@@ -98,7 +125,12 @@ def _dimensions(source: Source, attributes: dict[str, Any]) -> list[int]:
 
 
 def _require_known(source: Source, attributes: dict[str, Any]) -> None:
-    compression = attributes.get("compression")
+    if attributes.get(MULTISET) is True:
+        raise VolumeError(
+            f"{source.uri}: a label multiset of Paintera, which keeps several labels a voxel, cannot be read; convert "
+            "it to a volume of labels (paintera-convert to-scalar)."
+        )
+    compression = _mended(attributes).get("compression")
     kind = compression.get("type") if isinstance(compression, dict) else compression
     for what, found, known in (("type", attributes.get("dataType"), TYPES), ("compression", kind, COMPRESSIONS)):
         if found not in known:
@@ -108,70 +140,34 @@ def _require_known(source: Source, attributes: dict[str, Any]) -> None:
             )
 
 
-def _frame(folder: Path, attributes: dict[str, Any], root: Path) -> Frame:
+def _frame(source: Source, folder: Path, attributes: dict[str, Any], letters: str) -> Frame:
     """From ``transform``, ``pixelResolution`` or ``resolution`` of the array, else of the group of levels above it.
 
     The group's size is that of level s0, multiplied by the array's ``downsamplingFactors``. An array with factors and
     a size of its own says nothing, as programs disagree on what that size is.
     """
-    if isinstance(attributes.get("transform"), dict):
-        return _of_transform(attributes["transform"])
+    transformed = transform_frame(source, attributes, folder.name)
     factors = attributes.get("downsamplingFactors", [1, 1, 1])
-    own = _size(attributes)
-    whole = factors == [1, 1, 1]
-    if own is not None:
-        return Frame(own, _offset(attributes), _where(attributes)) if whole else Frame()
-    if folder == root:
-        return Frame()
-    above, steps = _size(_attributes(folder.parent)), three_positive(factors)
-    if above is None or steps is None:
-        return Frame()
-    where = f"{_where(_attributes(folder.parent))} above the array, times its downsamplingFactors"
-    return Frame((above[0] * steps[2], above[1] * steps[1], above[2] * steps[0]), where=where)
+    own = agreed_frame(source, _sizes(source, attributes, folder.name, letters))
+    if factors != [1, 1, 1] and (transformed.voxel_size_nm is not None or own.voxel_size_nm is not None):
+        return transformed
+    own = agreed_frame(source, [transformed, own])
+    if own.voxel_size_nm is not None:
+        return own
+    above, steps = folder.parent, three_positive(factors)
+    if steps is None or not (above / ATTRIBUTES).exists():
+        return own
+    group = agreed_frame(source, _sizes(source, _attributes(above), above.name, letters))
+    if group.voxel_size_nm is None:
+        return own
+    if factors == [1, 1, 1]:
+        return group
+    return replace(scaled(group, steps[::-1], f"`downsamplingFactors` of `{folder.name}`"), origin_nm=NOWHERE)
 
 
-def _where(attributes: dict[str, Any]) -> str:
-    """The key that ``_size`` reads."""
-    return f"{'pixelResolution' if 'pixelResolution' in attributes else 'resolution'} in {ATTRIBUTES}"
-
-
-def _size(attributes: dict[str, Any]) -> Nanometres | None:
-    """Voxel size (z, y, x): ``pixelResolution`` in its unit, else ``resolution`` in its units.
-
-    Both count x first; a ``resolution`` without units is in nanometres.
-    """
-    stated = attributes.get("pixelResolution")
-    if isinstance(stated, dict):
-        values, units = stated.get("dimensions"), [stated.get("unit")] * 3
-    else:
-        values, units = attributes.get("resolution"), attributes.get("units", ["nm"] * 3)
-    size = three_positive(values)
-    if size is None:
-        return None
-    factors = [nanometres(unit) for unit in units] if isinstance(units, list) and len(units) == 3 else [math.nan] * 3
-    return three_positive([size[i] * factors[i] for i in (2, 1, 0)])
-
-
-def _offset(attributes: dict[str, Any]) -> Nanometres:
-    """``offset`` (x, y, z) in nanometres beside ``resolution``; zero where there is none."""
-    values = attributes.get("offset")
-    if "resolution" not in attributes or "units" in attributes or not isinstance(values, list) or len(values) != 3:
-        return (0.0, 0.0, 0.0)
-    x, y, z = (float(value) for value in values)
-    return (z, y, x)
-
-
-def _of_transform(transform: dict[str, Any]) -> Frame:
-    """``transform`` names its axes, so their order does not matter."""
-    axes, units = transform.get("axes"), transform.get("units")
-    scale, shift = transform.get("scale"), transform.get("translate")
-    if not isinstance(axes, list) or not isinstance(units, list) or not isinstance(scale, list):
-        return Frame()
-    moved = shift if isinstance(shift, list) else [0.0] * len(axes)
-    rows = {
-        str(axis): (float(step) * nanometres(unit), float(start) * nanometres(unit))
-        for axis, unit, step, start in zip(axes, units, scale, moved, strict=True)
-    }
-    z, y, x = (rows.get(letter, (math.nan, math.nan)) for letter in "zyx")
-    size = three_positive((z[0], y[0], x[0]))
-    return Frame(size, (z[1], y[1], x[1]), f"transform in {ATTRIBUTES}") if size else Frame()
+def _sizes(source: Source, attributes: dict[str, Any], name: str, letters: str) -> list[Frame]:
+    """What Java's ``pixelResolution`` says, and Janelia's ``resolution`` in its units; both count x first."""
+    return [
+        pixel_resolution_frame(source, attributes, name),
+        AttributeHolder(source, attributes, name, order="xyz", letters=letters).frame(),
+    ]

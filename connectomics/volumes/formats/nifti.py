@@ -27,12 +27,15 @@ from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import AxisOrder, vec3
 from connectomics.volumes.mapped import MappedArray, contiguous_chunk
 from connectomics.volumes.reoriented import Orientation, ReorientedVolume
-from connectomics.volumes.source import READ_ERRORS, Source, file_identity, three_positive, unreadable
+from connectomics.volumes.source import READ_ERRORS, Source, three_positive, unreadable
 from connectomics.volumes.stored import Layout, StoredVolume, info_of, layout_of, native_dtype
 from connectomics.volumes.volume import Array, Spacing, VolumeReader
+from connectomics.volumes.watched import WatchedFiles
 
 LETTERS = {2: "xy", 3: "xyz", 4: "xyzc"}
 """Stored axes by their number; the fourth holds channels, as nnU-Net's SimpleITKIO takes it."""
+FIVE_AXES = "xyztc"
+"""Where there are more, the fourth is time and the fifth holds channels, as NIfTI says; others have no meaning."""
 MILLIMETRES_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
 HEADER_BYTES = 540
 RAS = "ras"
@@ -82,10 +85,10 @@ def open_nifti(source: Source) -> VolumeReader:
     packed = source.path.name.lower().endswith(".gz")
     try:
         with contextlib.ExitStack() as opened:
-            identity = file_identity(source.path)
+            watched = WatchedFiles(source.path)
             header = _header(source.path, packed)
             native_dtype(source, header.dtype)
-            layout = layout_of(source, header.shape, LETTERS.get(len(header.shape)), "NIfTI's own order")
+            layout = layout_of(source, header.shape, _letters(len(header.shape)), "NIfTI's own order")
             array: _Unpacked | MappedArray
             if packed and header.total_bytes > LARGEST_RATIO * source.path.stat().st_size:
                 raise ValueError(f"its header promises {header.total_bytes} bytes, more than the file can hold")
@@ -116,7 +119,7 @@ def open_nifti(source: Source) -> VolumeReader:
         with np.errstate(over="ignore", invalid="ignore"):
             return (voxels.astype(np.float64) * header.slope + header.intercept).astype(np.float32)
 
-    volume = StoredVolume(source, info, layout, fetch=fetch, identity=lambda: identity, release=release)
+    volume = StoredVolume(source, info, layout, fetch=fetch, watched=watched, release=release)
     return ReorientedVolume(volume, turn) if turn else volume
 
 
@@ -146,6 +149,11 @@ def _header(path: Path, packed: bool) -> _NiftiHeader:
         first_version=kind is Nifti1Header,
         affine=affine,
     )
+
+
+def _letters(count: int) -> str | None:
+    """Letters of so many stored axes; None for fewer than two."""
+    return LETTERS.get(count, f"{FIVE_AXES:?<{count}}" if count > 4 else None)
 
 
 def turn_to_ras(affine: Array) -> Orientation:

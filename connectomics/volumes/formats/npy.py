@@ -11,8 +11,9 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from connectomics.volumes.mapped import MappedArray
-from connectomics.volumes.source import READ_ERRORS, Source, file_identity, refuse_inner, unreadable
+from connectomics.volumes.source import READ_ERRORS, Source, refuse_inner, unreadable
 from connectomics.volumes.stored import StoredVolume, info_of, layout_of, native_dtype
+from connectomics.volumes.watched import WatchedFiles
 
 
 def open_npy(source: Source) -> StoredVolume:
@@ -26,7 +27,7 @@ def open_npy(source: Source) -> StoredVolume:
     refuse_inner(source)
     try:
         with contextlib.ExitStack() as opened:
-            identity = file_identity(source.path)
+            watched = WatchedFiles(source.path)
             stream = opened.enter_context(source.path.open("rb"))
             shape, fortran, dtype = _header(stream)
             native_dtype(source, dtype)  # refuses objects before anything is mapped
@@ -36,7 +37,7 @@ def open_npy(source: Source) -> StoredVolume:
             release = opened.pop_all().close
     except READ_ERRORS as error:
         raise unreadable(source, "npy", error) from error
-    return StoredVolume(source, info, layout, fetch=array.fetch, identity=lambda: identity, release=release)
+    return StoredVolume(source, info, layout, fetch=array.fetch, watched=watched, release=release)
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:

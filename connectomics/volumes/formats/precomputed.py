@@ -10,7 +10,8 @@ import numpy as np
 import tensorstore as ts
 
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.formats.chunked import Frame, chunked_volume, open_stored
+from connectomics.volumes.formats.chunked import chunked_volume, open_stored
+from connectomics.volumes.metadata.frame import Frame
 from connectomics.volumes.source import (
     READ_ERRORS,
     Source,

@@ -12,13 +12,13 @@ import struct
 import threading
 from dataclasses import dataclass
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
 
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.source import READ_ERRORS, Source, file_identity, nanometres, three_positive, unreadable
+from connectomics.volumes.metadata.tiff_frames import refuse_companions, tiff_frame
+from connectomics.volumes.source import READ_ERRORS, Source, unreadable
 from connectomics.volumes.spacing import stated_spacing
 from connectomics.volumes.stored import (
     Layout,
@@ -29,15 +29,11 @@ from connectomics.volumes.stored import (
     require_small_chunks,
     row_chunk,
 )
-from connectomics.volumes.volume import Array, Nanometres, Spacing
+from connectomics.volumes.volume import Array, Spacing
+from connectomics.volumes.watched import WatchedFiles
 
 LETTERS = {"S": "c", "C": "c", "Q": "z", "I": "z", "Z": "z", "Y": "y", "X": "x", "T": "t"}
 """TIFF series axes: samples are channels, pages of unstated meaning are sections."""
-_PLACES = {
-    "ome": "PhysicalSizeZ, Y and X of its OME-XML",
-    "imagej": "spacing and unit of ImageJ's description, and the resolution tags",
-    "shaped": "voxel_size_nm of its description",
-}
 JPEG_COMPRESSIONS = (6, 7, 33007, 34892)
 
 
@@ -58,7 +54,7 @@ def open_tiff(source: Source, *, spacing: Spacing | None = None) -> StoredVolume
     """
     try:
         with contextlib.ExitStack() as opened:
-            identity = file_identity(source.path)
+            watched = WatchedFiles(source.path)
             stream = opened.enter_context(source.path.open("rb"))
             tif = opened.enter_context(tifffile.TiffFile(source.path))
             series, number = _series(source, tif)
@@ -66,24 +62,27 @@ def open_tiff(source: Source, *, spacing: Spacing | None = None) -> StoredVolume
             letters = "".join(LETTERS.get(letter, "?") for letter in series.axes)
             layout = layout_of(source, series.shape, letters, f"axes {series.axes} of its {series.kind} description")
             pages = _Pages(source, series, layout, stream.fileno())
-            size, found = (
-                _voxel_size(tif, number),
-                {"voxel size": _PLACES[series.kind]} if series.kind in _PLACES else {},
-            )
-            if spacing is not None:
-                found["spacing"] = "the JSON file beside it"
+            frame = tiff_frame(source, tif, number)
             info = info_of(
-                source, layout, series.dtype, pages.chunk(), voxel_size_nm=size, spacing=spacing, found=found
+                source,
+                layout,
+                series.dtype,
+                pages.chunk(),
+                voxel_size_nm=frame.voxel_size_nm,
+                origin_nm=frame.origin_nm,
+                spacing=spacing,
+                found=frame.found | ({} if spacing is None else {"spacing": "the JSON file beside it"}),
             )
             opened.callback(pages.forget)
             release = opened.pop_all().close
     except (AssertionError, *READ_ERRORS) as error:  # tifffile asserts what a damaged file may break
         raise unreadable(source, "TIFF", error) from error
-    if source.inner is not None:
-        identity["series"] = number
-    if spacing is not None:
-        identity["spacing"] = list(spacing)
-    return StoredVolume(source, info, layout, fetch=pages.fetch, identity=lambda: identity, release=release)
+
+    def identity() -> dict[str, object]:
+        series = {} if source.inner is None else {"series": number}
+        return watched.identity | series | ({} if spacing is None else {"spacing": list(spacing)})
+
+    return StoredVolume(source, info, layout, fetch=pages.fetch, identity=identity, release=release, watched=watched)
 
 
 def open_tiff_as_stated(source: Source) -> StoredVolume:
@@ -112,6 +111,7 @@ def _series(source: Source, tif: Any) -> tuple[Any, int]:
 
 def _require_whole(source: Source, tif: Any, series: Any) -> None:
     """Refuse files whose chain of pages is cut, and sets of which this file is one part."""
+    refuse_companions(source, tif)
     if series.is_multifile:
         raise VolumeError(f"{source.uri}: one part of an OME-TIFF set of several files; join them into one file first.")
     if series.transform is not None:
@@ -250,41 +250,3 @@ class _Pages:
             return values
 
         return self._recent.get((number, piece), decode)
-
-
-def _voxel_size(tif: Any, number: int) -> Nanometres | None:
-    """Voxel size from OME, ImageJ or this program's own metadata; resolution tags alone say nothing."""
-    if tif.is_ome:
-        return _ome_voxel_size(tif.ome_metadata, number)
-    if tif.is_imagej:
-        return _imagej_voxel_size(tif)
-    if tif.is_shaped:
-        return three_positive(tif.shaped_metadata[0].get("voxel_size_nm"))
-    return None
-
-
-def _ome_voxel_size(xml: str, number: int) -> Nanometres | None:
-    try:
-        pixels = [e for e in ElementTree.fromstring(xml).iter() if e.tag.rpartition("}")[2] == "Pixels"]
-        stated = pixels[number].attrib
-        factors = [_nanometres(stated.get(f"PhysicalSize{axis}Unit", "µm")) for axis in "ZYX"]
-        sizes = [float(stated.get(f"PhysicalSize{axis}", "nan")) for axis in "ZYX"]
-    except (ElementTree.ParseError, IndexError, ValueError):
-        return None
-    return three_positive([size * factor for size, factor in zip(sizes, factors, strict=True)])
-
-
-def _imagej_voxel_size(tif: Any) -> Nanometres | None:
-    metadata = tif.imagej_metadata or {}
-    factor = _nanometres(str(metadata.get("unit", "")))
-    tags = tif.pages[0].tags
-    try:
-        in_plane = [tags[name].value[1] / tags[name].value[0] for name in ("YResolution", "XResolution")]
-    except (KeyError, TypeError, ZeroDivisionError):
-        return None
-    return three_positive([metadata.get("spacing", np.nan), *in_plane], factor)
-
-
-def _nanometres(unit: str) -> float:
-    """Do as ``nanometres``, also where ImageJ has written µ as an escape."""
-    return nanometres(unit.lower().replace("\\u00b5", "u"))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.formats.chunked import Frame, chunked_volume, inner_path, open_stored
+from connectomics.volumes.formats.chunked import chunked_volume, inner_path, open_mended, open_stored
+from connectomics.volumes.metadata.axes import SPATIAL, Stated, agreed, letters_of
+from connectomics.volumes.metadata.frame import AttributeHolder, Frame, agreed_frame
+from connectomics.volumes.metadata.ome import OmeLevel, image_of, level_of, levels_of, refuse_plates, states_axes
+from connectomics.volumes.metadata.transforms import pixel_resolution_frame, transform_frame
 from connectomics.volumes.source import (
     DEEPEST,
-    NM_PER_UNIT,
     READ_ERRORS,
     Source,
     arrays_below,
@@ -20,12 +21,20 @@ from connectomics.volumes.source import (
     folded_identity,
     json_at,
     some_of,
-    three_positive,
     unreadable,
 )
-from connectomics.volumes.stored import StoredVolume, layout_of
+from connectomics.volumes.stored import Layout, StoredVolume, layout_of
 
-METADATA_FILES = ("zarr.json", ".zarray", ".zgroup")
+ARRAY_V2 = ".zarray"
+METADATA_FILES = ("zarr.json", ARRAY_V2, ".zgroup")
+_DRIVERS = {2: "zarr", 3: "zarr3"}
+_AXIS_NAMES = (
+    ("dimension_names", "dimension_names"),
+    ("attributes", "_ARRAY_DIMENSIONS"),
+    ("attributes", "axis_names"),
+    ("attributes", "dimension_names"),
+)
+"""Zarr v3's own names of axes, those of xarray and funlib among the attributes, and v3's name there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +48,6 @@ class _Node:
     attributes: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _OmeFrame:
-    """What OME metadata say of one array: axis letters, and where its voxels are."""
-
-    letters: str
-    group: Path
-    frame: Frame = field(default_factory=Frame)
-
-
 def open_zarr(source: Source) -> StoredVolume:
     """Open one array of a Zarr hierarchy for lazy reading.
 
@@ -59,19 +59,25 @@ def open_zarr(source: Source) -> StoredVolume:
 
     def identity() -> dict[str, object]:
         files = list(files_below(node.path))
-        if ome is not None:
-            files += [(f"../{name}", path) for name, path in _metadata_files(ome.group)]
+        if group is not None:
+            files += [(f"../{name}", path) for name, path in _metadata_files(group)]
         return {**folded_identity(source.path.name, files), "array": source.inner or ""}
 
     try:
         node = _choose(source)
-        ome = _frame(source, node)
-        letters = ome.letters if ome else _dimension_names(node)
-        where = f"axes of multiscales in {ome.group.name}" if ome else "dimension_names of the array"
-        layout = layout_of(source, _shape(source, node), letters, where)
+        group, ome = _described(source, node)
+        stated = _stated_axes(source, node, ome)
+        layout = layout_of(source, _shape(source, node), *(stated or (None,)))
         _require_plain(source, node)
-        array = open_array(node.path, node.version)
-        return chunked_volume(source, layout, array, frame=ome.frame if ome else Frame(), identity=identity)
+        array = _opened(node)
+        frame = _frame(source, node, layout, named=stated is not None)
+        return chunked_volume(
+            source,
+            layout,
+            array,
+            frame=agreed_frame(source, [*([ome.frame] if ome else []), *frame]),
+            identity=identity,
+        )
     except READ_ERRORS as error:
         raise unreadable(source, "Zarr", error) from error
 
@@ -79,7 +85,25 @@ def open_zarr(source: Source) -> StoredVolume:
 def open_array(path: Path, version: int, *, writable: bool = False) -> Any:
     """TensorStore's handle of the array in a folder; written chunks are kept even where all zero."""
     options = {"store_data_equal_to_fill_value": True} if writable else {}
-    return open_stored("zarr3" if version == 3 else "zarr", path, writable=writable, **options)
+    return open_stored(_DRIVERS[version], path, writable=writable, **options)
+
+
+def _opened(node: _Node) -> Any:
+    """TensorStore's handle for reading, where an absent chunk is an error if its voxels are undefined: no fill value.
+
+    What Java's programs write and TensorStore refuses is replaced: level -1 of gzip, which reading never needs, and
+    whole numbers as text.
+    """
+    fill, packing = node.metadata.get("fill_value"), node.metadata.get("compressor")
+    whole = {} if fill is not None else {"fill_missing_data_reads": False}
+    mended = dict(node.metadata)
+    if isinstance(packing, dict) and packing.get("level") == -1:
+        mended["compressor"] = packing | {"level": 6}
+    if isinstance(fill, str) and str(node.metadata.get("dtype"))[1:2] in set("iu"):
+        mended["fill_value"] = int(fill)
+    if node.version == 2 and mended != node.metadata:
+        return open_mended(_DRIVERS[2], node.path, (ARRAY_V2, mended), whole)
+    return open_stored(_DRIVERS[node.version], node.path, writable=False, **whole)
 
 
 def _node(path: Path) -> _Node | None:
@@ -110,7 +134,8 @@ def _choose(source: Source) -> _Node:
     if node is not None and node.is_array:
         return node
     if node is not None:
-        for dataset in _datasets(node):
+        refuse_plates(source, node.attributes)
+        for dataset in levels_of(image_of(node.attributes)):
             level = PurePosixPath(str(dataset.get("path")))
             chosen = None if ".." in level.parts or level.is_absolute() else _node(node.path / level)
             if chosen is not None and chosen.is_array:
@@ -127,18 +152,6 @@ def _choose(source: Source) -> _Node:
         raise VolumeError(f"{source.uri}: no Zarr array in this folder; expected zarr.json or .zarray files.")
     what = f"no array or level {source.inner!r}" if source.inner else "several arrays and no multiscales metadata"
     raise VolumeError(f"{source.uri}: {what}; the folder holds {some_of(names)}. Name one as {root.name}::array.")
-
-
-def _multiscale(node: _Node) -> dict[str, Any]:
-    """The first multiscales entry of a group, OME-Zarr 0.1 to 0.5; empty where there is none."""
-    ome = node.attributes.get("ome")
-    entries = (ome if isinstance(ome, dict) else node.attributes).get("multiscales")
-    first = entries[0] if isinstance(entries, list) and entries else {}
-    return first if isinstance(first, dict) else {}
-
-
-def _datasets(node: _Node) -> list[dict[str, Any]]:
-    return [dataset for dataset in _multiscale(node).get("datasets", []) if isinstance(dataset, dict)]
 
 
 def _shape(source: Source, node: _Node) -> list[int]:
@@ -163,58 +176,50 @@ def _require_plain(source: Source, node: _Node) -> None:
         )
 
 
-def _dimension_names(node: _Node) -> str | None:
-    names = node.metadata.get("dimension_names")
-    if isinstance(names, list) and all(name in set("tczyx") for name in names) and {"y", "x"} <= set(names):
-        return "".join(names)
-    return None
+def _stated_axes(source: Source, node: _Node, ome: OmeLevel | None) -> Stated | None:
+    """Letters of the axes by OME metadata and by the array's own names, or None where there are none."""
+    stated: list[Stated] = [(ome.letters, ome.where)] if ome else []
+    for key, names in _AXIS_NAMES:
+        found = (node.metadata if key == names else node.attributes).get(names)
+        letters = letters_of(found) if isinstance(found, list) else None
+        stated += [(letters, f"`{names}` of `{node.path.name}`")] if letters else []
+    return agreed(source, stated)
 
 
-def _frame(source: Source, node: _Node) -> _OmeFrame | None:
-    """OME metadata of the array, from the nearest group above it that names it."""
+def _frame(source: Source, node: _Node, layout: Layout, *, named: bool) -> list[Frame]:
+    """What the array's own attributes say: gunpowder's, daisy's and funlib's, and those of Java's programs."""
+    spatial = "".join(letter for letter in layout.letters if letter in SPATIAL)
+    order = spatial if named and source.axes is None and len(spatial) == 3 else SPATIAL
+    name = node.path.name
+    return [
+        AttributeHolder(source, node.attributes, name, order=order, letters=layout.letters).frame(),
+        transform_frame(source, node.attributes, name),
+        pixel_resolution_frame(source, node.attributes, name),
+    ]
+
+
+def _described(source: Source, node: _Node) -> tuple[Path | None, OmeLevel | None]:
+    """The nearest group above the array whose OME metadata name it, and what they say."""
     for parent in list(node.path.parents)[:DEEPEST]:
         group = _node(parent)
         if group is None:
             if not parent.is_relative_to(source.path):
-                return None
+                return None, None
             continue
-        for dataset in _datasets(group):
+        image = image_of(group.attributes)
+        for dataset in levels_of(image):
             if parent / str(dataset.get("path")) == node.path:
-                multiscale = _multiscale(group)
-                stated = "axes" in multiscale or len(_shape(source, node)) == 5
-                return _frame_of(multiscale, dataset, parent) if stated else None
-    return None
-
-
-def _frame_of(multiscale: dict[str, Any], dataset: dict[str, Any], group: Path) -> _OmeFrame | None:
-    axes = [{"name": axis} if isinstance(axis, str) else axis for axis in multiscale.get("axes") or "tczyx"]
-    letters = "".join(
-        name if name in set("tczyx") else "?" for name in (str(axis.get("name")).lower() for axis in axes)
-    )
-    scale, origin = np.ones(len(axes)), np.zeros(len(axes))
-    for holder in (dataset, multiscale):
-        for step in holder.get("coordinateTransformations") or []:
-            values = step.get(step.get("type"))
-            if step.get("type") == "scale":
-                scale, origin = scale * np.asarray(values, float), origin * np.asarray(values, float)
-            elif step.get("type") == "translation":
-                origin = origin + np.asarray(values, float)
-    if not all(letter in letters for letter in "zyx"):
-        return _OmeFrame(letters, group)
-    order = [letters.index(letter) for letter in "zyx"]
-    factors = [NM_PER_UNIT.get(str(axes[i].get("unit")), np.nan) for i in order]
-    voxel_size_nm = three_positive(scale[order] * factors)
-    if voxel_size_nm is None:
-        return _OmeFrame(letters, group)
-    z, y, x = (float(value) for value in origin[order] * factors)
-    where = f"coordinateTransformations of multiscales in {group.name}"
-    return _OmeFrame(letters, group, Frame(voxel_size_nm, (z, y, x), where))
+                known = states_axes(image) or len(_shape(source, node)) == 5
+                return (parent, level_of(source, image, dataset, parent.name)) if known else (None, None)
+    return None, None
 
 
 def level_names(folder: Path) -> list[str]:
     """Names of the levels of the group in a folder, the finest first; empty where its metadata name none."""
     node = _node(folder)
-    return [] if node is None or node.is_array else [str(dataset.get("path")) for dataset in _datasets(node)]
+    if node is None or node.is_array:
+        return []
+    return [str(level.get("path")) for level in levels_of(image_of(node.attributes))]
 
 
 def _metadata_files(folder: Path) -> list[tuple[str, Path]]:
