@@ -25,7 +25,7 @@ from connectomics.core.places import local_path
 if TYPE_CHECKING:
     from connectomics.assembly.engine.engine import Engine
     from connectomics.commands.evaluate import Scores
-    from connectomics.config.load import Stated
+    from connectomics.config.load import Overrides
     from connectomics.config.schema import Config
     from connectomics.jobs.outcome import VolumeOutcome
     from connectomics.volumes.listing import VolumeSource
@@ -62,7 +62,7 @@ def _importing() -> Iterator[None]:
         gc.enable()
 
 
-def _configured(words: argparse.Namespace, overrides: Stated | None = None) -> Config:
+def _configured(words: argparse.Namespace, overrides: Overrides | None = None) -> Config:
     """The configuration of a command, some of which take no file; ``overrides`` instead of all words."""
     from connectomics.config.load import load_config
 

@@ -39,11 +39,11 @@ _ALIKE = 1.1  # of 2: at most 1 from the whole key and 1 from its last part
 
 Given = str | os.PathLike[str] | Mapping[str, object]
 """What a file holds, or its name."""
-Stated = Sequence[str | Mapping[str, object]] | Mapping[str, object]
+Overrides = Sequence[str | Mapping[str, object]] | Mapping[str, object]
 """What is stated beside a file: words ``key=value``, values by key, nested or with dots, or several of both."""
 
 
-def load_config(path: Given | None = None, overrides: Stated = ()) -> Config:
+def load_config(path: Given | None = None, overrides: Overrides = ()) -> Config:
     """Read a configuration.
 
     Parameters

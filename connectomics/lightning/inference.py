@@ -32,7 +32,7 @@ from connectomics.assembly.volumes import (
     segmenter_of,
     sources_of,
 )
-from connectomics.config.load import Given, Stated, as_config, load_config
+from connectomics.config.load import Given, Overrides, as_config, load_config
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ConnectomicsError, VolumeError
 from connectomics.core.geometry import Box
@@ -99,7 +99,7 @@ class InferenceManager:
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: str | os.PathLike[str], overrides: Stated = (), *, device: str | torch.device | None = None
+        cls, checkpoint: str | os.PathLike[str], overrides: Overrides = (), *, device: str | torch.device | None = None
     ) -> InferenceManager:
         """Load a model with nnU-Net's own settings, changed by words or values of the configuration.
 
