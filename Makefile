@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MADE := $(VENV)/.made-by-make
 JOBS ?= 2
 
-.PHONY: setup demo test test-long coverage lint parity bench structure faults package-test clean
+.PHONY: setup demo test test-long coverage lint parity bench structure faults package-test versions clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -74,6 +74,9 @@ bench: $(READY)  ## the network loop against nnUNetPredictor
 
 package-test: $(READY)  ## wheel and sdist: build, install in a clean environment, run the demo
 	$(PY) scripts/check_package.py
+
+versions: $(READY)  ## the lowest and newest nnunetv2 and torch, each in an environment of its own
+	$(PY) scripts/check_versions.py
 
 structure: $(READY)  ## rooms, sizes and names, before and now
 	$(PY) scripts/structure.py

@@ -38,7 +38,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from connectomics import Box, InferenceManager, load_config, open_volume  # noqa: E402
-from connectomics.assembly.decode_jobs import DecodingInput, decoding_request  # noqa: E402
+from connectomics.assembly.decode_inputs import DecodingInput  # noqa: E402
+from connectomics.assembly.decode_jobs import decoding_request  # noqa: E402
 from connectomics.commands.decode import Decoder  # noqa: E402
 from connectomics.commands.evaluate import Scores, score_table  # noqa: E402
 from connectomics.evaluate.contingency import Contingency, side_by_side  # noqa: E402

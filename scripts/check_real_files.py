@@ -24,7 +24,7 @@ from real_file_list import LIST, NOTHING, REFUSED, UNKNOWN, Contents, Row, diges
 
 from connectomics import Box, ConnectomicsError, open_volume
 
-NOT_READ_YET: frozenset[str] = frozenset({"nrrd", "mha", "dm", "wkw", "ims", "zarr.zip"})
+NOT_READ_YET: frozenset[str] = frozenset()
 """Formats of the list that the package does not read; one that is read and still stands here is a difference."""
 RAW_TEXT = ("FAILED_PRECONDITION", "INVALID_ARGUMENT", "NOT_FOUND", "DATA_LOSS", "tensorstore", "Unable to synchron")
 """Words of storage libraries that no message of ours may contain."""

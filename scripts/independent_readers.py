@@ -107,6 +107,8 @@ def read_tiff(path: Path, inner: str | None, axes: str | None) -> Reading:
         series = file.series[int(inner or 0)]
         letters = series.axes.translate(str.maketrans("QISC", "zzcc")).lower()
         voxels = arranged(series.asarray(), letters)
+        grey = series.keyframe.photometric == 2 and voxels.shape[0] == 3 and (voxels == voxels[:1]).all()
+        voxels = voxels[:1] if grey else voxels  # grey that was saved as colour
         if file.is_ome:
             return Reading(voxels, _ome_size(tifffile.xml2dict(file.ome_metadata)))
         return Reading(voxels, _imagej_size(file) if file.is_imagej else None)

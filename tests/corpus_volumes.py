@@ -6,6 +6,7 @@ import functools
 import gzip
 import io
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -13,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import hdf5plugin
 import mrcfile
 import nibabel
+import numcodecs
 import numpy as np
+import SimpleITK
 import tifffile
+import wkw
 import zarr
 from mutations import HUGE, TEXTS, Bytes, blind, odd_json, odd_text, put, zeros_deflated
 from PIL import Image
 
 from chunk_writers import write_n5, write_precomputed
+from exchanged_volumes import dm3_bytes, imaris
 from small_jobs import em_like
 
 GOOD = em_like((2, 24, 32))
@@ -46,6 +52,21 @@ def mrc(path: Path) -> None:
         file.set_data(GOOD.astype(np.uint16))
 
 
+def itk(path: Path, *, packed: bool = False) -> None:
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(GOOD), str(path), useCompression=packed)
+
+
+def mrc_without_map(path: Path) -> None:
+    with mrcfile.new(path) as file:
+        file.set_data(GOOD.astype(np.uint16))
+    path.write_bytes(put(208, bytes(8))(path.read_bytes()))
+
+
+def zarr_zip(path: Path) -> None:
+    with zarr.storage.ZipStore(path, mode="w") as store:
+        zarr.create_array(store, data=GOOD, chunks=(1, 24, 32))
+
+
 FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "h5": ("h5", hdf5),
     "h5packed": ("h5", lambda p: hdf5(p, chunks=(1, 8, 8), compression="gzip", shuffle=True, fletcher32=True)),
@@ -63,6 +84,17 @@ FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "niigz": ("nii.gz", nifti),
     "mrc": ("mrc", mrc),
     "npy": ("npy", lambda p: np.save(p, GOOD)),
+    "tifjbig": ("tif", lambda p: tifffile.imwrite(p, GOOD, imagej=True, truncate=True, metadata={"axes": "ZYX"})),
+    "mrcold": ("st", mrc_without_map),
+    "h5zstd": ("h5", lambda p: hdf5(p, chunks=(1, 8, 8), **hdf5plugin.Zstd())),
+    "nrrd": ("nrrd", itk),
+    "nrrdgz": ("nrrd", lambda p: itk(p, packed=True)),
+    "mha": ("mha", itk),
+    "mhapacked": ("mha", lambda p: itk(p, packed=True)),
+    "gipl": ("gipl", itk),
+    "dm3": ("dm3", lambda p: p.write_bytes(dm3_bytes(GOOD))),
+    "ims": ("ims", lambda p: imaris(p.parent).uri and (p.parent / "a.ims").rename(p)),
+    "zarrzip": ("zarr.zip", zarr_zip),
 }
 
 
@@ -89,13 +121,40 @@ def precomputed(folder: Path) -> Path:
     return write_precomputed(folder, {"4_4_30": XYZ[..., None]})
 
 
+def zarr_filtered(folder: Path) -> Path:
+    array = zarr.create_array(
+        folder, shape=GOOD.shape, dtype=GOOD.dtype, chunks=(1, 24, 32), zarr_format=2, filters=[numcodecs.Delta("u1")]
+    )
+    array[:] = GOOD
+    return folder
+
+
+def packed_precomputed(folder: Path) -> Path:
+    precomputed(folder)
+    for chunk in list((folder / "4_4_30").iterdir()):
+        chunk.with_name(f"{chunk.name}.gz").write_bytes(gzip.compress(chunk.read_bytes()))
+        chunk.unlink()
+    return folder
+
+
+def wkw_dataset(folder: Path) -> Path:
+    header = wkw.Header(np.uint8, block_type=wkw.Header.BLOCK_TYPE_LZ4, block_len=8, file_len=4)
+    with wkw.Dataset.create(str(folder), header) as dataset:
+        dataset.write((0, 0, 0), np.pad(XYZ, ((0, 0), (0, 8), (0, 30))))
+    return folder
+
+
 # the folder's suffix, what makes it, and its metadata by the name that mutants have
 FOLDERS: dict[str, tuple[str, Callable[[Path], Path], dict[str, str]]] = {
     "zarr3": ("zarr", zarr3, {"array": "0/zarr.json", "group": "zarr.json"}),
     "zarr2": ("zarr", zarr2, {"array": ".zarray"}),
     "n5": ("n5", n5, {"array": "attributes.json"}),
     "precomputed": ("precomputed", precomputed, {"info": "info"}),
+    "zarrfiltered": ("zarr", zarr_filtered, {"array": ".zarray"}),
+    "precomputedgz": ("precomputed", packed_precomputed, {"info": "info"}),
 }
+PACKED_FOLDERS: dict[str, tuple[str, Callable[[Path], Path], dict[str, str]]] = {"wkw": ("wkw", wkw_dataset, {})}
+"""Folders whose metadata are no JSON."""
 
 
 @functools.cache
@@ -127,7 +186,7 @@ def folder_of(name: str, kind: str, change: Callable[[Path], object]) -> Make:
     """A damaged folder."""
 
     def make(folder: Path) -> Path:
-        suffix, write, _ = FOLDERS[kind]
+        suffix, write, _ = (FOLDERS | PACKED_FOLDERS)[kind]
         root = write(folder / f"{name}.{suffix}")
         change(root)
         return root
@@ -156,7 +215,7 @@ def chunk_in(name: str, kind: str, change: Bytes) -> Make:
     """A folder whose first chunk is damaged."""
 
     def apply(root: Path) -> None:
-        metadata = {".zarray", ".zattrs", "zarr.json", "attributes.json", "info"}
+        metadata = {".zarray", ".zattrs", "zarr.json", "attributes.json", "info", "header.wkw"}
         path = min(p for p in root.rglob("*") if p.is_file() and p.name not in metadata)
         path.write_bytes(change(path.read_bytes()))
 
@@ -186,7 +245,9 @@ GARBLED = {
     for text in TEXTS[number % 2 :: 2]
 }
 CHUNKS = {
-    f"{kind}_chunk_{seed}": chunk_in(f"{kind}_chunk_{seed}", kind, blind(seed)) for kind in FOLDERS for seed in range(4)
+    f"{kind}_chunk_{seed}": chunk_in(f"{kind}_chunk_{seed}", kind, blind(seed))
+    for kind in FOLDERS | PACKED_FOLDERS
+    for seed in range(4)
 }
 
 # ----------------------------------------------------------------------------------- sizes that nobody should believe
@@ -345,6 +406,21 @@ CHANGED: dict[str, tuple[str, Bytes]] = {
     "mrc_no_header": ("mrc", mrc_at(23, -1)),
     "mrc_axes": ("mrc", mrc_at(16, 0, 7, -3)),
     "mrc_volumes": ("mrc", lambda d: mrc_at(22, 401)(mrc_at(9, 0)(d))),
+    "nrrd_sizes": ("nrrd", lambda d: re.sub(rb"sizes: [^\n]*", b"sizes: 9999999 9999999 9999999", d)),
+    "nrrd_negative": ("nrrd", lambda d: re.sub(rb"sizes: [^\n]*", b"sizes: -32 -24 2", d)),
+    "nrrd_skip": ("nrrd", lambda d: d.replace(b"encoding:", b"byte skip: 99999999999999\nencoding:")),
+    "nrrd_lines": ("nrrd", lambda d: d.replace(b"encoding:", b"line skip: 99999999999999\nencoding:")),
+    "nrrd_outside": ("nrrd", lambda d: d.replace(b"encoding:", b"data file: /etc/passwd\nencoding:")),
+    "nrrd_bomb": ("nrrdgz", lambda d: d.partition(b"\n\n")[0] + b"\n\n" + gzip.compress(bytes(1 << 29), 1)),
+    "mha_sizes": ("mha", lambda d: d.replace(b"DimSize = 32 24 2", b"DimSize = 9999999 9999999 9999")),
+    "mha_channels": ("mha", lambda d: d.replace(b"ElementType", b"ElementNumberOfChannels = 999999999\nElementType")),
+    "mha_outside": ("mha", lambda d: d.replace(b"= LOCAL", b"= ../../etc/passwd")),
+    "mha_bomb": ("mhapacked", lambda d: d.partition(b"= LOCAL\n")[0] + b"= LOCAL\n" + zlib.compress(bytes(1 << 29), 1)),
+    "gipl_sizes": ("gipl", put(0, b"\xff" * 8)),
+    "dm3_tags": ("dm3", put(14, b"\xff" * 4)),
+    "dm3_dims": ("dm3", lambda d: put(d.index(b"Dimensions") + 31, b"\xff" * 3)(d)),
+    "zarrzip_text": ("zarrzip", lambda d: d.replace(b"zarr_format", b"zarr_formal")),
+    "zarrzip_cut": ("zarrzip", lambda d: d[:-30]),
     "bmp_wide": ("bmp", put(18, struct.pack("<ii", 2**31 - 1, 2**31 - 1))),
     "bmp_palette": ("bmp", put(46, struct.pack("<i", 2**31 - 1))),
     "jpg_wide": ("jpg", lambda d: put(d.index(b"\xff\xc0") + 5, b"\xff\xff\xff\xff")(d)),

@@ -105,7 +105,7 @@ def make_plans(
         "dataset_name": DATASET_NAME,
         "plans_name": PLANS_NAME,
         "original_median_spacing_after_transp": [999.0, 1.0, 1.0] if dimensions == 2 else [1.0, 1.0, 1.0],
-        "original_median_shape_after_transp": [1, 64, 64],
+        "original_median_shape_after_transp": [1 if reader == "NaturalImage2DIO" else 16, 64, 64],
         "image_reader_writer": reader,
         "transpose_forward": list(axis_order),
         "transpose_backward": [list(axis_order).index(axis) for axis in range(3)],

@@ -71,7 +71,8 @@ def make_predictor(folder: Path, folds: Sequence[str], *, mirror: bool = True, s
 @contextlib.contextmanager
 def float32_accumulators() -> Iterator[None]:
     """Let nnU-Net accumulate in float32 instead of half precision, with a float32 Gaussian."""
-    gaussian = functools.partial(compute_gaussian, dtype=torch.float32)
+    gaussian: Any = functools.partial(compute_gaussian, dtype=torch.float32)
+    gaussian.cache_clear = compute_gaussian.cache_clear
     with (
         mock.patch.object(torch, "half", torch.float32),
         mock.patch.object(predict_from_raw_data, "compute_gaussian", gaussian),
@@ -141,6 +142,17 @@ def predict(
             stack.enter_context(injected(summaries))
         stage = None if previous is None else previous[None].astype(np.float32)
         return predictor.predict_single_npy_array(image, properties, stage, None, probabilities)
+
+
+def predict_files(predictor: Any, images: Path, output: Path, *, exact: bool = True) -> None:
+    """What ``nnUNetv2_predict`` does with a folder of images, read and written by nnU-Net, in this process."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if exact:
+            stack.enter_context(float32_accumulators())
+        predictor.predict_from_files_sequential(str(images), str(output), False, True)
 
 
 @contextlib.contextmanager

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 
+from connectomics.assembly.decode_inputs import (
+    RUN,
+    DecodingInput,
+    check_stored,
+    identity_at,
+    identity_of,
+    units_of_classes,
+    units_of_volume,
+)
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.engine.identity import program_version
 from connectomics.assembly.memory import decoding_bytes
-from connectomics.assembly.provenance import stamp_of
+from connectomics.assembly.reproduction import named_steps, steps_from_anywhere, words_of
 from connectomics.assembly.settings import memory_budget_bytes
-from connectomics.config.load import written
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.core.fingerprint import key_of
@@ -25,39 +32,20 @@ from connectomics.core.geometry import Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.objects.table import require_parquet
 from connectomics.runs.decoding_run import DecodeJob, DecodeRecord, TableProbabilities
-from connectomics.stages.decode.context import decode_plan
+from connectomics.stages.decode.context import decode_plan, in_chunks
 from connectomics.stages.decode.object_filters import passes
 from connectomics.stages.decode.step_contract import DecodingMemory, DecodingStep, StepInput
-from connectomics.stages.decode.values import ClassProbabilities, Values, probability_units
-from connectomics.stages.output.export import FORMATS, export_path, formats_holding
+from connectomics.stages.decode.values import ClassProbabilities, Values
+from connectomics.stages.output.export import formats_holding
 from connectomics.stages.output.finish import FinalOutput
-from connectomics.volumes.listing import stem_of
 from connectomics.volumes.opening import open_volume
+from connectomics.volumes.source import absolute_uri
 from connectomics.volumes.volume import Nanometres, VolumeInfo, VolumeReader
 from connectomics.volumes.watched import changed_input
 
 OBJECTS = "objects"
-SUFFIX = "_instances"
-RUN = ".run"
 SMALLEST_IDS = np.dtype(np.uint32)
-
-
-@dataclass(frozen=True, slots=True)
-class DecodingInput:
-    """A volume of labels, ids or probabilities to be decoded.
-
-    For the table there are the model's ``probabilities`` of all labels, or None, and ``certain``, their stored value of
-    probability 1; None for the type's own.
-    """
-
-    uri: str
-    probabilities: str | None = None
-    certain: float | None = None
-
-    @property
-    def stem(self) -> str:
-        """Return the stem of its results' names."""
-        return stem_of(self.uri) + SUFFIX
+DEFAULT_NOTES = {"experiment_name": Config().experiment_name, "description": Config().description}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +75,9 @@ class DecodingRequest:
     budget_bytes: int
     notes: Mapping[str, object]
 
-    def stated(self) -> list[dict[str, object]]:
-        """Return the steps as they stand in the configuration."""
-        return [dataclasses.asdict(step) for step in self.steps]  # type: ignore[call-overload]
+    def facts(self) -> list[dict[str, object]]:
+        """Return the steps for result keys and provenance, which do not depend on where volumes lie."""
+        return named_steps(self.steps)
 
 
 def decoding_request(config: Config) -> DecodingRequest:
@@ -147,33 +135,18 @@ def _check(request: DecodingRequest, given: StepInput) -> None:
         given = step.check(f"decoding[{i}]", given)
 
 
-def decoding_input(word: str) -> DecodingInput:
-    """Return what a volume, or the RUN folder of an earlier run, means; VolumeError where no labels lie beside that."""
-    path = Path(word)
-    if path.suffix != RUN:
-        return DecodingInput(word)
-    for form in FORMATS:
-        labels = export_path(path.parent, path.name.removesuffix(RUN), form)
-        if labels.exists():
-            return DecodingInput(str(labels))
-    raise VolumeError(
-        f"{word}: no finished labels lie beside this RUN folder; run the command that began it again until it ends, or "
-        "name a volume"
-    )
-
-
 def output_of(request: DecodingRequest, source: DecodingInput, volume: VolumeReader) -> FinalOutput:
     """Return the final volume with its result key."""
     facts: dict[str, object] = {
-        "decoding": request.stated(),
-        "input": _identity(source.uri, volume),
-        "probabilities": None if source.probabilities is None else _known(source.probabilities),
+        "decoding": request.facts(),
+        "input": identity_of(source.uri, volume),
+        "probabilities": None if source.probabilities is None else identity_at(source.probabilities),
         "axes": request.axes,
         "voxel_size_nm": list(volume.info.voxel_size_nm or ()),
     }
     for step in request.steps:
         if step.probabilities is not None:
-            facts["probabilities"] = _known(step.probabilities)
+            facts["probabilities"] = identity_at(step.probabilities)
     output = request.output
     return FinalOutput(OBJECTS, source.stem, key_of(facts), output.formats, pyramid=output.pyramid)
 
@@ -184,18 +157,6 @@ def _require_unchanged(request: DecodingRequest, source: DecodingInput, output: 
         now = output_of(request, source, volume)
     if now.result_key != output.result_key:
         raise VolumeError(changed_input(source.uri))
-
-
-def _known(uri: str) -> dict[str, object]:
-    with contextlib.closing(open_volume(uri)) as reader:
-        return _identity(uri, reader)
-
-
-def _identity(uri: str, reader: VolumeReader) -> dict[str, object]:
-    """The result key of what a run made, which another run may make again; of other volumes what the file says."""
-    stamp, _ = stamp_of(Path(uri)) or ({}, "")
-    key = stamp.get("result_key")
-    return reader.identity if key is None else {"result_key": key}
 
 
 def table_of(output: ObjectsOutput, source: DecodingInput) -> Path | None:
@@ -219,6 +180,7 @@ def open_decoding_input(request: DecodingRequest, source: DecodingInput) -> Volu
     known = stated_probabilities(request, source) is not None
     try:
         _check(request, StepInput(source.uri, reader.info, probabilities=known))
+        check_stored(request.steps[0], source.uri)
     except (ConfigError, VolumeError):
         reader.close()
         raise
@@ -238,21 +200,26 @@ def decode_job(
         If the probabilities have another shape.
     """
     output, plan = output_of(request, source, volume), _plan(request, volume.info)
-    probabilities = None
+    probabilities = TableProbabilities(own_units=units_of_volume(source.uri, volume.info))
     if likely is not None:
         if likely.info.extent != volume.info.extent:
             raise VolumeError(
                 f"{source.uri}: has extent (z, y, x) {volume.info.extent}, its probabilities {likely.info.extent}; "
                 "name those of this volume"
             )
-        probabilities = TableProbabilities(
-            ClassProbabilities(likely, Values(volume)), probability_units(likely.info, source.certain)
+        named = stated_probabilities(request, source)
+        of_classes = ClassProbabilities(likely, Values(volume))
+        probabilities = replace(
+            probabilities,
+            read=of_classes,
+            of_labels=of_classes.of if likely.info.channels > 1 else None,
+            units=units_of_classes(str(named), likely.info, source.certain),
         )
     provenance = {
         "program": program_version(),
         **request.notes,
-        "input": _identity(source.uri, volume),
-        "decoding": request.stated(),
+        "input": identity_of(source.uri, volume),
+        "decoding": request.facts(),
     }
     return DecodeJob(
         run_folder_of(request.output, source),
@@ -277,16 +244,19 @@ def _plan(request: DecodingRequest, info: VolumeInfo) -> BlockPlan:
     plan, memory = decode_plan(info, free), DecodingMemory(request.budget_bytes, free)
     for i, step in enumerate(request.steps):
         plan = step.plan(f"decoding[{i}]", info, memory, plan)
-    return plan if request.block_shape is None else BlockPlan(request.block_shape, request.block_shape)
+    return plan if request.block_shape is None else in_chunks(request.block_shape)
 
 
 def _command(request: DecodingRequest, source: DecodingInput) -> tuple[str, ...]:
-    """Return the words of the command that makes this result again, but for where it goes."""
+    """Return the words of the command that makes this result again from any folder, but for where it goes."""
     stated = {
-        "decoding": request.stated(),
+        "decoding": steps_from_anywhere(request.steps),
         "inference.axes": request.axes,
         "inference.voxel_size_nm": request.voxel_size_nm,
         "inference.output.formats": list(request.output.formats),
+        "inference.output.pyramid": request.output.pyramid,
         "inference.output.table": request.output.table,
+        **{key: value for key, value in request.notes.items() if value != DEFAULT_NOTES[key]},
     }
-    return ("decode", source.uri, *(f"{key}={written(value)}" for key, value in stated.items() if value is not None))
+    words = words_of({key: value for key, value in stated.items() if value is not None})
+    return ("decode", absolute_uri(source.word or source.uri), *words)

@@ -14,8 +14,9 @@ from connectomics.assembly.engine.engine import Engine, EngineModel
 from connectomics.assembly.engine.make_engine import under
 from connectomics.assembly.engine.rules import check_isotropic
 from connectomics.assembly.memory import decoding_bytes, plan_within_device
-from connectomics.assembly.provenance import command_of, provenance_of, resampling_facts, roi_facts
-from connectomics.assembly.settings import OutputSettings, RegionSettings, VolumeSettings
+from connectomics.assembly.provenance import choices_of, mask_placement, provenance_of, resampling_facts, roi_facts
+from connectomics.assembly.reproduction import command_of
+from connectomics.assembly.settings import InferenceSettings, OutputSettings, VolumeSettings
 from connectomics.config.inference_keys import VolumeModeConfig
 from connectomics.config.load import Given, as_config
 from connectomics.config.schema import Config
@@ -34,9 +35,9 @@ from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.predict.precision_check import FastContract, piece_shape
 from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 from connectomics.stages.survey.region import RegionOfInterest, require_inside
-from connectomics.volumes.listing import VolumeSource, expand, group, refuse_collisions, without_results
+from connectomics.volumes.listing import VolumeSource, expand, group, other_channels, refuse_collisions, without_results
 from connectomics.volumes.opening import open_channels, open_volume
-from connectomics.volumes.volume import Spacing, VolumeReader
+from connectomics.volumes.volume import Spacing, VolumeInfo, VolumeReader
 from connectomics.volumes.watched import changed_input
 
 PREVIOUS = "previous_stage"  # folder in RUN where the labels of a cascade's first stage are kept
@@ -124,9 +125,13 @@ def open_input(stated: VolumeSettings, spec: ModelSpec, source: VolumeSource) ->
     if source.problem:
         raise VolumeError(source.problem)
     if len(source.uris) == 1:
-        reader = open_volume(source.uris[0], axes=axes, voxel_size_nm=voxel_size)
+        reader = open_volume(source.uris[0], axes=axes, voxel_size_nm=voxel_size, channels=spec.channels)
     else:
         reader = open_channels(source.uris, axes=axes, voxel_size_nm=voxel_size)
+    others = other_channels(source.uris[0], spec.channels) if reader.info.channels == 1 < spec.channels else ()
+    if others and len(source.uris) == 1:  # the first file stands for all, which lie beside it
+        reader.close()
+        reader = open_channels(others, axes=axes, voxel_size_nm=voxel_size)
     try:
         if reader.info.channels != spec.channels:
             raise VolumeError(
@@ -163,7 +168,7 @@ def _channels_remedy(source: VolumeSource, found: int, expected: int) -> str:
 def opened_source(engine: Engine, source: VolumeSource) -> Iterator[tuple[VolumeReader, RegionOfInterest | None]]:
     """A volume and what of it is wanted (see ``roi_of``), open while the context is."""
     with contextlib.closing(open_source(engine, source)) as reader:
-        roi = roi_of(engine.inference.region, reader.info.extent, source.name)
+        roi = roi_of(engine.inference, reader.info, source.name)
         with contextlib.nullcontext() if roi is None else contextlib.closing(roi):
             yield reader, roi
 
@@ -199,13 +204,12 @@ def outputs_of(engine: Engine, source: VolumeSource, reader: VolumeReader) -> tu
     names = final_names(engine, source)
     resampling = resampling_facts(segmenter_of(engine, reader.info.spacing))
     facts = dict(engine.identity.facts) | {"input": reader.identity, "resample": resampling}
-    facts |= _previous_facts(engine, source, reader) | roi_facts(engine.inference.region)
+    facts |= _previous_facts(engine, source, reader) | roi_facts(engine.inference, reader.info)
     pyramid = engine.inference.outputs.pyramid
     outputs = [FinalOutput(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1], pyramid=pyramid)]
     rule = engine.segmenter.probabilities
     if rule is not None:
-        kept = {"channels": list(rule.channels), "activation": rule.activation, "scale": rule.scale}
-        key = key_of(facts | {"probabilities": kept | {"dtype": rule.dtype.str}})
+        key = key_of(facts | {PROBABILITIES: rule.facts})
         stem, formats = names[PROBABILITIES]
         outputs.append(FinalOutput(PROBABILITIES, stem, key, formats, pyramid=pyramid))
     return tuple(outputs)
@@ -312,15 +316,15 @@ def fast_contract(engine: Engine, exact: Segmenter, block: Vec3) -> FastContract
     )
 
 
-def roi_of(region: RegionSettings, extent: Vec3, name: str) -> RegionOfInterest | None:
-    """What ``inference.roi`` and ``inference.mask`` leave of a volume of some extent; None: they do not restrict it.
+def roi_of(stated: InferenceSettings, info: VolumeInfo, name: str) -> RegionOfInterest | None:
+    """What ``inference.roi`` and ``inference.mask`` leave of a volume; None: they do not restrict it.
 
     Raises
     ------
     VolumeError
         If the box lies outside the volume, or the mask cannot be opened or belongs to another one.
     """
-    mask = region.mask
+    region, mask, extent = stated.region, stated.region.mask, info.extent
     if region.box is None and mask is None:
         return None
     box = Box.of_shape(extent) if region.box is None else region.box
@@ -329,7 +333,8 @@ def roi_of(region: RegionSettings, extent: Vec3, name: str) -> RegionOfInterest 
         return RegionOfInterest(extent, box)
     reader = open_volume(mask)
     try:
-        return RegionOfInterest(extent, box, reader, f"inference.mask={mask}, for {name}")
+        told = f"inference.mask={mask}, for {name}"
+        return RegionOfInterest(extent, box, reader, told, placement=mask_placement(stated, info, reader.info, told))
     except VolumeError:
         reader.close()
         raise
@@ -375,6 +380,7 @@ def job_of(
         record=JobRecord(
             provenance_of(engine, reader, segmenter, previous),
             command_of(engine, source),
+            told=choices_of(engine),
             require_unchanged=functools.partial(_require_unchanged, engine, source, outputs),
         ),
         limits=JobLimits(readers, block_bytes, on_device=engine.memory.device_bytes is not None),

@@ -198,7 +198,9 @@ def _add_verify(commands: Commands) -> None:
     text = "let nnunetv2 label samples of a volume, hold ours or an existing output against them, write a certificate"
     verify = _command(commands, "verify", text)
     verify.add_argument("model", type=folder, help="training folder, fold folder or .pth file")
-    verify.add_argument("volume", type=volume, help="the volume")
+    verify.add_argument(
+        "volume", type=volume, help="the volume: a path, a pattern, [FILE,FILE] or a text file of its files"
+    )
     verify.add_argument("--samples", type=int, default=3, help="sections to compare, where each is a case")
     verify.add_argument("--max-voxels", type=int, default=1 << 24, help="of a volume that nnU-Net is given at once")
     verify.add_argument("--threshold", type=float, default=1e-4, help="largest share of differing labels that passes")

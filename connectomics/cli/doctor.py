@@ -21,9 +21,10 @@ from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.installation import DISTRIBUTION, VERSION, install_command
 from connectomics.models.backends.device import select_device
+from connectomics.models.nnunet_releases import known_bad
 
 PACKAGE = "connectomics"
-TESTED_NNUNET = ("2.8.0", "2.9")
+RELEASES = ("nnunetv2", "torch", "dynamic_network_architectures")
 LOW_MEMORY_BYTES = 4 << 30
 LOW_DISK_BYTES = 10 << 30
 VOLUMES_OPENED = 20
@@ -75,9 +76,14 @@ def _is_ours(owner: str) -> bool:
 
 
 def _nnunet() -> Diagnosis:
-    version = importlib.metadata.version("nnunetv2")
-    text = f"{version} (tested: {TESTED_NNUNET[0]} up to, not with, {TESTED_NNUNET[1]})"
-    return Diagnosis("nnunetv2", text, "" if TESTED_NNUNET[0] <= version < TESTED_NNUNET[1] else install_command())
+    """The releases that nnU-Net's networks are built and run with, and which of them are known not to fit."""
+    installed = {name: importlib.metadata.version(name) for name in RELEASES}
+    text = ", ".join(f"{name} {version}" for name, version in installed.items() if name != "nnunetv2")
+    bad = known_bad(installed)
+    if bad:
+        words = " ".join(f"'{requirement}'" for _, requirement in bad)
+        return Diagnosis("nnunetv2", "; ".join(finding for finding, _ in bad), f"install {words} with pip")
+    return Diagnosis("nnunetv2", f"{installed['nnunetv2']} (tested: 2.5.1 up to, not with, 2.9), {text}")
 
 
 def _torchvision() -> Diagnosis:

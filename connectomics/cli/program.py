@@ -83,10 +83,13 @@ def _infer_volume(words: argparse.Namespace) -> int:
 
 
 def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> list[VolumeOutcome]:
+    from connectomics.assembly.engine.identity import case_note
     from connectomics.assembly.provenance import batch_note
     from connectomics.cli.progress import ProgressBar
     from connectomics.lightning.inference import VolumeProcessor, check_output_folder
 
+    check_output_folder(engine.settings.folder)
+    say(case_note(engine), file=sys.stderr)
     for deviation in engine.identity.deviations:
         say(f"not nnU-Net: {deviation}", file=sys.stderr)
     if config.system.backend == "auto":
@@ -94,7 +97,6 @@ def _run(config: Config, engine: Engine, sources: Sequence[VolumeSource]) -> lis
         say(f"system.backend=auto: {chosen}", file=sys.stderr)
     for note in batch_note(engine):
         say(note, file=sys.stderr)
-    check_output_folder(engine.settings.folder)
     if not config.decoding:
         with ProgressBar() as bar:
             return VolumeProcessor(config, engine, bar).run(sources)
@@ -148,6 +150,7 @@ def _test(words: argparse.Namespace) -> int:
 def _evaluate(words: argparse.Namespace) -> int:
     stated = [INSTANCES] if words.instances else []
     config = _configured(words, [*stated, *overrides_of(words)])
+    from connectomics.assembly.settings import memory_budget_bytes
     from connectomics.commands.evaluate import evaluate_volumes, stated_comparisons
     from connectomics.evaluate.comparison import Comparison
     from connectomics.lightning.inference import check_output_folder
@@ -159,7 +162,8 @@ def _evaluate(words: argparse.Namespace) -> int:
     jobs = one if named else stated_comparisons(config.test.data)
     folder = Path(config.inference.data.output_path)
     check_output_folder(folder)
-    return _print_scores(evaluate_volumes(folder, config.test.evaluation, jobs), words.json)
+    budget = memory_budget_bytes(config.system.memory_budget_gb)
+    return _print_scores(evaluate_volumes(folder, config.test.evaluation, jobs, budget_bytes=budget), words.json)
 
 
 def _print_scores(scores: Scores, as_json: bool) -> int:
@@ -211,16 +215,19 @@ def _config(words: argparse.Namespace) -> int:
 
 
 def _verify(words: argparse.Namespace) -> int:
-    outputs, overrides = told_apart(words.overrides)
+    others, overrides = told_apart(words.overrides)
     config = _configured(words, overrides)
+    from connectomics.commands.verify import report, verify
+    from connectomics.commands.verify_input import files_of_one
+
+    files, outputs = files_of_one([words.volume, *others])
     if len(outputs) > 1:
         raise ConfigError(f"verify compares one output, found {', '.join(outputs)}; {right_form('verify')}")
-    from connectomics.commands.verify import report, verify
 
     result = verify(
         config,
         words.model,
-        words.volume,
+        files,
         output=local_path(outputs[0], "OUTPUT") if outputs else None,
         samples=words.samples,
         largest=words.max_voxels,
@@ -233,7 +240,8 @@ def _verify(words: argparse.Namespace) -> int:
 
 def _decode(words: argparse.Namespace) -> int:
     config = _configured(words)
-    from connectomics.assembly.decode_jobs import decoding_input, decoding_request
+    from connectomics.assembly.decode_inputs import decoding_input
+    from connectomics.assembly.decode_jobs import decoding_request
     from connectomics.cli.progress import ProgressBar
     from connectomics.commands.decode import Decoder
     from connectomics.lightning.inference import check_output_folder
@@ -245,7 +253,7 @@ def _decode(words: argparse.Namespace) -> int:
 
 
 def _reproduce(words: argparse.Namespace) -> int:
-    from connectomics.assembly.provenance import reproduce
+    from connectomics.assembly.reproduction import reproduce
 
     say(reproduce(words.output))
     return 0
@@ -316,6 +324,7 @@ def _from_nnunet(words: argparse.Namespace) -> int:
     stated = {field.name: vars(words)[field.name] for field in fields(NnunetCall) if field.name != "model"}
     call = NnunetCall(model=model, **stated)
     prediction = FolderPrediction(call, [word for word in overrides_of(words) if isinstance(word, str)])
+    say(prediction.case_note, file=sys.stderr)
     for deviation in prediction.deviations:
         say(f"not nnU-Net's default: {deviation}", file=sys.stderr)
     check_output_folder(prediction.own_folder)

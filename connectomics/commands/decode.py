@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from connectomics.assembly.decode_inputs import RUN, SUFFIX, DecodingInput
 from connectomics.assembly.decode_jobs import (
-    SUFFIX,
-    DecodingInput,
     DecodingRequest,
     decode_job,
     keeps_probabilities,
@@ -26,11 +25,13 @@ from connectomics.core.errors import ConnectomicsError
 from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.task import RunReport
 from connectomics.jobs.outcome import NullObserver, Observer, VolumeOutcome, attempted, outcomes_of
-from connectomics.runs.decoding_run import DecodeSettings, run_decode
+from connectomics.runs.decoding_run import DecodeSettings, lacks_table, run_decode
 from connectomics.stages.output.finish import check_names, settle, work_folder
 from connectomics.volumes.listing import stem_of
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.volume import VolumeReader
+
+OWN_AXES = "zyx"  # of all labels that a run leaves
 
 
 class Decoder:
@@ -61,7 +62,7 @@ class Decoder:
         except (ConnectomicsError, OSError):
             return None
         table = table_of(self._request.output, source)
-        if output.missing(self._folder) or (table is not None and not table.exists()):
+        if output.missing(self._folder) or lacks_table(table, output.result_key):
             return None
         folder = run_folder_of(self._request.output, source)
         paths = (*output.paths(self._folder).values(), *([] if table is None else [table]))
@@ -91,7 +92,8 @@ def decode_outcomes(
 
     The engine is that of the run; it knows what its probabilities are.
     """
-    decoder = Decoder(request, observer)
+    axes = request.axes if request.axes == OWN_AXES else None  # stated of the images, not of what was made of them
+    decoder = Decoder(replace(request, axes=axes), observer)
     done = [i for i, outcome in enumerate(outcomes) if outcome.state != "failed"]
     decoded = decoder.run([_labels_of(engine, outcomes[i]) for i in done])
     result = list(outcomes)
@@ -112,7 +114,8 @@ def _labels_of(engine: Engine, outcome: VolumeOutcome) -> DecodingInput:
     """The labels of a finished volume, with its probabilities where they are of all labels."""
     rule = engine.segmenter.probabilities
     labels = outcome.paths[0]
+    run = str(labels.with_name(stem_of(str(labels)) + RUN))
     if rule is None or not keeps_probabilities(engine):
-        return DecodingInput(str(labels))
+        return DecodingInput(str(labels), word=run)
     likely = [path for path in outcome.paths if path.stem.endswith("_probabilities")]
-    return DecodingInput(str(labels), str(likely[0]) if likely else None, rule.scale)
+    return DecodingInput(str(labels), str(likely[0]) if likely else None, rule.scale, word=run)

@@ -11,20 +11,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from connectomics.commands.decode import objects_of
+from connectomics.commands.object_masks import ids_message, most_pairs, refuse_masks
 from connectomics.config.schema import INSTANCE_METRICS, SEMANTIC_METRICS, EvaluationConfig, TestConfig, TestDataConfig
 from connectomics.core.errors import ConfigError, ConnectomicsError
 from connectomics.core.files import write_text
 from connectomics.evaluate.comparison import Comparison, Within, compare
 from connectomics.evaluate.contingency import Contingency, side_by_side
 from connectomics.evaluate.instances import instance_scores
+from connectomics.evaluate.masks import foregrounds, ids_against_mask, values_of
 from connectomics.evaluate.pairs import ObjectPairs, match_table, write_matches
 from connectomics.evaluate.semantic import Confusion, labels_found, scores
 from connectomics.volumes.listing import VolumeSource, refuse_collisions, stem_of
 from connectomics.volumes.opening import open_volume
 
 POOLED = "all volumes"
-_NAME = 32
+_NAME, _ROWS = 32, 32  # of the table that is printed: letters of a name, classes of a volume
 _COLUMNS = {
     "AP50": ("ap50",),
     "AP75": ("ap75",),
@@ -56,11 +60,13 @@ class Scores:
     pooled: Mapping[str, Any]
     failures: Mapping[str, str]
     matches: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def content(self) -> dict[str, Any]:
         """What ``scores.json`` holds."""
-        return {"pooled": self.pooled, "volumes": self.volumes, "failed": self.failures}
+        told = {"notes": list(self.notes)} if self.notes else {}
+        return {"pooled": self.pooled, "volumes": self.volumes, "failed": self.failures, **told}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +97,12 @@ def check_known_answers(test: TestConfig, sources: Sequence[VolumeSource], *, de
         If there is not one truth (and mask) a volume, or metrics of objects are asked for without objects.
     """
     _require_as_many(test.data, "test_image", len(sources))
-    metrics = _object_metrics(test.evaluation.metrics)
+    metrics = _of_kind(test.evaluation.metrics, INSTANCE_METRICS)
     if metrics and not (decodes and test.data.test_instances):
         raise ConfigError(
             f"test.evaluation.metrics names {', '.join(metrics)}, which are for ids of objects; state how objects are "
             "made, such as decoding=[{name: connected_components}], and the true ones, test.data.test_instances"
         )
-
-
-def _object_metrics(metrics: Sequence[str]) -> list[str]:
-    return [metric for metric in metrics if metric in INSTANCE_METRICS]
 
 
 def _require_as_many(data: TestDataConfig, images: str, count: int) -> None:
@@ -159,7 +161,7 @@ def evaluate_outcomes(test: TestConfig, engine: Engine, outcomes: Sequence[Volum
                 continue
             job = Comparison(outcome.name, str(outcome.paths[0]), truth, mask, within=_within(engine, outcome, opened))
             jobs.append(job)
-            if data.test_instances is not None and _object_metrics(test.evaluation.metrics):
+            if data.test_instances is not None and _of_kind(test.evaluation.metrics, INSTANCE_METRICS):
                 objects.append(replace(job, prediction=str(objects_of(outcome)), truth=data.test_instances[i]))
         labelling = Labelling(spec.class_labels, count, spec.ignored_label)
         return evaluate_volumes(engine.settings.folder, test.evaluation, jobs, labelling, objects=objects)
@@ -169,8 +171,11 @@ def _within(engine: Engine, outcome: VolumeOutcome, opened: ExitStack) -> Within
     """Gives the voxels of a box that were wanted, or None where all were."""
     from connectomics.assembly.volumes import roi_of
 
-    with closing(open_volume(str(outcome.paths[0]))) as labels:
-        wanted = roi_of(engine.inference.region, labels.info.extent, outcome.name)
+    stated, region = engine.inference.volumes, engine.inference.region
+    if region.box is None and region.mask is None:
+        return None
+    with closing(open_volume(outcome.name, axes=stated.axes, voxel_size_nm=stated.voxel_size_nm)) as volume:
+        wanted = roi_of(engine.inference, volume.info, outcome.name)
     return None if wanted is None else opened.enter_context(closing(wanted)).within
 
 
@@ -180,6 +185,8 @@ def evaluate_volumes(
     jobs: Sequence[Comparison],
     labelling: Labelling | None = None,
     objects: Sequence[Comparison] | None = None,
+    *,
+    budget_bytes: int | None = None,
 ) -> Scores:
     """Compare predictions with truths; saves ``scores.json`` and tables of matches in the output folder.
 
@@ -193,12 +200,20 @@ def evaluate_volumes(
         What labels mean; None: each label that is found is a class.
     objects
         The objects of the same volumes, in their order; None: the volumes themselves are ids.
+    budget_bytes
+        Host memory, where it is bounded.
     """
-    failures: dict[str, str] = {}
-    tables = _compared(jobs, (wanted.ignore_label, labelling.ignored if labelling else None), failures)
-    semantic, pooled_semantic = _semantic(tables, wanted, labelling, failures)
+    failures, notes, most = dict[str, str](), list[str](), most_pairs(budget_bytes)
+    ignored = (wanted.ignore_label, labelling.ignored if labelling else None)
+    tables = _compared(jobs, ignored, failures, most)
+    labelled = tables
+    if labelling is None and not wanted.foreground and _of_kind(wanted.metrics, SEMANTIC_METRICS):
+        labelled = _with_masks(folder, jobs, tables, failures, notes=notes)
+    semantic, pooled_semantic = _semantic(labelled, wanted, labelling, failures)
     if objects is not None:
-        tables = _compared(objects, (wanted.ignore_label,), failures)
+        tables = _compared(objects, (wanted.ignore_label,), failures, most)
+    if _of_kind(wanted.metrics, INSTANCE_METRICS):
+        refuse_masks(folder, jobs if objects is None else objects, tables, failures)
     tables = {name: table for name, table in tables.items() if name not in failures}
     instances, pooled_instances = _instances(tables, wanted)
     names = [job.name for job in jobs if job.name not in failures]
@@ -208,19 +223,20 @@ def evaluate_volumes(
         if job.name in tables:
             columns = match_table(ObjectPairs.of(tables[job.name]))
             paths.append(write_matches(columns, folder, stem_of(job.prediction)))
-    result = Scores(folder / "scores.json", volumes, pooled_semantic | pooled_instances, failures, matches=tuple(paths))
+    pooled = pooled_semantic | pooled_instances
+    result = Scores(folder / "scores.json", volumes, pooled, failures, matches=tuple(paths), notes=tuple(notes))
     write_text(result.path, json.dumps(result.content, indent=1) + "\n")
     return result
 
 
 def _compared(
-    jobs: Sequence[Comparison], ignored: Sequence[int | None], failures: dict[str, str]
+    jobs: Sequence[Comparison], ignored: Sequence[int | None], failures: dict[str, str], most: int | None
 ) -> dict[str, Contingency]:
     """What falls on what, by name; what cannot be compared is added to ``failures``."""
     tables: dict[str, Contingency] = {}
     for job in jobs:
         try:
-            table = compare(job)
+            table = compare(job, most_pairs=most)
         except ConnectomicsError as error:
             failures[job.name] = str(error)
             continue
@@ -230,18 +246,45 @@ def _compared(
     return tables
 
 
+def _of_kind(metrics: Sequence[str], kind: Sequence[str]) -> list[str]:
+    return [metric for metric in metrics if metric in kind]
+
+
+def _with_masks(
+    folder: Path,
+    jobs: Sequence[Comparison],
+    tables: Mapping[str, Contingency],
+    failures: dict[str, str],
+    notes: list[str],
+) -> dict[str, Contingency]:
+    """The tables with masks as foreground, which is noted; ids against a mask are added to ``failures``."""
+    for job in jobs:
+        side = ids_against_mask(tables[job.name]) if job.name in tables else ""
+        if side:
+            ids, mask = (job.prediction, job.truth) if side == "prediction" else (job.truth, job.prediction)
+            failures[job.name] = ids_message(folder, ids, mask)
+    left = {name: table for name, table in tables.items() if name not in failures}
+    masks = foregrounds(left)
+    for job in jobs:
+        if job.name in masks:
+            values = ", ".join(map(str, np.unique(left[job.name].truth)))
+            notes.append(f"{job.truth}: is a mask of the values {values}; everything above the lowest is foreground")
+    return left | masks
+
+
 def _semantic(
     tables: Mapping[str, Contingency], wanted: EvaluationConfig, labelling: Labelling | None, failures: dict[str, str]
 ) -> tuple[Entries, dict[str, Any]]:
     """Entries of each volume and of all pooled; volumes with unknown labels are added to ``failures``."""
-    metrics = [metric for metric in wanted.metrics if metric in SEMANTIC_METRICS]
+    metrics = _of_kind(wanted.metrics, SEMANTIC_METRICS)
     if not metrics:
         return {}, {}
     if wanted.foreground:
         labelling = Labelling({"background": (0,), "foreground": (1,)}, BINARY)
     if labelling is None:
         count = labels_found(list(tables.values()))
-        names = {"background": (0,)} | {f"label_{n}": (n,) for n in range(1, count)}
+        found = sorted(frozenset[int]().union(*(side for t in tables.values() for side in values_of(t))) | {1})
+        names = {"background": (0,)} | {f"label_{n}": (n,) for n in found if n}
         labelling = Labelling(names, count)
     elif labelling.count == BINARY:
         tables = {name: table.as_foreground() for name, table in tables.items()}
@@ -259,7 +302,7 @@ def _semantic(
 
 def _instances(tables: Mapping[str, Contingency], wanted: EvaluationConfig) -> tuple[Entries, dict[str, Any]]:
     """Entries of each volume and of all beside each other, as if they were one."""
-    metrics = _object_metrics(wanted.metrics)
+    metrics = _of_kind(wanted.metrics, INSTANCE_METRICS)
     if not metrics:
         return {}, {}
 
@@ -267,13 +310,17 @@ def _instances(tables: Mapping[str, Contingency], wanted: EvaluationConfig) -> t
         found = instance_scores(table, metrics, size_bounds=wanted.size_bounds or ())
         return {"instances": found, "voxels": table.voxels}
 
-    return {name: entry(table) for name, table in tables.items()}, entry(side_by_side(list(tables.values())))
+    entries = {name: entry(table) for name, table in tables.items()}
+    if len(entries) == 1:
+        return entries, next(iter(entries.values()))
+    return entries, entry(side_by_side(list(tables.values())))
 
 
 def score_table(result: Scores) -> str:
     """The scores as text: classes, then objects, then what was not measured."""
     entries = {**result.volumes, POOLED: result.pooled}
-    lines = _semantic_lines(entries) if "labels" in result.pooled else []
+    lines = [f"note: {note}" for note in result.notes]
+    lines += _semantic_lines(entries) if "labels" in result.pooled else []
     lines += _instance_lines(entries) if "instances" in result.pooled else []
     lines += [f"not measured: {name}: {reason}" for name, reason in result.failures.items()]
     return "\n".join(lines)
@@ -283,8 +330,11 @@ def _semantic_lines(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     metrics = list(entries[POOLED]["mean_foreground"])
     lines = [f"{'volume':{_NAME}} {'class':16} " + " ".join(f"{m:>10}" for m in metrics)]
     for name, entry in entries.items():
-        for label, values in list(entry["labels"].items())[1:]:
+        rows = list(entry["labels"].items())[1:]
+        for label, values in rows[:_ROWS]:
             lines.append(f"{name[-_NAME:]:{_NAME}} {label:16} " + " ".join(_shown(values[m]) for m in metrics))
+        if len(rows) > _ROWS:
+            lines.append(f"{name[-_NAME:]:{_NAME}} and {len(rows) - _ROWS} more classes, see scores.json")
     return lines
 
 

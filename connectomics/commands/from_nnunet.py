@@ -11,15 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectomics.assembly.engine.engine import Engine
+from connectomics.assembly.engine.identity import case_note
 from connectomics.assembly.engine.make_engine import build_engine, check_resampling, under
 from connectomics.assembly.settings import resolve
 from connectomics.assembly.shared_sample import SharedSample
+from connectomics.config.inference_keys import InferenceConfig
 from connectomics.config.load import load_config, with_values
 from connectomics.config.schema import Config
 from connectomics.config.validation import validate
 from connectomics.core.errors import ConfigError, ModelError
+from connectomics.core.geometry import AxisOrder
 from connectomics.jobs.outcome import EXPECTED, NullObserver, Observer, VolumeOutcome, failed_outcome, outcomes_of
 from connectomics.lightning.inference import VolumeProcessor
+from connectomics.models.locate import training_folder
+from connectomics.models.spec import ModelSpec
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.nnunet.folder import (
     IMAGES,
@@ -107,8 +112,8 @@ class FolderPrediction:
     """
 
     def __init__(self, call: NnunetCall, overrides: Sequence[str] = ()) -> None:
-        self._call = call
-        self._kind = _kind_of(call.model)
+        self._call = call = dataclasses.replace(call, model=training_folder(call.model))
+        self._kind = kind_of(call.model)
         self._sources = list_cases(call.input_folder, self._kind)[call.part_id :: call.num_parts]
         self._config = _configured(call, self._kind, overrides)
         self._engine = build_engine(self._config, call.model)
@@ -122,6 +127,13 @@ class FolderPrediction:
     def deviations(self) -> tuple[str, ...]:
         """The ways in which this is not nnU-Net's default inference."""
         return self._engine.identity.deviations
+
+    @property
+    def case_note(self) -> str:
+        """What a case is, in one line."""
+        if self._config.inference.case == "volume" and self._kind.reader != IMAGES:
+            return "case: each file (as nnU-Net takes it)"
+        return case_note(self._engine)
 
     @property
     def own_folder(self) -> Path:
@@ -157,8 +169,8 @@ class FolderPrediction:
         try:
             if not source.problem and self._kind.reader == IMAGES:
                 require_single_image(source)
-            frame = self._frame(source)
-            spacing = self._spacing(source, frame)
+            frame = _frame(source, self._kind)
+            spacing = _stated_spacing(source, self._kind, frame)
             config = self._config_at(spacing)
             (outcome,) = VolumeProcessor(config, self._engine, _BlockProgress(observer)).run([source], sample)
             if outcome.state == "failed":
@@ -180,36 +192,61 @@ class FolderPrediction:
             write_spacing(self._call.output_folder / f"{source.stem}.json", spacing)
         return (target, *own[1:])
 
-    def _frame(self, source: VolumeSource) -> NiftiGeometry | None:
-        if self._kind.reader not in NIFTI_READERS:
-            return None
-        return frame_of(Path(source.uris[0].removesuffix(self._kind.inner)), self._kind.reader)
-
     def _engine_of(self, source: VolumeSource, engine: Engine) -> Engine:
-        config = self._config_at(self._spacing(source, self._frame(source)))
+        config = self._config_at(spacing_of(source, self._kind))
         return under(engine, resolve(config, self._call.model))
-
-    def _spacing(self, source: VolumeSource, frame: NiftiGeometry | None) -> Spacing3:
-        if frame is not None:
-            return frame.spacing
-        if self._kind.reader == IMAGES:
-            return IMAGE_SPACING
-        stated = stated_spacing(source, self._kind.ending)
-        if stated is None:
-            log.warning("%s: no %s.json states the spacing; nnU-Net takes it for (1, 1, 1)", source.name, source.stem)
-        return stated or UNSTATED
 
     def _config_at(self, spacing: Spacing3) -> Config:
         """The configuration for a case of this spacing: resampled where it differs from the plan's, as nnU-Net does."""
         spec, members = self._engine.spec, self._engine.segmenter.members
-        turned = [member.order.turn(spacing) for member in members]
-        same = all(p is None or p == s for own in turned for p, s in zip(spec.spacing, own, strict=True))
-        if members[0].by_slice or same:
+        if members[0].by_slice:
             return self._config
-        resampled = {"resample": "plan", "spacing": list(spacing), "allow_large_resampling": True}
-        config: Config = with_values(self._config, {f"inference.{key}": value for key, value in resampled.items()})
+        inference = resampled_at(self._config.inference, spec, spacing, [member.order for member in members])
+        if inference is self._config.inference:
+            return self._config
         check_resampling(spec, resample=True, by_slice=False)
-        return config
+        return dataclasses.replace(self._config, inference=inference)
+
+
+def resampled_at(
+    inference: InferenceConfig, spec: ModelSpec, spacing: Spacing3, orders: Sequence[AxisOrder]
+) -> InferenceConfig:
+    """The settings for a volume of this spacing (z, y, x): resampled where it is not the plan's, as by nnU-Net.
+
+    ``orders`` turn the volume to what the network sees, along each plane.
+    """
+    turned = [order.turn(spacing) for order in orders]
+    if all(p is None or p == s for own in turned for p, s in zip(spec.spacing, own, strict=True)):
+        return inference
+    return dataclasses.replace(inference, resample="plan", spacing=list(spacing), allow_large_resampling=True)
+
+
+def _frame(source: VolumeSource, kind: FileKind) -> NiftiGeometry | None:
+    if kind.reader not in NIFTI_READERS:
+        return None
+    return frame_of(Path(source.uris[0].removesuffix(kind.inner)), kind.reader)
+
+
+def spacing_of(source: VolumeSource, kind: FileKind) -> Spacing3:
+    """The spacing (z, y, x) that nnU-Net's reader states for a case.
+
+    Raises
+    ------
+    VolumeError
+        If its header or JSON file cannot be read.
+    """
+    return _stated_spacing(source, kind, _frame(source, kind))
+
+
+def _stated_spacing(source: VolumeSource, kind: FileKind, frame: NiftiGeometry | None) -> Spacing3:
+    if frame is not None:
+        return frame.spacing
+    if kind.reader == IMAGES:
+        return IMAGE_SPACING
+    stated = stated_spacing(source, kind.ending)
+    if stated is None:
+        log.warning("%s: no %s.json states the spacing; nnU-Net takes it for (1, 1, 1)", source.name, source.stem)
+    return stated or UNSTATED
 
 
 class _BlockProgress:
@@ -228,7 +265,7 @@ class _BlockProgress:
 
 def _configured(call: NnunetCall, kind: FileKind, overrides: Sequence[str]) -> Config:
     stated = load_config(None, overrides)
-    first = call.previous_folder
+    first, case = call.previous_folder, stated.inference.case
     config: Config = with_values(
         stated,
         {
@@ -237,6 +274,7 @@ def _configured(call: NnunetCall, kind: FileKind, overrides: Sequence[str]) -> C
             "model.checkpoint_name": call.checkpoint_name,
             "model.previous_stage": None if first is None else f"{first}/*{kind.ending}{kind.inner}",
             "inference.axes": kind.axes,
+            "inference.case": case if case != "auto" or kind.reader == IMAGES else "volume",
             "inference.resample": "off",
             "inference.spacing": None,
             "inference.data.output_path": str(call.output_folder / OWN_FOLDER),
@@ -254,8 +292,14 @@ def _configured(call: NnunetCall, kind: FileKind, overrides: Sequence[str]) -> C
     return config
 
 
-def _kind_of(model: Path) -> FileKind:
-    """What the files of the model's dataset are."""
+def kind_of(model: Path) -> FileKind:
+    """What the files of a training folder's dataset are.
+
+    Raises
+    ------
+    ModelError, ConfigError
+        If the folder does not say so, or they are of a kind that is not read.
+    """
     if not model.is_dir():
         raise ModelError(
             f"{model}: there is no such folder; check -m, or -d, -c, -p, -tr and the variable nnUNet_results"

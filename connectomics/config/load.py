@@ -33,6 +33,7 @@ from connectomics.core.places import local_path, refusal
 _FILE_LIST = "inference.volume_mode.file_list"
 _DECODING = "decoding"
 _INTERPOLATION = re.compile(r"\$\{(?:[\w.]+|oc\.env:[^${}]+)\}")
+_LITERAL = re.compile(r'(\\*)("|$)')
 _WHOLE = 1 << 63  # integers beyond are none that the program could use
 _ALIKE = 1.1  # of 2: at most 1 from the whole key and 1 from its last part
 
@@ -218,7 +219,7 @@ def _typed(values: Mapping[str, object]) -> Config:
     config = pickle.loads(_typed_defaults())  # noqa: S301 - our own bytes
     for key, value in values.items():
         if key != _DECODING:
-            _put(config, key, _read_file_list(value) if key == _FILE_LIST else value)
+            _put(config, key, read_file_list(value) if key == _FILE_LIST and isinstance(value, str) else value)
     steps = read_steps(values.get(_DECODING, []))
     return dataclasses.replace(typing.cast(Config, OmegaConf.to_object(config)), decoding=steps)
 
@@ -256,12 +257,19 @@ def written(value: object) -> str:
     --------
     >>> written([{"name": "filters", "min_voxels": 3, "max_voxels": None}])
     '[{name: "filters", min_voxels: 3, max_voxels: null}]'
+    >>> print(written('a "größe"'))
+    "a \\"größe\\""
     """
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {written(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(written, value)) + "]"
-    return json.dumps(value)
+    return f'"{_LITERAL.sub(_escaped, value)}"' if isinstance(value, str) else json.dumps(value)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """Backslashes before a quote or the end, doubled, and the quote behind one; Hydra takes all others as they are."""
+    return found[1] * 2 + ('\\"' if found[2] else "")
 
 
 def _put(config: DictConfig, key: str, value: object) -> None:
@@ -286,10 +294,14 @@ def _put(config: DictConfig, key: str, value: object) -> None:
     raise ConfigError(f"{key} is {shown(value)}, expected {kind_in_words(stated)}")
 
 
-def _read_file_list(value: object) -> object:
-    """The volumes named in a text file; anything but the name of one passes unchanged."""
-    if not isinstance(value, str):
-        return value
+def read_file_list(value: str) -> list[str]:
+    """The volumes named in a text file, one a line.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read.
+    """
     if refusal(value):
         raise ConfigError(f"{_FILE_LIST} is {shown(value)}, but {refusal(value)}")
     try:

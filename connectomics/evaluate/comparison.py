@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-from connectomics.core.errors import VolumeError
+from connectomics.core.errors import ResourceError, VolumeError
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.evaluate.contingency import Contingency, Tally
 from connectomics.volumes.opening import open_volume
@@ -41,7 +41,7 @@ class Comparison:
     within: Within | None = None
 
 
-def compare(job: Comparison, block_shape: Vec3 | None = None) -> Contingency:
+def compare(job: Comparison, block_shape: Vec3 | None = None, most_pairs: int | None = None) -> Contingency:
     """Count the pairs of ids of two volumes, read piece by piece.
 
     Parameters
@@ -50,11 +50,15 @@ def compare(job: Comparison, block_shape: Vec3 | None = None) -> Contingency:
         The volumes.
     block_shape
         (z, y, x) of a piece; None: about 16 million voxels, in whole chunks. The result does not depend on it.
+    most_pairs
+        How many pairs of ids memory holds; None for any number.
 
     Raises
     ------
     VolumeError
         If one cannot be read, their extents differ, one has several channels, or a value is negative or not whole.
+    ResourceError
+        If there are more pairs.
     """
     with ExitStack() as opened:
 
@@ -74,6 +78,12 @@ def compare(job: Comparison, block_shape: Vec3 | None = None) -> Contingency:
                 if mask is not None:
                     counted = (mask.read(box) == 0) & (True if counted is None else counted)
                 total.add(Contingency.from_arrays(given.read(box), true.read(box), counted))
+                if most_pairs is not None and total.pairs > most_pairs and total.total().counts.size > most_pairs:
+                    raise ResourceError(
+                        f"{job.prediction}: more than {most_pairs} pairs of its ids and those of {job.truth} share "
+                        "voxels, which the memory budget does not hold; raise system.memory_budget_gb, or drop small "
+                        "objects first with connectomics decode and the step filters"
+                    )
         return total.total()
 
 

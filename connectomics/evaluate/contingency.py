@@ -107,6 +107,12 @@ class Contingency:
         one = np.uint64(1)
         return _merged(np.minimum(self.prediction, one), np.minimum(self.truth, one), self.counts)
 
+    def as_mask(self, foreground: int) -> Contingency:
+        """The table of two masks: of the truth one value is 1, of the prediction everything above 0."""
+        one = np.uint64(1)
+        truth = (self.truth == np.uint64(foreground)).astype(np.uint64)
+        return _merged(np.minimum(self.prediction, one), truth, self.counts)
+
 
 def combined(tables: Sequence[Contingency]) -> Contingency:
     """The sum of ``tables``; the same whatever their order."""
@@ -148,6 +154,11 @@ class Tally:
         self._pairs += table.counts.size
         if self._pairs > max(_FEWEST_WAITING, self._merged.counts.size):
             self._merge()
+
+    @property
+    def pairs(self) -> int:
+        """Pairs that are held, equal ones of different blocks several times."""
+        return self._pairs + int(self._merged.counts.size)
 
     def total(self) -> Contingency:
         """The sum so far."""

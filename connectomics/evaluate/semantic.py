@@ -12,6 +12,7 @@ from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.evaluate.contingency import Contingency, Counts, Ids, listing
 
 MOST_CLASSES = 1 << 11  # a confusion matrix of this many takes 32 MiB
+MOST_SHOWN = 256  # and one of this many a megabyte of JSON
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +75,7 @@ def _require_labels(values: Ids, classes: int, role: str) -> None:
     if (values >= classes).any():
         raise VolumeError(
             f"the {role} holds values that are no label: {listing(values[values >= classes])}; expected 0 to "
-            f"{classes - 1} (a 0/255 mask must be saved as 0/1)"
+            f"{classes - 1} (masks are measured with test.evaluation.foreground=true)"
         )
 
 
@@ -123,6 +124,7 @@ def scores(confusion: Confusion, classes: Mapping[str, Sequence[int]], metrics: 
     dict
         ``{"labels": {name: {metric: value, "tp": n, "fp": n, "fn": n}}, "mean_foreground": {metric: value},
         "confusion": [[n, …], …], "voxels": n}``; the confusion's rows are true labels, its columns predicted ones.
+        Beyond ``MOST_SHOWN`` labels it is None.
 
     Raises
     ------
@@ -148,7 +150,7 @@ def scores(confusion: Confusion, classes: Mapping[str, Sequence[int]], metrics: 
     return {
         "labels": table,
         "mean_foreground": means,
-        "confusion": confusion.counts.tolist(),
+        "confusion": confusion.counts.tolist() if len(confusion.counts) <= MOST_SHOWN else None,
         "voxels": int(confusion.counts.sum()),
     }
 

@@ -21,10 +21,15 @@ SINGLE_WRITER = "house"  # the lease on what one process alone does: survey, sto
 
 def work_folders(run: Path) -> list[Path]:
     """Work folders of a RUN folder in which blocks were begun; a ConfigError if there is none."""
-    works = sorted({path.parent.parent for path in run.glob(f"*/*/{HEADER}")})
+    works = begun_folders(run)
     if not works:
         raise ConfigError(f"{run}: is not the RUN folder of a run with blocks; give OUTPUT_PATH/NAME_labels.run")
     return works
+
+
+def begun_folders(run: Path) -> list[Path]:
+    """Work folders of a RUN folder in which blocks were begun; none where the run failed before, or it is no RUN."""
+    return sorted({path.parent.parent for path in run.glob(f"*/*/{HEADER}")})
 
 
 def ledger_folders(work: Path) -> list[Path]:

@@ -12,7 +12,16 @@ from typing import Any
 from connectomics.execution.append_log import whole_lines
 from connectomics.execution.lease import HEARTBEAT, living
 from connectomics.execution.ledger import Ledger
-from connectomics.execution.run_folder import CHECKSUMS, LOG, SURVEY, WORKERS, ledger_folders, stage_of, work_folders
+from connectomics.execution.run_folder import (
+    CHECKSUMS,
+    LOG,
+    SURVEY,
+    WORKERS,
+    begun_folders,
+    ledger_folders,
+    stage_of,
+    work_folders,
+)
 from connectomics.execution.runner import QUARANTINE
 from connectomics.volumes.digests import SUFFIX
 
@@ -62,8 +71,10 @@ class RunStatus:
 
     def lines(self) -> list[str]:
         """Return the text for the screen."""
-        wide = max(12, *(len(s.stage) for s in self.stages))
+        wide = max([12, *(len(s.stage) for s in self.stages)])
         lines = [f"{'survey':{wide}} {'done' if self.surveyed else 'not kept'}"]
+        if not self.stages:
+            lines.append(f"{'blocks':{wide}} none was begun")
         for s in self.stages:
             line = f"{s.stage:{wide}} {s.done}/{s.planned} blocks ({s.done / s.planned:.1%})"
             line += f", {len(s.quarantined)} quarantined" if s.quarantined else ""
@@ -83,9 +94,9 @@ class RunStatus:
 
 
 def status_of(run: Path) -> RunStatus:
-    """Look at a RUN folder; a ConfigError if it is none."""
+    """Look at a RUN folder, also of a run that failed before its first block; a ConfigError if it is none."""
     stages, workers = [], []
-    works = work_folders(run)
+    works = begun_folders(run) if (run / LOG).is_file() else work_folders(run)
     for work in works:
         alive = living(work / WORKERS)
         workers += [worker for name in alive if (worker := _worker(work / WORKERS / name)) is not None]

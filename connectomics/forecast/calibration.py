@@ -86,7 +86,16 @@ def measure_pace(engine: Engine, job: VolumeJob, times: WindowTimes) -> CostMode
         sample_s = [t.median + _window_seconds(m.predictor, model, 0.0).median for model, m, t in triples]
     predictors = [_standing_in(engine.inference, model) for model in engine.of_members]
     voxel_s, fixed_s = _outside(job, engine, predictors, times.stand_in)
-    return CostModel(times.full, tuple(sample_s), voxel_s, fixed_s, basis=times.basis)
+    survey_s = 0.0 if job.labeller.roi is None else min(voxel_s, _survey_seconds(job, engine))
+    return CostModel(times.full, tuple(sample_s), voxel_s, fixed_s, basis=times.basis, survey_s=survey_s)
+
+
+def _survey_seconds(job: VolumeJob, engine: Engine) -> float:
+    """Seconds of a voxel in the survey of the middle of the volume."""
+    part = _Part(job.reader, _shapes(job, engine)[1])
+    began = time.perf_counter()
+    job.labeller.segmenter.survey(part, job.name)
+    return (time.perf_counter() - began) / Box.of_shape(part.info.extent).voxels
 
 
 def _standing_in(stated: InferenceSettings, model: EngineModel) -> Predictor:
@@ -155,16 +164,13 @@ def _outside(
     job: VolumeJob, engine: Engine, predictors: Sequence[Predictor], window_s: Sequence[float]
 ) -> tuple[float, float]:
     """Seconds of a voxel outside the network, and those that every volume takes."""
-    own, extent = job.labeller.segmenter, job.reader.info.extent
+    own = job.labeller.segmenter
     members = [replace(m, predictor=p) for m, p in zip(own.members, predictors, strict=True)]
     # a second stage finds background in the first one's labels
     members = [replace(m, previous=_background) if m.previous_values else m for m in members]
     segmenter = replace(own, members=tuple(members))
-    patches = [m.order.inverse.turn(e.window.patch) for m, e in zip(members, engine.of_members, strict=True)]
-    patch = _within(extent, vec3([max(axis) for axis in zip(*patches, strict=True)]))
-    large = _within(extent, grown(patch, extent, 1, max(MINIATURE_VOXELS, 2 * math.prod(patch))))
     measured = []
-    for shape in dict.fromkeys((patch, large)):
+    for shape in dict.fromkeys(_shapes(job, engine)):
         voxels, windows, seconds = _miniature(job, engine, segmenter, shape)
         measured.append((voxels, seconds - windows * sum(window_s) / len(window_s)))
     (few, least), (many, most) = measured[0], measured[-1]
@@ -176,6 +182,14 @@ def _outside(
 
 def _background(box: Box) -> Array:
     return np.zeros((1, *box.shape), np.uint8)
+
+
+def _shapes(job: VolumeJob, engine: Engine) -> tuple[Vec3, Vec3]:
+    """A small and a large part of the volume that are measured."""
+    members, extent = job.labeller.segmenter.members, job.reader.info.extent
+    patches = [m.order.inverse.turn(e.window.patch) for m, e in zip(members, engine.of_members, strict=True)]
+    patch = _within(extent, vec3([max(axis) for axis in zip(*patches, strict=True)]))
+    return patch, _within(extent, grown(patch, extent, 1, max(MINIATURE_VOXELS, 2 * math.prod(patch))))
 
 
 def _within(extent: Vec3, shape: Vec3) -> Vec3:

@@ -13,7 +13,7 @@ from connectomics.assembly.memory import peak_of
 from connectomics.assembly.shared_sample import SharedSample
 from connectomics.assembly.volumes import job_of, opened_source
 from connectomics.core.errors import ConnectomicsError
-from connectomics.core.geometry import Box
+from connectomics.core.geometry import BlockGrid, Box, vec3
 from connectomics.execution.ledger import plan_of
 from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.stage import PROBABILITIES
@@ -139,7 +139,7 @@ class JobForecaster:
 
 
 def forecast(engine: Engine, job: VolumeJob, pace: CostModel | None) -> Forecast:
-    """What one volume takes, all of its box of wanted voxels counted; without a pace no time is told."""
+    """What one volume takes, its blocks with a wanted voxel counted; without a pace no time is told."""
     info, members = job.reader.info, job.labeller.segmenter.members
     partition = _cut(engine, job)
     windows = [count_windows(member, partition, info.channels) for member in members]
@@ -156,17 +156,21 @@ def forecast(engine: Engine, job: VolumeJob, pace: CostModel | None) -> Forecast
     peak = peak_of(engine, job.labeller.segmenter, info, block=partition.block_shape)
     outputs, scratch = _sizes(engine, job, partition)
     everything = job.labeller.roi is None or _written_everywhere(job)
+    wanted = voxels if everything else partition.voxels
+    read = round(read * partition.voxels / partition.roi.voxels)
     return Forecast(
         job.name,
         PlannedWork(
-            replace(partition, roi=Box.of_shape(info.extent)).blocks if everything else partition.blocks,
+            Partition(info.extent, partition.block_shape, Box.of_shape(info.extent)).blocks
+            if everything
+            else partition.blocks,
             partition.block_shape,
             sum(windows),
             passes,
             voxels=voxels,
             read_voxels=voxels + read,
         ),
-        None if pace is None else PlannedTime(pace.predict(filled, sampled, voxels), pace.basis),
+        None if pace is None else PlannedTime(pace.predict(filled, sampled, voxels, wanted), pace.basis),
         PlannedMemory(peak.host_bytes, peak.device_bytes, engine.settings.budget_bytes),
         outputs=outputs,
         scratch=scratch,
@@ -181,7 +185,14 @@ def _cut(engine: Engine, job: VolumeJob) -> Partition:
     plan = plan_of(ledger) or job.plan
     extent = job.reader.info.extent
     roi = job.labeller.roi
-    return Partition(extent, plan.block_shape, Box.of_shape(extent) if roi is None else roi.box)
+    if roi is None:
+        return Partition(extent, plan.block_shape, Box.of_shape(extent))
+    partition = Partition(extent, plan.block_shape, roi.box)
+    if roi.mask is None:
+        return partition
+    first = vec3([low // size for low, size in zip(roi.box.start, plan.block_shape, strict=True)])
+    touched = Box.of_shape(partition.counts).shift(first)
+    return replace(partition, wanted=roi.blocks(BlockGrid(extent, plan.block_shape))[touched.slices])
 
 
 def _written_everywhere(job: VolumeJob) -> bool:
@@ -204,11 +215,10 @@ def _sizes(engine: Engine, job: VolumeJob, partition: Partition) -> tuple[tuple[
 
 def _not_counted(engine: Engine, job: VolumeJob) -> tuple[str, ...]:
     """What the time leaves out."""
-    contract, roi = job.labeller.contract, job.labeller.roi
+    contract = job.labeller.contract
     tests = [
         (engine.inference.call.decodes, "the steps of decoding"),
         (engine.previous is not None, "the first stage of the cascade"),
         (contract and contract.shared, "the sample of fast against exact, which small volumes share"),
-        (roi and roi.mask, "what inference.mask leaves out: all is taken as wanted"),
     ]
     return tuple(text for holds, text in tests if holds)

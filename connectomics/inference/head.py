@@ -61,6 +61,16 @@ class ProbabilityRule:
     scale: float = 1.0
     dtype: np.dtype[Any] = FLOAT32
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """What stored values mean, for result keys and for who reads them."""
+        return {
+            "channels": list(self.channels),
+            "activation": self.activation,
+            "scale": self.scale,
+            "dtype": self.dtype.str,
+        }
+
     def background(self) -> Array:
         """Values (c,) outside the nonzero box: 1 for the background of labels as in nnU-Net, all others 0."""
         certain = torch.tensor([float(c == 0 and self.activation == "softmax") for c in self.channels])

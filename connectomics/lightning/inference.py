@@ -163,7 +163,7 @@ class InferenceManager:
         check_isotropic(volumes, volumes.voxel_size_nm or reader.info.voxel_size_nm or spacing, "the image")
         first = self._previous(reader, spacing, previous)
         segmenter, whole = self.segmenter(spacing, first), Box.of_shape(reader.info.extent)
-        roi = roi_of(self.engine.inference.region, reader.info.extent, "the image")
+        roi = roi_of(self.engine.inference, reader.info, "the image")
         with contextlib.closing(roi) if roi is not None else contextlib.nullcontext():
             surveyed = segmenter.survey(reader, "the image")
             if not self._held:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from connectomics.core.errors import ModelError, ResourceError
-from connectomics.models.locate import ModelRequest
+from connectomics.models.locate import ModelRequest, instead, is_visible, training_folder
 
 _SUFFIX = ".zip"
 _MOST_MEMBERS = 100_000
@@ -37,7 +37,8 @@ def unpacked(request: ModelRequest) -> Iterator[ModelRequest]:
     ----------
     request
         For an exported ``.zip``, or ``MODEL.zip/Trainer__Plans__configuration`` for one of its models (a fold's folder
-        may follow); any other is given back as it is. Checkpoints that are not asked for stay packed.
+        may follow). Checkpoints that are not asked for stay packed, and so does what Finder adds. Of any other the
+        training folder is found, which may lie one or two levels below.
 
     Raises
     ------
@@ -52,7 +53,7 @@ def unpacked(request: ModelRequest) -> Iterator[ModelRequest]:
     except OSError as error:
         raise ModelError(f"{path}: the model cannot be read ({error.strerror}); check the path") from error
     if archive_path is None:
-        yield request
+        yield replace(request, path=training_folder(path))
         return
     with tempfile.TemporaryDirectory(prefix="connectomics_") as folder:
         root = Path(folder, archive_path.name)
@@ -127,7 +128,7 @@ def _checked(archive_path: Path, infos: Sequence[zipfile.ZipInfo]) -> dict[PureP
                 f"{archive_path}: the entry {name[:80]!r} {finding}; nothing was unpacked; export the model again with "
                 "nnUNetv2_export_model_to_zip"
             )
-        if not info.is_dir():
+        if not info.is_dir() and all(map(is_visible, parts)):
             files[PurePosixPath(name)] = info
     return files
 
@@ -173,8 +174,8 @@ def _checkpoints(
         name = missing[0] if missing else model / "fold_X" / checkpoint_name
         raise ModelError(
             f"{archive_path}: there is no {name} in it; checkpoints found there: "
-            f"{', '.join(str(n.relative_to(model)) for n in there[:8])}; choose with model.folds and "
-            "model.checkpoint_name"
+            f"{', '.join(str(n.relative_to(model)) for n in there[:8])}; "
+            f"{instead(((n.parent.name, n.name) for n in there), checkpoint_name)}"
         )
     return wanted
 

@@ -33,6 +33,7 @@ from connectomics.models.plans import (
     previous_stage,
     resampling_rule,
     resolve_configuration,
+    trained_on_sections,
 )
 from connectomics.models.spec import ModelSpec
 
@@ -195,7 +196,7 @@ def _describe(member: Fold, plans: PlanText, dataset: PlanText, trust_code: bool
         resampling_data=resampling_rule(configuration, "resampling_fn_data"),
         resampling_probabilities=resampling_rule(configuration, "resampling_fn_probabilities"),
         image_reader=reader,
-        slice_case=dimensions == 2 and reader == "NaturalImage2DIO",
+        slice_case=trained_on_sections(plans, dimensions, axis_order(plans)),
         folds=(),
         checkpoint_name="",
         files=(),

@@ -24,6 +24,7 @@ from connectomics.models.converted import (
 )
 from connectomics.models.locate import CHECKPOINT_NAME, ModelFiles, ModelRequest, locate_model
 from connectomics.models.plan_text import PlanText, embedded_json, read_json
+from connectomics.models.plans import whole_number
 from connectomics.models.unpickle import read_checkpoint
 
 _log = logging.getLogger(__name__)
@@ -205,18 +206,53 @@ def _check_agreement(members: Sequence[Fold]) -> None:
             ("trainer", first.trainer_name, other.trainer_name),
             ("configuration", first.configuration, other.configuration),
             ("mirror axes", first.mirror_axes, other.mirror_axes),
-            ("labels", _labels_within(first), _labels_within(other)),
+            ("labels", *_contradicting_labels(first, other)),
         ):
             if ours != theirs:
                 raise ModelError(
                     f"{other.path}: its {what} ({theirs}) differ from those of {first.path} ({ours}); the "
                     "folds of an ensemble must come from one training"
                 )
+        if _stated_labels(first) != _stated_labels(other):
+            _log.warning("%s: names its labels otherwise than %s; dataset.json decides", other.path, first.path)
 
 
-def _labels_within(member: Fold) -> object:
+def _stated_labels(member: Fold) -> object:
     dataset = member.init_args.get("dataset_json")
     return [dataset.get(key) for key in ("labels", "regions_class_order")] if isinstance(dataset, dict) else None
+
+
+def _contradicting_labels(first: Fold, other: Fold) -> tuple[object, object]:
+    """The labels of two folds where they mean other classes, else twice the same.
+
+    nnU-Net does not look at these copies, and names may be changed between trainings. Folds mean other classes where
+    the values differ, or where one name has two values.
+    """
+    ours, theirs = (_meaning(member.init_args.get("dataset_json")) for member in (first, other))
+    if ours is None or theirs is None:
+        return None, None
+    shared = ours[0].keys() & theirs[0].keys()
+    same = all(ours[0][name] == theirs[0][name] for name in shared) and ours[1] == theirs[1]
+    return (None, None) if same else (_stated_labels(first), _stated_labels(other))
+
+
+def _meaning(dataset: object) -> tuple[dict[str, tuple[int | None, ...]], object] | None:
+    """Values of a dataset's labels by name, and what counts of them without the names; None where none are stated."""
+    if not isinstance(dataset, dict) or not isinstance(dataset.get("labels"), dict):
+        return None
+    stated: dict[str, Any] = dataset["labels"]
+    values = {n: tuple(map(whole_number, v if isinstance(v, (list, tuple)) else [v])) for n, v in stated.items()}
+    regions = any(len(several) > 1 for several in values.values())
+    counted = list(values.values()) if regions else sorted(values.values(), key=repr)
+    return values, (counted, dataset.get("regions_class_order") if regions else None, values.get("ignore"))
+
+
+def _says_the_same(name: str, within: Mapping[str, Any], text: PlanText) -> bool:
+    """Whether two copies of a JSON file agree in a key, labels by their numbers however these are written."""
+    meanings = [_meaning(dataset) for dataset in (within, dict(text.values))]
+    if name == "labels" and None not in meanings:
+        return meanings[0] == meanings[1]
+    return bool(within.get(name) == text.values.get(name))
 
 
 def _json_of(path: Path | None, member: Fold, key: str, *, guessed: bool) -> PlanText:
@@ -232,7 +268,7 @@ def _json_of(path: Path | None, member: Fold, key: str, *, guessed: bool) -> Pla
         return embedded_json(within, f"{member.path} (init_args '{key}')")
     text = read_json(path)
     for name in _TELLING[key]:
-        if isinstance(within, dict) and within.get(name) != text.values.get(name):
+        if isinstance(within, dict) and not _says_the_same(name, within, text):
             if guessed:
                 raise ModelError(
                     f"{path}: its '{name}' differs from the one inside {member.path}, so it belongs to "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +90,41 @@ def looks_like_model(path: Path) -> bool:
         return False
 
 
+def training_folder(path: Path) -> Path:
+    """The training folder that a folder means: itself, or the only one up to two levels below it.
+
+    What an exported zip or a hub's snapshot unpacks to has it there: ``Dataset004_EM/Trainer__Plans__configuration``.
+    What holds no training folder is given back as it is.
+
+    Raises
+    ------
+    ModelError
+        If there are several, naming them.
+    """
+    try:
+        if not path.is_dir() or _holds_folds(path) or any(path.glob("*.pth")) or (path / "plans.json").is_file():
+            return path
+        below = [f for pattern in ("*", "*/*") for f in sorted(path.glob(pattern)) if is_visible(f.name)]
+        found = [f for f in below if f.is_dir() and not f.name.startswith(_FOLD) and _holds_folds(f)]
+    except OSError as error:
+        raise ModelError(
+            f"{error.filename or path}: the model cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
+    if len(found) > 1:
+        names = ", ".join(f.relative_to(path).as_posix() for f in found[:8])
+        raise ModelError(f"{path}: holds {len(found)} trained models ({names}); name one, such as {found[0]}")
+    return found[0] if found else path
+
+
+def _holds_folds(folder: Path) -> bool:
+    return any(is_visible(f.name) for f in folder.glob(f"{_FOLD}*/*.pth"))
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file is the user's own: Finder and Windows leave others beside them."""
+    return not name.startswith("._") and name not in ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
+
+
 def locate_model(request: ModelRequest) -> ModelFiles:
     """Find what belongs to a model that is not packed; a ModelError if that is missing, unreadable or contradictory."""
     try:
@@ -148,7 +183,7 @@ def _in_folder(request: ModelRequest) -> ModelFiles:
     checkpoints = tuple(root / f"{_FOLD}{fold}" / checkpoint_name for fold in folds)
     for checkpoint in checkpoints:
         if not checkpoint.is_file():
-            raise ModelError(f"{checkpoint}: there is no such file; {_finding(root)}")
+            raise ModelError(f"{checkpoint}: there is no such file; {_finding(root, checkpoint_name)}")
     for name, stated in (("plans.json", request.plans), ("dataset.json", request.dataset)):
         if stated is None and not (root / name).is_file():
             raise ModelError(f"{root / name}: the training folder lacks this file; copy it from where nnU-Net wrote it")
@@ -165,10 +200,32 @@ def _available_folds(root: Path, checkpoint_name: str) -> tuple[str, ...]:
         return numbered
     if "all" in names:
         return ("all",)
-    raise ModelError(f"{root}: no fold_X folder holds a {checkpoint_name}; {_finding(root)}")
+    raise ModelError(f"{root}: no fold_X folder holds a {checkpoint_name}; {_finding(root, checkpoint_name)}")
 
 
-def _finding(root: Path) -> str:
-    found = sorted(f.relative_to(root).as_posix() for f in (*root.glob("*.pth"), *root.glob("*/*.pth")))
-    names = ", ".join(found[:8]) or "none"
-    return f"checkpoints found there: {names}; give a nnU-Net training folder or a .pth file"
+def _finding(root: Path, checkpoint_name: str) -> str:
+    """What there is instead of the checkpoints that were asked for, and the keys that choose it."""
+    there = sorted(f for f in (*root.glob("*.pth"), *root.glob("*/*.pth")) if is_visible(f.name))
+    found = ", ".join(f.relative_to(root).as_posix() for f in there[:8]) or "none"
+    return f"checkpoints found there: {found}; {instead(((f.parent.name, f.name) for f in there), checkpoint_name)}"
+
+
+def instead(found: Iterable[tuple[str, str]], asked: str = CHECKPOINT_NAME) -> str:
+    """The keys that choose what there is, of checkpoints (name of the folder, name of the file).
+
+    The checkpoint that was asked for goes first, then the final one, the best, the latest.
+    """
+    folds: dict[str, list[str]] = {}
+    for folder, name in found:
+        if folder.startswith(_FOLD):
+            folds.setdefault(name, []).append(folder.removeprefix(_FOLD))
+    if not folds:
+        return "give a nnU-Net training folder or a .pth file"
+    known = (asked, CHECKPOINT_NAME, "checkpoint_best.pth", "checkpoint_latest.pth")
+    name = next((name for name in known if name in folds), min(folds))
+    numbers = sorted(folds[name])
+    words = f"model.folds=[{','.join(numbers)}]"
+    arguments = f"-f {' '.join(numbers)}"
+    if name != CHECKPOINT_NAME:
+        words, arguments = f"model.checkpoint_name={name} {words}", f"-chk {name} {arguments}"
+    return f"to use what is there, set {words} (with from-nnunet {arguments})"

@@ -17,6 +17,7 @@ from connectomics.models.plan_text import RESTORE, PlanText
 from connectomics.models.spec import (
     DEFAULT_RESAMPLING,
     NO_RESAMPLING,
+    SINGLE_IMAGES,
     TORCH_RESAMPLING,
     ChannelNormalisation,
     PlanSpacing,
@@ -130,16 +131,33 @@ def axis_order(plans: PlanText) -> Vec3:
     return vec3(forward)
 
 
+def trained_on_sections(plans: PlanText, dimensions: int, order: Vec3) -> bool:
+    """Whether training saw single sections: single images, or volumes whose median depth is one section.
+
+    ``original_median_shape_after_transp`` begins with the axis across which a 2D model's sections lie. Where it is not
+    stated, or sections lie across another axis than z, only the reader of single images tells.
+    """
+    if dimensions != 2 or plans.values.get("image_reader_writer") == SINGLE_IMAGES:
+        return dimensions == 2
+    shape = plans.values.get("original_median_shape_after_transp")
+    depth = shape[0] if isinstance(shape, list) and len(shape) == 3 else None
+    return isinstance(depth, (int, float)) and not isinstance(depth, bool) and depth == 1 and order[0] == 0
+
+
 def channel_names(dataset: PlanText) -> tuple[str, ...]:
     """Names of the input channels in order; ``modality``, the key of older files, goes first as in nnU-Net.
 
-    Raises ModelError if the channels are not numbered from 0.
+    nnU-Net only counts them, so they may have any keys or none: a mapping whose keys are 0, 1, … is taken in the order
+    of these numbers, any other mapping and a list in the order of the file. Raises ModelError if there is none.
     """
     key = "modality" if "modality" in dataset.values else "channel_names"
-    names = dataset.get(key, dict, "the input channels by number")
-    if not names or set(names) != {str(i) for i in range(len(names))}:
-        raise ModelError(f"{dataset.where}: '{key}' has the numbers {list(names)!r:.60}, expected 0, 1, …; {RESTORE}")
-    return tuple(str(names[str(i)]) for i in range(len(names)))
+    names = dataset.get(key, (dict, list), "the input channels by number")
+    if not names:
+        raise ModelError(f"{dataset.where}: '{key}' is empty, expected the input channels by number; {RESTORE}")
+    if isinstance(names, list):
+        return tuple(map(str, names))
+    numbered = [str(i) for i in range(len(names))]
+    return tuple(str(names[k]) for k in (numbered if set(names) == set(numbered) else names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,24 +200,34 @@ def labels(dataset: PlanText) -> LabelTable:
 
 def _values_of(dataset: PlanText, name: str, stated: object) -> tuple[int, ...]:
     """The values of a label or region; background and ignore have one, and it is not in a list."""
-    values = stated if isinstance(stated, list) and stated and name not in ("background", "ignore") else [stated]
-    if any(not isinstance(value, int) or isinstance(value, bool) or value < 0 for value in values):
+    several = stated if isinstance(stated, list) and stated and name not in ("background", "ignore") else [stated]
+    values = [whole_number(value) for value in several]
+    if any(value is None or value < 0 for value in values):
         raise ModelError(
             f"{dataset.where}: label '{name}' is {stated!r:.40}, expected a whole number, or a list of them for a "
             f"region; {RESTORE}"
         )
-    return tuple(values)
+    return tuple(value for value in values if value is not None)
+
+
+def whole_number(stated: object) -> int | None:
+    """What nnU-Net's ``int()`` makes of a label value, which may be text or 1.0; None where it is no whole number."""
+    if isinstance(stated, str) and stated.strip().isdecimal():
+        return int(stated)
+    if isinstance(stated, float) and stated.is_integer():
+        return int(stated)
+    return stated if isinstance(stated, int) and not isinstance(stated, bool) else None
 
 
 def _painting_order(dataset: PlanText, regions: int, labels_: int) -> tuple[int, ...]:
     """``regions_class_order``: the label painted for each region, which nnU-Net keeps in the type of its labels."""
     largest = 255 if labels_ < 255 else _LARGEST_PAINTED
     expected = f"{regions} whole numbers from 0 to {largest}, one for each region"
-    order = dataset.get("regions_class_order", list, expected)
-    whole = all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= largest for v in order)
-    if len(order) != regions or not whole:
-        raise ModelError(f"{dataset.where}: 'regions_class_order' is {order!r:.60}, expected {expected}; {RESTORE}")
-    return tuple(order)
+    stated = dataset.get("regions_class_order", list, expected)
+    order = [whole_number(value) for value in stated]
+    if len(order) != regions or any(value is None or not 0 <= value <= largest for value in order):
+        raise ModelError(f"{dataset.where}: 'regions_class_order' is {stated!r:.60}, expected {expected}; {RESTORE}")
+    return tuple(value for value in order if value is not None)
 
 
 def normalisations(plans: PlanText, configuration: PlanText, channels: int) -> tuple[ChannelNormalisation, ...]:

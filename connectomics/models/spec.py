@@ -16,6 +16,7 @@ PlanSpacing = tuple[float | None, float, float]
 DEFAULT_RESAMPLING = "resample_data_or_seg_to_shape"  # nnU-Net's names of its resampling functions
 TORCH_RESAMPLING = "resample_torch_fornnunet"
 NO_RESAMPLING = "no_resampling_hack"
+SINGLE_IMAGES = "NaturalImage2DIO"  # nnU-Net's reader of images that are one section each
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class ModelSpec:
     resampling_data, resampling_probabilities
         How nnU-Net brings images to that spacing and logits back.
     slice_case
-        Whether nnU-Net preprocesses each z slice alone, because the model was trained on single 2D images.
+        Whether each z slice is preprocessed alone, because the model was trained on single sections.
     folds
         Names of the ensemble's members in the order of their mean.
     files

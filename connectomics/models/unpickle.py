@@ -6,24 +6,25 @@ Called by ``checkpoint`` alone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import pickle
-import pickletools
 import re
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from connectomics.core.errors import ModelError, UnsafeModelError
+from connectomics.models.legacy_checkpoint import is_legacy, read_legacy
+from connectomics.models.pickle_names import named_globals
 
 _NUMPY_CORES = ("numpy._core", "numpy.core")
 _LARGEST_PICKLE_BYTES = 1 << 24  # everything but the weights, which lie beside it
-_LONGEST_READ_BYTES = 1 << 20
 _PLAIN_DTYPE = re.compile(r"[<>|=]?[biufc]\d{1,2}")
 
 _DAMAGE = (
@@ -92,37 +93,6 @@ _ALLOWED = frozenset(
 )
 
 
-class _BoundedStream:
-    """A stream that never gives more at once than a plain checkpoint needs, whatever length a pickle states."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-
-    def read(self, count: int) -> bytes:
-        """Up to ``count`` bytes, but not more than ``_LONGEST_READ_BYTES``."""
-        return self._stream.read(min(count, _LONGEST_READ_BYTES))
-
-    def readline(self) -> bytes:
-        """A line, or as much of it as is given at once."""
-        return self._stream.readline(_LONGEST_READ_BYTES)
-
-
-def _named_globals(stream: IO[bytes]) -> list[str]:
-    """Names of the functions and classes a pickle asks for, found by reading its instructions only."""
-    names: list[str] = []
-    strings: list[str] = []
-    for opcode, argument, _ in pickletools.genops(cast(IO[bytes], _BoundedStream(stream))):
-        if isinstance(argument, str):
-            strings.append(argument)
-        if opcode.name in ("GLOBAL", "INST"):
-            names.append(str(argument).replace(" ", "."))
-        elif opcode.name == "STACK_GLOBAL":
-            names.append(".".join(strings[-2:]))
-        elif opcode.name.startswith("EXT"):
-            names.append(f"extension {argument}")
-    return names
-
-
 def _refuse(path: Path, finding: str) -> UnsafeModelError:
     return UnsafeModelError(
         f"{path}: the checkpoint holds more than the plain values and tensors nnU-Net writes ({finding}); "
@@ -130,11 +100,16 @@ def _refuse(path: Path, finding: str) -> UnsafeModelError:
     )
 
 
+def _check_name(path: Path, name: str) -> None:
+    if name not in _ALLOWED:
+        raise _refuse(path, f"it asks for '{name}'")
+
+
 def _check_names(path: Path) -> None:
     """Raise unless the file is a torch zip archive whose pickle names only what is allowed."""
     if not zipfile.is_zipfile(path):
         with path.open("rb") as stream, contextlib.suppress(ValueError, IndexError, KeyError, OverflowError):
-            for name in _named_globals(stream):
+            for name in named_globals(stream):
                 raise _refuse(path, f"it asks for '{name}'")
         raise ModelError(
             f"{path}: the file is damaged, cut short or not a PyTorch checkpoint ({path.stat().st_size} "
@@ -149,9 +124,8 @@ def _check_names(path: Path) -> None:
                     f"{_LARGEST_PICKLE_BYTES} as they are; it is not a checkpoint written by torch.save"
                 )
             with archive.open(entry) as stream:
-                for name in _named_globals(stream):
-                    if name not in _ALLOWED:
-                        raise _refuse(path, f"it asks for '{name}'")
+                for name in named_globals(stream):
+                    _check_name(path, name)
     if len(pickles) != 1:
         raise ModelError(
             f"{path}: the zip archive holds {len(pickles)} data.pkl, expected one; it is not a checkpoint "
@@ -168,7 +142,7 @@ def _damaged(path: Path, error: Exception) -> ModelError:
 
 
 def read_checkpoint(path: Path, *, trust_code: bool = False) -> dict[str, Any]:
-    """The top-level mapping of a checkpoint, tensors memory-mapped on the CPU.
+    """The top-level mapping of a checkpoint, tensors memory-mapped on the CPU, or read where torch before 1.6 wrote it.
 
     Numpy scalars come back as Python numbers, numpy arrays (nnU-Net has them in its training log) as
     placeholders.
@@ -216,5 +190,7 @@ def _read_restricted(path: Path) -> Any:
     standins = [(function, name) for name, function in _STANDINS.items()]
     with warnings.catch_warnings(), torch.serialization.safe_globals(standins):
         warnings.simplefilter("ignore")  # about the pickle's protocol and odd strings in garbled ones
+        if is_legacy(path):
+            return read_legacy(path, functools.partial(_check_name, path))
         _check_names(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

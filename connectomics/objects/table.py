@@ -19,6 +19,8 @@ from connectomics.volumes.volume import Array
 
 Columns = dict[str, Array | None]
 ROWS_AT_ONCE = 1 << 17
+CSV, PARQUET = ".csv", ".parquet"
+TABLES = (CSV, PARQUET)
 WHOLE, REAL, YES_OR_NO = "uint64", "float64", "bool"
 COLUMNS = {
     "id": WHOLE,
@@ -53,6 +55,9 @@ class MeasurementUnits:
         Whether objects lie in sections, so that the equivalent diameter is a circle's.
     classes
         Whether the rows' values are classes; otherwise they are ids.
+    own_units
+        The same as ``probability_units``, of the volume itself where a threshold makes foreground of it; zeros where it
+        holds no probabilities, None where nothing is known but its type.
     """
 
     voxel_size_nm: tuple[float, float, float] | None = None
@@ -60,6 +65,7 @@ class MeasurementUnits:
     probability_units: tuple[float, float] | None = None
     flat: bool = False
     classes: bool = True
+    own_units: tuple[float, float] | None = None
 
 
 def columns_of(rows: Array, numbers: Array, frame: MeasurementUnits) -> Columns:
@@ -101,7 +107,7 @@ def write_table(tables: Path, count: int, path: Path, frame: MeasurementUnits, s
     numbers = np.load(tables / NUMBERS, mmap_mode="r")
     parts = (columns_of(rows[span], numbers[span], frame) for span in spans(count, ROWS_AT_ONCE))
     with replacing(path) as temporary:
-        if path.suffix == ".csv":
+        if path.suffix == CSV:
             _write_csv(parts, temporary)
         else:
             _write_parquet(parts, temporary, stamp)
@@ -116,6 +122,22 @@ def require_parquet() -> None:
             f"the table of objects is written as Parquet, which needs pyarrow: {install_command('tables')}, or state "
             "inference.output.table=csv"
         ) from error
+
+
+def table_key(path: Path) -> str | None:
+    """The result key of the objects whose table a Parquet file is; None of CSV, and where it cannot be told."""
+    if path.suffix != PARQUET:
+        return None
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return None
+    try:
+        found = (pyarrow.parquet.read_schema(path).metadata or {}).get(b"connectomics")
+    except (OSError, pyarrow.ArrowException):
+        return None
+    return None if found is None else found.decode(errors="replace")
 
 
 def _write_csv(parts: Iterator[Columns], path: Path) -> None:

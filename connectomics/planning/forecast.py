@@ -64,6 +64,8 @@ class CostModel:
         What a volume takes however small it is.
     basis
         Where the time of a window comes from, in words.
+    survey_s
+        The part of ``voxel_s`` that voxels which nobody wants take, too.
     """
 
     windows_s: tuple[Timing, ...]
@@ -71,8 +73,11 @@ class CostModel:
     voxel_s: float
     fixed_s: float
     basis: str
+    survey_s: float = 0.0
 
-    def predict(self, windows: Sequence[float], sampled: Sequence[int], voxels: int) -> Timing:
+    def predict(
+        self, windows: Sequence[float], sampled: Sequence[int], voxels: int, wanted: int | None = None
+    ) -> Timing:
         """Time of a volume.
 
         Parameters
@@ -80,10 +85,11 @@ class CostModel:
         windows, sampled
             Of each member, those of all blocks, with what fills up their batches, and those of the sample on which fast
             is compared.
-        voxels
-            Of the volume.
+        voxels, wanted
+            Of the volume, and of its blocks that hold wanted voxels; None for all.
         """
-        outside = self.fixed_s + voxels * self.voxel_s
+        unwanted = 0 if wanted is None else voxels - wanted
+        outside = self.fixed_s + (voxels - unwanted) * self.voxel_s + unwanted * self.survey_s
         outside += sum(n * s for n, s in zip(sampled, self.sample_s, strict=True))
         low, middle, high = (
             outside + sum(n * t for n, t in zip(windows, each, strict=True))

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from connectomics.core.geometry import AxisOrder, Box, Vec3, vec3
 from connectomics.inference.case import Case
@@ -26,6 +27,7 @@ from connectomics.stages.predict.segmenter import EnsembleMember
 from connectomics.volumes.volume import Array
 
 Span = tuple[int, int]
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,13 @@ class Partition:
     """How the wanted part of a volume is cut into blocks.
 
     ``extent`` and ``block_shape`` (z, y, x), of the volume and of a block's core, are in voxels; the box is not empty.
+    ``wanted`` is bool of ``counts``: which blocks hold a wanted voxel; None for all.
     """
 
     extent: Vec3
     block_shape: Vec3
     roi: Box
+    wanted: Flags | None = None
 
     def along(self, axis: int) -> Iterator[Span]:
         """First voxel and the one after the last of the wanted part of each block along an axis, in order."""
@@ -54,7 +58,21 @@ class Partition:
     @property
     def blocks(self) -> int:
         """Number of blocks with wanted voxels."""
-        return math.prod(self.counts)
+        return math.prod(self.counts) if self.wanted is None else int(np.count_nonzero(self.wanted))
+
+    @property
+    def voxels(self) -> int:
+        """Voxels of the box that lie in blocks with wanted voxels."""
+        if self.wanted is None:
+            return self.roi.voxels
+        lengths = [[stop - start for start, stop in self.along(axis)] for axis in range(3)]
+        return _over(self.wanted, lengths)
+
+
+def _over(wanted: Flags, lines: Sequence[Sequence[float]]) -> int:
+    """The sum over the wanted blocks of the products of what stands for each of them along the three axes."""
+    z, y, x = (np.array(line, np.float64) for line in lines)
+    return round(float(np.einsum("ijk,i,j,k->", wanted, z, y, x)))
 
 
 def assumed_cases(member: EnsembleMember, extent: Vec3, channels: int) -> Sequence[Case]:
@@ -84,13 +102,17 @@ def count_windows(member: EnsembleMember, partition: Partition, channels: int) -
         core = Box(vec3([a for a, _ in spans]), vec3([b for _, b in spans]))
         return _knowing(member).windows(_unread, cases, core)
 
-    def line(axis: int) -> int:
+    def line(axis: int) -> list[int]:
         if axis != member.section_axis:
-            return sum(count(axis, span) for span in partition.along(axis))
-        begin = first[axis][0]
-        return count(axis, (begin, begin + 1)) * partition.roi.shape[axis]  # one section is like the other
+            return [count(axis, span) for span in partition.along(axis)]
+        one = count(axis, (first[axis][0], first[axis][0] + 1))  # one section is like the other
+        return [one * (stop - start) for start, stop in partition.along(axis)]
 
-    return math.prod(line(axis) for axis in range(3)) // count(0, first[0]) ** 2
+    lines, unit = [line(axis) for axis in range(3)], count(0, first[0])
+    if partition.wanted is None:
+        return math.prod(map(sum, lines)) // unit**2
+    relative = [[n / unit for n in lines[1]], [n / unit for n in lines[2]]]
+    return _over(partition.wanted, [lines[0], *relative])
 
 
 def count_sample_windows(member: EnsembleMember, partition: Partition, channels: int, piece: Vec3) -> int:

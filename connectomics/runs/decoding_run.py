@@ -27,8 +27,9 @@ from connectomics.execution.retry import PAUSES_S, RetryingReader, retried
 from connectomics.execution.run_folder import PROVENANCE, SINGLE_WRITER, WORKERS
 from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blocks
 from connectomics.execution.task import Executor, RunReport, Task
-from connectomics.objects.table import MeasurementUnits, write_table
-from connectomics.stages.decode.context import PLAN, DecodingState, StepContext, kept_plan
+from connectomics.objects.table import MeasurementUnits, table_key, write_table
+from connectomics.runs.job import command_with_blocks
+from connectomics.stages.decode.context import PLAN, DecodingState, ProbabilityOf, StepContext, kept_plan
 from connectomics.stages.decode.step_contract import DecodingPass
 from connectomics.stages.decode.tasks import Read
 from connectomics.stages.output.finish import (
@@ -61,10 +62,16 @@ class DecodeRecord:
 
 @dataclass(frozen=True, slots=True)
 class TableProbabilities:
-    """Probabilities (z, y, x) of a box for the table, and how they are summed."""
+    """Probabilities (z, y, x) of a box for the table, or None, and how they are summed.
 
-    read: Read
-    units: tuple[float, float]
+    ``of_labels`` gives those of other labels, see ``DecodingState``. ``own_units`` are those of the volume that is
+    decoded, see ``MeasurementUnits``.
+    """
+
+    read: Read | None = None
+    units: tuple[float, float] | None = None
+    own_units: tuple[float, float] | None = None
+    of_labels: ProbabilityOf | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +95,7 @@ class DecodeJob:
     record
         What is written about it.
     probabilities
-        For the table, or None.
+        For the table.
     """
 
     run_folder: Path
@@ -98,7 +105,7 @@ class DecodeJob:
     table: Path | None
     plan: BlockPlan
     record: DecodeRecord
-    probabilities: TableProbabilities | None = None
+    probabilities: TableProbabilities = TableProbabilities()
 
     @property
     def work(self) -> Path:
@@ -111,7 +118,12 @@ class DecodeJob:
 
     def is_finished(self, folder: Path) -> bool:
         """Whether all that is wanted is there."""
-        return not self.output.missing(folder) and (self.table is None or self.table.exists())
+        return not self.output.missing(folder) and not lacks_table(self.table, self.output.result_key)
+
+
+def lacks_table(table: Path | None, result_key: str) -> bool:
+    """Whether a table is wanted and is not there, or says that it is another result's."""
+    return table is not None and not (table.exists() and table_key(table) in (None, result_key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +150,7 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
     with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
         here = f"{HERE}.{new_mark()}"
         with worker.alone(SINGLE_WRITER):
-            plan = kept_plan(work / PLAN, job.plan)
+            job = replace(job, plan=kept_plan(work / PLAN, job.plan))
             finished = job.is_finished(settings.folder)
             if not finished:
                 worker.acquire(here)
@@ -152,7 +164,7 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
 
         try:
             if not finished:
-                state, run_key = _objects(job, plan, settings, run, worker=worker)
+                state, run_key = _objects(job, settings, run, worker=worker)
                 worker.release(here)
                 with _last(worker):
                     _finish(job, state, run_key, settings.folder, run=run)
@@ -175,20 +187,19 @@ def _last(worker: Worker) -> Iterator[None]:
         time.sleep(pause)
 
 
-def _objects(
-    job: DecodeJob, plan: BlockPlan, settings: DecodeSettings, run: RunStage, worker: Worker
-) -> tuple[DecodingState, str]:
+def _objects(job: DecodeJob, settings: DecodeSettings, run: RunStage, worker: Worker) -> tuple[DecodingState, str]:
     """What the last step leaves, and the run key."""
-    grid = BlockGrid(job.volume.info.extent, plan.block_shape)
+    grid = BlockGrid(job.volume.info.extent, job.plan.block_shape)
     run_key = key_of({"result": job.output.result_key, "grid": list(grid.block_shape), "program": job.record.program})
     info, likely = job.volume.info, job.probabilities
     state = DecodingState(
         RetryingReader(job.volume, job.output.stem, settings.pauses_s),
-        MeasurementUnits(info.voxel_size_nm, info.origin_nm, None if likely is None else likely.units),
-        None if likely is None else _patiently(likely.read, job.output.stem, settings.pauses_s),
+        MeasurementUnits(info.voxel_size_nm, info.origin_nm, likely.units, own_units=likely.own_units),
+        None if likely.read is None else _patiently(likely.read, job.output.stem, settings.pauses_s),
+        of_labels=likely.of_labels,
     )
     alone = functools.partial(worker.alone, SINGLE_WRITER)
-    context = StepContext(job.work, "", plan, grid, run_key=run_key, run=run, alone=alone)
+    context = StepContext(job.work, "", job.plan, grid, run_key=run_key, run=run, alone=alone)
     for number, each in enumerate(job.passes, 1):
         name = f"{number}_{each.step.name}"
         state = each.step.run(state, replace(context, name=name, selection=each.selection))
@@ -211,7 +222,8 @@ def _finish(job: DecodeJob, state: DecodingState, run_key: str, folder: Path, ru
         discard_locks(state.volume.path)
         for form in job.output.missing(folder):
             unseal(job.run_folder, job.output.paths(folder)[form])
-        record = stamp | {"result_keys": {job.output.name: job.output.result_key}, "command": list(job.record.command)}
+        command = command_with_blocks(job.record.command, job.plan)
+        record = stamp | {"result_keys": {job.output.name: job.output.result_key}, "command": command}
         write_text(job.run_folder / PROVENANCE, json.dumps(record, indent=1) + "\n")
         export_output(state.volume, job.output, folder, stamp, work=job.work, run=run)
     state.volume.close()

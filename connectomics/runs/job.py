@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from connectomics.execution.block_plan import BlockPlan
@@ -65,10 +65,26 @@ class Labeller:
     contract: FastContract | None = None
 
 
+BLOCKS_KEY, STEPS_KEY = "inference.block_shape", "decoding"  # as they stand in commands
+
+
+def command_with_blocks(command: Sequence[str], plan: BlockPlan) -> list[str]:
+    """A command that also states how the volume was cut, which goes into run keys and chunks.
+
+    It stays as it is where it states blocks, and where it labels and decodes: that cuts twice, in two ways.
+    """
+    keys = (BLOCKS_KEY,) if "decode" in command[:1] else (BLOCKS_KEY, STEPS_KEY)
+    if any(word.partition("=")[0] in keys for word in command):
+        return list(command)
+    shape = ",".join(map(str, plan.block_shape))
+    return [*command, f"{BLOCKS_KEY}=[{shape}]"]
+
+
 @dataclass(frozen=True, slots=True)
 class JobRecord:
     """What is told of a volume: its provenance, the command that makes it again, and the time that was predicted.
 
+    ``told`` goes into ``provenance.json`` alone, not into the outputs: how a choice was made that the command states.
     ``require_unchanged`` is called before a result is stamped with them; it raises VolumeError where what was read is
     not any more what it was when the provenance was taken.
     """
@@ -76,6 +92,7 @@ class JobRecord:
     provenance: Mapping[str, object]
     command: tuple[str, ...]
     predicted_s: float | None = None
+    told: Mapping[str, object] = field(default_factory=dict)
     require_unchanged: Callable[[], None] = lambda: None
 
 

@@ -25,9 +25,9 @@ from connectomics.execution.ledger import HEADER, Ledger, plan_of, read_header
 from connectomics.execution.retry import RetryingReader
 from connectomics.execution.run_folder import AGREEMENT, FILTERED, LEDGER, PROVENANCE, SINGLE_WRITER, SURVEY, WORKERS
 from connectomics.execution.runner import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
-from connectomics.execution.stage import LABELS, Workspace
+from connectomics.execution.stage import LABELS, PROBABILITIES, Workspace
 from connectomics.execution.task import Executor, RunReport
-from connectomics.runs.job import RunSettings, VolumeJob
+from connectomics.runs.job import RunSettings, VolumeJob, command_with_blocks
 from connectomics.stages.output.finish import (
     FinalOutput,
     check_exportable,
@@ -71,6 +71,8 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     finished blocks are kept and a rerun continues.
     """
     began = time.perf_counter()
+    for note in job.reader.info.notes:
+        log.warning("%s: %s", job.name, note)
     for output in job.outputs:
         check_exportable(output, info_of(job, output.name, job.plan), settings.folder, settings.budget_bytes)
     work = work_folder(job.run_folder, job.outputs, settings.program)
@@ -152,10 +154,15 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, workspac
     if prepared.agreement is not None:
         stamp |= {"agreement": asdict(prepared.agreement) | {"share": prepared.agreement.share}}
     if pending:
-        record = stamp | {"result_keys": _result_keys(job), "command": list(job.record.command)}
+        plan = BlockPlan(prepared.ledger.grid.block_shape, job.plan.chunk_shape)
+        command = command_with_blocks(job.record.command, plan)
+        record = stamp | dict(job.record.told) | {"result_keys": _result_keys(job), "command": command}
+        record |= {"outputs": [path.name for o in job.outputs for path in o.paths(settings.folder).values()]}
         write_text(job.run_folder / PROVENANCE, json.dumps(record, indent=1) + "\n")
+    rule = job.labeller.segmenter.probabilities
     for output in pending:
-        _export(prepared, job, output, settings, stamp=stamp, workspace=workspace)
+        unit = {PROBABILITIES: rule.facts} if rule is not None and output.name == PROBABILITIES else {}
+        _export(prepared, job, output, settings, stamp=stamp | unit, workspace=workspace)
     seal(job.run_folder, (p for o in job.outputs for p in o.paths(settings.folder).values()))
     for store in prepared.stores.values():
         store.close()

@@ -51,6 +51,8 @@ class InputFormat:
 
 
 _HERE = "connectomics.volumes.formats"
+MRC_SUFFIXES = (".mrc", ".mrcs", ".rec", ".map", ".st", ".ali", ".preali", ".ccp4", ".bl", ".flip", ".join")
+"""Of MRC, of RELION's stacks, and what IMOD's programs call their files."""
 READERS: Registry[InputFormat] = Registry(
     "reader",
     "connectomics.readers",
@@ -61,10 +63,17 @@ READERS: Registry[InputFormat] = Registry(
         ),
         "image": InputFormat((".png", ".jpg", ".jpeg", ".bmp"), f"{_HERE}.images:open_image"),
         "nifti": InputFormat((".nii", ".nii.gz"), f"{_HERE}.nifti:open_nifti"),
-        "mrc": InputFormat((".mrc", ".rec", ".map"), f"{_HERE}.mrc:open_mrc"),
+        "mrc": InputFormat(MRC_SUFFIXES, f"{_HERE}.mrc:open_mrc"),
+        "nrrd": InputFormat((".nrrd", ".nhdr"), f"{_HERE}.medical.nrrd:open_nrrd"),
+        "metaimage": InputFormat((".mha", ".mhd"), f"{_HERE}.medical.itk:open_metaimage"),
+        "gipl": InputFormat((".gipl", ".gipl.gz"), f"{_HERE}.medical.itk:open_gipl"),
+        "dm": InputFormat((".dm3", ".dm4"), f"{_HERE}.programs.digital_micrograph:open_dm"),
+        "imaris": InputFormat((".ims",), f"{_HERE}.programs.imaris:open_imaris"),
+        "zarr.zip": InputFormat((".zarr.zip", ".ome.zarr.zip", ".zip", ".ozx"), f"{_HERE}.zarr_zip:open_zarr_zip"),
         "npy": InputFormat((".npy",), f"{_HERE}.npy:open_npy"),
         "zarr": InputFormat((".zarr", ".ome.zarr"), f"{_HERE}.zarr:open_zarr", ("zarr.json", ".zarray", ".zgroup")),
         "n5": InputFormat((".n5",), f"{_HERE}.n5:open_n5", ("attributes.json",)),
+        "wkw": InputFormat((".wkw",), f"{_HERE}.programs.webknossos:open_wkw", ("header.wkw",)),
         "precomputed": InputFormat((".precomputed",), f"{_HERE}.precomputed:open_precomputed", ("info",)),
     },
 )

@@ -13,7 +13,7 @@ from natsort import natsorted
 from connectomics.core.errors import ConfigError
 from connectomics.core.places import refusal
 from connectomics.volumes.input_formats import long_suffixes, suffixes
-from connectomics.volumes.source import without_prefix
+from connectomics.volumes.source import path_and_inner, without_prefix
 
 CHANNEL = re.compile(r"^(?P<stem>.+)_(?P<channel>\d{4})$")
 
@@ -56,7 +56,8 @@ def expand(pattern: str, stated: str = "") -> list[str]:
     prefix, local = without_prefix(pattern)
     if why := refusal(local):
         raise ConfigError(f"{stated}: {why}")
-    path, mark, inner = local.partition("::")
+    path, inner = path_and_inner(local)
+    mark = "::" if inner else ""
     try:
         if Path(path).exists():
             return [pattern]
@@ -92,7 +93,7 @@ def stem_of(uri: str) -> str:
 
 def _local(uri: str) -> Path:
     """The path in a URI."""
-    return Path(without_prefix(uri)[1].partition("::")[0])
+    return Path(path_and_inner(without_prefix(uri)[1])[0])
 
 
 def _is_folder(path: Path) -> bool:
@@ -145,14 +146,39 @@ def group(uris: Sequence[str], channels: int) -> list[VolumeSource]:
         key = (folder, match["stem"]) if match else ("", "")
         members = groups.get(key, {})
         if not match or (channels == 1 and set(members) != {0}):
-            sources.append(VolumeSource(uri, stem, (uri,)))
+            sources.append(VolumeSource(uri, stem, (uri,), _unwritable(uri)))
             continue
         if key in seen:
             continue
         seen.add(key)
         ordered = tuple(members[c] for c in sorted(members))
-        sources.append(VolumeSource(ordered[0], match["stem"], ordered, _problem(key, members, channels)))
+        problem = _unwritable(ordered[0]) or _problem(key, members, channels)
+        sources.append(VolumeSource(ordered[0], match["stem"], ordered, problem))
     return sources
+
+
+def _unwritable(uri: str) -> str:
+    """Why results cannot carry the name of a volume: bytes that are no UTF-8, which stores and records cannot write."""
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        shown = uri.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return f"{shown}: its name has bytes that are no UTF-8, so no result can carry it; rename it"
+    return ""
+
+
+def other_channels(uri: str, channels: int) -> tuple[str, ...]:
+    """The files ``NAME_0000``, ``NAME_0001``, … of a volume of ``channels`` channels, of which ``uri`` is the first.
+
+    Empty where it is not, or one of them is missing.
+    """
+    stem = stem_of(uri)
+    match = _channel(uri, stem)
+    if match is None or int(match["channel"]) != 0:
+        return ()
+    start = uri.rfind(stem) + len(stem) - 4
+    uris = tuple(f"{uri[:start]}{number:04d}{uri[start + 4 :]}" for number in range(channels))
+    return uris if all(_local(each).exists() for each in uris) else ()
 
 
 def _problem(key: tuple[str, str], members: Mapping[int, str], channels: int) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box
 from connectomics.core.places import refusal
+from connectomics.volumes.formats.signatures import KNOSSOS_MARKERS, converter, suffix_by_content
 from connectomics.volumes.input_formats import (
     READERS,
     STACK,
@@ -25,12 +26,16 @@ from connectomics.volumes.input_formats import (
     suffixes,
 )
 from connectomics.volumes.opened import OpenedVolume
-from connectomics.volumes.source import Source, is_folder, reason, three_positive, without_prefix
-from connectomics.volumes.volume import Array, Nanometres, VolumeInfo, VolumeReader
+from connectomics.volumes.source import Source, is_folder, path_and_inner, reason, three_positive, without_prefix
+from connectomics.volumes.volume import Array, Nanometres, Spacing, VolumeInfo, VolumeReader
 
 
 def open_volume(
-    uri: str | os.PathLike[str], *, axes: str | None = None, voxel_size_nm: Sequence[float] | None = None
+    uri: str | os.PathLike[str],
+    *,
+    axes: str | None = None,
+    voxel_size_nm: Sequence[float] | None = None,
+    channels: int | None = None,
 ) -> OpenedVolume:
     """Open a volume for lazy reading; its format follows from the name.
 
@@ -44,6 +49,9 @@ def open_volume(
         folder of images: "zyx" makes each file a section, "cyx" each file a channel.
     voxel_size_nm
         (z, y, x) in nanometres, overriding what the file says.
+    channels
+        How many are expected. Images whose colours are equal everywhere are grey, one channel, unless as many as
+        there are colours are expected.
 
     Returns
     -------
@@ -70,8 +78,8 @@ def open_volume(
     prefix, local = without_prefix(uri)
     if why := refusal(local):
         raise VolumeError(f"cannot open {uri}: {why}.")
-    name, _, inner = local.partition("::")
-    source = Source(uri, Path(name), inner or None, axes, voxel_size_nm=size)
+    name, inner = path_and_inner(local)
+    source = Source(uri, Path(name), inner or None, axes, voxel_size_nm=size, channels=channels)
     form = _stated_precomputed(source) if prefix else _format_of(source)
     return OpenedVolume(form.open(source), uri, name_of(form))
 
@@ -95,7 +103,10 @@ def _size(stated: object) -> Nanometres | None:
 def open_channels(
     uris: Sequence[str | os.PathLike[str]], *, axes: str | None = None, voxel_size_nm: Sequence[float] | None = None
 ) -> OpenedVolume:
-    """Open several volumes of the same extent and dtype as the channels of one, in the order given.
+    """Open several volumes of the same extent as the channels of one, in the order given.
+
+    As nnU-Net's readers do it, channels of different dtypes become float32, and spacings agree where they are equal
+    within numpy's tolerance (a share of 1e-5).
 
     Parameters
     ----------
@@ -107,7 +118,7 @@ def open_channels(
     Raises
     ------
     VolumeError
-        If one cannot be opened, or its extent, dtype, voxel size or spacing differs from the first's.
+        If one cannot be opened, or its extent, or the voxel size or spacing that it states, differs from the first's.
     """
     if not uris:
         raise VolumeError("no volume was named; give at least one for the first channel.")
@@ -115,7 +126,8 @@ def open_channels(
     try:
         for uri in uris:
             readers.append(open_volume(uri, axes=axes, voxel_size_nm=voxel_size_nm))
-            _require_alike(readers[0].uri, readers[0].info, readers[-1].uri, readers[-1].info)
+            for other in readers[:-1]:
+                _require_alike(other.uri, other.info, readers[-1].uri, readers[-1].info)
     except VolumeError:
         for reader in readers:
             reader.close()
@@ -126,20 +138,27 @@ def open_channels(
 
 
 class _Channels:
-    """Volumes of one extent, stacked along c."""
+    """Volumes of one extent, stacked along c; float32 where their dtypes differ."""
 
     def __init__(self, readers: Sequence[VolumeReader]) -> None:
         self._readers = list(readers)
-        first = readers[0].info
-        channels = sum(reader.info.channels for reader in readers)
-        self.info = dataclasses.replace(first, shape=(channels, *first.extent))
+        infos = [reader.info for reader in readers]
+        self.info = dataclasses.replace(
+            infos[0],
+            shape=(sum(info.channels for info in infos), *infos[0].extent),
+            dtype=infos[0].dtype if len({info.dtype for info in infos}) == 1 else np.dtype(np.float32),
+            voxel_size_nm=_first(info.voxel_size_nm for info in infos),
+            spacing=_first(info.spacing for info in infos),
+        )
 
     @property
     def identity(self) -> dict[str, object]:
         return {"channels": [reader.identity for reader in self._readers]}
 
     def read(self, box: Box) -> Array:
-        block: Array = np.concatenate([reader.read(box) for reader in self._readers])
+        block: Array = np.concatenate(
+            [reader.read(box) for reader in self._readers], dtype=self.info.dtype, casting="unsafe"
+        )
         return block
 
     def close(self) -> None:
@@ -147,13 +166,17 @@ class _Channels:
             reader.close()
 
 
+def _first(stated: Iterable[Spacing | None]) -> Spacing | None:
+    return next((value for value in stated if value is not None), None)
+
+
 def _require_alike(first_uri: str, first: VolumeInfo, uri: str, info: VolumeInfo) -> None:
-    expected = (first.extent, str(first.dtype), first.voxel_size_nm, first.spacing)
-    found = (info.extent, str(info.dtype), info.voxel_size_nm, info.spacing)
-    if found != expected:
+    pairs = ((first.voxel_size_nm, info.voxel_size_nm), (first.spacing, info.spacing))
+    if first.extent != info.extent or not all(a is None or b is None or np.allclose(a, b) for a, b in pairs):
         raise VolumeError(
-            f"{uri} cannot be a channel beside {first_uri}: (z, y, x), dtype, voxel size and spacing are {found}, "
-            f"expected {expected}; all channels must agree."
+            f"{uri} cannot be a channel beside {first_uri}: (z, y, x), voxel size and spacing are "
+            f"{(info.extent, info.voxel_size_nm, info.spacing)}, expected "
+            f"{(first.extent, first.voxel_size_nm, first.spacing)}; all channels must agree."
         )
 
 
@@ -164,6 +187,11 @@ def _format_of(source: Source) -> InputFormat:
         for form in input_formats():
             if form.markers is not None and (suffix in form.suffixes or _holds(source, form.markers)):
                 return form
+        if _holds(source, KNOSSOS_MARKERS):
+            raise VolumeError(
+                f"cannot open {source.uri}: a KNOSSOS cube data set is not read; convert it: "
+                f"webknossos convert-knossos {source.path.name} {source.path.name}_wkw"
+            )
         if suffix in files:
             raise VolumeError(
                 f"cannot open {source.uri}: a folder, where {suffix} promises a file; rename or correct it."
@@ -171,6 +199,8 @@ def _format_of(source: Source) -> InputFormat:
         return STACK
     if suffix in folders:
         raise VolumeError(f"cannot open {source.uri}: a file, where {suffix} promises a folder; unpack or correct it.")
+    if suffix not in files:
+        suffix = _by_content(source, suffix)
     if suffix not in files:
         raise VolumeError(
             f"cannot open {source.uri}: unknown format {suffix or 'without suffix'!r}; known are "
@@ -182,6 +212,18 @@ def _format_of(source: Source) -> InputFormat:
 def _suffix(path: Path) -> str:
     name = path.name.lower()
     return next((suffix for suffix in long_suffixes() if name.endswith(suffix)), path.suffix.lower())
+
+
+def _by_content(source: Source, suffix: str) -> str:
+    """The suffix that a file's first bytes promise, else its own; a VolumeError if such files are not read."""
+    try:
+        found = suffix_by_content(source.path)
+    except OSError as error:
+        raise VolumeError(f"cannot open {source.uri}: {reason(error)}.") from error
+    for one in (suffix, found):
+        if why := converter(source.path.name, one):
+            raise VolumeError(f"cannot open {source.uri}: {why}.")
+    return found or suffix
 
 
 def _stated_precomputed(source: Source) -> InputFormat:

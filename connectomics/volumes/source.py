@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 import struct
 import zlib
@@ -20,6 +19,7 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.fingerprint import key_of
+from connectomics.volumes.library_text import in_our_words
 from connectomics.volumes.volume import Nanometres
 
 READ_ERRORS = (
@@ -64,6 +64,39 @@ def without_prefix(uri: str) -> tuple[str, str]:
     return prefix, uri.removeprefix(prefix)
 
 
+def absolute_uri(uri: str) -> str:
+    """Return the URI that means the same volume from any folder.
+
+    Examples
+    --------
+    >>> absolute_uri("phantom:1x8x8"), absolute_uri("precomputed:///data/em::1"), absolute_uri("/a/b.h5::raw")
+    ('phantom:1x8x8', 'precomputed:///data/em::1', '/a/b.h5::raw')
+    """
+    prefix, local = without_prefix(uri)
+    if uri.startswith("phantom:") or "://" in local:
+        return uri
+    path, inner = path_and_inner(local)
+    return f"{prefix}{Path(path).absolute()}{'::' if inner else ''}{inner}"
+
+
+def path_and_inner(local: str) -> tuple[str, str]:
+    """The path of a URI without prefix, and what stands after ``::``; a path that has ``::`` in it is taken whole.
+
+    Where several readings are possible, that of the longest path that is there counts, else the shortest one.
+
+    Examples
+    --------
+    >>> path_and_inner("raw.h5::volumes/raw"), path_and_inner("cell.h5")
+    (('raw.h5', 'volumes/raw'), ('cell.h5', ''))
+    """
+    parts = local.split("::")
+    for count in range(len(parts), 1, -1):
+        path = "::".join(parts[:count])
+        if os.path.lexists(path):
+            return path, "::".join(parts[count:])
+    return parts[0], "::".join(parts[1:])
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A request to open one volume.
@@ -80,6 +113,8 @@ class Source:
         Letters of the stored array's axes that override what the file says, or None.
     voxel_size_nm
         (z, y, x) in nanometres that override what the file says, or None.
+    channels
+        How many the caller expects, or None: grey that was saved as so many colours is read as these.
     """
 
     uri: str
@@ -87,6 +122,7 @@ class Source:
     inner: str | None = None
     axes: str | None = None
     voxel_size_nm: Nanometres | None = None
+    channels: int | None = None
 
 
 def three_positive(values: object, factor: float = 1.0) -> Nanometres | None:
@@ -103,18 +139,15 @@ def some_of(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-_STATUS = re.compile(r"^([A-Z]+_?)+: ")  # TensorStore's code of an error
-_HDF5_WORDS = re.compile(r"(?:Can't|Unable to) synchronously [\w ]+ \((.*)\)$")
-
-
 def reason(error: BaseException) -> str:
     """The first line of an error, short enough for one sentence; libraries put the cause at its start or its end."""
     if isinstance(error, PermissionError):
         return "permission denied; make it readable for this user"
-    lines = str(error).partition(" [tensorstore_spec=")[0].strip().splitlines()
-    text = lines[0].strip("'") if lines else type(error).__name__
-    within = _HDF5_WORDS.match(text)
-    text = within[1] if within else _STATUS.sub("", text)
+    theirs = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = in_our_words(theirs.strip())
+    if text is None:
+        lines = theirs.strip().splitlines()
+        text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 200 else f"{text[:90]} … {text[-110:]}"
 
 

@@ -95,7 +95,7 @@ def layout_of(source: Source, stored: Sequence[int], found: str | None, where: s
         If the letters do not fit the array, an axis is empty, or a time axis is longer than 1.
     """
     shape = tuple(int(n) for n in stored)
-    default = usual(shape) or "tczyx"[-len(shape) :]
+    default = (usual(shape) if len(shape) <= len("tczyx") else None) or "tczyx"[-len(shape) :]
     letters = source.axes or (completed(found, shape) if found else usual(shape))
     stating = f"state them in the file's order, such as inference.axes={default} (in Python axes={default!r})"
     if letters is None:

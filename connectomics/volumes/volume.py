@@ -40,6 +40,8 @@ class VolumeInfo:
         None where the file states none. Never derived from ``voxel_size_nm``, nor the other way round.
     found
         Where a fact was found, such as ``{"voxel size": "attribute 'resolution' of /raw"}``; it tells no volumes apart.
+    notes
+        What of the files' names may be a mistake, each in a sentence; a run says them at its start.
     """
 
     shape: tuple[int, int, int, int]
@@ -49,6 +51,7 @@ class VolumeInfo:
     origin_nm: Nanometres = (0.0, 0.0, 0.0)
     spacing: Spacing | None = None
     found: Mapping[str, str] = field(default_factory=dict, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if len(self.shape) != 4 or min(self.shape) < 1:

@@ -26,6 +26,7 @@ from connectomics.volumes.store import create_store
 from connectomics.volumes.volume import VolumeInfo, VolumeReader
 
 from chunk_writers import write_n5, write_precomputed
+from exchanged_volumes import EXCHANGED
 
 RNG = np.random.default_rng(20)
 ZYX = (5, 37, 29)
@@ -105,6 +106,17 @@ def tiff_imagej(folder: Path) -> Written:
         metadata={"axes": "ZCYX", "spacing": 0.03, "unit": "um"},
     )
     return Written(str(folder / "a.tif"), data.transpose(1, 0, 2, 3), voxel_size_nm=(30.0, 5.0, 4.0))
+
+
+def tiff_imagej_over_4gb(options: dict[str, Any]) -> Callable[[Path], Written]:
+    """The layout of ImageJ's stacks over 4 GB: one page, and all planes behind it."""
+
+    def write(folder: Path) -> Written:
+        data = voxels((5, 2, 37, 29), "uint16")
+        tifffile.imwrite(folder / "a.tif", data, truncate=True, metadata={"axes": "ZCYX"}, **options)
+        return Written(str(folder / "a.tif"), data.transpose(1, 0, 2, 3))
+
+    return write
 
 
 def tiff_imagej_frames(folder: Path) -> Written:
@@ -433,6 +445,24 @@ def n5_section(folder: Path) -> Written:
 RESOLUTION = {"resolution": [4, 5, 30]}
 
 
+def n5_as_others_write(change: Callable[[dict[str, Any]], object], packing: str = "gzip") -> Any:
+    """Attributes with members that n5-blosc, n5-zstandard and N5 before 2.0 write."""
+
+    def write(folder: Path) -> Written:
+        data = voxels((29, 37, 5), "uint16")
+        path = write_n5(folder / "a.n5", data, block=(16, 16, 2), packing=packing)
+        attributes = json.loads((path / "attributes.json").read_text())
+        change(attributes)
+        (path / "attributes.json").write_text(json.dumps(attributes))
+        return Written(str(path), data.T[None])
+
+    return write
+
+
+def n5_old(attributes: dict[str, Any]) -> None:
+    attributes["compressionType"] = attributes.pop("compression")["type"]
+
+
 CASES: dict[str, Callable[[Path], Written]] = {
     "hdf5 3d chunked": hdf5(ZYX, "uint8", chunks=(2, 16, 16), compression="gzip"),
     "hdf5 2d": hdf5((37, 29), "uint8"),
@@ -456,6 +486,8 @@ CASES: dict[str, Callable[[Path], Written]] = {
     "tiff pages apart": tiff_page_by_page,
     "tiff strips apart": tiff_strips_apart,
     "tiff imagej": tiff_imagej,
+    "tiff imagej over 4 gb": tiff_imagej_over_4gb({"imagej": True}),
+    "tiff shaped, planes behind one page": tiff_imagej_over_4gb({"photometric": "minisblack"}),
     "tiff imagej frames as z": tiff_imagej_frames,
     "tiff ome pyramid": tiff_ome_pyramid,
     "tiff rgb contig": tiff_rgb("contig"),
@@ -511,9 +543,12 @@ CASES: dict[str, Callable[[Path], Written]] = {
     "n5": n5("uint8"),
     "n5 raw in nanometres": n5("int16", "raw", **RESOLUTION),
     "n5 dataset": n5("float32", "bzip2", "::volumes/raw"),
+    "n5 of java's gzip": n5_as_others_write(lambda a: a["compression"].update(level=-1, useZlib=False, nthreads=4)),
+    "n5 before 2.0": n5_as_others_write(n5_old, "raw"),
     "n5 channels": n5("uint64", "xz", channels=2),
     "n5 levels": n5_levels,
     "n5 section": n5_section,
+    **EXCHANGED,
     "npy": npy(ZYX, "uint16"),
     "npy big endian channels": npy((2, *ZYX), ">f4"),
     "npy bool section": npy((37, 29), "bool"),

@@ -64,7 +64,7 @@ def test_every_page_and_script_installs_from_a_checkout_with_its_constraints() -
 def test_every_extra_that_the_package_advises_exists() -> None:
     advised = {extra for _, text in texts() for extra in re.findall(r"install_command\([\"'](\w+)[\"']\)", text)}
     extras = PROJECT["optional-dependencies"].keys() - {"dev", "realfiles"}  # for those who work on the package
-    assert advised == {"monai", "mrc", "openvino", "tables"} == extras
+    assert advised == {"dm", "hdf5", "monai", "mrc", "openvino", "tables", "wkw", "zarr"} == extras
 
 
 def test_the_command_in_a_checkout_leads_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

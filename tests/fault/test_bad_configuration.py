@@ -121,7 +121,7 @@ OVERRIDES: list[tuple[list[str], list[str]]] = [
     (["inference.voxel_size_nm=[8,8]"], ["inference.voxel_size_nm is [8.0, 8.0]", "nanometres"]),
     (["inference.voxel_size_nm=[30,0,8]"], ["inference.voxel_size_nm", "positive"]),
     (["inference.axes=zyy"], ["inference.axes is 'zyy'"]),
-    (["inference.axes=tyx"], ["inference.axes is 'tyx'", "c, z, y, x"]),
+    (["inference.axes=qyx"], ["inference.axes is 'qyx'", "c, z, y, x"]),
     (["inference.block_shape=[64,64]"], ["inference.block_shape is [64, 64]", "3 whole numbers"]),
     (["inference.block_shape=[1,64,0]"], ["inference.block_shape is [1, 64, 0]", "1 or more"]),
     # windows and mirroring

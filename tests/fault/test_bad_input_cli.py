@@ -100,7 +100,9 @@ def h5_of(path: Path, datasets: dict[str, Any]) -> Path:
 
 
 def picture(path: Path, mode: str = "L") -> Path:
-    Image.fromarray(GOOD[0]).convert(mode).save(path)
+    grey = GOOD[0]
+    pixels = grey if mode == "L" else np.stack([grey, 255 - grey, grey], axis=-1)  # with equal colours it would be grey
+    Image.fromarray(pixels).convert(mode).save(path)
     return path
 
 
@@ -113,7 +115,7 @@ def new_folder(path: Path) -> Path:
 VOLUMES: dict[str, tuple[Callable[[Path], Path | str], tuple[str, ...]]] = {
     "h5_empty": (lambda f: written(f / "h5_empty.h5", ""), ("0 bytes",)),
     "h5_text": (lambda f: written(f / "h5_text.h5", "not HDF5"), ("h5_text.h5",)),
-    "h5_cut": (lambda f: cut(write_h5(f / "h5_cut.h5", GOOD)), ("h5_cut.h5", "complete")),
+    "h5_cut": (lambda f: cut(write_h5(f / "h5_cut.h5", GOOD)), ("h5_cut.h5", "truncated")),
     "h5_without_dataset": (lambda f: h5_of(f / "h5_without_dataset.h5", {}), ("no dataset",)),
     "h5_two_datasets": (lambda f: h5_of(f / "h5_two_datasets.h5", {"a": GOOD, "b": GOOD}), ("a", "b", "::")),
     "h5_wrong_dataset": (lambda f: f"{write_h5(f / 'h5_wrong_dataset.h5', GOOD)}::raw", ("raw", "main")),
@@ -130,7 +132,7 @@ VOLUMES: dict[str, tuple[Callable[[Path], Path | str], tuple[str, ...]]] = {
     "png_text": (lambda f: written(f / "png_text.png", "not a picture"), ("png_text.png",)),
     "png_colour": (lambda f: picture(f / "png_colour.png", "RGB"), ("3 channels", "expects 1")),
     "jpg_text": (lambda f: written(f / "jpg_text.jpg", "not a picture"), ("jpg_text.jpg",)),
-    "bmp_cut": (lambda f: cut(picture(f / "bmp_cut.bmp"), 0.9), ("bmp_cut.bmp", "complete")),
+    "bmp_cut": (lambda f: cut(picture(f / "bmp_cut.bmp"), 0.9), ("bmp_cut.bmp", "Copy it again")),
     "tif_empty": (lambda f: written(f / "tif_empty.tif", ""), ("0 bytes",)),
     "tif_text": (lambda f: written(f / "tif_text.tif", "not TIFF"), ("tif_text.tif",)),
     "tif_cut": (lambda f: cut(tiff(f / "tif_cut.tif")), ("tif_cut.tif",)),
@@ -156,7 +158,7 @@ VOLUMES: dict[str, tuple[Callable[[Path], Path | str], tuple[str, ...]]] = {
     "dangling": (lambda f: link(f / "dangling.h5", "nowhere.h5"), ("symbolic link", "nowhere.h5")),
     "circle": (lambda f: link(f / "circle.h5", "circle.h5"), ("circle.h5",)),
     "pipe": (lambda f: pipe(f / "pipe.h5"), ("neither a file nor a folder",)),
-    "long": (lambda f: f / ("x" * 300 + ".h5"), ("too long",)),
+    "long": (lambda f: f / ("x" * 300 + ".h5"), ("longer than the 255",)),
     "remote": (lambda f: "s3://bucket/remote.zarr", ("only local paths",)),
     "phantom": (lambda f: "phantom:4x0x64", ("phantom:4x0x64",)),
     "locked_h5": (lambda f: locked(write_h5(f / "locked_h5.h5", GOOD)), ("permission denied",)),

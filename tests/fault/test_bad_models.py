@@ -431,9 +431,9 @@ BROKEN = [
         ("dataset.json", "'ignore' is 1", "3"),
     ),
     Case(
-        "channels from 1",
-        lambda r: edit_json(r, lambda d: d.update(channel_names={"1": "EM"}), "dataset.json"),
-        ("dataset.json", "'channel_names'", "['1']"),
+        "no channels",
+        lambda r: edit_json(r, lambda d: d.update(channel_names={}), "dataset.json"),
+        ("dataset.json", "'channel_names' is empty"),
     ),
     Case(
         "one scheme too many",

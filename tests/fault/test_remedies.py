@@ -245,9 +245,9 @@ VOLUMES: dict[str, Remedy] = {
         lambda words, message: made_here(lambda: Path("v.zarr").rename("v.h5"), inspect("v.h5")),
     ),
     "unknown suffix": Remedy(
-        lambda: made_here(lambda: write_h5(Path("v.emdata"), PIXELS), inspect("v.emdata")),
+        lambda: made_here(lambda: Path("v.emdata").write_text("voxels in words"), inspect("v.emdata")),
         r"known are .*\.h5",
-        lambda words, message: made_here(lambda: Path("v.emdata").rename("v.h5"), inspect("v.h5")),
+        lambda words, message: made_here(lambda: write_h5(Path("v.h5"), PIXELS), inspect("v.h5")),
     ),
     "phantom's grammar": Remedy(
         lambda: inspect("phantom:64x64"), "write phantom:ZxYxX", naming(r"for example (phantom:\S+[^.])\.")

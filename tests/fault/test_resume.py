@@ -123,6 +123,7 @@ def test_what_a_run_leaves(job: Job) -> None:
         stamp = json.loads(file.attrs["connectomics"])
     assert provenance.pop("command")[:2] == ["infer-volume", "--checkpoint"]
     assert provenance.pop("result_keys") == {"labels": stamp["result_key"]}
+    assert provenance.pop("outputs") == ["v_labels.h5"]
     assert stamp == provenance | {"result_key": stamp["result_key"]}
     assert job.report()["windows"] == sum(line["windows"] for line in ledger_lines(job.run_folder))
 

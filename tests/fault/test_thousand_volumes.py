@@ -39,7 +39,8 @@ def write_volumes(folder: Path, count: int) -> list[str]:
     empty.write_bytes(b"")
     cut.write_bytes(whole[: len(whole) // 2])
     text.write_text("not an image")
-    Image.fromarray(np.stack([em_like(SHAPE)] * 3, -1)).save(colours)
+    image = em_like(SHAPE)
+    Image.fromarray(np.stack([image, 255 - image, image], -1)).save(colours)
     link.unlink()
     link.symlink_to(folder / "nowhere.png")
     return broken

@@ -19,6 +19,7 @@ from connectomics.core.errors import QuarantineError, VolumeError
 from connectomics.execution.lease import Worker
 from connectomics.execution.stage import LABELS
 from connectomics.execution.status import status_of
+from connectomics.jobs.outcome import attempted
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.runs.job import VolumeJob
 from connectomics.stages.output.finish import FinalOutput
@@ -287,6 +288,24 @@ def test_status_tells_of_quarantined_blocks_and_the_last_error(
     assert "15/16 blocks (93.8%), 1 quarantined" in out and "quarantined: 2-0-1" in out
     assert found["last_error"] == "2 7 ERROR connectomics: block 2-0-1 is quarantined"
     assert "last error   2 7 ERROR" in out
+
+
+def test_status_of_a_volume_that_failed_before_its_first_block(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "v_labels.run"
+
+    def run() -> Any:
+        raise VolumeError("NaN in voxels (0, 3, 3)")
+
+    assert attempted("v.h5", folder, run).reason == "NaN in voxels (0, 3, 3)"
+    assert main(["status", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "blocks       none was begun" in out and "last error" in out and "NaN in voxels (0, 3, 3)" in out
+    assert main(["status", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["stages"], found["surveyed"], found["finished"]) == ([], False, [])
+    assert found["last_error"].endswith("stopped: NaN in voxels (0, 3, 3)")
 
 
 def test_long_times_are_told_in_minutes_and_hours(folder: Path) -> None:

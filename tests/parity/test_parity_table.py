@@ -40,9 +40,9 @@ def test_at_most_60_cases_cover_every_pair() -> None:
     assert len(pairwise_cases()) <= 60
 
 
-def test_the_short_form_covers_nine_pairs_of_ten() -> None:
+def test_the_short_form_covers_seven_pairs_of_eight() -> None:
     every, short = (set().union(*map(pairs_of, cases)) for cases in (pairwise_cases(), short_cases()))
-    assert len(short) >= 0.9 * len(every)
+    assert len(short) >= 0.875 * len(every)
 
 
 @pytest.mark.parametrize("case", named(short_cases()))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import h5py
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -233,3 +235,129 @@ def test_reproduce_refuses_the_record_of_another_result(
 def test_an_ensemble_is_verified_model_by_model(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
     model, volume, _ = world
     assert verified(tmp_path, str(model), str(volume), f"model.ensemble=['{model}']") == (2, {})
+
+
+@pytest.fixture(scope="module")
+def two_channels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model of two channels that NibabelIOWithReorient reads, and two cases, one of the plan's spacing."""
+    folder = tmp_path_factory.mktemp("two")
+    model = make_model(
+        folder, dimensions=3, patch=(8, 16, 16), classes=2, channels=2, reader="SimpleITKIO", spacing=(2.0, 1.0, 1.0)
+    )
+    plans = json.loads((model / "plans.json").read_text()) | {"image_reader_writer": "NibabelIOWithReorient"}
+    (model / "plans.json").write_text(json.dumps(plans))
+    (folder / "images").mkdir()
+    affine = np.array([[0, 1.3, 0, 5], [0, 0, -1.0, 1], [0.9, 0, 0, 0], [0, 0, 0, 1.0]])
+    for channel, image in enumerate(scene(2, (12, 20, 22), 4)[0]):
+        stored = (250 * image.transpose(2, 1, 0)).astype(np.uint8)
+        for name, frame in (("plain", np.diag([1.0, 1.0, 2.0, 1.0])), ("turned", affine)):
+            nibabel.save(nibabel.Nifti1Image(stored, frame), folder / "images" / f"{name}_{channel:04d}.nii.gz")
+    return model, folder / "images"
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["plain_0000.nii.gz", "plain_*.nii.gz", "[{0}/plain_0000.nii.gz,{0}/plain_0001.nii.gz]", "list.txt", "both"],
+)
+def test_channels_in_files_are_named_as_for_infer_volume(
+    two_channels: tuple[Path, Path], tmp_path: Path, given: str
+) -> None:
+    model, images = two_channels
+    files = [str(images / f"plain_{channel:04d}.nii.gz") for channel in (0, 1)]
+    (tmp_path / "list.txt").write_text("\n".join(files))
+    place = tmp_path if given == "list.txt" else images
+    words = files if given == "both" else [given.format(images) if given[0] == "[" else str(place / given)]
+    code, certificate = verified(tmp_path, str(model), *words, "--threshold", "1e-2")
+    assert (code, certificate["volume"]) == (0, files[0])
+    (sample,) = certificate["samples"]  # type: ignore[misc]
+    assert sample["voxels"] == 12 * 20 * 22
+
+
+def test_several_volumes_are_refused_by_name(
+    two_channels: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, images = two_channels
+    assert verified(tmp_path, str(model), str(images / "*.nii.gz"))[0] == 2
+    said = capsys.readouterr().err
+    assert "verify compares one volume, but" in said
+    named = said.partition(" names 2 (")[2].partition(",")[0]
+    assert verified(tmp_path, str(model), named, "--threshold", "1e-2")[0] == 0
+
+
+def test_what_from_nnunet_wrote_is_held_against_nnunet_as_it_was_asked_then(
+    two_channels: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A turned volume of another spacing than the plan's: axes and resampling are those of the model's reader."""
+    model, images = two_channels
+    words = ["-i", str(images), "-o", str(tmp_path / "out"), "-m", str(model), "-f", "0", "-device", "cpu"]
+    assert main(["from-nnunet", *words, "--disable_progress_bar", "system.num_cpus=1"]) == 0
+    for name in ("turned", "plain"):
+        given = [str(model), str(images / f"{name}_0000.nii.gz"), str(tmp_path / "out" / f"{name}.nii.gz")]
+        code, certificate = verified(tmp_path, *given, "--threshold", "1e-2")
+        assert (code, certificate["passed"]) == (0, True)
+    (tmp_path / "out" / "connectomics").rename(tmp_path / "out" / "elsewhere")  # nothing says who wrote them now
+    given = [str(model), str(images / "turned_0000.nii.gz"), str(tmp_path / "out" / "turned.nii.gz")]
+    assert verified(tmp_path, *given, "--threshold", "1e-2")[0] == 3
+
+
+def test_resenc_models_of_old_plans_need_no_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their plans name a module that has moved; nnU-Net searches for it in modules that import timm and torchvision."""
+    model = make_model(tmp_path, dimensions=2, patch=(32, 32), classes=3, architecture="resenc", seed=2)
+    plans = json.loads((model / "plans.json").read_text())
+    new = plans["configurations"]["2d"].pop("architecture")["arch_kwargs"]
+    plans["configurations"]["2d"] |= {
+        "UNet_class_name": "ResidualEncoderUNet",
+        "UNet_base_num_features": 4,
+        "unet_max_num_features": 12,
+        "n_conv_per_stage_encoder": new["n_blocks_per_stage"],
+        "n_conv_per_stage_decoder": new["n_conv_per_stage_decoder"],
+        "num_pool_per_axis": [2, 2],
+        "pool_op_kernel_sizes": new["strides"],
+        "conv_kernel_sizes": new["kernel_sizes"],
+    }
+    path = model / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(path, weights_only=False)
+    content["init_args"]["plans"] = plans
+    torch.save(content, path)
+    (model / "plans.json").write_text(json.dumps(plans))
+    for name in ("timm", "timm.layers", "torchvision"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    for name in [n for n in sys.modules if n.startswith("dynamic_network_architectures.architectures.")]:
+        if not name.endswith(".unet"):
+            monkeypatch.delitem(sys.modules, name)
+    Image.fromarray((scene(1, (1, 60, 70), 4)[0][0, 0] * 255).astype(np.uint8)).save(tmp_path / "a.png")
+    assert verified(tmp_path, str(model), str(tmp_path / "a.png"), "--threshold", "1e-2")[0] == 0
+
+
+def test_rounding_in_nnunets_sums_is_told_from_disagreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels that float32 sums give where half precision rounds otherwise agree; other labels do not."""
+    model = make_model(tmp_path, dimensions=3, patch=(8, 16, 16), classes=3, reader="SimpleITKIO", seed=2)
+    with h5py.File(tmp_path / "v.h5", "w") as file:
+        file["main"] = (scene(1, (20, 40, 30), 4)[0][0] * 255).astype(np.uint8)
+    words = [str(model), str(tmp_path / "v.h5"), "--threshold", "1e-6"]
+    code, certificate = verified(tmp_path, *words)
+    (sample,) = certificate["samples"]  # type: ignore[misc]
+    assert sample["differ"] > 1e-6 * sample["voxels"], "the volume shows no rounding, so the test shows nothing"
+    assert sample["float32"]["differ"] == 0
+    assert (code, certificate["passed"]) == (0, True)
+    verdict = (
+        f"agrees with nnU-Net: {sample['differ']} labels differ from nnU-Net as it ships, 0 from nnU-Net with float32"
+    )
+    assert str(certificate["verdict"]).startswith(verdict)
+    assert verdict in capsys.readouterr().out
+    code, certificate = verified(tmp_path, *words, "inference.test_time_augmentation.flip_axes=[1]")
+    (sample,) = certificate["samples"]  # type: ignore[misc]
+    assert (code, certificate["passed"]) == (3, False)
+    assert sample["float32"]["differ"] > 0
+    assert str(certificate["verdict"]).startswith("DOES NOT AGREE with nnU-Net: ")
+
+
+def test_crops_of_the_shared_five_class_model_agree(shared_data: Path, tmp_path: Path) -> None:
+    section = np.asarray(Image.open(shared_data / "em" / "vnc" / "raw" / "12.png"))
+    for number, (y, x) in enumerate(((100, 100), (400, 300), (700, 800))):
+        Image.fromarray(section[y : y + 96, x : x + 96]).save(tmp_path / f"{number}.png")
+        words = [str(shared_data / "models" / "vnc_multi_2d"), str(tmp_path / f"{number}.png")]
+        code, certificate = verified(tmp_path, *words)
+        (sample,) = certificate["samples"]  # type: ignore[misc]
+        assert (code, certificate["passed"]) == (0, True)
+        assert sample["float32"] is None or sample["float32"]["differ"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +47,12 @@ def masks_of(draw: st.DrawFn, extent: Vec3) -> Array:
     return (random.random(shape) < draw(st.sampled_from([0.02, 0.2, 0.9]))).astype(dtype) * dtype(3)
 
 
+def cell(voxel: int, cells: int, length: int) -> int:
+    """The mask's voxel that decides: by a power of two where that gives its extent, rounded up, else spread."""
+    halved = [1 << k for k in range(8) if math.ceil(length / (1 << k)) == cells]
+    return voxel // halved[0] if halved else math.floor(voxel * cells / length)
+
+
 def brute_force(extent: Vec3, box: Box, mask: Array | None) -> Array:
     """Which voxels are wanted, asked one by one."""
     result = np.zeros(extent, bool)
@@ -53,7 +60,7 @@ def brute_force(extent: Vec3, box: Box, mask: Array | None) -> Array:
         inside = all(a <= v < b for v, a, b in zip(voxel, box.start, box.stop, strict=True))
         seen = True
         if mask is not None:
-            seen = mask[tuple(v * m // n for v, m, n in zip(voxel, mask.shape, extent, strict=True))] != 0
+            seen = mask[tuple(cell(v, m, n) for v, m, n in zip(voxel, mask.shape, extent, strict=True))] != 0
         result[voxel] = inside and seen
     return result
 

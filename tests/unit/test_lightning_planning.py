@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from connectomics.cli import main
@@ -43,6 +44,7 @@ def folder() -> Iterator[Path]:
         make_model(place / "model", dimensions=2, patch=(16, 32), features=(4, 8), classes=3, mirror_axes=(0, 1))
         write_h5(place / "v.h5", em_like((3, 40, 70)))
         write_h5(place / "w.h5", em_like((2, 24, 32)))
+        write_h5(place / "m" / "mask.h5", (np.random.default_rng(2).random((3, 3, 3)) < 0.4).astype(np.uint8))
         (place / "bad.h5").touch()
         yield place
 
@@ -69,12 +71,20 @@ def report_of(output: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "more", [[], [BLOCKS, MIRRORED], ["inference.roi=[[1,5,3],[2,40,20]]", BLOCKS], [SAVE, ALL, SIZE]]
+    "more",
+    [
+        [],
+        [BLOCKS, MIRRORED],
+        ["inference.roi=[[1,5,3],[2,40,20]]", BLOCKS],
+        ["inference.mask=mask.h5", BLOCKS],
+        ["inference.mask=mask.h5", "inference.roi=[[0,16,32],[3,40,70]]", BLOCKS],
+        [SAVE, ALL, SIZE],
+    ],
 )
 def test_a_run_does_what_was_planned(
     folder: Path, tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = words(folder, tmp_path / "out", *more)
+    arguments = words(folder, tmp_path / "out", *(word.replace("mask.h5", f"{folder}/m/mask.h5") for word in more))
     (volume,) = planned(capsys, arguments)["volumes"]
     assert list(tmp_path.iterdir()) == [], "planning leaves nothing behind"
     assert main(arguments) == 0

@@ -146,3 +146,35 @@ def test_a_disk_that_fills_up_is_a_sentence(exported: Path, monkeypatch: pytest.
     with pytest.raises(ModelError, match=r"one\.zip: .*No space left on device"):
         read_spec(exported)
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_a_zip_packed_by_finder_is_the_folder(results: Path, tmp_path: Path) -> None:
+    """Finder adds a tree __MACOSX with a file ._NAME beside each file, and .DS_Store."""
+    packed = tmp_path / "finder.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in sorted((results / DATASET_NAME / FOLDER).rglob("*")):
+            name = path.relative_to(results).as_posix()
+            if path.is_file():
+                archive.write(path, name)
+                parent, _, own = name.rpartition("/")
+                archive.writestr(f"__MACOSX/{parent}/._{own}", b"\0\5\26\7")
+                archive.writestr(f"{parent}/._{own}", b"\0\5\26\7")
+        archive.writestr(f"{DATASET_NAME}/.DS_Store", b"Bud1")
+    assert read_spec(packed).weights_sha256 == read_spec(results / DATASET_NAME / FOLDER).weights_sha256
+    with zipfile.ZipFile(packed) as archive:
+        archive.extractall(tmp_path / "unzipped")
+    assert read_spec(tmp_path / "unzipped").weights_sha256 == read_spec(packed).weights_sha256
+
+
+def test_a_folder_above_is_its_only_training(results: Path, tmp_path: Path) -> None:
+    expected = read_spec(results / DATASET_NAME / FOLDER)
+    shutil.copytree(results / DATASET_NAME / FOLDER, tmp_path / "a" / DATASET_NAME / FOLDER)
+    for folder in (tmp_path / "a", tmp_path / "a" / DATASET_NAME):
+        assert read_spec(folder).sha256 == expected.sha256
+        assert read_spec(ModelRequest(folder, folds=("1",))).folds == ("1",)
+    with pytest.raises(ModelError, match="no fold_X folder"):
+        read_spec(tmp_path)  # three levels above
+    with pytest.raises(ModelError, match=f"holds 2 trained models .*{FOLDER}") as caught:
+        read_spec(results)
+    named = Path(str(caught.value).partition("such as ")[2])
+    assert read_spec(named).configuration in ("2d", "3d_fullres")

@@ -112,3 +112,54 @@ def test_trusted_files_are_read_whole(tmp_path: Path) -> None:
 def test_a_folder_is_not_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be read"):
         read_checkpoint(tmp_path)
+
+
+def legacy(tmp_path: Path, content: object) -> Path:
+    """A checkpoint as torch before 1.6 wrote it, which today's torch still can."""
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    return tmp_path / "old.pth"
+
+
+def test_the_format_before_torch_1_6_keeps_values_types_and_sharing(tmp_path: Path) -> None:
+    tensor = torch.arange(12.0).reshape(3, 4)
+    content = OrderedDict(a=tensor, b=tensor.t(), c=tensor.half(), d=torch.tensor(3), e=tensor.bfloat16())
+    content |= {"f": torch.empty(0), "g": torch.nn.Parameter(torch.ones(2)), "h": torch.tensor([True, False])}
+    path = legacy(tmp_path, {"network_weights": content, "log": np.arange(3.0), "best": np.float64(0.5)})
+    found = read_checkpoint(path)
+    theirs = torch.load(path, weights_only=False)["network_weights"]
+    for name, expected in theirs.items():
+        assert torch.equal(found["network_weights"][name], expected)
+        assert found["network_weights"][name].dtype == expected.dtype
+    assert found["network_weights"]["a"].data_ptr() == found["network_weights"]["b"].data_ptr()
+    assert found["best"] == 0.5
+
+
+class Runs:
+    """What a hostile pickle brings."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (exec, ("import builtins; builtins.ran = True",))
+
+
+@pytest.mark.parametrize("content", [Runs(), {"network_weights": {"a": Runs()}}, {"a": timedelta(1)}])
+def test_the_format_before_torch_1_6_brings_no_code(tmp_path: Path, content: object) -> None:
+    import builtins
+
+    with pytest.raises(UnsafeModelError, match="it asks for"):
+        read_checkpoint(legacy(tmp_path, content))
+    assert not hasattr(builtins, "ran")
+
+
+def test_an_old_checkpoint_that_is_damaged_or_states_too_much(tmp_path: Path) -> None:
+    path = legacy(tmp_path, {"network_weights": {"a": torch.ones(300), "b": torch.zeros(2)}})
+    whole = path.read_bytes()
+    for cut in (*range(20, 700, 31), len(whole) - 5):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ModelError, match="damaged"):
+            read_checkpoint(path)
+    stated = b"M" + (300).to_bytes(2, "little")  # BININT2
+    assert whole.count(stated) >= 2
+    for many in (b"J" + (2**31 - 1).to_bytes(4, "little"), b"J" + (-1).to_bytes(4, "little", signed=True)):
+        path.write_bytes(whole.replace(stated, many))
+        with pytest.raises(ModelError, match="damaged"):
+            read_checkpoint(path)

@@ -193,8 +193,9 @@ def test_the_stamp_says_how_it_was_made(tmp_path: Path) -> None:
     provenance = json.loads((tmp_path / "v_labels.run" / "provenance.json").read_text())
     with h5py.File(tmp_path / "v_labels.h5") as file:
         stamp = json.loads(file.attrs["connectomics"])
-    assert provenance.pop("command") == ["again"]
+    assert provenance.pop("command") == ["again", "inference.block_shape=[1,6,10]"]
     assert provenance.pop("result_keys") == {"labels": "k"}
+    assert provenance.pop("outputs") == ["v_labels.h5"]
     assert stamp == provenance | {"result_key": "k"}
     assert provenance["numeric_class"] == {"threads": 1}
     assert (provenance["seed"], provenance["cases"]) == (0, 1)

@@ -6,11 +6,12 @@ import functools
 import importlib.metadata
 import sys
 
-from connectomics.assembly.engine.engine import NNUNET_STEP, EngineModel
+from connectomics.assembly.engine.engine import NNUNET_STEP, Engine, EngineModel
 from connectomics.assembly.settings import InferenceSettings
 from connectomics.core.installation import VERSION
 from connectomics.models.backends.precisions import Precision
-from connectomics.stages.predict.segmenter import Segmenter
+from connectomics.models.spec import SINGLE_IMAGES, ModelSpec
+from connectomics.stages.predict.segmenter import EnsembleMember, Segmenter
 
 PACKAGES = ("nnunetv2", "torch", "numpy", "scipy", "scikit-image", "tensorstore")  # that compute or write
 
@@ -81,15 +82,43 @@ def deviations_of(stated: InferenceSettings, models: tuple[EngineModel, ...], se
         (region.mask is not None, "background outside inference.mask"),
         (len({m.weight for m in segmenter.members}) > 1, "a weighted mean of probabilities"),
     ]
-    for model, member in zip(models, segmenter.members[:: len(planes)], strict=True):
+    for number, (model, member) in enumerate(zip(models, segmenter.members[:: len(planes)], strict=True), 1):
         spec, window = model.spec, model.window
-        of = f" of {model.checkpoint}" if len(models) > 1 else ""
+        of = f" of model {number}" if len(models) > 1 else ""  # no path: it is stamped, and the same from any folder
         mirrored = stated.windows.mirroring and window.mirror_axes != spec.mirror_axes
         tests += [
             (window.patch != spec.patch_shape, f"window size{of} {window.patch} instead of {spec.patch_shape}"),
             (window.step != NNUNET_STEP, f"tile step size{of} {window.step:g} instead of {NNUNET_STEP}"),
             (window.blending != "gaussian", f"constant blending{of}"),
             (mirrored, f"mirror axes{of} {window.mirror_axes} instead of {spec.mirror_axes}"),
-            (member.by_slice != spec.slice_case, f"case{of} {'slice' if member.by_slice else 'volume'}"),
+            (_departs(member, spec), f"case{of} {'slice' if member.by_slice else 'volume'}"),
         ]
     return tuple(text for holds, text in tests if holds)
+
+
+def _departs(member: EnsembleMember, spec: ModelSpec) -> bool:
+    """Whether nnU-Net would take other cases: each file is one, of single images each section."""
+    as_file = not member.by_slice and spec.image_reader != SINGLE_IMAGES
+    return member.by_slice != spec.slice_case and not as_file
+
+
+def case_note(engine: Engine) -> str:
+    """What the cases of this call are, and why, in one line; of an ensemble for each of its models."""
+    notes, planes = [], len(engine.inference.volumes.plane_names)
+    for model, member in zip(engine.models, engine.segmenter.members[::planes], strict=True):
+        chosen = "each section" if member.by_slice else "the whole volume"
+        of = f" of {model.checkpoint}" if len(engine.models) > 1 else ""
+        notes.append(f"case{of}: {chosen} ({_reason(engine.inference.volumes.case, model.spec)})")
+    return "; ".join(notes)
+
+
+def _reason(stated: str, spec: ModelSpec) -> str:
+    if stated != "auto":
+        return f"inference.case={stated}"
+    if spec.dimensions == 3:
+        return "a 3D model"
+    if spec.image_reader == SINGLE_IMAGES:
+        return f"trained on single images, read by {SINGLE_IMAGES}"
+    if spec.slice_case:
+        return "its training saw single sections: original_median_shape_after_transp in the plans begins with 1"
+    return "a 2D model that was trained on volumes"

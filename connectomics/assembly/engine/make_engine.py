@@ -176,6 +176,6 @@ def check_resampling(spec: ModelSpec, *, resample: bool, by_slice: bool) -> None
     if by_slice:
         raise ConfigError(
             "inference.resample=plan: each section is a case of its own here, and nnU-Net gives 2D images no "
-            "spacing to resample by; set inference.resample=off"
+            "spacing to resample by; set inference.resample=off, or inference.case=volume"
         )
     check_rules(spec.resampling_data, spec.resampling_probabilities, spec.resampling_labels)

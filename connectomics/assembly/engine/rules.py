@@ -142,7 +142,7 @@ def probability_rule(stated: LabelSettings, formats: Sequence[str], spec: ModelS
     Raises
     ------
     ConfigError
-        If the stated activation is not the model's, or the formats cannot hold them.
+        If the stated activation is not the model's, the unit does not suit the type, or the formats cannot hold them.
     """
     channels = _selected(stated.channels, spec) or tuple(range(spec.classes))
     rule = ProbabilityRule(
@@ -151,6 +151,7 @@ def probability_rule(stated: LabelSettings, formats: Sequence[str], spec: ModelS
         1.0 if stated.intensity_scale is None else stated.intensity_scale,
         np.dtype(stated.intensity_dtype or np.float32),
     )
+    _check_unit(rule, stated.intensity_scale)
     if not formats_holding(formats, len(channels), rule.dtype):
         raise ConfigError(
             f"inference.output.formats is [{', '.join(formats)}], which cannot hold probabilities of {len(channels)} "
@@ -158,3 +159,25 @@ def probability_rule(stated: LabelSettings, formats: Sequence[str], spec: ModelS
             "(intensity_dtype)"
         )
     return rule
+
+
+def _check_unit(rule: ProbabilityRule, stated: float | None) -> None:
+    """Refuse a type that clips what is stored, or leaves 0 and 1 of probabilities."""
+    keys, kind = "inference.postprocessing.intensity", rule.dtype.kind
+    largest = float(np.iinfo(rule.dtype).max if kind in "iu" else np.finfo(rule.dtype).max)
+    if rule.activation == "none":
+        if kind == "u":
+            raise ConfigError(
+                f"{keys}_dtype is {rule.dtype}, but logits (inference.test_time_augmentation.act=none) go below 0; "
+                f"state {keys}_dtype=float32, or act=null for probabilities"
+            )
+    elif rule.scale > largest:
+        raise ConfigError(
+            f"{keys}_scale is {rule.scale:g}, but {rule.dtype} ends at {largest:g}, so all probabilities above "
+            f"{largest / rule.scale:.3g} would be stored alike; state {keys}_scale={largest:g} or another {keys}_dtype"
+        )
+    elif kind in "iu" and stated is None:
+        raise ConfigError(
+            f"{keys}_dtype is {rule.dtype} without a scale, which leaves 0 and 1 of probabilities; state "
+            f"{keys}_scale={largest:g}, with which 1 is stored as {largest:g}"
+        )

@@ -10,7 +10,6 @@ import importlib
 import inspect
 import math
 import operator
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from connectomics.core.errors import ModelError, UnsafeModelError
 from connectomics.core.features import ARCHITECTURES
 from connectomics.core.geometry import Vec3
 from connectomics.models.arch.trainers import own_network_trainer
+from connectomics.models.nnunet_releases import current_class
 
 _NETWORKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (PlainConvUNet, ResidualEncoderUNet)}
 _CLASSES: dict[str, tuple[type, ...]] = {
@@ -199,11 +199,9 @@ def _built_by(trainer: Any, plan: NetworkPlan) -> nn.Module:
 
 
 def _network_class(plan: NetworkPlan) -> Any:
-    # modules have moved between releases; like nnU-Net, go by the class's own name within that package
-    match = re.fullmatch(r"dynamic_network_architectures\.architectures\.\w+\.(\w+)", plan.network_class)
-    if match and match[1] in _NETWORKS:
-        return _NETWORKS[match[1]]
-    return _trusted(plan.network_class, "network_class_name", plan)
+    known = {f"{kind.__module__}.{kind.__name__}": kind for kind in _NETWORKS.values()}
+    name = current_class(plan.network_class)
+    return known[name] if name in known else _trusted(plan.network_class, "network_class_name", plan)
 
 
 def _classes_resolved(plan: NetworkPlan) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from connectomics.objects.components import Connectivity
 from connectomics.stages.decode.context import DecodingState, StepContext
 from connectomics.stages.decode.step_contract import DecodingMemory, Rules, StepInput, check_values, foreground_rules
 from connectomics.stages.decode.tasks import BlockPieces, smallest_dtype
-from connectomics.stages.decode.values import Values, probability_units
+from connectomics.stages.decode.values import Values
 from connectomics.volumes.volume import VolumeInfo
 
 
@@ -60,11 +60,11 @@ class ConnectedComponents:
         """Label a volume."""
         connectivity = Connectivity(self.connectivity)
         values = Values(state.volume, self.channel, self.threshold, not self.per_class)
-        likely, units = state.probabilities, state.frame.probability_units
+        likely, units, of_labels = state.probabilities, state.frame.probability_units, state.of_labels
         if self.threshold is not None:
-            likely, units = values.raw, probability_units(state.volume.info)
+            (likely, units), of_labels = values.of_threshold(state.frame.own_units), None
         pieces = context.pieces(BlockPieces(values, connectivity, probabilities=likely))
         tables, count, largest = context.objects(pieces, context.selection, joined=True)
         store = context.paint(pieces, tables, state.volume.info, smallest_dtype(largest))
         frame = dataclasses.replace(state.frame, probability_units=units, flat=connectivity.by_section)
-        return DecodingState(store, frame, likely, tables, count=count)
+        return DecodingState(store, frame, likely, tables, count=count, of_labels=of_labels)

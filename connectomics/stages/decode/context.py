@@ -19,7 +19,7 @@ import numpy as np
 
 from connectomics.core.errors import QuarantineError
 from connectomics.core.files import replacing, write_once
-from connectomics.core.geometry import BlockGrid, vec3
+from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import LEDGER
@@ -38,9 +38,10 @@ from connectomics.stages.decode.tasks import (
     block_file,
 )
 from connectomics.volumes.store import Store, create_store, open_store
-from connectomics.volumes.volume import VolumeInfo, VolumeReader
+from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 log = logging.getLogger(__name__)
+ProbabilityOf = Callable[[Box, Read], Array]
 EVERYTHING = Selection()
 BLOCK_VOXELS = 1 << 24
 VOXEL_BYTES = 40  # of a block: values, components, runs, probabilities as they are summed
@@ -70,6 +71,9 @@ class DecodingState:
         Objects in them.
     facts
         What steps have to say in the provenance, by their names.
+    of_labels
+        Probabilities (z, y, x) of a box, of the labels that a function gives for it, where each label has its own; None
+        where there are none, or one for all.
     """
 
     volume: VolumeReader
@@ -78,6 +82,7 @@ class DecodingState:
     tables: Path | None = None
     count: int = 0
     facts: Mapping[str, object] = field(default_factory=dict)
+    of_labels: ProbabilityOf | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,8 +245,19 @@ def decode_plan(info: VolumeInfo, budget_bytes: int) -> BlockPlan:
         if not growing or shape[0] * shape[1] * shape[2] * 2 > most:
             break
         shape[axis] *= 2
-    chunk = list(shape)
+    return in_chunks(vec3(shape))
+
+
+def in_chunks(block_shape: Vec3) -> BlockPlan:
+    """Blocks of this shape, in chunks of about ``CHUNK``: the same for the same blocks, whoever chose them.
+
+    Examples
+    --------
+    >>> in_chunks((2, 100, 512))
+    BlockPlan(block_shape=(2, 100, 512), chunk_shape=(2, 50, 64))
+    """
+    chunk = list(block_shape)
     for axis in range(3):
         while chunk[axis] > CHUNK and chunk[axis] % 2 == 0:
             chunk[axis] //= 2
-    return BlockPlan(vec3(shape), vec3(chunk))
+    return BlockPlan(block_shape, vec3(chunk))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+
 from connectomics.core.errors import VolumeError
 from connectomics.core.files import replacing
+from connectomics.core.geometry import Box
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import OBJECTS
 from connectomics.objects.selection import NUMBERS, Holes, Selection, absorb, inherit
-from connectomics.stages.decode.context import DecodingState, StepContext
+from connectomics.stages.decode.context import DecodingState, ProbabilityOf, StepContext
 from connectomics.stages.decode.step_contract import (
     DecodingMemory,
     DecodingPass,
@@ -28,9 +32,9 @@ from connectomics.stages.decode.step_contract import (
     StepInput,
     check_values,
 )
-from connectomics.stages.decode.tasks import BlockPieces, smallest_dtype
+from connectomics.stages.decode.tasks import BlockPieces, Read, smallest_dtype
 from connectomics.stages.decode.values import Values
-from connectomics.volumes.volume import Nanometres, VolumeInfo
+from connectomics.volumes.volume import Array, Nanometres, VolumeInfo
 
 HOLES = {"off": None, "2d": 4, "3d": 6}  # which neighbours the background has
 UNKNOWN_SIZE = (
@@ -157,13 +161,55 @@ def _selected(state: DecodingState, selection: Selection, context: StepContext) 
 def _filled(state: DecodingState, connectivity: int, context: StepContext) -> DecodingState:
     assert state.tables is not None
     values = Values(state.volume)
-    cut = BlockPieces(values, Connectivity(connectivity), probabilities=state.probabilities, holes=True)
-    pieces = context.pieces(cut)
+    background = Connectivity(connectivity)
+    likely = state.probabilities if state.of_labels is None else None
+    pieces = context.pieces(BlockPieces(values, background, probabilities=likely, holes=True))
     holes, found, _ = context.objects(pieces, Holes(), joined=True)
     store = context.paint(pieces, holes, state.volume.info, state.volume.info.dtype, under=values)
-    count = state.count
+    count, likely = state.count, state.probabilities
+    if state.of_labels is not None and likely is not None:  # the background's own would count with the object
+        within = _HolesOfObjects(values, Values(store), state.tables, count, of_labels=state.of_labels)
+        counted, likely = context.part("counted"), functools.partial(within.everywhere, likely)
+        again = counted.pieces(BlockPieces(within, None, probabilities=likely, flat=background.by_section))
+        holes, found, _ = counted.objects(again, Selection(by_value=True), joined=False)
     final = _derived(context, state.tables, lambda copy: absorb(copy, count, holes, found))
-    return dataclasses.replace(state, volume=store, tables=final)
+    return dataclasses.replace(state, volume=store, tables=final, probabilities=likely)
+
+
+@dataclass(frozen=True, slots=True)
+class _HolesOfObjects:
+    """Voxels of filled holes, by the object that they were filled with, and that object's probability there.
+
+    ``before`` and ``after`` read ids; the tables have ``count`` objects with ascending numbers, and the classes that
+    ``of_labels`` knows by their values.
+    """
+
+    before: Values
+    after: Values
+    tables: Path
+    count: int
+    of_labels: ProbabilityOf
+
+    def __call__(self, box: Box) -> Array:
+        after = self.after(box)
+        filled: Array = np.where(self.before(box) == 0, after, np.zeros((), after.dtype))
+        return filled
+
+    def everywhere(self, own: Read, box: Box) -> Array:
+        """Probabilities (z, y, x) of a box: each voxel's own, in filled holes those of the objects."""
+        filled = self(box) != 0
+        if not filled.any():
+            return own(box)
+        return np.where(filled, self.of_labels(box, self._classes), own(box))
+
+    def _classes(self, box: Box) -> Array:
+        ids, places = np.unique(self(box), return_inverse=True)
+        numbers = np.load(self.tables / NUMBERS, mmap_mode="r")[: self.count]
+        rows = np.searchsorted(numbers, ids[ids > 0])
+        classes = np.zeros(ids.shape, np.uint64)
+        classes[ids > 0] = np.load(self.tables / OBJECTS, mmap_mode="r")["value"][rows]
+        found: Array = classes[places].reshape(box.shape)
+        return found
 
 
 def _derived(context: StepContext, tables: Path, change: Callable[[Path], None]) -> Path:

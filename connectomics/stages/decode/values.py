@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,10 @@ from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box
 from connectomics.objects.pieces import FIXED_POINT
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
+
+Units = tuple[float, float]
+"""What a voxel of probability 1 adds to a row's sum, and its value as a minimum."""
+NOT_PROBABILITIES: Units = (0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +59,20 @@ class Values:
         values: Array = self.volume.read(box)[self.channel]
         return values
 
+    def of_threshold(self, units: Units | None) -> tuple[Callable[[Box], Array] | None, Units | None]:
+        """Give what the threshold is held against, as probabilities for the table, and its units.
 
-def probability_units(info: VolumeInfo, certain: float | None = None) -> tuple[float, float]:
+        Parameters
+        ----------
+        units
+            As the volume states them: ``NOT_PROBABILITIES`` gives none, None takes those of its type.
+        """
+        if units == NOT_PROBABILITIES:
+            return None, None
+        return self.raw, units or probability_units(self.volume.info)
+
+
+def probability_units(info: VolumeInfo, certain: float | None = None) -> Units:
     """What a voxel of probability 1 adds to a row's sum, and its value as a minimum.
 
     Parameters
@@ -80,11 +97,15 @@ class ClassProbabilities:
 
     def __call__(self, box: Box) -> Array:
         """Probabilities (z, y, x) of a box; a VolumeError if a label has no channel."""
+        return self.of(box, self.labels.raw)
+
+    def of(self, box: Box, labelled: Callable[[Box], Array]) -> Array:
+        """Probabilities (z, y, x) of a box, of other labels than its own; a VolumeError if one has no channel."""
         found = self.probabilities.read(box)
         if len(found) == 1:
             only: Array = found[0]
             return only
-        labels = self.labels.raw(box)
+        labels = labelled(box)
         if labels.max() >= len(found):
             raise VolumeError(
                 f"label {labels.max()} in voxels {box.start} to {box.stop} (z, y, x) has no channel among the "

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.execution.retry import RetryingReader
+from connectomics.stages.survey.placement import Placement, placed_by_extent
 from connectomics.volumes.volume import VolumeReader
 
 PIECE_BYTES = 1 << 24  # of a mask read at once
@@ -34,10 +35,12 @@ class RegionOfInterest:
     box
         Nothing outside it is wanted; it lies inside the volume.
     mask
-        One channel at the volume's resolution or a lower one: voxel v of the volume is wanted where the mask's voxel
-        floor(v * mask_extent / extent) is not zero. None where the box says it all. It is read piece by piece.
+        One channel at the volume's resolution or a lower one: a voxel of the volume is wanted where the mask's voxel
+        that it lies in is not zero. None where the box says it all. It is read piece by piece.
     name
         Of the mask, for messages.
+    placement
+        Where the mask lies; None: as its extent alone says.
 
     Raises
     ------
@@ -49,10 +52,13 @@ class RegionOfInterest:
     box: Box
     mask: VolumeReader | None = None
     name: str = ""
+    placement: Placement | None = None
 
     def __post_init__(self) -> None:
         if self.mask is not None:
-            _require_fitting(self.mask, self.extent, self.name)
+            _require_one_channel(self.mask, self.name)
+            if self.placement is None:
+                object.__setattr__(self, "placement", placed_by_extent(self.extent, self.mask.info, self.name))
 
     def within(self, core: Box) -> tuple[Box, Flags | None]:
         """The smallest box around the wanted voxels of ``core``, and which of its voxels they are.
@@ -116,9 +122,8 @@ class RegionOfInterest:
 
     def _seen(self, axis: int, voxels: Indices) -> Indices:
         """The mask's voxels that decide over the volume's, along one axis."""
-        assert self.mask is not None
-        result: Indices = voxels * self.mask.info.extent[axis] // self.extent[axis]
-        return result
+        assert self.placement is not None
+        return self.placement[axis].seen(voxels)
 
     def _spans(self, grid: BlockGrid, axis: int) -> tuple[int, Indices]:
         """The first block that touches the box along an axis, and of each that does the mask's voxels (start, stop)."""
@@ -155,31 +160,13 @@ def require_inside(box: Box, extent: Vec3, name: str) -> None:
         )
 
 
-def _require_fitting(mask: VolumeReader, extent: Vec3, name: str) -> None:
+def _require_one_channel(mask: VolumeReader, name: str) -> None:
     found = mask.info
     if found.channels != 1:
         raise VolumeError(
             f"{name}: the mask has {found.channels} channels, expected one; name an array of one channel, "
             "nonzero where labels are wanted"
         )
-    if not all(_is_reduced(m, n) for m, n in zip(found.extent, extent, strict=True)):
-        raise VolumeError(
-            f"{name}: the mask has (z, y, x) = {found.extent} voxels, expected the volume's {extent} or these divided "
-            "by a whole number along each axis, rounded up or down; make it of this volume"
-        )
-
-
-def _is_reduced(reduced: int, length: int) -> bool:
-    """Whether ``reduced`` is ``length`` divided by some whole number, rounded up or down.
-
-    Examples
-    --------
-    >>> [n for n in range(1, 8) if _is_reduced(n, 7)]
-    [1, 2, 3, 4, 7]
-    """
-    if reduced > length:
-        return False
-    return length // (length // reduced) == reduced or -(-length // -(-length // reduced)) == reduced
 
 
 def _ends(flags: Flags, axis: int, index: Indices) -> tuple[int, int]:

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from connectomics.core.errors import VolumeError
 from connectomics.core.files import replacing
 from connectomics.core.geometry import AxisOrder, BlockGrid, Box, Vec3, vec3
 from connectomics.execution.stage import Workspace
@@ -26,6 +25,7 @@ from connectomics.inference.case import Case, Range, ReadBox
 from connectomics.inference.normalise import ChannelSummary, IntensityStats, check_intensities, is_exact
 from connectomics.inference.section_cases import SectionCases
 from connectomics.models.spec import ChannelNormalisation
+from connectomics.stages.survey.finite import check_finite, clipped_channels, finite
 from connectomics.stages.survey.mask import is_inside, make_mask, sections_of
 from connectomics.volumes.reoriented import Orientation, ReorientedVolume
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
@@ -90,7 +90,8 @@ class _CaseTally:
 class _SectionExtremes:
     """Number, minimum and maximum of the nonzero voxels of each section along one axis; 24 bytes for each channel."""
 
-    def __init__(self, extent: int, channels: int, axis: int) -> None:
+    def __init__(self, info: VolumeInfo, axis: int) -> None:
+        extent, channels = info.extent[axis], info.channels
         self._axis = axis
         self._others = tuple(a + 1 for a in range(3) if a != axis)
         self._nonzero = np.zeros((extent, channels), np.int64)
@@ -195,17 +196,14 @@ def survey(
     Raises
     ------
     VolumeError
-        If a voxel is not a finite number, or intensities do not fit the normalisation.
+        If a voxel is no finite number (nor clipped by CTNormalization), or intensities do not fit the normalisation.
     """
     if by_slice:
         cases = _section_cases(reader, name, schemes, workers, axis=section_axis)
         return SectionCases.of(cases, reader.info.extent[section_axis], reader.info.channels, section_axis)
-    planes = (
-        None
-        if plane_axis is None
-        else _SectionExtremes(reader.info.extent[plane_axis], reader.info.channels, plane_axis)
-    )
-    whole, region = _volume_tally(reader, name, workers, planes), Box.of_shape(reader.info.extent)
+    planes = None if plane_axis is None else _SectionExtremes(reader.info, plane_axis)
+    region, clipped = Box.of_shape(reader.info.extent), clipped_channels(schemes)
+    whole = _volume_tally(reader, name, workers, planes, clipped=clipped)
     mask, inside = None, None
     if with_mask or keeps_mask(schemes, by_slice=False):
         mask = make_mask(reader, whole.box or region, previous, workspace)
@@ -222,14 +220,17 @@ def _section_cases(
     """The case of each section across ``axis``; the volume is read with that axis as its first."""
     order = AxisOrder.across(axis)
     source = reader if order.identity else ReorientedVolume(reader, Orientation(order=order))
-    for i, tally in enumerate(_tallies(source, name, workers, lambda tile, box: None, order=order)):
+    tallies = _tallies(source, name, workers, lambda tile, box: None, order=order, clipped=clipped_channels(schemes))
+    for i, tally in enumerate(tallies):
         region = Box((i, 0, 0), (i + 1, *source.info.extent[1:]))
         turned = tally.case(region, schemes)
         region, box = order.inverse.turn_box(turned.region), order.inverse.turn_box(turned.box)
         yield _checked(Case(region, box, turned.channels), name, schemes)
 
 
-def _volume_tally(reader: VolumeReader, name: str, workers: int, planes: _SectionExtremes | None) -> _CaseTally:
+def _volume_tally(
+    reader: VolumeReader, name: str, workers: int, planes: _SectionExtremes | None, clipped: Sequence[int]
+) -> _CaseTally:
     """What is known of a whole volume; ``planes`` learn of each section."""
 
     def see(tile: Array, box: Box) -> None:
@@ -237,17 +238,23 @@ def _volume_tally(reader: VolumeReader, name: str, workers: int, planes: _Sectio
             planes.add(tile, box)
 
     whole = _CaseTally(reader.info.channels, is_exact(reader.info.dtype))
-    for tally in _tallies(reader, name, workers, see):
+    for tally in _tallies(reader, name, workers, see, clipped=clipped):
         whole.add(tally)
     return whole
 
 
 def _tallies(
-    reader: VolumeReader, name: str, workers: int, see: Callable[[Array, Box], None], order: AxisOrder = AS_THEY_ARE
+    reader: VolumeReader,
+    name: str,
+    workers: int,
+    see: Callable[[Array, Box], None],
+    order: AxisOrder = AS_THEY_ARE,
+    clipped: Sequence[int] = (),
 ) -> Iterator[_CaseTally]:
     """What is known of each section, in order of z; ``see`` gets each tile and its box.
 
-    ``order`` is how the volume was turned into what ``reader`` gives, for messages.
+    ``order`` is how the volume was turned into what ``reader`` gives, for messages. ``clipped`` are channels that may
+    hold infinities, which count as float32's largest numbers.
     """
     channels, exact = reader.info.channels, is_exact(reader.info.dtype)
     band: list[_CaseTally] = []  # the sections of the tiles at one z
@@ -255,7 +262,8 @@ def _tallies(
         if box.start[1:] == (0, 0):
             yield from band
             band = [_CaseTally(channels, exact) for _ in range(box.shape[0])]
-        _check_finite(tile, box, name, order)
+        tile = finite(tile, clipped)
+        check_finite(tile, box, name, order)
         nonzero = is_inside(tile)
         see(tile, box)
         for i, tally in enumerate(band):
@@ -284,21 +292,6 @@ def _tiles(reader: VolumeReader, workers: int) -> Iterator[tuple[Box, Array]]:
             values = tile.result()
             pending.extend((ahead, pool.submit(reader.read, ahead)) for ahead in itertools.islice(boxes, 1))
             yield box, values
-
-
-def _check_finite(tile: Array, box: Box, name: str, order: AxisOrder) -> None:
-    if tile.dtype.kind != "f":
-        return
-    finite = np.isfinite(tile)
-    if finite.all():
-        return
-    bad = nonzero_box(~finite)
-    assert bad is not None
-    bad = order.inverse.turn_box(bad.shift(box.start))
-    raise VolumeError(
-        f"{name}: NaN or infinite values in voxels (z, y, x) {bad.start} to {bad.stop}; nnU-Net cannot normalise them, "
-        "replace them (for example by 0) and run again"
-    )
 
 
 def survey_bytes(info: VolumeInfo, workers: int, section_axis: int = 0) -> int:

@@ -15,24 +15,41 @@ from connectomics.volumes.source import Source
 from connectomics.volumes.stored import Layout, StoredVolume, info_of, require_small_chunks
 from connectomics.volumes.volume import Array
 
-
-def open_stored(driver: str, folder: Path, *, writable: bool = False, **options: object) -> Any:
-    """TensorStore's handle of the array that stands in a folder; ``options`` are the driver's."""
-    spec = {"driver": driver, "kvstore": _files(folder), **options}
-    return ts.open(spec, open=True, read=True, write=writable, context=ts.Context()).result()
+INSTEAD = "instead/"
 
 
-def open_mended(driver: str, folder: Path, metadata: tuple[str, object], options: Mapping[str, object]) -> Any:
-    """Do as ``open_stored``, with other content of a metadata file than on disk, where TensorStore refuses that."""
-    name, content = metadata
+def open_stored(
+    driver: str, place: Path | Mapping[str, Any], *, writable: bool = False, instead: Any = None, **options: object
+) -> Any:
+    """TensorStore's handle of the array that stands in a folder.
+
+    Parameters
+    ----------
+    driver
+        TensorStore's name of the format.
+    place
+        The folder, or TensorStore's description of a store.
+    writable
+        Whether it can be written, too.
+    instead
+        Contents by file name that are read instead of the files of these names, as bytes or values for JSON: metadata
+        that TensorStore takes too strictly, or chunks that are unpacked.
+    options
+        Of the driver.
+    """
     context = ts.Context()
-    ts.KvStore.open("memory://", context=context).result().write(name, json.dumps(content)).result()
-    layers = [{"base": _files(folder)}, {"base": f"memory://{name}", "exact": name}]
-    spec = {"driver": driver, "kvstore": {"driver": "kvstack", "layers": layers}, **options}
-    return ts.open(spec, open=True, read=True, write=False, context=context).result()
+    store: dict[str, Any] = dict(place) if isinstance(place, Mapping) else _in_folder(place)
+    if instead:
+        memory = ts.KvStore.open({"driver": "memory", "path": INSTEAD}, context=context).result()
+        for name, content in instead.items():
+            memory.write(name, content if isinstance(content, bytes) else json.dumps(content).encode()).result()
+        kept = [{"exact": name, "base": {"driver": "memory", "path": INSTEAD + name}} for name in instead]
+        store = {"driver": "kvstack", "layers": [{"base": store}, *kept]}
+    spec = {"driver": driver, "kvstore": store, **options}
+    return ts.open(spec, open=True, read=True, write=writable, context=context).result()
 
 
-def _files(folder: Path) -> dict[str, object]:
+def _in_folder(folder: Path) -> dict[str, Any]:
     return {"driver": "file", "path": f"{folder.resolve()}/"}
 
 

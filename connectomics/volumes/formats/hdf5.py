@@ -14,7 +14,8 @@ import h5py
 import numpy as np
 
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.mapped import MappedArray
+from connectomics.volumes.formats.codecs.hdf5_filters import require_filters
+from connectomics.volumes.formats.mapped import MappedArray
 from connectomics.volumes.metadata.hdf5_attributes import stated_axes, stated_frame
 from connectomics.volumes.metadata.hdf5_parts import parts_of, require_links
 from connectomics.volumes.source import READ_ERRORS, Source, file_identity, some_of, unreadable
@@ -72,7 +73,7 @@ def open_hdf5(source: Source) -> StoredVolume:
 
     def fetch(index: tuple[slice, ...]) -> Array:
         with lock:
-            _refuse_bombs(dataset, index)
+            refuse_bombs(dataset, index)
             block: Array = dataset[index] if raw is None else raw.fetch(index)
         return block.view(block.dtype.str.replace("i", "u")) if unsigned else block
 
@@ -139,10 +140,11 @@ def _names(source: Source, file: Any) -> list[str]:
 def _usable(source: Source, dataset: Any) -> Any:
     if dataset.shape is None:
         raise VolumeError(f"{source.uri}: dataset {dataset.name} is a null dataset without voxels.")
+    require_filters(source, dataset)
     return dataset
 
 
-def _refuse_bombs(dataset: Any, index: tuple[slice, ...]) -> None:
+def refuse_bombs(dataset: Any, index: tuple[slice, ...]) -> None:
     """Refuse packed chunks that are longer than what they should unpack to: HDF5 would unpack them whatever comes."""
     if not dataset.chunks or not dataset.id.get_create_plist().get_nfilters():
         return

@@ -5,8 +5,8 @@ Pixels are those of ``skimage.io.imread``, which nnU-Net trains on: palettes exp
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +18,14 @@ from PIL import BmpImagePlugin, ImageFile, ImageMode, JpegImagePlugin, PngImageP
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box
+from connectomics.volumes.formats.grey import LOOKED_AT, is_grey, may_be_one_channel, one_channel
+from connectomics.volumes.formats.sections import notes_on, sections_of
 from connectomics.volumes.formats.tiff import open_tiff
 from connectomics.volumes.source import READ_ERRORS, Source, file_identity, folded_identity, reason, unreadable
 from connectomics.volumes.stored import Layout, RecentArrays, StoredVolume, info_of, native_dtype
 from connectomics.volumes.volume import Array
 
 FORMAT_OF_SUFFIX = {".png": "png", ".tif": "tiff", ".tiff": "tiff", ".jpg": "jpeg", ".jpeg": "jpeg", ".bmp": "bmp"}
-CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")
-MOST_CHANNELS = 4
-"""More different ``_0000`` suffixes than this in one folder number the sections, not the channels."""
 
 _DECODERS: dict[bytes, type[ImageFile.ImageFile]] = {
     b"\x89P": PngImagePlugin.PngImageFile,
@@ -57,13 +56,14 @@ def open_image(source: Source) -> StoredVolume:
         If it cannot be decoded or the stated axes do not fit it.
     """
     header = _header(source, source.path)
-    dims = 2 if header.channels == 1 else 3
+    grey = _saved_as_colour(source, [source.path], header.channels)
+    dims = 2 if header.channels == 1 or grey else 3
     if source.axes is not None and (len(source.axes) != dims or not {"y", "x"} <= set(source.axes) <= set("cyx")):
         raise VolumeError(
             f"{source.uri}: the axes {source.axes!r} do not fit an image of {dims} axes; state "
             f"inference.axes={'yx' if dims == 2 else 'cyx'}, or null."
         )
-    return _open_sections(source, [(source.path,)])
+    return _open_sections(source, [(source.path,)], grey=grey)
 
 
 def open_stack(source: Source) -> StoredVolume:
@@ -79,7 +79,10 @@ def open_stack(source: Source) -> StoredVolume:
             f"{source.uri}: a folder of images has no inner part {source.inner!r}; name the folder alone."
         )
     images = _listed(source)
-    return _open_sections(source, _sections(source, images, colours=_header(source, images[0]).channels > 1))
+    samples = _header(source, images[0]).channels
+    grey = _saved_as_colour(source, images, samples)
+    sections = sections_of(source, images, colours=samples > 1 and not grey)
+    return _open_sections(source, sections, grey=grey)
 
 
 def _listed(source: Source) -> list[Path]:
@@ -100,41 +103,18 @@ def _listed(source: Source) -> list[Path]:
     return natsort.natsorted(images, key=lambda path: path.name)
 
 
-def _sections(source: Source, images: Sequence[Path], *, colours: bool) -> list[tuple[Path, ...]]:
-    """Group the files into sections, each the files of its channels in order; one with colours has them all."""
-    axes = source.axes
-    if axes is not None and (not {"y", "x"} <= set(axes) <= set("czyx") or len(set(axes)) < len(axes)):
-        raise VolumeError(
-            f"{source.uri}: cannot use the axes {axes!r} for a folder of images; state inference.axes=zyx, cyx or czyx."
-        )
-    if axes is not None and "z" not in axes:
-        if "c" not in axes and len(images) > 1:
-            raise VolumeError(
-                f"{source.uri}: the axes {axes!r} leave no axis for {len(images)} files; state "
-                "inference.axes=zyx where each is a section."
-            )
-        return [tuple(images)]
-    matches = [CHANNEL_SUFFIX.fullmatch(path.stem) for path in images]
-    suffixes = sorted({match[2] for match in matches if match})
-    separate = colours or (axes is not None and "c" not in axes)
-    if separate or not all(matches) or (axes is None and len(suffixes) > MOST_CHANNELS):
-        return [(path,) for path in images]
-    sections: dict[str, dict[str, Path]] = {}
-    for path, match in zip(images, matches, strict=True):
-        if match:
-            sections.setdefault(match[1], {})[match[2]] = path
-    for stem, channels in sections.items():
-        missing = [suffix for suffix in suffixes if suffix not in channels]
-        if missing:
-            raise VolumeError(
-                f"{source.uri}: section {stem} lacks channel {', '.join(missing)} (file "
-                f"{stem}_{missing[0]}*) that others have; "
-                "add it, or state inference.axes=zyx if every file is a section of its own."
-            )
-    return [tuple(channels[suffix] for suffix in suffixes) for channels in sections.values()]
+def _saved_as_colour(source: Source, images: Sequence[Path], samples: int) -> bool:
+    """Whether images with so many samples a pixel are grey: some of them, spread over all, are looked at."""
+    if not may_be_one_channel(source, samples):
+        return False
+    step = max(1, len(images) // LOOKED_AT)
+    try:
+        return all(is_grey(_decoded(source, path)) for path in images[::step])
+    except (VolumeError, *READ_ERRORS):
+        return False  # what is damaged says so when it is read
 
 
-def _open_sections(source: Source, sections: Sequence[tuple[Path, ...]]) -> StoredVolume:
+def _open_sections(source: Source, sections: Sequence[tuple[Path, ...]], *, grey: bool) -> StoredVolume:
     turned = source.axes is not None and source.axes.index("x") < source.axes.index("y")
     first = sections[0][0]
     header = _header(source, first)
@@ -145,7 +125,7 @@ def _open_sections(source: Source, sections: Sequence[tuple[Path, ...]]) -> Stor
                 f"{source.uri}: {path.name} is {_words(found)}, but {first.name} is {_words(header)}; "
                 "all images of a volume must agree."
             )
-    channels = header.channels * len(sections[0])
+    channels = (1 if grey else header.channels) * len(sections[0])
     if source.axes is not None and "c" not in source.axes and channels > 1:
         raise VolumeError(
             f"{source.uri}: {first.name} has {header.channels} colours, for which the axes "
@@ -156,10 +136,15 @@ def _open_sections(source: Source, sections: Sequence[tuple[Path, ...]]) -> Stor
     where = "inference.axes" if source.axes else f"names and colours of the files: each section is {files}"
     layout = Layout("czyx", (channels, len(sections), height, width), where)
     info = info_of(source, layout, header.dtype, (channels, 1, height, width))
+    info = dataclasses.replace(info, notes=tuple(notes_on(sections)))
     recent = RecentArrays()
 
+    def decoded(path: Path) -> Array:
+        pixels = _decoded(source, path)
+        return one_channel(pixels, 0, path.name) if grey else pixels
+
     def section(z: int) -> Array:
-        pixels = np.concatenate([_decoded(source, path) for path in sections[z]])
+        pixels = np.concatenate([decoded(path) for path in sections[z]])
         if pixels.shape != (channels, header.height, header.width):
             raise ValueError(f"{sections[z][0].name} has changed since it was opened, to shape {pixels.shape}")
         return pixels.transpose(0, 2, 1) if turned else pixels
@@ -206,7 +191,7 @@ def _header(source: Source, path: Path) -> _ImageHeader:
 def _decoded(source: Source, path: Path) -> Array:
     """Pixels of an image file as (c, y, x)."""
     if _is_tiff(path):
-        volume = open_tiff(Source(str(path), path))
+        volume = open_tiff(Source(str(path), path), colours=True)
         try:
             return volume.read(Box.of_shape(volume.info.extent))[:, 0]
         finally:
@@ -221,7 +206,7 @@ def _decoded(source: Source, path: Path) -> Array:
 
 
 def _tiff_header(path: Path) -> _ImageHeader:
-    volume = open_tiff(Source(str(path), path))
+    volume = open_tiff(Source(str(path), path), colours=True)
     volume.close()
     channels, sections, height, width = volume.info.shape
     if sections > 1:

@@ -13,7 +13,7 @@ import numpy as np
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.installation import install_command
-from connectomics.volumes.mapped import MappedArray
+from connectomics.volumes.formats.mapped import MappedArray
 from connectomics.volumes.source import (
     READ_ERRORS,
     Source,

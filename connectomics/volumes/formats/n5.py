@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.formats.chunked import chunked_volume, inner_path, open_mended, open_stored
-from connectomics.volumes.metadata.axes import Stated, agreed, letters_of
+from connectomics.volumes.formats.chunked import chunked_volume, inner_path, open_stored
+from connectomics.volumes.metadata.axes import StatedAxes, agreed, letters_of
 from connectomics.volumes.metadata.frame import NOWHERE, AttributeHolder, Frame, agreed_frame
 from connectomics.volumes.metadata.transforms import pixel_resolution_frame, scaled, transform_frame
 from connectomics.volumes.source import (
@@ -31,7 +31,15 @@ LETTERS = {2: "xy", 3: "xyz", 4: "xyzc", 5: "xyzct"}
 ATTRIBUTES = "attributes.json"
 OLD_COMPRESSION, MULTISET = "compressionType", "isLabelMultiset"
 TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64")
-COMPRESSIONS = ("raw", "gzip", "bzip2", "xz", "blosc", "zstd")
+COMPRESSIONS: dict[str, dict[str, object]] = {
+    "raw": {},
+    "gzip": {"level": -1, "useZlib": False},
+    "bzip2": {"blockSize": 9},
+    "xz": {"preset": 6},
+    "blosc": {"cname": "blosclz", "clevel": 6, "shuffle": 0},
+    "zstd": {"level": 1},
+}
+"""What TensorStore reads, each with the members that it knows and asks for; other writers state more, or fewer."""
 
 
 def open_n5(source: Source) -> StoredVolume:
@@ -56,8 +64,7 @@ def open_n5(source: Source) -> StoredVolume:
         letters, where = _letters(source, attributes, folder)
         layout = layout_of(source, _dimensions(source, attributes), letters, where)
         _require_known(source, attributes)
-        plain = _mended(attributes)
-        array = open_stored("n5", folder) if plain is attributes else open_mended("n5", folder, (ATTRIBUTES, plain), {})
+        array = open_stored("n5", folder, instead={ATTRIBUTES: _as_stored(attributes)})
         return chunked_volume(
             source, layout, array, frame=_frame(source, folder, attributes, layout.letters), identity=identity
         )
@@ -72,12 +79,19 @@ def _mended(attributes: dict[str, Any]) -> dict[str, Any]:
     return attributes | {"compression": {"type": attributes[OLD_COMPRESSION]}}
 
 
+def _as_stored(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The attributes with a compression that TensorStore takes: what others state of it besides is left out."""
+    stated = _mended(attributes)["compression"]
+    known = {name: stated.get(name, usual) for name, usual in COMPRESSIONS[stated["type"]].items()}
+    return attributes | {"compression": {"type": stated["type"], **known}}
+
+
 def _letters(source: Source, attributes: dict[str, Any], folder: Path) -> tuple[str | None, str]:
     """Letters of the stored axes, x first: by names of axes that programs add, else by their number.
 
     ``_ARRAY_DIMENSIONS`` and ``axis_names`` were written by Python, which counts N5's axes from the slowest.
     """
-    stated: list[Stated] = []
+    stated: list[StatedAxes] = []
     for key in ("axes", "_ARRAY_DIMENSIONS", "axis_names"):
         names = attributes.get(key)
         letters = letters_of(names) if isinstance(names, list) and all(isinstance(n, str) for n in names) else None

@@ -7,14 +7,13 @@ file (in TMPDIR) that vanishes when the volume is closed or the process ends.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import math
-import shutil
-import tempfile
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 from nibabel.nifti1 import Nifti1Header
@@ -25,7 +24,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import AxisOrder, vec3
-from connectomics.volumes.mapped import MappedArray, contiguous_chunk
+from connectomics.volumes.formats.mapped import LARGEST_RATIO, MappedArray, UnpackedArray, contiguous_chunk
 from connectomics.volumes.reoriented import Orientation, ReorientedVolume
 from connectomics.volumes.source import READ_ERRORS, Source, three_positive, unreadable
 from connectomics.volumes.stored import Layout, StoredVolume, info_of, layout_of, native_dtype
@@ -38,9 +37,7 @@ FIVE_AXES = "xyztc"
 """Where there are more, the fourth is time and the fifth holds channels, as NIfTI says; others have no meaning."""
 MILLIMETRES_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
 HEADER_BYTES = 540
-RAS = "ras"
-PIECE_BYTES = 4 << 20
-LARGEST_RATIO = 1040  # gzip packs 1032 bytes into one at best
+RAS, ITK = "ras", "itk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,10 @@ class _NiftiHeader:
 
 
 def open_nifti(source: Source) -> VolumeReader:
-    """Open a NIfTI-1 or NIfTI-2 file for lazy reading; with the inner part ``ras`` as NibabelIOWithReorient turns it.
+    """Open a NIfTI-1 or NIfTI-2 file for lazy reading.
+
+    The inner part ``ras`` turns it as NibabelIOWithReorient does. With ``itk`` spacing and voxels are those of
+    SimpleITKIO whatever the suffix: a stored value that is infinite or not a number is 0.
 
     Scaled voxels (``scl_slope``, ``scl_inter``) are float32. The spacing is the one nnU-Net's reader of the suffix
     states: in millimetres for ``.nii.gz`` (SimpleITKIO), as stored for ``.nii`` and NIfTI-2 (NibabelIO).
@@ -73,15 +73,7 @@ def open_nifti(source: Source) -> VolumeReader:
     VolumeError
         If the file is damaged or cut short, has voxels that are no numbers, or more than four axes.
     """
-    if source.inner not in (None, RAS):
-        raise VolumeError(
-            f"{source.uri}: a NIfTI file has no inner part {source.inner!r}; name the file alone, or with ::{RAS} "
-            "to turn its axes to right, front and up."
-        )
-    if source.inner and source.axes:
-        raise VolumeError(
-            f"{source.uri}: ::{RAS} and the axes {source.axes!r} both turn the volume; state one of them."
-        )
+    _check_inner(source)
     packed = source.path.name.lower().endswith(".gz")
     try:
         with contextlib.ExitStack() as opened:
@@ -89,38 +81,67 @@ def open_nifti(source: Source) -> VolumeReader:
             header = _header(source.path, packed)
             native_dtype(source, header.dtype)
             layout = layout_of(source, header.shape, _letters(len(header.shape)), "NIfTI's own order")
-            array: _Unpacked | MappedArray
-            if packed and header.total_bytes > LARGEST_RATIO * source.path.stat().st_size:
-                raise ValueError(f"its header promises {header.total_bytes} bytes, more than the file can hold")
-            if packed:
-                array = _Unpacked(source, header)
-                opened.callback(array.close)
-            else:
-                stream = opened.enter_context(source.path.open("rb"))
-                array = MappedArray(stream, header.dtype, header.shape, header.offset, order="F")
+            by_itk = source.inner == ITK or (packed and header.first_version and source.inner is None)
+            array = _array(source, header, opened, packed=packed)
             info = info_of(
                 source,
                 layout,
                 header.dtype if header.slope is None else np.dtype(np.float32),
                 contiguous_chunk(header.shape, header.dtype.itemsize, "F"),
                 voxel_size_nm=_spatial(layout, header, MILLIMETRES_PER_UNIT.get(header.unit, math.nan) * 1e6),
-                spacing=_spacing(layout, header, by_itk=packed and header.first_version and source.inner is None),
+                spacing=_spacing(layout, header, by_itk=by_itk),
                 found={"voxel size": "pixdim and xyzt_units of its header", "spacing": "pixdim of its header"},
             )
-            turn = turn_to_ras(header.affine) if source.inner else None
+            turn = turn_to_ras(header.affine) if source.inner == RAS else None
             release = opened.pop_all().close
     except (HeaderDataError, WrapStructError, *READ_ERRORS) as error:
         raise unreadable(source, "NIfTI", error) from error
 
     def fetch(index: tuple[slice, ...]) -> Array:
-        voxels = array.fetch(index)
-        if header.slope is None:
-            return voxels
-        with np.errstate(over="ignore", invalid="ignore"):
-            return (voxels.astype(np.float64) * header.slope + header.intercept).astype(np.float32)
+        return _values(array.fetch(index), header, zeros=source.inner == ITK)
 
     volume = StoredVolume(source, info, layout, fetch=fetch, watched=watched, release=release)
     return ReorientedVolume(volume, turn) if turn else volume
+
+
+def _array(
+    source: Source, header: _NiftiHeader, opened: contextlib.ExitStack, *, packed: bool
+) -> UnpackedArray | MappedArray:
+    if not packed:
+        stream = opened.enter_context(source.path.open("rb"))
+        return MappedArray(stream, header.dtype, header.shape, header.offset, order="F")
+    if header.total_bytes > LARGEST_RATIO * source.path.stat().st_size:
+        raise ValueError(f"its header promises {header.total_bytes} bytes, more than the file can hold")
+    array = UnpackedArray(
+        source,
+        cast(Callable[[], IO[bytes]], functools.partial(gzip.open, source.path)),
+        header.total_bytes,
+        lambda stream: MappedArray(stream, header.dtype, header.shape, header.offset, order="F"),
+    )
+    opened.callback(array.close)
+    return array
+
+
+def _values(voxels: Array, header: _NiftiHeader, *, zeros: bool) -> Array:
+    """Stored voxels as the header scales them, before that with ``zeros`` where one is no finite number."""
+    if zeros and voxels.dtype.kind == "f":
+        voxels = np.where(np.isfinite(voxels), voxels, voxels.dtype.type(0))
+    if header.slope is None:
+        return voxels
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (voxels.astype(np.float64) * header.slope + header.intercept).astype(np.float32)
+
+
+def _check_inner(source: Source) -> None:
+    if source.inner not in (None, RAS, ITK):
+        raise VolumeError(
+            f"{source.uri}: a NIfTI file has no inner part {source.inner!r}; name the file alone, with ::{RAS} "
+            f"to turn its axes to right, front and up, or with ::{ITK} to read it as SimpleITK does."
+        )
+    if source.inner == RAS and source.axes:
+        raise VolumeError(
+            f"{source.uri}: ::{RAS} and the axes {source.axes!r} both turn the volume; state one of them."
+        )
 
 
 def _header(path: Path, packed: bool) -> _NiftiHeader:
@@ -181,50 +202,3 @@ def _spacing(layout: Layout, header: _NiftiHeader, *, by_itk: bool) -> Spacing |
         return _spatial(layout, header, factor)
     y, x = (header.zooms[layout.letters.index(letter)] * factor for letter in "yx")
     return three_positive([999 * max(y, x), y, x])  # one section, as SimpleITKIO states it
-
-
-class _Unpacked:
-    """The voxels of a ``.nii.gz`` file, unpacked when first asked for."""
-
-    def __init__(self, source: Source, header: _NiftiHeader) -> None:
-        self._source = source
-        self._header = header
-        self._lock = threading.Lock()
-        self._stream: IO[bytes] | None = None
-        self._array: MappedArray | None = None
-
-    def fetch(self, index: tuple[slice, ...]) -> Array:
-        with self._lock:
-            if self._array is None:
-                self._array = self._unpack()
-        return self._array.fetch(index)
-
-    def close(self) -> None:
-        with self._lock:
-            if self._stream is not None:
-                self._stream.close()
-            self._array = self._stream = None
-
-    def _unpack(self) -> MappedArray:
-        header, folder = self._header, tempfile.gettempdir()
-        free = shutil.disk_usage(folder).free
-        if header.total_bytes > free:
-            raise VolumeError(
-                f"{self._source.uri}: unpacked it takes {header.total_bytes} bytes, but {folder} has {free} free; "
-                "set TMPDIR to a folder with more room, or unpack it to .nii."
-            )
-        with contextlib.ExitStack() as opened:
-            stream: IO[bytes] = opened.enter_context(tempfile.TemporaryFile())
-            left, surplus = header.total_bytes, 0
-            with gzip.open(self._source.path) as packed:
-                while piece := packed.read(PIECE_BYTES):  # to the end, where gzip's checksum is
-                    stream.write(piece[:left])
-                    surplus += max(0, len(piece) - left)
-                    left -= min(left, len(piece))
-                    if surplus > header.total_bytes + PIECE_BYTES:
-                        raise ValueError(f"it goes on beyond the {header.total_bytes} bytes that its header promises")
-            stream.flush()
-            array = MappedArray(stream, header.dtype, header.shape, header.offset, order="F")
-            self._stream = stream
-            opened.pop_all()
-        return array

@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy_format
 
-from connectomics.volumes.mapped import MappedArray
+from connectomics.volumes.formats.mapped import MappedArray
 from connectomics.volumes.source import READ_ERRORS, Source, refuse_inner, unreadable
 from connectomics.volumes.stored import StoredVolume, info_of, layout_of, native_dtype
 from connectomics.volumes.watched import WatchedFiles

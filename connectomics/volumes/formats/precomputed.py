@@ -11,6 +11,7 @@ import tensorstore as ts
 
 from connectomics.core.errors import VolumeError
 from connectomics.volumes.formats.chunked import chunked_volume, open_stored
+from connectomics.volumes.formats.codecs.packed_chunks import UNPACKERS, PackedChunks
 from connectomics.volumes.metadata.frame import Frame
 from connectomics.volumes.source import (
     READ_ERRORS,
@@ -24,7 +25,6 @@ from connectomics.volumes.source import (
 )
 from connectomics.volumes.stored import StoredVolume, layout_of
 
-PACKED_SUFFIXES = (".gz", ".br", ".zst", ".zstd", ".xz", ".lzma")
 ENCODINGS = ("raw", "jpeg", "png", "compressed_segmentation")
 TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32")
 LOOKED_AT = 1000
@@ -55,7 +55,11 @@ def open_precomputed(source: Source) -> StoredVolume:
         offset = [float(n) for n in opened.domain.origin[:3]]
         where = f"resolution and voxel_offset of scale {scale['key']} in info"
         frame = Frame(size, (offset[2] * z, offset[1] * y, offset[0] * x), where) if size else Frame()
-        return chunked_volume(source, layout, array, frame=frame, identity=identity)
+        plain = chunked_volume(source, layout, array, frame=frame, identity=identity)
+        if not _is_packed(folder):
+            return plain
+        chunks = PackedChunks(folder, opened, _info_of_one_scale(source, scale))
+        return StoredVolume(source, plain.info, layout, fetch=chunks.fetch, identity=identity, release=chunks.forget)
     except READ_ERRORS as error:
         raise unreadable(source, "precomputed", error) from error
 
@@ -90,7 +94,7 @@ def _choose(source: Source, scales: list[dict[str, Any]]) -> tuple[int, dict[str
 
 
 def _folder(source: Source, scale: dict[str, Any]) -> Path:
-    """The folder of a scale's chunks, present, of a known encoding and not packed file by file."""
+    """The folder of a scale's chunks, present and of a known encoding."""
     key = PurePosixPath(scale["key"])
     if key.is_absolute() or ".." in key.parts:
         raise VolumeError(f"{source.uri}: the scale {scale['key']!r:.80} lies outside its folder; name one inside.")
@@ -102,10 +106,15 @@ def _folder(source: Source, scale: dict[str, Any]) -> Path:
     folder = source.path / key
     if not folder.is_dir():
         raise VolumeError(f"{source.uri}: the folder of scale {scale['key']!r:.80} is absent; copy it too.")
-    packed = next((p for p in itertools.islice(folder.iterdir(), LOOKED_AT) if p.suffix in PACKED_SUFFIXES), None)
-    if packed is not None:
-        raise VolumeError(
-            f"{source.uri}: its chunks are packed one by one ({packed.name}), which cannot be read; unpack them "
-            f"('gunzip -r' for .gz) or write them with CloudVolume's compress=False."
-        )
     return folder
+
+
+def _is_packed(folder: Path) -> bool:
+    """Whether chunks are packed file by file, which their names say."""
+    names = (path.name for path in itertools.islice(folder.iterdir(), LOOKED_AT))
+    return any(name.endswith(tuple(UNPACKERS)) for name in names)
+
+
+def _info_of_one_scale(source: Source, scale: dict[str, Any]) -> dict[str, Any]:
+    info: dict[str, Any] = json_at(source.path / "info")
+    return info | {"scales": [scale]}

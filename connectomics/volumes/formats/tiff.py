@@ -6,17 +6,20 @@ Only the pages, strips and tiles that touch a box are read: uncompressed pages b
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import struct
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import tifffile
 
 from connectomics.core.errors import VolumeError
+from connectomics.volumes.formats.grey import Fetch, grey_fetch, is_grey, may_be_one_channel
+from connectomics.volumes.formats.mapped import MappedArray
 from connectomics.volumes.metadata.tiff_frames import refuse_companions, tiff_frame
 from connectomics.volumes.source import READ_ERRORS, Source, unreadable
 from connectomics.volumes.spacing import stated_spacing
@@ -34,10 +37,12 @@ from connectomics.volumes.watched import WatchedFiles
 
 LETTERS = {"S": "c", "C": "c", "Q": "z", "I": "z", "Z": "z", "Y": "y", "X": "x", "T": "t"}
 """TIFF series axes: samples are channels, pages of unstated meaning are sections."""
+LOOKED_AT_BYTES = 1 << 26
+"""Of a page, to tell whether its colours are equal."""
 JPEG_COMPRESSIONS = (6, 7, 33007, 34892)
 
 
-def open_tiff(source: Source, *, spacing: Spacing | None = None) -> StoredVolume:
+def open_tiff(source: Source, *, spacing: Spacing | None = None, colours: bool = False) -> StoredVolume:
     """Open one image series (level 0 of a pyramid) of a TIFF file for lazy reading.
 
     Parameters
@@ -46,6 +51,8 @@ def open_tiff(source: Source, *, spacing: Spacing | None = None) -> StoredVolume
         The request.
     spacing
         What a file beside it states; part of the volume's identity.
+    colours
+        Whether equal colours are kept; else they are grey, one channel.
 
     Raises
     ------
@@ -61,13 +68,24 @@ def open_tiff(source: Source, *, spacing: Spacing | None = None) -> StoredVolume
             _require_whole(source, tif, series)
             letters = "".join(LETTERS.get(letter, "?") for letter in series.axes)
             layout = layout_of(source, series.shape, letters, f"axes {series.axes} of its {series.kind} description")
-            pages = _Pages(source, series, layout, stream.fileno())
+            pages: _Pages | _OnePage
+            if series.is_truncated:
+                pages = _OnePage(stream, series)
+            else:
+                pages = _Pages(source, series, layout, stream.fileno())
+            fetch: Fetch = pages.fetch
+            chunk = pages.chunk
+            axis = None if colours else _colour_axis(source, series)
+            if axis is not None and _is_grey(pages, layout, series):
+                fetch = grey_fetch(fetch, axis, layout.stored[axis], source.path.name)
+                layout = dataclasses.replace(layout, stored=_with_one(layout.stored, axis))
+                chunk = _with_one(chunk, axis)
             frame = tiff_frame(source, tif, number)
             info = info_of(
                 source,
                 layout,
                 series.dtype,
-                pages.chunk(),
+                chunk,
                 voxel_size_nm=frame.voxel_size_nm,
                 origin_nm=frame.origin_nm,
                 spacing=spacing,
@@ -82,7 +100,36 @@ def open_tiff(source: Source, *, spacing: Spacing | None = None) -> StoredVolume
         series = {} if source.inner is None else {"series": number}
         return watched.identity | series | ({} if spacing is None else {"spacing": list(spacing)})
 
-    return StoredVolume(source, info, layout, fetch=pages.fetch, identity=identity, release=release, watched=watched)
+    return StoredVolume(source, info, layout, fetch=fetch, identity=identity, release=release, watched=watched)
+
+
+def _colour_axis(source: Source, series: Any) -> int | None:
+    """Where the colours of the pixels stand that would be read as one channel if they are equal, or None."""
+    axis = series.axes.find("S")
+    rgb = series.keyframe.photometric == tifffile.PHOTOMETRIC.RGB and "C" not in series.axes
+    return axis if rgb and axis >= 0 and may_be_one_channel(source, int(series.shape[axis])) else None
+
+
+def _is_grey(pages: _Pages | _OnePage, layout: Layout, series: Any) -> bool:
+    """Whether the colours are equal in the first page and in the one in the middle, as far as these are not large."""
+    inner = len(layout.stored) - len(series.keyframe.shape)
+    rows = max(1, LOOKED_AT_BYTES // max(1, series.keyframe.nbytes // layout.size("y")))
+    chunk = [
+        1 if i < inner else min(n, rows) if c == "y" else n
+        for i, (c, n) in enumerate(zip(layout.letters, layout.stored, strict=True))
+    ]
+    axis = layout.letters.index("c")
+    for part in (0, 2):
+        starts = [0 if part == 0 else (n // part) // c * c for n, c in zip(layout.stored, chunk, strict=True)]
+        index = [slice(a, min(a + c, n)) for a, c, n in zip(starts, chunk, layout.stored, strict=True)]
+        index[axis] = slice(0, layout.stored[axis])
+        if not is_grey(pages.fetch(tuple(index)), axis):
+            return False
+    return True
+
+
+def _with_one(lengths: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return (*lengths[:axis], 1, *lengths[axis + 1 :])
 
 
 def open_tiff_as_stated(source: Source) -> StoredVolume:
@@ -125,8 +172,38 @@ def _require_whole(source: Source, tif: Any, series: Any) -> None:
         stream.seek(tags * format_.tagsize, os.SEEK_CUR)
         (following,) = struct.unpack(format_.offsetformat, stream.read(format_.offsetsize))
     whole = following == 0 or any(following == page.offset for page in tif.pages)
-    if series.is_truncated or not whole or any(page is None for page in series.pages):
+    cut = _lacks_planes(tif, series) or (series.is_truncated and not _stands_behind_one_page(tif, series))
+    if cut or not whole or any(page is None for page in series.pages):
         raise VolumeError(f"{source.uri}: the TIFF file is truncated or lacks pages; copy or write it again.")
+
+
+def _lacks_planes(tif: Any, series: Any) -> bool:
+    """Whether ImageJ wrote of more planes than the only page, behind which the file is cut short."""
+    if not tif.is_imagej or series.kind == "imagej" or len(tif.pages) > 1:
+        return False
+    stated = tif.imagej_metadata or {}
+    return any(isinstance(n, int) and n > 1 for n in (stated.get(k) for k in ("images", "slices", "frames")))
+
+
+def _stands_behind_one_page(tif: Any, series: Any) -> bool:
+    """Whether the file has one page and the planes of all others behind its own, as ImageJ writes more than 4 GB."""
+    return len(tif.pages) == 1 and bool(series.keyframe.is_final) and series.kind in ("imagej", "shaped")
+
+
+class _OnePage:
+    """The planes behind the only page of a file as one array, memory-mapped."""
+
+    def __init__(self, stream: IO[bytes], series: Any) -> None:
+        dtype = series.dtype.newbyteorder(series.keyframe.parent.byteorder)
+        self._array = MappedArray(stream, dtype, series.shape, int(series.keyframe.dataoffsets[0]))
+        self.chunk = self._array.chunk
+        self._dtype = series.dtype
+
+    def fetch(self, index: tuple[slice, ...]) -> Array:
+        return self._array.fetch(index).astype(self._dtype, copy=False)
+
+    def forget(self) -> None:
+        """Nothing is remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +261,7 @@ class _Pages:
         """Drop the remembered pieces."""
         self._recent.clear()
 
+    @property
     def chunk(self) -> tuple[int, ...]:
         """Stored shape of the piece that is cheapest to read at once."""
         whole = list(self._key.shape)

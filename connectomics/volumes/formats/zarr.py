@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from natsort import natsorted
+
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.formats.chunked import chunked_volume, inner_path, open_mended, open_stored
-from connectomics.volumes.metadata.axes import SPATIAL, Stated, agreed, letters_of
+from connectomics.volumes.formats.chunked import chunked_volume, inner_path, open_stored
+from connectomics.volumes.formats.codecs.zarr_codecs import as_tensorstore_takes, foreign_codecs
+from connectomics.volumes.metadata.axes import SPATIAL, StatedAxes, agreed, letters_of
 from connectomics.volumes.metadata.frame import AttributeHolder, Frame, agreed_frame
-from connectomics.volumes.metadata.ome import OmeLevel, image_of, level_of, levels_of, refuse_plates, states_axes
+from connectomics.volumes.metadata.ome import (
+    OmeLevel,
+    image_of,
+    level_of,
+    levels_of,
+    ome_of,
+    refuse_plates,
+    states_axes,
+)
 from connectomics.volumes.metadata.transforms import pixel_resolution_frame, transform_frame
 from connectomics.volumes.source import (
     DEEPEST,
@@ -26,6 +38,7 @@ from connectomics.volumes.source import (
 from connectomics.volumes.stored import Layout, StoredVolume, layout_of
 
 ARRAY_V2 = ".zarray"
+LAYOUT = "bioformats2raw.layout"
 METADATA_FILES = ("zarr.json", ARRAY_V2, ".zgroup")
 _DRIVERS = {2: "zarr", 3: "zarr3"}
 _AXIS_NAMES = (
@@ -66,20 +79,58 @@ def open_zarr(source: Source) -> StoredVolume:
     try:
         node = _choose(source)
         group, ome = _described(source, node)
-        stated = _stated_axes(source, node, ome)
-        layout = layout_of(source, _shape(source, node), *(stated or (None,)))
-        _require_plain(source, node)
-        array = _opened(node)
-        frame = _frame(source, node, layout, named=stated is not None)
-        return chunked_volume(
-            source,
-            layout,
-            array,
-            frame=agreed_frame(source, [*([ome.frame] if ome else []), *frame]),
-            identity=identity,
-        )
+        return _volume(source, node, ome, place=node.path, identity=identity)
     except READ_ERRORS as error:
         raise unreadable(source, "Zarr", error) from error
+
+
+def open_zarr_in(
+    source: Source, *, store: Callable[[Path], Mapping[str, Any]], identity: Callable[[], dict[str, object]]
+) -> StoredVolume:
+    """Open an array whose metadata alone are in a folder.
+
+    Parameters
+    ----------
+    source
+        The request, with the folder of the metadata for its path.
+    store
+        TensorStore's description of where the chunks of the array in a folder are.
+    identity
+        Of the volume.
+
+    Raises
+    ------
+    VolumeError
+        As ``open_zarr``, or where only zarr-python knows its codecs.
+    """
+    node = _choose(source)
+    _, ome = _described(source, node)
+    return _volume(source, node, ome, place=store(node.path), identity=identity)
+
+
+def _volume(
+    source: Source,
+    node: _Node,
+    ome: OmeLevel | None,
+    *,
+    place: Path | Mapping[str, Any],
+    identity: Callable[[], dict[str, object]],
+) -> StoredVolume:
+    stated = _stated_axes(source, node, ome)
+    layout = layout_of(source, _shape(source, node), *(stated or (None,)))
+    _require_plain(source, node)
+    frames = _frame(source, node, layout, named=stated is not None)
+    frame = agreed_frame(source, [*([ome.frame] if ome else []), *frames])
+    foreign = foreign_codecs(node.metadata)
+    if foreign and isinstance(place, Path):
+        from connectomics.volumes.formats.codecs.zarr_python import second_reader
+
+        return second_reader(source, layout, place, frame=frame, identity=identity, codecs=foreign)
+    if foreign:
+        raise VolumeError(
+            f"{source.uri}: its codec {foreign[0]!r:.40} is not read inside a zip file; unpack it and name the folder."
+        )
+    return chunked_volume(source, layout, _opened(node, place), frame=frame, identity=identity)
 
 
 def open_array(path: Path, version: int, *, writable: bool = False) -> Any:
@@ -88,22 +139,15 @@ def open_array(path: Path, version: int, *, writable: bool = False) -> Any:
     return open_stored(_DRIVERS[version], path, writable=writable, **options)
 
 
-def _opened(node: _Node) -> Any:
+def _opened(node: _Node, place: Path | Mapping[str, Any]) -> Any:
     """TensorStore's handle for reading, where an absent chunk is an error if its voxels are undefined: no fill value.
 
-    What Java's programs write and TensorStore refuses is replaced: level -1 of gzip, which reading never needs, and
-    whole numbers as text.
+    What other programs write and TensorStore takes too strictly is replaced.
     """
-    fill, packing = node.metadata.get("fill_value"), node.metadata.get("compressor")
-    whole = {} if fill is not None else {"fill_missing_data_reads": False}
-    mended = dict(node.metadata)
-    if isinstance(packing, dict) and packing.get("level") == -1:
-        mended["compressor"] = packing | {"level": 6}
-    if isinstance(fill, str) and str(node.metadata.get("dtype"))[1:2] in set("iu"):
-        mended["fill_value"] = int(fill)
-    if node.version == 2 and mended != node.metadata:
-        return open_mended(_DRIVERS[2], node.path, (ARRAY_V2, mended), whole)
-    return open_stored(_DRIVERS[node.version], node.path, writable=False, **whole)
+    whole = {} if node.metadata.get("fill_value") is not None else {"fill_missing_data_reads": False}
+    lenient = as_tensorstore_takes(node.metadata)
+    instead = None if lenient == node.metadata else {ARRAY_V2 if node.version == 2 else METADATA_FILES[0]: lenient}
+    return open_stored(_DRIVERS[node.version], place, instead=instead, **whole)
 
 
 def _node(path: Path) -> _Node | None:
@@ -135,6 +179,7 @@ def _choose(source: Source) -> _Node:
         return node
     if node is not None:
         refuse_plates(source, node.attributes)
+        node = _image_of(source, node)
         for dataset in levels_of(image_of(node.attributes)):
             level = PurePosixPath(str(dataset.get("path")))
             chosen = None if ".." in level.parts or level.is_absolute() else _node(node.path / level)
@@ -152,6 +197,31 @@ def _choose(source: Source) -> _Node:
         raise VolumeError(f"{source.uri}: no Zarr array in this folder; expected zarr.json or .zarray files.")
     what = f"no array or level {source.inner!r}" if source.inner else "several arrays and no multiscales metadata"
     raise VolumeError(f"{source.uri}: {what}; the folder holds {some_of(names)}. Name one as {root.name}::array.")
+
+
+def _image_of(source: Source, node: _Node) -> _Node:
+    """The group itself, or where it is a root that bioformats2raw laid out, that of its only image."""
+    if LAYOUT not in ome_of(node.attributes):
+        return node
+    named = {name: _node(node.path / name) for name in _series(node)}
+    images = [name for name, group in named.items() if group is not None and image_of(group.attributes)]
+    if len(images) > 1:
+        raise VolumeError(
+            f"{source.uri}: {len(images)} images in one folder ({some_of(images)}); name one as "
+            f"{source.path.name}::{PurePosixPath(source.inner or '') / images[0]}."
+        )
+    return (named[images[0]] if images else None) or node
+
+
+def _series(root: _Node) -> list[str]:
+    """Names of the images of a root that bioformats2raw laid out: as its group OME lists them, else by number."""
+    listing = _node(root.path / "OME")
+    attributes = listing.attributes if listing is not None else {}
+    names = ome_of(attributes).get("series")
+    if not isinstance(names, list):
+        names = natsorted(path.name for path in root.path.iterdir() if path.name.isdecimal())
+    plain = [PurePosixPath(str(name)) for name in names]
+    return [str(name) for name in plain if not name.is_absolute() and ".." not in name.parts]
 
 
 def _shape(source: Source, node: _Node) -> list[int]:
@@ -176,9 +246,9 @@ def _require_plain(source: Source, node: _Node) -> None:
         )
 
 
-def _stated_axes(source: Source, node: _Node, ome: OmeLevel | None) -> Stated | None:
+def _stated_axes(source: Source, node: _Node, ome: OmeLevel | None) -> StatedAxes | None:
     """Letters of the axes by OME metadata and by the array's own names, or None where there are none."""
-    stated: list[Stated] = [(ome.letters, ome.where)] if ome else []
+    stated: list[StatedAxes] = [(ome.letters, ome.where)] if ome else []
     for key, names in _AXIS_NAMES:
         found = (node.metadata if key == names else node.attributes).get(names)
         letters = letters_of(found) if isinstance(found, list) else None

@@ -20,7 +20,7 @@ _WORDS = {
 _SAYS_NOTHING = re.compile(r"|none|null|d\d+\^?|(phony_)?(dim|axis)[_-]?\d+")
 """Names that libraries give to axes which nobody has named: xarray's dim_0, netCDF's phony_dim_0, funlib's d0."""
 
-Stated = tuple[str, str]
+StatedAxes = tuple[str, str]
 """Letters, and where they were found."""
 
 
@@ -62,7 +62,7 @@ def _letter(word: str) -> str:
     return _WORDS.get(bare) or _WORDS.get(bare.removeprefix("axis_").rstrip("0123456789")) or "?"
 
 
-def agreed(source: Source, stated: Sequence[Stated]) -> Stated | None:
+def agreed(source: Source, stated: Sequence[StatedAxes]) -> StatedAxes | None:
     """The order of axes on which all statements agree, or None where there is none; each names what others leave open.
 
     Raises

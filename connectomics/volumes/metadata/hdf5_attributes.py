@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from connectomics.core.errors import VolumeError
-from connectomics.volumes.metadata.axes import SPATIAL, Stated, agreed, letters_of
+from connectomics.volumes.metadata.axes import SPATIAL, StatedAxes, agreed, letters_of
 from connectomics.volumes.metadata.frame import ATTRIBUTES, AttributeHolder, Frame, agreed_frame
 from connectomics.volumes.metadata.units import nanometres
 from connectomics.volumes.source import Source, three_positive
@@ -18,12 +18,12 @@ from connectomics.volumes.stored import Layout
 AXISTAGS, AXIS_UNITS = "axistags", "axis_units"
 
 
-def stated_axes(source: Source, dataset: Any) -> Stated | None:
+def stated_axes(source: Source, dataset: Any) -> StatedAxes | None:
     """Letters of the stored axes by ilastik's ``axistags`` and by dimension labels, or None where there are none.
 
     Raises VolumeError if the two differ, or ``axistags`` cannot be read.
     """
-    stated: list[Stated] = []
+    stated: list[StatedAxes] = []
     if AXISTAGS in dataset.attrs:
         letters = letters_of([tag.get("key") for tag in _axistags(source, dataset)])
         stated += [(letters, f"attribute `{AXISTAGS}` of `{dataset.name}`")] if letters else []

@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 
 from connectomics.core.errors import VolumeError
+from connectomics.volumes.formats.codecs.hdf5_filters import require_filters
 from connectomics.volumes.source import Source, some_of
 
 MOST_NUMBERED = 1 << 20
@@ -97,6 +98,7 @@ def _check(source: Source, dataset: Any, mapped: Any, part: Path) -> None:
                     f"{source.uri}: dataset {dataset.name} is made of parts that are virtual themselves, which may "
                     "lead in a circle; copy the voxels into a dataset of their own."
                 )
+            require_filters(source, node)
             _require_extent(f"{source.uri}: dataset {dataset.name}", mapped, node, part)
 
 

@@ -31,7 +31,7 @@ class OmeLevel:
 
 def image_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """The first entry of ``multiscales`` in a group's attributes; empty where there is none."""
-    entries = _ome(attributes).get("multiscales")
+    entries = ome_of(attributes).get("multiscales")
     first = entries[0] if isinstance(entries, list) and entries else {}
     return first if isinstance(first, dict) else {}
 
@@ -48,14 +48,15 @@ def refuse_plates(source: Source, attributes: Mapping[str, Any]) -> None:
     Raises VolumeError.
     """
     for kind, of, name in (("plate", "wells", "A/1/0"), ("well", "images", "0")):
-        if isinstance(_ome(attributes).get(kind), dict):
+        if isinstance(ome_of(attributes).get(kind), dict):
             raise VolumeError(
                 f"{source.uri}: a {kind} of OME-Zarr{'' if kind == 'plate' else ' (part of a plate)'}, whose {of} are "
                 f"images of their own; name one, such as {source.path.name}/{name}."
             )
 
 
-def _ome(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
+def ome_of(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The OME metadata in a group's attributes, which up to 0.4 are these themselves."""
     ome = attributes.get("ome")
     return ome if isinstance(ome, dict) else attributes
 

@@ -21,12 +21,13 @@ from connectomics.core.errors import ConfigError, OutputError, VolumeError
 from connectomics.core.files import replacing, write_text
 from connectomics.core.geometry import BlockGrid
 from connectomics.volumes.formats.images import open_image
-from connectomics.volumes.formats.nifti import RAS
+from connectomics.volumes.formats.nifti import ITK, RAS
 from connectomics.volumes.formats.tiff import open_tiff
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.nnunet.nifti import (
     NIBABEL_TURNED,
     NIFTI_READERS,
+    SIMPLE_ITK,
     NiftiGeometry,
     header_of,
     holds,
@@ -39,7 +40,7 @@ from connectomics.volumes.volume import Array, VolumeReader
 
 IMAGES, TIFFS = "NaturalImage2DIO", "Tiff3DIO"
 ENDINGS = {
-    IMAGES: (".png", ".bmp", ".tif"),
+    IMAGES: (".png", ".bmp", ".tif", ".tiff"),
     TIFFS: (".tif", ".tiff"),
     **dict.fromkeys(NIFTI_READERS, (".nii.gz", ".nii")),
 }
@@ -56,12 +57,17 @@ class FileKind:
     ending: str
 
     def __post_init__(self) -> None:
-        if self.ending not in ENDINGS.get(self.reader, ()):
+        if self.form not in ENDINGS.get(self.reader, ()):
             known = "; ".join(f"{', '.join(endings)} with {reader}" for reader, endings in ENDINGS.items())
             raise ConfigError(
                 f"the dataset's files are {self.ending} read by {self.reader}, which from-nnunet does not read yet "
                 f"(it has {known}); convert the volumes and use infer-volume, or use nnU-Net itself for this dataset"
             )
+
+    @property
+    def form(self) -> str:
+        """The ending that says how a file is read and written: nnU-Net does not look at its case."""
+        return self.ending.lower()
 
     @property
     def axes(self) -> str | None:
@@ -70,8 +76,8 @@ class FileKind:
 
     @property
     def inner(self) -> str:
-        """What stands behind a file's name so that its axes are the reader's."""
-        return f"::{RAS}" if self.reader == NIBABEL_TURNED else ""
+        """What stands behind a file's name so that its axes and voxels are the reader's."""
+        return {NIBABEL_TURNED: f"::{RAS}", SIMPLE_ITK: f"::{ITK}"}.get(self.reader, "")
 
 
 def list_cases(folder: Path, kind: FileKind) -> list[VolumeSource]:
@@ -85,7 +91,8 @@ def list_cases(folder: Path, kind: FileKind) -> list[VolumeSource]:
     except OSError as error:
         raise ConfigError(f"-i {folder}: cannot be listed ({error.strerror}); give a folder of images") from error
     if not names:
-        raise ConfigError(f"-i {folder}: holds no *{ending}, which is the ending of this model's dataset")
+        other = _other_endings(folder, ending)
+        raise ConfigError(f"-i {folder}: holds no *{ending}, which is the ending of this model's dataset{other}")
     numbered = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}", re.DOTALL)
     files: dict[str, list[str]] = {}
     for name in names:
@@ -97,6 +104,13 @@ def list_cases(folder: Path, kind: FileKind) -> list[VolumeSource]:
             )
         files.setdefault(match[1], []).append(name)
     return [_case(folder, case, files[case], kind) for case in sorted(files)]
+
+
+def _other_endings(folder: Path, ending: str) -> str:
+    """What to do where the files' endings are written otherwise than the dataset's, which nnU-Net tells apart."""
+    names = [path.name for path in folder.iterdir()]
+    found = sorted({name[-len(ending) :] for name in names if name.lower().endswith(ending.lower())})
+    return f"; it has {', '.join(found)}, so rename these files to *{ending}" if found else ""
 
 
 def _case(folder: Path, case: str, names: list[str], kind: FileKind) -> VolumeSource:
@@ -182,7 +196,7 @@ def write_labels(labels: VolumeReader, path: Path, kind: FileKind, frame: NiftiG
 def _write_nifti(labels: VolumeReader, path: Path, dtype: np.dtype[Any], kind: FileKind, frame: NiftiGeometry) -> bool:
     stored = labels if frame.turn is None else ReorientedVolume(labels, frame.turn.inverse)
     header = header_of(frame, stored.info.extent, dtype)
-    packed = kind.ending.endswith(".gz")
+    packed = kind.form.endswith(".gz")
     write_nifti(path, header, (slab.astype(dtype) for slab in _slabs(stored)), packed=packed)
     return holds(path, header, (slab.astype(dtype) for slab in _slabs(stored)), packed=packed)
 
@@ -191,9 +205,9 @@ def _write_picture(labels: VolumeReader, path: Path, dtype: np.dtype[Any], kind:
     if kind.reader == TIFFS:
         _write_stack(labels, path, dtype)
     else:
-        _write_image(next(_slabs(labels))[0].astype(dtype), path, kind.ending)
+        _write_image(next(_slabs(labels))[0].astype(dtype), path, kind.form)
     source = Source(str(path), path, axes=kind.axes)
-    written = open_image(source) if kind.ending in (".png", ".bmp") else open_tiff(source)
+    written = open_image(source) if kind.form in (".png", ".bmp") else open_tiff(source)
     try:
         same = written.info.shape == labels.info.shape and written.info.dtype == dtype
         pairs = zip(_slabs(labels), _slabs(written, like=labels), strict=True)
@@ -211,7 +225,7 @@ def _write_stack(labels: VolumeReader, path: Path, dtype: np.dtype[Any]) -> None
 
 
 def _write_image(section: Array, path: Path, ending: str) -> None:
-    if ending == ".tif":
+    if ending in (".tif", ".tiff"):
         tifffile.imwrite(path, section, photometric="minisblack")
     else:
         Image.fromarray(section).save(path, format=ending[1:])

@@ -14,8 +14,8 @@ from connectomics.core.geometry import Box
 from connectomics.stages.output.formats.contract import FileFormat
 from connectomics.stages.output.size import FILE_BYTES, STAMP_BYTES, OutputSize
 from connectomics.stages.output.slabs import sections
+from connectomics.volumes.formats.mapped import MappedArray
 from connectomics.volumes.input_formats import InputFormat
-from connectomics.volumes.mapped import MappedArray
 from connectomics.volumes.source import READ_ERRORS, Source, file_identity, refuse_inner, unreadable
 from connectomics.volumes.store import Store
 from connectomics.volumes.stored import StoredVolume, info_of, layout_of

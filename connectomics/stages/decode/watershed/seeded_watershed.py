@@ -35,7 +35,7 @@ from connectomics.stages.decode.context import (
 )
 from connectomics.stages.decode.step_contract import DecodingMemory, Rules, StepInput, check_values, foreground_rules
 from connectomics.stages.decode.tasks import BlockPieces, Read, smallest_dtype
-from connectomics.stages.decode.values import Values, probability_units
+from connectomics.stages.decode.values import Values
 from connectomics.stages.decode.watershed.flooding import BlockFloods, ContestedComponents, Distance, Flooded, Seeds
 from connectomics.stages.decode.watershed.subvolumes import (
     BlockBasins,
@@ -175,7 +175,8 @@ class Watershed:
         values = Values(state.volume, self.channel, self.threshold, joined=True)
         likely, units = state.probabilities, state.frame.probability_units
         if self.threshold is not None:
-            likely, units = values.raw, probability_units(info)
+            likely, units = values.of_threshold(state.frame.own_units)
+        of_labels = state.of_labels if self.threshold is None else None
         heights, floor = self._heights(values, likely, state, context.grid)
         ground = _labelled(values, connectivity, info, context.part("components"))
         seeds = _labelled(Seeds(ground, heights, floor), connectivity, info, context.part("seeds"))
@@ -193,7 +194,8 @@ class Watershed:
         tables, count, largest = last.objects(pieces, context.selection, joined=False, by_first=True)
         store = last.paint(pieces, tables, info, smallest_dtype(largest))
         frame = dataclasses.replace(state.frame, probability_units=units, flat=connectivity.by_section, classes=True)
-        return DecodingState(store, frame, likely, tables, count=count, facts={**state.facts, context.name: counts})
+        facts = {**state.facts, context.name: counts}
+        return DecodingState(store, frame, likely, tables, count=count, facts=facts, of_labels=of_labels)
 
     def _heights(
         self, values: Values, likely: Read | None, state: DecodingState, grid: BlockGrid
