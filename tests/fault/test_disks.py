@@ -98,7 +98,7 @@ def require_mended(bench: Bench, output: Path, *, lost: int = 0) -> None:
     assert recorded - lost <= skipped <= recorded
 
 
-@pytest.mark.parametrize("kilobytes", [8, 30, 60, 420, pytest.param(220, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kilobytes", [8, 60, *(pytest.param(some, marks=pytest.mark.long) for some in (30, 220, 420))])
 def test_a_disk_that_fills_up(bench: Bench, kilobytes: int) -> None:
     """With so much room left the disk is full in the ledger's folder, in the blocks, in a filter or in an export."""
     output = bench.disk / "out"
@@ -148,7 +148,9 @@ def test_a_store_that_becomes_read_only_in_the_middle(bench: Bench) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can take rights away from others")
-@pytest.mark.parametrize("forbidden", ["ledger", "labels.zarr/0/c", "workers"])
+@pytest.mark.parametrize(
+    "forbidden", ["ledger", *(pytest.param(name, marks=pytest.mark.long) for name in ("labels.zarr/0/c", "workers"))]
+)
 def test_a_folder_that_may_not_be_written_to(bench: Bench, forbidden: str) -> None:
     """As another user, who may write to the output and not to one of the run's folders."""
     output = bench.disk / "out"

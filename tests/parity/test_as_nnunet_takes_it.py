@@ -124,7 +124,9 @@ def test_channels_of_clearly_different_spacing_are_refused_as_by_nnunet(
     assert "all channels must agree" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "Tiff3DIO"])
+@pytest.mark.parametrize(
+    "reader", ["SimpleITKIO", *(pytest.param(other, marks=pytest.mark.long) for other in ("NibabelIO", "Tiff3DIO"))]
+)
 def test_infinities_that_ct_normalisation_clips(volume_model: Path, tmp_path: Path, reader: str) -> None:
     """SimpleITK's NIfTI reader makes zeros of them, the other readers give them to nnU-Net, which clips."""
     model = changed(volume_model, tmp_path / "m", "plans.json", image_reader_writer=reader)

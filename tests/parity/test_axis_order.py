@@ -84,7 +84,9 @@ def test_sections_that_are_cases_are_transposed_one_by_one(tmp_path: Path, order
 
 
 @pytest.mark.parametrize(("dimensions", "order"), [(2, (2, 0, 1)), (3, (1, 2, 0))])
-@pytest.mark.parametrize("shape", [(4, 26, 9), (13, 5, 33), (7, 8, 16)])
+@pytest.mark.parametrize(
+    "shape", [(4, 26, 9), *(pytest.param(shape, marks=pytest.mark.long) for shape in ((13, 5, 33), (7, 8, 16)))]
+)
 def test_any_blocks_give_the_same_bytes(tmp_path: Path, dimensions: int, order: Vec3, shape: Vec3) -> None:
     model, image = model_of(tmp_path, dimensions, order), bordered()
     manager = InferenceManager.from_checkpoint(model, WORDS)

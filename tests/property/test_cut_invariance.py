@@ -69,7 +69,7 @@ def require_the_same_bytes(volume: tuple[object, ...], index: int, count: int | 
             assert array.tobytes() == whole[name][(slice(None), *block.core.slices)].tobytes()  # type: ignore[index]
 
 
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(0, 12, 2))
 def test_any_blocks_in_any_order_give_the_same_bytes(volume: tuple[object, ...], index: int) -> None:
     require_the_same_bytes(volume, index, 1)
 

@@ -71,7 +71,7 @@ def random_case(seed: int) -> tuple[Array, float, Array, Vec3]:
     return likely, threshold, likely > threshold, vec3(block.tolist())
 
 
-@pytest.mark.parametrize("neighbours", NEIGHBOURS)
+@pytest.mark.parametrize("neighbours", [8, 26, *(pytest.param(n, marks=pytest.mark.long) for n in (4, 6, 18))])
 def test_seeds_of_probabilities(neighbours: int, folder: Path) -> None:
     several = 0
     for seed in range(4):
@@ -85,7 +85,7 @@ def test_seeds_of_probabilities(neighbours: int, folder: Path) -> None:
     assert several > 0
 
 
-@pytest.mark.parametrize("neighbours", NEIGHBOURS)
+@pytest.mark.parametrize("neighbours", [8, 26, *(pytest.param(n, marks=pytest.mark.long) for n in (4, 6, 18))])
 def test_seeds_of_distances(neighbours: int, folder: Path) -> None:
     """In nm, of anisotropic voxels; among equal ones the first in raster order floods first."""
     several = 0
