@@ -152,7 +152,16 @@ def predict_files(predictor: Any, images: Path, output: Path, *, exact: bool = T
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if exact:
             stack.enter_context(float32_accumulators())
-        predictor.predict_from_files_sequential(str(images), str(output), False, True)
+        if hasattr(predictor, "predict_from_files_sequential"):
+            predictor.predict_from_files_sequential(str(images), str(output), False, True)
+            return
+        reader = predictor.plans_manager.image_reader_writer_class()  # nnunetv2 2.5 has processes only
+        ending = predictor.dataset_json["file_ending"]
+        for first in sorted(images.glob(f"*_0000{ending}")):
+            case = first.name[: -len(ending) - 5]
+            files = sorted(str(path) for path in images.glob(f"{case}_????{ending}"))
+            image, properties = reader.read_images(files)
+            predictor.predict_single_npy_array(image, properties, None, str(output / case), False)
 
 
 @contextlib.contextmanager
