@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +15,7 @@ from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.volumes.in_memory import ArrayVolume
 from connectomics.volumes.opened import OpenedVolume
-from connectomics.volumes.opening import open_channels, open_volume
+from connectomics.volumes.opening import open_channels
 from connectomics.volumes.source import READ_ERRORS, reason
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
@@ -70,7 +70,12 @@ class GivenImage:
             self.volume.close()
 
 
-def image_of(given: Any, what: str = "the image") -> GivenImage:
+def image_of(
+    given: Any,
+    what: str = "the image",
+    *,
+    opening: Callable[[Sequence[str | os.PathLike[str]]], VolumeReader] = open_channels,
+) -> GivenImage:
     """What somebody gave, as a volume; nothing is read of what is lazy.
 
     Parameters
@@ -80,6 +85,8 @@ def image_of(given: Any, what: str = "the image") -> GivenImage:
         list of lists, a lazy array; or a volume that ``open_volume`` gave, a path, or a list of paths, one a channel.
     what
         It is, for messages.
+    opening
+        Opens paths, one a channel, so that what the configuration says of files holds for them.
 
     Raises
     ------
@@ -89,9 +96,9 @@ def image_of(given: Any, what: str = "the image") -> GivenImage:
     if isinstance(given, OpenedVolume | ArrayVolume):
         return GivenImage(given, 4)
     if isinstance(given, str | os.PathLike):
-        return GivenImage(open_volume(given), 4, owned=True)
+        return GivenImage(opening([given]), 4, owned=True)
     if isinstance(given, list | tuple) and given and all(isinstance(part, str | os.PathLike) for part in given):
-        return GivenImage(open_channels(given), 4, owned=True)
+        return GivenImage(opening(given), 4, owned=True)
     if isinstance(given, LazyArray) and not isinstance(given, np.ndarray | np.generic | torch.Tensor):
         volume = _LazyVolume(given, what)
         return GivenImage(volume, volume.dimensions)

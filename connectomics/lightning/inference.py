@@ -24,6 +24,7 @@ from connectomics.assembly.volumes import (
     fast_contract,
     final_paths,
     job_of,
+    open_input,
     open_source,
     opened_source,
     outputs_of,
@@ -146,14 +147,25 @@ class InferenceManager:
             If the shape, dtype or number of channels does not fit the model, a value is not finite, or
             ``inference.roi`` or ``inference.mask`` does not fit the image.
         """
-        with contextlib.closing(image_of(image)) as given:
+        with contextlib.ExitStack() as opened:
+            given = opened.enter_context(contextlib.closing(image_of(image, opening=self._opened)))
+            if previous is not None:
+                labels = image_of(previous, "the labels of the previous stage")
+                previous = opened.enter_context(contextlib.closing(labels)).volume
             result = self._predict(given.volume, spacing, previous)
         if given.dimensions > 2:
             return result
         probabilities = result.probabilities
         return Prediction(result.labels[0], None if probabilities is None else probabilities[:, 0])
 
-    def _predict(self, reader: VolumeReader, stated: Sequence[float] | None, previous: Any) -> Prediction:
+    def _opened(self, paths: Sequence[str | os.PathLike[str]]) -> VolumeReader:
+        """Open an image that is named by paths as a run opens it: ``inference.axes`` and the model's channels count."""
+        uris = tuple(os.fspath(path) for path in paths)
+        return open_input(self.engine.inference.volumes, self.engine.spec, VolumeSource(uris[0], "", uris))
+
+    def _predict(
+        self, reader: VolumeReader, stated: Sequence[float] | None, previous: VolumeReader | None
+    ) -> Prediction:
         volumes, spacing = self.engine.inference.volumes, _spacing(stated) or reader.info.spacing
         if reader.info.channels != self.engine.spec.channels:
             raise VolumeError(
@@ -178,12 +190,13 @@ class InferenceManager:
         labels = self.engine.inference.labels.filters.apply(arrays[LABELS][0])
         return Prediction(labels, arrays.get(PROBABILITIES))
 
-    def _previous(self, reader: VolumeReader, spacing: Spacing | None, given: Any) -> ReadBox | None:
+    def _previous(self, reader: VolumeReader, spacing: Spacing | None, given: VolumeReader | None) -> ReadBox | None:
         """Reads the labels of the previous stage, where the model has one."""
         if all(spec.previous_stage is None for spec in self.engine.specs):
             return None
+        labels: VolumeReader
         if given is not None:
-            labels = image_of(given, "the labels of the previous stage").volume
+            labels = given
         elif self.engine.previous is not None:
             first = segmenter_of(self.engine.previous, spacing)
             surveyed = first.survey(reader, "the image")

@@ -13,6 +13,7 @@ import pytest
 import tensorstore
 import torch
 import zarr
+from PIL import Image
 
 import connectomics
 from connectomics import Box, InferenceManager, VolumeProcessor, build_engine, list_sources, load_config, open_volume
@@ -111,6 +112,22 @@ def test_a_lazy_array_is_read_piece_by_piece(manager: InferenceManager, monkeypa
     assert found.volume.info.chunk_shape == (1, 32, 32)
     np.testing.assert_array_equal(manager.predict(given).labels, manager.predict(large).labels)
     assert given.largest <= 32 * 32
+
+
+def test_what_the_configuration_says_of_files_holds_for_a_path(
+    model: Path, image: npt.NDArray[np.uint8], labels: npt.NDArray[Any], tmp_path: Path
+) -> None:
+    turned = write_h5(tmp_path / "xyz.h5", image.transpose(2, 1, 0))
+    assert np.array_equal(InferenceManager(CPU | {"inference.axes": "xyz"}, model).predict(turned).labels, labels)
+
+
+def test_equal_colours_stay_channels_where_the_model_expects_them(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", dimensions=2, patch=(16, 24), channels=3, classes=2, seed=2)
+    colours = em_like((24, 40))[..., None].repeat(3, axis=-1)
+    Image.fromarray(colours).save(tmp_path / "rgb.png")
+    manager = InferenceManager(CPU, model)
+    expected = manager.predict(np.moveaxis(colours, -1, 0)[:, None]).labels
+    assert np.array_equal(manager.predict(tmp_path / "rgb.png").labels, expected)
 
 
 def test_chunks_of_lazy_arrays_are_known(image: npt.NDArray[np.uint8], tmp_path: Path) -> None:
