@@ -304,7 +304,7 @@ KILLED = """
 import os, signal, sys, threading, time
 from pathlib import Path
 import pytest
-import test_pipeline_pyramid as tests
+import test_output_pyramid as tests
 from connectomics.volumes.store import open_store
 from connectomics.stages.output.pyramid import LevelTask
 folder, form, after, later_s = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
