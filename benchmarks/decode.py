@@ -30,11 +30,11 @@ import numpy as np
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.executors.serial import SerialExecutor
-from connectomics.execution.lease import Worker
 from connectomics.execution.ledger import Ledger
-from connectomics.execution.run_folder import SINGLE_WRITER, WORKERS
+from connectomics.execution.run_folder import COORDINATION, SINGLE_WRITER
 from connectomics.execution.runner import BlocksDone, run_blocks
 from connectomics.execution.task import Task
+from connectomics.execution.worker import Worker
 from connectomics.objects.arrays import save
 from connectomics.objects.components import Connectivity
 from connectomics.objects.merge import Cuts, merge
@@ -109,7 +109,7 @@ def in_memory(source_path: Path, folder: Path, connectivity: int) -> None:
 def labelled(source: Store, work: Path, plan: BlockPlan, connectivity: int) -> int:
     """The program's own way, with ledgers, beside whichever other processes do the same; how many objects."""
     grid = BlockGrid(source.info.extent, plan.block_shape)
-    with Worker(work / WORKERS) as worker:
+    with Worker.of(work / COORDINATION) as worker:
 
         def run(task: Task, ledger: Ledger) -> BlocksDone:
             return run_blocks(task, ledger, SerialExecutor(), worker, lambda done, planned: None)

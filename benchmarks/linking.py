@@ -19,11 +19,11 @@ from decode import PLAN, Spent, measured, phantom_mask, tiled
 
 from connectomics.core.geometry import BlockGrid, Vec3
 from connectomics.execution.executors.serial import SerialExecutor
-from connectomics.execution.lease import Worker
 from connectomics.execution.ledger import Ledger
-from connectomics.execution.run_folder import SINGLE_WRITER, WORKERS
+from connectomics.execution.run_folder import COORDINATION, SINGLE_WRITER
 from connectomics.execution.runner import BlocksDone, run_blocks
 from connectomics.execution.task import Task
+from connectomics.execution.worker import Worker
 from connectomics.objects.arrays import save
 from connectomics.objects.links import Linking, Sections, link
 from connectomics.objects.merge import IDS, OBJECTS, OFFSETS, table
@@ -48,7 +48,7 @@ def by_blocks(source_path: Path, work: Path, name: str) -> None:
     """One step on a store."""
     source = open_store(source_path)
     grid = BlockGrid(source.info.extent, PLAN.block_shape)
-    with Worker(work / WORKERS) as worker:
+    with Worker.of(work / COORDINATION) as worker:
 
         def run(task: Task, ledger: Ledger) -> BlocksDone:
             return run_blocks(task, ledger, SerialExecutor(), worker, lambda done, planned: None)

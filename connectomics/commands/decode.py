@@ -66,7 +66,7 @@ class Decoder:
             return None
         folder = run_folder_of(self._request.output, source)
         paths = (*output.paths(self._folder).values(), *([] if table is None else [table]))
-        settle(folder, work_folder(folder, (output,), program_version()), paths)
+        settle(folder, work_folder(folder, (output,), program_version()), (output,), paths)
         return paths
 
     def _process(self, source: DecodingInput) -> tuple[tuple[Path, ...], RunReport]:

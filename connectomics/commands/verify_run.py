@@ -15,21 +15,21 @@ from pathlib import Path
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.files import discard
-from connectomics.execution.lease import Worker
 from connectomics.execution.ledger import HEADER, Ledger, plan_of, read_header
 from connectomics.execution.run_folder import (
     CHECKSUMS,
+    COORDINATION,
     LEDGER,
     PROVENANCE,
     SINGLE_WRITER,
     SURVEY,
-    WORKERS,
     ledger_folders,
     stage_of,
     work_folders,
 )
 from connectomics.execution.runner import is_kept, write_block
 from connectomics.execution.stage import LABELS, PROBABILITIES
+from connectomics.execution.worker import Worker
 from connectomics.stages.output.export import read_stamp
 from connectomics.stages.survey.mask import MASK
 from connectomics.volumes.digests import SUFFIX, digests, is_intact
@@ -83,18 +83,18 @@ def verify_run(run: Path, sample: int | None = None) -> list[DamageReport]:
 
 
 def _verify_blocks(work: Path, sample: int | None) -> Iterator[DamageReport]:
-    stores = {path.name for path in work.iterdir() if path.is_dir()}
     suspect: list[str] = []  # stages with damaged blocks
-    with Worker(work / WORKERS) as worker, worker.alone(SINGLE_WRITER):
+    with Worker.of(work / COORDINATION) as worker, worker.alone(SINGLE_WRITER):
         for folder in ledger_folders(work):
-            ledger = Ledger.existing(folder)
+            place, ledger = folder.parent, Ledger.existing(folder)
+            stores = {path.name for path in place.iterdir() if path.is_dir()}
             stride = 1 if sample is None else max(1, ledger.finished // sample)
             read, damaged = 0, []
             for i, (name, record) in enumerate(ledger.named_records()):
                 kept = {path.partition("/")[0] for path in record.checksums} & stores
                 if kept and i % stride == 0:
                     read += 1
-                    if not is_kept(work, record, kept, compared=True):
+                    if not is_kept(place, record, kept, compared=True):
                         damaged.append(record.block)
                         ledger.void(name, record.block)
             ledger.close()
@@ -113,7 +113,7 @@ def _forget_derived(work: Path, stage: str) -> None:
     Of the mask everything is made, and decoding begins anew, which costs little.
     """
     predicted = (work / LEDGER).exists() and not stage.startswith(MASK)
-    kept: tuple[str, ...] = (WORKERS,)
+    kept: tuple[str, ...] = (COORDINATION,)
     if predicted:
         kept += (LEDGER, f"{LABELS}.zarr", f"{PROBABILITIES}.zarr")
     else:
@@ -177,7 +177,7 @@ def salvage(output: Path, run: Path, works: list[Path]) -> int | None:
         reader = open_volume(str(output))
     except VolumeError:
         return None
-    with contextlib.closing(reader), Worker(folder.parent / WORKERS) as worker, worker.alone(SINGLE_WRITER):
+    with contextlib.closing(reader), Worker.of(folder.parent / COORDINATION) as worker, worker.alone(SINGLE_WRITER):
         return _copy_back(reader, folder, folder.parent / f"{name}.zarr")
 
 

@@ -101,31 +101,30 @@ def _age_s(path: Path) -> float:
 
 
 def put_in_place(complete: Path, path: Path) -> None:
-    """Rename a complete file or folder to ``path``; a folder that stands there is moved aside, never half removed."""
-    while not _exchanged(complete, path):
-        pass  # another process put its own folder in place in between: that one is moved aside too
+    """Rename what is complete to ``path``: a file replaces a file, a folder is let go where one stands already.
+
+    Folders of one name that several processes make are equal; so nobody takes away what others work with.
+    """
+    try:
+        complete.replace(path)
+    except OSError as error:
+        if error.errno not in TAKEN or not (path.is_dir() and complete.is_dir()):
+            raise
+        discard(complete)
     for folder in {complete.parent, path.parent}:
         fsync_path(folder)
     discard_temporaries(path)
 
 
-def _exchanged(complete: Path, path: Path) -> bool:
-    aside = None
-    if path.is_dir():
-        aside = temporary_beside(path, REPLACED)
-        path.rename(aside)
-    try:
-        complete.replace(path)
-    except OSError as error:
-        if aside is not None:
-            with contextlib.suppress(OSError):  # another process has put its own there by now
-                aside.rename(path)
-        if error.errno in TAKEN:
-            return False
-        raise
-    if aside is not None:
-        discard(aside)
-    return True
+def sync_tree(path: Path) -> None:
+    """Flush a file, or a folder with all it holds, to the disk."""
+    if not path.is_dir():
+        fsync_path(path)
+        return
+    for folder, _, names in os.walk(path):
+        for name in names:
+            fsync_path(Path(folder, name))
+        fsync_path(Path(folder))
 
 
 @contextlib.contextmanager
@@ -139,13 +138,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = temporary_beside(path)
     try:
         yield temporary
-        if temporary.is_dir():
-            for folder, _, names in os.walk(temporary):
-                for name in names:
-                    fsync_path(Path(folder, name))
-                fsync_path(Path(folder))
-        else:
-            fsync_path(temporary)
+        sync_tree(temporary)
         put_in_place(temporary, path)
     except BaseException:
         discard(temporary)

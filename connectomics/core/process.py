@@ -42,10 +42,18 @@ def _start_of_this(pid: int, proc: Path) -> str:
 
 def is_dead(mark: str) -> bool:
     """Whether the process that made a mark has ended for sure; of other machines that is never sure."""
+    return _is_of_this_machine(mark) and not is_alive(mark)
+
+
+def is_alive(mark: str) -> bool:
+    """Whether the process that made a mark runs on this machine, or is stopped there."""
+    _, pid, start, *_ = mark.split("-") if _is_of_this_machine(mark) else ("", "0", "")
+    return start != "" and _started(int(pid)) == start
+
+
+def _is_of_this_machine(mark: str) -> bool:
     parts = mark.split("-")
-    if len(parts) != 4 or parts[0] != host_mark() or not parts[1].isdecimal():
-        return False
-    return _started(int(parts[1])) != parts[2]
+    return len(parts) == 4 and parts[0] == host_mark() and parts[1].isdecimal()
 
 
 def is_mark(text: str) -> bool:

@@ -1,247 +1,272 @@
-"""Several processes on one run: each shows a heartbeat and takes leases on blocks and on what one alone may do.
+"""Who is here, and who may do what: the run protocol in the verbs of a coordination store, without threads or files.
 
-A heartbeat is a file whose time is renewed every few seconds; a lease is a symbolic link to its holder's heartbeat.
-Times are compared on the clock of the file system alone. A lease lost by mistake is harmless: whatever is done twice
-gives the same bytes.
+A *session* is one process's presence; it is renewed again and again. A *lease* is held by a session and has an epoch,
+the number of its holder. It is taken over when its holder's session has ended or stood still for too long; that session
+is *revoked* first, so that whoever wakes up in it finds out.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import logging
+import math
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from connectomics.core.files import discard, discard_temporaries, temporary_beside
-from connectomics.core.process import is_dead, new_mark
+from connectomics.core.process import is_alive, is_dead, new_mark
+from connectomics.execution.coordination import CoordinationStore, Version
 
 log = logging.getLogger(__name__)
-BEAT_S = 5.0
-STALE_S = 60.0  # a heartbeat this old is that of a process that is no more; on the same machine it is known at once
+LIMIT_S = 180.0  # a session that an observer sees stand still for so long is that of a process that is no more
+RENEWALS = 6  # of a session in its limit
+LOOKS = 4  # of an observer at a session before it may be revoked
+SESSION = "session-"
+HERE, LEFT, REVOKED = "here", "left", "revoked"
+HELD, FREE, FAILED = "held", "free", "failed"
 FIRST_PAUSE_S = 0.02
 LAST_PAUSE_S = 1.0
-HEARTBEAT = ".worker"
-CLOCK = "clock"  # touched to learn the time of the file system
-LEASE = ".lease"
-BREAKING = ".breaking"
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # what a file system says that knows no symbolic links
 
 
-class Worker:
-    """This process among those that work in one folder; a context manager.
+class LeaseLostError(Exception):
+    """What was held is held by another now: stop, read again what is true, and go on from there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """What a session's record says; times in seconds. ``by`` is who revoked it."""
+
+    mark: str
+    host: str
+    pid: int
+    since: int
+    limit_s: float
+    counter: int = 0
+    state: str = HERE
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What a lease's record says.
 
     Parameters
     ----------
-    folder
-        Where heartbeats and leases are; made if absent.
-    beat_s
-        Between two signs of life.
-    stale_s
-        Age of a heartbeat from which on its process counts as dead.
+    holder
+        Mark of the session that wrote it.
+    epoch
+        Number of the holder: it grows whenever the lease changes hands.
+    counter
+        Of the changes in an epoch.
+    state
+        Whether it is held, free, or what it is for has failed.
+    deaths
+        Holders that ended while they held it, without giving it back.
+    note
+        Why it failed.
     """
 
-    def __init__(self, folder: Path, *, beat_s: float = BEAT_S, stale_s: float = STALE_S) -> None:
-        self._folder = folder
-        self._beat_s = beat_s
-        self._stale_s = stale_s
-        self._mark = new_mark()
-        self._heartbeat = folder / (self._mark + HEARTBEAT)
-        self._held: set[str] = set()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-
-    def __enter__(self) -> Worker:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "since": int(time.time())}
-        self._heartbeat.write_text(json.dumps(who))
-        self._thread.start()
-        _sweep(self._folder, (HEARTBEAT,))
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        with contextlib.suppress(OSError):  # the disk may be gone; the leases go with the process then
-            for name in list(self._held):
-                self.release(name)
-            self._heartbeat.unlink(missing_ok=True)
-            _sweep(self._folder)
-
-    def _beat(self) -> None:
-        while not self._ended.wait(self._beat_s):
-            with contextlib.suppress(OSError):  # whoever works meets the same error and tells it
-                os.utime(self._heartbeat)
-
-    def acquire(self, name: str) -> bool:
-        """Take the lease ``name`` if nobody alive holds it; the lease of a dead process is taken over."""
-        lease = self._path(name)
-        for _ in range(2):
-            if _claim(lease, self._heartbeat.name):
-                self._held.add(name)
-                return True
-            holder = _holder(lease)
-            if holder is not None and (holder == self._heartbeat.name or not self._is_stale(lease, holder)):
-                return False
-            if holder is not None:
-                log.warning("taking over %s from %s, which is gone", name, holder.removesuffix(HEARTBEAT))
-                self._break(lease, holder)
-        return False
-
-    def release(self, name: str) -> None:
-        """Give a lease back; one that another took over meanwhile is left to it."""
-        self._held.discard(name)
-        lease = self._path(name)
-        if _holder(lease) == self._heartbeat.name:
-            lease.unlink(missing_ok=True)
-
-    def holds(self, name: str) -> bool:
-        """Whether the lease is this worker's."""
-        return name in self._held
-
-    @contextlib.contextmanager
-    def alone(self, name: str) -> Iterator[None]:
-        """Wait for the lease ``name`` and hold it."""
-        for pause in pauses():
-            if self.acquire(name):
-                break
-            time.sleep(pause)
-        try:
-            yield
-        finally:
-            self.release(name)
-
-    def others(self) -> list[str]:
-        """Names of the heartbeats of other living workers."""
-        found = living(self._folder, self._stale_s)
-        return [name for name in found if name != self._heartbeat.name]
-
-    def wait_until_free(self, prefix: str) -> None:
-        """Wait while another living worker holds a lease whose name begins so."""
-        for pause in pauses():
-            if self.is_free(prefix):
-                return
-            time.sleep(pause)
-
-    def is_free(self, prefix: str) -> bool:
-        """Whether no other living worker holds a lease whose name begins so."""
-        leases = [(lease, _holder(lease)) for lease in self._folder.glob(f"{prefix}*{LEASE}")]
-        return all(h is None or h == self._heartbeat.name or self._is_stale(p, h) for p, h in leases)
-
-    def _path(self, name: str) -> Path:
-        return self._folder / (name + LEASE)
-
-    def _is_stale(self, lease: Path, holder: str) -> bool:
-        if is_dead(holder.removesuffix(HEARTBEAT)):
-            return True
-        heartbeat = self._folder / holder
-        os.utime(self._heartbeat)
-        now = self._heartbeat.stat().st_mtime
-        try:
-            return now - heartbeat.stat().st_mtime > self._stale_s
-        except FileNotFoundError:  # it has ended, unless it has released the lease meanwhile
-            return _holder(lease) == holder
-
-    def _break(self, lease: Path, holder: str) -> None:
-        """Take a stale lease away; one worker at a time does so, so that nobody loses a fresh one."""
-        breaking = lease.with_name(lease.name + BREAKING)
-        if not _claim(breaking, self._heartbeat.name):
-            other = _holder(breaking)
-            if other is not None and self._is_stale(breaking, other):
-                breaking.unlink(missing_ok=True)  # it died in the middle; whoever looks next is free to break
-            return
-        try:
-            if _holder(lease) == holder:
-                lease.unlink(missing_ok=True)
-        finally:
-            breaking.unlink(missing_ok=True)
+    holder: str
+    epoch: int = 0
+    counter: int = 0
+    state: str = HELD
+    deaths: int = 0
+    note: str = ""
 
 
-def pauses() -> Iterator[float]:
-    """Seconds to sleep between looks at something that others do, growing, without end."""
-    pause = FIRST_PAUSE_S
-    while True:
-        yield pause
-        pause = min(LAST_PAUSE_S, 1.5 * pause)
+def packed(record: Presence | Lease) -> bytes:
+    """A record's content."""
+    return json.dumps(asdict(record), sort_keys=True).encode()
 
 
-def living(folder: Path, stale_s: float = STALE_S) -> list[str]:
-    """Names of the heartbeats in ``folder`` whose processes are alive."""
-    heartbeats = [path for path in folder.glob("*" + HEARTBEAT) if not is_dead(path.stem)]
-    if not heartbeats:
-        return []
-    now, found = _now(folder), []
-    for path in heartbeats:
-        with contextlib.suppress(FileNotFoundError):
-            if now - path.stat().st_mtime <= stale_s:
-                found.append(path.name)
-    return sorted(found)
-
-
-def _sweep(folder: Path, endings: tuple[str, ...] = (HEARTBEAT, LEASE, BREAKING)) -> None:
-    """Remove what processes of this machine left that are dead for sure."""
-    for ending in endings:
-        for path in folder.glob("*" + ending):
-            holder = path.name if ending == HEARTBEAT else _holder(path)
-            if holder is not None and is_dead(holder.removesuffix(HEARTBEAT)):
-                path.unlink(missing_ok=True)
-    discard_temporaries(folder / CLOCK)
-
-
-def tidy(folder: Path) -> bool:
-    """Remove the heartbeats and leases of the dead, unless somebody is alive.
-
-    Returns
-    -------
-    idle
-        Whether nobody is.
-    """
-    if living(folder):
-        return False
-    for ending in (HEARTBEAT, LEASE, BREAKING):
-        for path in folder.glob("*" + ending):
-            path.unlink(missing_ok=True)
-    discard_temporaries(folder / CLOCK)
-    return True
-
-
-def _now(folder: Path) -> float:
-    """The time on the file system's clock; this machine's where the folder may not be written to."""
-    probe = temporary_beside(folder / CLOCK)
+def unpacked(content: bytes) -> dict[str, Any]:
+    """The fields in a record's content; none where it is not whole."""
     try:
-        probe.touch()
-        return probe.stat().st_mtime
-    except OSError:
-        return time.time()
-    finally:
-        with contextlib.suppress(OSError):
-            discard(probe)
+        fields = json.loads(content)
+    except ValueError:
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
-def _claim(lease: Path, holder: str) -> bool:
+def presence_of(version: Version) -> Presence | None:
+    """The session that a record tells of, None where it is not whole."""
     try:
-        lease.symlink_to(holder)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        try:
-            with lease.open("x") as stream:
-                stream.write(holder)
-        except FileExistsError:
-            return False
-    return True
-
-
-def _holder(lease: Path) -> str | None:
-    """Who holds a lease, or None where there is none."""
-    try:
-        return str(lease.readlink()) if lease.is_symlink() else lease.read_text()
-    except FileNotFoundError:
+        return Presence(**unpacked(version.content))
+    except TypeError:
         return None
+
+
+def lease_of(version: Version) -> Lease | None:
+    """The lease that a record tells of, None where it is not whole."""
+    try:
+        return Lease(**unpacked(version.content))
+    except TypeError:
+        return None
+
+
+@dataclass(slots=True)
+class _Look:
+    """What an observer saw of a record: since when it has stood as it is."""
+
+    number: int
+    first: float
+    last: float
+    count: int = 1
+    changed: bool = False
+
+
+class Watch:
+    """An observer of records, which judges by change and by its own clock alone.
+
+    Parameters
+    ----------
+    clock
+        Seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._looks: dict[str, _Look] = {}
+
+    def is_stale(self, name: str, number: int, limit_s: float) -> bool:
+        """Whether a record has stood at this version for longer than the limit, as seen in enough looks.
+
+        A gap of more than half the limit between two looks may be this observer's own sleep: it starts again.
+        """
+        now, look = self._clock(), self._looks.get(name)
+        if look is None or look.number != number or now - look.last > limit_s / 2:
+            changed = look is not None and (look.changed or look.number != number)
+            self._looks[name] = _Look(number, now, now, changed=changed)
+            return False
+        look.last = now
+        look.count += 1
+        return look.count >= LOOKS and now - look.first > limit_s
+
+    def has_changed(self, name: str) -> bool:
+        """Whether a record was seen to change."""
+        look = self._looks.get(name)
+        return look is not None and look.changed
+
+
+class Session:
+    """This process among those that share a store.
+
+    Parameters
+    ----------
+    store
+        Where all agree.
+    limit_s
+        How long it may stand still before others revoke it; it ought to be renewed ``RENEWALS`` times as often.
+    mark
+        Of this session alone.
+    """
+
+    def __init__(self, store: CoordinationStore, limit_s: float, mark: str = "") -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._lost = False
+        mark = mark or new_mark()
+        self._told = Presence(mark, socket.gethostname(), os.getpid(), int(time.time()), limit_s)
+        seen = store.create(SESSION + mark, packed(self._told))
+        if seen is None:
+            raise LeaseLostError(mark)
+        self._seen = seen
+
+    @property
+    def mark(self) -> str:
+        """Its name."""
+        return self._told.mark
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is known to have been revoked."""
+        return self._lost
+
+    def renew(self) -> bool:
+        """Show that it is alive; False where it has been revoked meanwhile."""
+        return self._change(HERE)
+
+    def leave(self) -> bool:
+        """End it."""
+        return self._change(LEFT)
+
+    def _change(self, state: str) -> bool:
+        with self._lock:
+            if self._lost:
+                return False
+            told = replace(self._told, counter=self._told.counter + 1, state=state)
+            seen = self._store.replace(SESSION + self.mark, self._seen, packed(told))
+            if seen is None or state == LEFT:
+                self._lost = True
+            if seen is None:
+                return False
+            self._told, self._seen = told, seen
+            return True
+
+
+class Observer:
+    """Judges the sessions in a store; what it calls gone is revoked, and stays gone."""
+
+    def __init__(self, store: CoordinationStore, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._limit_s = limit_s
+        self._clock = clock
+        self._gone: set[str] = set()
+        self._looked: dict[str, float] = {}
+        self.watch = Watch(clock)
+
+    def is_gone(self, mark: str) -> bool:
+        """Whether a session has ended; one that stood still for too long is ended here and now."""
+        if mark in self._gone:
+            return True
+        now = self._clock()
+        if now - self._looked.get(mark, -math.inf) < min(FIRST_PAUSE_S, self._limit_s / (8 * LOOKS)):
+            return False  # many leases may have one holder
+        self._looked[mark] = now
+        name = SESSION + mark
+        seen = self._store.read(name)
+        told = None if seen is None else presence_of(seen)
+        if told is not None and told.state in (LEFT, REVOKED):
+            self._gone.add(mark)
+            return True
+        number, limit = (-1 if seen is None else seen.number), self._limit_s if told is None else told.limit_s
+        if not is_dead(mark) and not self.watch.is_stale(name, number, limit):
+            return False
+        told = told or Presence(mark, "", 0, 0, limit)
+        revoked = packed(replace(told, state=REVOKED, by=new_mark()))
+        done = self._store.create(name, revoked) if seen is None else self._store.replace(name, seen, revoked)
+        if done is None:
+            return False
+        log.warning("process %s is gone; taking over what it had in hand", mark)
+        self._gone.add(mark)
+        return True
+
+    def sessions(self) -> list[str]:
+        """Marks of all sessions that are not known to have ended."""
+        marks = (name.removeprefix(SESSION) for name in self._store.list(SESSION))
+        return [mark for mark in marks if mark not in self._gone]
+
+    def present(self) -> Iterator[str]:
+        """Marks of the sessions that have not ended, as far as is known now."""
+        return (mark for mark in self.sessions() if not self.is_gone(mark))
+
+    def presence(self, mark: str) -> Presence | None:
+        """What a session says of itself."""
+        seen = self._store.read(SESSION + mark)
+        return None if seen is None else presence_of(seen)
+
+    def is_surely_alive(self, mark: str) -> bool:
+        """Whether a session's process is on this machine, or was seen to do something."""
+        return mark not in self._gone and (is_alive(mark) or self.watch.has_changed(SESSION + mark))
+
+
+def pauses(limit_s: float = LIMIT_S) -> Iterator[float]:
+    """Seconds to sleep between looks at something that others do, growing, without end."""
+    pause, most = FIRST_PAUSE_S, min(LAST_PAUSE_S, limit_s / (2 * LOOKS))
+    while True:
+        yield min(pause, most)
+        pause = min(most, 1.5 * pause)

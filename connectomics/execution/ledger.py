@@ -166,6 +166,10 @@ class Ledger:
         """Whether a record of the block stands that is not voided; as of the last ``refresh``."""
         return self._counts[self.grid.number(block.index)] > 0
 
+    def is_recorded(self, index: Vec3) -> bool:
+        """Whether the block of this index is done; as of the last ``refresh``."""
+        return self._counts[self.grid.number(index)] > 0
+
     def block(self, key: str) -> Block:
         """The block of a key."""
         return self.grid.block(_index(key))

@@ -1,4 +1,4 @@
-"""What stands where in RUN: one work folder for each result and program, in it ledgers, stores, heartbeats, leases."""
+"""What stands where in RUN: one work folder for each result and program, in it ledgers, stores, sessions, leases."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from connectomics.execution.ledger import HEADER
 from connectomics.volumes.digests import SUFFIX
 
 LEDGER = "ledger"  # of the predict stage; those of other stages are called ledger_STAGE
-WORKERS = "workers"
+COORDINATION = "coordination"  # what the processes of a run agree on
+OLD_WORKERS = "workers"  # where programs before kept their heartbeats
 SURVEY = "survey.json"
 AGREEMENT = "agreement.json"  # of fast with exact
 FILTERED = "filtered.zarr"
 CHECKSUMS = "checksums"  # of final outputs
 LOG = "run.log"
 PROVENANCE = "provenance.json"  # of the outputs that were made last
-SINGLE_WRITER = "house"  # the lease on what one process alone does: survey, stores, filters, exports, tidying
+SINGLE_WRITER = "single_writer"  # the lease on what one process alone does: survey, stores, filters, exports
 
 
 def work_folders(run: Path) -> list[Path]:
@@ -34,7 +35,8 @@ def begun_folders(run: Path) -> list[Path]:
 
 def ledger_folders(work: Path) -> list[Path]:
     """The ledgers of a work folder, one for each stage, in the order in which they were begun."""
-    headers = sorted(work.glob(f"*/{HEADER}"), key=lambda path: (path.stat().st_mtime_ns, path))
+    found = [path for place in (work, *work.glob("staging.*")) for path in place.glob(f"*/{HEADER}")]
+    headers = sorted(found, key=lambda path: (path.stat().st_mtime_ns, path))
     return [path.parent for path in headers]
 
 

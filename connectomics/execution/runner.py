@@ -6,28 +6,25 @@ Every block-wise stage is a ``Task`` with a ledger of its own that goes through 
 from __future__ import annotations
 
 import logging
-import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.core.errors import ConnectomicsError, DeviceMemoryError, QuarantineError, StorageError, VolumeError
-from connectomics.core.files import write_text
+from connectomics.core.errors import ConnectomicsError, DeviceMemoryError, StorageError, VolumeError
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.core.geometry import Block
-from connectomics.execution.lease import Worker, pauses
+from connectomics.execution.block_claims import QUARANTINE, Apart, BlockClaims
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.retry import PAUSES_S, SYSTEMIC, errno_of, retried
 from connectomics.execution.task import BlockFailure, BlockRecord, Executor, Task
+from connectomics.execution.worker import Worker
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array
 
 log = logging.getLogger(__name__)
 OnBlock = Callable[[int, int], None]
-QUARANTINE = "quarantine"
 ATTEMPTS = 2  # of a block within one run, beside what is retried within it
-FAILURES_IN_A_ROW = 16  # from which on something other than these blocks must be wrong
 SHOWN_FAILURES = 5
 CHECKED_BLOCKS = 16  # recorded blocks whose checksums are compared on resume; of all others the files must exist
 
@@ -96,7 +93,14 @@ def write_block(store: Store, block: Block, array: Array, pauses_s: tuple[float,
     return shard.relative_to(store.path.parent).as_posix(), checksum
 
 
-def run_blocks(task: Task, ledger: Ledger, executor: Executor, worker: Worker, on_block: OnBlock) -> BlocksDone:
+def run_blocks(
+    task: Task,
+    ledger: Ledger,
+    executor: Executor,
+    worker: Worker,
+    on_block: OnBlock,
+    apart: Apart | None = None,
+) -> BlocksDone:
     """Bring every block of a task into its ledger, together with whichever other processes do the same.
 
     Parameters
@@ -109,11 +113,14 @@ def run_blocks(task: Task, ledger: Ledger, executor: Executor, worker: Worker, o
         This process among the others.
     on_block
         Called with (finished, planned) blocks at the start and whenever a block is finished here.
+    apart
+        Runs a block that may have killed processes in one of its own; None where that cannot be had.
 
     Returns
     -------
     done
-        With the blocks that failed, whose tracebacks are in the ledger's folder, quarantine/KEY.txt.
+        With the blocks that failed, here or in another process of this attempt; the tracebacks are in the ledger's
+        folder, quarantine/KEY.txt.
 
     Raises
     ------
@@ -125,26 +132,20 @@ def run_blocks(task: Task, ledger: Ledger, executor: Executor, worker: Worker, o
     planned, before = ledger.planned, ledger.finished
     on_block(before, planned)
     log.info("%s: %d blocks planned, %d finished before", task.name, planned, before)
-    failures: dict[str, BlockFailure] = {}
-    done = windows = in_a_row = 0
-    for result in executor.run(task, _claimed(task, ledger, worker, failures)):
+    claims = BlockClaims(task, ledger, worker, apart)
+    done = windows = 0
+    for result in claims.results(executor):
         if isinstance(result, BlockFailure):
-            failures[result.block] = result
-            _set_aside(ledger.folder, result)
-            in_a_row += 1
-            if in_a_row == FAILURES_IN_A_ROW and in_a_row < planned:
-                raise QuarantineError(f"{in_a_row} blocks in a row failed, the last with: {result.reason}")
+            claims.fail(result)
         else:
             ledger.append(result)
-            _quarantine_file(ledger.folder, result.block).unlink(missing_ok=True)
-            done, windows, in_a_row = done + 1, windows + result.windows, 0
+            done, windows = done + 1, windows + result.windows
             log.info("%s, block %s: %d windows, %.2f s", task.name, result.block, result.windows, result.seconds)
             on_block(ledger.finished, planned)
-        worker.release(_lease(task, result.block))
-    left = tuple(f for key, f in failures.items() if not ledger.is_done(ledger.block(key)))
+            claims.finish(result.block)
     if ledger.finished > before + done:
         on_block(ledger.finished, planned)
-    return BlocksDone(planned, ledger.finished - done, done, windows, failures=left)
+    return BlocksDone(planned, ledger.finished - done, done, windows, failures=claims.failures())
 
 
 def failure_message(failures: tuple[BlockFailure, ...], planned: int, folder: Path) -> str:
@@ -188,47 +189,3 @@ def is_kept(work: Path, record: BlockRecord, stores: Collection[str], *, compare
             raise_systemic(error)
             return False
     return True
-
-
-def _claimed(task: Task, ledger: Ledger, worker: Worker, failed: dict[str, BlockFailure]) -> Iterator[Block | None]:
-    """Blocks that nobody has done or has in hand, each leased; waits while others have all that are left.
-
-    None comes before it waits: others may be waiting for what this process has in hand.
-    """
-    for pause in pauses():
-        taken = busy = False
-        for block in ledger.unfinished():
-            lease = _lease(task, block.key)
-            if block.key in failed or worker.holds(lease):
-                continue
-            if not worker.acquire(lease):
-                busy = True
-                continue
-            ledger.refresh()
-            if ledger.is_done(block):
-                worker.release(lease)
-                continue
-            taken = True
-            yield block
-        if not busy:
-            return
-        yield None
-        if not taken:
-            time.sleep(pause)
-        ledger.refresh()
-
-
-def _lease(task: Task, key: str) -> str:
-    return f"{task.name}.{key}"
-
-
-def _quarantine_file(folder: Path, key: str) -> Path:
-    return folder / QUARANTINE / f"{key}.txt"
-
-
-def _set_aside(folder: Path, failure: BlockFailure) -> None:
-    path = _quarantine_file(folder, failure.block)
-    path.parent.mkdir(exist_ok=True)
-    where = f"block {failure.block}, voxels (z, y, x) {failure.box.start} to {failure.box.stop}"
-    write_text(path, f"{where}\n{failure.reason}\n\n{failure.trace}")
-    log.error("%s is quarantined: %s", where, failure.reason)

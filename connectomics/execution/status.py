@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from connectomics.execution.append_log import whole_lines
-from connectomics.execution.lease import HEARTBEAT, living
+from connectomics.execution.block_claims import QUARANTINE
+from connectomics.execution.lease import Presence
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import (
     CHECKSUMS,
+    COORDINATION,
     LOG,
     SURVEY,
-    WORKERS,
     begun_folders,
     ledger_folders,
     stage_of,
     work_folders,
 )
-from connectomics.execution.runner import QUARANTINE
+from connectomics.execution.worker import living
 from connectomics.volumes.digests import SUFFIX
 
 SHOWN = 10  # quarantined blocks that are named
@@ -98,8 +99,8 @@ def status_of(run: Path) -> RunStatus:
     stages, workers = [], []
     works = begun_folders(run) if (run / LOG).is_file() else work_folders(run)
     for work in works:
-        alive = living(work / WORKERS)
-        workers += [worker for name in alive if (worker := _worker(work / WORKERS / name)) is not None]
+        alive = living(work / COORDINATION)
+        workers += [{"host": each.host, "pid": each.pid, "since": each.since} for each in alive]
         stages += [_stage(work, folder, alive) for folder in ledger_folders(work)]
     finished = (path.name.removesuffix(SUFFIX) for path in sorted((run / CHECKSUMS).glob("*" + SUFFIX)))
     return RunStatus(
@@ -112,17 +113,9 @@ def status_of(run: Path) -> RunStatus:
     )
 
 
-def _worker(heartbeat: Path) -> dict[str, Any] | None:
-    try:
-        who = json.loads(heartbeat.read_text())
-        return {"host": str(who["host"]), "pid": int(who["pid"]), "since": int(who["since"])}
-    except (OSError, ValueError, KeyError, TypeError):  # it is just beginning or ending
-        return None
-
-
-def _stage(work: Path, folder: Path, alive: list[str]) -> StageStatus:
+def _stage(work: Path, folder: Path, alive: list[Presence]) -> StageStatus:
     ledger = Ledger.existing(folder)
-    processes = {_process(name.removesuffix(HEARTBEAT)) for name in alive}
+    processes = {_process(each.mark) for each in alive}
     rate, last = 0.0, None
     for path in folder.glob("*.jsonl"):
         recent = [fields for line, _ in deque(whole_lines(path, 0), RECENT) if "at" in (fields := _fields(line))]

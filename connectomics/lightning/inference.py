@@ -290,7 +290,7 @@ class VolumeProcessor:
             return None
         folder = run_folder(self._engine.inference.outputs, source)
         paths = tuple(p for o in outputs for p in o.paths(settings.folder).values())
-        settle(folder, work_folder(folder, outputs, settings.program), paths)
+        settle(folder, work_folder(folder, outputs, settings.program), outputs, paths)
         return paths
 
     def _process(self, source: VolumeSource, sample: SharedSample) -> tuple[tuple[Path, ...], RunReport]:

@@ -6,45 +6,45 @@ rerun continues.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from connectomics.core.files import write_text
+from connectomics.core.files import make_folder, write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
-from connectomics.core.process import new_mark
 from connectomics.execution.block_plan import BlockPlan
-from connectomics.execution.lease import STALE_S, Worker, pauses
+from connectomics.execution.lease import LIMIT_S
 from connectomics.execution.ledger import Ledger
+from connectomics.execution.name_claims import NameClaims
+from connectomics.execution.publishing import Staging
 from connectomics.execution.retry import PAUSES_S, RetryingReader, retried
-from connectomics.execution.run_folder import PROVENANCE, SINGLE_WRITER, WORKERS
+from connectomics.execution.run_folder import COORDINATION, SINGLE_WRITER
 from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blocks
 from connectomics.execution.task import Executor, RunReport, Task
+from connectomics.execution.worker import Worker
 from connectomics.objects.table import MeasurementUnits, table_key, write_table
 from connectomics.runs.job import command_with_blocks
+from connectomics.runs.perseverance import until_it_stands
 from connectomics.stages.decode.context import PLAN, DecodingState, ProbabilityOf, StepContext, kept_plan
 from connectomics.stages.decode.step_contract import DecodingPass
 from connectomics.stages.decode.tasks import Read
 from connectomics.stages.output.finish import (
     FinalOutput,
+    Publisher,
     check_exportable,
-    discard_stores,
     export_output,
     seal,
-    unseal,
+    settle,
     work_folder,
 )
 from connectomics.volumes.store import Store, discard_locks
 from connectomics.volumes.volume import VolumeInfo, VolumeReader
-
-HERE = "decoder"  # the lease of each process that still needs what unfinished work has left
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class DecodeSettings:
 
     folder: Path
     budget_bytes: int
-    stale_s: float = STALE_S
+    stale_s: float = LIMIT_S
     pauses_s: tuple[float, ...] = PAUSES_S
 
 
@@ -146,45 +146,50 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
     began = time.perf_counter()
     check_exportable(job.output, _info_of(job, job.plan), settings.folder, settings.budget_bytes)
     work, stages = job.work, list[BlocksDone]()
-    work.mkdir(parents=True, exist_ok=True)
-    with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
-        here = f"{HERE}.{new_mark()}"
-        with worker.alone(SINGLE_WRITER):
-            job = replace(job, plan=kept_plan(work / PLAN, job.plan))
-            finished = job.is_finished(settings.folder)
-            if not finished:
-                worker.acquire(here)
-            if not worker.others():
-                for path in work.glob("*.zarr"):
-                    discard_locks(path)
+    make_folder(work)
+
+    def standing() -> RunReport | None:
+        return _report(job, stages, began) if job.is_finished(settings.folder) else None
+
+    with Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker:
 
         def run(task: Task, ledger: Ledger) -> BlocksDone:
             stages.append(run_blocks(task, ledger, executor, worker, on_block=on_block))
             return stages[-1]
 
-        try:
-            if not finished:
-                state, run_key = _objects(job, settings, run, worker=worker)
-                worker.release(here)
-                with _last(worker):
-                    _finish(job, state, run_key, settings.folder, run=run)
-        finally:
-            report = _report(job, stages, began)
+        with NameClaims(settings.folder, [(job.output.stem, job.output.result_key)], work, worker) as claims:
+            report = until_it_stands(
+                lambda: _attempt(job, settings, worker, claims, run=run, stages=stages, began=began), standing
+            )
+    settle(job.run_folder, work, (job.output,), job.paths(settings.folder))
     return report
 
 
-@contextlib.contextmanager
-def _last(worker: Worker) -> Iterator[None]:
-    """Wait until nobody else needs what unfinished work has left, and keep everybody out meanwhile.
-
-    Who still needs it may be waiting to be alone, so nobody is kept out while one waits.
-    """
-    for pause in pauses():
+def _attempt(
+    job: DecodeJob,
+    settings: DecodeSettings,
+    worker: Worker,
+    claims: NameClaims,
+    run: RunStage,
+    stages: Sequence[BlocksDone],
+    began: float,
+) -> RunReport:
+    """Go on from what is on the disk now to the final volume; a LeaseLostError where others did so meanwhile."""
+    try:
         with worker.alone(SINGLE_WRITER):
-            if worker.is_free(HERE):
-                yield
-                return
-        time.sleep(pause)
+            job = replace(job, plan=kept_plan(job.work / PLAN, job.plan))
+            finished = job.is_finished(settings.folder)
+            if not worker.others():
+                for path in job.work.glob("*.zarr"):
+                    discard_locks(path)
+        if not finished:
+            state, run_key = _objects(job, settings, run, worker=worker)
+            with worker.alone(SINGLE_WRITER), Staging(job.work, worker, SINGLE_WRITER, claims.confirm) as staging:
+                publisher = Publisher(staging, settings.folder, job.run_folder)
+                _finish(job, state, run_key, publisher, run=run)
+    finally:
+        report = _report(job, stages, began)
+    return report
 
 
 def _objects(job: DecodeJob, settings: DecodeSettings, run: RunStage, worker: Worker) -> tuple[DecodingState, str]:
@@ -210,25 +215,22 @@ def _patiently(read: Read, name: str, pauses_s: tuple[float, ...]) -> Read:
     return lambda box: retried(lambda: read(box), f"reading probabilities of {name}", pauses_s)
 
 
-def _finish(job: DecodeJob, state: DecodingState, run_key: str, folder: Path, run: RunStage) -> None:
-    """Write what is still missing, and remove what is not needed any more."""
+def _finish(job: DecodeJob, state: DecodingState, run_key: str, publisher: Publisher, run: RunStage) -> None:
+    """Write what is still missing."""
     assert isinstance(state.volume, Store), "every step leaves a store"
-    if not job.is_finished(folder):  # else another process was first
+    if not job.is_finished(publisher.folder):  # else another process was first
         job.record.require_unchanged()
         stamp = dict(job.record.provenance) | {"run_key": run_key, "objects": state.count, **state.facts}
-        if job.table is not None and state.tables is not None:
-            unseal(job.run_folder, job.table)
-            write_table(state.tables, state.count, job.table, state.frame, stamp=job.output.result_key)
-        discard_locks(state.volume.path)
-        for form in job.output.missing(folder):
-            unseal(job.run_folder, job.output.paths(folder)[form])
         command = command_with_blocks(job.record.command, job.plan)
         record = stamp | {"result_keys": {job.output.name: job.output.result_key}, "command": command}
-        write_text(job.run_folder / PROVENANCE, json.dumps(record, indent=1) + "\n")
-        export_output(state.volume, job.output, folder, stamp, work=job.work, run=run)
+        publisher.tell(json.dumps(record, indent=1) + "\n")
+        if job.table is not None and state.tables is not None:
+            place = publisher.staging.place(job.table.name)
+            write_table(state.tables, state.count, place, state.frame, stamp=job.output.result_key)
+            publisher.publish(place.name, job.table)
+        export_output(state.volume, job.output, publisher, stamp, run)
     state.volume.close()
-    seal(job.run_folder, job.paths(folder))
-    discard_stores(job.work)
+    seal(job.run_folder, job.paths(publisher.folder))
 
 
 def _report(job: DecodeJob, stages: Sequence[BlocksDone], began: float) -> RunReport:

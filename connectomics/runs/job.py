@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from connectomics.execution.block_plan import BlockPlan
-from connectomics.execution.lease import STALE_S
+from connectomics.execution.lease import LIMIT_S
 from connectomics.execution.retry import PAUSES_S
 from connectomics.stages.decode.context import BLOCK_VOXELS, VOXEL_BYTES
 from connectomics.stages.output.finish import FinalOutput
@@ -37,7 +37,7 @@ class RunSettings:
     readers
         Threads that may read ahead in the survey, as far as memory goes.
     stale_s
-        Age of the heartbeat of another machine's process from which on it counts as dead.
+        How long a process of another machine may stand still before others take over what it had in hand.
     pauses_s
         Seconds to wait before each further attempt where reading or writing fails for a moment.
     """
@@ -48,7 +48,7 @@ class RunSettings:
     numeric_class: Mapping[str, object]
     allow_mixed: bool = False
     readers: int = 1
-    stale_s: float = STALE_S
+    stale_s: float = LIMIT_S
     pauses_s: tuple[float, ...] = PAUSES_S
 
 

@@ -16,25 +16,28 @@ from pathlib import Path
 import numpy as np
 
 from connectomics.core.errors import OutputError, QuarantineError
-from connectomics.core.files import discard, write_text
+from connectomics.core.files import discard, make_folder, write_text
 from connectomics.core.fingerprint import key_of
-from connectomics.core.geometry import Box
+from connectomics.core.geometry import BlockGrid, Box
 from connectomics.execution.block_plan import BlockPlan
-from connectomics.execution.lease import Worker
 from connectomics.execution.ledger import HEADER, Ledger, plan_of, read_header
+from connectomics.execution.name_claims import NameClaims
+from connectomics.execution.publishing import Staging
 from connectomics.execution.retry import RetryingReader
-from connectomics.execution.run_folder import AGREEMENT, FILTERED, LEDGER, PROVENANCE, SINGLE_WRITER, SURVEY, WORKERS
+from connectomics.execution.run_folder import AGREEMENT, COORDINATION, FILTERED, LEDGER, SINGLE_WRITER, SURVEY
 from connectomics.execution.runner import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
 from connectomics.execution.stage import LABELS, PROBABILITIES, Workspace
 from connectomics.execution.task import Executor, RunReport
+from connectomics.execution.worker import Worker
 from connectomics.runs.job import RunSettings, VolumeJob, command_with_blocks
+from connectomics.runs.perseverance import until_it_stands
 from connectomics.stages.output.finish import (
     FinalOutput,
+    Publisher,
     check_exportable,
-    discard_stores,
     export_output,
     seal,
-    unseal,
+    settle,
     work_folder,
 )
 from connectomics.stages.predict import precision_check as agreements
@@ -70,7 +73,6 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     is called with (finished, planned) blocks at the start and after each block. Whatever ConnectomicsError is raised,
     finished blocks are kept and a rerun continues.
     """
-    began = time.perf_counter()
     for note in job.reader.info.notes:
         log.warning("%s: %s", job.name, note)
     for output in job.outputs:
@@ -81,30 +83,64 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     if job.labeller.roi is not None:
         roi = job.labeller.roi.patiently(settings.pauses_s)
         job = replace(job, labeller=replace(job.labeller, roi=roi))
-    with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
-        run = functools.partial(run_blocks, executor=executor, worker=worker, on_block=on_block)
-        workspace = Workspace(work, run, job.limits.filter_block_bytes)
-        with worker.alone(SINGLE_WRITER):
-            prepared = _prepare(workspace, job, reader, settings, worker=worker)
-        ledger = prepared.ledger
-        try:
-            task = PredictTask(
-                ledger.grid,
-                job.labeller.segmenter,
-                prepared.surveyed,
-                reader.read,
-                stores=prepared.stores,
-                pauses_s=settings.pauses_s,
-                roi=job.labeller.roi,
-            )
-            blocks = run(task, ledger)
-            if not blocks.failures:
-                with worker.alone(SINGLE_WRITER):
-                    worker.wait_until_free(f"{task.name}.")
-                    _finish(prepared, job, settings, workspace)
-            return _report(job, prepared, blocks, began)
-        finally:
-            ledger.close()
+    names = [(output.stem, output.result_key) for output in job.outputs]
+
+    def standing() -> RunReport | None:
+        if any(output.missing(settings.folder) for output in job.outputs):
+            return None
+        planned = len(BlockGrid(reader.info.extent, job.plan.block_shape))
+        return RunReport(
+            planned, planned, done=0, failed=0, windows=0, voxels=Box.of_shape(reader.info.extent).voxels, seconds=0.0
+        )
+
+    with (
+        Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker,
+        NameClaims(settings.folder, names, work, worker) as claims,
+    ):
+        crew = _Crew(worker, claims, executor, on_block)
+        report = until_it_stands(lambda: _attempt(work, job, reader, settings, crew=crew), standing)
+    settle(job.run_folder, work, job.outputs, (p for o in job.outputs for p in o.paths(settings.folder).values()))
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Crew:
+    """Who does the work: this process among others, whoever runs its blocks, who hears of them."""
+
+    worker: Worker
+    claims: NameClaims
+    executor: Executor
+    on_block: OnBlock
+
+
+def _attempt(work: Path, job: VolumeJob, reader: RetryingReader, settings: RunSettings, crew: _Crew) -> RunReport:
+    """Go on from what is on the disk now to the final outputs; a LeaseLostError where others did so meanwhile."""
+    began, worker = time.perf_counter(), crew.worker
+    run = functools.partial(run_blocks, executor=crew.executor, worker=worker, on_block=crew.on_block)
+    workspace = Workspace(work, run, job.limits.filter_block_bytes)
+    with worker.alone(SINGLE_WRITER):
+        prepared = _prepare(workspace, job, reader, settings, worker=worker)
+    ledger = prepared.ledger
+    try:
+        task = PredictTask(
+            ledger.grid,
+            job.labeller.segmenter,
+            prepared.surveyed,
+            reader.read,
+            stores=prepared.stores,
+            pauses_s=settings.pauses_s,
+            roi=job.labeller.roi,
+        )
+        blocks = run(task, ledger)
+        if not blocks.failures:
+            with worker.alone(SINGLE_WRITER), Staging(work, worker, SINGLE_WRITER, crew.claims.confirm) as staging:
+                publisher = Publisher(staging, settings.folder, job.run_folder)
+                _finish(prepared, job, settings, replace(workspace, work=staging.folder), publisher=publisher)
+        return _report(job, prepared, blocks, began)
+    finally:
+        ledger.close()
+        for store in prepared.stores.values():
+            store.close()
 
 
 def _prepare(
@@ -138,8 +174,10 @@ def _prepare(
     return _Prepared(work, run_key, ledger, surveyed, pending=pending, stores=stores, agreement=agreement)
 
 
-def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, workspace: Workspace) -> None:
-    """Write what is still missing of the outputs, and remove the working stores."""
+def _finish(
+    prepared: _Prepared, job: VolumeJob, settings: RunSettings, workspace: Workspace, publisher: Publisher
+) -> None:
+    """Write what is still missing of the outputs."""
     pending = [o for o in prepared.pending if o.missing(settings.folder)]  # another process may have been first
     if pending:
         job.record.require_unchanged()
@@ -158,37 +196,32 @@ def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, workspac
         command = command_with_blocks(job.record.command, plan)
         record = stamp | dict(job.record.told) | {"result_keys": _result_keys(job), "command": command}
         record |= {"outputs": [path.name for o in job.outputs for path in o.paths(settings.folder).values()]}
-        write_text(job.run_folder / PROVENANCE, json.dumps(record, indent=1) + "\n")
+        publisher.tell(json.dumps(record, indent=1) + "\n")
     rule = job.labeller.segmenter.probabilities
     for output in pending:
         unit = {PROBABILITIES: rule.facts} if rule is not None and output.name == PROBABILITIES else {}
-        _export(prepared, job, output, settings, stamp=stamp | unit, workspace=workspace)
+        _export(prepared, job, output, stamp=stamp | unit, workspace=workspace, publisher=publisher)
     seal(job.run_folder, (p for o in job.outputs for p in o.paths(settings.folder).values()))
-    for store in prepared.stores.values():
-        store.close()
-    discard_stores(prepared.work)
 
 
 def _export(
     prepared: _Prepared,
     job: VolumeJob,
     output: FinalOutput,
-    settings: RunSettings,
     stamp: dict[str, object],
     workspace: Workspace,
+    publisher: Publisher,
 ) -> None:
-    store, filtered = prepared.stores[output.name], prepared.work / FILTERED
-    source = store
+    source = store = prepared.stores[output.name]
+    store.expect(prepared.ledger.is_recorded)
     if output.name == LABELS and job.labeller.filters.active:
         source = filter_store(store, prepared.ledger.grid, workspace, job.labeller.filters)
-    discard_locks(source.path)
-    for form in output.missing(settings.folder):  # what stands there is replaced
-        unseal(job.run_folder, output.paths(settings.folder)[form])
-    export_output(source, output, settings.folder, stamp, work=prepared.work, run=workspace.run)
+    export_output(source, output, publisher, stamp, workspace.run)
     source.close()
-    store.close()
-    discard(filtered)
-    discard(store.path)
+    discard(workspace.work / FILTERED)
+    if publisher.staging.is_unobserved():
+        store.close()
+        discard(store.path)
 
 
 def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: float) -> RunReport:
@@ -237,7 +270,7 @@ def _result_keys(job: VolumeJob) -> dict[str, object]:
 def _make_work_folder(work: Path) -> None:
     """Make it, and name unfinished work of other settings beside it."""
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        make_folder(work)
     except OSError as error:
         raise OutputError(
             f"{work}: cannot make the RUN folder ({error.strerror}); choose another output_path"
@@ -300,11 +333,16 @@ def _agreement(work: Path, job: VolumeJob, reader: RetryingReader, surveyed: Sur
 
 
 def _store(path: Path, job: VolumeJob, name: str, plan: BlockPlan) -> Store:
+    """The working store at a path: one that is there and can be used, or a new one."""
     if path.exists():
-        store = open_store(path)
-        if store.shard_shape == plan.block_shape:
-            return store
-        store.close()  # its ledger was lost, and now the volume is cut in another way
+        try:
+            store = open_store(path)
+        except OutputError as error:
+            log.warning("%s", error)  # part of a folder that was removed amid a run
+        else:
+            if store.shard_shape == plan.block_shape:
+                return store
+            store.close()  # its ledger was lost, and now the volume is cut in another way
         discard(path)
     return create_store(path, info_of(job, name, plan), shard_shape=plan.block_shape, attributes={})
 

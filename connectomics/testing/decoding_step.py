@@ -22,10 +22,10 @@ from connectomics.core.features import DECODING_STEPS
 from connectomics.core.geometry import Block, BlockGrid, Box, Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.executors.serial import SerialExecutor
-from connectomics.execution.lease import Worker
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.runner import BlocksDone, RunStage, run_blocks
 from connectomics.execution.task import BlockRecord, Task
+from connectomics.execution.worker import Worker
 from connectomics.objects.merge import OBJECTS
 from connectomics.objects.selection import NUMBERS
 from connectomics.objects.table import MeasurementUnits
@@ -46,7 +46,7 @@ def volume_of(array: VoxelArray) -> ArrayVolume:
 
 def in_order(task: Task, ledger: Ledger) -> BlocksDone:
     """Run a stage without other processes."""
-    with Worker(ledger.folder.parent / "workers") as worker:
+    with Worker.of(ledger.folder.parent / "coordination") as worker:
         return run_blocks(task, ledger, SerialExecutor(), worker, on_block=lambda done, planned: None)
 
 

@@ -18,12 +18,14 @@ from connectomics.core.errors import ConnectomicsError, OutputError
 from connectomics.core.features import OUTPUT_FORMATS
 from connectomics.core.geometry import BlockGrid, Box, Vec3
 from connectomics.execution.executors.serial import SerialExecutor
-from connectomics.execution.lease import Worker
-from connectomics.execution.run_folder import WORKERS
+from connectomics.execution.publishing import Staging
+from connectomics.execution.run_folder import COORDINATION, SINGLE_WRITER
 from connectomics.execution.runner import run_blocks
 from connectomics.execution.stage import LABELS, PROBABILITIES
+from connectomics.execution.task import Executor
+from connectomics.execution.worker import Worker
 from connectomics.stages.output.export import export_path, largest_size, read_stamp, require_exportable
-from connectomics.stages.output.finish import FinalOutput, export_output
+from connectomics.stages.output.finish import FinalOutput, Publisher, export_output
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.store import Store, create_store
 from connectomics.volumes.volume import Array, VolumeInfo
@@ -62,15 +64,26 @@ def filled_store(folder: Path, sample: OutputSample) -> Store:
 
 def export_array(store: Store, sample: OutputSample, form: str, folder: Path) -> Path:
     """Write a store in a format as a run does, beside which it works; return the final path."""
-    work = store.path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    output = FinalOutput(sample.output, STEM, KEY, (form,))
-    with Worker(work / WORKERS) as worker:
-        run = functools.partial(
-            run_blocks, executor=SerialExecutor(), worker=worker, on_block=lambda done, planned: None
-        )
-        export_output(store, output, folder, STAMP, work=work, run=run)
+    export_store(store, FinalOutput(sample.output, STEM, KEY, (form,)), folder)
     return export_path(folder, STEM, form)
+
+
+def export_store(
+    store: Store,
+    output: FinalOutput,
+    folder: Path,
+    stamp: dict[str, object] = STAMP,
+    executor: Executor | None = None,
+) -> None:
+    """Write a store as an output to a folder as a run does, with whoever runs its blocks."""
+    work = store.path.parent
+    with Worker.of(work / COORDINATION) as worker:
+        run = functools.partial(
+            run_blocks, executor=executor or SerialExecutor(), worker=worker, on_block=lambda done, planned: None
+        )
+        with worker.alone(SINGLE_WRITER), Staging(work, worker, SINGLE_WRITER) as staging:
+            export_output(store, output, Publisher(staging, folder, work), stamp, run)
 
 
 class OutputFormatContract:

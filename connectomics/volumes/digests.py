@@ -12,12 +12,15 @@ from connectomics.volumes.source import files_below
 SUFFIX = ".sha256"
 
 
-def write_digests(output: Path, record: Path) -> None:
-    """Keep the sha256 of a file, or of every file in a folder, in ``record``; its lines appear whole or not at all."""
+def write_digests(output: Path, record: Path, name: str = "") -> None:
+    """Keep the sha256 of a file, or of every file in a folder, in ``record``; its lines appear whole or not at all.
+
+    ``name`` is that of the output where it is called otherwise now.
+    """
     record.parent.mkdir(exist_ok=True)
     with replacing(record) as temporary, temporary.open("w") as stream:
-        for name, path in _files(output):
-            stream.write(f"{sha256_of_file(path)}  {name}\n")
+        for below, path in _files(output):
+            stream.write(f"{sha256_of_file(path)}  {name or output.name}{below}\n")
 
 
 def digests(record: Path) -> Iterator[tuple[str, str]]:
@@ -38,6 +41,6 @@ def is_intact(folder: Path, name: str, checksum: str) -> bool:
 
 def _files(output: Path) -> Iterator[tuple[str, Path]]:
     if output.is_dir():
-        yield from ((f"{output.name}/{name}", path) for name, path in files_below(output))
+        yield from ((f"/{name}", path) for name, path in files_below(output))
     else:
-        yield output.name, output
+        yield "", output

@@ -7,8 +7,9 @@ shard is one file that TensorStore writes under a temporary name and renames, so
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Store:
         self._shard_shape = vec3(array.chunk_layout.write_chunk.shape[-3:])
         chunk_shape = vec3(array.chunk_layout.read_chunk.shape[-3:])
         self._info = dataclasses.replace(reader.info, chunk_shape=chunk_shape)
+        self._expected: Callable[[Vec3], bool] | None = None
 
     @property
     def path(self) -> Path:
@@ -67,9 +69,30 @@ class Store:
     def read(self, box: Box) -> Array:
         """Voxels of ``box`` as a new (c, z, y, x) array; 0 where no shard was written yet.
 
-        Raises VolumeError if a shard is damaged, or ``box`` is not inside the volume.
+        Raises VolumeError if ``box`` is not inside the volume, or a shard is damaged or, see ``expect``, absent.
         """
-        return self._reader.read(box)
+        voxels = self._reader.read(box)
+        if self._expected is not None:
+            self._require_shards(box, self._expected)
+        return voxels
+
+    def expect(self, expected: Callable[[Vec3], bool]) -> None:
+        """From now on an absent shard is an error where the function says, of its index (z, y, x), that it was written.
+
+        It is looked for after it was read: what is there then was there before.
+        """
+        self._expected = expected
+
+    def _require_shards(self, box: Box, expected: Callable[[Vec3], bool]) -> None:
+        first = [a // n for a, n in zip(box.start, self._shard_shape, strict=True)]
+        last = [-(-b // n) for b, n in zip(box.stop, self._shard_shape, strict=True)]
+        for index in itertools.product(*map(range, first, last)):
+            file = self._shard_file(vec3(index))
+            if expected(vec3(index)) and not file.exists():
+                raise VolumeError(
+                    f"no shard {file}, though it was written: the working store was removed or damaged meanwhile; run "
+                    "again, what is missing is computed again"
+                )
 
     def write(self, box: Box, array: Array) -> None:
         """Write whole shards; on return they are on the disk.
@@ -106,6 +129,9 @@ class Store:
         last = [-(-stop // size) for stop, size in zip(box.stop, self._shard_shape, strict=True)]
         if not self._is_whole_shards(box) or any(b - a != 1 for a, b in zip(index, last, strict=True)):
             raise ValueError(f"{box} is not one shard of {self._shard_shape} in {self._info.extent}")
+        return self._shard_file(vec3(index))
+
+    def _shard_file(self, index: Vec3) -> Path:
         channel = ["0"] if self._array.rank == 4 else []
         return self._path.joinpath(ARRAY, "c", *channel, *map(str, index))
 

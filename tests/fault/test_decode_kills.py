@@ -23,7 +23,7 @@ STEPS = (
 )
 NAMES = {"v_instances.h5", "v_instances.zarr", "v_instances.parquet"}
 CUT, JOIN, PAINTED = "components.cut", "components.join", "components.zarr"
-STAGES = (CUT, JOIN, "tables", PAINTED, ".filled.", ".h5", ".parquet", "jsonl", "/workers", "/checksums")
+STAGES = (CUT, JOIN, "tables", PAINTED, ".filled.", ".h5", ".parquet", "jsonl", "/coordination", "/checksums")
 WATERSHED = (
     *("components.cut", "seeds.join", "contests", "flood", "windows.basins", "windows.bridges", "windows.trees"),
     *("windows.refined", "objects.tables", "objects.zarr"),
@@ -55,7 +55,7 @@ class Storm:
         assert {p.name for p in output.iterdir()} == NAMES | {"v_instances.run"}
         (work,) = (path.parent for path in (output / "v_instances.run").glob("*/ledgers.json"))
         left_there = {path.name for path in work.iterdir() if not path.name.startswith("ledger_")}
-        assert left_there == {"ledgers.json", "workers"} and not list(work.glob("workers/*")), "unfinished work is left"
+        assert left_there == {"ledgers.json"}, "unfinished work is left"
 
 
 @pytest.fixture(scope="module")

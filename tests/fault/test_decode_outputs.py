@@ -138,7 +138,7 @@ def test_processes_share_the_blocks(bench: Bench, output: Path, count: int) -> N
     for stage in STAGES:
         lines = ledger_lines(run, f"ledger_1_connected_components.{stage}")
         assert len(lines) == len({line["block"] for line in lines}) == BLOCKS
-    assert not list(run.glob("*/workers/*")) and not list(run.glob("*/*.zarr"))
+    assert not list(run.glob("*/coordination")) and not list(run.glob("*/*.zarr"))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ STAGES = {  # text in the paths of a stage's file operations, and how many kills
     "survey": ("survey.json", 1),
     "mask": ("mask", 1),
     "ledger": ("ledger", 1),
-    "leases": ("/workers", 1),
+    "leases": ("/coordination", 1),
     "stores": (".zarr.", 1),
     "blocks": (SHARD, 1),
     "filter": ("filter", 1),
@@ -146,7 +146,7 @@ def require_resumed(storm: Storm, output: Path) -> None:
     assert dict(computed) == {key: str(windows) for key, windows in missing.items()}
     assert len(computed) == len(missing)
     assert not list(output.glob("*.run/*/*.zarr")), "working stores are left"
-    assert not list(output.glob("*.run/*/workers/*")), "heartbeats and leases are left"
+    assert not list(output.glob("*.run/*/coordination")), "leases are left"
     if complete:
         assert "Skipped 1/1" in ended.stderr
         return
@@ -191,7 +191,7 @@ def test_every_file_operation_belongs_to_a_stage(storm: Storm) -> None:
     """Or is one on the folders and working stores as wholes: a stage that is added later stands in the table too."""
     wholes = {storm.folder / "undisturbed"}
     for run in (storm.folder / "undisturbed" / name for name in RUNS):
-        (work,) = (path.parent for path in run.glob("*/workers"))
+        (work,) = (path for path in run.iterdir() if path.is_dir() and path.name != "checksums")
         stores = (work / name for name in ("labels.zarr", "probabilities.zarr"))
         wholes |= {run, run / "run.log", work, *stores}
     others = {path for path in storm.touched if not any(text in path for text, _ in STAGES.values())}

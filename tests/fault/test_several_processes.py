@@ -15,7 +15,7 @@ from nnunet_models import make_model
 from small_jobs import em_like, finals, infer_words, ledger_lines, quick_folder, write_h5
 
 BLOCKS = 24
-LATER = (("/workers/predict", 5), ("survey.json", 1), ("filtered.zarr", 2), ("v_labels.h5", 1), ("checksums", 1))
+LATER = (("/coordination/predict", 5), ("survey.json", 1), ("filtered.zarr", 2), ("v_labels.h5", 1), ("checksums", 1))
 SETTINGS = (
     "inference.block_shape=[1,32,64]",
     "inference.output.formats=[h5,zarr,png]",
@@ -56,7 +56,7 @@ def require_shared(bench: Bench, output: Path, *, most: int) -> list[int]:
     assert finals(output) == bench.reference
     run = output / "v_labels.run"
     assert {path.name for path in output.iterdir()} == {"v_labels.h5", "v_labels.zarr", "v_labels_png", "v_labels.run"}
-    assert not list(run.glob("*/*.zarr")) and not list(run.glob("*/workers/*.lease"))
+    assert not list(run.glob("*/*.zarr")) and not list(run.glob("*/coordination"))
     lines = ledger_lines(run)
     assert len({line["block"] for line in lines}) == BLOCKS
     assert BLOCKS <= len(lines) <= most

@@ -16,9 +16,9 @@ import pytest
 from connectomics.cli import main
 from connectomics.commands.verify_run import verify_run
 from connectomics.core.errors import QuarantineError, VolumeError
-from connectomics.execution.lease import Worker
 from connectomics.execution.stage import LABELS
 from connectomics.execution.status import status_of
+from connectomics.execution.worker import Worker
 from connectomics.jobs.outcome import attempted
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.runs.job import VolumeJob
@@ -185,7 +185,7 @@ def test_what_was_made_of_damaged_blocks_is_removed(folder: Path) -> None:
     flip_a_byte(shards(folder)[0])
     findings = verify_run(run_folder(folder))
     assert {finding.damaged for finding in findings} == {("0-0-0",)}
-    assert {path.name for path in work.iterdir() if path.is_dir()} == {"ledger", "workers", "labels.zarr"}
+    assert {path.name for path in work.iterdir() if path.is_dir()} == {"ledger", "coordination", "labels.zarr"}
     open_store(work / "labels.zarr").close()
 
 
@@ -208,8 +208,8 @@ def test_all_is_made_again_that_was_made_with_a_damaged_mask(folder: Path, tmp_p
     flip_a_byte(mask)
     damaged = [finding.subject for finding in verify_run(run_folder(folder)) if finding.damaged]
     assert len(damaged) == 1 and damaged[0].endswith("blocks of mask.paint")
-    (work,) = (path.parent for path in run_folder(folder).glob("*/workers"))
-    assert {path.name for path in work.iterdir() if path.name != "mask.ledgers.json"} == {"workers"}
+    (work,) = (path.parent for path in run_folder(folder).glob("*/coordination"))
+    assert {path.name for path in work.iterdir() if path.name != "mask.ledgers.json"} == {"coordination"}
     assert run(folder, masked(folder)).done == BLOCKS
     assert labels(folder).tobytes() == labels(tmp_path).tobytes()
 
@@ -260,7 +260,7 @@ def test_status_tells_of_workers_rate_and_time_left(folder: Path, capsys: pytest
     lines = [json.loads(line) for line in ledger.read_text().splitlines()]
     slow = "\n".join(json.dumps(line | {"seconds": 2.0} if "block" in line else line) for line in lines)
     ledger.write_text(slow + "\n")
-    with Worker(ledger.parent.parent / "workers"):
+    with Worker.of(ledger.parent.parent / "coordination"):
         found, out = status(folder, capsys)
     (worker,) = found["workers"]
     assert worker["pid"] == os.getpid()

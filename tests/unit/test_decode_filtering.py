@@ -59,7 +59,7 @@ def test_filters_by_blocks(shape: Vec3, minimum: int, fill: bool, folder: Path) 
     )
     assert np.array_equal(filtered.read(Box.of_shape(shape))[0], expected)
     assert (filtered.info.dtype, filtered.info.voxel_size_nm) == (np.uint8, (30.0, 4.0, 4.0))
-    assert {path.name for path in folder.iterdir()} == {"labels.zarr", "filtered.zarr", "workers"}
+    assert {path.name for path in folder.iterdir()} == {"labels.zarr", "filtered.zarr", "coordination"}
 
 
 def test_blocks_too_large_for_labelling_are_cut_smaller(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,11 @@ import numpy as np
 import pytest
 
 from connectomics.core.geometry import BlockGrid, Vec3
-from connectomics.execution.executors.serial import SerialExecutor
-from connectomics.execution.lease import Worker
-from connectomics.execution.run_folder import WORKERS
-from connectomics.execution.runner import run_blocks
 from connectomics.stages.output import slabs
 from connectomics.stages.output.export import FORMATS, export_path, largest_size
-from connectomics.stages.output.finish import FinalOutput, export_output
+from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.output.size import STAMP_BYTES, OutputSize, store_size
+from connectomics.testing.output_format import export_store
 from connectomics.volumes.store import create_store
 from connectomics.volumes.volume import VolumeInfo
 
@@ -65,11 +61,7 @@ def test_noise_is_smaller_than_its_bound(
     assert kept.nbytes <= bound.nbytes <= 4 * kept.nbytes and kept.files == bound.files
     (tmp_path / "out").mkdir()
     bound = largest_size(info, form, shard, labels=name == "labels")
-    with Worker(tmp_path / WORKERS) as worker:
-        run = functools.partial(
-            run_blocks, executor=SerialExecutor(), worker=worker, on_block=lambda done, planned: None
-        )
-        export_output(store, FinalOutput(name, "a", "k", (form,)), tmp_path / "out", {}, tmp_path, run)
+    export_store(store, FinalOutput(name, "a", "k", (form,)), tmp_path / "out", {})
     found = size_of(export_path(tmp_path / "out", "a", form))
     near = 12 if form in GROWN and chunk == CUBES[0] else 4  # what fills up chunks at the far faces compresses well
     assert found.nbytes <= bound.nbytes <= near * found.nbytes + 3 * STAMP_BYTES

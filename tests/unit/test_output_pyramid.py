@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -24,10 +23,6 @@ from hypothesis import strategies as st
 from connectomics.core.errors import OutputError, QuarantineError, VolumeError
 from connectomics.core.files import TEMPORARY
 from connectomics.core.geometry import Block, BlockGrid, Box
-from connectomics.execution.executors.serial import SerialExecutor
-from connectomics.execution.lease import Worker
-from connectomics.execution.run_folder import WORKERS
-from connectomics.execution.runner import run_blocks
 from connectomics.execution.task import BlockRecord, Task
 from connectomics.stages.output import pyramid as pyramid_stage
 from connectomics.stages.output import shards
@@ -40,12 +35,13 @@ from connectomics.stages.output.export import (
     read_stamp,
     require_exportable,
 )
-from connectomics.stages.output.finish import FinalOutput, export_output
+from connectomics.stages.output.finish import FinalOutput
 from connectomics.stages.output.formats import n5, precomputed, zarr2
 from connectomics.stages.output.formats import zarr as zarr3
 from connectomics.stages.output.formats.contract import ChunkedFormat
 from connectomics.stages.output.formats.level_array import LevelArray
 from connectomics.stages.output.pyramid import LevelTask
+from connectomics.testing.output_format import export_store
 from connectomics.volumes.levels import plan_levels
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.store import Store, create_store, open_store
@@ -88,10 +84,7 @@ def filled(
 def export(
     folder: Path, store: Store, name: str, form: str, *, pyramid: bool = True, executor: Any = None, key: str = KEY
 ) -> Path:
-    output, work = FinalOutput(name, "a_seg", key, (form,), pyramid), store.path.parent
-    with Worker(work / WORKERS) as worker:
-        hands = {"executor": executor or SerialExecutor(), "worker": worker, "on_block": lambda done, planned: None}
-        export_output(store, output, folder, STAMP, work, functools.partial(run_blocks, **hands))
+    export_store(store, FinalOutput(name, "a_seg", key, (form,), pyramid), folder, STAMP, executor)
     return export_path(folder, "a_seg", form)
 
 
@@ -293,7 +286,8 @@ def test_interruptions_and_the_cut_into_blocks_do_not_change_a_byte(
         seen += executor.done
         store.close()
         store = open_store(work / "labels.zarr")
-    (work / f"labels.final.{form}" / f".left{TEMPORARY}").touch()  # by another machine's killed process
+    (place,) = work.glob(f"staging.*/labels.final.{form}")
+    (place / f".left{TEMPORARY}").touch()  # by another machine's killed process
     last = Failing(-1)
     path = export(tmp_path, store, "labels", form, executor=last)
     assert contents(path) == finals[0]
@@ -367,7 +361,7 @@ def test_a_recorded_block_that_is_damaged_is_made_again(
     store = filled(tmp_path / "work" / "labels.zarr", voxels)
     with pytest.raises(VolumeError):
         export(tmp_path, store, "labels", form, executor=Failing(3))
-    place = tmp_path / "work" / f"labels.final.{form}"
+    (place,) = tmp_path.glob(f"work/staging.*/labels.final.{form}")
     names = {"zarr": "0/c/**/*", "zarr2": "0/*/*/*", "n5": "s0/*/*/*", "precomputed": "*_*/*.shard"}
     files = sorted(p for p in place.glob(names[form]) if p.is_file())
     if damage == "missing":

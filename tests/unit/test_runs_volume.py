@@ -14,8 +14,8 @@ import pytest
 from connectomics.core.errors import OutputError, VolumeError
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.executors.serial import SerialExecutor
-from connectomics.execution.lease import Worker
 from connectomics.execution.stage import LABELS
+from connectomics.execution.worker import Worker
 from connectomics.models.spec import ChannelNormalisation
 from connectomics.runs.job import RunSettings, VolumeJob
 from connectomics.runs.volume import run_volume
@@ -237,6 +237,6 @@ def test_the_work_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(VolumeError):
         run(tmp_path, job, Failing(after=1))
     (work,) = (path for path in job.run_folder.iterdir() if path.is_dir())
-    with Worker(work / "workers"):
+    with Worker.of(work / "coordination"):
         settled(job, settings_in(tmp_path))
         assert (work / "labels.zarr").is_dir()

@@ -64,7 +64,9 @@ def filter_labels(
         current.close()
         put_in_place(current.path, target)
     discard_unfinished(work)
-    return open_store(target)
+    filtered = open_store(target)
+    filtered.expect(lambda index: True)
+    return filtered
 
 
 def discard_unfinished(work: Path) -> None:

@@ -206,6 +206,7 @@ class StepContext:
         """Write the objects of all blocks."""
         store = self.store(info, dtype)
         self.do(PaintTask(self.grid, pieces, tables, store, under=under), store.path)
+        store.expect(lambda index: True)
         return store
 
     def store(self, info: VolumeInfo, dtype: np.dtype[Any]) -> Store:

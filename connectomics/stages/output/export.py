@@ -14,7 +14,7 @@ import numpy as np
 
 from connectomics.core.errors import OutputError
 from connectomics.core.features import OUTPUT_FORMATS
-from connectomics.core.files import replacing
+from connectomics.core.files import discard, sync_tree
 from connectomics.core.geometry import Vec3
 from connectomics.stages.output.formats.contract import UNIT_BYTES, ChunkedFormat, FileFormat, Multiscale, OutputFormat
 from connectomics.stages.output.size import FILE_BYTES, STAMP_BYTES, OutputSize
@@ -73,37 +73,46 @@ def require_exportable(info: VolumeInfo, path: Path, format: str, budget_bytes: 
         raise OutputError(f"{path}: {why}")
 
 
-def export_file(source: Store, path: Path, format: str, stamp: dict[str, object]) -> None:
-    """Write the store as a file or a stack, verified, under a name that appears only when complete.
+def export_file(source: Store, place: Path, format: str, stamp: dict[str, object], path: Path | None = None) -> None:
+    """Write the store as a file or a stack, verified and on the disk.
 
     Parameters
     ----------
     source
         The complete working store.
-    path
-        Final name, see ``export_path``; what stands there is replaced.
+    place
+        Where it is written; what stands there is replaced, and nothing is left there where that fails.
     format
         The name of a ``FileFormat``.
     stamp
         JSON-able facts that ``read_stamp`` gives back.
+    path
+        Final name, for messages, where that is another.
 
     Raises
     ------
     OutputError
         If the format cannot hold the volume, the storage refuses, or reading back gives other voxels.
     """
+    path = path or place
     require_exportable(source.info, path, format)
     kind = output_format(format)
     assert isinstance(kind, FileFormat), f"{format} is written block by block"
+    whole = False
     try:
-        with replacing(path) as temporary:
-            kind.write(source, temporary, stamp)
-            _compare(source, temporary, kind, path)
+        discard(place)
+        kind.write(source, place, stamp)
+        _compare(source, place, kind, path)
+        sync_tree(place)
+        whole = True
     except (OSError, RuntimeError) as error:
         raise OutputError(
             f"cannot write {path}: {reason(error)}. Free disk space or mend the permission, then run "
             f"again; the computed blocks are kept in {source.path}."
         ) from error
+    finally:
+        if not whole:
+            discard(place)
 
 
 def _compare(source: Store, temporary: Path, kind: FileFormat, path: Path) -> None:

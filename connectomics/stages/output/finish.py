@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectomics.core.errors import OutputError
-from connectomics.core.files import discard, put_in_place, require_short, write_text
+from connectomics.core.files import discard, fsync_path, make_folder, require_short, write_text
 from connectomics.core.fingerprint import key_of
-from connectomics.execution.lease import tidy
-from connectomics.execution.run_folder import LEDGER, WORKERS, checksums_of
+from connectomics.execution.name_claims import retire
+from connectomics.execution.publishing import STAGING, Staging
+from connectomics.execution.run_folder import COORDINATION, LEDGER, PROVENANCE, checksums_of
 from connectomics.execution.runner import RunStage
 from connectomics.execution.stage import PROBABILITIES
+from connectomics.execution.worker import is_deserted
 from connectomics.stages.output.export import (
     export_file,
     export_path,
@@ -23,7 +25,7 @@ from connectomics.stages.output.export import (
     require_exportable,
 )
 from connectomics.stages.output.formats.contract import ChunkedFormat
-from connectomics.stages.output.pyramid import Pyramid, discard_ledgers, fill_pyramid
+from connectomics.stages.output.pyramid import Pyramid, fill_pyramid
 from connectomics.volumes.digests import SUFFIX as DIGESTS
 from connectomics.volumes.digests import write_digests
 from connectomics.volumes.source import reason
@@ -95,54 +97,78 @@ def check_exportable(output: FinalOutput, info: VolumeInfo, folder: Path, budget
         require_exportable(info, path, form, budget_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class Publisher:
+    """What finished outputs of a volume go through: built in ``staging``, they appear in ``folder`` with checksums."""
+
+    staging: Staging
+    folder: Path
+    run_folder: Path
+
+    def publish(self, name: str, path: Path) -> None:
+        """Give what is complete in the staging folder its final name; checksums of what stood there go first."""
+        place, record = self.staging.place(name), checksums_of(self.run_folder, path)
+        write_digests(place, self.staging.place(record.name), path.name)
+        self.staging.take_away(record)
+        self.staging.publish(name, path)
+        make_folder(record.parent)
+        self.staging.publish(record.name, record)
+        log.info("wrote %s", path)
+
+    def tell(self, provenance: str) -> None:
+        """Put what the outputs are made of into RUN."""
+        write_text(self.staging.place(PROVENANCE), provenance)
+        self.staging.publish(PROVENANCE, self.run_folder / PROVENANCE)
+
+
 def export_output(
-    store: Store, output: FinalOutput, folder: Path, stamp: dict[str, object], work: Path, run: RunStage
+    store: Store, output: FinalOutput, publisher: Publisher, stamp: dict[str, object], run: RunStage
 ) -> None:
-    """Write what is missing of an output from its complete working store; chunked ones are built in ``work``.
+    """Write what is missing of an output from its complete working store.
 
     Each carries ``stamp``, beside its result key. Raises OutputError if the disk refuses or what is written does not
     read back equal.
     """
-    paths = output.paths(folder)
-    for form in output.missing(folder):
+    paths = output.paths(publisher.folder)
+    for form in output.missing(publisher.folder):
         full = stamp | {"result_key": output.result_key}
-        if isinstance(output_format(form), ChunkedFormat):
-            _export_pyramid(store, output, form, paths[form], stamp=full, work=work, run=run)
-        else:
-            export_file(store, paths[form], form, full)
-        log.info("wrote %s", paths[form])
+        name = f"{output.name}.final.{form}"
+        place = publisher.staging.place(name)
+        try:
+            if isinstance(output_format(form), ChunkedFormat):
+                _fill_pyramid(store, output, form, paths[form], stamp=full, place=place, run=run)
+            else:
+                export_file(store, place, form, full, path=paths[form])
+            publisher.publish(name, paths[form])
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {paths[form]}: {reason(error)}. Free disk space or mend the permission, then run again; "
+                f"the computed blocks are kept in {store.path}."
+            ) from error
 
 
-def _export_pyramid(
-    store: Store, output: FinalOutput, form: str, path: Path, stamp: dict[str, object], work: Path, run: RunStage
+def _fill_pyramid(
+    store: Store,
+    output: FinalOutput,
+    form: str,
+    path: Path,
+    stamp: dict[str, object],
+    place: Path,
+    run: RunStage,
 ) -> None:
-    """Build a chunked output in the work folder, stamp it and move it to its final name."""
+    """Build a chunked output and stamp it."""
     labels, most = output.name != PROBABILITIES, None if output.pyramid else 1
     image = multiscale_of(form, store.info, store.shard_shape, path, labels=labels, levels=most)
-    place = work / f"{output.name}.final.{form}"
-    pyramid = Pyramid(f"{output.name}.{form}", image, place, labels)
-    fill_pyramid(pyramid, store, work, run, key=output.result_key)
-    try:
-        file, text = image.stamped(stamp, output.stem)
-        write_text(place / file, text)
-        put_in_place(place, path)
-        discard_ledgers(pyramid, work)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {reason(error)}. Free disk space or mend the permission, then run again; the "
-            f"computed blocks are kept in {place}."
-        ) from error
+    fill_pyramid(Pyramid(f"{output.name}.{form}", image, place, labels), store, run, key=output.result_key)
+    file, text = image.stamped(stamp, output.stem)
+    write_text(place / file, text)
+    fsync_path(place)
 
 
 def work_folder(run_folder: Path, outputs: Sequence[FinalOutput], program: str) -> Path:
     """Where the unfinished work on these results lies."""
     facts: dict[str, object] = {o.name: o.result_key for o in outputs}
     return run_folder / key_of(facts | {"program": program})[:16]
-
-
-def unseal(run_folder: Path, path: Path) -> None:
-    """Forget the checksums of a final output that is about to be replaced."""
-    checksums_of(run_folder, path).unlink(missing_ok=True)
 
 
 def seal(run_folder: Path, paths: Iterable[Path]) -> None:
@@ -153,15 +179,19 @@ def seal(run_folder: Path, paths: Iterable[Path]) -> None:
 
 
 def discard_stores(work: Path) -> None:
-    """Remove all that lies in a work folder but ledgers and leases."""
+    """Remove all that lies in a work folder but ledgers and what the processes agree on."""
     for path in list(work.iterdir()):
-        if path.is_dir() and not path.name.startswith((LEDGER, WORKERS)):
+        if path.is_dir() and not path.name.startswith((LEDGER, COORDINATION)):
             discard(path)
 
 
-def settle(run_folder: Path, work: Path, paths: Iterable[Path]) -> None:
-    """Do for finished outputs what a kill after the last export left undone: checksums, tidying."""
-    if not work.is_dir() or not tidy(work / WORKERS):
+def settle(run_folder: Path, work: Path, outputs: Sequence[FinalOutput], paths: Iterable[Path]) -> None:
+    """Do for finished outputs what is left when nobody works here any more: checksums of their paths, tidying."""
+    if not work.is_dir() or not is_deserted(work / COORDINATION):
         return
     seal(run_folder, paths)
     discard_stores(work)
+    discard(work / COORDINATION)
+    for path in work.glob(f"{STAGING}*"):
+        discard(path)
+    retire(run_folder.parent, [output.stem for output in outputs], work)

@@ -157,40 +157,36 @@ class Pyramid:
     labels: bool
 
 
-def fill_pyramid(pyramid: Pyramid, source: Store, work: Path, run: RunStage, key: str) -> None:
+def fill_pyramid(pyramid: Pyramid, source: Store, run: RunStage, key: str) -> None:
     """Make all levels, continuing what a killed run left; the caller is the only one who does.
 
-    ``source`` is the complete working store; the ledgers go to ``work``, and one of another ``key`` is refused. Raises
-    OutputError if the disk refuses or gives other voxels, QuarantineError if blocks failed.
+    ``source`` is the complete working store; the ledgers lie beside the place, and one of another ``key`` is refused.
+    Raises OutputError if the disk refuses or gives other voxels, QuarantineError if blocks failed.
     """
-    _prepare(pyramid, work, anew=not pyramid.place.is_dir())
+    _prepare(pyramid, anew=not pyramid.place.is_dir())
     tasks = _tasks(pyramid, source)
-    if not all(_intact(task, _ledger_folder(pyramid, work, k), key) for k, task in tasks.items()):
+    if not all(_intact(task, _ledger_folder(pyramid, k), key) for k, task in tasks.items()):
         log.warning("%s: recorded blocks are missing or damaged on disk and it is made again", pyramid.place.name)
-        _prepare(pyramid, work, anew=True)
+        _prepare(pyramid, anew=True)
         tasks = _tasks(pyramid, source)
     for k, task in tasks.items():
-        with contextlib.closing(_ledger(task, _ledger_folder(pyramid, work, k), key)) as ledger:
+        with contextlib.closing(_ledger(task, _ledger_folder(pyramid, k), key)) as ledger:
             blocks = run(task, ledger)
             if blocks.failures:
                 raise QuarantineError(failure_message(blocks.failures, blocks.planned, ledger.folder))
 
 
-def discard_ledgers(pyramid: Pyramid, work: Path) -> None:
-    """Forget how far the levels are."""
-    for k in range(len(pyramid.image.levels)):
-        discard(_ledger_folder(pyramid, work, k))
+def _ledger_folder(pyramid: Pyramid, level: int) -> Path:
+    return pyramid.place.parent / f"{LEDGER}_{pyramid.name}.{level}"
 
 
-def _ledger_folder(pyramid: Pyramid, work: Path, level: int) -> Path:
-    return work / f"{LEDGER}_{pyramid.name}.{level}"
-
-
-def _prepare(pyramid: Pyramid, work: Path, *, anew: bool) -> None:
+def _prepare(pyramid: Pyramid, *, anew: bool) -> None:
     """Arrays, empty where they are made anew."""
     try:
         if anew:
-            discard_ledgers(pyramid, work)
+            for k in range(len(pyramid.image.levels)):
+                discard(_ledger_folder(pyramid, k))
+            discard(pyramid.place)
             _create(pyramid)
         for pattern in LEFT_BEHIND:
             for file in pyramid.place.rglob(pattern):

@@ -1,0 +1,140 @@
+"""Which blocks of a stage this process does: each is leased, by whoever comes first, and says how its holders ended."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from connectomics.core.errors import QuarantineError
+from connectomics.core.files import write_text
+from connectomics.core.geometry import Block
+from connectomics.execution.ledger import Ledger
+from connectomics.execution.task import BlockFailure, BlockRecord, Executor, Task
+from connectomics.execution.worker import Worker
+
+log = logging.getLogger(__name__)
+Apart = Callable[[Task, Block], BlockRecord | BlockFailure]
+"""Runs a block in a process of its own, whose death is the block's failure."""
+QUARANTINE = "quarantine"
+MOST_DEATHS = 2  # of a block's holders, after which it is run apart
+FAILURES_IN_A_ROW = 16  # from which on something other than these blocks must be wrong
+FAILING = "failing"  # the record that counts them
+
+
+class BlockClaims:
+    """The leases of this process on the blocks of a stage.
+
+    Parameters
+    ----------
+    task, ledger
+        The stage and its record.
+    worker
+        This process among the others.
+    apart
+        For blocks that may have killed processes; None to run them like others.
+    """
+
+    def __init__(self, task: Task, ledger: Ledger, worker: Worker, apart: Apart | None = None) -> None:
+        self._task = task
+        self._ledger = ledger
+        self._worker = worker
+        self._apart = apart
+        self._suspects: deque[Block] = deque()
+        self._failed: dict[str, BlockFailure] = {}
+
+    def results(self, executor: Executor) -> Iterator[BlockRecord | BlockFailure]:
+        """What becomes of all blocks that nobody else does; ends when every block is done or has failed."""
+        for result in executor.run(self._task, self._claimed()):
+            yield result
+            yield from self._run_suspects()
+        yield from self._run_suspects()
+
+    def finish(self, key: str) -> None:
+        """Give a block back that is in the ledger."""
+        self._worker.release(self._lease(key))
+        quarantine_file(self._ledger.folder, key).unlink(missing_ok=True)
+
+    def fail(self, failure: BlockFailure) -> None:
+        """Set a block aside, for all processes of this attempt.
+
+        Raises
+        ------
+        QuarantineError
+            If so many failed, wherever, since the last one was finished, that something else must be wrong.
+        """
+        self._failed[failure.block] = failure
+        _set_aside(self._ledger.folder, failure)
+        self._worker.fail(self._lease(failure.block), failure.reason)
+        self._ledger.refresh()
+        in_a_row = self._worker.count(f"{self._task.name}.{FAILING}", self._ledger.finished)
+        if in_a_row >= FAILURES_IN_A_ROW and in_a_row < self._ledger.planned:
+            raise QuarantineError(f"{in_a_row} blocks in a row failed, the last with: {failure.reason}")
+
+    def failures(self) -> tuple[BlockFailure, ...]:
+        """All blocks that failed in this attempt and were not done by anybody."""
+        return tuple(f for key, f in self._failed.items() if not self._ledger.is_done(self._ledger.block(key)))
+
+    def _claimed(self) -> Iterator[Block | None]:
+        """Blocks that nobody has done or has in hand, each leased; waits while others have all that are left.
+
+        None comes before it waits: others may be waiting for what this process has in hand.
+        """
+        for pause in self._worker.pauses():
+            taken = busy = False
+            for block in self._ledger.unfinished():
+                lease = self._lease(block.key)
+                if block.key in self._failed or self._worker.holds(lease):
+                    continue
+                if not self._worker.acquire(lease):
+                    busy = not self._has_failed(block) or busy
+                    continue
+                self._ledger.refresh()
+                if self._ledger.is_done(block):
+                    self._worker.release(lease)
+                    continue
+                taken = True
+                if self._apart is not None and self._worker.held(lease).deaths >= MOST_DEATHS:
+                    self._suspects.append(block)
+                    yield None
+                else:
+                    yield block
+            if not busy:
+                return
+            yield None
+            if not taken:
+                self._worker.sleep(pause)
+            self._ledger.refresh()
+
+    def _run_suspects(self) -> Iterator[BlockRecord | BlockFailure]:
+        while self._suspects:
+            block = self._suspects.popleft()
+            assert self._apart is not None
+            log.warning(
+                "block %s was in hand when %d processes ended; it runs in one of its own", block.key, MOST_DEATHS
+            )
+            yield self._apart(self._task, block)
+
+    def _has_failed(self, block: Block) -> bool:
+        """Whether another process of this attempt has set a block aside."""
+        why = self._worker.failure(self._lease(block.key))
+        if why is not None:
+            self._failed[block.key] = BlockFailure(block.key, block.core, why, "")
+        return why is not None
+
+    def _lease(self, key: str) -> str:
+        return f"{self._task.name}.{key}"
+
+
+def quarantine_file(folder: Path, key: str) -> Path:
+    """Where the traceback of a block's failure is, in a ledger's folder."""
+    return folder / QUARANTINE / f"{key}.txt"
+
+
+def _set_aside(folder: Path, failure: BlockFailure) -> None:
+    path = quarantine_file(folder, failure.block)
+    path.parent.mkdir(exist_ok=True)
+    where = f"block {failure.block}, voxels (z, y, x) {failure.box.start} to {failure.box.stop}"
+    write_text(path, f"{where}\n{failure.reason}\n\n{failure.trace}")
+    log.error("%s is quarantined: %s", where, failure.reason)

@@ -1,0 +1,147 @@
+"""How a result appears: it is built in a folder that one epoch alone ever has, verified, and renamed from there.
+
+A holder of the single writer's lease may sleep between its last check and its rename. So whoever takes over first
+empties and removes the folders of earlier epochs: what the sleeper renames is not there any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from connectomics.core.errors import OutputError
+from connectomics.core.files import discard, fsync_path, make_folder
+from connectomics.execution.worker import Worker
+
+log = logging.getLogger(__name__)
+STAGING = "staging."
+ASIDE = "aside."
+OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
+
+
+class Staging:
+    """The folder in which the holder of a lease builds what it publishes; a context manager.
+
+    What earlier holders left in theirs is moved here under its name, so that it can be gone on with.
+
+    Parameters
+    ----------
+    work
+        Work folder, on the file system of the final names.
+    worker, lease
+        Who holds the lease.
+    confirm
+        What else must still hold when something is published; raises LeaseLostError where it does not.
+    """
+
+    def __init__(self, work: Path, worker: Worker, lease: str, confirm: Callable[[], None] = lambda: None) -> None:
+        self._work = work
+        self._worker = worker
+        self._lease = lease
+        self._confirm = confirm
+        self._aside = 0
+        held = worker.held(lease)
+        self.folder = work / f"{STAGING}{held.epoch}.{held.holder}"
+
+    def __enter__(self) -> Staging:
+        make_folder(self.folder)
+        self._inode = os.open(self.folder, os.O_RDONLY)
+        self.confirm()
+        for other in self._work.glob(f"{STAGING}*"):
+            if other != self.folder:
+                revoke(other, self._adopt)
+        self.confirm()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        os.close(self._inode)
+        if kind is None:
+            discard(self.folder)
+
+    def place(self, name: str) -> Path:
+        """Where something is built that will be published."""
+        return self.folder / name
+
+    def is_unobserved(self) -> bool:
+        """Whether nobody else may still read what this process worked with."""
+        return not self._worker.others()
+
+    def confirm(self) -> None:
+        """Make sure that this epoch is still the current one; a LeaseLostError where it is not."""
+        self._worker.confirm(self._lease)
+        self._confirm()
+
+    def publish(self, name: str, final: Path) -> None:
+        """Give what is complete and on the disk its final name, where nothing else is kept.
+
+        Both renames start or end in this folder itself, wherever its name leads by now: they fail once it was revoked.
+        """
+        self.confirm()
+        while True:
+            try:
+                if final.is_dir() or (final.exists() and self.place(name).is_dir()):
+                    self.take_away(final)
+                rename(name, final, self._inode, None)
+                break
+            except OSError as error:
+                if error.errno == errno.EXDEV:
+                    raise OutputError(
+                        f"{final}: lies on another file system than {self._work}, so that it cannot appear at once; "
+                        "let the RUN folder and the outputs be on one disk"
+                    ) from error
+                if error.errno not in OCCUPIED or not final.is_dir():
+                    raise
+            self.confirm()
+        fsync_path(final.parent)
+
+    def take_away(self, path: Path) -> None:
+        """Move a file or folder here, if it is there, to be removed with this folder."""
+        with contextlib.suppress(FileNotFoundError):
+            rename(path, self._unused(), None, self._inode)
+
+    def _adopt(self, entry: Path) -> None:
+        target = self.folder / (self._unused() if entry.name.startswith(ASIDE) else entry.name)
+        if target.exists():
+            target = self.folder / self._unused()
+        entry.rename(target)
+
+    def _unused(self) -> str:
+        self._aside += 1
+        return f"{ASIDE}{self._aside}"
+
+
+def rename(source: Path | str, target: Path | str, source_folder: int | None, target_folder: int | None) -> None:
+    """Rename, where a name may be one in an open folder."""
+    os.rename(source, target, src_dir_fd=source_folder, dst_dir_fd=target_folder)
+
+
+def revoke(folder: Path, move: Callable[[Path], None] = discard) -> None:
+    """Make sure that nothing is ever published from a staging folder again; a plain file takes its place.
+
+    ``move`` takes each entry away.
+    """
+    while not folder.is_file():
+        with contextlib.suppress(FileNotFoundError):
+            for entry in list(folder.iterdir()):
+                with contextlib.suppress(FileNotFoundError):
+                    move(entry)
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno not in OCCUPIED:
+                raise
+            continue  # its owner has written there once more
+        with contextlib.suppress(FileExistsError), folder.open("x"):
+            log.info("%s is revoked", folder)
+
+
+def revoke_all(work: Path) -> None:
+    """Revoke all staging folders in a work folder."""
+    for folder in work.glob(f"{STAGING}*"):
+        revoke(folder)

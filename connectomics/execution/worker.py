@@ -1,0 +1,309 @@
+"""This process among those that work in one folder: a session that a thread renews, and the leases it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from connectomics.core.errors import ConnectomicsError
+from connectomics.core.files import make_folder
+from connectomics.core.process import is_dead
+from connectomics.execution.coordination import CoordinationStore, DiskStore, Version
+from connectomics.execution.lease import (
+    FAILED,
+    FREE,
+    HELD,
+    HERE,
+    LIMIT_S,
+    RENEWALS,
+    SESSION,
+    Lease,
+    LeaseLostError,
+    Observer,
+    Presence,
+    Session,
+    lease_of,
+    packed,
+    pauses,
+    presence_of,
+)
+
+log = logging.getLogger(__name__)
+ATTEMPT = "attempt"  # the record that counts the attempts at a run, each begun when nobody else is here
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """What time it is, in seconds that only grow, and how to wait."""
+
+    now: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
+@dataclass(slots=True)
+class _Held:
+    """A lease of this process, and its record as it was last seen."""
+
+    lease: Lease
+    seen: Version
+
+
+class Worker:
+    """A process among others; a context manager.
+
+    Whether what it holds is still its own shows when it tries to change the record: ``confirm`` does so. Other threads
+    of the process may call everything here.
+
+    Parameters
+    ----------
+    store
+        Where all agree.
+    limit_s
+        How long a session may stand still before others take over.
+    clock
+        Of this process.
+    """
+
+    def __init__(self, store: CoordinationStore, *, limit_s: float = LIMIT_S, clock: Time | None = None) -> None:
+        self._store = store
+        self.limit_s = limit_s
+        self._clock = clock or Time()
+        self._observer = Observer(store, limit_s, self._clock.now)
+        self._lock = threading.RLock()
+        self._held: dict[str, _Held] = {}
+        self._session: Session | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew_often, name="session", daemon=True)
+        self.renewals: list[Callable[[], object]] = [self.renew]
+        self.attempt = 0
+
+    @classmethod
+    def of(cls, folder: Path, *, limit_s: float = LIMIT_S) -> Worker:
+        """One among those that work in a folder, which is made if absent."""
+        make_folder(folder)
+        return cls(DiskStore(folder), limit_s=limit_s)
+
+    def __enter__(self) -> Worker:
+        self.join()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self.leave()
+
+    def join(self) -> None:
+        """Become one of those who are here; whoever comes and finds nobody begins a new attempt at what failed."""
+        with self._lock:
+            first = self._session is None
+            self._session = Session(self._store, self.limit_s)
+            self.attempt = self._attempt(alone=first and not self.others())
+
+    def leave(self) -> None:
+        """Give back what is held, and end."""
+        with contextlib.suppress(ConnectomicsError):  # the disk may be gone; all of it goes with the process then
+            for name in list(self._held):
+                self.release(name)
+            if self._session is not None:
+                self._session.leave()
+
+    def renew(self) -> bool:
+        """Show that this process is alive; False where it counts as gone."""
+        return self._session is not None and self._session.renew()
+
+    def _renew_often(self) -> None:
+        while not self._ended.wait(self.limit_s / RENEWALS):
+            for renew in self.renewals:
+                with contextlib.suppress(ConnectomicsError):  # whoever works meets the same error and tells it
+                    renew()
+
+    @property
+    def mark(self) -> str:
+        """Name of the session."""
+        assert self._session is not None
+        return self._session.mark
+
+    def others(self) -> list[str]:
+        """Sessions of others that have not ended, as far as is known now."""
+        return [mark for mark in self._observer.present() if mark != self.mark]
+
+    def acquire(self, name: str) -> bool:
+        """Take a lease if nobody holds it who may be alive.
+
+        What has failed in this attempt is not to be had. A session that was revoked is replaced by a new one first.
+        """
+        with self._lock:
+            if self._session is None or self._session.lost:
+                log.warning("this process stood still for too long and counts as gone; it joins again")
+                self._held.clear()
+                self.join()
+            if name in self._held:
+                return False
+            seen = self._store.read(name)
+            lease = Lease(self.mark, note=str(self.attempt))
+            if seen is None:
+                made = self._store.create(name, packed(lease))
+            else:
+                before = lease_of(seen)
+                if before is not None and not self._is_free(before):
+                    return False
+                if before is None and not self._observer.watch.is_stale(name, seen.number, self.limit_s):
+                    return False  # it has just been made, or its maker died as it made it
+                lease = _next(lease, before, seen)
+                made = self._store.replace(name, seen, packed(lease))
+            if made is not None:
+                self._held[name] = _Held(lease, made)
+            return made is not None
+
+    def _is_free(self, lease: Lease) -> bool:
+        if lease.state == FAILED:
+            return lease.note.partition(" ")[0] != str(self.attempt)
+        return lease.state == FREE or self._observer.is_gone(lease.holder)
+
+    def holds(self, name: str) -> bool:
+        """Whether this process took the lease and has not found it lost."""
+        return name in self._held
+
+    def held(self, name: str) -> Lease:
+        """What is held; a LeaseLostError where it is not."""
+        with self._lock:
+            if name not in self._held:
+                raise LeaseLostError(name)
+            return self._held[name].lease
+
+    def confirm(self, name: str) -> None:
+        """Make sure that a lease is still held at this moment; a LeaseLostError where it is not."""
+        with self._lock:
+            if not self._change(name, HELD):
+                raise LeaseLostError(name)
+
+    def release(self, name: str) -> None:
+        """Give a lease back; one that another took over is left to it."""
+        with self._lock:
+            if name in self._held:
+                self._change(name, FREE)
+                self._held.pop(name, None)
+
+    def fail(self, name: str, why: str) -> None:
+        """Give a lease back for the last time in this attempt, since what it is for fails."""
+        with self._lock:
+            if name in self._held:
+                self._change(name, FAILED, f"{self.attempt} {why}")
+                self._held.pop(name, None)
+
+    def count(self, name: str, value: int) -> int:
+        """How often this was called in this attempt, by any process, since ``value`` is what it is."""
+        while True:
+            seen = self._store.read(name)
+            before = None if seen is None else lease_of(seen)
+            note = str(self.attempt)
+            same = before is not None and (before.epoch, before.note) == (value, note)
+            counted = Lease(self.mark, value, before.counter + 1 if before is not None and same else 1, note=note)
+            made = self._store.create(name, packed(counted)) if seen is None else None
+            if seen is not None:
+                made = self._store.replace(name, seen, packed(counted))
+            if made is not None:
+                return counted.counter
+
+    def failure(self, name: str) -> str | None:
+        """Why what a lease is for failed in this attempt, or None where it did not."""
+        seen = self._store.read(name)
+        lease = None if seen is None else lease_of(seen)
+        if lease is None or lease.state != FAILED or self._is_free(lease):
+            return None
+        return lease.note.partition(" ")[2]
+
+    def _change(self, name: str, state: str, note: str | None = None) -> bool:
+        """Write a held lease anew; where it is not this process's any more, it is held no longer."""
+        held = self._held.get(name)
+        if held is None:
+            return False
+        lease = dataclasses.replace(held.lease, counter=held.lease.counter + 1, state=state)
+        if note is not None:
+            lease = dataclasses.replace(lease, note=note)
+        seen = self._store.replace(name, held.seen, packed(lease))
+        if seen is None:
+            del self._held[name]
+            return False
+        self._held[name] = _Held(lease, seen)
+        return True
+
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Wait for a lease and hold it; a LeaseLostError instead of what went wrong where it was lost meanwhile."""
+        for pause in pauses(self.limit_s):
+            if self.acquire(name):
+                break
+            self._clock.sleep(pause)
+        try:
+            yield
+        except LeaseLostError:
+            raise
+        except Exception as error:
+            self._still(name, error)
+            raise
+        finally:
+            with contextlib.suppress(ConnectomicsError):
+                self.release(name)
+
+    def _still(self, name: str, error: Exception) -> None:
+        """Raise a LeaseLostError where a lease is lost for sure."""
+        try:
+            self.confirm(name)
+        except ConnectomicsError:
+            return
+        except LeaseLostError as lost:
+            raise lost from error
+
+    def pauses(self) -> Iterator[float]:
+        """Seconds to sleep between looks at what others do."""
+        return pauses(self.limit_s)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        self._clock.sleep(seconds)
+
+    def observer_of(self, folder: Path) -> Observer:
+        """Who looks at those that work in another folder, with this process's patience."""
+        return Observer(DiskStore(folder), self.limit_s, self._clock.now)
+
+    def _attempt(self, *, alone: bool) -> int:
+        seen = self._store.read(ATTEMPT)
+        if seen is None:
+            self._store.create(ATTEMPT, packed(Lease(self.mark)))
+        elif alone:
+            before = lease_of(seen)
+            self._store.replace(ATTEMPT, seen, packed(Lease(self.mark, 0 if before is None else before.epoch + 1)))
+        seen = self._store.read(ATTEMPT)
+        lease = None if seen is None else lease_of(seen)
+        return 0 if lease is None else lease.epoch
+
+
+def is_deserted(folder: Path) -> bool:
+    """Whether nobody who may be alive works in a folder, as far as is known without waiting."""
+    return not folder.is_dir() or not any(Observer(DiskStore(folder), LIMIT_S).present())
+
+
+def living(folder: Path) -> list[Presence]:
+    """Sessions in a folder of which nothing says that they ended; changes nothing."""
+    if not folder.is_dir():
+        return []
+    store = DiskStore(folder)
+    seen = (store.read(name) for name in store.list(SESSION))
+    told = [presence_of(version) for version in seen if version is not None]
+    return [each for each in told if each is not None and each.state == HERE and not is_dead(each.mark)]
+
+
+def _next(lease: Lease, before: Lease | None, seen: Version) -> Lease:
+    """The lease of the next holder, who inherits the deaths of those before."""
+    if before is None:
+        return dataclasses.replace(lease, epoch=seen.number + 1)
+    died = before.state == HELD
+    return dataclasses.replace(lease, epoch=before.epoch + 1, deaths=before.deaths + died)
