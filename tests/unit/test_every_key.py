@@ -380,7 +380,7 @@ def inside(*words: str) -> Check:
 
 def mask(world: World) -> bool:
     """At a quarter of y and an eighth of x."""
-    wanted = np.zeros((2, 6, 4), np.uint8)
+    wanted = np.zeros((2, 5, 3), np.uint8)
     wanted[:1, 1:5, 1:3] = 7
     return inside(f"inference.mask='{write_h5(world.folder / 'mask.h5', wanted)}'")(world)
 
