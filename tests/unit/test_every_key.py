@@ -81,8 +81,8 @@ class World:
         self.model = make_model(folder / "model", dimensions=2, patch=(16, 16), folds=("0", "1"), features=(4, 8))
         self.other = make_model(folder / "other", dimensions=2, patch=(16, 24), features=(4, 8), seed=8)
         shutil.copy(self.model / "fold_0" / "checkpoint_final.pth", self.model / "fold_0" / "checkpoint_other.pth")
-        self.volume = write_h5(folder / "v.h5", em_like((2, 24, 32)))
-        self.truth = write_h5(folder / "truth.h5", (em_like((2, 24, 32), 1) > 128).astype(np.uint8))
+        self.volume = write_h5(folder / "v.h5", em_like((2, 20, 24)))
+        self.truth = write_h5(folder / "truth.h5", (em_like((2, 20, 24), 1) > 128).astype(np.uint8))
         self._count = 0
         self._known: dict[tuple[str, ...], Result] = {}
 
@@ -229,7 +229,7 @@ def memory_budget(world: World) -> bool:
 def mixed_devices(world: World) -> bool:
     """A ledger of another numeric class is continued only when allowed."""
     output = world.folder / "mixed"
-    cut = ["inference.block_shape=[1,24,32]"]
+    cut = ["inference.block_shape=[1,20,24]"]
     world.again(output, *cut)
     (output / "v_labels.h5").unlink()
     refused = world.again(output, *cut, "system.num_cpus=2")
@@ -363,7 +363,7 @@ def overwrite(world: World) -> bool:
 
 def axes(world: World) -> bool:
     result = world.run("inference.axes=zxy")
-    return np.array_equal(result.read().shape, (2, 32, 24))
+    return np.array_equal(result.read().shape, (2, 24, 20))
 
 
 def inside(*words: str) -> Check:
@@ -380,7 +380,7 @@ def inside(*words: str) -> Check:
 
 def mask(world: World) -> bool:
     """At a quarter of y and an eighth of x."""
-    wanted = np.zeros((2, 6, 4), np.uint8)
+    wanted = np.zeros((2, 5, 3), np.uint8)
     wanted[:1, 1:5, 1:3] = 7
     return inside(f"inference.mask='{write_h5(world.folder / 'mask.h5', wanted)}'")(world)
 
@@ -571,7 +571,7 @@ def previous_stage(world: World) -> bool:
     )
 
     def found(number: int) -> Any:
-        given = write_h5(world.folder / f"given_{number}.h5", np.full((2, 24, 32), number, np.uint8))
+        given = write_h5(world.folder / f"given_{number}.h5", np.full((2, 20, 24), number, np.uint8))
         output = world.folder / f"second_{number}"
         assert main(infer_words(second, output, world.volume, f"model.previous_stage='{given}'")) == 0
         return Result(0, "", "", output).read()
@@ -658,7 +658,7 @@ TABLE: Mapping[str, Check] = {
     "inference.allow_anisotropic_planes": anisotropic,
     "inference.voxel_size_nm": changes(voxel_size, "inference.voxel_size_nm=[30,8,8]"),
     "inference.axes": axes,
-    "inference.block_shape": changes(lambda r: r.report["planned"], "inference.block_shape=[1,24,16]"),
+    "inference.block_shape": changes(lambda r: r.report["planned"], "inference.block_shape=[1,20,12]"),
     "inference.roi": inside("inference.roi=[[0,4,8],[1,20,24]]"),
     "inference.mask": mask,
     "inference.resample": changes(probabilities, "inference.resample=plan", SPACED, given=[SAVE, AS_VOLUME]),
