@@ -84,7 +84,7 @@ def _delay(report: DiskReport) -> list[Diagnosis]:
     other = f"{report.host} and this machine see" if report.host else "two processes of this machine see"
     text = f"{other} each other's files after {_seconds(by_name)} by name, {_seconds(by_listing)} by listing"
     found = [Diagnosis("delay", text, "" if math.isfinite(report.pair.delay_s) else NOT_SHARED)]
-    if not report.is_local and not report.host:
+    if report.with_child and not report.is_local:
         text = (
             "both processes ran on this machine, which remembers names for both: before several machines share runs, "
             f"run connectomics doctor {report.folder} --peer on two of them at the same time"

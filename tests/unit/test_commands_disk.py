@@ -229,7 +229,7 @@ def report_of(delay_s: float, kind: str = "nfs4", host: str = "node2") -> DiskRe
     facts = DiskFacts(kind, 1 << 40, None, clock_ahead_s=-75.0, refused={}, ignores_case=True)
     sights = (Sight(0.01, 0.01, (0.0, 0.0)), Sight(0.01, delay_s, (0.0, 0.0)))
     made = Creation((25, 25))
-    return DiskReport(Path("out"), facts, Pair(sights, {"link": made, "open": made}, ""), host)
+    return DiskReport(Path("out"), facts, Pair(sights, {"link": made, "open": made}, ""), host, with_child=False)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,8 @@ def test_the_limit_that_is_named_is_long_enough(report: DiskReport, stated_s: fl
 def test_what_is_strange_is_noted_and_what_is_never_seen_is_refused() -> None:
     assert [line[:4] for line in lines_of(disk.findings_of(report_of(1.0), 180.0))].count("note") == 2  # clock, case
     assert all(finding.ok for finding in disk.findings_of(report_of(1.0), 180.0))
-    assert "--peer" in found(report_of(1.0, host=""), "machines")[0].text
+    assert "--peer" in found(replace(report_of(1.0, host=""), with_child=True), "machines")[0].text
+    assert found(report_of(1.0, host=""), "machines") == found(report_of(1.0, "xfs", ""), "machines") == []
     never = report_of(math.inf)
     assert "never" in found(never, "delay")[0].text
     assert [found(never, subject)[0].ok for subject in ("delay", "limit")] == [False, False]

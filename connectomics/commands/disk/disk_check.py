@@ -40,12 +40,27 @@ Second = Callable[[Path], contextlib.AbstractContextManager[Ended]]
 
 @dataclass(frozen=True, slots=True)
 class DiskReport:
-    """What was measured of a folder's disk; ``host`` is the other machine, empty if both processes ran on this one."""
+    """What was measured of a folder's disk.
+
+    Parameters
+    ----------
+    folder
+        Which was named.
+    facts
+        That this process found out by itself.
+    pair
+        What both processes found out.
+    host
+        The other machine, empty if both ran on this one.
+    with_child
+        Whether the other was a child of this process, which sees the disk in the same way.
+    """
 
     folder: Path
     facts: DiskFacts
     pair: Pair
     host: str = ""
+    with_child: bool = True
 
     @property
     def is_local(self) -> bool:
@@ -100,7 +115,7 @@ def check_disk(
                 f"{folder}: cannot be written to or read ({error.strerror or error}); mend the disk or its "
                 "permissions, or choose another folder for results"
             ) from error
-    return DiskReport(folder, facts, pair, host)
+    return DiskReport(folder, facts, pair, host, with_child=not peer)
 
 
 def together(place: Path, role: str, ended: Ended, *, tempo: Tempo, tell: Tell) -> tuple[Pair, str]:
