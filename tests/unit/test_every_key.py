@@ -20,7 +20,9 @@ from torch import nn
 from tuned import keep_profile, torch_trial
 
 from connectomics.cli import main, script_main
+from connectomics.commands import decode
 from connectomics.config.load import known_keys
+from connectomics.lightning import inference
 from connectomics.models.backends import torch_eager
 from connectomics.stages.survey import survey
 
@@ -235,6 +237,24 @@ def mixed_devices(world: World) -> bool:
     refused = world.again(output, *cut, "system.num_cpus=2")
     allowed = world.again(output, *cut, "system.num_cpus=2", "system.allow_mixed_devices=true")
     return refused.code == 3 and "system.allow_mixed_devices=true" in refused.out and allowed.code == 0
+
+
+def stale_after(world: World) -> bool:
+    """What a run and a decoding are told of when another process counts as dead."""
+    seen = []
+
+    def spy(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def run(job: Any, settings: Any, *more: Any) -> Any:
+            seen.append((inner.__name__, settings.stale_s))
+            return inner(job, settings, *more)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "run_volume", spy(inference.run_volume))
+        patch.setattr(decode, "run_decode", spy(decode.run_decode))
+        result = world.again(world.folder / "stale", "system.stale_after_s=7.5", DECODED)
+    return result.code == 0 and seen == [("run_volume", 7.5), ("run_decode", 7.5)]
 
 
 OPENVINO = "system.backend=openvino"
@@ -618,6 +638,7 @@ TABLE: Mapping[str, Check] = {
     "system.num_cpus": thread_count("system.num_cpus=3"),
     "system.memory_budget_gb": memory_budget,
     "system.allow_mixed_devices": mixed_devices,
+    "system.stale_after_s": both(stale_after, refuses("system.stale_after_s=1.9", "must be 2 or more")),
     "system.inference.batch_size": refuses("system.inference.batch_size=2", "sw_batch_size"),
     "system.inference.num_gpus": refuses("system.inference.num_gpus=1", "num_gpus=1 asks for a GPU"),
     "system.inference.num_cpus": thread_count("system.num_cpus=2", "system.inference.num_cpus=3"),
