@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectomics.core.errors import ConnectomicsError, DeviceMemoryError, QuarantineError, StorageError, VolumeError
-from connectomics.core.files import write_text
+from connectomics.core.files import make_folder, write_text
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.core.geometry import Block
 from connectomics.execution.lease import Worker, pauses
@@ -228,7 +228,7 @@ def _quarantine_file(folder: Path, key: str) -> Path:
 
 def _set_aside(folder: Path, failure: BlockFailure) -> None:
     path = _quarantine_file(folder, failure.block)
-    path.parent.mkdir(exist_ok=True)
+    make_folder(path.parent)
     where = f"block {failure.block}, voxels (z, y, x) {failure.box.start} to {failure.box.stop}"
     write_text(path, f"{where}\n{failure.reason}\n\n{failure.trace}")
     log.error("%s is quarantined: %s", where, failure.reason)

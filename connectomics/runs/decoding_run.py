@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.core.files import write_text
+from connectomics.core.files import make_folder, write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
 from connectomics.core.process import new_mark
@@ -146,7 +146,7 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
     began = time.perf_counter()
     check_exportable(job.output, _info_of(job, job.plan), settings.folder, settings.budget_bytes)
     work, stages = job.work, list[BlocksDone]()
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work)
     with Worker(work / WORKERS, stale_s=settings.stale_s) as worker:
         here = f"{HERE}.{new_mark()}"
         with worker.alone(SINGLE_WRITER):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from connectomics.core.errors import OutputError, QuarantineError
-from connectomics.core.files import discard, write_text
+from connectomics.core.files import discard, make_folder, write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import Box
 from connectomics.execution.block_plan import BlockPlan
@@ -237,7 +237,7 @@ def _result_keys(job: VolumeJob) -> dict[str, object]:
 def _make_work_folder(work: Path) -> None:
     """Make it, and name unfinished work of other settings beside it."""
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        make_folder(work)
     except OSError as error:
         raise OutputError(
             f"{work}: cannot make the RUN folder ({error.strerror}); choose another output_path"

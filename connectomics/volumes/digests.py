@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from connectomics.core.files import replacing
+from connectomics.core.files import make_folder, replacing
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.volumes.source import files_below
 
@@ -14,7 +14,7 @@ SUFFIX = ".sha256"
 
 def write_digests(output: Path, record: Path) -> None:
     """Keep the sha256 of a file, or of every file in a folder, in ``record``; its lines appear whole or not at all."""
-    record.parent.mkdir(exist_ok=True)
+    make_folder(record.parent)
     with replacing(record) as temporary, temporary.open("w") as stream:
         for name, path in _files(output):
             stream.write(f"{sha256_of_file(path)}  {name}\n")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from connectomics.core.errors import QuarantineError
-from connectomics.core.files import replacing, write_once
+from connectomics.core.files import make_folder, replacing, write_once
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.ledger import Ledger
@@ -150,7 +150,7 @@ class StepContext:
     def fill(self, kind: str, compute: BlockFunction) -> Path:
         """Compute all blocks; the folder of this kind in which their arrays lie."""
         folder = self.place(kind)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.do(BlockTask(self.grid, folder, compute), folder)
         return folder
 
