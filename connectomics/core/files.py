@@ -30,6 +30,7 @@ TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR)
 NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.ENOSYS)
 """What a file system says that cannot flush a folder; whatever else it says went wrong."""
 REMEMBERED_FOLDERS = 4096
+PROBED = 40  # characters of a name from the first that differs on
 
 
 def require_short(name: str) -> None:
@@ -114,6 +115,26 @@ class DurableFolders:
         if self._root in folder.parents:
             self._once(above)
         fsync_path(above)
+
+
+def tells_apart(folder: Path, one: str, other: str) -> bool:
+    """Whether two names are two files in a folder, or the nearest one above that exists; True where it cannot be told.
+
+    Some file systems take names for the same that differ in their case, or in how an accent is written.
+    """
+    here = next(place for place in (folder, *folder.parents) if place.is_dir())
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    begin = max(0, same - 1)  # an accent of its own belongs to the letter before it
+    mark = new_mark()
+    probe, twin = (here / f".{mark}.{name[begin : begin + PROBED]}{TEMPORARY}" for name in (one, other))
+    try:
+        probe.touch(exist_ok=False)
+        return not twin.exists()
+    except OSError:
+        return True
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def discard(path: Path) -> None:

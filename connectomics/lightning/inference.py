@@ -263,7 +263,7 @@ class VolumeProcessor:
             One per volume in the given order; with ``stop_on_error`` the list ends at the first failure. When the disk
             of the results refuses, volumes that are not finished are not begun any more.
         """
-        sources = sources_of(sources, self._engine.spec.channels)
+        sources = sources_of(sources, self._engine.spec.channels, self._engine.settings.folder)
         check_previous_stage(self._engine.inference.models.previous_stage, self._engine.specs, sources)
         sample = sample or SharedSample(sources)
         finished = {s.name: paths for s in sources if (paths := self._finished(s)) is not None}

@@ -67,7 +67,7 @@ def mapped(path: Path, count: int, kind: npt.DTypeLike) -> Array:
 
 def _allocate(stream: FileIO, nbytes: int) -> None:
     """Give a file this size, with room on the disk for all of it."""
-    if sys.platform != "darwin":
+    if sys.platform == "linux":
         try:
             os.posix_fallocate(stream.fileno(), 0, nbytes)
             return

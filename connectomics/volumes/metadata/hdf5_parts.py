@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,21 @@ NamedFile = tuple[str, Path]
 
 def opened_file(path: Path) -> h5py.File:
     """Open an HDF5 file for reading; one that somebody is writing is refused where the file system knows locks."""
+    return h5py.File(path, "r", locking="best-effort" if _knows_locks(path) else False)
+
+
+def _knows_locks(path: Path) -> bool:
+    """Whether the file system of a file knows locks; asked first, for HDF5 refuses to open a file in two ways."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
     try:
-        return h5py.File(path, "r", locking="best-effort")
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        return h5py.File(path, "r", locking=False)
+        return error.errno not in NO_LOCKS
+    return True
 
 
 def parts_of(source: Source, dataset: Any) -> list[NamedFile]:
