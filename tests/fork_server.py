@@ -7,7 +7,6 @@ As a module: ``ForkServer``. As a script: the server itself, one JSON request a 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import importlib
 import json
@@ -51,23 +50,28 @@ class Ended:
     touched: tuple[str, ...]  # the path of each file operation in the watched folder
 
 
-@functools.cache
-def _server() -> subprocess.Popen[str]:
+_SERVERS: dict[Path | None, subprocess.Popen[str]] = {}
+
+
+def _server(preload: Path | None) -> subprocess.Popen[str]:
     """Start the server process: one for all files that a worker of the tests runs; ``end`` ends it."""
-    return subprocess.Popen(
-        [sys.executable, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    if preload not in _SERVERS:
+        more = {} if preload is None else {"LD_PRELOAD": str(preload)}
+        _SERVERS[preload] = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | more,
+        )
+    return _SERVERS[preload]
 
 
 def end() -> None:
-    """End the server process, if there is one."""
-    if _server.cache_info().currsize:
-        _server().communicate(timeout=60)
-        _server.cache_clear()
+    """End the server processes that there are."""
+    for process in _SERVERS.values():
+        process.communicate(timeout=60)
+    _SERVERS.clear()
 
 
 class ForkServer:
@@ -77,11 +81,13 @@ class ForkServer:
     ----------
     folder
         Where children's output is kept for a moment.
+    preload
+        A library that stands between the children and the C library.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, preload: Path | None = None) -> None:
         self._folder = folder
-        self._process = _server()
+        self._process = _server(preload)
 
     def __enter__(self) -> ForkServer:
         return self
