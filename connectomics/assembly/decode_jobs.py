@@ -64,7 +64,8 @@ class DecodingRequest:
     """What is asked of all volumes that are decoded: the steps in order, and what is left.
 
     ``axes`` and ``voxel_size_nm`` are those of volumes that do not say so themselves, ``block_shape`` (z, y, x) is None
-    where memory decides, and ``notes`` are what the user says, for the provenance.
+    where memory decides, ``stale_s`` is that of ``RunSettings``, and ``notes`` are what the user says, for the
+    provenance.
     """
 
     steps: tuple[DecodingStep, ...]
@@ -73,6 +74,7 @@ class DecodingRequest:
     voxel_size_nm: Nanometres | None
     block_shape: Vec3 | None
     budget_bytes: int
+    stale_s: float
     notes: Mapping[str, object]
 
     def facts(self) -> list[dict[str, object]]:
@@ -113,6 +115,7 @@ def decoding_request(config: Config) -> DecodingRequest:
         voxel_size_nm=None if size is None else (size[0], size[1], size[2]),
         block_shape=None if shape is None else vec3(shape),
         budget_bytes=memory_budget_bytes(config.system.memory_budget_gb),
+        stale_s=config.system.stale_after_s,
         notes={"experiment_name": config.experiment_name, "description": config.description},
     )
 

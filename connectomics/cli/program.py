@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from connectomics.cli import forecast
 from connectomics.cli.arguments import INSTANCES, parse_command, parse_mode
 from connectomics.cli.exit import FAILED, guarded, leave
-from connectomics.cli.usage import named_run, overrides_of, right_form, say, told_apart
+from connectomics.cli.usage import named_disk, named_run, overrides_of, right_form, say, told_apart
 from connectomics.core.errors import ConfigError
 from connectomics.core.places import local_path
 
@@ -288,14 +288,20 @@ def _convert(words: argparse.Namespace) -> int:
 
 
 def _doctor(words: argparse.Namespace) -> int:
-    config, checkpoint = named_run(words)
-    from connectomics.cli.doctor import examine
+    from connectomics.cli.diagnosis import lines_of
 
-    findings = examine(config, checkpoint)
-    for finding in findings:
-        say(f"{'ok  ' if finding.ok else 'MEND'} {finding.subject:12} {finding.text}")
-        if finding.mend:
-            say(f"     {'':12} → {finding.mend}")
+    named = named_disk(words)
+    if named is not None:
+        from connectomics.cli.disk import examine_disk
+
+        folder, config = named
+        findings = examine_disk(folder, config.system.stale_after_s, peer=words.peer)
+    else:
+        config, checkpoint = named_run(words)
+        from connectomics.cli.doctor import examine
+
+        findings = examine(config, checkpoint)
+    say("\n".join(lines_of(findings)))
     return 0 if all(f.ok for f in findings) else FAILED
 
 

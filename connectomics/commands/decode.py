@@ -76,7 +76,7 @@ class Decoder:
         ):
             job = decode_job(self._request, source, volume, likely)
             check_names((job.output,), self._folder, overwrite=self._request.output.overwrite)
-            settings = DecodeSettings(self._folder, self._request.budget_bytes)
+            settings = DecodeSettings(self._folder, self._request.budget_bytes, self._request.stale_s)
             report = run_decode(job, settings, SerialExecutor(), self._observer.block)
         return job.paths(self._folder), report
 
