@@ -212,7 +212,9 @@ class Ledger:
             number = self._counts.find(0, number + 1)
 
     def sign(self, signature: Mapping[str, Any]) -> None:
-        """Say who records from now on; it stands in the first line of this worker's file."""
+        """Say who records from now on; it stands in the first line of a file, which is a new one where need be."""
+        if signature != self._signature:
+            self.close()
         self._signature = dict(signature)
 
     def append(self, record: BlockRecord) -> None:
