@@ -77,7 +77,8 @@ def _infer_volume(words: argparse.Namespace) -> int:
 
     volumes = stated_volumes(config.inference.volume_mode)
     engine = build_engine(config, checkpoint)
-    sources = share_of(config.inference.volume_mode, named_sources(volumes, engine.spec.channels))
+    named = named_sources(volumes, engine.spec.channels, engine.settings.folder)
+    sources = share_of(config.inference.volume_mode, named)
     forecast.check_limits(words, engine, sources)
     return _ended(_run(config, engine, sources))
 
@@ -136,7 +137,7 @@ def _test(words: argparse.Namespace) -> int:
     if not images:
         raise ConfigError("test.data.test_image names no volume; set it to a path or a list of paths")
     engine = build_engine(config, checkpoint)
-    sources = named_sources(images, engine.spec.channels)
+    sources = named_sources(images, engine.spec.channels, engine.settings.folder)
     labels = config.test.data.test_label if config.test.evaluation.enabled else None
     if labels:
         check_known_answers(config.test, sources, decodes=bool(config.decoding))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from connectomics.core.errors import ConnectomicsError, OutputError, VolumeError
-from connectomics.core.files import require_short
+from connectomics.core.files import make_folder, require_short
 from connectomics.core.process import host_mark
 from connectomics.core.text import VisibleFormatter
 from connectomics.execution.retry import SYSTEMIC, errno_of
@@ -141,7 +141,7 @@ def _run_log(folder: Path) -> Iterator[None]:
     """
     require_short(folder.name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         handler = _LogFile(folder / "run.log")
     except OSError as error:
         raise OutputError(
