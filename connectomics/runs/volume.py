@@ -97,11 +97,10 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
     voxels = Box.of_shape(reader.info.extent).voxels
     subject = Subject(job.run_folder, work, lambda: (work / LEDGER,), voxels, predicted_s=job.record.predicted_s)
     with (
-        Accounting(subject) as accounting,
         Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker,
         NameClaims(settings.folder, names, work, worker) as claims,
+        Accounting(subject, worker, idle=standing() is not None),
     ):
-        accounting.joined(worker, idle=standing() is not None)
         crew = _Crew(worker, claims, executor, on_block)
         report = until_it_stands(lambda: _attempt(work, job, reader, settings, crew=crew), standing)
     settle(job.run_folder, work, job.outputs, (p for o in job.outputs for p in o.paths(settings.folder).values()))
