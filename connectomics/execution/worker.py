@@ -71,7 +71,7 @@ class Worker:
     """
 
     def __init__(self, store: CoordinationStore, *, limit_s: float = LIMIT_S, clock: Time | None = None) -> None:
-        self._store = store
+        self.store = store
         self.limit_s = limit_s
         self._clock = clock or Time()
         self._observer = Observer(store, limit_s, self._clock.now)
@@ -103,7 +103,7 @@ class Worker:
         """Become one of those who are here; whoever comes and finds nobody begins a new attempt at what failed."""
         with self._lock:
             first = self._session is None
-            self._session = Session(self._store, self.limit_s)
+            self._session = Session(self.store, self.limit_s)
             self.attempt = self._attempt(alone=first and not self.others())
 
     def leave(self) -> None:
@@ -146,10 +146,10 @@ class Worker:
                 self.join()
             if name in self._held:
                 return False
-            seen = self._store.read(name)
+            seen = self.store.read(name)
             lease = Lease(self.mark, note=str(self.attempt))
             if seen is None:
-                made = self._store.create(name, packed(lease))
+                made = self.store.create(name, packed(lease))
             else:
                 before = lease_of(seen)
                 if before is not None and not self._is_free(before):
@@ -157,7 +157,7 @@ class Worker:
                 if before is None and not self._observer.watch.is_stale(name, seen.number, self.limit_s):
                     return False  # it has just been made, or its maker died as it made it
                 lease = _next(lease, before, seen)
-                made = self._store.replace(name, seen, packed(lease))
+                made = self.store.replace(name, seen, packed(lease))
             if made is not None:
                 self._held[name] = _Held(lease, made)
             return made is not None
@@ -201,20 +201,20 @@ class Worker:
     def count(self, name: str, value: int) -> int:
         """How often this was called in this attempt, by any process, since ``value`` is what it is."""
         while True:
-            seen = self._store.read(name)
+            seen = self.store.read(name)
             before = None if seen is None else lease_of(seen)
             note = str(self.attempt)
             same = before is not None and (before.epoch, before.note) == (value, note)
             counted = Lease(self.mark, value, before.counter + 1 if before is not None and same else 1, note=note)
-            made = self._store.create(name, packed(counted)) if seen is None else None
+            made = self.store.create(name, packed(counted)) if seen is None else None
             if seen is not None:
-                made = self._store.replace(name, seen, packed(counted))
+                made = self.store.replace(name, seen, packed(counted))
             if made is not None:
                 return counted.counter
 
     def failure(self, name: str) -> str | None:
         """Why what a lease is for failed in this attempt, or None where it did not."""
-        seen = self._store.read(name)
+        seen = self.store.read(name)
         lease = None if seen is None else lease_of(seen)
         if lease is None or lease.state != FAILED or self._is_free(lease):
             return None
@@ -228,7 +228,7 @@ class Worker:
         lease = dataclasses.replace(held.lease, counter=held.lease.counter + 1, state=state)
         if note is not None:
             lease = dataclasses.replace(lease, note=note)
-        seen = self._store.replace(name, held.seen, packed(lease))
+        seen = self.store.replace(name, held.seen, packed(lease))
         if seen is None:
             del self._held[name]
             return False
@@ -275,13 +275,13 @@ class Worker:
         return Observer(DiskStore(folder), self.limit_s, self._clock.now)
 
     def _attempt(self, *, alone: bool) -> int:
-        seen = self._store.read(ATTEMPT)
+        seen = self.store.read(ATTEMPT)
         if seen is None:
-            self._store.create(ATTEMPT, packed(Lease(self.mark)))
+            self.store.create(ATTEMPT, packed(Lease(self.mark)))
         elif alone:
             before = lease_of(seen)
-            self._store.replace(ATTEMPT, seen, packed(Lease(self.mark, 0 if before is None else before.epoch + 1)))
-        seen = self._store.read(ATTEMPT)
+            self.store.replace(ATTEMPT, seen, packed(Lease(self.mark, 0 if before is None else before.epoch + 1)))
+        seen = self.store.read(ATTEMPT)
         lease = None if seen is None else lease_of(seen)
         return 0 if lease is None else lease.epoch
 

@@ -212,7 +212,8 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def settled(job: VolumeJob, settings: RunSettings) -> None:
     """As the next run finds the outputs complete."""
     work = work_folder(job.run_folder, job.outputs, settings.program)
-    settle(job.run_folder, work, (path for o in job.outputs for path in o.paths(settings.folder).values()))
+    paths = (path for o in job.outputs for path in o.paths(settings.folder).values())
+    settle(job.run_folder, work, job.outputs, paths)
 
 
 def test_what_a_kill_after_the_last_export_left_is_settled_and_other_work_stays(tmp_path: Path) -> None:
