@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from connectomics.core.errors import OutputError
 from connectomics.execution import publishing
-from connectomics.execution.lease import LeaseLostError
+from connectomics.execution.lease import LeaseLostError, lease_of, packed
 from connectomics.execution.publishing import Staging, revoke, revoke_all
 from connectomics.execution.worker import Worker
 
@@ -75,48 +76,43 @@ def test_what_a_dead_process_built_is_gone_on_with(work: Path, worker: Worker) -
         assert names(later.folder) == {"v.zarr/c/0"}
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_sleeper_publishes_nothing(
-    work: Path, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work: Path, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """It checked that the lease was its own, slept, and others took over: the rename itself fails."""
-    final, real = tmp_path / "v.h5", publishing.rename
-    for stand_there in (False, True):
-        if stand_there:
-            final.unlink()
-            final.mkdir()  # it would be moved away first
-            (final / "theirs").touch()
+    final, real = tmp_path / "v", publishing.rename
 
-        def slept(source: Path | str, target: Path | str, *folders: int | None) -> None:
-            monkeypatch.setattr(publishing, "rename", real)
-            with Worker.of(work / "coordination") as other:
-                take(other)
-                with Staging(work, other, LEASE) as theirs:
-                    theirs.place("new").write_text("theirs")
-                    if not stand_there:
-                        theirs.publish("new", final)
-                other.release(LEASE)
-            (staging.folder.parent / "touched").touch()
-            real(source, target, *folders)
+    def build(place: Path, text: str) -> None:
+        if kind == "file":
+            place.write_text(text)
+        else:
+            place.mkdir()
+            (place / text).touch()
 
-        with pytest.raises(LeaseLostError), worker.alone(LEASE), Staging(work, worker, LEASE) as staging:
-            staging.place("v").write_text("mine")
-            monkeypatch.setattr(publishing, "rename", slept)
-            staging.publish("v", final)
-        assert (final / "theirs").exists() if stand_there else final.read_text() == "theirs"
+    def slept(source: Path | str, target: Path | str, *folders: int | None) -> None:
+        monkeypatch.setattr(publishing, "rename", real)
+        with Worker.of(work / "coordination") as other:
+            take(other)
+            with Staging(work, other, LEASE) as theirs:
+                build(theirs.place("new"), "theirs")
+                theirs.publish("new", final)
+        real(source, target, *folders)
+
+    with pytest.raises(LeaseLostError), worker.alone(LEASE), Staging(work, worker, LEASE) as staging:
+        build(staging.place("v"), "mine")
+        monkeypatch.setattr(publishing, "rename", slept)
+        staging.publish("v", final)
+    assert final.read_text() == "theirs" if kind == "file" else names(final) == {"theirs"}
 
 
 def take(other: Worker) -> None:
     """Take the lease from its holder as if it had stood still."""
-    store = other.store
-    seen = store.read(LEASE)
+    seen = other.store.read(LEASE)
     assert seen is not None
-    from connectomics.execution.lease import lease_of, packed
-
     lease = lease_of(seen)
     assert lease is not None
-    import dataclasses
-
-    assert store.replace(LEASE, seen, packed(dataclasses.replace(lease, state="free", counter=99))) is not None
+    assert other.store.replace(LEASE, seen, packed(replace(lease, state="free", counter=99))) is not None
     assert other.acquire(LEASE)
 
 
