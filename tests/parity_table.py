@@ -356,8 +356,8 @@ def asks_stock(case: ParityCase) -> bool:
 def compare(case: ParityCase, folder: Path, *, quick: bool = False) -> ParityResult:
     """Label one image with both and count what differs.
 
-    ``quick`` takes smaller networks, a smaller image in 3D, asks stock nnU-Net of single models in 2D only, and computes two of the
-    blocks that the image is cut into, others in each case.
+    ``quick`` takes smaller networks, a smaller image in 3D, asks stock nnU-Net of single models in 2D only, and
+    computes two of the blocks that the image is cut into, others in each case.
     """
     stock = not quick or asks_stock(case)
     torch.set_num_threads(1)

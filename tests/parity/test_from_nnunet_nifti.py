@@ -32,6 +32,7 @@ AFFINES = {  # stored axes are x, y, z
     "thick": np.array([[1.0, 0, 0, 0], [0, -1.0, 0, 3], [0, 0, 3.6, 0], [0, 0, 0, 1.0]]),
 }
 
+
 def _model(folder: Path, dimensions: int) -> Path:
     case = ParityCase(dimensions, "plain", 2, "whole", False, "ZScoreNormalization", "uint8")
     return make_model(
