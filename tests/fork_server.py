@@ -243,6 +243,7 @@ def _import_everything() -> None:
     import encodings.utf_8_sig  # noqa: F401
     from importlib.resources import as_file, files
 
+    import imagecodecs  # noqa: F401
     import pandas  # noqa: F401 - pyarrow looks for it when it makes a table
     import pyarrow.parquet  # noqa: F401
     from PIL import Image
@@ -252,11 +253,14 @@ def _import_everything() -> None:
     from connectomics.cli import doctor, program, progress  # noqa: F401
     from connectomics.commands import decode  # noqa: F401
     from connectomics.config.load import load_config
+    from connectomics.core.features import DECODING_STEPS
     from connectomics.lightning import inference  # noqa: F401
     from connectomics.volumes.formats import hdf5, images, tiff, zarr  # noqa: F401
     from connectomics.volumes.phantom import volume  # noqa: F401
 
     Image.init()
+    for name in DECODING_STEPS.built_in:
+        DECODING_STEPS.load(name)
     with as_file(files("connectomics") / "example" / "phantom_mito_2d") as model:
         config = load_config(None, ["system.device=cpu"])  # Hydra is imported for words only
         load(model_settings(config.model, config.data, model))
