@@ -26,6 +26,7 @@ from pathlib import Path
 
 import h5py
 import pytest
+from answers import never_twice
 from PIL import Image
 
 import connectomics
@@ -100,6 +101,7 @@ def workplace(volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "mito_semantic_2d.pth").symlink_to(MODEL / "fold_all" / "checkpoint_final.pth")
     shutil.copytree(volumes, tmp_path, dirs_exist_ok=True)
     (tmp_path / "volumes.txt").write_text("data/cell_1.h5\n")
+    never_twice(monkeypatch)  # many commands label the same volume
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
     return tmp_path

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from answers import once_a_shape
 from golden_cases import CASES, KEYS, PROGRAM, derived_keys, differences, run_case
-
-from connectomics.models.backends.torch_eager import TorchBackend
 
 GOLDEN: dict[str, Any] = json.loads(KEYS.read_text())
 CONFIGURATIONS: dict[str, dict[str, Any]] = GOLDEN["configurations"]
@@ -23,24 +21,10 @@ UNDECIDING = {"two windows a batch, of OpenVINO", "stated blocks", "every format
 """Settings that do not decide the result: their result key is that of "smaller windows"."""
 
 
-def answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the first answer of a network serve every batch of its shape: no key depends on what it finds."""
-    forward = TorchBackend.forward
-    answers: dict[tuple[object, ...], torch.Tensor] = {}
-
-    def answer(self: TorchBackend, batch: torch.Tensor) -> torch.Tensor:
-        asked = (self, batch.shape)
-        if asked not in answers:
-            answers[asked] = forward(self, batch)
-        return answers[asked].clone()
-
-    monkeypatch.setattr(TorchBackend, "forward", answer)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_keys_are_the_golden_ones(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    answered_once(monkeypatch)
+    once_a_shape(monkeypatch)  # no key depends on what a network finds
     found = run_case(CASES[name], folder)
     assert list(found) == list(CONFIGURATIONS[name])
     for run, described in found.items():
