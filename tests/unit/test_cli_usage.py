@@ -147,7 +147,7 @@ ESCAPE = "\x1b]0;title\x07\x1b[2J"
 def test_names_from_files_are_printed_visibly(
     place: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(MODEL, place / "evil")
+    shutil.copytree(place / "model", place / "evil")
     for name in ("dataset.json", "plans.json"):
         content = json.loads((place / "evil" / name).read_text())
         if name == "dataset.json":
