@@ -123,11 +123,9 @@ class ForkServer:
         working_folder
             Where the command is called.
         """
-        request = {
-            "arguments": list(arguments),
+        request = self._request(arguments, watched) | {
             "signal": int(number),
             "after_s": after_s,
-            "watched": str(watched),
             "kill_at": kill_at or ("", 0),
             "file_limit_bytes": file_limit_bytes,
             "unprivileged": unprivileged and os.geteuid() == 0,
@@ -137,12 +135,24 @@ class ForkServer:
         (ended,) = self._answers([request])
         return ended
 
+    def run_code(self, code: str, *arguments: str) -> Ended:
+        """Run Python code in a child, with ``sys.argv`` as ``python -c`` has it."""
+        (ended,) = self._answers([self._request(arguments) | {"code": code}])
+        return ended
+
     def run_together(
         self, arguments: Sequence[str], count: int, *, watched: Path, kill_first_at: tuple[str, int] | None = None
     ) -> list[Ended]:
         """Run the command line in several children at once; the first may be killed, as in ``run``."""
-        request: dict[str, Any] = {
+        request = self._request(arguments, watched)
+        return self._answers([request | {"kill_at": kill_first_at or ("", 0)}, *[request] * (count - 1)])
+
+    @staticmethod
+    def _request(arguments: Sequence[str], watched: Path | None = None) -> dict[str, Any]:
+        """What the server is asked for where nothing else is stated."""
+        return {
             "arguments": list(arguments),
+            "code": None,
             "signal": int(signal.SIGKILL),
             "after_s": None,
             "watched": str(watched),
@@ -152,7 +162,6 @@ class ForkServer:
             "memory_bytes": None,
             "working_folder": str(Path.cwd()),
         }
-        return self._answers([request | {"kill_at": kill_first_at or ("", 0)}, *[request] * (count - 1)])
 
     def _answers(self, requests: list[dict[str, Any]]) -> list[Ended]:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -206,11 +215,16 @@ def _child(request: dict[str, Any]) -> None:
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
-    from connectomics.cli import main
-
     code = 1
     try:
-        code = main(request["arguments"])
+        if request["code"] is None:
+            from connectomics.cli import main
+
+            code = main(request["arguments"])
+        else:
+            sys.argv = ["-c", *request["arguments"]]
+            exec(compile(request["code"], "<code>", "exec"), {"__name__": "__main__"})  # noqa: S102
+            code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:  # noqa: BLE001 - what a process would print, too
@@ -229,6 +243,7 @@ def _import_everything() -> None:
     import encodings.utf_8_sig  # noqa: F401
     from importlib.resources import as_file, files
 
+    import imagecodecs  # noqa: F401
     import pandas  # noqa: F401 - pyarrow looks for it when it makes a table
     import pyarrow.parquet  # noqa: F401
     from PIL import Image
@@ -238,11 +253,14 @@ def _import_everything() -> None:
     from connectomics.cli import doctor, program, progress  # noqa: F401
     from connectomics.commands import decode  # noqa: F401
     from connectomics.config.load import load_config
+    from connectomics.core.features import DECODING_STEPS
     from connectomics.lightning import inference  # noqa: F401
     from connectomics.volumes.formats import hdf5, images, tiff, zarr  # noqa: F401
     from connectomics.volumes.phantom import volume  # noqa: F401
 
     Image.init()
+    for name in DECODING_STEPS.built_in:
+        DECODING_STEPS.load(name)
     with as_file(files("connectomics") / "example" / "phantom_mito_2d") as model:
         config = load_config(None, ["system.device=cpu"])  # Hydra is imported for words only
         load(model_settings(config.model, config.data, model))
