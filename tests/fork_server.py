@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,12 +52,16 @@ class Ended:
 @functools.cache
 def _server() -> subprocess.Popen[str]:
     """Start the server process: one for all files that a worker of the tests runs; ``end`` ends it."""
+    return _started({})
+
+
+def _started(stated: Mapping[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | stated,
     )
 
 
@@ -75,11 +79,15 @@ class ForkServer:
     ----------
     folder
         Where children's output is kept for a moment.
+    preloaded
+        A library that stands before the C library, see ``preloads``; the server is one of its own then, and ends with
+        the context.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, preloaded: Path | None = None) -> None:
         self._folder = folder
-        self._process = _server()
+        self._own = preloaded is not None
+        self._process = _started({"LD_PRELOAD": str(preloaded)}) if self._own else _server()
 
     def __enter__(self) -> ForkServer:
         return self
@@ -87,7 +95,9 @@ class ForkServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the process to the next one."""
+        """Leave the process to the next one, unless it is one of its own."""
+        if self._own:
+            self._process.communicate(timeout=60)
 
     def run(
         self,
