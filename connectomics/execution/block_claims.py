@@ -11,6 +11,7 @@ from connectomics.core.errors import QuarantineError
 from connectomics.core.files import make_folder, write_text
 from connectomics.core.geometry import Block
 from connectomics.execution.ledger import Ledger
+from connectomics.execution.run_folder import stage_of
 from connectomics.execution.task import BlockFailure, BlockRecord, Executor, Task
 from connectomics.execution.worker import Worker
 
@@ -68,7 +69,7 @@ class BlockClaims:
         _set_aside(self._ledger.folder, failure)
         self._worker.fail(self._lease(failure.block), failure.reason)
         self._ledger.refresh()
-        in_a_row = self._worker.count(f"{self._task.name}.{FAILING}", self._ledger.finished)
+        in_a_row = self._worker.count(self._lease(FAILING), self._ledger.finished)
         if in_a_row >= FAILURES_IN_A_ROW and in_a_row < self._ledger.planned:
             raise QuarantineError(f"{in_a_row} blocks in a row failed, the last with: {failure.reason}")
 
@@ -124,7 +125,18 @@ class BlockClaims:
         return why is not None
 
     def _lease(self, key: str) -> str:
-        return f"{self._task.name}.{key}"
+        return lease_name(self._ledger.folder, key)
+
+
+def lease_name(folder: Path, key: str) -> str:
+    """Name of the lease on a block of the stage whose ledger is in a folder."""
+    return f"{stage_of(folder)}.{key}"
+
+
+def quarantined(ledger: Ledger) -> tuple[str, ...]:
+    """Keys of the blocks that are set aside and were not done since."""
+    keys = sorted(path.stem for path in (ledger.folder / QUARANTINE).glob("*.txt"))
+    return tuple(key for key in keys if not ledger.is_done(ledger.block(key)))
 
 
 def quarantine_file(folder: Path, key: str) -> Path:

@@ -182,6 +182,11 @@ class Session:
         return self._told.mark
 
     @property
+    def told(self) -> Presence:
+        """What its record says."""
+        return self._told
+
+    @property
     def lost(self) -> bool:
         """Whether it is known to have been revoked."""
         return self._lost

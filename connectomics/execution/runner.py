@@ -132,6 +132,7 @@ def run_blocks(
     planned, before = ledger.planned, ledger.finished
     on_block(before, planned)
     log.info("%s: %d blocks planned, %d finished before", task.name, planned, before)
+    ledger.sign(worker.signature)
     claims = BlockClaims(task, ledger, worker, apart)
     done = windows = 0
     for result in claims.results(executor):

@@ -13,16 +13,13 @@ from pathlib import Path
 
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.files import make_folder
-from connectomics.core.process import is_dead
 from connectomics.execution.coordination import CoordinationStore, DiskStore, Version
 from connectomics.execution.lease import (
     FAILED,
     FREE,
     HELD,
-    HERE,
     LIMIT_S,
     RENEWALS,
-    SESSION,
     Lease,
     LeaseLostError,
     Observer,
@@ -31,7 +28,6 @@ from connectomics.execution.lease import (
     lease_of,
     packed,
     pauses,
-    presence_of,
 )
 
 log = logging.getLogger(__name__)
@@ -82,6 +78,8 @@ class Worker:
         self._thread = threading.Thread(target=self._renew_often, name="session", daemon=True)
         self.renewals: list[Callable[[], object]] = [self.renew]
         self.attempt = 0
+        self._begun_by = ""  # the session that began the attempt
+        self._first: Presence | None = None
 
     @classmethod
     def of(cls, folder: Path, *, limit_s: float = LIMIT_S) -> Worker:
@@ -104,6 +102,7 @@ class Worker:
         with self._lock:
             first = self._session is None
             self._session = Session(self.store, self.limit_s)
+            self._first = self._first or self._session.told
             self.attempt = self._attempt(alone=first and not self.others())
 
     def leave(self) -> None:
@@ -129,6 +128,14 @@ class Worker:
         """Name of the session."""
         assert self._session is not None
         return self._session.mark
+
+    @property
+    def signature(self) -> dict[str, object]:
+        """What this process signs its work with: the name of its first session, who it is, and in which attempt."""
+        first = self._first
+        assert first is not None
+        who = {"worker": first.mark, "host": first.host, "pid": first.pid, "since": first.since}
+        return who | {"attempt": self._begun_by}
 
     def others(self) -> list[str]:
         """Sessions of others that have not ended, as far as is known now."""
@@ -283,22 +290,13 @@ class Worker:
             self.store.replace(ATTEMPT, seen, packed(Lease(self.mark, 0 if before is None else before.epoch + 1)))
         seen = self.store.read(ATTEMPT)
         lease = None if seen is None else lease_of(seen)
+        self._begun_by = "" if lease is None else lease.holder
         return 0 if lease is None else lease.epoch
 
 
 def is_deserted(folder: Path) -> bool:
     """Whether nobody who may be alive works in a folder, as far as is known without waiting."""
     return not folder.is_dir() or not any(Observer(DiskStore(folder), LIMIT_S).present())
-
-
-def living(folder: Path) -> list[Presence]:
-    """Sessions in a folder of which nothing says that they ended; changes nothing."""
-    if not folder.is_dir():
-        return []
-    store = DiskStore(folder)
-    seen = (store.read(name) for name in store.list(SESSION))
-    told = [presence_of(version) for version in seen if version is not None]
-    return [each for each in told if each is not None and each.state == HERE and not is_dead(each.mark)]
 
 
 def _next(lease: Lease, before: Lease | None, seen: Version) -> Lease:

@@ -55,7 +55,7 @@ STAGES = {  # text in the paths of a stage's file operations, and how many kills
     "precomputed": (".precomputed", 1),
     "checksums": ("/checksums", 1),
     "provenance": ("provenance.json", 1),
-    "report": ("report.json", 1),
+    "report": ("/report", 1),
 }
 ELSEWHERE = {  # stages like another one, or those that test_decode_kills.py kills a smaller job in
     *("pieces", "joins", "tables of objects", "objects", "table", "watershed"),
