@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -185,6 +185,16 @@ def open_decoding_input(request: DecodingRequest, source: DecodingInput) -> Volu
         reader.close()
         raise
     return reader
+
+
+@contextlib.contextmanager
+def opened_job(request: DecodingRequest, source: DecodingInput) -> Iterator[DecodeJob]:
+    """All that decoding one volume needs, open while the context is; errors are those of opening and ``decode_job``."""
+    named = stated_probabilities(request, source)
+    with contextlib.ExitStack() as opened:
+        volume = opened.enter_context(contextlib.closing(open_decoding_input(request, source)))
+        likely = None if named is None else opened.enter_context(contextlib.closing(open_volume(named)))
+        yield decode_job(request, source, volume, likely)
 
 
 def decode_job(
