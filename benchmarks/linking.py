@@ -26,7 +26,8 @@ from connectomics.execution.task import Task
 from connectomics.execution.worker import Worker
 from connectomics.objects.arrays import save
 from connectomics.objects.links import Linking, Sections, link
-from connectomics.objects.merge import IDS, OBJECTS, OFFSETS, table
+from connectomics.objects.mapped_tables import table
+from connectomics.objects.merge import IDS, OBJECTS, OFFSETS
 from connectomics.objects.overlaps import COLUMNS, OVERLAP, summed
 from connectomics.objects.pieces import PIECE
 from connectomics.objects.table import MeasurementUnits

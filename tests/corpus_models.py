@@ -85,7 +85,9 @@ def written(content: Callable[[Path], bytes]) -> Damage:
 def torch_zip(pickled: bytes, *, packed: bool = False) -> bytes:
     """What torch.save writes, around any pickle."""
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(
+        stream, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED, compresslevel=1
+    ) as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/version", "3\n")
         archive.writestr("archive/data/0", bytes(16))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 from corpus_volumes import GOOD, WIDE, Make, chunk_in, edit, folder_of, json_in
-from mutations import zeros_deflated
+from mutations import zeros_deflated, zeros_gzipped
 
 VAST = [WIDE, WIDE, WIDE]
 
@@ -264,7 +263,7 @@ OTHERS: dict[str, Make] = {
         multiscales(coordinateTransformations=[{"type": "scale", "scale": [1, [2], "x"]}]),
     ),
     "zarr2_bomb": chunk_in("zarr2_bomb", "zarr2", lambda d: zeros_deflated(1 << 29)),
-    "n5_bomb": chunk_in("n5_bomb", "n5", lambda d: d[:16] + gzip.compress(bytes(1 << 29), 1)),
+    "n5_bomb": chunk_in("n5_bomb", "n5", lambda d: d[:16] + zeros_gzipped(1 << 29)),
     "n5_header": chunk_in("n5_header", "n5", lambda d: d[:4] + b"\xff" * 12 + d[16:]),
     "n5_many_axes": chunk_in("n5_many_axes", "n5", lambda d: b"\0\0\xff\xff" + d[4:]),
     "zarr3_index": chunk_in("zarr3_index", "zarr3", lambda d: d[:-200] + b"\xf0" * 196 + d[-4:]),

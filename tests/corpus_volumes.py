@@ -23,7 +23,7 @@ import SimpleITK
 import tifffile
 import wkw
 import zarr
-from mutations import HUGE, TEXTS, Bytes, blind, odd_json, odd_text, put, zeros_deflated
+from mutations import HUGE, TEXTS, Bytes, blind, odd_json, odd_text, put, zeros_deflated, zeros_gzipped
 from PIL import Image
 
 from chunk_writers import write_n5, write_precomputed
@@ -381,7 +381,7 @@ WRITTEN: dict[str, tuple[str, Callable[[], bytes]]] = {
     "tif_shaped": ("tif", lambda: described(json.dumps({"shape": [WIDE, WIDE, WIDE]}))),
     "tif_shaped_deep": ("tif", lambda: described('{"shape": ' + "[" * 20000 + "]" * 20000 + "}")),
     "nii_zip": ("nii.gz", lambda: gzip.compress(original("nii"))[:-8] + bytes(8)),
-    "nii_tail": ("nii.gz", lambda: gzip.compress(original("nii")) + gzip.compress(bytes(1 << 29), 1)),
+    "nii_tail": ("nii.gz", lambda: gzip.compress(original("nii")) + zeros_gzipped(1 << 29)),
     "nii_plain": ("nii.gz", lambda: original("nii")),
 }
 CHANGED: dict[str, tuple[str, Bytes]] = {
@@ -411,11 +411,11 @@ CHANGED: dict[str, tuple[str, Bytes]] = {
     "nrrd_skip": ("nrrd", lambda d: d.replace(b"encoding:", b"byte skip: 99999999999999\nencoding:")),
     "nrrd_lines": ("nrrd", lambda d: d.replace(b"encoding:", b"line skip: 99999999999999\nencoding:")),
     "nrrd_outside": ("nrrd", lambda d: d.replace(b"encoding:", b"data file: /etc/passwd\nencoding:")),
-    "nrrd_bomb": ("nrrdgz", lambda d: d.partition(b"\n\n")[0] + b"\n\n" + gzip.compress(bytes(1 << 29), 1)),
+    "nrrd_bomb": ("nrrdgz", lambda d: d.partition(b"\n\n")[0] + b"\n\n" + zeros_gzipped(1 << 29)),
     "mha_sizes": ("mha", lambda d: d.replace(b"DimSize = 32 24 2", b"DimSize = 9999999 9999999 9999")),
     "mha_channels": ("mha", lambda d: d.replace(b"ElementType", b"ElementNumberOfChannels = 999999999\nElementType")),
     "mha_outside": ("mha", lambda d: d.replace(b"= LOCAL", b"= ../../etc/passwd")),
-    "mha_bomb": ("mhapacked", lambda d: d.partition(b"= LOCAL\n")[0] + b"= LOCAL\n" + zlib.compress(bytes(1 << 29), 1)),
+    "mha_bomb": ("mhapacked", lambda d: d.partition(b"= LOCAL\n")[0] + b"= LOCAL\n" + zeros_deflated(1 << 29)),
     "gipl_sizes": ("gipl", put(0, b"\xff" * 8)),
     "dm3_tags": ("dm3", put(14, b"\xff" * 4)),
     "dm3_dims": ("dm3", lambda d: put(d.index(b"Dimensions") + 31, b"\xff" * 3)(d)),

@@ -32,7 +32,7 @@ FILE_EVENTS = {
     "os.link": 1,
     "os.symlink": 1,
 }
-"""Of Python's audit events, and which of their arguments is the path."""
+"""Of Python's audit events, and which of their arguments is the path; opening a folder, to flush it, is none."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _child(request: dict[str, Any]) -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
         path = str(arguments[FILE_EVENTS[event]]) if event in FILE_EVENTS else ""
-        if not path.startswith(request["watched"]):
+        if not path.startswith(request["watched"]) or (event == "open" and Path(path).is_dir()):
             return
         os.write(touched, f"{path}\n".encode())
         count += text in path

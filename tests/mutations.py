@@ -152,9 +152,24 @@ def odd_text(name: str, text: bytes) -> bytes:
 TEXTS = ("cut", "latin", "deep", "deep_value", "digits", "list", "bare", "nul", "bom", "utf16")
 
 
-@functools.cache
 def zeros_deflated(count: int) -> bytes:
-    """A zlib stream of zeros: a thousandth of what it unpacks to."""
-    packer = zlib.compressobj(9)
-    piece = bytes(1 << 20)
-    return b"".join([packer.compress(piece) for _ in range(count >> 20)]) + packer.flush()
+    """A zlib stream of zeros: a thousandth of what it unpacks to; ``count`` is whole mebibytes."""
+    check = (count % 65521) << 16 | 1  # Adler-32: the sum of the bytes is 0, that of the sums counts them
+    return b"\x78\xda" + _zeros(count) + check.to_bytes(4, "big")
+
+
+@functools.cache
+def zeros_gzipped(count: int) -> bytes:
+    """The same as a gzip file."""
+    piece, check = bytes(1 << 20), 0
+    for _ in range(count >> 20):
+        check = zlib.crc32(piece, check)
+    head = b"\x1f\x8b\x08" + bytes(6) + b"\xff"
+    return head + _zeros(count) + check.to_bytes(4, "little") + (count % 2**32).to_bytes(4, "little")
+
+
+def _zeros(count: int) -> bytes:
+    """Deflated zeros: a mebibyte is packed once and then repeated, which a full flush makes possible."""
+    packer = zlib.compressobj(9, wbits=-15)
+    piece = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return piece * (count >> 20) + b"\x03\x00"

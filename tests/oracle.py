@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import multiprocessing
+import os
+import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -162,6 +165,64 @@ def predict_files(predictor: Any, images: Path, output: Path, *, exact: bool = T
             files = sorted(str(path) for path in images.glob(f"{case}_????{ending}"))
             image, properties = reader.read_images(files)
             predictor.predict_single_npy_array(image, properties, None, str(output / case), False)
+
+
+def command(
+    words: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    *,
+    entry: str = "predict_entry_point",
+    exact: bool = False,
+) -> None:
+    """Run ``nnUNetv2_predict`` itself, in this process: case after case, which nnU-Net offers too, on one thread.
+
+    Parameters
+    ----------
+    words
+        Its arguments.
+    environment
+        ``nnUNet_results`` and its like.
+    entry
+        The function that the command calls.
+    exact
+        float32 accumulators; False is stock nnU-Net.
+    """
+
+    def sequential(
+        self: Any,
+        images: Any,
+        output: Any,
+        save_probabilities: bool,
+        overwrite: bool,
+        folder_with_segs_from_prev_stage: str | None = None,
+        **_: object,
+    ) -> Any:
+        found = (images, output, save_probabilities, overwrite, folder_with_segs_from_prev_stage)
+        return self.predict_from_files_sequential(*found)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(folders_of(environment or {}))
+        stack.enter_context(mock.patch.object(sys, "argv", [entry, *words]))
+        stack.enter_context(mock.patch.object(multiprocessing, "cpu_count", lambda: 1))
+        stack.enter_context(mock.patch.object(predict_from_raw_data.nnUNetPredictor, "predict_from_files", sequential))
+        if exact:
+            stack.enter_context(float32_accumulators())
+        vars(predict_from_raw_data)[entry]()
+
+
+@contextlib.contextmanager
+def folders_of(environment: Mapping[str, str]) -> Iterator[None]:
+    """Let nnU-Net find its folders where an environment says; older releases read it when they are imported."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, environment))
+        for name, module in list(sys.modules.items()):
+            for variable in environment if name.startswith("nnunetv2.") else ():
+                if isinstance(vars(module).get(variable, 0), str | None):
+                    stack.enter_context(mock.patch.object(module, variable, environment[variable]))
+        yield
 
 
 @contextlib.contextmanager

@@ -222,10 +222,13 @@ def image_of(case: ParityCase, *, seed: int = 0, quick: bool = False) -> np.ndar
     return image
 
 
-def train(network: torch.nn.Module, case: ParityCase, steps: int = TRAINING_STEPS) -> None:
-    """Teach nnU-Net's network the scene's classes, so that its logits are as decided as a trained model's."""
+def train(network: torch.nn.Module, case: ParityCase, steps: int = TRAINING_STEPS, *, quick: bool = True) -> None:
+    """Teach nnU-Net's network the scene's classes, so that its logits are as decided as a trained model's.
+
+    ``quick`` shows it pieces of half the patch along each axis.
+    """
     torch.set_num_threads(1)
-    patch = patch_of(case)
+    patch = tuple(n // 2 for n in patch_of(case)) if quick else patch_of(case)
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2)
     for step in range(steps):
         pairs = [scene(case.channels, (1,) * (3 - len(patch)) + patch, 1000 + 2 * step + i) for i in range(2)]
@@ -287,7 +290,8 @@ def normalised(case: ParityCase, image: np.ndarray) -> np.ndarray:
     return image if case.scheme == "RescaleTo01Normalization" else scaled
 
 
-def model_of(case: ParityCase, folder: Path, steps: int = TRAINING_STEPS) -> Path:
+def model_of(case: ParityCase, folder: Path, steps: int = TRAINING_STEPS, *, quick: bool = False) -> Path:
+    """A trained model; ``quick`` takes a network of two stages instead of three, and shows it smaller pieces."""
     planned = None if case.spacings is None else case.spacings[0]
     functions = {"torch even": TORCH, "torch thick": TORCH, "no resampling": NONE}
     return make_model(
@@ -302,7 +306,8 @@ def model_of(case: ParityCase, folder: Path, steps: int = TRAINING_STEPS) -> Pat
         reader="NaturalImage2DIO" if case.by_slice else "SimpleITKIO",
         scheme=case.scheme,
         seed=3,
-        give_weights=functools.partial(train, case=case, steps=steps),
+        features=(4, 8) if quick else (4, 8, 12),
+        give_weights=functools.partial(train, case=case, steps=steps, quick=quick),
         labels=REGIONS if case.labels == "regions" else None,
         regions_class_order=[1, 2] if case.labels == "regions" else None,
         spacing=planned,
@@ -351,8 +356,8 @@ def asks_stock(case: ParityCase) -> bool:
 def compare(case: ParityCase, folder: Path, *, quick: bool = False) -> ParityResult:
     """Label one image with both and count what differs.
 
-    ``quick`` takes a smaller image in 3D, asks stock nnU-Net of single models in 2D only, and computes two of the
-    blocks that the image is cut into, others in each case.
+    ``quick`` takes smaller networks, a smaller image in 3D, asks stock nnU-Net of single models in 2D only, and
+    computes two of the blocks that the image is cut into, others in each case.
     """
     stock = not quick or asks_stock(case)
     torch.set_num_threads(1)
@@ -360,7 +365,7 @@ def compare(case: ParityCase, folder: Path, *, quick: bool = False) -> ParityRes
     members = [case, partner_of(case)] if case.stage == "ensemble" else [case]
     previous = previous_of(case, quick=quick)
     steps = TRAINING_STEPS if stock else FEWER_STEPS
-    models = [model_of(member, folder / str(i), steps) for i, member in enumerate(members)]
+    models = [model_of(member, folder / str(i), steps, quick=quick) for i, member in enumerate(members)]
     mirror = case.situation != "no mirroring"
     words = [
         "system.device=cpu",

@@ -1,4 +1,4 @@
-"""What pyramids are compared with: windows one by one with numpy and scipy, and the readers of other programs."""
+"""What pyramids are compared with: windows one by one with numpy, and the readers of other programs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import zarr
-from scipy import stats
 
 Vec3 = tuple[int, ...]
 
@@ -22,7 +21,8 @@ def coarser(voxels: np.ndarray, step: Vec3, phase: Vec3, *, labels: bool) -> np.
         spans = zip(at[1:], step, phase, strict=True)
         window = voxels[(at[0], *(slice(max(0, i * s - p), (i + 1) * s - p) for i, s, p in spans))]
         if labels:
-            result[at] = stats.mode(window, axis=None).mode  # the smallest of equally frequent ones
+            found, counts = np.unique(window, return_counts=True)
+            result[at] = found[counts.argmax()]  # the smallest of equally frequent ones
         else:
             value = window.astype(np.float64).mean()
             result[at] = np.rint(value) if voxels.dtype.kind in "iu" else value

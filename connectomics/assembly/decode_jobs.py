@@ -31,7 +31,7 @@ from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.objects.table import require_parquet
-from connectomics.runs.decoding_run import DecodeJob, DecodeRecord, TableProbabilities
+from connectomics.runs.decoding_run import DecodeJob, DecodeRecord, DecodeSettings, TableProbabilities
 from connectomics.stages.decode.context import decode_plan, in_chunks
 from connectomics.stages.decode.object_filters import passes
 from connectomics.stages.decode.step_contract import DecodingMemory, DecodingStep, StepInput
@@ -64,7 +64,8 @@ class DecodingRequest:
     """What is asked of all volumes that are decoded: the steps in order, and what is left.
 
     ``axes`` and ``voxel_size_nm`` are those of volumes that do not say so themselves, ``block_shape`` (z, y, x) is None
-    where memory decides, and ``notes`` are what the user says, for the provenance.
+    where memory decides, ``stale_s`` is that of ``RunSettings``, and ``notes`` are what the user says, for the
+    provenance.
     """
 
     steps: tuple[DecodingStep, ...]
@@ -73,6 +74,7 @@ class DecodingRequest:
     voxel_size_nm: Nanometres | None
     block_shape: Vec3 | None
     budget_bytes: int
+    stale_s: float
     notes: Mapping[str, object]
 
     def facts(self) -> list[dict[str, object]]:
@@ -113,6 +115,7 @@ def decoding_request(config: Config) -> DecodingRequest:
         voxel_size_nm=None if size is None else (size[0], size[1], size[2]),
         block_shape=None if shape is None else vec3(shape),
         budget_bytes=memory_budget_bytes(config.system.memory_budget_gb),
+        stale_s=config.system.stale_after_s,
         notes={"experiment_name": config.experiment_name, "description": config.description},
     )
 
@@ -185,6 +188,11 @@ def open_decoding_input(request: DecodingRequest, source: DecodingInput) -> Volu
         reader.close()
         raise
     return reader
+
+
+def settings_of(request: DecodingRequest) -> DecodeSettings:
+    """Return how all volumes of a request are decoded."""
+    return DecodeSettings(request.output.folder, request.budget_bytes, request.stale_s)
 
 
 @contextlib.contextmanager

@@ -143,6 +143,7 @@ class CallSettings:
     decodes: bool
     readers: int
     allow_mixed: bool
+    stale_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +203,7 @@ def resolve(config: Config | Given | None, checkpoint: str | os.PathLike[str] | 
             decodes=bool(config.decoding),
             readers=max(1, system.inference.num_workers or 1),
             allow_mixed=system.allow_mixed_devices,
+            stale_s=system.stale_after_s,
         ),
     )
 

@@ -51,7 +51,8 @@ def list_sources(config: Config | Given | None, channels: int) -> list[VolumeSou
     ConfigError
         If none is stated, none matches, or two would write the same names.
     """
-    return named_sources(stated_volumes(as_config(config).inference.volume_mode), channels)
+    stated = as_config(config).inference
+    return named_sources(stated_volumes(stated.volume_mode), channels, Path(stated.data.output_path))
 
 
 def stated_volumes(mode: VolumeModeConfig) -> list[str]:
@@ -75,15 +76,17 @@ def stated_volumes(mode: VolumeModeConfig) -> list[str]:
     return without_results(uris, mode.output_suffix)
 
 
-def named_sources(uris: list[str], channels: int) -> list[VolumeSource]:
-    """Volumes of stated paths, collisions refused."""
+def named_sources(uris: list[str], channels: int, folder: Path | None = None) -> list[VolumeSource]:
+    """Volumes of stated paths, collisions refused, also those that only the file system of the output folder makes."""
     sources = group(uris, channels)
-    refuse_collisions(sources)
+    refuse_collisions(sources, folder)
     return sources
 
 
-def sources_of(given: Sequence[VolumeSource | str | os.PathLike[str]], channels: int) -> list[VolumeSource]:
-    """Volumes that were listed by ``list_sources``, or of paths.
+def sources_of(
+    given: Sequence[VolumeSource | str | os.PathLike[str]], channels: int, folder: Path
+) -> list[VolumeSource]:
+    """Volumes that were listed by ``list_sources``, or of paths, whose results go into a folder.
 
     Raises
     ------
@@ -99,7 +102,7 @@ def sources_of(given: Sequence[VolumeSource | str | os.PathLike[str]], channels:
     for uri in uris:
         if why := refusal(uri):
             raise ConfigError(f"{uri}: {why}")
-    return named_sources(uris, channels)
+    return named_sources(uris, channels, folder)
 
 
 def share_of(mode: VolumeModeConfig, sources: list[VolumeSource]) -> list[VolumeSource]:

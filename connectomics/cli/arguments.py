@@ -25,6 +25,7 @@ examples:
   connectomics convert MODEL OUTPUT
   connectomics config keys inference.output
   connectomics doctor MODEL
+  connectomics doctor out/
   connectomics verify MODEL VOLUME
   connectomics decode out/NAME_labels.run 'decoding=[{name: connected_components}]' -o out/
   connectomics reproduce out/NAME_labels.h5
@@ -143,7 +144,7 @@ def _add_runs(commands: Commands) -> None:
         ("infer-volume", "label a list of volumes; finished ones are skipped, unfinished ones resumed"),
         ("plan", "say what infer-volume would take with these words: time, memory, disk, reading"),
         ("test", "label the volumes of test.data and, where labels are given, measure the result"),
-        ("doctor", "check versions, device, memory, disk, model and volumes"),
+        ("doctor", "check versions, device, memory, disk, model and volumes, or what the disk of a FOLDER can do"),
     ):
         command = _command(commands, name, text)
         _add_run_words(command)
@@ -154,6 +155,9 @@ def _add_runs(commands: Commands) -> None:
             command.add_argument("--max-gb", type=float, metavar="G", help=text)
         if name == "plan":
             _add_json(command)
+        if name == "doctor":
+            text = "measure the disk of FOLDER with the same command on a second machine, run at the same time"
+            command.add_argument("--peer", action="store_true", help=text)
 
 
 def _add_measurements(commands: Commands) -> None:

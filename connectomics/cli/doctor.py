@@ -6,7 +6,6 @@ import importlib
 import importlib.metadata
 import platform
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -17,6 +16,7 @@ from connectomics.assembly.engine.cascade import check_previous_stage
 from connectomics.assembly.engine.make_engine import build_engine
 from connectomics.assembly.settings import memory_budget_bytes, network_settings
 from connectomics.assembly.volumes import list_sources, open_source, share_of
+from connectomics.cli.diagnosis import LOW_DISK_BYTES, Diagnosis
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.installation import DISTRIBUTION, VERSION, install_command
@@ -26,22 +26,7 @@ from connectomics.models.nnunet_releases import known_bad
 PACKAGE = "connectomics"
 RELEASES = ("nnunetv2", "torch", "dynamic_network_architectures")
 LOW_MEMORY_BYTES = 4 << 30
-LOW_DISK_BYTES = 10 << 30
 VOLUMES_OPENED = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """One thing that was looked at; ``mend`` says what to do when it is not ok."""
-
-    subject: str
-    text: str
-    mend: str = ""
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is nothing to mend."""
-        return not self.mend
 
 
 def examine(config: Config, checkpoint: Path | None) -> list[Diagnosis]:

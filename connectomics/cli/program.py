@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from connectomics.cli import forecast
 from connectomics.cli.arguments import INSTANCES, parse_command, parse_mode
 from connectomics.cli.exit import FAILED, guarded, leave
-from connectomics.cli.usage import named_run, overrides_of, right_form, say, told_apart
+from connectomics.cli.usage import named_disk, named_run, overrides_of, right_form, say, told_apart
 from connectomics.core.errors import ConfigError
 from connectomics.core.places import local_path
 
@@ -77,7 +77,8 @@ def _infer_volume(words: argparse.Namespace) -> int:
 
     volumes = stated_volumes(config.inference.volume_mode)
     engine = build_engine(config, checkpoint)
-    sources = share_of(config.inference.volume_mode, named_sources(volumes, engine.spec.channels))
+    named = named_sources(volumes, engine.spec.channels, engine.settings.folder)
+    sources = share_of(config.inference.volume_mode, named)
     forecast.check_limits(words, engine, sources)
     return _ended(_run(config, engine, sources))
 
@@ -136,7 +137,7 @@ def _test(words: argparse.Namespace) -> int:
     if not images:
         raise ConfigError("test.data.test_image names no volume; set it to a path or a list of paths")
     engine = build_engine(config, checkpoint)
-    sources = named_sources(images, engine.spec.channels)
+    sources = named_sources(images, engine.spec.channels, engine.settings.folder)
     labels = config.test.data.test_label if config.test.evaluation.enabled else None
     if labels:
         check_known_answers(config.test, sources, decodes=bool(config.decoding))
@@ -288,14 +289,20 @@ def _convert(words: argparse.Namespace) -> int:
 
 
 def _doctor(words: argparse.Namespace) -> int:
-    config, checkpoint = named_run(words)
-    from connectomics.cli.doctor import examine
+    from connectomics.cli.diagnosis import lines_of
 
-    findings = examine(config, checkpoint)
-    for finding in findings:
-        say(f"{'ok  ' if finding.ok else 'MEND'} {finding.subject:12} {finding.text}")
-        if finding.mend:
-            say(f"     {'':12} → {finding.mend}")
+    named = named_disk(words)
+    if named is not None:
+        from connectomics.cli.disk import examine_disk
+
+        folder, config = named
+        findings = examine_disk(folder, config.system.stale_after_s, peer=words.peer)
+    else:
+        config, checkpoint = named_run(words)
+        from connectomics.cli.doctor import examine
+
+        findings = examine(config, checkpoint)
+    say("\n".join(lines_of(findings)))
     return 0 if all(f.ok for f in findings) else FAILED
 
 

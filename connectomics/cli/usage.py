@@ -21,7 +21,7 @@ FORMS = {
     "infer-volume": "MODEL VOLUME… -o OUT key=value…",
     "plan": "MODEL VOLUME… key=value…",
     "test": "MODEL test.data.test_image=VOLUME test.data.test_label=TRUTH -o OUT",
-    "doctor": "MODEL VOLUME… key=value…",
+    "doctor": "FOLDER, or MODEL VOLUME… key=value…",
     "tune": "MODEL VOLUME key=value…",
     "evaluate": "PREDICTION TRUTH -o OUT key=value…",
     "inspect": "MODEL_OR_VOLUME key=value…",
@@ -211,6 +211,43 @@ def named_run(words: argparse.Namespace) -> tuple[Config, Path | None]:
     found = [uri for word in plain for uri in expand(word, word) if len(plain) == 1 or Path(uri).suffix != ".run"]
     overrides.append({f"{VOLUMES}.file_list": list(dict.fromkeys(found)), f"{VOLUMES}.file_pattern": None})
     return load_config(words.config, overrides), checkpoint
+
+
+def named_disk(words: argparse.Namespace) -> tuple[Path, Config] | None:
+    """The folder whose disk ``doctor`` is to measure, and the configuration; None where its words mean a run.
+
+    A folder is meant if it stands alone, and is neither a model nor a volume.
+
+    Raises
+    ------
+    ConfigError
+        If a folder must be meant and is not named.
+    """
+    from connectomics.config.load import load_config
+
+    plain, stated = told_apart(words.overrides)
+    if words.peer and (len(plain) != 1 or words.checkpoint is not None):
+        raise ConfigError("--peer takes one folder and no model; write connectomics doctor FOLDER --peer")
+    if len(plain) != 1 or words.checkpoint is not None:
+        return None
+    config = load_config(words.config, [*stated, *_output(words, stated)])
+    named = config.model.nnunet_checkpoint is None and not refusal(plain[0])
+    if words.peer or (named and _is_mere_folder(Path(plain[0]))):
+        return local_path(plain[0], "FOLDER"), config
+    return None
+
+
+def _is_mere_folder(path: Path) -> bool:
+    """Whether a path is a folder that is neither a model nor, by its name or its files, a volume."""
+    from connectomics.models.locate import looks_like_model
+    from connectomics.volumes.input_formats import input_formats
+
+    if not path.is_dir() or looks_like_model(path):
+        return False
+    forms = [form for form in input_formats() if form.is_folder]
+    suffixes = tuple(suffix for form in forms for suffix in form.suffixes)
+    markers = [marker for form in forms for marker in form.markers or ()]
+    return not path.name.lower().endswith(suffixes) and not any((path / marker).exists() for marker in markers)
 
 
 def say(text: object = "", file: TextIO | None = None) -> None:

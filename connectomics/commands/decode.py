@@ -16,6 +16,7 @@ from connectomics.assembly.decode_jobs import (
     opened_job,
     output_of,
     run_folder_of,
+    settings_of,
     table_of,
 )
 from connectomics.assembly.engine.engine import Engine
@@ -25,7 +26,7 @@ from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.task import RunReport
 from connectomics.jobs.apart import decoded_apart
 from connectomics.jobs.outcome import NullObserver, Observer, VolumeOutcome, attempted, outcomes_of
-from connectomics.runs.decoding_run import DecodeSettings, lacks_table, run_decode
+from connectomics.runs.decoding_run import lacks_table, run_decode
 from connectomics.stages.output.finish import check_names, settle, work_folder
 from connectomics.volumes.listing import stem_of
 
@@ -70,10 +71,7 @@ class Decoder:
     def _process(self, source: DecodingInput) -> tuple[tuple[Path, ...], RunReport]:
         with opened_job(self._request, source) as job:
             check_names((job.output,), self._folder, overwrite=self._request.output.overwrite)
-            settings, apart = (
-                DecodeSettings(self._folder, self._request.budget_bytes),
-                decoded_apart(self._request, source),
-            )
+            apart, settings = decoded_apart(self._request, source), settings_of(self._request)
             report = run_decode(job, settings, SerialExecutor(), self._observer.block, apart=apart)
         return job.paths(self._folder), report
 

@@ -81,6 +81,13 @@ class SystemConfig:
         "true: continue a run that another numeric class (another kind of device, say) began; the last digits may "
         "differ",
     )
+    stale_after_s: float = key(
+        180.0,
+        "seconds without a sign of life after which a process on another machine counts as dead and its work is taken "
+        "over; 2 or more; `connectomics doctor FOLDER` measures [what a disk needs](recovery.md#what-a-disk-must-do)",
+        rule.at_least(2),
+        rule.positive("must be a finite number of seconds"),
+    )
     inference: SystemInferenceConfig = field(default_factory=SystemInferenceConfig)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from connectomics.core.errors import QuarantineError
-from connectomics.core.files import write_text
+from connectomics.core.files import make_folder, write_text
 from connectomics.core.geometry import Block
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.task import BlockFailure, BlockRecord, Executor, Task
@@ -138,7 +138,7 @@ def quarantine_file(folder: Path, key: str) -> Path:
 
 def _set_aside(folder: Path, failure: BlockFailure) -> None:
     path = quarantine_file(folder, failure.block)
-    path.parent.mkdir(exist_ok=True)
+    make_folder(path.parent)
     where = f"block {failure.block}, voxels (z, y, x) {failure.box.start} to {failure.box.stop}"
     write_text(path, f"{where}\n{failure.reason}\n\n{failure.trace}")
     log.error("%s is quarantined: %s", where, failure.reason)

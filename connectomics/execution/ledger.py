@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from connectomics.core.errors import LedgerError
-from connectomics.core.files import write_once, write_text
+from connectomics.core.files import make_folder, write_once, write_text
 from connectomics.core.geometry import Block, BlockGrid, Vec3, vec3
 from connectomics.execution.append_log import LineFile, whole_lines
 from connectomics.execution.block_plan import BlockPlan
@@ -98,7 +98,7 @@ class Ledger:
             "plan": asdict(plan),
             "volume": list(volume),
         }
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if not (folder / HEADER).exists():
             write_once(folder / HEADER, json.dumps(self._header))
         found = read_header(folder)

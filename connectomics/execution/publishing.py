@@ -13,8 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from connectomics.core.errors import OutputError
-from connectomics.core.files import discard, fsync_path, make_folder
+from connectomics.core.files import discard, fsync_path, make_folder, other_disk
 from connectomics.execution.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -89,10 +88,7 @@ class Staging:
                 break
             except OSError as error:
                 if error.errno == errno.EXDEV:
-                    raise OutputError(
-                        f"{final}: lies on another file system than {self._work}, so that it cannot appear at once; "
-                        "let the RUN folder and the outputs be on one disk"
-                    ) from error
+                    raise other_disk(self.folder, final) from error
                 if error.errno not in OCCUPIED or not final.is_dir():
                     raise
             self.confirm()

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from connectomics.assembly.decode_inputs import DecodingInput
-from connectomics.assembly.decode_jobs import DecodingRequest, opened_job
+from connectomics.assembly.decode_jobs import DecodingRequest, opened_job, settings_of
 from connectomics.assembly.engine.backends import as_begun
 from connectomics.assembly.engine.cascade import open_labels, open_previous
 from connectomics.assembly.engine.engine import Engine
@@ -25,7 +25,6 @@ from connectomics.core.geometry import Block
 from connectomics.execution.executors.child_process import ChildProcess
 from connectomics.execution.task import BlockFailure, BlockRecord
 from connectomics.models.backends.device import give_back, select_device
-from connectomics.runs.decoding_run import DecodeSettings
 from connectomics.runs.one_block import block_of_decoding, block_of_volume
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.volume import VolumeReader
@@ -72,8 +71,7 @@ def decoded_block(
 ) -> BlockRecord | BlockFailure:
     """As ``labelled_block``, of a volume that is decoded."""
     with opened_job(request, source) as job:
-        settings = DecodeSettings(request.output.folder, request.budget_bytes)
-        return block_of_decoding(job, settings, folder, block)
+        return block_of_decoding(job, settings_of(request), folder, block)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from connectomics.core.errors import ConnectomicsError, OutputError, VolumeError
-from connectomics.core.files import require_short
+from connectomics.core.files import make_folder, require_short
 from connectomics.core.text import VisibleFormatter
 from connectomics.execution.retry import SYSTEMIC, errno_of
 from connectomics.execution.task import RunReport
@@ -136,7 +136,7 @@ def _run_log(folder: Path) -> Iterator[None]:
     """While open, everything the package logs also goes to ``run.log`` in a RUN folder."""
     require_short(folder.name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         handler = _LogFile(folder / "run.log")
     except OSError as error:
         raise OutputError(

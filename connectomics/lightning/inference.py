@@ -36,6 +36,7 @@ from connectomics.assembly.volumes import (
 from connectomics.config.load import Given, Stated, as_config, load_config
 from connectomics.config.schema import Config
 from connectomics.core.errors import ConfigError, ConnectomicsError, VolumeError
+from connectomics.core.files import make_folder
 from connectomics.core.geometry import Box
 from connectomics.execution.executors.overlapping import OverlappingExecutor
 from connectomics.execution.stage import LABELS, PROBABILITIES
@@ -263,7 +264,7 @@ class VolumeProcessor:
             One per volume in the given order; with ``stop_on_error`` the list ends at the first failure. When the disk
             of the results refuses, volumes that are not finished are not begun any more.
         """
-        sources = sources_of(sources, self._engine.spec.channels)
+        sources = sources_of(sources, self._engine.spec.channels, self._engine.settings.folder)
         check_previous_stage(self._engine.inference.models.previous_stage, self._engine.specs, sources)
         sample = sample or SharedSample(sources)
         finished = {s.name: paths for s in sources if (paths := self._finished(s)) is not None}
@@ -314,7 +315,7 @@ class VolumeProcessor:
 def check_output_folder(folder: Path) -> None:
     """Make the output folder, or say why it cannot be; ConfigError if it cannot be made or written to."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise ConfigError(
             f"inference.data.output_path={folder}: cannot be made ({error.strerror}); choose another folder"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import pickle
 import re
 import warnings
@@ -123,7 +124,8 @@ def _check_names(path: Path) -> None:
                     f"{path}: its {entry.filename:.80} is packed or takes {entry.file_size} bytes, expected at most "
                     f"{_LARGEST_PICKLE_BYTES} as they are; it is not a checkpoint written by torch.save"
                 )
-            with archive.open(entry) as stream:
+            opened: Any = archive.open(entry)
+            with io.BufferedReader(opened) as stream:  # instructions take a few bytes each
                 for name in named_globals(stream):
                     _check_name(path, name)
     if len(pickles) != 1:

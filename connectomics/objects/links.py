@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS, ascending, mapped, roots, spans, table, unite
+from connectomics.objects.mapped_tables import flush, mapped, table
+from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS, ascending, roots, spans, unite
 from connectomics.objects.overlaps import COLUMNS, OVERLAP, load_overlaps, summed
 from connectomics.objects.pieces import PIECE, merged, nothing, together
 from connectomics.volumes.volume import Array
@@ -241,5 +242,4 @@ def _written(sections: Sections, classes: Array, numbers: Array, count: int, fol
             rows["border"] |= (rows["start"][:, 0] == 0) | (rows["stop"][:, 0] == sections.depth)
         rows, at = merged(rows, numbers[span])
         objects[at] = together(objects[at], rows)
-    ids.flush()
-    objects.flush()
+    flush(ids, objects)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from connectomics.objects.arrays import load
+from connectomics.objects.mapped_tables import changeable, flush, mapped, table
 from connectomics.objects.pieces import PIECE, merged, nothing, together
 from connectomics.volumes.volume import Array
 
@@ -61,16 +61,10 @@ def merge(cuts: Cuts, folder: Path, *, first_id: int = FIRST_ID, at_once: int = 
     if cuts.joins is not None:
         _follow(tables, at_once)
     objects = _measured(cuts, tables, folder, count, first_id=first_id, at_once=at_once)
-    for table in (tables.ids, objects):
-        table.flush()
+    flush(tables.ids, objects)
     for path in folder.glob("scratch_*"):
         path.unlink()
     return count
-
-
-def table(path: Path, count: int, kind: npt.DTypeLike) -> np.memmap[Any, Any]:
-    """A new table of ``count`` rows in a file, mapped; where there is none it holds one row nobody reads."""
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(kind), shape=(max(count, 1),))
 
 
 def spans(count: int, at_once: int) -> Iterator[slice]:
@@ -122,11 +116,6 @@ def _gathered(cuts: Cuts, folder: Path) -> _Tables:
         parent=parent,
         leader=table(folder / "scratch_leader", linked, np.int64),
     )
-
-
-def mapped(path: Path, count: int, kind: npt.DTypeLike) -> Array:
-    """The rows of a file, mapped."""
-    return np.memmap(path, kind, "r", shape=(count,)) if count else np.zeros(0, kind)
 
 
 def _join(cuts: Cuts, tables: _Tables, folder: Path, at_once: int) -> None:
@@ -245,7 +234,7 @@ def _measured(
 
 def number_by_first(folder: Path, count: int, *, at_once: int = AT_ONCE) -> None:
     """Number objects that were joined by value by their first voxels, in their tables; their value becomes 1."""
-    objects = np.load(folder / OBJECTS, mmap_mode="r+")
+    objects = changeable(folder / OBJECTS)
     numbers = table(folder / "scratch_by_value", count, np.uint64)
     ordered = table(folder / "scratch_ordered", count, PIECE)
     following = 0
@@ -256,13 +245,12 @@ def number_by_first(folder: Path, count: int, *, at_once: int = AT_ONCE) -> None
         ordered[span] = objects[rows]
         ordered["value"][span] = 1
         following = span.stop
-    ids = np.load(folder / IDS, mmap_mode="r+")
+    ids = changeable(folder / IDS)
     for span in spans(len(ids) if count else 0, at_once):
         ids[span] = numbers[ids[span].astype(np.int64) - 1]
     for span in spans(count, at_once):
         objects[span] = ordered[span]
-    for written in (ids, objects):
-        written.flush()
+    flush(ids, objects)
     for scratch in folder.glob("scratch_*"):
         scratch.unlink()
 

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from connectomics.objects.merge import AT_ONCE, FIRST_ID, IDS, OBJECTS, spans, table
+from connectomics.objects.mapped_tables import changeable, flush, mapped, table
+from connectomics.objects.merge import AT_ONCE, FIRST_ID, IDS, OBJECTS, spans
 from connectomics.objects.pieces import PIECE, merged, together
 from connectomics.volumes.volume import Array
 
@@ -127,10 +128,10 @@ def select(folder: Path, count: int, rule: Rule) -> tuple[int, int]:
             numbers_file.write(painted[span][fits].tobytes())
             kept += int(np.count_nonzero(fits))
             largest = max(largest, int(painted[span].max()))
-    ids = np.load(folder / IDS, mmap_mode="r+")
+    ids = changeable(folder / IDS)
     for span in spans(len(ids) if count else 0, AT_ONCE):
         ids[span] = painted[ids[span] - np.uint64(FIRST_ID)]
-    ids.flush()
+    flush(ids)
     del objects
     _kept(left, folder / OBJECTS, kept, PIECE)
     _kept(folder / "scratch_numbers", folder / NUMBERS, kept, np.dtype(np.uint64))
@@ -157,11 +158,10 @@ def _limit(objects: Array, count: int, rule: Rule) -> tuple[int, int]:
 def _kept(scratch: Path, path: Path, count: int, kind: np.dtype[Any]) -> None:
     """Make a table of what was written to a scratch file."""
     final = table(path, count, kind)
-    if count:
-        source = np.memmap(scratch, kind, "r", shape=(count,))
-        for span in spans(count, AT_ONCE):
-            final[span] = source[span]
-    final.flush()
+    source = mapped(scratch, count, kind)
+    for span in spans(count, AT_ONCE):
+        final[span] = source[span]
+    flush(final)
     scratch.unlink()
 
 
@@ -170,7 +170,7 @@ def absorb(tables: Path, count: int, holes: Path, found: int) -> None:
 
     Both are tables; the objects', whose numbers ascend, is changed in place.
     """
-    objects = np.load(tables / OBJECTS, mmap_mode="r+")
+    objects = changeable(tables / OBJECTS)
     numbers = np.load(tables / NUMBERS, mmap_mode="r")[:count]
     rows_of, around = np.load(holes / OBJECTS, mmap_mode="r"), np.load(holes / NUMBERS, mmap_mode="r")
     for span in spans(found, AT_ONCE):
@@ -178,7 +178,7 @@ def absorb(tables: Path, count: int, holes: Path, found: int) -> None:
         rows["value"] = np.iinfo(np.uint64).max  # a background has none
         rows, at = merged(rows, np.searchsorted(numbers, around[span]))
         objects[at] = together(objects[at], rows)
-    objects.flush()
+    flush(objects)
 
 
 def inherit(tables: Path, count: int, before: Path, known: int) -> None:
@@ -186,8 +186,8 @@ def inherit(tables: Path, count: int, before: Path, known: int) -> None:
 
     The others, whose numbers ascend, are ``known`` objects, among them all of these.
     """
-    objects, numbers = np.load(tables / OBJECTS, mmap_mode="r+"), np.load(tables / NUMBERS, mmap_mode="r")
+    objects, numbers = changeable(tables / OBJECTS), np.load(tables / NUMBERS, mmap_mode="r")
     older, named = np.load(before / OBJECTS, mmap_mode="r"), np.load(before / NUMBERS, mmap_mode="r")[:known]
     for span in spans(count, AT_ONCE):
         objects["value"][span] = older["value"][np.searchsorted(named, numbers[span])]
-    objects.flush()
+    flush(objects)

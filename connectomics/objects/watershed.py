@@ -18,7 +18,8 @@ from skimage import segmentation
 
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.objects.components import Connectivity
-from connectomics.objects.merge import AT_ONCE, OBJECTS, spans, table
+from connectomics.objects.mapped_tables import flush, table
+from connectomics.objects.merge import AT_ONCE, OBJECTS, spans
 from connectomics.volumes.volume import Array
 
 _watershed: Callable[..., Any] = segmentation.watershed
@@ -130,4 +131,4 @@ def count_seeds(seeds: Path, count: int, components: int, folder: Path) -> None:
     counts = table(folder / SEED_COUNTS, components, np.uint32)
     for span in spans(count, AT_ONCE):
         np.add.at(counts, rows["value"][span].astype(np.int64) - 1, 1)
-    counts.flush()
+    flush(counts)

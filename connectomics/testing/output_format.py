@@ -6,6 +6,8 @@ A package that adds a format subclasses the suite, states the format and some vo
 from __future__ import annotations
 
 import functools
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +167,26 @@ class OutputFormatContract:
         assert list(out.iterdir()) == []
         assert read_stamp(export_path(out, STEM, self.form), self.form) is None
         assert files_of(export_array(store, sample, self.form, out)) == expected
+
+    def test_the_entries_of_its_folders_outlast_a_loss_of_power(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flushed, flush = dict[int, set[str]](), os.fsync
+
+        def told(descriptor: int) -> None:
+            flush(descriptor)
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                flushed.setdefault(os.fstat(descriptor).st_ino, set()).update(os.listdir(descriptor))
+
+        monkeypatch.setattr(os, "fsync", told)
+        for number, sample in enumerate(self.samples):
+            flushed.clear()
+            store = filled_store(tmp_path / f"work {number}", sample)
+            path = export_array(store, sample, self.form, tmp_path / f"out {number}")
+            for top in (store.path, path):
+                folders = (found for found in top.rglob("*") if found.is_dir())
+                lost = [f for f in (top, *folders) if f.name not in flushed.get(f.parent.stat().st_ino, ())]
+                assert not lost, "the storage, or this program, made these folders and nobody flushed their entries"
 
     def test_it_refuses_what_it_cannot_hold_with_a_sentence(self, tmp_path: Path) -> None:
         path = export_path(tmp_path, STEM, self.form)

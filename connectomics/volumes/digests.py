@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from connectomics.core.files import replacing
+from connectomics.core.files import make_folder, replacing
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.volumes.source import files_below
 
@@ -17,7 +17,7 @@ def write_digests(output: Path, record: Path, name: str = "") -> None:
 
     ``name`` is that of the output where it is called otherwise now.
     """
-    record.parent.mkdir(exist_ok=True)
+    make_folder(record.parent)
     with replacing(record) as temporary, temporary.open("w") as stream:
         for below, path in _files(output):
             stream.write(f"{sha256_of_file(path)}  {name or output.name}{below}\n")

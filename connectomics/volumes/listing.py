@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from natsort import natsorted
 
 from connectomics.core.errors import ConfigError
+from connectomics.core.files import tells_apart
 from connectomics.core.places import refusal
 from connectomics.volumes.input_formats import long_suffixes, suffixes
 from connectomics.volumes.source import path_and_inner, without_prefix
@@ -191,8 +193,14 @@ def _problem(key: tuple[str, str], members: Mapping[int, str], channels: int) ->
     )
 
 
-def refuse_collisions(sources: Sequence[VolumeSource]) -> None:
-    """Refuse two volumes whose results would have the same name, by a ConfigError that names both."""
+def refuse_collisions(sources: Sequence[VolumeSource], folder: Path | None = None) -> None:
+    """Refuse two volumes whose results would have the same name, by a ConfigError that names both.
+
+    With the ``folder`` of the results, also names that its file system takes for one, such as ``A`` and ``a`` on many
+    disks of Windows and macOS.
+    """
+    if folder is not None:
+        _refuse_folded(sources, folder)
     names: dict[str, str] = {}
     for source in sources:
         first = names.get(source.stem)
@@ -203,6 +211,19 @@ def refuse_collisions(sources: Sequence[VolumeSource]) -> None:
             raise ConfigError(
                 f"{first} and {source.name} would both write results named '{source.stem}_…'; rename one, or run them "
                 "with different inference.data.output_path or output_suffix"
+            )
+
+
+def _refuse_folded(sources: Sequence[VolumeSource], folder: Path) -> None:
+    alike: dict[str, VolumeSource] = {}
+    for source in sources:
+        name = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", source.stem).casefold())
+        first = alike.setdefault(name, source)
+        if first.stem != source.stem and not tells_apart(folder, first.stem, source.stem):
+            raise ConfigError(
+                f"{first.name} and {source.name} would both write results that are one file on the disk of {folder}, "
+                f"which does not tell '{first.stem}' from '{source.stem}'; rename one, or run them with different "
+                "inference.data.output_path or output_suffix"
             )
 
 

@@ -17,6 +17,7 @@ from connectomics.core.errors import OutputError, VolumeError
 from connectomics.core.files import replacing
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.core.geometry import Box, Vec3, vec3
+from connectomics.volumes.formats.chunked import ChunksOnDisk, touched
 from connectomics.volumes.formats.zarr import open_array, open_zarr
 from connectomics.volumes.levels import Level, multiscale
 from connectomics.volumes.source import READ_ERRORS, Source, reason
@@ -36,6 +37,7 @@ class Store:
         self._reader = reader
         self._array = array
         self._attributes = attributes
+        self._disk = ChunksOnDisk(path)
         self._shard_shape = vec3(array.chunk_layout.write_chunk.shape[-3:])
         chunk_shape = vec3(array.chunk_layout.read_chunk.shape[-3:])
         self._info = dataclasses.replace(reader.info, chunk_shape=chunk_shape)
@@ -87,7 +89,7 @@ class Store:
         first = [a // n for a, n in zip(box.start, self._shard_shape, strict=True)]
         last = [-(-b // n) for b, n in zip(box.stop, self._shard_shape, strict=True)]
         for index in itertools.product(*map(range, first, last)):
-            file = self._shard_file(vec3(index))
+            file = self._file(index)
             if expected(vec3(index)) and not file.exists():
                 raise VolumeError(
                     f"no shard {file}, though it was written: the working store was removed or damaged meanwhile; run "
@@ -117,6 +119,7 @@ class Store:
         index = box.slices if self._array.rank == 3 else (slice(None), *box.slices)
         try:
             self._array[index].write(array[0] if self._array.rank == 3 else array).result()
+            self._disk.keep({self._file(number).parent for number in touched(box, self._shard_shape)})
         except READ_ERRORS as error:
             raise OutputError(
                 f"cannot write voxels {box.start} to {box.stop} of {self._path}: {reason(error)}. Free "
@@ -129,11 +132,11 @@ class Store:
         last = [-(-stop // size) for stop, size in zip(box.stop, self._shard_shape, strict=True)]
         if not self._is_whole_shards(box) or any(b - a != 1 for a, b in zip(index, last, strict=True)):
             raise ValueError(f"{box} is not one shard of {self._shard_shape} in {self._info.extent}")
-        return self._shard_file(vec3(index))
+        return self._file(index)
 
-    def _shard_file(self, index: Vec3) -> Path:
+    def _file(self, number: Sequence[int]) -> Path:
         channel = ["0"] if self._array.rank == 4 else []
-        return self._path.joinpath(ARRAY, "c", *channel, *map(str, index))
+        return self._path.joinpath(ARRAY, "c", *channel, *map(str, number))
 
     def checksum(self, box: Box) -> str:
         """sha256 of the file of ``box``, exactly one shard clipped to the volume; a VolumeError if it is absent."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -347,18 +345,18 @@ def test_a_gpu_is_named_with_its_capability(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_threads_are_pinned_for_each_batch() -> None:
-    code = (
-        "import torch\n"
-        "from connectomics.models.backends.torch_eager import TorchBackend\n"
-        "class Network(torch.nn.Module):\n"
-        "    def forward(self, batch):\n"
-        "        return batch * torch.get_num_threads()\n"
-        "backend = TorchBackend(Network(), device='cpu', batch=1, threads=2)\n"
-        "torch.set_num_threads(3)\n"
-        "assert backend.forward(torch.ones(1, 1, 1, 1, 1)).item() == 2\n"
-        "assert torch.get_num_threads() == 3\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    class Network(nn.Module):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            return batch * torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    try:
+        backend = TorchBackend(Network(), device="cpu", batch=1, threads=2)
+        torch.set_num_threads(3)
+        assert backend.forward(torch.ones(1, 1, 1, 1, 1)).item() == 2
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("options", [{"batch": 0, "threads": 1}, {"batch": 1, "threads": 0}])

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fork_server import Ended, ForkServer
 
@@ -111,6 +112,32 @@ def test_a_disk_that_fills_up(bench: Bench, kilobytes: int) -> None:
     require_clear(ended, "No space left on device", "free the disk", "Free disk space")
     filler.unlink()
     require_mended(bench, output)
+
+
+@pytest.mark.parametrize(
+    "kilobytes", [500, *(pytest.param(some, marks=pytest.mark.long) for some in range(50, 700, 100))]
+)
+def test_a_disk_that_fills_up_while_objects_are_joined(bench: Bench, kilobytes: int) -> None:
+    """Tables of objects are mapped: a page for which there was no room killed the process."""
+    noise = np.random.default_rng(0).random((8, 48, 64)) > 0.7
+    volume, output, filler = bench.folder / "noise.h5", bench.disk / "out", bench.disk / "filler"
+    if not volume.exists():
+        write_h5(volume, noise.astype(np.uint8))
+
+    def words(output: Path) -> list[str]:
+        settings = ("decoding=[{name: connected_components, connectivity: 6}]", "inference.block_shape=[4,48,64]")
+        return ["decode", str(volume), *settings, f"inference.data.output_path='{output}'"]
+
+    reference = bench.folder / "objects"
+    if not reference.exists():
+        assert bench.server.run(words(reference)).code == 0
+    output.mkdir()
+    with filler.open("wb") as stream:
+        stream.write(bytes(shutil.disk_usage(bench.disk).free - kilobytes * 1024))
+    require_clear(bench.server.run(words(output)), "No space left on device")
+    filler.unlink()
+    assert bench.server.run(words(output)).code == 0
+    assert finals(output) == finals(reference)
 
 
 def when(condition: Callable[[], bool], action: Callable[[], object]) -> threading.Thread:

@@ -105,6 +105,7 @@ def model_of(trial: Trial, folder: Path) -> Path:
         mirror_axes=trial.mirror,
         reader="SimpleITKIO",
         spacing=trial.plan,
+        features=(4, 8, 12),
         seed=4,
         labels=REGIONS if trial.regions else None,
         regions_class_order=[1, 2] if trial.regions else None,

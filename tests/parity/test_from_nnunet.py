@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from nnunetv2.utilities.file_path_utilities import get_output_folder
 from PIL import Image
 from skimage import io
 
@@ -21,6 +19,7 @@ from connectomics.cli import main
 from connectomics.core.errors import ConfigError
 from connectomics.models.installed import installed_model
 
+import oracle
 from nnunet_models import DATASET_NAME, make_model
 from parity_table import ParityCase, displaced, patch_of, scene, train, train_second_stage
 from small_jobs import quick_folder
@@ -72,6 +71,7 @@ def _models(folder: Path) -> None:
             patch=patch_of(case),
             folds=folds,
             reader=reader,
+            mirror_axes=(0,),
             spacing=(1.0, 1.0) if dimensions == 2 else (1.0, 2.0, 1.0),
             axis_order=(0, 1, 2) if dimensions == 2 else (1, 0, 2),
             give_weights=functools.partial(train, case=case),
@@ -103,61 +103,18 @@ def _images(folder: Path) -> None:
         (folder / "tif" / f"{name}.json").write_text(json.dumps({"spacing": spacing}))
 
 
-THEIR_COMMANDS = """
-import functools, json, multiprocessing, sys, torch
-from nnunetv2.inference import predict_from_raw_data as theirs
-from nnunetv2.utilities.file_path_utilities import get_output_folder
-
-def sequential(self, images, output, save_probabilities, overwrite, folder_with_segs_from_prev_stage, **rest):
-    return self.predict_from_files_sequential(
-        images, output, save_probabilities, overwrite, folder_with_segs_from_prev_stage
-    )
-
-if __name__ == "__main__":
-    multiprocessing.cpu_count = lambda: 1  # threads of its forward passes
-    calls = json.loads(sys.argv[1])
-    theirs.nnUNetPredictor.predict_from_files = sequential
-    sys.argv[1:] = calls[0]
-    theirs.predict_entry_point()
-    sys.argv[1:] = calls[1]
-    theirs.predict_entry_point()
-    torch.half = torch.float32
-    clear = theirs.compute_gaussian.cache_clear
-    theirs.compute_gaussian = functools.partial(theirs.compute_gaussian, dtype=torch.float32)
-    theirs.compute_gaussian.cache_clear = clear
-    sys.argv[sys.argv.index("-o") + 1] += "_exact"
-    theirs.predict_entry_point()
-    sys.argv[1:] = calls[2]
-    theirs.predict_entry_point()
-    print(get_output_folder("901", "T", "P", "c"), get_output_folder("Dataset901_Small", "T", "P", "c"))
-"""
-
-
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    """Both folders predicted by the real command, in one process, which nnU-Net offers too and is faster."""
+    """Both folders predicted by the real command, and models found by nnU-Net."""
     with quick_folder() as folder:
         found = World(folder)
         for place in found.environment.values():
             Path(place).mkdir()
         _models(folder)
         _images(folder)
-        words = [
-            [*found.stated(kind, found.theirs(kind).name), "-npp", "1", "-nps", "1"]
-            for kind in ("png", "tif", "cascade")
-        ]
-        script = folder / "theirs.py"
-        script.write_text(THEIR_COMMANDS)
-        ended = subprocess.run(
-            [sys.executable, "-W", "ignore", str(script), json.dumps(words)],
-            env=os.environ | found.environment | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert ended.returncode == 0, ended.stderr[-2000:]
-        (folder / "found.txt").write_text(ended.stdout.splitlines()[-1])
+        for kind, output in (("png", "png"), ("tif", "tif"), ("tif", "tif_exact"), ("cascade", "cascade")):
+            words = [*found.stated(kind, found.theirs(output).name), "-npp", "1", "-nps", "1"]
+            oracle.command(words, found.environment, exact=output in ("tif_exact", "cascade"))
         yield found
 
 
@@ -225,7 +182,8 @@ def test_resampling_was_needed(world: World) -> None:
 
 
 def test_models_are_found_as_nnunet_finds_them(world: World) -> None:
-    theirs = (world.folder / "found.txt").read_text().split()
+    with oracle.folders_of(world.environment):
+        theirs = [get_output_folder(dataset, "T", "P", "c") for dataset in ("901", DATASET_NAME)]
     ours = [installed_model(dataset, "c", "P", "T", world.environment) for dataset in ("901", DATASET_NAME)]
     assert ours == [Path(path) for path in theirs]
 

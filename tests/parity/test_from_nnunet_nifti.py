@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import SimpleITK
 
 from connectomics.cli import main
 
+import oracle
 from nnunet_models import make_model
 from parity_table import ParityCase, patch_of, scene, train
 from small_jobs import quick_folder
@@ -33,28 +31,6 @@ AFFINES = {  # stored axes are x, y, z
     "turned": np.array([[0, 1.1, 0, 5], [0, 0, -1.7, 1], [0.9, 0, 0, 0], [0, 0, 0, 1.0]]),
     "thick": np.array([[1.0, 0, 0, 0], [0, -1.0, 0, 3], [0, 0, 3.6, 0], [0, 0, 0, 1.0]]),
 }
-
-THEIR_COMMANDS = """
-import functools, json, multiprocessing, sys, torch
-from nnunetv2.inference import predict_from_raw_data as theirs
-
-def sequential(self, images, output, save_probabilities, overwrite, **rest):
-    return self.predict_from_files_sequential(images, output, save_probabilities, overwrite)
-
-if __name__ == "__main__":
-    multiprocessing.cpu_count = lambda: 1  # threads of its forward passes
-    theirs.nnUNetPredictor.predict_from_files = sequential
-    calls = json.loads(sys.argv[1])
-    sys.argv[1:] = calls[0]
-    theirs.predict_entry_point_modelfolder()
-    torch.half = torch.float32
-    clear = theirs.compute_gaussian.cache_clear
-    theirs.compute_gaussian = functools.partial(theirs.compute_gaussian, dtype=torch.float32)
-    theirs.compute_gaussian.cache_clear = clear
-    for words in calls[1:]:
-        sys.argv[1:] = words
-        theirs.predict_entry_point_modelfolder()
-"""
 
 
 def _model(folder: Path, dimensions: int) -> Path:
@@ -107,19 +83,9 @@ def world() -> Iterator[Path]:
     with quick_folder() as folder:
         _models(folder)
         _images(folder)
-        calls = [words(folder, READERS[0], "stock")]
-        calls += [words(folder, reader, f"theirs_{reader}") for reader in (*READERS, FLAT)]
-        script = folder / "theirs.py"
-        script.write_text(THEIR_COMMANDS)
-        ended = subprocess.run(
-            [sys.executable, "-W", "ignore", str(script), json.dumps(calls)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert ended.returncode == 0, ended.stderr[-2000:]
+        for reader, output in ((READERS[0], "stock"), *((reader, f"theirs_{reader}") for reader in (*READERS, FLAT))):
+            entry, exact = "predict_entry_point_modelfolder", output != "stock"
+            oracle.command(words(folder, reader, output), entry=entry, exact=exact)
         yield folder
 
 

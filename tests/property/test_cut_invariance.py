@@ -42,7 +42,7 @@ def volume(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         folds=("0", "1"),
         mirror_axes=(0,),
         reader="NaturalImage2DIO" if by_slice else "SimpleITKIO",
-        seed=4 if regions is None else 5,
+        seed=4 if regions is None else 9,
         labels=regions,
         regions_class_order=None if regions is None else [1, 2],
     )

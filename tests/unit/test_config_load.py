@@ -30,6 +30,7 @@ KEYS: list[tuple[str, str, object, tuple[str, ...]]] = [
     ("system.num_cpus", "4", 4, ()),
     ("system.memory_budget_gb", "1.5", 1.5, ()),
     ("system.allow_mixed_devices", "true", True, ()),
+    ("system.stale_after_s", "2", 2.0, ()),
     ("system.inference.batch_size", "1", 1, ()),
     ("system.inference.num_gpus", "0", 0, ()),
     ("system.inference.num_cpus", "2", 2, ()),

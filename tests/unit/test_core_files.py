@@ -1,13 +1,29 @@
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from connectomics.core.files import discard, make_folder, put_in_place, replacing, write_once, write_text
+from connectomics.core import files
+from connectomics.core.errors import OutputError
+from connectomics.core.files import (
+    DurableFolders,
+    discard,
+    flushes_folders,
+    fsync_path,
+    make_folder,
+    put_in_place,
+    replacing,
+    write_once,
+    write_text,
+)
 from connectomics.core.process import new_mark
 
 
@@ -107,6 +123,90 @@ def test_folders_are_flushed_into_those_above_them(tmp_path: Path, monkeypatch: 
     make_folder(tmp_path / "a" / "c")
     assert (tmp_path / "a" / "b").is_dir() and (tmp_path / "a" / "c" / "d").is_dir()
     assert flushed == [tmp_path / "a", tmp_path, tmp_path / "a" / "c", tmp_path / "a"]
+
+
+def test_folders_that_another_made_are_flushed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr("connectomics.core.files.fsync_path", flushed.append)
+    top = tmp_path / "top"
+    folders = DurableFolders(top)
+    for name in ("a/b", "a/c"):
+        (top / name).mkdir(parents=True)
+    for _ in range(2):
+        for name in ("a/b", "a/c", "a/absent"):
+            folders.keep(top / name)
+    assert flushed == [tmp_path, top, top / "a", top / "a"]
+
+
+def refusing(number: int, *, folders: bool) -> Callable[[int], None]:
+    """An fsync that fails so for folders, or for files."""
+    flush = os.fsync
+
+    def refused(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folders:
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    return refused
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES])
+def test_a_disk_that_cannot_flush_folders_is_told_once(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files._tell_unflushed.cache_clear()
+    assert flushes_folders(tmp_path)
+    monkeypatch.setattr(os, "fsync", refusing(number, folders=True))
+    with caplog.at_level(logging.INFO):
+        make_folder(tmp_path / "a" / "b")
+        write_text(tmp_path / "a" / "c", "text")
+    assert (tmp_path / "a" / "c").read_text() == "text"
+    assert not flushes_folders(tmp_path)
+    (told,) = caplog.messages
+    assert os.strerror(number) in told
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_other_failures_to_flush_name_the_folder(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", refusing(number, folders=True))
+    with pytest.raises(OSError, match=str(tmp_path)) as failed:
+        make_folder(tmp_path / "a")
+    assert failed.value.errno == number and flushes_folders(tmp_path)
+
+
+def test_a_file_that_cannot_be_flushed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").touch()
+    monkeypatch.setattr(os, "fsync", refusing(errno.EINVAL, folders=False))
+    with pytest.raises(OSError, match=str(tmp_path / "a")):
+        fsync_path(tmp_path / "a")
+
+
+def test_a_folder_is_removed_when_the_one_in_its_place_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a loss of power brings the old name back, with half of what was in it."""
+    path, complete, flush = tmp_path / "stack", tmp_path / "new", os.fsync
+    for folder in (path, complete):
+        folder.mkdir()
+        (folder / folder.name).touch()
+
+    def told(descriptor: int) -> None:
+        assert (path / "new").exists() and len(list(tmp_path.glob(".stack.*.replaced/stack"))) == 1
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", told)
+    put_in_place(complete, path)
+    assert list(tmp_path.rglob("*")) == [path, path / "new"]
+
+
+def test_a_rename_to_another_disk_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    (tmp_path / "work").mkdir()
+    monkeypatch.setattr(Path, "replace", refused)
+    with pytest.raises(OutputError, match=f"{tmp_path / 'work'} lies on another disk .* remove that mount or link"):
+        put_in_place(tmp_path / "work" / "complete", tmp_path / "stack")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

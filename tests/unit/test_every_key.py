@@ -20,7 +20,9 @@ from torch import nn
 from tuned import keep_profile, torch_trial
 
 from connectomics.cli import main, script_main
+from connectomics.commands import decode
 from connectomics.config.load import known_keys
+from connectomics.lightning import inference
 from connectomics.models.backends import torch_eager
 from connectomics.stages.survey import survey
 
@@ -81,8 +83,8 @@ class World:
         self.model = make_model(folder / "model", dimensions=2, patch=(16, 16), folds=("0", "1"), features=(4, 8))
         self.other = make_model(folder / "other", dimensions=2, patch=(16, 24), features=(4, 8), seed=8)
         shutil.copy(self.model / "fold_0" / "checkpoint_final.pth", self.model / "fold_0" / "checkpoint_other.pth")
-        self.volume = write_h5(folder / "v.h5", em_like((2, 24, 32)))
-        self.truth = write_h5(folder / "truth.h5", (em_like((2, 24, 32), 1) > 128).astype(np.uint8))
+        self.volume = write_h5(folder / "v.h5", em_like((2, 20, 24)))
+        self.truth = write_h5(folder / "truth.h5", (em_like((2, 20, 24), 1) > 128).astype(np.uint8))
         self._count = 0
         self._known: dict[tuple[str, ...], Result] = {}
 
@@ -229,12 +231,30 @@ def memory_budget(world: World) -> bool:
 def mixed_devices(world: World) -> bool:
     """A ledger of another numeric class is continued only when allowed."""
     output = world.folder / "mixed"
-    cut = ["inference.block_shape=[1,24,32]"]
+    cut = ["inference.block_shape=[1,20,24]"]
     world.again(output, *cut)
     (output / "v_labels.h5").unlink()
     refused = world.again(output, *cut, "system.num_cpus=2")
     allowed = world.again(output, *cut, "system.num_cpus=2", "system.allow_mixed_devices=true")
     return refused.code == 3 and "system.allow_mixed_devices=true" in refused.out and allowed.code == 0
+
+
+def stale_after(world: World) -> bool:
+    """What a run and a decoding are told of when another process counts as dead."""
+    seen = []
+
+    def spy(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def run(job: Any, settings: Any, *more: Any) -> Any:
+            seen.append((inner.__name__, settings.stale_s))
+            return inner(job, settings, *more)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "run_volume", spy(inference.run_volume))
+        patch.setattr(decode, "run_decode", spy(decode.run_decode))
+        result = world.again(world.folder / "stale", "system.stale_after_s=7.5", DECODED)
+    return result.code == 0 and seen == [("run_volume", 7.5), ("run_decode", 7.5)]
 
 
 OPENVINO = "system.backend=openvino"
@@ -363,7 +383,7 @@ def overwrite(world: World) -> bool:
 
 def axes(world: World) -> bool:
     result = world.run("inference.axes=zxy")
-    return np.array_equal(result.read().shape, (2, 32, 24))
+    return np.array_equal(result.read().shape, (2, 24, 20))
 
 
 def inside(*words: str) -> Check:
@@ -380,7 +400,7 @@ def inside(*words: str) -> Check:
 
 def mask(world: World) -> bool:
     """At a quarter of y and an eighth of x."""
-    wanted = np.zeros((2, 6, 4), np.uint8)
+    wanted = np.zeros((2, 5, 3), np.uint8)
     wanted[:1, 1:5, 1:3] = 7
     return inside(f"inference.mask='{write_h5(world.folder / 'mask.h5', wanted)}'")(world)
 
@@ -571,7 +591,7 @@ def previous_stage(world: World) -> bool:
     )
 
     def found(number: int) -> Any:
-        given = write_h5(world.folder / f"given_{number}.h5", np.full((2, 24, 32), number, np.uint8))
+        given = write_h5(world.folder / f"given_{number}.h5", np.full((2, 20, 24), number, np.uint8))
         output = world.folder / f"second_{number}"
         assert main(infer_words(second, output, world.volume, f"model.previous_stage='{given}'")) == 0
         return Result(0, "", "", output).read()
@@ -618,6 +638,7 @@ TABLE: Mapping[str, Check] = {
     "system.num_cpus": thread_count("system.num_cpus=3"),
     "system.memory_budget_gb": memory_budget,
     "system.allow_mixed_devices": mixed_devices,
+    "system.stale_after_s": both(stale_after, refuses("system.stale_after_s=1.9", "must be 2 or more")),
     "system.inference.batch_size": refuses("system.inference.batch_size=2", "sw_batch_size"),
     "system.inference.num_gpus": refuses("system.inference.num_gpus=1", "num_gpus=1 asks for a GPU"),
     "system.inference.num_cpus": thread_count("system.num_cpus=2", "system.inference.num_cpus=3"),
@@ -658,7 +679,7 @@ TABLE: Mapping[str, Check] = {
     "inference.allow_anisotropic_planes": anisotropic,
     "inference.voxel_size_nm": changes(voxel_size, "inference.voxel_size_nm=[30,8,8]"),
     "inference.axes": axes,
-    "inference.block_shape": changes(lambda r: r.report["planned"], "inference.block_shape=[1,24,16]"),
+    "inference.block_shape": changes(lambda r: r.report["planned"], "inference.block_shape=[1,20,12]"),
     "inference.roi": inside("inference.roi=[[0,4,8],[1,20,24]]"),
     "inference.mask": mask,
     "inference.resample": changes(probabilities, "inference.resample=plan", SPACED, given=[SAVE, AS_VOLUME]),

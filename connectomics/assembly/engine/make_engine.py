@@ -98,6 +98,7 @@ def make_engine(stated: InferenceSettings) -> Engine:
             first.numeric_class.as_dict(),
             allow_mixed=stated.call.allow_mixed,
             readers=stated.call.readers,
+            stale_s=stated.call.stale_s,
         ),
         identity=EngineIdentity(result_facts(stated, models, segmenter, precision), deviations, chosen.notes),
         memory=EngineMemory(base_bytes, free_device_bytes(first.device)),

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from connectomics.core.errors import QuarantineError
-from connectomics.core.files import replacing, write_once
+from connectomics.core.errors import OutputError, QuarantineError
+from connectomics.core.files import make_folder, replacing, write_once
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.ledger import Ledger
@@ -37,6 +37,7 @@ from connectomics.stages.decode.tasks import (
     Read,
     block_file,
 )
+from connectomics.volumes.source import reason
 from connectomics.volumes.store import Store, create_store, open_store
 from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
@@ -127,12 +128,15 @@ class StepContext:
         return self.work / f"{self.name}.{kind}"
 
     def made(self, kind: str, make: Callable[[Path], None]) -> Path:
-        """The step's result of this kind, which ``make`` puts in place whole unless it is there."""
+        """The step's result of this kind, which ``make`` puts in place whole unless it is there.
+
+        Raises OutputError if the disk refuses.
+        """
         path = self.place(kind)
         if not path.exists():
             with self.alone():
                 if not path.exists():  # another process may have been first
-                    make(path)
+                    _make(make, path)
         return path
 
     def do(self, task: Task, kept: Path) -> None:
@@ -150,7 +154,7 @@ class StepContext:
     def fill(self, kind: str, compute: BlockFunction) -> Path:
         """Compute all blocks; the folder of this kind in which their arrays lie."""
         folder = self.place(kind)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.do(BlockTask(self.grid, folder, compute), folder)
         return folder
 
@@ -217,6 +221,16 @@ class StepContext:
             create_store(path, kept, shard_shape=self.plan.block_shape, attributes={}).close()
 
         return open_store(self.made("zarr", make))
+
+
+def _make(make: Callable[[Path], None], path: Path) -> None:
+    try:
+        make(path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot make {path}: {reason(error)}. Free disk space or mend the permission, then run again; finished "
+            "blocks are kept."
+        ) from error
 
 
 def kept_plan(path: Path, plan: BlockPlan) -> BlockPlan:

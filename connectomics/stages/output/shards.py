@@ -69,6 +69,10 @@ class ShardWriter:
             file.seek(0)
             file.write(_with_checksum(index))
 
+    def folders(self, box: Box) -> tuple[Path]:
+        """Return the folder of the file of a shard."""
+        return (self._path(box).parent,)
+
     def _encoded(
         self, box: Box, parts: Iterable[tuple[Box, Array]]
     ) -> Iterator[tuple[tuple[slice, ...], Index, memoryview]]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import tensorstore as ts
 
 from connectomics.core.errors import VolumeError
+from connectomics.core.files import DurableFolders, flushes_folders
+from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.volumes.metadata.frame import Frame
 from connectomics.volumes.source import Source
 from connectomics.volumes.stored import Layout, StoredVolume, info_of, require_small_chunks
@@ -37,7 +41,7 @@ def open_stored(
     options
         Of the driver.
     """
-    context = ts.Context()
+    context = ts.Context(_writing(place) if writable and isinstance(place, Path) else {})
     store: dict[str, Any] = dict(place) if isinstance(place, Mapping) else _in_folder(place)
     if instead:
         memory = ts.KvStore.open({"driver": "memory", "path": INSTEAD}, context=context).result()
@@ -47,6 +51,46 @@ def open_stored(
         store = {"driver": "kvstack", "layers": [{"base": store}, *kept]}
     spec = {"driver": driver, "kvstore": store, **options}
     return ts.open(spec, open=True, read=True, write=writable, context=context).result()
+
+
+def _writing(folder: Path) -> dict[str, Any]:
+    """How files are written there.
+
+    Without locks: each is written under a name of its own and renamed, whoever writes a chunk twice writes the same
+    bytes, some file systems know no locks, and a writer that sleeps would hold its lock.
+    """
+    return {"file_io_locking": {"mode": "none"}, "file_io_sync": flushes_folders(folder)}
+
+
+class ChunksOnDisk:
+    """Makes what TensorStore has written into the array of a folder outlast a loss of power.
+
+    TensorStore flushes each file and the folder it is in. It does not flush the entries of folders that it makes, and
+    where folders cannot be flushed it flushes nothing, see ``open_stored``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folders = DurableFolders(folder)
+        self._flushed = flushes_folders(folder)
+
+    def keep(self, folders: Iterable[Path]) -> None:
+        """Flush what was just written into these folders; one that is absent holds nothing."""
+        if not self._flushed:
+            os.sync()  # all there is: which files were written is known to TensorStore alone
+        for folder in folders:
+            self._folders.keep(folder)
+
+
+def touched(box: Box, chunk: Vec3) -> Iterator[Vec3]:
+    """Yield the numbers (z, y, x) of the chunks that a box touches, in raster order.
+
+    Examples
+    --------
+    >>> list(touched(Box((0, 8, 0), (1, 24, 9)), (1, 16, 16)))
+    [(0, 0, 0), (0, 1, 0)]
+    """
+    edges = zip(box.start, box.stop, chunk, strict=True)
+    return map(vec3, itertools.product(*(range(a // c, -(-b // c)) for a, b, c in edges)))
 
 
 def _in_folder(folder: Path) -> dict[str, Any]:

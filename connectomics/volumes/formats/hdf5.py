@@ -17,7 +17,7 @@ from connectomics.core.errors import VolumeError
 from connectomics.volumes.formats.codecs.hdf5_filters import require_filters
 from connectomics.volumes.formats.mapped import MappedArray
 from connectomics.volumes.metadata.hdf5_attributes import stated_axes, stated_frame
-from connectomics.volumes.metadata.hdf5_parts import parts_of, require_links
+from connectomics.volumes.metadata.hdf5_parts import opened_file, parts_of, require_links
 from connectomics.volumes.source import READ_ERRORS, Source, file_identity, some_of, unreadable
 from connectomics.volumes.stored import StoredVolume, info_of, layout_of, require_small_chunks, row_chunk
 from connectomics.volumes.volume import Array
@@ -46,7 +46,7 @@ def open_hdf5(source: Source) -> StoredVolume:
     try:
         with contextlib.ExitStack() as opened:
             file_identity(source.path)  # refuses pipes, at which opening would wait for ever
-            file = opened.enter_context(h5py.File(source.path, "r", locking="best-effort"))
+            file = opened.enter_context(opened_file(source.path))
             dataset = _dataset(source, file)
             watched = WatchedFiles(source.path, parts_of(source, dataset))
             raw = _raw_array(dataset, opened)

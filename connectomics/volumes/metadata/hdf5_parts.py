@@ -6,6 +6,8 @@ HDF5 itself reads what is absent as zeros; here it is an error. Called by ``form
 from __future__ import annotations
 
 import contextlib
+import errno
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,29 @@ from connectomics.volumes.formats.codecs.hdf5_filters import require_filters
 from connectomics.volumes.source import Source, some_of
 
 MOST_NUMBERED = 1 << 20
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+"""What file systems say that know no locks, such as NFS without its lock service."""
 NamedFile = tuple[str, Path]
 """Name as the file states it, and where it is."""
+
+
+def opened_file(path: Path) -> h5py.File:
+    """Open an HDF5 file for reading; one that somebody is writing is refused where the file system knows locks."""
+    return h5py.File(path, "r", locking="best-effort" if _knows_locks(path) else False)
+
+
+def _knows_locks(path: Path) -> bool:
+    """Whether the file system of a file knows locks; asked first, for HDF5 refuses to open a file in two ways."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in NO_LOCKS
+    return True
 
 
 def parts_of(source: Source, dataset: Any) -> list[NamedFile]:
@@ -80,7 +103,7 @@ def _virtual(source: Source, dataset: Any, path: Path) -> dict[str, Path]:
 def _check(source: Source, dataset: Any, mapped: Any, part: Path) -> None:
     """Refuse a part that is absent, is a virtual dataset or in raw storage, or lacks voxels that are read from it."""
     same = part == Path(dataset.file.filename)
-    with contextlib.nullcontext(dataset.file) if same else h5py.File(part, "r", locking="best-effort") as file:
+    with contextlib.nullcontext(dataset.file) if same else opened_file(part) as file:
         for name in [mapped.dset_name] if "%b" not in mapped.dset_name else []:
             node = file.get(name)
             if not isinstance(node, h5py.Dataset):

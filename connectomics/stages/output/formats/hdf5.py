@@ -15,6 +15,7 @@ from connectomics.stages.output.formats.contract import FileFormat
 from connectomics.stages.output.size import FILE_BYTES, STAMP_BYTES, OutputSize, cells, packed
 from connectomics.stages.output.slabs import whole_chunks
 from connectomics.volumes.formats.hdf5 import DEFAULT_DATASET, open_hdf5
+from connectomics.volumes.metadata.hdf5_parts import opened_file
 from connectomics.volumes.store import Store
 from connectomics.volumes.volume import VolumeInfo
 
@@ -76,7 +77,7 @@ def _write_hdf5(source: Store, path: Path, stamp: dict[str, object]) -> None:
 
 
 def _stamp_of(path: Path) -> object:
-    with h5py.File(path, "r", locking="best-effort") as file:
+    with opened_file(path) as file:
         return json.loads(file.attrs[STAMP])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import tensorstore as ts
 from connectomics.core.errors import OutputError, VolumeError
 from connectomics.core.geometry import Box, Vec3, vec3
 from connectomics.stages.output.shards import ShardWriter
-from connectomics.volumes.formats.chunked import open_stored
+from connectomics.volumes.formats.chunked import ChunksOnDisk, open_stored
 from connectomics.volumes.source import READ_ERRORS, reason
 from connectomics.volumes.volume import Array
 
@@ -30,15 +30,26 @@ class LevelArray:
         (z, y, x) that is written at once, whole chunks and shards; None for those of the storage.
     shards
         Writes units part by part; None where TensorStore is given whole ones.
+    folders
+        The folders of the files of a unit's chunks, where they are not those of ``shards`` and the format's ``files``
+        do not make them.
     """
 
     def __init__(
-        self, path: Path, stored: Any, unit_shape: Vec3 | None = None, shards: ShardWriter | None = None
+        self,
+        path: Path,
+        stored: Any,
+        unit_shape: Vec3 | None = None,
+        shards: ShardWriter | None = None,
+        *,
+        folders: Callable[[Box], Iterable[Path]] | None = None,
     ) -> None:
         self._path = path
         self._stored = stored
         self._shards = shards
         self._unit = unit_shape or vec3(stored.chunk_layout.write_chunk.shape[-3:])
+        self._folders = folders or (shards.folders if shards else lambda box: ())
+        self._disk = ChunksOnDisk(path)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -97,17 +108,21 @@ class LevelArray:
         try:
             if self._shards is not None:
                 self._shards.write(box, parts)
-                return
-            with ts.Transaction() as transaction:  # so that the chunks of a shard arrive together
-                stored = self._stored.with_transaction(transaction)
-                for part, voxels in parts:
-                    target = stored[self._index(part)]
-                    target.write(voxels.reshape(target.shape)).result()
+            else:
+                self._write(parts)
+            self._disk.keep(self._folders(box))
         except READ_ERRORS as error:
             raise OutputError(
                 f"cannot write voxels {box.start} to {box.stop} of {self._path}: {reason(error)}. Free disk space or "
                 "mend the permission, then run again; finished blocks are kept."
             ) from error
+
+    def _write(self, parts: Iterable[tuple[Box, Array]]) -> None:
+        with ts.Transaction() as transaction:  # so that the chunks of a shard arrive together
+            stored = self._stored.with_transaction(transaction)
+            for part, voxels in parts:
+                target = stored[self._index(part)]
+                target.write(voxels.reshape(target.shape)).result()
 
     def _index(self, box: Box) -> tuple[slice, ...]:
         return box.slices if self._stored.rank == 3 else (slice(None), *box.slices)

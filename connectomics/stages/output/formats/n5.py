@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.core.geometry import Vec3
+from connectomics.core.geometry import Box, Vec3
 from connectomics.stages.output.formats.chunk_files import ChunkFiles
 from connectomics.stages.output.formats.contract import UNIT_BYTES, ChunkedFormat, stamp_in
 from connectomics.stages.output.formats.level_array import LevelArray, open_driver
 from connectomics.stages.output.size import OutputSize, widened
+from connectomics.volumes.formats.chunked import touched
 from connectomics.volumes.formats.n5 import ATTRIBUTES
 from connectomics.volumes.levels import Level, plan_levels
 from connectomics.volumes.volume import VolumeInfo
@@ -34,9 +35,15 @@ class N5Levels:
         return {ATTRIBUTES: json.dumps({"n5": "4.0.0"})} | arrays
 
     def open(self, folder: Path, level: int) -> LevelArray:
-        """A level, for reading and writing."""
+        """A level, for reading and writing; the folders of its chunks are called by x, y and, with channels, z."""
+        place, chunk = folder / f"s{level}", self._chunks.chunk(self.levels[level])
+        depth = 3 if self.info.channels > 1 else 2
+
+        def folders(box: Box) -> set[Path]:
+            return {place.joinpath(*map(str, number[::-1][:depth])) for number in touched(box, chunk)}
+
         unit = self._chunks.unit(self.levels[level])
-        return LevelArray(folder, open_driver("n5", folder / f"s{level}").T, unit)
+        return LevelArray(folder, open_driver("n5", place).T, unit, folders=folders)
 
     def level_size(self, level: Level) -> OutputSize:
         """Upper bound of a level with its metadata."""

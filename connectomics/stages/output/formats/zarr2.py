@@ -6,12 +6,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.core.geometry import Vec3
+from connectomics.core.geometry import Box, Vec3
 from connectomics.stages.output.formats.chunk_files import ChunkFiles
 from connectomics.stages.output.formats.contract import UNIT_BYTES, ChunkedFormat, stamp_in
 from connectomics.stages.output.formats.level_array import LevelArray, open_driver
 from connectomics.stages.output.formats.zarr import STAMP, info_of_level
 from connectomics.stages.output.size import OutputSize
+from connectomics.volumes.formats.chunked import touched
 from connectomics.volumes.levels import Level, multiscale, plan_levels
 from connectomics.volumes.store import ATTRIBUTES
 from connectomics.volumes.volume import VolumeInfo
@@ -32,8 +33,15 @@ class Zarr2Levels:
         return {".zgroup": '{"zarr_format": 2}'} | texts
 
     def open(self, folder: Path, level: int) -> LevelArray:
-        """A level, for reading and writing."""
-        return LevelArray(folder, open_driver("zarr", folder / str(level)), self._chunks.unit(self.levels[level]))
+        """A level, for reading and writing; the folders of its chunks are called by channel, z and y."""
+        place, chunk = folder / str(level), self._chunks.chunk(self.levels[level])
+        channel = ["0"] if self.info.channels > 1 else []
+
+        def folders(box: Box) -> set[Path]:
+            return {place.joinpath(*channel, str(z), str(y)) for z, y, _ in touched(box, chunk)}
+
+        unit = self._chunks.unit(self.levels[level])
+        return LevelArray(folder, open_driver("zarr", place), unit, folders=folders)
 
     def level_size(self, level: Level) -> OutputSize:
         """Upper bound of a level with its metadata."""

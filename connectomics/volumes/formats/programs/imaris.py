@@ -12,6 +12,7 @@ import numpy as np
 from connectomics.core.errors import VolumeError
 from connectomics.volumes.formats.codecs.hdf5_filters import require_filters
 from connectomics.volumes.formats.hdf5 import refuse_bombs
+from connectomics.volumes.metadata.hdf5_parts import opened_file
 from connectomics.volumes.metadata.units import nanometres
 from connectomics.volumes.source import READ_ERRORS, Source, file_identity, three_positive, unreadable
 from connectomics.volumes.stored import StoredVolume, info_of, layout_of, require_small_chunks, row_chunk
@@ -34,7 +35,7 @@ def open_imaris(source: Source) -> StoredVolume:
         with contextlib.ExitStack() as opened:
             file_identity(source.path)  # refuses pipes, at which opening would wait for ever
             watched = WatchedFiles(source.path)
-            file = opened.enter_context(h5py.File(source.path, "r", locking="best-effort"))
+            file = opened.enter_context(opened_file(source.path))
             channels, extent = _channels(source, file)
             first = channels[0]["Data"]
             datasets = [channel["Data"] for channel in channels]
