@@ -11,6 +11,7 @@ import functools
 import gc
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -151,10 +152,16 @@ class ForkServer:
         return ended
 
     def run_together(
-        self, arguments: Sequence[str], count: int, *, watched: Path, kill_first_at: tuple[str, int] | None = None
+        self,
+        arguments: Sequence[str],
+        count: int,
+        *,
+        watched: Path,
+        kill_first_at: tuple[str, int] | None = None,
+        number: int = signal.SIGKILL,
     ) -> list[Ended]:
         """Run the command line in several children at once; the first may be killed, as in ``run``."""
-        request = self._request(arguments, watched)
+        request = self._request(arguments, watched) | {"signal": int(number)}
         return self._answers([request | {"kill_at": kill_first_at or ("", 0)}, *[request] * (count - 1)])
 
     @staticmethod
@@ -211,6 +218,9 @@ def _child(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.addaudithook(hook)
+    for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        if Path(folder, "sitecustomize.py").is_file():
+            runpy.run_path(str(Path(folder, "sitecustomize.py")))  # as a process does that is started so
     os.chdir(request["working_folder"])
     if request["memory_bytes"] is not None:
         import resource

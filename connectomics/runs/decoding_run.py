@@ -10,6 +10,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 from connectomics.core.files import make_folder
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
+from connectomics.execution.block_claims import Apart
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.lease import LIMIT_S
 from connectomics.execution.ledger import Ledger
@@ -137,12 +139,15 @@ class DecodeSettings:
     pauses_s: tuple[float, ...] = PAUSES_S
 
 
-def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_block: OnBlock) -> RunReport:
+def run_decode(
+    job: DecodeJob, settings: DecodeSettings, executor: Executor, on_block: OnBlock, apart: Apart | None = None
+) -> RunReport:
     """Bring one volume to its objects, continuing whatever an earlier run of the same result left.
 
     Several processes may do so at the same time: they share the blocks of each stage, one of them makes what is made
     of all blocks at once, and each returns when all is done. ``on_block`` is called with (finished, planned) blocks of
-    each stage. Whatever ConnectomicsError is raised, finished blocks are kept and a rerun continues.
+    each stage. ``apart`` runs what may have killed processes in one of its own, with ``one_block.block_of_decoding``.
+    Whatever ConnectomicsError is raised, finished blocks are kept and a rerun continues.
     """
     began = time.perf_counter()
     check_exportable(job.output, _info_of(job, job.plan), settings.folder, settings.budget_bytes)
@@ -157,7 +162,7 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
     with Accounting(subject) as accounting, Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker:
 
         def run(task: Task, ledger: Ledger) -> BlocksDone:
-            stages.append(run_blocks(task, ledger, executor, worker, on_block=on_block))
+            stages.append(run_blocks(task, ledger, executor, worker, on_block=on_block, apart=apart))
             return stages[-1]
 
         with NameClaims(settings.folder, [(job.output.stem, job.output.result_key)], work, worker) as claims:
@@ -186,15 +191,17 @@ def _attempt(
             for path in job.work.glob("*.zarr"):
                 discard_locks(path)
     if not finished:
-        state, run_key = _objects(job, settings, run, worker=worker)
+        state, run_key = objects(job, settings, run, functools.partial(worker.alone, SINGLE_WRITER))
         with worker.alone(SINGLE_WRITER), Staging(job.work, worker, SINGLE_WRITER, claims.confirm) as staging:
             publisher = Publisher(staging, settings.folder, job.run_folder)
             _finish(job, state, run_key, publisher, run=run)
     return _report(job, stages, began)
 
 
-def _objects(job: DecodeJob, settings: DecodeSettings, run: RunStage, worker: Worker) -> tuple[DecodingState, str]:
-    """What the last step leaves, and the run key."""
+def objects(
+    job: DecodeJob, settings: DecodeSettings, run: RunStage, alone: Callable[[], AbstractContextManager[None]]
+) -> tuple[DecodingState, str]:
+    """Take all steps; what the last one leaves, and the run key. ``alone`` is that of ``StepContext``."""
     grid = BlockGrid(job.volume.info.extent, job.plan.block_shape)
     run_key = key_of({"result": job.output.result_key, "grid": list(grid.block_shape), "program": job.record.program})
     info, likely = job.volume.info, job.probabilities
@@ -204,7 +211,6 @@ def _objects(job: DecodeJob, settings: DecodeSettings, run: RunStage, worker: Wo
         None if likely.read is None else _patiently(likely.read, job.output.stem, settings.pauses_s),
         of_labels=likely.of_labels,
     )
-    alone = functools.partial(worker.alone, SINGLE_WRITER)
     context = StepContext(job.work, "", job.plan, grid, run_key=run_key, run=run, alone=alone)
     for number, each in enumerate(job.passes, 1):
         name = f"{number}_{each.step.name}"

@@ -7,11 +7,10 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from connectomics.core.errors import QuarantineError, VolumeError
