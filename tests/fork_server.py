@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -180,22 +182,95 @@ class ForkServer:
             "working_folder": str(Path.cwd()),
         }
 
+    def start(
+        self,
+        arguments: Sequence[str],
+        name: str,
+        *,
+        prepared: tuple[str, dict[str, Any]] | None = None,
+        watched: Path | None = None,
+        signal_at: tuple[int, str, int] | None = None,
+        file_limit_bytes: int | None = None,
+    ) -> Running:
+        """Run the command line in a child that goes on while this process does other things.
+
+        Parameters
+        ----------
+        arguments
+            Of ``connectomics.cli.main``.
+        name
+            Of the child, under which its output is kept.
+        prepared
+            Module and arguments of its ``prepare``, which is called in the child first.
+        watched, file_limit_bytes
+            As of ``run``.
+        signal_at
+            A signal that the child sends to itself, and before which file operation, as ``kill_at`` of ``run``.
+        """
+        number, *place = signal_at or (signal.SIGKILL, "", 0)
+        request = {
+            "arguments": list(arguments),
+            "signal": int(number),
+            "after_s": None,
+            "watched": str(watched),
+            "kill_at": place,
+            "file_limit_bytes": file_limit_bytes,
+            "unprivileged": False,
+            "memory_bytes": None,
+            "working_folder": str(Path.cwd()),
+            "prepared": prepared,
+        }
+        named = request | {"environment": os.environ | {"OMP_NUM_THREADS": "1"}, "output": str(self._folder / name)}
+        return Running(self, self._told({"start": named}), Path(named["output"]))
+
+    def states(self, children: Sequence[Running]) -> list[str | int]:
+        """What children do now: ``running``, ``stopped``, or the exit code or minus the signal of one that ended."""
+        states: list[str | int] = self._told({"poll": [child.pid for child in children]})
+        return states
+
     def _answers(self, requests: list[dict[str, Any]]) -> list[Ended]:
-        assert self._process.stdin is not None and self._process.stdout is not None
         given = {"environment": os.environ | {"OMP_NUM_THREADS": "1"}}
         named = [request | given | {"output": str(self._folder / f"child{i}_")} for i, request in enumerate(requests)]
-        self._process.stdin.write(json.dumps(named) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the fork server has ended with {self._process.wait()}")
-        answers = json.loads(line)
+        answers = self._told({"run": named})
         ended = []
         for request, answer in zip(named, answers, strict=True):
             out, err, touched = (Path(request["output"] + name).read_text() for name in ("stdout", "stderr", "touched"))
             measured = (answer["seconds"], answer["peak_bytes"])
             ended.append(Ended(answer["code"], out, err, *measured, tuple(touched.splitlines())))
         return ended
+
+    def _told(self, request: dict[str, Any]) -> Any:
+        """What the server answers."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the fork server has ended with {self._process.wait()}")
+        return json.loads(line)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A child that was started, and where its output goes."""
+
+    server: ForkServer
+    pid: int
+    output: Path
+
+    @property
+    def state(self) -> str | int:
+        """What it does now, as ``states`` tells it."""
+        return self.server.states([self])[0]
+
+    def send(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if isinstance(self.state, str):
+            os.kill(self.pid, number)
+
+    def printed(self, stream: str = "stderr") -> str:
+        """What it has printed to ``stdout`` or ``stderr``, or which paths it ``touched``."""
+        return Path(f"{self.output}{stream}").read_text()
 
 
 def _child(request: dict[str, Any]) -> None:
@@ -213,7 +288,7 @@ def _child(request: dict[str, Any]) -> None:
         os.write(touched, f"{path}\n".encode())
         count += text in path
         if count == fatal > 0:
-            os.kill(os.getpid(), request["signal"])
+            signal.pthread_kill(threading.get_ident(), request["signal"])  # this thread does nothing more
 
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -237,7 +312,10 @@ def _child(request: dict[str, Any]) -> None:
         os.setuid(NOBODY)
     code = 1
     try:
-        if request["code"] is None:
+        if request.get("prepared"):
+            module, given = request["prepared"]
+            importlib.import_module(module).prepare(**given)
+        if request.get("code") is None:
             from connectomics.cli import main
 
             code = main(request["arguments"])
@@ -287,16 +365,38 @@ def _import_everything() -> None:
 
 
 def _serve() -> None:
-    """Answer requests, each a list of children that are run at once."""
+    """Answer requests: children that are run at once, one that is started, or what those that were started do."""
     _import_everything()
     gc.collect()
     gc.freeze()  # children share these objects and do not look at them
+    states: dict[int, str | int] = {}
     for line in sys.stdin:
-        began = time.perf_counter()
-        children = [(_forked(request), request) for request in json.loads(line)]
-        answers = [_awaited(child, request, began) for child, request in children]
-        sys.stdout.write(json.dumps(answers) + "\n")
+        ((verb, given),) = json.loads(line).items()
+        if verb == "run":
+            began = time.perf_counter()
+            children = [(_forked(request), request) for request in given]
+            answer: Any = [_awaited(child, request, began) for child, request in children]
+        elif verb == "start":
+            answer = _forked(given)
+            states[answer] = "running"
+        else:
+            for child in given:
+                _look(child, states)
+            answer = [states[child] for child in given]
+        sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
+
+
+def _look(child: int, states: dict[int, str | int]) -> None:
+    """Take over what a child that was started does now."""
+    while isinstance(states[child], str):
+        found, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+        if found == 0:
+            return
+        if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
+            states[child] = "stopped" if os.WIFSTOPPED(status) else "running"
+        else:
+            states[child] = os.waitstatus_to_exitcode(status)
 
 
 def _forked(request: dict[str, Any]) -> int:
