@@ -15,7 +15,7 @@ from connectomics.core import process
 from connectomics.core.process import is_alive, is_dead, is_mark, new_mark
 from connectomics.execution.coordination import DiskStore
 from connectomics.execution.lease import LOOKS, Lease, LeaseLostError, Session, Watch, lease_of, packed, pauses
-from connectomics.execution.worker import Time, Worker, is_deserted, living
+from connectomics.execution.worker import Time, Worker, is_deserted
 
 FOREIGN = "0123abcd-77-5-aaaaaaaa"  # a process of another machine
 LIMIT_S = 2.0
@@ -211,19 +211,11 @@ def test_failures_count_for_all_and_a_new_attempt_forgets_them(tmp_path: Path) -
         assert later.count("failing", 6) == 1
 
 
-def test_who_is_here_is_told_without_a_change(pair: tuple[Worker, Worker], tmp_path: Path) -> None:
-    before = sorted(tmp_path.iterdir())
-    assert {each.mark for each in living(tmp_path)} == {worker.mark for worker in pair}
-    assert sorted(tmp_path.iterdir()) == before
-    assert living(tmp_path / "absent") == []
-    assert not is_deserted(tmp_path) and is_deserted(tmp_path / "absent")
-
-
 def test_nobody_is_here_when_all_have_left(tmp_path: Path) -> None:
     with Worker.of(tmp_path) as worker:
         assert worker.acquire("a")
-        assert not worker.others()
-    assert living(tmp_path) == [] and is_deserted(tmp_path)
+        assert not worker.others() and not is_deserted(tmp_path)
+    assert is_deserted(tmp_path) and is_deserted(tmp_path / "absent")
     seen = DiskStore(tmp_path).read("a")
     assert seen is not None
     lease = lease_of(seen)
