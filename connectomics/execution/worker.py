@@ -22,9 +22,9 @@ from connectomics.execution.lease import (
     RENEWALS,
     Lease,
     LeaseLostError,
-    Observer,
     Presence,
     Session,
+    Witness,
     lease_of,
     packed,
     pauses,
@@ -70,7 +70,7 @@ class Worker:
         self.store = store
         self.limit_s = limit_s
         self._clock = clock or Time()
-        self._observer = Observer(store, limit_s, self._clock.now)
+        self._witness = Witness(store, limit_s, self._clock.now)
         self._lock = threading.RLock()
         self._held: dict[str, _Held] = {}
         self._session: Session | None = None
@@ -139,7 +139,7 @@ class Worker:
 
     def others(self) -> list[str]:
         """Sessions of others that have not ended, as far as is known now."""
-        return [mark for mark in self._observer.present() if mark != self.mark]
+        return [mark for mark in self._witness.present() if mark != self.mark]
 
     def acquire(self, name: str) -> bool:
         """Take a lease if nobody holds it who may be alive.
@@ -161,7 +161,7 @@ class Worker:
                 before = lease_of(seen)
                 if before is not None and not self._is_free(before):
                     return False
-                if before is None and not self._observer.watch.is_stale(name, seen.number, self.limit_s):
+                if before is None and not self._witness.watch.is_stale(name, seen.number, self.limit_s):
                     return False  # it has just been made, or its maker died as it made it
                 lease = _next(lease, before, seen)
                 made = self.store.replace(name, seen, packed(lease))
@@ -172,7 +172,7 @@ class Worker:
     def _is_free(self, lease: Lease) -> bool:
         if lease.state == FAILED:
             return lease.note.partition(" ")[0] != str(self.attempt)
-        return lease.state == FREE or self._observer.is_gone(lease.holder)
+        return lease.state == FREE or self._witness.is_gone(lease.holder)
 
     def holds(self, name: str) -> bool:
         """Whether this process took the lease and has not found it lost."""
@@ -277,9 +277,9 @@ class Worker:
         """Wait."""
         self._clock.sleep(seconds)
 
-    def observer_of(self, folder: Path) -> Observer:
+    def witness_of(self, folder: Path) -> Witness:
         """Who looks at those that work in another folder, with this process's patience."""
-        return Observer(DiskStore(folder), self.limit_s, self._clock.now)
+        return Witness(DiskStore(folder), self.limit_s, self._clock.now)
 
     def _attempt(self, *, alone: bool) -> int:
         seen = self.store.read(ATTEMPT)
@@ -296,7 +296,7 @@ class Worker:
 
 def is_deserted(folder: Path) -> bool:
     """Whether nobody who may be alive works in a folder, as far as is known without waiting."""
-    return not folder.is_dir() or not any(Observer(DiskStore(folder), LIMIT_S).present())
+    return not folder.is_dir() or not any(Witness(DiskStore(folder), LIMIT_S).present())
 
 
 def _next(lease: Lease, before: Lease | None, seen: Version) -> Lease:

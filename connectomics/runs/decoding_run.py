@@ -235,7 +235,7 @@ def _finish(job: DecodeJob, state: DecodingState, run_key: str, publisher: Publi
             place = publisher.staging.place(job.table.name)
             write_table(state.tables, state.count, place, state.frame, stamp=job.output.result_key)
             publisher.publish(place.name, job.table)
-        export_output(state.volume, job.output, publisher, stamp, run)
+        export_output(state.volume, job.output, publisher, stamp, run=run)
         publisher.keep_ledgers()
     state.volume.close()
     seal(job.run_folder, job.paths(publisher.folder))

@@ -245,7 +245,7 @@ def _export(
     store.expect(prepared.ledger.is_recorded)
     if output.name == LABELS and job.labeller.filters.active:
         source = filter_store(store, prepared.ledger.grid, workspace, job.labeller.filters)
-    export_output(source, output, publisher, stamp, workspace.run)
+    export_output(source, output, publisher, stamp, run=workspace.run)
     source.close()
     discard(workspace.work / FILTERED)
     if publisher.staging.is_unobserved():

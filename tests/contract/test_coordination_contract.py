@@ -12,7 +12,7 @@ from simulation import MemoryStore, World
 
 from connectomics.core.errors import StorageError
 from connectomics.execution.coordination import CoordinationStore, DiskStore
-from connectomics.testing.coordination import CoordinationStoreContract
+from connectomics.testing.coordination_store import CoordinationStoreContract
 
 
 class TestDiskStore(CoordinationStoreContract):
