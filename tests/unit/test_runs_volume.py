@@ -129,6 +129,34 @@ def test_every_missing_shard_is_found_whatever_the_sample(tmp_path: Path) -> Non
         assert (labels(folder) == EXPECTED).all()
 
 
+def test_a_shard_that_vanishes_before_the_export_is_computed_again(tmp_path: Path) -> None:
+    """A process that slept may remove what another works with: zeros never take its place."""
+    taken: list[int] = []
+
+    def take_away(finished: int, planned: int) -> None:
+        if finished == planned and len(taken) < 2:
+            (work,) = (tmp_path / "v_labels.run").glob("*/labels.zarr")
+            (work / "0/c/1/0/1").unlink()
+            taken.append(finished)
+
+    run_volume(job_in(tmp_path), settings_in(tmp_path), SerialExecutor(), take_away)
+    assert len(taken) == 2
+    assert (labels(tmp_path) == EXPECTED).all()
+
+
+def test_a_shard_that_vanishes_again_and_again_is_named(tmp_path: Path) -> None:
+    def take_away(finished: int, planned: int) -> None:
+        if finished == planned:
+            (work,) = (tmp_path / "v_labels.run").glob("*/labels.zarr")
+            (work / "0/c/1/0/1").unlink(missing_ok=True)
+
+    with pytest.raises(VolumeError, match=r"no shard .*labels\.zarr/0/c/1/0/1, though it was written.*run again"):
+        run_volume(job_in(tmp_path), settings_in(tmp_path), SerialExecutor(), take_away)
+    assert not (tmp_path / "v_labels.h5").exists()
+    assert run(tmp_path, job_in(tmp_path)).done == 1
+    assert (labels(tmp_path) == EXPECTED).all()
+
+
 def test_a_sample_of_many_blocks_is_compared(tmp_path: Path) -> None:
     """More blocks than are checked: some damage is found, and whatever is found is computed again."""
     plan = BlockPlan((1, 2, 4), (1, 2, 4))
