@@ -41,6 +41,7 @@ from connectomics.stages.output.finish import (
     FinalOutput,
     Publisher,
     check_exportable,
+    check_names,
     export_output,
     seal,
     settle,
@@ -166,6 +167,7 @@ def run_decode(
             return stages[-1]
 
         with NameClaims(settings.folder, [(job.output.stem, job.output.result_key)], work, worker) as claims:
+            check_names((job.output,), settings.folder)  # another run may have made them until just now
             accounting.joined(worker, idle=standing() is not None)
             report = until_it_stands(
                 lambda: _attempt(job, settings, worker, claims, run=run, stages=stages, began=began), standing

@@ -37,6 +37,7 @@ from connectomics.stages.output.finish import (
     FinalOutput,
     Publisher,
     check_exportable,
+    check_names,
     export_output,
     seal,
     settle,
@@ -103,6 +104,7 @@ def run_volume(
         NameClaims(settings.folder, names, work, worker) as claims,
     ):
         accounting.joined(worker, idle=standing() is not None)
+        check_names(job.outputs, settings.folder)  # another run may have made them until just now
         crew = _Crew(worker, claims, executor, on_block, apart=apart)
         report = until_it_stands(lambda: _attempt(work, job, reader, settings, crew=crew), standing)
     settle(job.run_folder, work, job.outputs, (p for o in job.outputs for p in o.paths(settings.folder).values()))

@@ -14,6 +14,7 @@ import pytest
 from connectomics.core.errors import OutputError, VolumeError
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.executors.serial import SerialExecutor
+from connectomics.execution.name_claims import NameClaims
 from connectomics.execution.stage import LABELS
 from connectomics.execution.worker import Worker
 from connectomics.models.spec import ChannelNormalisation
@@ -127,6 +128,23 @@ def test_every_missing_shard_is_found_whatever_the_sample(tmp_path: Path) -> Non
         run(folder, job)
         assert {core.start for core in cores(job)} == {(lost[0], lost[1] * 6, lost[2] * 10), (3, 6, 10)}
         assert (labels(folder) == EXPECTED).all()
+
+
+def test_what_another_run_made_until_just_now_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had the name when this run began, and ended before this run had it."""
+    job, enter = job_in(tmp_path), NameClaims.__enter__
+
+    def entered(self: NameClaims) -> NameClaims:
+        (tmp_path / "v_labels.h5").write_bytes(b"theirs")
+        return enter(self)
+
+    monkeypatch.setattr(NameClaims, "__enter__", entered)
+    kept = replace(job, outputs=tuple(replace(output, overwrite=False) for output in job.outputs))
+    with pytest.raises(OutputError, match=r"v_labels\.h5: exists, but was made by another model"):
+        run(tmp_path, kept)
+    assert (tmp_path / "v_labels.h5").read_bytes() == b"theirs"
+    run(tmp_path, job)
+    assert (labels(tmp_path) == EXPECTED).all()
 
 
 def test_a_shard_that_vanishes_before_the_export_is_computed_again(tmp_path: Path) -> None:

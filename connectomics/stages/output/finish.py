@@ -51,6 +51,8 @@ class FinalOutput:
         In which it is wanted.
     pyramid
         Whether chunked formats get coarser levels, too.
+    overwrite
+        Whether it may replace what another model, setting or input made.
     """
 
     name: str
@@ -58,6 +60,7 @@ class FinalOutput:
     result_key: str
     formats: tuple[str, ...]
     pyramid: bool = True
+    overwrite: bool = True
 
     def paths(self, folder: Path) -> dict[str, Path]:
         """Final path of each format."""
@@ -77,10 +80,10 @@ def _key_at(path: Path, form: str) -> object:
     return None if stamp is None else stamp.get("result_key")
 
 
-def check_names(outputs: Sequence[FinalOutput], folder: Path, *, overwrite: bool) -> None:
-    """Refuse, by an OutputError, to replace what another model, setting or input made unless ``overwrite`` is set."""
-    taken = [path for output in outputs for path in output.taken(folder)]
-    if taken and not overwrite:
+def check_names(outputs: Sequence[FinalOutput], folder: Path) -> None:
+    """Refuse, by an OutputError, to replace what another model, setting or input made where that was not allowed."""
+    taken = [path for output in outputs if not output.overwrite for path in output.taken(folder)]
+    if taken:
         raise OutputError(
             f"{taken[0]}: exists, but was made by another model, setting or input (or another program); choose another "
             "inference.volume_mode.output_suffix or output_path, or state inference.output.overwrite=true"
