@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
-from connectomics.core.errors import QuarantineError
+from connectomics.core.errors import ConnectomicsError, QuarantineError
 from connectomics.core.files import make_folder, write_text
 from connectomics.core.geometry import Block
 from connectomics.execution.ledger import Ledger
+from connectomics.execution.publishing import STAGING
 from connectomics.execution.run_folder import stage_of
 from connectomics.execution.task import BlockFailure, BlockRecord, Executor, Task
 from connectomics.execution.worker import Worker
 
 log = logging.getLogger(__name__)
-Apart = Callable[[Task, Block], BlockRecord | BlockFailure]
-"""Runs a block in a process of its own, whose death is the block's failure."""
+Apart = Callable[[Path, Block], BlockRecord | BlockFailure]
+"""Runs a block of the stage whose ledger is in a folder in a process of its own, whose death is the block's failure."""
 QUARANTINE = "quarantine"
 MOST_DEATHS = 2  # of a block's holders, after which it is run apart
 FAILURES_IN_A_ROW = 16  # from which on something other than these blocks must be wrong
@@ -25,7 +26,7 @@ FAILING = "failing"  # the record that counts them
 
 
 class BlockClaims:
-    """The leases of this process on the blocks of a stage.
+    """The leases of this process on the blocks of a stage; a context manager, which gives back what is left in hand.
 
     Parameters
     ----------
@@ -42,19 +43,36 @@ class BlockClaims:
         self._ledger = ledger
         self._worker = worker
         self._apart = apart
-        self._suspects: deque[Block] = deque()
+        self._suspect: Block | None = None
         self._failed: dict[str, BlockFailure] = {}
+        self._taken: set[str] = set()
 
-    def results(self, executor: Executor) -> Iterator[BlockRecord | BlockFailure]:
-        """What becomes of all blocks that nobody else does; ends when every block is done or has failed."""
-        for result in executor.run(self._task, self._claimed()):
-            yield result
-            yield from self._run_suspects()
-        yield from self._run_suspects()
+    def __enter__(self) -> BlockClaims:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        for lease in self._taken:
+            with contextlib.suppress(ConnectomicsError):  # the disk may be gone, and what went wrong is told
+                self._worker.release(lease)
+
+    def results(self, executor: Executor) -> Generator[BlockRecord | BlockFailure]:
+        """What becomes of all blocks that nobody else does; ends when every block is done or has failed.
+
+        A suspect is run when nothing else is in hand here: others may wait for it, and what it does to this process
+        costs no other block.
+        """
+        while True:
+            yield from executor.run(self._task, self._claimed())
+            if self._suspect is None:
+                return
+            suspect, self._suspect = self._suspect, None
+            yield self._run_apart(suspect)
 
     def finish(self, key: str) -> None:
         """Give a block back that is in the ledger."""
-        self._worker.release(self._lease(key))
+        lease = self._lease(key)
+        self._worker.release(lease)
+        self._taken.discard(lease)
         quarantine_file(self._ledger.folder, key).unlink(missing_ok=True)
 
     def fail(self, failure: BlockFailure) -> None:
@@ -62,12 +80,17 @@ class BlockClaims:
 
         Raises
         ------
+        LeaseLostError
+            If another has the block by now: it failed here since that one, or all others, have gone on meanwhile.
         QuarantineError
             If so many failed, wherever, since the last one was finished, that something else must be wrong.
         """
+        lease = self._lease(failure.block)
+        self._worker.confirm(lease)
         self._failed[failure.block] = failure
         _set_aside(self._ledger.folder, failure)
-        self._worker.fail(self._lease(failure.block), failure.reason)
+        self._worker.fail(lease, failure.reason)
+        self._taken.discard(lease)
         self._ledger.refresh()
         in_a_row = self._worker.count(self._lease(FAILING), self._ledger.finished)
         if in_a_row >= FAILURES_IN_A_ROW and in_a_row < self._ledger.planned:
@@ -78,9 +101,10 @@ class BlockClaims:
         return tuple(f for key, f in self._failed.items() if not self._ledger.is_done(self._ledger.block(key)))
 
     def _claimed(self) -> Iterator[Block | None]:
-        """Blocks that nobody has done or has in hand, each leased; waits while others have all that are left.
+        """Blocks that nobody has done or has in hand, each leased, until one is a suspect.
 
-        None comes before it waits: others may be waiting for what this process has in hand.
+        Waits while others have all that are left. None comes before it waits: others may be waiting for what this
+        process has in hand.
         """
         for pause in self._worker.pauses():
             taken = busy = False
@@ -95,12 +119,12 @@ class BlockClaims:
                 if self._ledger.is_done(block):
                     self._worker.release(lease)
                     continue
-                taken = True
+                self._taken.add(lease)
                 if self._apart is not None and self._worker.held(lease).deaths >= MOST_DEATHS:
-                    self._suspects.append(block)
-                    yield None
-                else:
-                    yield block
+                    self._suspect = block
+                    return
+                taken = True
+                yield block
             if not busy:
                 return
             yield None
@@ -108,14 +132,13 @@ class BlockClaims:
                 self._worker.sleep(pause)
             self._ledger.refresh()
 
-    def _run_suspects(self) -> Iterator[BlockRecord | BlockFailure]:
-        while self._suspects:
-            block = self._suspects.popleft()
-            assert self._apart is not None
-            log.warning(
-                "block %s was in hand when %d processes ended; it runs in one of its own", block.key, MOST_DEATHS
-            )
-            yield self._apart(self._task, block)
+    def _run_apart(self, block: Block) -> BlockRecord | BlockFailure:
+        assert self._apart is not None
+        deaths = self._worker.held(self._lease(block.key)).deaths
+        log.warning(
+            "%s, block %s: %d processes ended at it; it gets one of its own", self._task.name, block.key, deaths
+        )
+        return self._apart(self._ledger.folder, block)
 
     def _has_failed(self, block: Block) -> bool:
         """Whether another process of this attempt has set a block aside."""
@@ -129,8 +152,12 @@ class BlockClaims:
 
 
 def lease_name(folder: Path, key: str) -> str:
-    """Name of the lease on a block of the stage whose ledger is in a folder."""
-    return f"{stage_of(folder)}.{key}"
+    """Name of the lease on a block of the stage whose ledger is in a folder.
+
+    Who builds in a staging folder has leases of its own there: an earlier builder who wakes up takes no block of it.
+    """
+    epoch = f"{folder.parent.name}." if folder.parent.name.startswith(STAGING) else ""
+    return f"{epoch}{stage_of(folder)}.{key}"
 
 
 def quarantined(ledger: Ledger) -> tuple[str, ...]:

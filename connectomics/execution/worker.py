@@ -22,9 +22,9 @@ from connectomics.execution.lease import (
     RENEWALS,
     Lease,
     LeaseLostError,
-    Observer,
     Presence,
     Session,
+    Witness,
     lease_of,
     packed,
     pauses,
@@ -67,10 +67,10 @@ class Worker:
     """
 
     def __init__(self, store: CoordinationStore, *, limit_s: float = LIMIT_S, clock: Time | None = None) -> None:
-        self._store = store
+        self.store = store
         self.limit_s = limit_s
         self._clock = clock or Time()
-        self._observer = Observer(store, limit_s, self._clock.now)
+        self._witness = Witness(store, limit_s, self._clock.now)
         self._lock = threading.RLock()
         self._held: dict[str, _Held] = {}
         self._session: Session | None = None
@@ -101,7 +101,7 @@ class Worker:
         """Become one of those who are here; whoever comes and finds nobody begins a new attempt at what failed."""
         with self._lock:
             first = self._session is None
-            self._session = Session(self._store, self.limit_s)
+            self._session = Session(self.store, self.limit_s)
             self._first = self._first or self._session.told
             self.attempt = self._attempt(alone=first and not self.others())
 
@@ -144,7 +144,7 @@ class Worker:
 
     def others(self) -> list[str]:
         """Sessions of others that have not ended, as far as is known now."""
-        return [mark for mark in self._observer.present() if mark != self.mark]
+        return [mark for mark in self._witness.present() if mark != self.mark]
 
     def acquire(self, name: str) -> bool:
         """Take a lease if nobody holds it who may be alive.
@@ -158,18 +158,18 @@ class Worker:
                 self.join()
             if name in self._held:
                 return False
-            seen = self._store.read(name)
+            seen = self.store.read(name)
             lease = Lease(self.mark, note=str(self.attempt))
             if seen is None:
-                made = self._store.create(name, packed(lease))
+                made = self.store.create(name, packed(lease))
             else:
                 before = lease_of(seen)
                 if before is not None and not self._is_free(before):
                     return False
-                if before is None and not self._observer.watch.is_stale(name, seen.number, self.limit_s):
+                if before is None and not self._witness.watch.is_stale(name, seen.number, self.limit_s):
                     return False  # it has just been made, or its maker died as it made it
                 lease = _next(lease, before, seen)
-                made = self._store.replace(name, seen, packed(lease))
+                made = self.store.replace(name, seen, packed(lease))
             if made is not None:
                 self._held[name] = _Held(lease, made)
             return made is not None
@@ -177,7 +177,7 @@ class Worker:
     def _is_free(self, lease: Lease) -> bool:
         if lease.state == FAILED:
             return lease.note.partition(" ")[0] != str(self.attempt)
-        return lease.state == FREE or self._observer.is_gone(lease.holder)
+        return lease.state == FREE or self._witness.is_gone(lease.holder)
 
     def holds(self, name: str) -> bool:
         """Whether this process took the lease and has not found it lost."""
@@ -213,20 +213,20 @@ class Worker:
     def count(self, name: str, value: int) -> int:
         """How often this was called in this attempt, by any process, since ``value`` is what it is."""
         while True:
-            seen = self._store.read(name)
+            seen = self.store.read(name)
             before = None if seen is None else lease_of(seen)
             note = str(self.attempt)
             same = before is not None and (before.epoch, before.note) == (value, note)
             counted = Lease(self.mark, value, before.counter + 1 if before is not None and same else 1, note=note)
-            made = self._store.create(name, packed(counted)) if seen is None else None
+            made = self.store.create(name, packed(counted)) if seen is None else None
             if seen is not None:
-                made = self._store.replace(name, seen, packed(counted))
+                made = self.store.replace(name, seen, packed(counted))
             if made is not None:
                 return counted.counter
 
     def failure(self, name: str) -> str | None:
         """Why what a lease is for failed in this attempt, or None where it did not."""
-        seen = self._store.read(name)
+        seen = self.store.read(name)
         lease = None if seen is None else lease_of(seen)
         if lease is None or lease.state != FAILED or self._is_free(lease):
             return None
@@ -240,7 +240,7 @@ class Worker:
         lease = dataclasses.replace(held.lease, counter=held.lease.counter + 1, state=state)
         if note is not None:
             lease = dataclasses.replace(lease, note=note)
-        seen = self._store.replace(name, held.seen, packed(lease))
+        seen = self.store.replace(name, held.seen, packed(lease))
         if seen is None:
             del self._held[name]
             return False
@@ -282,18 +282,18 @@ class Worker:
         """Wait."""
         self._clock.sleep(seconds)
 
-    def observer_of(self, folder: Path) -> Observer:
+    def witness_of(self, folder: Path) -> Witness:
         """Who looks at those that work in another folder, with this process's patience."""
-        return Observer(DiskStore(folder), self.limit_s, self._clock.now)
+        return Witness(DiskStore(folder), self.limit_s, self._clock.now)
 
     def _attempt(self, *, alone: bool) -> int:
-        seen = self._store.read(ATTEMPT)
+        seen = self.store.read(ATTEMPT)
         if seen is None:
-            self._store.create(ATTEMPT, packed(Lease(self.mark)))
+            self.store.create(ATTEMPT, packed(Lease(self.mark)))
         elif alone:
             before = lease_of(seen)
-            self._store.replace(ATTEMPT, seen, packed(Lease(self.mark, 0 if before is None else before.epoch + 1)))
-        seen = self._store.read(ATTEMPT)
+            self.store.replace(ATTEMPT, seen, packed(Lease(self.mark, 0 if before is None else before.epoch + 1)))
+        seen = self.store.read(ATTEMPT)
         lease = None if seen is None else lease_of(seen)
         self._begun_by = "" if lease is None else lease.holder
         return 0 if lease is None else lease.epoch
@@ -301,7 +301,7 @@ class Worker:
 
 def is_deserted(folder: Path) -> bool:
     """Whether nobody who may be alive works in a folder, as far as is known without waiting."""
-    return not folder.is_dir() or not any(Observer(DiskStore(folder), LIMIT_S).present())
+    return not folder.is_dir() or not any(Witness(DiskStore(folder), LIMIT_S).present())
 
 
 def _next(lease: Lease, before: Lease | None, seen: Version) -> Lease:

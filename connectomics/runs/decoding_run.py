@@ -10,6 +10,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 from connectomics.core.files import make_folder
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
+from connectomics.execution.block_claims import Apart
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.lease import LIMIT_S
 from connectomics.execution.ledger import Ledger
@@ -39,6 +41,7 @@ from connectomics.stages.output.finish import (
     FinalOutput,
     Publisher,
     check_exportable,
+    check_names,
     export_output,
     seal,
     settle,
@@ -137,12 +140,15 @@ class DecodeSettings:
     pauses_s: tuple[float, ...] = PAUSES_S
 
 
-def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_block: OnBlock) -> RunReport:
+def run_decode(
+    job: DecodeJob, settings: DecodeSettings, executor: Executor, on_block: OnBlock, apart: Apart | None = None
+) -> RunReport:
     """Bring one volume to its objects, continuing whatever an earlier run of the same result left.
 
     Several processes may do so at the same time: they share the blocks of each stage, one of them makes what is made
     of all blocks at once, and each returns when all is done. ``on_block`` is called with (finished, planned) blocks of
-    each stage. Whatever ConnectomicsError is raised, finished blocks are kept and a rerun continues.
+    each stage. ``apart`` runs what may have killed processes in one of its own, with ``one_block.block_of_decoding``.
+    Whatever ConnectomicsError is raised, finished blocks are kept and a rerun continues.
     """
     began = time.perf_counter()
     check_exportable(job.output, _info_of(job, job.plan), settings.folder, settings.budget_bytes)
@@ -157,7 +163,7 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
     with Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker:
 
         def run(task: Task, ledger: Ledger) -> BlocksDone:
-            stages.append(run_blocks(task, ledger, executor, worker, on_block=on_block))
+            stages.append(run_blocks(task, ledger, executor, worker, on_block=on_block, apart=apart))
             return stages[-1]
 
         names = [(job.output.stem, job.output.result_key)]
@@ -165,6 +171,7 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
             NameClaims(settings.folder, names, work, worker) as claims,
             Accounting(subject, worker, idle=standing() is not None),
         ):
+            check_names((job.output,), settings.folder)  # another run may have made them until just now
             report = until_it_stands(
                 lambda: _attempt(job, settings, worker, claims, run=run, stages=stages, began=began), standing
             )
@@ -189,15 +196,17 @@ def _attempt(
             for path in job.work.glob("*.zarr"):
                 discard_locks(path)
     if not finished:
-        state, run_key = _objects(job, settings, run, worker=worker)
+        state, run_key = objects(job, settings, run, functools.partial(worker.alone, SINGLE_WRITER))
         with worker.alone(SINGLE_WRITER), Staging(job.work, worker, SINGLE_WRITER, claims.confirm) as staging:
             publisher = Publisher(staging, settings.folder, job.run_folder)
             _finish(job, state, run_key, publisher, run=run)
     return _report(job, stages, began)
 
 
-def _objects(job: DecodeJob, settings: DecodeSettings, run: RunStage, worker: Worker) -> tuple[DecodingState, str]:
-    """What the last step leaves, and the run key."""
+def objects(
+    job: DecodeJob, settings: DecodeSettings, run: RunStage, alone: Callable[[], AbstractContextManager[None]]
+) -> tuple[DecodingState, str]:
+    """Take all steps; what the last one leaves, and the run key. ``alone`` is that of ``StepContext``."""
     grid = BlockGrid(job.volume.info.extent, job.plan.block_shape)
     run_key = key_of({"result": job.output.result_key, "grid": list(grid.block_shape), "program": job.record.program})
     info, likely = job.volume.info, job.probabilities
@@ -207,7 +216,6 @@ def _objects(job: DecodeJob, settings: DecodeSettings, run: RunStage, worker: Wo
         None if likely.read is None else _patiently(likely.read, job.output.stem, settings.pauses_s),
         of_labels=likely.of_labels,
     )
-    alone = functools.partial(worker.alone, SINGLE_WRITER)
     context = StepContext(job.work, "", job.plan, grid, run_key=run_key, run=run, alone=alone)
     for number, each in enumerate(job.passes, 1):
         name = f"{number}_{each.step.name}"
@@ -232,7 +240,7 @@ def _finish(job: DecodeJob, state: DecodingState, run_key: str, publisher: Publi
             place = publisher.staging.place(job.table.name)
             write_table(state.tables, state.count, place, state.frame, stamp=job.output.result_key)
             publisher.publish(place.name, job.table)
-        export_output(state.volume, job.output, publisher, stamp, run)
+        export_output(state.volume, job.output, publisher, stamp, run=run)
         publisher.keep_ledgers()
     state.volume.close()
     seal(job.run_folder, job.paths(publisher.folder))

@@ -60,7 +60,7 @@ STAGES = {  # text in the paths of a stage's file operations, and how many kills
 ELSEWHERE = {  # stages like another one, or those that test_decode_kills.py kills a smaller job in
     *("pieces", "joins", "tables of objects", "objects", "table", "watershed"),
     *("zarr2 in place", "levels", "provenance"),
-    *("leases", "checksums", "h5", "arrays", "zarr2"),
+    *("leases", "checksums", "h5", "arrays", "zarr2", "ledger", "png", "zarr", "precomputed"),
 }
 SETTINGS = (
     "inference.block_shape=[1,24,32]",

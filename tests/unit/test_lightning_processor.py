@@ -34,7 +34,7 @@ def folder() -> Iterator[Path]:
         for i in range(3):
             write_h5(place / f"v{i}.h5", em_like((1, 16, 16), i))
         (place / "bad.h5").touch()
-        make_model(place / "model", dimensions=2, patch=(16, 16), features=(4, 8))
+        make_model(place / "model", dimensions=2, patch=(16, 16), features=(4, 8), mirror_axes=())
         yield place
 
 
