@@ -106,7 +106,7 @@ class Worker:
             self.attempt = self._attempt(alone=first and not self.others())
 
     def give_back(self) -> None:
-        """Give back what is held: nobody did harm to anything if this process is killed from now on."""
+        """Give back what is held, so that a kill from here on counts against no block."""
         with contextlib.suppress(ConnectomicsError):  # the disk may be gone; all of it goes with the process then
             for name in list(self._held):
                 self.release(name)
