@@ -144,7 +144,7 @@ def _workers(records: _Records, ledgers: list[Ledger]) -> Iterator[tuple[str, Wo
     found = list[tuple[str, WorkerStatus]]()
     for name in records.names(SESSION):
         mark, seen = name.removeprefix(SESSION), records.read(name)
-        told = (None if seen is None else presence_of(seen)) or Presence(mark, "unknown host", 0, 0, limit_s=LIMIT_S)
+        told = (None if seen is None else presence_of(seen)) or Presence(mark, host="", pid=0, since=0, limit_s=LIMIT_S)
         if told.state == LEFT:
             continue
         silent_s = max(0.0, time.time() - records.changed(name))

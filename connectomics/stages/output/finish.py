@@ -12,7 +12,7 @@ from connectomics.core.files import discard, fsync_path, make_folder, require_sh
 from connectomics.core.fingerprint import key_of
 from connectomics.execution.name_claims import retire
 from connectomics.execution.publishing import STAGING, Staging
-from connectomics.execution.run_folder import COORDINATION, LEDGER, PROVENANCE, REPORTS, checksums_of
+from connectomics.execution.run_folder import COORDINATION, LEDGER, PROVENANCE, checksums_of
 from connectomics.execution.runner import RunStage
 from connectomics.execution.stage import PROBABILITIES
 from connectomics.execution.worker import is_deserted
@@ -210,9 +210,9 @@ def seal(run_folder: Path, paths: Iterable[Path]) -> None:
 
 
 def discard_stores(work: Path) -> None:
-    """Remove all that lies in a work folder but ledgers, reports and what the processes agree on."""
+    """Remove all that lies in a work folder but ledgers and what the processes agree on."""
     for path in list(work.iterdir()):
-        if path.is_dir() and not path.name.startswith((LEDGER, REPORTS, COORDINATION)):
+        if path.is_dir() and not path.name.startswith((LEDGER, COORDINATION)):
             discard(path)
 
 
