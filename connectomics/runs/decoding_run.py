@@ -45,6 +45,7 @@ from connectomics.stages.output.finish import (
     export_output,
     seal,
     settle,
+    withdrawing,
     work_folder,
 )
 from connectomics.volumes.store import Store, discard_locks
@@ -160,7 +161,10 @@ def run_decode(
 
     voxels = Box.of_shape(job.volume.info.extent).voxels
     subject = Subject(job.run_folder, work, lambda: ledger_folders(work), voxels)
-    with Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker:
+    with (
+        withdrawing(job.run_folder, work, (job.output,)),
+        Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker,
+    ):
 
         def run(task: Task, ledger: Ledger) -> BlocksDone:
             stages.append(run_blocks(task, ledger, executor, worker, on_block=on_block, apart=apart))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.core.errors import OutputError
+from connectomics.core.errors import ConnectomicsError, OutputError
 from connectomics.core.files import discard, fsync_path, make_folder, require_short, write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.execution.name_claims import retire
@@ -226,3 +227,15 @@ def settle(run_folder: Path, work: Path, outputs: Sequence[FinalOutput], paths: 
     for path in work.glob(f"{STAGING}*"):
         discard(path)
     retire(run_folder.parent, [output.stem for output in outputs], work)
+
+
+@contextlib.contextmanager
+def withdrawing(run_folder: Path, work: Path, outputs: Sequence[FinalOutput]) -> Iterator[None]:
+    """Where a run ends early, give back the names that it claimed, unless a result may still be about to appear."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(ConnectomicsError, OSError):  # what went wrong is told
+            if is_deserted(work / COORDINATION) and not any(work.glob(f"{STAGING}*")):
+                retire(run_folder.parent, [output.stem for output in outputs], work)
+        raise
