@@ -151,7 +151,8 @@ def output_of(request: DecodingRequest, source: DecodingInput, volume: VolumeRea
         if step.probabilities is not None:
             facts["probabilities"] = identity_at(step.probabilities)
     output = request.output
-    return FinalOutput(OBJECTS, source.stem, key_of(facts), output.formats, pyramid=output.pyramid)
+    wanted = {"pyramid": output.pyramid, "overwrite": output.overwrite}
+    return FinalOutput(OBJECTS, source.stem, key_of(facts), output.formats, **wanted)
 
 
 def _require_unchanged(request: DecodingRequest, source: DecodingInput, output: FinalOutput) -> None:

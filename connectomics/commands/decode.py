@@ -70,7 +70,7 @@ class Decoder:
 
     def _process(self, source: DecodingInput) -> tuple[tuple[Path, ...], RunReport]:
         with opened_job(self._request, source) as job:
-            check_names((job.output,), self._folder, overwrite=self._request.output.overwrite)
+            check_names((job.output,), self._folder)
             apart, settings = decoded_apart(self._request, source), settings_of(self._request)
             report = run_decode(job, settings, SerialExecutor(), self._observer.block, apart=apart)
         return job.paths(self._folder), report

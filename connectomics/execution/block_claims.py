@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
-from connectomics.core.errors import QuarantineError
+from connectomics.core.errors import ConnectomicsError, QuarantineError
 from connectomics.core.files import make_folder, write_text
 from connectomics.core.geometry import Block
 from connectomics.execution.ledger import Ledger
+from connectomics.execution.publishing import STAGING
+from connectomics.execution.run_folder import stage_of
 from connectomics.execution.task import BlockFailure, BlockRecord, Executor, Task
 from connectomics.execution.worker import Worker
 
@@ -23,7 +26,7 @@ FAILING = "failing"  # the record that counts them
 
 
 class BlockClaims:
-    """The leases of this process on the blocks of a stage.
+    """The leases of this process on the blocks of a stage; a context manager, which gives back what is left in hand.
 
     Parameters
     ----------
@@ -42,8 +45,17 @@ class BlockClaims:
         self._apart = apart
         self._suspect: Block | None = None
         self._failed: dict[str, BlockFailure] = {}
+        self._taken: set[str] = set()
 
-    def results(self, executor: Executor) -> Iterator[BlockRecord | BlockFailure]:
+    def __enter__(self) -> BlockClaims:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        for lease in self._taken:
+            with contextlib.suppress(ConnectomicsError):  # the disk may be gone, and what went wrong is told
+                self._worker.release(lease)
+
+    def results(self, executor: Executor) -> Generator[BlockRecord | BlockFailure]:
         """What becomes of all blocks that nobody else does; ends when every block is done or has failed.
 
         A suspect is run when nothing else is in hand here: others may wait for it, and what it does to this process
@@ -58,7 +70,9 @@ class BlockClaims:
 
     def finish(self, key: str) -> None:
         """Give a block back that is in the ledger."""
-        self._worker.release(self._lease(key))
+        lease = self._lease(key)
+        self._worker.release(lease)
+        self._taken.discard(lease)
         quarantine_file(self._ledger.folder, key).unlink(missing_ok=True)
 
     def fail(self, failure: BlockFailure) -> None:
@@ -66,14 +80,19 @@ class BlockClaims:
 
         Raises
         ------
+        LeaseLostError
+            If another has the block by now: it failed here since that one, or all others, have gone on meanwhile.
         QuarantineError
             If so many failed, wherever, since the last one was finished, that something else must be wrong.
         """
+        lease = self._lease(failure.block)
+        self._worker.confirm(lease)
         self._failed[failure.block] = failure
         _set_aside(self._ledger.folder, failure)
-        self._worker.fail(self._lease(failure.block), failure.reason)
+        self._worker.fail(lease, failure.reason)
+        self._taken.discard(lease)
         self._ledger.refresh()
-        in_a_row = self._worker.count(f"{self._task.name}.{FAILING}", self._ledger.finished)
+        in_a_row = self._worker.count(self._lease(FAILING), self._ledger.finished)
         if in_a_row >= FAILURES_IN_A_ROW and in_a_row < self._ledger.planned:
             raise QuarantineError(f"{in_a_row} blocks in a row failed, the last with: {failure.reason}")
 
@@ -100,6 +119,7 @@ class BlockClaims:
                 if self._ledger.is_done(block):
                     self._worker.release(lease)
                     continue
+                self._taken.add(lease)
                 if self._apart is not None and self._worker.held(lease).deaths >= MOST_DEATHS:
                     self._suspect = block
                     return
@@ -128,7 +148,22 @@ class BlockClaims:
         return why is not None
 
     def _lease(self, key: str) -> str:
-        return f"{self._task.name}.{key}"
+        return lease_name(self._ledger.folder, key)
+
+
+def lease_name(folder: Path, key: str) -> str:
+    """Name of the lease on a block of the stage whose ledger is in a folder.
+
+    Who builds in a staging folder has leases of its own there: an earlier builder who wakes up takes no block of it.
+    """
+    epoch = f"{folder.parent.name}." if folder.parent.name.startswith(STAGING) else ""
+    return f"{epoch}{stage_of(folder)}.{key}"
+
+
+def quarantined(ledger: Ledger) -> tuple[str, ...]:
+    """Keys of the blocks that are set aside and were not done since."""
+    keys = sorted(path.stem for path in (ledger.folder / QUARANTINE).glob("*.txt"))
+    return tuple(key for key in keys if not ledger.is_done(ledger.block(key)))
 
 
 def quarantine_file(folder: Path, key: str) -> Path:

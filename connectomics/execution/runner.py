@@ -5,6 +5,7 @@ Every block-wise stage is a ``Task`` with a ledger of its own that goes through 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import traceback
 from collections.abc import Callable, Collection
@@ -132,17 +133,18 @@ def run_blocks(
     planned, before = ledger.planned, ledger.finished
     on_block(before, planned)
     log.info("%s: %d blocks planned, %d finished before", task.name, planned, before)
-    claims = BlockClaims(task, ledger, worker, apart)
+    ledger.sign(worker.signature)
     done = windows = 0
-    for result in claims.results(executor):
-        if isinstance(result, BlockFailure):
-            claims.fail(result)
-        else:
-            ledger.append(result)
-            done, windows = done + 1, windows + result.windows
-            log.info("%s, block %s: %d windows, %.2f s", task.name, result.block, result.windows, result.seconds)
-            on_block(ledger.finished, planned)
-            claims.finish(result.block)
+    with BlockClaims(task, ledger, worker, apart) as claims, contextlib.closing(claims.results(executor)) as results:
+        for result in results:
+            if isinstance(result, BlockFailure):
+                claims.fail(result)
+            else:
+                ledger.append(result)
+                done, windows = done + 1, windows + result.windows
+                log.info("%s, block %s: %d windows, %.2f s", task.name, result.block, result.windows, result.seconds)
+                on_block(ledger.finished, planned)
+                claims.finish(result.block)
     if ledger.finished > before + done:
         on_block(ledger.finished, planned)
     return BlocksDone(planned, ledger.finished - done, done, windows, failures=claims.failures())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.volumes import first_stage_of, job_of
@@ -12,7 +13,6 @@ from connectomics.execution.executors.overlapping import OverlappingExecutor
 from connectomics.execution.runner import OnBlock
 from connectomics.jobs.apart import kept_previous, labelled_apart
 from connectomics.runs.volume import run_volume
-from connectomics.stages.output.finish import check_names
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.volume import VolumeReader
 
@@ -45,6 +45,6 @@ def _compute(engine: Engine, source: VolumeSource, reader: VolumeReader, on_bloc
     job = job_of(first, source, reader)
     if any(output.missing(first.settings.folder) for output in job.outputs):
         log.info("the previous stage, configuration %s", first.spec.configuration)
-        check_names(job.outputs, first.settings.folder, overwrite=True)
+        job = replace(job, outputs=tuple(replace(output, overwrite=True) for output in job.outputs))
         apart = labelled_apart(first, source)
         run_volume(job, first.settings, OverlappingExecutor(), on_block, apart=apart)

@@ -305,7 +305,7 @@ class VolumeProcessor:
                 log.info("backend: %s", note)
             previous = opened.enter_context(previous_labels(engine, source, reader, on_block=self._observer.block))
             job = job_of(engine, source, reader, previous=previous, roi=roi)
-            check_names(job.outputs, settings.folder, overwrite=engine.inference.outputs.overwrite)
+            check_names(job.outputs, settings.folder)
             job = self._forecaster.with_forecast(engine, sample.shared_by(engine, job))
             apart = labelled_apart(engine, source)
             report = run_volume(job, engine.settings, OverlappingExecutor(), self._observer.block, apart=apart)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from connectomics.core.errors import OutputError, QuarantineError
-from connectomics.core.files import discard, make_folder, write_text
+from connectomics.core.files import discard, make_folder
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
 from connectomics.execution.block_claims import Apart
@@ -32,13 +32,16 @@ from connectomics.execution.task import Executor, RunReport
 from connectomics.execution.worker import Worker
 from connectomics.runs.job import RunSettings, VolumeJob, command_with_blocks
 from connectomics.runs.perseverance import until_it_stands
+from connectomics.runs.run_report import Accounting, Subject
 from connectomics.stages.output.finish import (
     FinalOutput,
     Publisher,
     check_exportable,
+    check_names,
     export_output,
     seal,
     settle,
+    withdrawing,
     work_folder,
 )
 from connectomics.stages.predict import precision_check as agreements
@@ -94,10 +97,15 @@ def run_volume(
             planned, planned, done=0, failed=0, windows=0, voxels=Box.of_shape(reader.info.extent).voxels, seconds=0.0
         )
 
+    voxels = Box.of_shape(reader.info.extent).voxels
+    subject = Subject(job.run_folder, work, lambda: (work / LEDGER,), voxels, predicted_s=job.record.predicted_s)
     with (
+        withdrawing(job.run_folder, work, job.outputs),
         Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker,
         NameClaims(settings.folder, names, work, worker) as claims,
+        Accounting(subject, worker, idle=standing() is not None),
     ):
+        check_names(job.outputs, settings.folder)  # another run may have made them until just now
         crew = _Crew(worker, claims, executor, on_block, apart=apart)
         report = until_it_stands(lambda: _attempt(work, job, reader, settings, crew=crew), standing)
     settle(job.run_folder, work, job.outputs, (p for o in job.outputs for p in o.paths(settings.folder).values()))
@@ -224,6 +232,7 @@ def _finish(
     for output in pending:
         unit = {PROBABILITIES: rule.facts} if rule is not None and output.name == PROBABILITIES else {}
         _export(prepared, job, output, stamp=stamp | unit, workspace=workspace, publisher=publisher)
+    publisher.keep_ledgers()
     seal(job.run_folder, (p for o in job.outputs for p in o.paths(settings.folder).values()))
 
 
@@ -239,7 +248,7 @@ def _export(
     store.expect(prepared.ledger.is_recorded)
     if output.name == LABELS and job.labeller.filters.active:
         source = filter_store(store, prepared.ledger.grid, workspace, job.labeller.filters)
-    export_output(source, output, publisher, stamp, workspace.run)
+    export_output(source, output, publisher, stamp, run=workspace.run)
     source.close()
     discard(workspace.work / FILTERED)
     if publisher.staging.is_unobserved():
@@ -248,7 +257,7 @@ def _export(
 
 
 def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: float) -> RunReport:
-    """What this process did, also in RUN; raises QuarantineError if blocks failed."""
+    """What this process did; raises QuarantineError if blocks failed."""
     voxels = Box.of_shape(prepared.ledger.grid.volume).voxels
     seconds = round(time.perf_counter() - began, 3)
     failed = len(blocks.failures)
@@ -271,7 +280,6 @@ def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: floa
     )
     if predicted and not failed:
         log.info("took %.1f s, predicted were %.1f s for its share of the blocks", seconds, predicted)
-    write_text(job.run_folder / "report.json", json.dumps(asdict(report), indent=1) + "\n")
     if blocks.failures:
         raise QuarantineError(failure_message(blocks.failures, blocks.planned, prepared.ledger.folder))
     return report

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.core.errors import OutputError
+from connectomics.core.errors import ConnectomicsError, OutputError
 from connectomics.core.files import discard, fsync_path, make_folder, require_short, write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.execution.name_claims import retire
@@ -51,6 +52,8 @@ class FinalOutput:
         In which it is wanted.
     pyramid
         Whether chunked formats get coarser levels, too.
+    overwrite
+        Whether it may replace what another model, setting or input made.
     """
 
     name: str
@@ -58,6 +61,7 @@ class FinalOutput:
     result_key: str
     formats: tuple[str, ...]
     pyramid: bool = True
+    overwrite: bool = True
 
     def paths(self, folder: Path) -> dict[str, Path]:
         """Final path of each format."""
@@ -77,10 +81,10 @@ def _key_at(path: Path, form: str) -> object:
     return None if stamp is None else stamp.get("result_key")
 
 
-def check_names(outputs: Sequence[FinalOutput], folder: Path, *, overwrite: bool) -> None:
-    """Refuse, by an OutputError, to replace what another model, setting or input made unless ``overwrite`` is set."""
-    taken = [path for output in outputs for path in output.taken(folder)]
-    if taken and not overwrite:
+def check_names(outputs: Sequence[FinalOutput], folder: Path) -> None:
+    """Refuse, by an OutputError, to replace what another model, setting or input made where that was not allowed."""
+    taken = [path for output in outputs if not output.overwrite for path in output.taken(folder)]
+    if taken:
         raise OutputError(
             f"{taken[0]}: exists, but was made by another model, setting or input (or another program); choose another "
             "inference.volume_mode.output_suffix or output_path, or state inference.output.overwrite=true"
@@ -114,6 +118,11 @@ class Publisher:
         make_folder(record.parent)
         self.staging.publish(record.name, record)
         log.info("wrote %s", path)
+
+    def keep_ledgers(self) -> None:
+        """Move the ledgers of what was built into the work folder, so that it stays known who did what."""
+        for path in sorted(self.staging.folder.glob(f"{LEDGER}*")):
+            self.staging.publish(path.name, self.staging.folder.parent / path.name)
 
     def tell(self, provenance: str) -> None:
         """Put what the outputs are made of into RUN."""
@@ -218,3 +227,15 @@ def settle(run_folder: Path, work: Path, outputs: Sequence[FinalOutput], paths: 
     for path in work.glob(f"{STAGING}*"):
         discard(path)
     retire(run_folder.parent, [output.stem for output in outputs], work)
+
+
+@contextlib.contextmanager
+def withdrawing(run_folder: Path, work: Path, outputs: Sequence[FinalOutput]) -> Iterator[None]:
+    """Where a run ends early, give back the names that it claimed, unless a result may still be about to appear."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(ConnectomicsError, OSError):  # what went wrong is told
+            if is_deserted(work / COORDINATION) and not any(work.glob(f"{STAGING}*")):
+                retire(run_folder.parent, [output.stem for output in outputs], work)
+        raise
