@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +35,7 @@ import connectomics
 
 PACKAGE = Path(connectomics.__file__).parent
 MODEL = PACKAGE / "example" / "phantom_mito_2d"
-VOLUME = "phantom:32x256x256?seed=7&what=image"
+VOLUME = "phantom:16x256x256?seed=7&what=image"
 SETTINGS = (
     "inference.block_shape=[1,128,128]",
     "inference.output.formats=[h5,zarr]",
@@ -51,7 +52,7 @@ UNSHARE = ("unshare", "--uts", "--pid", "--mount-proc", "--fork", "--kill-child"
 KILLED = -9
 DEADLINE_S = 3600.0
 POLL_S = 0.2
-BLOCKS = 128  # of the volume
+BLOCKS = 64  # of the volume
 
 
 @dataclass(frozen=True)
@@ -252,9 +253,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("what", nargs="?", choices=("mounts", "namespaces"), help="one of the two; without it both")
     parser.add_argument("--caches", nargs="+", type=int, default=CACHES_S, metavar="S", help="seconds; 3 60 120")
     parser.add_argument("--limit", type=int, metavar="S", help="system.stale_after_s, also one that is too short")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="trials, most of which wait; 1")
     parser.add_argument("--folder", type=Path, help="work in a new folder there and keep it; else in a temporary one")
     given = parser.parse_args(words)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing is left mounted or running
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was begun ends first, nothing stays mounted
     why_not = obstacle(mounts=given.what != "namespaces")
     if why_not is not None:
         print(f"nothing was tried: {why_not}", file=sys.stderr)
@@ -263,10 +265,11 @@ def main(words: Sequence[str] | None = None) -> int:
     reference = reference_in(base)
     print(HEAD, flush=True)
     good = True
-    for trial in trials(given.what, given.caches, given.limit):
-        outcome = try_it(trial, base, reference)
-        print(outcome.row, flush=True)
-        good = good and outcome.good
+    with ThreadPoolExecutor(given.at_once) as pool:
+        tried = trials(given.what, given.caches, given.limit)
+        for outcome in pool.map(lambda trial: try_it(trial, base, reference), tried):
+            print(outcome.row, flush=True)
+            good = good and outcome.good
     if given.folder is None and good:
         shutil.rmtree(base)
     else:
