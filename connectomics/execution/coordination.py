@@ -93,7 +93,7 @@ class DiskStore:
 
         def current() -> Version | None:
             number = self._highest(name)
-            return None if number < 0 else Version(number, _content(self._path(name, number)))
+            return None if number < 0 else Version(number, content_of(self._path(name, number)))
 
         return self._patiently(current, f"reading {name}")
 
@@ -124,7 +124,7 @@ class DiskStore:
             return _created(path, version.content)
 
         def found() -> bytes:
-            return _content(path)
+            return content_of(path)
 
         won = self._patiently(made, f"making {path.name}")
         if not won and self._patiently(found, f"reading {path.name}") != version.content:
@@ -177,7 +177,8 @@ def _linked(path: Path, content: bytes) -> bool:
     return True
 
 
-def _content(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
+    """What the name of a version carries."""
     try:
         return os.readlink(os.fsencode(path))  # noqa: PTH115
     except OSError as error:

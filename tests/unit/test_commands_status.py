@@ -68,8 +68,8 @@ def screen(folder: Path) -> str:
 def shift(folder: Path, record: str, seconds: float) -> None:
     """Let a record have been written so long ago."""
     for path in folder.glob(f"{record}.*"):
-        at = path.stat().st_mtime - seconds
-        os.utime(path, (at, at))
+        at = path.lstat().st_mtime - seconds
+        os.utime(path, (at, at), follow_symlinks=False)
 
 
 def in_hand(worker: WorkerStatus) -> list[tuple[str, str]]:
@@ -239,7 +239,7 @@ def test_stages_in_staging_folders_are_seen_and_nothing_is_touched(
 
     def everything() -> dict[Path, tuple[int, bytes]]:
         return {
-            path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+            path: (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
             for path in (folder, *folder.rglob("*"))
         }
 
