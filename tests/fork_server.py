@@ -7,16 +7,18 @@ As a module: ``ForkServer``. As a script: the server itself, one JSON request a 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,28 +52,27 @@ class Ended:
     touched: tuple[str, ...]  # the path of each file operation in the watched folder
 
 
-_SERVERS: dict[Path | None, subprocess.Popen[str]] = {}
-
-
-def _server(preload: Path | None) -> subprocess.Popen[str]:
+@functools.cache
+def _server() -> subprocess.Popen[str]:
     """Start the server process: one for all files that a worker of the tests runs; ``end`` ends it."""
-    if preload not in _SERVERS:
-        more = {} if preload is None else {"LD_PRELOAD": str(preload)}
-        _SERVERS[preload] = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | more,
-        )
-    return _SERVERS[preload]
+    return _started({})
+
+
+def _started(stated: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | stated,
+    )
 
 
 def end() -> None:
-    """End the server processes that there are."""
-    for process in _SERVERS.values():
-        process.communicate(timeout=60)
-    _SERVERS.clear()
+    """End the server process, if there is one."""
+    if _server.cache_info().currsize:
+        _server().communicate(timeout=60)
+        _server.cache_clear()
 
 
 class ForkServer:
@@ -81,13 +82,15 @@ class ForkServer:
     ----------
     folder
         Where children's output is kept for a moment.
-    preload
-        A library that stands between the children and the C library.
+    preloaded
+        A library that stands before the C library, see ``preloads``; the server is one of its own then, and ends with
+        the context.
     """
 
-    def __init__(self, folder: Path, preload: Path | None = None) -> None:
+    def __init__(self, folder: Path, preloaded: Path | None = None) -> None:
         self._folder = folder
-        self._process = _server(preload)
+        self._own = preloaded is not None
+        self._process = _started({"LD_PRELOAD": str(preloaded)}) if self._own else _server()
 
     def __enter__(self) -> ForkServer:
         return self
@@ -95,7 +98,9 @@ class ForkServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the process to the next one."""
+        """Leave the process to the next one, unless it is one of its own."""
+        if self._own:
+            self._process.communicate(timeout=60)
 
     def run(
         self,
@@ -131,11 +136,9 @@ class ForkServer:
         working_folder
             Where the command is called.
         """
-        request = {
-            "arguments": list(arguments),
+        request = self._request(arguments, watched) | {
             "signal": int(number),
             "after_s": after_s,
-            "watched": str(watched),
             "kill_at": kill_at or ("", 0),
             "file_limit_bytes": file_limit_bytes,
             "unprivileged": unprivileged and os.geteuid() == 0,
@@ -145,12 +148,30 @@ class ForkServer:
         (ended,) = self._answers([request])
         return ended
 
+    def run_code(self, code: str, *arguments: str) -> Ended:
+        """Run Python code in a child, with ``sys.argv`` as ``python -c`` has it."""
+        (ended,) = self._answers([self._request(arguments) | {"code": code}])
+        return ended
+
     def run_together(
-        self, arguments: Sequence[str], count: int, *, watched: Path, kill_first_at: tuple[str, int] | None = None
+        self,
+        arguments: Sequence[str],
+        count: int,
+        *,
+        watched: Path,
+        kill_first_at: tuple[str, int] | None = None,
+        number: int = signal.SIGKILL,
     ) -> list[Ended]:
         """Run the command line in several children at once; the first may be killed, as in ``run``."""
-        request: dict[str, Any] = {
+        request = self._request(arguments, watched) | {"signal": int(number)}
+        return self._answers([request | {"kill_at": kill_first_at or ("", 0)}, *[request] * (count - 1)])
+
+    @staticmethod
+    def _request(arguments: Sequence[str], watched: Path | None = None) -> dict[str, Any]:
+        """What the server is asked for where nothing else is stated."""
+        return {
             "arguments": list(arguments),
+            "code": None,
             "signal": int(signal.SIGKILL),
             "after_s": None,
             "watched": str(watched),
@@ -160,7 +181,6 @@ class ForkServer:
             "memory_bytes": None,
             "working_folder": str(Path.cwd()),
         }
-        return self._answers([request | {"kill_at": kill_first_at or ("", 0)}, *[request] * (count - 1)])
 
     def start(
         self,
@@ -273,6 +293,9 @@ def _child(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.addaudithook(hook)
+    for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        if Path(folder, "sitecustomize.py").is_file():
+            runpy.run_path(str(Path(folder, "sitecustomize.py")))  # as a process does that is started so
     os.chdir(request["working_folder"])
     if request["memory_bytes"] is not None:
         import resource
@@ -287,14 +310,19 @@ def _child(request: dict[str, Any]) -> None:
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
-    from connectomics.cli import main
-
     code = 1
     try:
         if request.get("prepared"):
             module, given = request["prepared"]
             importlib.import_module(module).prepare(**given)
-        code = main(request["arguments"])
+        if request.get("code") is None:
+            from connectomics.cli import main
+
+            code = main(request["arguments"])
+        else:
+            sys.argv = ["-c", *request["arguments"]]
+            exec(compile(request["code"], "<code>", "exec"), {"__name__": "__main__"})  # noqa: S102
+            code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:  # noqa: BLE001 - what a process would print, too
@@ -313,6 +341,7 @@ def _import_everything() -> None:
     import encodings.utf_8_sig  # noqa: F401
     from importlib.resources import as_file, files
 
+    import imagecodecs  # noqa: F401
     import pandas  # noqa: F401 - pyarrow looks for it when it makes a table
     import pyarrow.parquet  # noqa: F401
     from PIL import Image
@@ -322,11 +351,14 @@ def _import_everything() -> None:
     from connectomics.cli import doctor, program, progress  # noqa: F401
     from connectomics.commands import decode  # noqa: F401
     from connectomics.config.load import load_config
+    from connectomics.core.features import DECODING_STEPS
     from connectomics.lightning import inference  # noqa: F401
     from connectomics.volumes.formats import hdf5, images, tiff, zarr  # noqa: F401
     from connectomics.volumes.phantom import volume  # noqa: F401
 
     Image.init()
+    for name in DECODING_STEPS.built_in:
+        DECODING_STEPS.load(name)
     with as_file(files("connectomics") / "example" / "phantom_mito_2d") as model:
         config = load_config(None, ["system.device=cpu"])  # Hydra is imported for words only
         load(model_settings(config.model, config.data, model))

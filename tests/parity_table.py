@@ -10,7 +10,7 @@ import itertools
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -132,10 +132,11 @@ def all_cases() -> list[ParityCase]:
     return list(dict.fromkeys([*common, *special]))
 
 
-def pairs_of(case: ParityCase) -> set[tuple[object, ...]]:
+@functools.cache
+def pairs_of(case: ParityCase) -> frozenset[tuple[object, ...]]:
     """The pairs of values of two factors that occur in a case."""
-    values = astuple(case)
-    return {(i, values[i], j, values[j]) for i, j in itertools.combinations(range(len(values)), 2)}
+    values = [getattr(case, name) for name in FACTORS]
+    return frozenset((i, values[i], j, values[j]) for i, j in itertools.combinations(range(len(values)), 2))
 
 
 @functools.cache

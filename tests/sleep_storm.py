@@ -91,7 +91,13 @@ def left_in(output: Path) -> set[str]:
     """All that a job leaves beside the voxels; names of processes do not count."""
     paths = (path.relative_to(output) for path in output.rglob("*"))
     kept = (path for path in paths if path.parts[0].endswith(".run") or len(path.parts) == 1)
-    return {(path.parent / "any.jsonl" if path.suffix == ".jsonl" else path).as_posix() for path in kept}
+    of_processes = {".jsonl": "any.jsonl", ".json": "any.json"}
+
+    def called(path: Path) -> Path:
+        own = path.suffix == ".jsonl" or path.parent.name == "reports"
+        return path.parent / of_processes[path.suffix] if own else path
+
+    return {called(path).as_posix() for path in kept}
 
 
 def wait(child: Running, *states: str, deadline_s: float = DEADLINE_S) -> Steps:

@@ -34,9 +34,9 @@ STEPS = "[{name: connected_components, threshold: 0.5}, {name: filters, min_voxe
 
 
 @contextlib.contextmanager
-def labelling(settings: Sequence[str], *, masked: bool = False, preload: Path | None = None) -> Iterator[Job]:
+def labelling(settings: Sequence[str], *, masked: bool = False, preloaded: Path | None = None) -> Iterator[Job]:
     """Labels of a volume by a model, in blocks as the settings say; with a hole where the model is ``masked``."""
-    with quick_folder() as folder, ForkServer(folder, preload) as server:
+    with quick_folder() as folder, ForkServer(folder, preloaded) as server:
         more = {"reader": "SimpleITKIO", "masked": (True,)} if masked else {}
         model = make_model(folder / "model", dimensions=2, patch=(16, 16), features=(4, 8), **more)
         image = em_like((2, 48, 64))
@@ -46,9 +46,9 @@ def labelling(settings: Sequence[str], *, masked: bool = False, preload: Path | 
 
 
 @contextlib.contextmanager
-def decoding(formats: str, *, steps: str = STEPS, preload: Path | None = None) -> Iterator[Job]:
+def decoding(formats: str, *, steps: str = STEPS, preloaded: Path | None = None) -> Iterator[Job]:
     """Objects of probabilities, with their table, in four blocks."""
-    with quick_folder() as folder, ForkServer(folder, preload) as server:
+    with quick_folder() as folder, ForkServer(folder, preloaded) as server:
         likely = ndimage.gaussian_filter(np.random.default_rng(0).random((8, 32, 48)), 0.8).astype(np.float32)
         volume = write_h5(folder / "v.h5", likely)
         more = (f"inference.output.formats=[{formats}]", "inference.block_shape=[8,16,24]")

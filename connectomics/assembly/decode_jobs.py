@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.objects.table import require_parquet
-from connectomics.runs.decoding_run import DecodeJob, DecodeRecord, TableProbabilities
+from connectomics.runs.decoding_run import DecodeJob, DecodeRecord, DecodeSettings, TableProbabilities
 from connectomics.stages.decode.context import decode_plan, in_chunks
 from connectomics.stages.decode.object_filters import passes
 from connectomics.stages.decode.step_contract import DecodingMemory, DecodingStep, StepInput
@@ -151,7 +151,8 @@ def output_of(request: DecodingRequest, source: DecodingInput, volume: VolumeRea
         if step.probabilities is not None:
             facts["probabilities"] = identity_at(step.probabilities)
     output = request.output
-    return FinalOutput(OBJECTS, source.stem, key_of(facts), output.formats, pyramid=output.pyramid)
+    wanted = {"pyramid": output.pyramid, "overwrite": output.overwrite}
+    return FinalOutput(OBJECTS, source.stem, key_of(facts), output.formats, **wanted)
 
 
 def _require_unchanged(request: DecodingRequest, source: DecodingInput, output: FinalOutput) -> None:
@@ -188,6 +189,21 @@ def open_decoding_input(request: DecodingRequest, source: DecodingInput) -> Volu
         reader.close()
         raise
     return reader
+
+
+def settings_of(request: DecodingRequest) -> DecodeSettings:
+    """Return how all volumes of a request are decoded."""
+    return DecodeSettings(request.output.folder, request.budget_bytes, request.stale_s)
+
+
+@contextlib.contextmanager
+def opened_job(request: DecodingRequest, source: DecodingInput) -> Iterator[DecodeJob]:
+    """All that decoding one volume needs, open while the context is; errors are those of opening and ``decode_job``."""
+    named = stated_probabilities(request, source)
+    with contextlib.ExitStack() as opened:
+        volume = opened.enter_context(contextlib.closing(open_decoding_input(request, source)))
+        likely = None if named is None else opened.enter_context(contextlib.closing(open_volume(named)))
+        yield decode_job(request, source, volume, likely)
 
 
 def decode_job(

@@ -208,13 +208,13 @@ def outputs_of(engine: Engine, source: VolumeSource, reader: VolumeReader) -> tu
     resampling = resampling_facts(segmenter_of(engine, reader.info.spacing))
     facts = dict(engine.identity.facts) | {"input": reader.identity, "resample": resampling}
     facts |= _previous_facts(engine, source, reader) | roi_facts(engine.inference, reader.info)
-    pyramid = engine.inference.outputs.pyramid
-    outputs = [FinalOutput(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1], pyramid=pyramid)]
+    wanted = {"pyramid": engine.inference.outputs.pyramid, "overwrite": engine.inference.outputs.overwrite}
+    outputs = [FinalOutput(LABELS, names[LABELS][0], key_of(facts), names[LABELS][1], **wanted)]
     rule = engine.segmenter.probabilities
     if rule is not None:
         key = key_of(facts | {PROBABILITIES: rule.facts})
         stem, formats = names[PROBABILITIES]
-        outputs.append(FinalOutput(PROBABILITIES, stem, key, formats, pyramid=pyramid))
+        outputs.append(FinalOutput(PROBABILITIES, stem, key, formats, **wanted))
     return tuple(outputs)
 
 

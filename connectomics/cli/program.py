@@ -261,7 +261,7 @@ def _reproduce(words: argparse.Namespace) -> int:
 
 
 def _status(words: argparse.Namespace) -> int:
-    from connectomics.execution.status import status_of
+    from connectomics.commands.status import status_of
 
     status = status_of(words.run)
     say(json.dumps(status.as_dict(), indent=1) if words.json else "\n".join(status.lines()))

@@ -11,12 +11,12 @@ from pathlib import Path
 from connectomics.assembly.decode_inputs import RUN, SUFFIX, DecodingInput
 from connectomics.assembly.decode_jobs import (
     DecodingRequest,
-    decode_job,
     keeps_probabilities,
     open_decoding_input,
+    opened_job,
     output_of,
     run_folder_of,
-    stated_probabilities,
+    settings_of,
     table_of,
 )
 from connectomics.assembly.engine.engine import Engine
@@ -24,12 +24,11 @@ from connectomics.assembly.engine.identity import program_version
 from connectomics.core.errors import ConnectomicsError
 from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.task import RunReport
+from connectomics.jobs.apart import decoded_apart
 from connectomics.jobs.outcome import NullObserver, Observer, VolumeOutcome, attempted, outcomes_of
-from connectomics.runs.decoding_run import DecodeSettings, lacks_table, run_decode
+from connectomics.runs.decoding_run import lacks_table, run_decode
 from connectomics.stages.output.finish import check_names, settle, work_folder
 from connectomics.volumes.listing import stem_of
-from connectomics.volumes.opening import open_volume
-from connectomics.volumes.volume import VolumeReader
 
 OWN_AXES = "zyx"  # of all labels that a run leaves
 
@@ -70,19 +69,11 @@ class Decoder:
         return paths
 
     def _process(self, source: DecodingInput) -> tuple[tuple[Path, ...], RunReport]:
-        with (
-            contextlib.closing(open_decoding_input(self._request, source)) as volume,
-            _opened(stated_probabilities(self._request, source)) as likely,
-        ):
-            job = decode_job(self._request, source, volume, likely)
-            check_names((job.output,), self._folder, overwrite=self._request.output.overwrite)
-            settings = DecodeSettings(self._folder, self._request.budget_bytes, self._request.stale_s)
-            report = run_decode(job, settings, SerialExecutor(), self._observer.block)
+        with opened_job(self._request, source) as job:
+            check_names((job.output,), self._folder)
+            apart, settings = decoded_apart(self._request, source), settings_of(self._request)
+            report = run_decode(job, settings, SerialExecutor(), self._observer.block, apart=apart)
         return job.paths(self._folder), report
-
-
-def _opened(uri: str | None) -> contextlib.AbstractContextManager[VolumeReader | None]:
-    return contextlib.nullcontext() if uri is None else contextlib.closing(open_volume(uri))
 
 
 def decode_outcomes(

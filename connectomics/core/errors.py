@@ -5,6 +5,7 @@ ConnectomicsError
 ├── ModelError         a checkpoint, plans.json or dataset.json cannot be used
 │   └── UnsafeModelError   ... because it brings code that was not asked for
 ├── VolumeError        an input volume cannot be read or does not fit the model
+│   └── MissingShardError  ... or the working store lacks what was written to it
 ├── BoxError           a box of voxels is none (also a ValueError)
 ├── OutputError        a result cannot be written, or its name is taken
 │   └── StorageError       ... because the disk is full, read-only, forbidden or gone: no block can be written
@@ -47,6 +48,10 @@ class UnsafeModelError(ModelError):
 
 class VolumeError(ConnectomicsError):
     """An input volume cannot be read or does not fit the model."""
+
+
+class MissingShardError(VolumeError):
+    """A working store lacks what the ledger says was written: others removed it, or the disk lost it."""
 
 
 class BoxError(ConnectomicsError, ValueError):

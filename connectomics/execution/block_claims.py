@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from connectomics.execution.task import BlockFailure, BlockRecord, Executor, Tas
 from connectomics.execution.worker import Worker
 
 log = logging.getLogger(__name__)
-Apart = Callable[[Task, Block], BlockRecord | BlockFailure]
-"""Runs a block in a process of its own, whose death is the block's failure."""
+Apart = Callable[[Path, Block], BlockRecord | BlockFailure]
+"""Runs a block of the stage whose ledger is in a folder in a process of its own, whose death is the block's failure."""
 QUARANTINE = "quarantine"
 MOST_DEATHS = 2  # of a block's holders, after which it is run apart
 FAILURES_IN_A_ROW = 16  # from which on something other than these blocks must be wrong
@@ -44,7 +43,7 @@ class BlockClaims:
         self._ledger = ledger
         self._worker = worker
         self._apart = apart
-        self._suspects: deque[Block] = deque()
+        self._suspect: Block | None = None
         self._failed: dict[str, BlockFailure] = {}
         self._taken: set[str] = set()
 
@@ -57,11 +56,17 @@ class BlockClaims:
                 self._worker.release(lease)
 
     def results(self, executor: Executor) -> Generator[BlockRecord | BlockFailure]:
-        """What becomes of all blocks that nobody else does; ends when every block is done or has failed."""
-        for result in executor.run(self._task, self._claimed()):
-            yield result
-            yield from self._run_suspects()
-        yield from self._run_suspects()
+        """What becomes of all blocks that nobody else does; ends when every block is done or has failed.
+
+        A suspect is run when nothing else is in hand here: others may wait for it, and what it does to this process
+        costs no other block.
+        """
+        while True:
+            yield from executor.run(self._task, self._claimed())
+            if self._suspect is None:
+                return
+            suspect, self._suspect = self._suspect, None
+            yield self._run_apart(suspect)
 
     def finish(self, key: str) -> None:
         """Give a block back that is in the ledger."""
@@ -96,9 +101,10 @@ class BlockClaims:
         return tuple(f for key, f in self._failed.items() if not self._ledger.is_done(self._ledger.block(key)))
 
     def _claimed(self) -> Iterator[Block | None]:
-        """Blocks that nobody has done or has in hand, each leased; waits while others have all that are left.
+        """Blocks that nobody has done or has in hand, each leased, until one is a suspect.
 
-        None comes before it waits: others may be waiting for what this process has in hand.
+        Waits while others have all that are left. None comes before it waits: others may be waiting for what this
+        process has in hand.
         """
         for pause in self._worker.pauses():
             taken = busy = False
@@ -114,12 +120,11 @@ class BlockClaims:
                     self._worker.release(lease)
                     continue
                 self._taken.add(lease)
-                taken = True
                 if self._apart is not None and self._worker.held(lease).deaths >= MOST_DEATHS:
-                    self._suspects.append(block)
-                    yield None
-                else:
-                    yield block
+                    self._suspect = block
+                    return
+                taken = True
+                yield block
             if not busy:
                 return
             yield None
@@ -127,14 +132,13 @@ class BlockClaims:
                 self._worker.sleep(pause)
             self._ledger.refresh()
 
-    def _run_suspects(self) -> Iterator[BlockRecord | BlockFailure]:
-        while self._suspects:
-            block = self._suspects.popleft()
-            assert self._apart is not None
-            log.warning(
-                "block %s was in hand when %d processes ended; it runs in one of its own", block.key, MOST_DEATHS
-            )
-            yield self._apart(self._task, block)
+    def _run_apart(self, block: Block) -> BlockRecord | BlockFailure:
+        assert self._apart is not None
+        deaths = self._worker.held(self._lease(block.key)).deaths
+        log.warning(
+            "%s, block %s: %d processes ended at it; it gets one of its own", self._task.name, block.key, deaths
+        )
+        return self._apart(self._ledger.folder, block)
 
     def _has_failed(self, block: Block) -> bool:
         """Whether another process of this attempt has set a block aside."""
@@ -154,6 +158,12 @@ def lease_name(folder: Path, key: str) -> str:
     """
     epoch = f"{folder.parent.name}." if folder.parent.name.startswith(STAGING) else ""
     return f"{epoch}{stage_of(folder)}.{key}"
+
+
+def quarantined(ledger: Ledger) -> tuple[str, ...]:
+    """Keys of the blocks that are set aside and were not done since."""
+    keys = sorted(path.stem for path in (ledger.folder / QUARANTINE).glob("*.txt"))
+    return tuple(key for key in keys if not ledger.is_done(ledger.block(key)))
 
 
 def quarantine_file(folder: Path, key: str) -> Path:

@@ -170,7 +170,7 @@ class Session:
         self._lock = threading.Lock()
         self._lost = False
         mark = mark or new_mark()
-        self._told = Presence(mark, socket.gethostname(), os.getpid(), int(time.time()), limit_s)
+        self._told = Presence(mark, host=socket.gethostname(), pid=os.getpid(), since=int(time.time()), limit_s=limit_s)
         seen = store.create(SESSION + mark, packed(self._told))
         if seen is None:
             raise LeaseLostError(mark)
@@ -180,6 +180,11 @@ class Session:
     def mark(self) -> str:
         """Its name."""
         return self._told.mark
+
+    @property
+    def told(self) -> Presence:
+        """What its record says."""
+        return self._told
 
     @property
     def lost(self) -> bool:
@@ -208,7 +213,7 @@ class Session:
             return True
 
 
-class Observer:
+class Witness:
     """Judges the sessions in a store; what it calls gone is revoked, and stays gone."""
 
     def __init__(self, store: CoordinationStore, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -236,7 +241,7 @@ class Observer:
         number, limit = (-1 if seen is None else seen.number), self._limit_s if told is None else told.limit_s
         if not is_dead(mark) and not self.watch.is_stale(name, number, limit):
             return False
-        told = told or Presence(mark, "", 0, 0, limit)
+        told = told or Presence(mark, host="", pid=0, since=0, limit_s=limit)
         revoked = packed(replace(told, state=REVOKED, by=new_mark()))
         done = self._store.create(name, revoked) if seen is None else self._store.replace(name, seen, revoked)
         if done is None:

@@ -47,6 +47,17 @@ class _Read:
         self.lines = 0
         self.damaged = False
         self.numeric_class: Mapping[str, object] | None = None
+        self.signature: Mapping[str, Any] = {}
+        self.last = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFile:
+    """A worker's file: its name, what it was signed with (see ``Ledger.sign``), and when its last record was made."""
+
+    name: str
+    signature: Mapping[str, Any]
+    last: int
 
 
 class Ledger:
@@ -66,6 +77,8 @@ class Ledger:
         Extent (z, y, x) in voxels of what is cut.
     allow_other_class
         Go on although the recorded blocks were computed by another numeric class.
+    begin
+        Whether one is started where there is none; without this, nothing is ever written unless it is asked for.
 
     Raises
     ------
@@ -82,9 +95,11 @@ class Ledger:
         volume: Vec3,
         *,
         allow_other_class: bool = False,
+        begin: bool = True,
     ) -> None:
         self._folder = folder
         self._class = dict(numeric_class)
+        self._signature: Mapping[str, Any] = {}
         self._lenient = allow_other_class
         self._own: LineFile | None = None
         self._read: dict[str, _Read] = {}
@@ -98,9 +113,10 @@ class Ledger:
             "plan": asdict(plan),
             "volume": list(volume),
         }
-        make_folder(folder)
-        if not (folder / HEADER).exists():
-            write_once(folder / HEADER, json.dumps(self._header))
+        if begin:
+            make_folder(folder)
+            if not (folder / HEADER).exists():
+                write_once(folder / HEADER, json.dumps(self._header))
         found = read_header(folder)
         if found.get("run_key") != run_key:
             raise LedgerError(
@@ -118,9 +134,14 @@ class Ledger:
     def existing(cls, folder: Path) -> Ledger:
         """The ledger in ``folder`` as it was begun; a LedgerError if there is none."""
         header = read_header(folder)
-        plan = plan_of(folder)
-        assert plan is not None
-        return cls(folder, header["run_key"], header["numeric_class"], plan, volume=vec3(header["volume"]))
+        return cls(
+            folder,
+            header["run_key"],
+            header["numeric_class"],
+            _plan_in(header),
+            volume=vec3(header["volume"]),
+            begin=False,
+        )
 
     def _join(self, found: dict[str, Any]) -> None:
         """Take over the header found, unless its blocks are of another numeric class and that is not allowed."""
@@ -190,6 +211,12 @@ class Ledger:
                 yield self.grid.numbered(number)
             number = self._counts.find(0, number + 1)
 
+    def sign(self, signature: Mapping[str, Any]) -> None:
+        """Say who records from now on; it stands in the first line of a file, which is a new one where need be."""
+        if signature != self._signature:
+            self.close()
+        self._signature = dict(signature)
+
     def append(self, record: BlockRecord) -> None:
         """Record a block whose data are on disk; on return the line is too.
 
@@ -218,9 +245,15 @@ class Ledger:
         """Records that stand, read from the disk one by one; a block may have several."""
         return (record for _, record in self.named_records())
 
-    def named_records(self) -> Iterator[tuple[RecordName, BlockRecord]]:
-        """Yield what ``records`` yields, each with its name."""
+    def files(self) -> list[WorkerFile]:
+        """The workers' files, as of the last ``refresh``."""
+        return [WorkerFile(name, state.signature, state.last) for name, state in self._read.items()]
+
+    def named_records(self, only: str | None = None) -> Iterator[tuple[RecordName, BlockRecord]]:
+        """Yield what ``records`` yields, each with its name; of one file only where that is named."""
         for file, state in list(self._read.items()):
+            if only not in (None, file):
+                continue
             number = -2
             for line, end in whole_lines(self._folder / file, 0):
                 number += 1
@@ -242,7 +275,8 @@ class Ledger:
         if self._own is None:
             self._require_same_class()
             self._own = LineFile(self._folder, SUFFIX)
-            self._write({"numeric_class": self._class}, what)
+            signed = {"signature": self._signature} if self._signature else {}
+            self._write({"numeric_class": self._class, **signed}, what)
         own = self._own
         try:
             own.append(json.dumps(fields), what)
@@ -264,6 +298,7 @@ class Ledger:
             fields = json.loads(line)
             if state.bytes == 0:
                 state.numeric_class = dict(fields["numeric_class"])
+                state.signature = dict(fields.get("signature", {}))
                 return True
             number = self._number(fields["block"])
             if "void" in fields:
@@ -271,6 +306,7 @@ class Ledger:
                 self._void(name, number)
             else:
                 _require_whole(fields)
+                state.last = int(fields.get("at", 0))
                 if not self._voided or RecordName(file, state.lines) not in self._voided:
                     self._count(number, 1)
         except (ValueError, KeyError, TypeError, IndexError):
@@ -319,8 +355,11 @@ def plan_of(folder: Path) -> BlockPlan | None:
     """The plan in the header of the ledger in ``folder``, None where there is no ledger; errors of ``read_header``."""
     if not (folder / HEADER).exists():
         return None
-    plan = read_header(folder)["plan"]
-    return BlockPlan(vec3(plan["block_shape"]), vec3(plan["chunk_shape"]))
+    return _plan_in(read_header(folder))
+
+
+def _plan_in(header: Mapping[str, Any]) -> BlockPlan:
+    return BlockPlan(vec3(header["plan"]["block_shape"]), vec3(header["plan"]["chunk_shape"]))
 
 
 def grid_of(header: Mapping[str, Any]) -> BlockGrid:

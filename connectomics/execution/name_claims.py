@@ -21,7 +21,7 @@ from connectomics.core.errors import OutputError
 from connectomics.core.files import make_folder
 from connectomics.core.process import is_alive, is_dead, new_mark
 from connectomics.execution.coordination import DiskStore, Version
-from connectomics.execution.lease import Observer, unpacked
+from connectomics.execution.lease import Witness, unpacked
 from connectomics.execution.publishing import revoke_all
 from connectomics.execution.run_folder import COORDINATION, OLD_WORKERS
 from connectomics.execution.worker import Worker
@@ -141,7 +141,7 @@ class NameClaims:
 
     def _claim(self, stem: str, key: str) -> None:
         name, own, first = _name(stem), Claim(key, self._relative, self._worker.mark), True
-        observers: dict[str, Observer] = {}
+        observers: dict[str, Witness] = {}
         for pause in self._worker.pauses():
             seen = self._store.read(name)
             other = None if seen is None else _claim_of(seen)
@@ -171,10 +171,10 @@ class NameClaims:
             revoke_all(self._folder / work)
         return made
 
-    def _is_over(self, stem: str, other: Claim | None, seen: Version, observers: dict[str, Observer]) -> bool:
+    def _is_over(self, stem: str, other: Claim | None, seen: Version, observers: dict[str, Witness]) -> bool:
         """Whether the run that has a name is gone, or not known to be yet; an OutputError if it surely lives."""
         if other is None:
-            observer = observers.setdefault("", self._worker.observer_of(self._folder / CLAIMS))
+            observer = observers.setdefault("", self._worker.witness_of(self._folder / CLAIMS))
             return observer.watch.is_stale(stem, seen.number, self._worker.limit_s)
         if other.protocol != PROTOCOL:
             raise OutputError(
@@ -185,7 +185,7 @@ class NameClaims:
         if not where.is_dir():
             return True
         if other.work not in observers:
-            observers[other.work] = self._worker.observer_of(where)
+            observers[other.work] = self._worker.witness_of(where)
             log.info("%s was made by another run; looking whether that is over", stem)
         observer = observers[other.work]
         for mark in observer.sessions():
@@ -196,7 +196,7 @@ class NameClaims:
             return False
         return True
 
-    def _refusal(self, stem: str, observer: Observer, mark: str) -> str:
+    def _refusal(self, stem: str, observer: Witness, mark: str) -> str:
         who = observer.presence(mark)
         by = "" if who is None else f" by process {who.pid} on {who.host} since {_date(who.since)}"
         return (
@@ -217,7 +217,6 @@ def retire(folder: Path, names: Sequence[str], work: Path) -> None:
         if store.replace(_name(stem), seen, _packed(over)) is not None:
             store.remove(_name(stem))
     with contextlib.suppress(OSError):  # others have claims there
-        store.sweep()
         (folder / CLAIMS).rmdir()
 
 

@@ -13,7 +13,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from connectomics.core.errors import StorageError
 from connectomics.core.files import discard, fsync_path, make_folder, other_disk
+from connectomics.execution.lease import LeaseLostError
 from connectomics.execution.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,9 @@ class Staging:
         os.close(self._inode)
         if kind is None:
             discard(self.folder)
+        elif isinstance(error, Exception) and not isinstance(error, LeaseLostError):
+            with contextlib.suppress(StorageError):
+                self._confirm()  # what went wrong may be that another run has the names by now
 
     def place(self, name: str) -> Path:
         """Where something is built that will be published."""

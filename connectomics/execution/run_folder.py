@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from connectomics.core.errors import ConfigError
@@ -14,6 +15,8 @@ OLD_WORKERS = "workers"  # where programs before kept their heartbeats
 SURVEY = "survey.json"
 AGREEMENT = "agreement.json"  # of fast with exact
 FILTERED = "filtered.zarr"
+REPORTS = "reports"  # of each process that took part, made when it ends and kept until the run is finished
+REPORT = "report.json"  # their sum
 CHECKSUMS = "checksums"  # of final outputs
 LOG = "run.log"
 PROVENANCE = "provenance.json"  # of the outputs that were made last
@@ -35,9 +38,11 @@ def begun_folders(run: Path) -> list[Path]:
 
 def ledger_folders(work: Path) -> list[Path]:
     """The ledgers of a work folder, one for each stage, in the order in which they were begun."""
-    found = [path for place in (work, *work.glob("staging.*")) for path in place.glob(f"*/{HEADER}")]
-    headers = sorted(found, key=lambda path: (path.stat().st_mtime_ns, path))
-    return [path.parent for path in headers]
+    found = []
+    for path in (path for place in (work, *work.glob("staging.*")) for path in place.glob(f"*/{HEADER}")):
+        with contextlib.suppress(FileNotFoundError):  # what was made in a staging folder has just been put in place
+            found.append((path.stat().st_mtime_ns, path))
+    return [path.parent for _, path in sorted(found)]
 
 
 def stage_of(ledger: Path) -> str:

@@ -133,6 +133,7 @@ def run_blocks(
     planned, before = ledger.planned, ledger.finished
     on_block(before, planned)
     log.info("%s: %d blocks planned, %d finished before", task.name, planned, before)
+    ledger.sign(worker.signature)
     done = windows = 0
     with BlockClaims(task, ledger, worker, apart) as claims, contextlib.closing(claims.results(executor)) as results:
         for result in results:

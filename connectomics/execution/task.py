@@ -96,7 +96,7 @@ class Executor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """What one process did of a volume; written to RUN as ``report.json``.
+    """What one process did of a volume, or all processes of an attempt, as ``report.json`` tells it.
 
     ``skipped`` blocks were finished before or by others, ``failed`` ones are quarantined. ``predicted_s`` is what the
     blocks it did were predicted to take, None where nobody did, and ``ratio`` is ``seconds`` over that.

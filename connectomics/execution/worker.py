@@ -13,25 +13,21 @@ from pathlib import Path
 
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.files import make_folder
-from connectomics.core.process import is_dead
 from connectomics.execution.coordination import CoordinationStore, DiskStore, Version
 from connectomics.execution.lease import (
     FAILED,
     FREE,
     HELD,
-    HERE,
     LIMIT_S,
     RENEWALS,
-    SESSION,
     Lease,
     LeaseLostError,
-    Observer,
     Presence,
     Session,
+    Witness,
     lease_of,
     packed,
     pauses,
-    presence_of,
 )
 
 log = logging.getLogger(__name__)
@@ -71,10 +67,10 @@ class Worker:
     """
 
     def __init__(self, store: CoordinationStore, *, limit_s: float = LIMIT_S, clock: Time | None = None) -> None:
-        self._store = store
+        self.store = store
         self.limit_s = limit_s
         self._clock = clock or Time()
-        self._observer = Observer(store, limit_s, self._clock.now)
+        self._witness = Witness(store, limit_s, self._clock.now)
         self._lock = threading.RLock()
         self._held: dict[str, _Held] = {}
         self._session: Session | None = None
@@ -82,6 +78,8 @@ class Worker:
         self._thread = threading.Thread(target=self._renew_often, name="session", daemon=True)
         self.renewals: list[Callable[[], object]] = [self.renew]
         self.attempt = 0
+        self._begun_by = ""  # the session that began the attempt
+        self._first: Presence | None = None
 
     @classmethod
     def of(cls, folder: Path, *, limit_s: float = LIMIT_S) -> Worker:
@@ -103,14 +101,20 @@ class Worker:
         """Become one of those who are here; whoever comes and finds nobody begins a new attempt at what failed."""
         with self._lock:
             first = self._session is None
-            self._session = Session(self._store, self.limit_s)
+            self._session = Session(self.store, self.limit_s)
+            self._first = self._first or self._session.told
             self.attempt = self._attempt(alone=first and not self.others())
 
-    def leave(self) -> None:
-        """Give back what is held, and end."""
+    def give_back(self) -> None:
+        """Give back what is held, so that a kill from here on counts against no block."""
         with contextlib.suppress(ConnectomicsError):  # the disk may be gone; all of it goes with the process then
             for name in list(self._held):
                 self.release(name)
+
+    def leave(self) -> None:
+        """Give back what is held, and end."""
+        self.give_back()
+        with contextlib.suppress(ConnectomicsError):
             if self._session is not None:
                 self._session.leave()
 
@@ -130,9 +134,17 @@ class Worker:
         assert self._session is not None
         return self._session.mark
 
+    @property
+    def signature(self) -> dict[str, object]:
+        """What this process signs its work with: the name of its first session, who it is, and in which attempt."""
+        first = self._first
+        assert first is not None
+        who = {"worker": first.mark, "host": first.host, "pid": first.pid, "since": first.since}
+        return who | {"attempt": self._begun_by}
+
     def others(self) -> list[str]:
         """Sessions of others that have not ended, as far as is known now."""
-        return [mark for mark in self._observer.present() if mark != self.mark]
+        return [mark for mark in self._witness.present() if mark != self.mark]
 
     def acquire(self, name: str) -> bool:
         """Take a lease if nobody holds it who may be alive.
@@ -146,18 +158,18 @@ class Worker:
                 self.join()
             if name in self._held:
                 return False
-            seen = self._store.read(name)
+            seen = self.store.read(name)
             lease = Lease(self.mark, note=str(self.attempt))
             if seen is None:
-                made = self._store.create(name, packed(lease))
+                made = self.store.create(name, packed(lease))
             else:
                 before = lease_of(seen)
                 if before is not None and not self._is_free(before):
                     return False
-                if before is None and not self._observer.watch.is_stale(name, seen.number, self.limit_s):
+                if before is None and not self._witness.watch.is_stale(name, seen.number, self.limit_s):
                     return False  # it has just been made, or its maker died as it made it
                 lease = _next(lease, before, seen)
-                made = self._store.replace(name, seen, packed(lease))
+                made = self.store.replace(name, seen, packed(lease))
             if made is not None:
                 self._held[name] = _Held(lease, made)
             return made is not None
@@ -165,7 +177,7 @@ class Worker:
     def _is_free(self, lease: Lease) -> bool:
         if lease.state == FAILED:
             return lease.note.partition(" ")[0] != str(self.attempt)
-        return lease.state == FREE or self._observer.is_gone(lease.holder)
+        return lease.state == FREE or self._witness.is_gone(lease.holder)
 
     def holds(self, name: str) -> bool:
         """Whether this process took the lease and has not found it lost."""
@@ -201,20 +213,20 @@ class Worker:
     def count(self, name: str, value: int) -> int:
         """How often this was called in this attempt, by any process, since ``value`` is what it is."""
         while True:
-            seen = self._store.read(name)
+            seen = self.store.read(name)
             before = None if seen is None else lease_of(seen)
             note = str(self.attempt)
             same = before is not None and (before.epoch, before.note) == (value, note)
             counted = Lease(self.mark, value, before.counter + 1 if before is not None and same else 1, note=note)
-            made = self._store.create(name, packed(counted)) if seen is None else None
+            made = self.store.create(name, packed(counted)) if seen is None else None
             if seen is not None:
-                made = self._store.replace(name, seen, packed(counted))
+                made = self.store.replace(name, seen, packed(counted))
             if made is not None:
                 return counted.counter
 
     def failure(self, name: str) -> str | None:
         """Why what a lease is for failed in this attempt, or None where it did not."""
-        seen = self._store.read(name)
+        seen = self.store.read(name)
         lease = None if seen is None else lease_of(seen)
         if lease is None or lease.state != FAILED or self._is_free(lease):
             return None
@@ -228,7 +240,7 @@ class Worker:
         lease = dataclasses.replace(held.lease, counter=held.lease.counter + 1, state=state)
         if note is not None:
             lease = dataclasses.replace(lease, note=note)
-        seen = self._store.replace(name, held.seen, packed(lease))
+        seen = self.store.replace(name, held.seen, packed(lease))
         if seen is None:
             del self._held[name]
             return False
@@ -270,35 +282,26 @@ class Worker:
         """Wait."""
         self._clock.sleep(seconds)
 
-    def observer_of(self, folder: Path) -> Observer:
+    def witness_of(self, folder: Path) -> Witness:
         """Who looks at those that work in another folder, with this process's patience."""
-        return Observer(DiskStore(folder), self.limit_s, self._clock.now)
+        return Witness(DiskStore(folder), self.limit_s, self._clock.now)
 
     def _attempt(self, *, alone: bool) -> int:
-        seen = self._store.read(ATTEMPT)
+        seen = self.store.read(ATTEMPT)
         if seen is None:
-            self._store.create(ATTEMPT, packed(Lease(self.mark)))
+            self.store.create(ATTEMPT, packed(Lease(self.mark)))
         elif alone:
             before = lease_of(seen)
-            self._store.replace(ATTEMPT, seen, packed(Lease(self.mark, 0 if before is None else before.epoch + 1)))
-        seen = self._store.read(ATTEMPT)
+            self.store.replace(ATTEMPT, seen, packed(Lease(self.mark, 0 if before is None else before.epoch + 1)))
+        seen = self.store.read(ATTEMPT)
         lease = None if seen is None else lease_of(seen)
+        self._begun_by = "" if lease is None else lease.holder
         return 0 if lease is None else lease.epoch
 
 
 def is_deserted(folder: Path) -> bool:
     """Whether nobody who may be alive works in a folder, as far as is known without waiting."""
-    return not folder.is_dir() or not any(Observer(DiskStore(folder), LIMIT_S).present())
-
-
-def living(folder: Path) -> list[Presence]:
-    """Sessions in a folder of which nothing says that they ended; changes nothing."""
-    if not folder.is_dir():
-        return []
-    store = DiskStore(folder)
-    seen = (store.read(name) for name in store.list(SESSION))
-    told = [presence_of(version) for version in seen if version is not None]
-    return [each for each in told if each is not None and each.state == HERE and not is_dead(each.mark)]
+    return not folder.is_dir() or not any(Witness(DiskStore(folder), LIMIT_S).present())
 
 
 def _next(lease: Lease, before: Lease | None, seen: Version) -> Lease:

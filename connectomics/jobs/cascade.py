@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
-from connectomics.assembly.engine.cascade import open_labels, open_previous
 from connectomics.assembly.engine.engine import Engine
 from connectomics.assembly.volumes import first_stage_of, job_of
 from connectomics.execution.executors.overlapping import OverlappingExecutor
 from connectomics.execution.runner import OnBlock
+from connectomics.jobs.apart import kept_previous, labelled_apart
 from connectomics.runs.volume import run_volume
-from connectomics.stages.output.finish import check_names
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.volume import VolumeReader
 
@@ -33,28 +33,18 @@ def previous_labels(
     ConnectomicsError
         If they cannot be computed or read, or do not fit the volume.
     """
-    if all(spec.previous_stage is None for spec in engine.specs):
-        yield None
-        return
-    if engine.previous is None:
-        labels = open_previous(engine.inference.models.previous_stage, source, reader)
-    else:
-        labels = open_labels(_computed(engine, source, reader, on_block=on_block), reader)
-    try:
+    if engine.previous is not None:
+        _compute(engine, source, reader, on_block=on_block)
+    with kept_previous(engine, source, reader) as labels:
         yield labels
-    finally:
-        labels.close()
 
 
-def _computed(engine: Engine, source: VolumeSource, reader: VolumeReader, on_block: OnBlock) -> str:
-    """Path of the first stage's labels, which are computed if they are not there."""
+def _compute(engine: Engine, source: VolumeSource, reader: VolumeReader, on_block: OnBlock) -> None:
+    """Compute the first stage's labels if they are not there."""
     first = first_stage_of(engine, source)
     job = job_of(first, source, reader)
-    (output,) = job.outputs
-    folder = first.settings.folder
-    if output.missing(folder):
+    if any(output.missing(first.settings.folder) for output in job.outputs):
         log.info("the previous stage, configuration %s", first.spec.configuration)
-        check_names(job.outputs, folder, overwrite=True)
-        run_volume(job, first.settings, OverlappingExecutor(), on_block)
-    (path,) = output.paths(folder).values()
-    return str(path)
+        job = replace(job, outputs=tuple(replace(output, overwrite=True) for output in job.outputs))
+        apart = labelled_apart(first, source)
+        run_volume(job, first.settings, OverlappingExecutor(), on_block, apart=apart)

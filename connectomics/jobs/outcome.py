@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Protocol
 
 from connectomics.core.errors import ConnectomicsError, OutputError, VolumeError
 from connectomics.core.files import make_folder, require_short
+from connectomics.core.process import host_mark
 from connectomics.core.text import VisibleFormatter
 from connectomics.execution.retry import SYSTEMIC, errno_of
 from connectomics.execution.task import RunReport
@@ -133,7 +135,10 @@ class _LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def _run_log(folder: Path) -> Iterator[None]:
-    """While open, everything the package logs also goes to ``run.log`` in a RUN folder."""
+    """While open, everything the package logs also goes to ``run.log`` in a RUN folder.
+
+    Each line tells its host and its worker, by the first two parts of the marks that name sessions and ledgers' files.
+    """
     require_short(folder.name)
     try:
         make_folder(folder)
@@ -142,7 +147,8 @@ def _run_log(folder: Path) -> Iterator[None]:
         raise OutputError(
             f"{folder}: cannot make the RUN folder ({error.strerror}); choose another inference.data.output_path"
         ) from error
-    handler.setFormatter(VisibleFormatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
+    who = f"{socket.gethostname()} {host_mark()}".replace("%", "%%")
+    handler.setFormatter(VisibleFormatter(f"%(asctime)s {who}-%(process)d %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("connectomics")
     level = logger.level
     logger.setLevel(logging.INFO)

@@ -43,6 +43,7 @@ from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.execution.task import RunReport
 from connectomics.forecast.volumes import JobForecaster
 from connectomics.inference.case import ReadBox
+from connectomics.jobs.apart import labelled_apart
 from connectomics.jobs.cascade import previous_labels
 from connectomics.jobs.outcome import NullObserver, Observer, VolumeOutcome, attempted, outcomes_of
 from connectomics.jobs.resume import ResumedEngines
@@ -304,9 +305,10 @@ class VolumeProcessor:
                 log.info("backend: %s", note)
             previous = opened.enter_context(previous_labels(engine, source, reader, on_block=self._observer.block))
             job = job_of(engine, source, reader, previous=previous, roi=roi)
-            check_names(job.outputs, settings.folder, overwrite=engine.inference.outputs.overwrite)
+            check_names(job.outputs, settings.folder)
             job = self._forecaster.with_forecast(engine, sample.shared_by(engine, job))
-            report = run_volume(job, engine.settings, OverlappingExecutor(), self._observer.block)
+            apart = labelled_apart(engine, source)
+            report = run_volume(job, engine.settings, OverlappingExecutor(), self._observer.block, apart=apart)
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report
 
 

@@ -10,27 +10,30 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from connectomics.core.files import make_folder, write_text
+from connectomics.core.files import make_folder
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
+from connectomics.execution.block_claims import Apart
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.lease import LIMIT_S
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.name_claims import NameClaims
 from connectomics.execution.publishing import Staging
 from connectomics.execution.retry import PAUSES_S, RetryingReader, retried
-from connectomics.execution.run_folder import COORDINATION, SINGLE_WRITER
+from connectomics.execution.run_folder import COORDINATION, SINGLE_WRITER, ledger_folders
 from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blocks
 from connectomics.execution.task import Executor, RunReport, Task
 from connectomics.execution.worker import Worker
 from connectomics.objects.table import MeasurementUnits, table_key, write_table
 from connectomics.runs.job import command_with_blocks
 from connectomics.runs.perseverance import until_it_stands
+from connectomics.runs.run_report import Accounting, Subject
 from connectomics.stages.decode.context import PLAN, DecodingState, ProbabilityOf, StepContext, kept_plan
 from connectomics.stages.decode.step_contract import DecodingPass
 from connectomics.stages.decode.tasks import Read
@@ -38,9 +41,11 @@ from connectomics.stages.output.finish import (
     FinalOutput,
     Publisher,
     check_exportable,
+    check_names,
     export_output,
     seal,
     settle,
+    withdrawing,
     work_folder,
 )
 from connectomics.volumes.store import Store, discard_locks
@@ -136,12 +141,15 @@ class DecodeSettings:
     pauses_s: tuple[float, ...] = PAUSES_S
 
 
-def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_block: OnBlock) -> RunReport:
+def run_decode(
+    job: DecodeJob, settings: DecodeSettings, executor: Executor, on_block: OnBlock, apart: Apart | None = None
+) -> RunReport:
     """Bring one volume to its objects, continuing whatever an earlier run of the same result left.
 
     Several processes may do so at the same time: they share the blocks of each stage, one of them makes what is made
     of all blocks at once, and each returns when all is done. ``on_block`` is called with (finished, planned) blocks of
-    each stage. Whatever ConnectomicsError is raised, finished blocks are kept and a rerun continues.
+    each stage. ``apart`` runs what may have killed processes in one of its own, with ``one_block.block_of_decoding``.
+    Whatever ConnectomicsError is raised, finished blocks are kept and a rerun continues.
     """
     began = time.perf_counter()
     check_exportable(job.output, _info_of(job, job.plan), settings.folder, settings.budget_bytes)
@@ -151,13 +159,23 @@ def run_decode(job: DecodeJob, settings: DecodeSettings, executor: Executor, on_
     def standing() -> RunReport | None:
         return _report(job, stages, began) if job.is_finished(settings.folder) else None
 
-    with Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker:
+    voxels = Box.of_shape(job.volume.info.extent).voxels
+    subject = Subject(job.run_folder, work, lambda: ledger_folders(work), voxels)
+    with (
+        withdrawing(job.run_folder, work, (job.output,)),
+        Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker,
+    ):
 
         def run(task: Task, ledger: Ledger) -> BlocksDone:
-            stages.append(run_blocks(task, ledger, executor, worker, on_block=on_block))
+            stages.append(run_blocks(task, ledger, executor, worker, on_block=on_block, apart=apart))
             return stages[-1]
 
-        with NameClaims(settings.folder, [(job.output.stem, job.output.result_key)], work, worker) as claims:
+        names = [(job.output.stem, job.output.result_key)]
+        with (
+            NameClaims(settings.folder, names, work, worker) as claims,
+            Accounting(subject, worker, idle=standing() is not None),
+        ):
+            check_names((job.output,), settings.folder)  # another run may have made them until just now
             report = until_it_stands(
                 lambda: _attempt(job, settings, worker, claims, run=run, stages=stages, began=began), standing
             )
@@ -175,25 +193,24 @@ def _attempt(
     began: float,
 ) -> RunReport:
     """Go on from what is on the disk now to the final volume; a LeaseLostError where others did so meanwhile."""
-    try:
-        with worker.alone(SINGLE_WRITER):
-            job = replace(job, plan=kept_plan(job.work / PLAN, job.plan))
-            finished = job.is_finished(settings.folder)
-            if not worker.others():
-                for path in job.work.glob("*.zarr"):
-                    discard_locks(path)
-        if not finished:
-            state, run_key = _objects(job, settings, run, worker=worker)
-            with worker.alone(SINGLE_WRITER), Staging(job.work, worker, SINGLE_WRITER, claims.confirm) as staging:
-                publisher = Publisher(staging, settings.folder, job.run_folder)
-                _finish(job, state, run_key, publisher, run=run)
-    finally:
-        report = _report(job, stages, began)
-    return report
+    with worker.alone(SINGLE_WRITER):
+        job = replace(job, plan=kept_plan(job.work / PLAN, job.plan))
+        finished = job.is_finished(settings.folder)
+        if not worker.others():
+            for path in job.work.glob("*.zarr"):
+                discard_locks(path)
+    if not finished:
+        state, run_key = objects(job, settings, run, functools.partial(worker.alone, SINGLE_WRITER))
+        with worker.alone(SINGLE_WRITER), Staging(job.work, worker, SINGLE_WRITER, claims.confirm) as staging:
+            publisher = Publisher(staging, settings.folder, job.run_folder)
+            _finish(job, state, run_key, publisher, run=run)
+    return _report(job, stages, began)
 
 
-def _objects(job: DecodeJob, settings: DecodeSettings, run: RunStage, worker: Worker) -> tuple[DecodingState, str]:
-    """What the last step leaves, and the run key."""
+def objects(
+    job: DecodeJob, settings: DecodeSettings, run: RunStage, alone: Callable[[], AbstractContextManager[None]]
+) -> tuple[DecodingState, str]:
+    """Take all steps; what the last one leaves, and the run key. ``alone`` is that of ``StepContext``."""
     grid = BlockGrid(job.volume.info.extent, job.plan.block_shape)
     run_key = key_of({"result": job.output.result_key, "grid": list(grid.block_shape), "program": job.record.program})
     info, likely = job.volume.info, job.probabilities
@@ -203,7 +220,6 @@ def _objects(job: DecodeJob, settings: DecodeSettings, run: RunStage, worker: Wo
         None if likely.read is None else _patiently(likely.read, job.output.stem, settings.pauses_s),
         of_labels=likely.of_labels,
     )
-    alone = functools.partial(worker.alone, SINGLE_WRITER)
     context = StepContext(job.work, "", job.plan, grid, run_key=run_key, run=run, alone=alone)
     for number, each in enumerate(job.passes, 1):
         name = f"{number}_{each.step.name}"
@@ -228,14 +244,15 @@ def _finish(job: DecodeJob, state: DecodingState, run_key: str, publisher: Publi
             place = publisher.staging.place(job.table.name)
             write_table(state.tables, state.count, place, state.frame, stamp=job.output.result_key)
             publisher.publish(place.name, job.table)
-        export_output(state.volume, job.output, publisher, stamp, run)
+        export_output(state.volume, job.output, publisher, stamp, run=run)
+        publisher.keep_ledgers()
     state.volume.close()
     seal(job.run_folder, job.paths(publisher.folder))
 
 
 def _report(job: DecodeJob, stages: Sequence[BlocksDone], began: float) -> RunReport:
-    """What this process did, of all stages; also in RUN."""
-    report = RunReport(
+    """What this process did, of all stages."""
+    return RunReport(
         sum(stage.planned for stage in stages),
         sum(stage.skipped for stage in stages),
         sum(stage.done for stage in stages),
@@ -244,8 +261,6 @@ def _report(job: DecodeJob, stages: Sequence[BlocksDone], began: float) -> RunRe
         voxels=Box.of_shape(job.volume.info.extent).voxels,
         seconds=round(time.perf_counter() - began, 3),
     )
-    write_text(job.run_folder / "report.json", json.dumps(asdict(report), indent=1) + "\n")
-    return report
 
 
 def _info_of(job: DecodeJob, plan: BlockPlan) -> VolumeInfo:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from connectomics.core.errors import ConnectomicsError
+from connectomics.core.errors import ConnectomicsError, MissingShardError
 from connectomics.execution.lease import LeaseLostError
 
+ATTEMPTS = 3  # where a working store lacks what was recorded: its record is undone, and the block done again
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -24,13 +26,15 @@ def until_it_stands(attempt: Callable[[], T], standing: Callable[[], T | None]) 
         What is told where all that is wanted is there, else None. An error is no error then: another process finished
         while this one stood still, and took away what it still looked for.
     """
-    while True:
+    for number in itertools.count(1):
         try:
             return attempt()
         except (LeaseLostError, ConnectomicsError, OSError) as error:
             told = standing()
-            if told is None and not isinstance(error, LeaseLostError):
+            again = isinstance(error, LeaseLostError) or (isinstance(error, MissingShardError) and number < ATTEMPTS)
+            if told is None and not again:
                 raise
             log.info("another process went on meanwhile (%s)", error)
             if told is not None:
                 return told
+    raise AssertionError

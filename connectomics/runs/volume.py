@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from connectomics.core.errors import OutputError, QuarantineError
-from connectomics.core.files import discard, make_folder, write_text
+from connectomics.core.files import discard, make_folder
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
+from connectomics.execution.block_claims import Apart
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.ledger import HEADER, Ledger, plan_of, read_header
 from connectomics.execution.name_claims import NameClaims
@@ -31,13 +32,16 @@ from connectomics.execution.task import Executor, RunReport
 from connectomics.execution.worker import Worker
 from connectomics.runs.job import RunSettings, VolumeJob, command_with_blocks
 from connectomics.runs.perseverance import until_it_stands
+from connectomics.runs.run_report import Accounting, Subject
 from connectomics.stages.output.finish import (
     FinalOutput,
     Publisher,
     check_exportable,
+    check_names,
     export_output,
     seal,
     settle,
+    withdrawing,
     work_folder,
 )
 from connectomics.stages.predict import precision_check as agreements
@@ -66,12 +70,15 @@ class _Prepared:
     agreement: Agreement | None
 
 
-def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_block: OnBlock) -> RunReport:
+def run_volume(
+    job: VolumeJob, settings: RunSettings, executor: Executor, on_block: OnBlock, apart: Apart | None = None
+) -> RunReport:
     """Bring one volume to its final outputs, continuing whatever an earlier run of the same result left.
 
     Several processes may do so at the same time: they share the blocks, and each returns when all is done. ``on_block``
-    is called with (finished, planned) blocks at the start and after each block. Whatever ConnectomicsError is raised,
-    finished blocks are kept and a rerun continues.
+    is called with (finished, planned) blocks at the start and after each block. ``apart`` runs what may have killed
+    processes in one of its own, with ``one_block.block_of_volume``. Whatever ConnectomicsError is raised, finished
+    blocks are kept and a rerun continues.
     """
     for note in job.reader.info.notes:
         log.warning("%s: %s", job.name, note)
@@ -79,10 +86,7 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
         check_exportable(output, info_of(job, output.name, job.plan), settings.folder, settings.budget_bytes)
     work = work_folder(job.run_folder, job.outputs, settings.program)
     _make_work_folder(work)
-    reader = RetryingReader(job.reader, job.name, settings.pauses_s)
-    if job.labeller.roi is not None:
-        roi = job.labeller.roi.patiently(settings.pauses_s)
-        job = replace(job, labeller=replace(job.labeller, roi=roi))
+    job, reader = patient(job, settings)
     names = [(output.stem, output.result_key) for output in job.outputs]
 
     def standing() -> RunReport | None:
@@ -93,11 +97,16 @@ def run_volume(job: VolumeJob, settings: RunSettings, executor: Executor, on_blo
             planned, planned, done=0, failed=0, windows=0, voxels=Box.of_shape(reader.info.extent).voxels, seconds=0.0
         )
 
+    voxels = Box.of_shape(reader.info.extent).voxels
+    subject = Subject(job.run_folder, work, lambda: (work / LEDGER,), voxels, predicted_s=job.record.predicted_s)
     with (
+        withdrawing(job.run_folder, work, job.outputs),
         Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker,
         NameClaims(settings.folder, names, work, worker) as claims,
+        Accounting(subject, worker, idle=standing() is not None),
     ):
-        crew = _Crew(worker, claims, executor, on_block)
+        check_names(job.outputs, settings.folder)  # another run may have made them until just now
+        crew = _Crew(worker, claims, executor, on_block, apart=apart)
         report = until_it_stands(lambda: _attempt(work, job, reader, settings, crew=crew), standing)
     settle(job.run_folder, work, job.outputs, (p for o in job.outputs for p in o.paths(settings.folder).values()))
     return report
@@ -111,26 +120,27 @@ class _Crew:
     claims: NameClaims
     executor: Executor
     on_block: OnBlock
+    apart: Apart | None
+
+
+def patient(job: VolumeJob, settings: RunSettings) -> tuple[VolumeJob, RetryingReader]:
+    """The job and its volume, both read again where reading fails for a moment."""
+    if job.labeller.roi is not None:
+        roi = job.labeller.roi.patiently(settings.pauses_s)
+        job = replace(job, labeller=replace(job.labeller, roi=roi))
+    return job, RetryingReader(job.reader, job.name, settings.pauses_s)
 
 
 def _attempt(work: Path, job: VolumeJob, reader: RetryingReader, settings: RunSettings, crew: _Crew) -> RunReport:
     """Go on from what is on the disk now to the final outputs; a LeaseLostError where others did so meanwhile."""
     began, worker = time.perf_counter(), crew.worker
-    run = functools.partial(run_blocks, executor=crew.executor, worker=worker, on_block=crew.on_block)
+    run = functools.partial(run_blocks, executor=crew.executor, worker=worker, on_block=crew.on_block, apart=crew.apart)
     workspace = Workspace(work, run, job.limits.filter_block_bytes)
     with worker.alone(SINGLE_WRITER):
         prepared = _prepare(workspace, job, reader, settings, worker=worker)
     ledger = prepared.ledger
     try:
-        task = PredictTask(
-            ledger.grid,
-            job.labeller.segmenter,
-            prepared.surveyed,
-            reader.read,
-            stores=prepared.stores,
-            pauses_s=settings.pauses_s,
-            roi=job.labeller.roi,
-        )
+        task = predict_task(job, settings, reader, ledger.grid, surveyed=prepared.surveyed, stores=prepared.stores)
         blocks = run(task, ledger)
         if not blocks.failures:
             with worker.alone(SINGLE_WRITER), Staging(work, worker, SINGLE_WRITER, crew.claims.confirm) as staging:
@@ -143,6 +153,27 @@ def _attempt(work: Path, job: VolumeJob, reader: RetryingReader, settings: RunSe
             store.close()
 
 
+def predict_task(
+    job: VolumeJob,
+    settings: RunSettings,
+    reader: RetryingReader,
+    grid: BlockGrid,
+    surveyed: Surveyed,
+    stores: Mapping[str, Store],
+) -> PredictTask:
+    """The first stage of blocks."""
+    labeller = job.labeller
+    return PredictTask(
+        grid,
+        labeller.segmenter,
+        surveyed,
+        reader.read,
+        stores=stores,
+        pauses_s=settings.pauses_s,
+        roi=labeller.roi,
+    )
+
+
 def _prepare(
     workspace: Workspace, job: VolumeJob, reader: RetryingReader, settings: RunSettings, worker: Worker
 ) -> _Prepared:
@@ -153,7 +184,7 @@ def _prepare(
         job.labeller.segmenter.try_memory(plan.block_shape)
     facts = _result_keys(job) | {"grid": list(plan.block_shape), "program": settings.program}
     run_key, extent = key_of(facts), reader.info.extent
-    surveyed = _surveyed(job, reader, workspace)
+    surveyed = surveyed_before(job, reader, workspace)
     agreement = _agreement(work, job, reader, surveyed)
     ledger = Ledger(
         work / LEDGER, run_key, settings.numeric_class, plan, volume=extent, allow_other_class=settings.allow_mixed
@@ -201,6 +232,7 @@ def _finish(
     for output in pending:
         unit = {PROBABILITIES: rule.facts} if rule is not None and output.name == PROBABILITIES else {}
         _export(prepared, job, output, stamp=stamp | unit, workspace=workspace, publisher=publisher)
+    publisher.keep_ledgers()
     seal(job.run_folder, (p for o in job.outputs for p in o.paths(settings.folder).values()))
 
 
@@ -216,7 +248,7 @@ def _export(
     store.expect(prepared.ledger.is_recorded)
     if output.name == LABELS and job.labeller.filters.active:
         source = filter_store(store, prepared.ledger.grid, workspace, job.labeller.filters)
-    export_output(source, output, publisher, stamp, workspace.run)
+    export_output(source, output, publisher, stamp, run=workspace.run)
     source.close()
     discard(workspace.work / FILTERED)
     if publisher.staging.is_unobserved():
@@ -225,7 +257,7 @@ def _export(
 
 
 def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: float) -> RunReport:
-    """What this process did, also in RUN; raises QuarantineError if blocks failed."""
+    """What this process did; raises QuarantineError if blocks failed."""
     voxels = Box.of_shape(prepared.ledger.grid.volume).voxels
     seconds = round(time.perf_counter() - began, 3)
     failed = len(blocks.failures)
@@ -248,7 +280,6 @@ def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: floa
     )
     if predicted and not failed:
         log.info("took %.1f s, predicted were %.1f s for its share of the blocks", seconds, predicted)
-    write_text(job.run_folder / "report.json", json.dumps(asdict(report), indent=1) + "\n")
     if blocks.failures:
         raise QuarantineError(failure_message(blocks.failures, blocks.planned, prepared.ledger.folder))
     return report
@@ -296,7 +327,8 @@ def _choose_blocks(ledger: Ledger, job: VolumeJob, roi: RegionOfInterest) -> Non
         ledger.choose(flags)
 
 
-def _surveyed(job: VolumeJob, reader: VolumeReader, workspace: Workspace) -> Surveyed:
+def surveyed_before(job: VolumeJob, reader: VolumeReader, workspace: Workspace) -> Surveyed:
+    """What is known of the volume before its first block: what is kept in the work folder, or surveyed and kept now."""
     path = workspace.work / SURVEY
     kept = load_survey(path)
     if kept is not None:

@@ -85,7 +85,7 @@ def export_store(
             run_blocks, executor=executor or SerialExecutor(), worker=worker, on_block=lambda done, planned: None
         )
         with worker.alone(SINGLE_WRITER), Staging(work, worker, SINGLE_WRITER) as staging:
-            export_output(store, output, Publisher(staging, folder, work), stamp, run)
+            export_output(store, output, Publisher(staging, folder, work), stamp, run=run)
 
 
 class OutputFormatContract:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from connectomics.core.errors import OutputError, VolumeError
+from connectomics.core.errors import MissingShardError, OutputError, VolumeError
 from connectomics.core.files import replacing
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.core.geometry import Box, Vec3, vec3
@@ -91,7 +91,7 @@ class Store:
         for index in itertools.product(*map(range, first, last)):
             file = self._file(index)
             if expected(vec3(index)) and not file.exists():
-                raise VolumeError(
+                raise MissingShardError(
                     f"no shard {file}, though it was written: the working store was removed or damaged meanwhile; run "
                     "again, what is missing is computed again"
                 )

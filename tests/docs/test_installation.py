@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fork_server import ForkServer
 
 from connectomics.assembly.engine.identity import program_version, versions
 from connectomics.core import installation
@@ -90,6 +91,7 @@ def test_version_and_names_have_one_home() -> None:
 
 
 def test_a_source_tree_that_is_not_installed_knows_its_version(tmp_path: Path) -> None:
+    """Every module is imported again, in a process in which no distribution of the package is found."""
     (tmp_path / "connectomics").symlink_to(REPOSITORY / "connectomics")
     code = (
         "import importlib.metadata as m, sys; sys.path.insert(0, sys.argv[1]); found = m.Distribution.from_name\n"
@@ -97,11 +99,14 @@ def test_a_source_tree_that_is_not_installed_knows_its_version(tmp_path: Path) -
         "    if name.startswith('connectomics'): raise m.PackageNotFoundError(name)\n"
         "    return found(name)\n"
         "m.Distribution.from_name = absent\n"
+        "for name in [name for name in sys.modules if name.partition('.')[0] == 'connectomics']:\n"
+        "    del sys.modules[name]\n"
         "from connectomics.assembly.engine.identity import program_version, versions\n"
         "print(program_version(), versions()['connectomics'])"
     )
-    told = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
-    assert told.stdout == "connectomics 0.1.0 0.1.0\n"
+    with ForkServer(tmp_path) as server:
+        told = server.run_code(code, str(tmp_path))
+    assert (told.code, told.stdout) == (0, "connectomics 0.1.0 0.1.0\n"), told.stderr
 
 
 def test_make_leaves_an_environment_alone_that_it_did_not_make(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ FAST = ("inference.precision=fast", "inference.max_disagreement=1")
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
     with quick_folder() as made:
-        make_model(made / "model", dimensions=2, patch=(16, 16), features=(4, 8))
+        make_model(made / "model", dimensions=2, patch=(16, 16), features=(4, 8), mirror_axes=())
         write_h5(made / "v.h5", em_like((2, 24, 32)))
         yield made
 

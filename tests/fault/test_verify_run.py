@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from connectomics.cli import main
+from connectomics.commands.status import status_of
 from connectomics.commands.verify_run import verify_run
 from connectomics.core.errors import QuarantineError, VolumeError
 from connectomics.execution.stage import LABELS
-from connectomics.execution.status import status_of
 from connectomics.execution.worker import Worker
 from connectomics.jobs.outcome import attempted
 from connectomics.models.spec import ChannelNormalisation

@@ -144,7 +144,7 @@ def _take_out_the_machine(run: Path) -> None:
     for path in list(run.glob("*/ledger*/*.jsonl")):
         path.rename(path.with_name(f"{NOBODY}.jsonl"))
     log = run / "run.log"
-    log.write_text(re.sub(r"(?m)^(\S+ \S+) \d+ ", r"\1 1 ", log.read_text()))
+    log.write_text(re.sub(r"(?m)^(\S+ \S+) \S+ \S+ ", r"\1 host 1 ", log.read_text()))
 
 
 PARTS: Mapping[str, Callable[[], None]] = {"models": make_models, "keys": make_keys, "runs": make_runs}

@@ -23,7 +23,7 @@ from parity_table import ArrayVolume, scene, some_of
 from small_jobs import infer_words, write_h5
 
 WORDS = ("system.device=cpu", "system.num_cpus=1", "inference.output.save_probabilities=true")
-EXTENT = (11, 40, 45)
+EXTENT = (9, 32, 37)
 REGIONS: dict[str, int | list[int]] = {"background": 0, "whole": [1, 2], "core": 2}
 
 
@@ -118,7 +118,7 @@ def test_the_result_does_not_depend_on_the_cut(models: dict[str, Path], image: n
     segmenter, reader = manager.engine.segmenter, ArrayVolume(image)
     surveyed = segmenter.survey(reader, "image")
     whole = segmenter.segment(reader.read, surveyed, Box.of_shape(EXTENT))
-    for shape in ((1, 40, 45), (4, 13, 45), (11, 17, 9)):
+    for shape in ((1, 32, 37), (4, 13, 37), (9, 17, 9)):
         for block in some_of(BlockGrid(EXTENT, shape), count):
             part = segmenter.segment(reader.read, surveyed, block.core)
             for name, array in whole.items():
@@ -129,7 +129,7 @@ def test_the_command_continues_and_tells_of_every_model(
     models: dict[str, Path], image: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     volume = write_h5(tmp_path / "v.h5", image[0])
-    more = [f"model.ensemble=['{models['3D']}']", "inference.block_shape=[4,40,45]"]
+    more = [f"model.ensemble=['{models['3D']}']", "inference.block_shape=[4,32,37]"]
     assert main(infer_words(models["slices"], tmp_path / "once", volume, *more)) == 0
     predict, calls = RollingPredictor.predict, iter(range(100))
 

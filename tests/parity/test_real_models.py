@@ -24,22 +24,27 @@ def section(shared_data: Path, kind: str, number: int) -> np.ndarray:
     return np.asarray(Image.open(shared_data / "em" / "vnc" / kind / f"{number:02d}.png"))
 
 
-def manager_of(shared_data: Path, model: str, folds: str, *, mirror: bool) -> InferenceManager:
+def manager_of(shared_data: Path, model: str, folds: str, *more: str, mirror: bool) -> InferenceManager:
     torch.set_num_threads(1)
     words = [
         "system.device=cpu",
         "system.num_cpus=1",
         f"model.folds=[{folds}]",
         f"inference.test_time_augmentation.enabled={str(mirror).lower()}",
+        *more,
     ]
     return InferenceManager.from_checkpoint(shared_data / "models" / model, words)
 
 
 def against_nnunet(manager: InferenceManager, folder: Path, image: np.ndarray, *, mirror: bool) -> tuple[int, int, int]:
-    """Voxels that differ from the oracle and from stock nnU-Net, and all voxels, of one case (c, z, y, x)."""
+    """Voxels that differ from the oracle and from stock nnU-Net, and all voxels, of one case (c, z, y, x).
+
+    Mirrored along rows alone; nnU-Net's own files are of both axes.
+    """
     ours = manager.predict(image).labels
     cases = survey(ArrayVolume(image), "image", manager.engine.segmenter.members[0].schemes, by_slice=False)
     predictor = oracle.make_predictor(folder, manager.engine.spec.folds, mirror=mirror)
+    predictor.allowed_mirroring_axes = predictor.allowed_mirroring_axes[:1]
     exact = oracle.predict(predictor, image, summaries=cases[0].channels)
     stock = oracle.predict(predictor, image, exact=False)
     return int((exact != ours).sum()), int((stock != ours).sum()), ours.size
@@ -57,7 +62,8 @@ def test_2d_models_equal_the_oracle(shared_data: Path, model: str, folds: str, m
     image = section(shared_data, "raw", 12)[None, None]
     rows, columns = (slice(100, 613), slice(200, 701)) if mirror else (slice(100, 868), slice(200, 968))
     image = np.ascontiguousarray(image[..., rows, columns])  # some windows; whole sections are compared below
-    manager = manager_of(shared_data, model, folds, mirror=mirror)
+    rows_alone = ["inference.test_time_augmentation.flip_axes=[1]"] if mirror else []
+    manager = manager_of(shared_data, model, folds, *rows_alone, mirror=mirror)
     differ, stock, voxels = against_nnunet(manager, shared_data / "models" / model, image, mirror=mirror)
     assert differ == 0
     assert stock <= STOCK_SHARE * voxels
@@ -77,8 +83,8 @@ def test_the_3d_model_equals_the_oracle_at_its_plans_spacing(shared_data: Path) 
 @pytest.mark.parametrize(
     ("model", "folds", "mirror", "reference", "sections"),
     [
-        ("vnc_mito_2d", "0", False, "fold0_nomirror", SECTIONS[:2]),
-        ("vnc_multi_2d", "all", False, "foldall_nomirror", SECTIONS[:2]),
+        ("vnc_mito_2d", "0", False, "fold0_nomirror", SECTIONS[:1]),
+        ("vnc_multi_2d", "all", False, "foldall_nomirror", SECTIONS[:1]),
         pytest.param("vnc_mito_2d", "0", False, "fold0_nomirror", SECTIONS, marks=pytest.mark.long),
         pytest.param("vnc_mito_2d", "0", True, "fold0_mirror", SECTIONS, marks=pytest.mark.long),
         pytest.param("vnc_mito_2d", "0,1", True, "fold01_mirror", SECTIONS, marks=pytest.mark.long),

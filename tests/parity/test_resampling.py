@@ -254,7 +254,8 @@ def test_one_axis_is_torchs_wherever_it_is_cut(old: int, new: int) -> None:
             torch.testing.assert_close(ours, expected[:, start:stop], rtol=0, atol=2e-7 * order)
 
 
-def test_the_shared_3d_model_reproduces_nnunets_files(shared_data: Path) -> None:
+@pytest.mark.parametrize("exact", [False, pytest.param(True, marks=pytest.mark.long)], ids=["files", "and oracle"])
+def test_the_shared_3d_model_reproduces_nnunets_files(shared_data: Path, exact: bool) -> None:
     folder = shared_data / "reference" / "vnc_mito_3d" / "crop_z00-15_y512-1023_x768-1023"
     stack = [np.asarray(Image.open(shared_data / "em" / "vnc" / "raw" / f"{z:02d}.png")) for z in range(16)]
     image = np.stack(stack)[:, 512:1024, 768:1024]
@@ -265,10 +266,11 @@ def test_the_shared_3d_model_reproduces_nnunets_files(shared_data: Path) -> None
     ]
     manager = InferenceManager.from_checkpoint(shared_data / "models" / "vnc_mito_3d", [*WORDS, *words])
     ours = manager.predict(image)
-    (case,) = survey(ArrayVolume(image[None]), "image", manager.segmenter().members[0].schemes, by_slice=False)
-    predictor = oracle.make_predictor(shared_data / "models" / "vnc_mito_3d", ["0"], mirror=False)
-    exact = oracle.predict(predictor, image[None], summaries=case.channels, spacing=(45, 4.6, 4.6))
-    assert (ours.labels != exact).sum() == 0
+    if exact:
+        (case,) = survey(ArrayVolume(image[None]), "image", manager.segmenter().members[0].schemes, by_slice=False)
+        predictor = oracle.make_predictor(shared_data / "models" / "vnc_mito_3d", ["0"], mirror=False)
+        found = oracle.predict(predictor, image[None], summaries=case.channels, spacing=(45, 4.6, 4.6))
+        assert (ours.labels != found).sum() == 0
     theirs = tifffile.imread(folder / "seg_nomirror.tif")
     assert (ours.labels != theirs).sum() <= SHARE * theirs.size
     with np.load(folder / "prob_mito_nomirror_z06-09.npz") as stored:

@@ -331,7 +331,8 @@ def test_resenc_models_of_old_plans_need_no_torchvision(tmp_path: Path, monkeypa
 
 def test_rounding_in_nnunets_sums_is_told_from_disagreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Labels that float32 sums give where half precision rounds otherwise agree; other labels do not."""
-    model = make_model(tmp_path, dimensions=3, patch=(8, 16, 16), classes=3, reader="SimpleITKIO", seed=2)
+    kind = {"dimensions": 3, "patch": (8, 16, 16), "classes": 3, "reader": "SimpleITKIO", "mirror_axes": (0, 1)}
+    model = make_model(tmp_path, seed=2, **kind)  # type: ignore[arg-type]
     with h5py.File(tmp_path / "v.h5", "w") as file:
         file["main"] = (scene(1, (20, 40, 30), 4)[0][0] * 255).astype(np.uint8)
     words = [str(model), str(tmp_path / "v.h5"), "--threshold", "1e-6"]

@@ -268,8 +268,7 @@ class Protocol(RuleBasedStateMachine):
             assert not wrong, wrong
             if len(self.keys) == 1:
                 assert set(outcomes.values()) <= {"done"}, outcomes
-            if any(outcome == "done" for outcome in outcomes.values()):
-                assert standing(self.folder) is not None
+            self.what_stands_stays()
         finally:
             self.world.close()
             self.patches.close()

@@ -232,9 +232,21 @@ def full(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Full(segmenter, reader, surveyed, whole, lambda box: segmenter.windows(reader.read, surveyed, box))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_wanted_voxels_are_those_of_the_full_run_and_others_background(full: Full, data: st.DataObject) -> None:
+    require_wanted_voxels(full, data)
+
+
+@pytest.mark.long
+@settings(max_examples=48, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_many_choices_of_wanted_voxels_are_those_of_the_full_run(full: Full, data: st.DataObject) -> None:
+    require_wanted_voxels(full, data)
+
+
+def require_wanted_voxels(full: Full, data: st.DataObject) -> None:
+    """A box, a mask and blocks of any kind give the voxels of the full run, and background elsewhere."""
     extent = full.extent
     box, mask = data.draw(boxes_in(extent)), data.draw(st.none() | masks_of(extent))
     shape = vec3(data.draw(st.tuples(*(st.integers(max(1, n // 3), n) for n in extent))))

@@ -68,7 +68,7 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
     with quick_folder() as folder:
-        model = make_model(folder / "model", dimensions=2, patch=(16, 16), features=(4, 8))
+        model = make_model(folder / "model", dimensions=2, patch=(16, 16), features=(4, 8), mirror_axes=())
         volume = write_h5(folder / "v.h5", em_like(EXTENT))
         bench = Bench(folder, model, volume, None, None)
         code, output = bench.run("full", SAVE)

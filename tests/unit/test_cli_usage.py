@@ -22,14 +22,20 @@ from connectomics.cli.arguments import parse_command
 from connectomics.core.errors import ConfigError
 from connectomics.core.text import VisibleFormatter, visible
 
+from nnunet_models import make_model
 from small_jobs import em_like, final_names, read_h5, write_h5
 
 MODEL = Path(connectomics.__file__).parent / "example" / "phantom_mito_2d"
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), dimensions=2, patch=(16, 16), mirror_axes=())
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "model").symlink_to(MODEL)
+def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "model").symlink_to(model)
     for name in ("a", "b"):
         write_h5(tmp_path / "data" / f"{name}.h5", em_like((1, 32, 32)))
     monkeypatch.chdir(tmp_path)
@@ -141,7 +147,7 @@ ESCAPE = "\x1b]0;title\x07\x1b[2J"
 def test_names_from_files_are_printed_visibly(
     place: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(MODEL, place / "evil")
+    shutil.copytree(place / "model", place / "evil")
     for name in ("dataset.json", "plans.json"):
         content = json.loads((place / "evil" / name).read_text())
         if name == "dataset.json":

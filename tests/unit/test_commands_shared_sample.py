@@ -25,7 +25,7 @@ NAMES = [f"v{i}" for i in range(6)]
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
     with quick_folder() as made:
-        make_model(made / "model", dimensions=2, patch=(16, 16), features=(4, 8))
+        make_model(made / "model", dimensions=2, patch=(16, 16), features=(4, 8), mirror_axes=())
         for seed, name in enumerate(NAMES):
             write_h5(made / f"{name}.h5", em_like(SHAPE, seed))
         yield made

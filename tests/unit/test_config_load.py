@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import subprocess
 import sys
@@ -149,11 +150,16 @@ def test_the_specified_keys_are_known() -> None:
     assert len(known_keys()) == len(set(known_keys()))
 
 
+@functools.cache
+def loaded(words: tuple[str, ...]) -> Config:
+    return load_config(None, words)
+
+
 @pytest.mark.parametrize(("key", "text", "expected", "companions"), KEYS, ids=[key for key, *_ in KEYS])
 def test_each_key_changes_its_own_value_only(
     key: str, text: str, expected: object, companions: tuple[str, ...]
 ) -> None:
-    without, changed = load_config(None, companions), load_config(None, [*companions, f"{key}={text}"])
+    without, changed = loaded(companions), load_config(None, [*companions, f"{key}={text}"])
     assert value_at(changed, key) == expected
     assert value_at(without, key) != expected
     others = [other for other in known_keys() if value_at(without, other) != value_at(changed, other)]

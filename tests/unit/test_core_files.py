@@ -181,24 +181,6 @@ def test_a_file_that_cannot_be_flushed_is_an_error(tmp_path: Path, monkeypatch: 
         fsync_path(tmp_path / "a")
 
 
-def test_a_folder_is_removed_when_the_one_in_its_place_is_on_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else a loss of power brings the old name back, with half of what was in it."""
-    path, complete, flush = tmp_path / "stack", tmp_path / "new", os.fsync
-    for folder in (path, complete):
-        folder.mkdir()
-        (folder / folder.name).touch()
-
-    def told(descriptor: int) -> None:
-        assert (path / "new").exists() and len(list(tmp_path.glob(".stack.*.replaced/stack"))) == 1
-        flush(descriptor)
-
-    monkeypatch.setattr(os, "fsync", told)
-    put_in_place(complete, path)
-    assert list(tmp_path.rglob("*")) == [path, path / "new"]
-
-
 def test_a_rename_to_another_disk_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(source: Path, target: Path) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))

@@ -189,7 +189,7 @@ def test_a_run_is_decoded_and_resumes_from_its_labels(
     folder: Path, decode: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As a stage of ``infer-volume`` and afterwards from the RUN folder: the same objects."""
-    model = make_model(folder / "model", dimensions=2, patch=(16, 16), features=(4, 8))
+    model = make_model(folder / "model", dimensions=2, patch=(16, 16), features=(4, 8), mirror_axes=())
     volume = write_h5(folder / "cell.h5", em_like((2, 24, 32)))
     words = infer_words(model, folder / "stage", volume, COMPONENTS)
     assert main(words) == 0

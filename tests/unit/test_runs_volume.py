@@ -14,6 +14,7 @@ import pytest
 from connectomics.core.errors import OutputError, VolumeError
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.executors.serial import SerialExecutor
+from connectomics.execution.name_claims import NameClaims
 from connectomics.execution.stage import LABELS
 from connectomics.execution.worker import Worker
 from connectomics.models.spec import ChannelNormalisation
@@ -129,6 +130,51 @@ def test_every_missing_shard_is_found_whatever_the_sample(tmp_path: Path) -> Non
         assert (labels(folder) == EXPECTED).all()
 
 
+def test_what_another_run_made_until_just_now_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had the name when this run began, and ended before this run had it."""
+    job, enter = job_in(tmp_path), NameClaims.__enter__
+
+    def entered(self: NameClaims) -> NameClaims:
+        (tmp_path / "v_labels.h5").write_bytes(b"theirs")
+        return enter(self)
+
+    monkeypatch.setattr(NameClaims, "__enter__", entered)
+    kept = replace(job, outputs=tuple(replace(output, overwrite=False) for output in job.outputs))
+    with pytest.raises(OutputError, match=r"v_labels\.h5: exists, but was made by another model"):
+        run(tmp_path, kept)
+    assert (tmp_path / "v_labels.h5").read_bytes() == b"theirs"
+    run(tmp_path, job)
+    assert (labels(tmp_path) == EXPECTED).all()
+
+
+def test_a_shard_that_vanishes_before_the_export_is_computed_again(tmp_path: Path) -> None:
+    """A process that slept may remove what another works with: zeros never take its place."""
+    taken: list[int] = []
+
+    def take_away(finished: int, planned: int) -> None:
+        if finished == planned and len(taken) < 2:
+            (work,) = (tmp_path / "v_labels.run").glob("*/labels.zarr")
+            (work / "0/c/1/0/1").unlink()
+            taken.append(finished)
+
+    run_volume(job_in(tmp_path), settings_in(tmp_path), SerialExecutor(), take_away)
+    assert len(taken) == 2
+    assert (labels(tmp_path) == EXPECTED).all()
+
+
+def test_a_shard_that_vanishes_again_and_again_is_named(tmp_path: Path) -> None:
+    def take_away(finished: int, planned: int) -> None:
+        if finished == planned:
+            (work,) = (tmp_path / "v_labels.run").glob("*/labels.zarr")
+            (work / "0/c/1/0/1").unlink(missing_ok=True)
+
+    with pytest.raises(VolumeError, match=r"no shard .*labels\.zarr/0/c/1/0/1, though it was written.*run again"):
+        run_volume(job_in(tmp_path), settings_in(tmp_path), SerialExecutor(), take_away)
+    assert not (tmp_path / "v_labels.h5").exists()
+    assert run(tmp_path, job_in(tmp_path)).done == 1
+    assert (labels(tmp_path) == EXPECTED).all()
+
+
 def test_a_sample_of_many_blocks_is_compared(tmp_path: Path) -> None:
     """More blocks than are checked: some damage is found, and whatever is found is computed again."""
     plan = BlockPlan((1, 2, 4), (1, 2, 4))
@@ -178,7 +224,7 @@ def test_formats_that_cannot_hold_an_output_are_refused_before_any_work(tmp_path
 def test_another_key_or_program_is_work_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(VolumeError):
         run(tmp_path, job_in(tmp_path), Failing(after=5))
-    (begun,) = (tmp_path / "v_labels.run").iterdir()
+    (begun,) = (path for path in (tmp_path / "v_labels.run").iterdir() if path.is_dir())
     for job, changes in ((job_in(tmp_path, key="other"), {}), (job_in(tmp_path), {"program": "program 2"})):
         report = run(tmp_path, job, **changes)
         assert report.done == BLOCKS
@@ -212,7 +258,8 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def settled(job: VolumeJob, settings: RunSettings) -> None:
     """As the next run finds the outputs complete."""
     work = work_folder(job.run_folder, job.outputs, settings.program)
-    settle(job.run_folder, work, (path for o in job.outputs for path in o.paths(settings.folder).values()))
+    paths = (path for o in job.outputs for path in o.paths(settings.folder).values())
+    settle(job.run_folder, work, job.outputs, paths)
 
 
 def test_what_a_kill_after_the_last_export_left_is_settled_and_other_work_stays(tmp_path: Path) -> None:

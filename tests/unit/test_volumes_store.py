@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import zarr
 
-from connectomics.core.errors import OutputError, VolumeError
+from connectomics.core.errors import MissingShardError, OutputError, VolumeError
 from connectomics.core.geometry import BlockGrid, Box
 from connectomics.volumes.opening import open_volume
 from connectomics.volumes.store import Store, create_store, discard_locks, open_store
@@ -89,6 +89,18 @@ def test_unwritten_shards_read_as_zero_and_have_no_checksum(tmp_path: Path) -> N
     assert not store.shard_path(box).exists()
     store.write(box, np.zeros((1, *box.shape), np.uint16))
     assert store.shard_path(box).exists()
+    store.close()
+
+
+def test_an_absent_shard_is_an_error_where_it_was_written(tmp_path: Path) -> None:
+    store, voxels = filled(tmp_path / "labels.zarr")
+    store.expect(lambda index: index != (0, 0, 0))
+    np.testing.assert_array_equal(store.read(Box.of_shape(EXTENT)), voxels)
+    for index in ((0, 0, 0), (1, 1, 0)):
+        (tmp_path / "labels.zarr/0/c" / "/".join(map(str, index))).unlink()
+    assert not store.read(Box((0, 0, 0), (4, 32, 32))).any(), "nothing was written there"
+    with pytest.raises(MissingShardError, match=r"no shard .*c/1/1/0, though it was written"):
+        store.read(Box((3, 30, 0), (5, 34, 2)))
     store.close()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.core.errors import OutputError
+from connectomics.core.errors import ConnectomicsError, OutputError
 from connectomics.core.files import discard, fsync_path, make_folder, require_short, write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.execution.name_claims import retire
@@ -25,7 +26,7 @@ from connectomics.stages.output.export import (
     require_exportable,
 )
 from connectomics.stages.output.formats.contract import ChunkedFormat
-from connectomics.stages.output.pyramid import Pyramid, fill_pyramid
+from connectomics.stages.output.pyramid import LevelTask, Pyramid, fill_pyramid, level_tasks
 from connectomics.volumes.digests import SUFFIX as DIGESTS
 from connectomics.volumes.digests import write_digests
 from connectomics.volumes.source import reason
@@ -51,6 +52,8 @@ class FinalOutput:
         In which it is wanted.
     pyramid
         Whether chunked formats get coarser levels, too.
+    overwrite
+        Whether it may replace what another model, setting or input made.
     """
 
     name: str
@@ -58,6 +61,7 @@ class FinalOutput:
     result_key: str
     formats: tuple[str, ...]
     pyramid: bool = True
+    overwrite: bool = True
 
     def paths(self, folder: Path) -> dict[str, Path]:
         """Final path of each format."""
@@ -77,10 +81,10 @@ def _key_at(path: Path, form: str) -> object:
     return None if stamp is None else stamp.get("result_key")
 
 
-def check_names(outputs: Sequence[FinalOutput], folder: Path, *, overwrite: bool) -> None:
-    """Refuse, by an OutputError, to replace what another model, setting or input made unless ``overwrite`` is set."""
-    taken = [path for output in outputs for path in output.taken(folder)]
-    if taken and not overwrite:
+def check_names(outputs: Sequence[FinalOutput], folder: Path) -> None:
+    """Refuse, by an OutputError, to replace what another model, setting or input made where that was not allowed."""
+    taken = [path for output in outputs if not output.overwrite for path in output.taken(folder)]
+    if taken:
         raise OutputError(
             f"{taken[0]}: exists, but was made by another model, setting or input (or another program); choose another "
             "inference.volume_mode.output_suffix or output_path, or state inference.output.overwrite=true"
@@ -115,6 +119,11 @@ class Publisher:
         self.staging.publish(record.name, record)
         log.info("wrote %s", path)
 
+    def keep_ledgers(self) -> None:
+        """Move the ledgers of what was built into the work folder, so that it stays known who did what."""
+        for path in sorted(self.staging.folder.glob(f"{LEDGER}*")):
+            self.staging.publish(path.name, self.staging.folder.parent / path.name)
+
     def tell(self, provenance: str) -> None:
         """Put what the outputs are made of into RUN."""
         write_text(self.staging.place(PROVENANCE), provenance)
@@ -132,7 +141,7 @@ def export_output(
     paths = output.paths(publisher.folder)
     for form in output.missing(publisher.folder):
         full = stamp | {"result_key": output.result_key}
-        name = f"{output.name}.final.{form}"
+        name = _staged(output, form)
         place = publisher.staging.place(name)
         try:
             if isinstance(output_format(form), ChunkedFormat):
@@ -157,12 +166,35 @@ def _fill_pyramid(
     run: RunStage,
 ) -> None:
     """Build a chunked output and stamp it."""
-    labels, most = output.name != PROBABILITIES, None if output.pyramid else 1
-    image = multiscale_of(form, store.info, store.shard_shape, path, labels=labels, levels=most)
-    fill_pyramid(Pyramid(f"{output.name}.{form}", image, place, labels), store, run, key=output.result_key)
-    file, text = image.stamped(stamp, output.stem)
+    pyramid = _pyramid_of(store, output, form, path=path, place=place)
+    fill_pyramid(pyramid, store, run, key=output.result_key)
+    file, text = pyramid.image.stamped(stamp, output.stem)
     write_text(place / file, text)
     fsync_path(place)
+
+
+def _pyramid_of(store: Store, output: FinalOutput, form: str, *, path: Path, place: Path) -> Pyramid:
+    labels, most = output.name != PROBABILITIES, None if output.pyramid else 1
+    image = multiscale_of(form, store.info, store.shard_shape, path, labels=labels, levels=most)
+    return Pyramid(f"{output.name}.{form}", image, place, labels)
+
+
+def begun_levels(store: Store, output: FinalOutput, staging: Path, folder: Path) -> Mapping[Path, LevelTask]:
+    """The tasks of all chunked outputs that were begun in a staging folder, by the folder of their ledger.
+
+    ``store`` is the complete working store, ``folder`` that of the final outputs.
+    """
+    found: dict[Path, LevelTask] = {}
+    for form, path in output.paths(folder).items():
+        place = staging / _staged(output, form)
+        if isinstance(output_format(form), ChunkedFormat) and place.is_dir():
+            found |= level_tasks(_pyramid_of(store, output, form, path=path, place=place), store)
+    return found
+
+
+def _staged(output: FinalOutput, form: str) -> str:
+    """What an output is called while it is built."""
+    return f"{output.name}.final.{form}"
 
 
 def work_folder(run_folder: Path, outputs: Sequence[FinalOutput], program: str) -> Path:
@@ -195,3 +227,15 @@ def settle(run_folder: Path, work: Path, outputs: Sequence[FinalOutput], paths: 
     for path in work.glob(f"{STAGING}*"):
         discard(path)
     retire(run_folder.parent, [output.stem for output in outputs], work)
+
+
+@contextlib.contextmanager
+def withdrawing(run_folder: Path, work: Path, outputs: Sequence[FinalOutput]) -> Iterator[None]:
+    """Where a run ends early, give back the names that it claimed, unless a result may still be about to appear."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(ConnectomicsError, OSError):  # what went wrong is told
+            if is_deserted(work / COORDINATION) and not any(work.glob(f"{STAGING}*")):
+                retire(run_folder.parent, [output.stem for output in outputs], work)
+        raise

@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -164,13 +164,13 @@ def fill_pyramid(pyramid: Pyramid, source: Store, run: RunStage, key: str) -> No
     Raises OutputError if the disk refuses or gives other voxels, QuarantineError if blocks failed.
     """
     _prepare(pyramid, anew=not pyramid.place.is_dir())
-    tasks = _tasks(pyramid, source)
-    if not all(_intact(task, _ledger_folder(pyramid, k), key) for k, task in tasks.items()):
+    tasks = level_tasks(pyramid, source)
+    if not all(_intact(task, folder, key) for folder, task in tasks.items()):
         log.warning("%s: recorded blocks are missing or damaged on disk and it is made again", pyramid.place.name)
         _prepare(pyramid, anew=True)
-        tasks = _tasks(pyramid, source)
-    for k, task in tasks.items():
-        with contextlib.closing(_ledger(task, _ledger_folder(pyramid, k), key)) as ledger:
+        tasks = level_tasks(pyramid, source)
+    for folder, task in tasks.items():
+        with contextlib.closing(_ledger(task, folder, key)) as ledger:
             blocks = run(task, ledger)
             if blocks.failures:
                 raise QuarantineError(failure_message(blocks.failures, blocks.planned, ledger.folder))
@@ -207,9 +207,12 @@ def _create(pyramid: Pyramid) -> None:
                 (temporary / name).write_text(text)
 
 
-def _tasks(pyramid: Pyramid, source: Store) -> dict[int, LevelTask]:
-    """Return the tasks by level, in the order they are done in; pieces are such that each chunk is read once."""
-    tasks: dict[int, LevelTask] = {}
+def level_tasks(pyramid: Pyramid, source: Store) -> Mapping[Path, LevelTask]:
+    """The task of each level of a pyramid that was begun, by the folder of its ledger, in the order they are done in.
+
+    Pieces are such that each chunk is read once.
+    """
+    tasks: dict[Path, LevelTask] = {}
     before: Readable = source
     chunk, extent = source.info.chunk_shape, source.info.extent
     for k, level in enumerate(pyramid.image.levels):
@@ -218,7 +221,7 @@ def _tasks(pyramid: Pyramid, source: Store) -> dict[int, LevelTask]:
         read_bytes = target.shape[0] * target.dtype.itemsize * math.prod(level.step)
         piece = grown(least, level.extent, read_bytes, PIECE_BYTES)
         name = f"{pyramid.place.name} level {k}"
-        tasks[k] = LevelTask(
+        tasks[_ledger_folder(pyramid, k)] = LevelTask(
             name, before, Box.of_shape(extent), level, target=target, piece=piece, labels=pyramid.labels
         )
         before, chunk, extent = target, target.chunk_shape, level.extent
