@@ -89,6 +89,18 @@ def test_a_record_that_was_taken_away_cannot_be_changed(tmp_path: Path) -> None:
     assert store.create("name", b"2") is not None
 
 
+def test_a_record_that_has_begun_anew_is_not_changed_by_who_saw_the_former(tmp_path: Path) -> None:
+    """A process that slept until its run had ended, and another had begun, takes no lease of that one."""
+    store, sleeper = DiskStore(tmp_path), DiskStore(tmp_path)
+    assert store.create("name", b"0") is not None
+    seen = sleeper.read("name")
+    assert seen is not None
+    store.remove("name")
+    anew = store.create("name", b"1")
+    assert sleeper.replace("name", seen, b"2") is None
+    assert DiskStore(tmp_path).read("name") == anew
+
+
 def test_a_long_content_is_kept_in_a_file(tmp_path: Path) -> None:
     long = b"x" * 5000
     made = DiskStore(tmp_path).create("name", long)
