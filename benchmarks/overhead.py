@@ -67,11 +67,11 @@ def child(words: Sequence[str], figures: Path) -> int:
     def clocked(folds: Any, *rest: Any) -> Any:
         return predictor(tuple(Clocked(backend) for backend in folds), *rest)
 
-    def volume(*arguments: Any) -> Any:
+    def volume(*arguments: Any, **named: Any) -> Any:
         spent["windows"], before = 0, dict(spent)  # those that a long run is timed by beforehand belong to the whole
         began, cpu = time.perf_counter(), time.process_time()
         try:
-            return run_volume(*arguments)
+            return run_volume(*arguments, **named)
         finally:
             spent["volume"] = time.perf_counter() - began
             spent["volume_cpu"] = time.process_time() - cpu

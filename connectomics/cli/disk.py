@@ -27,8 +27,8 @@ NOT_SHARED = (
 WITHOUT = {
     FOLDER_FSYNC: "a loss of power can lose what was finished last; kills lose nothing",
     FILE_FSYNC: "a loss of power can lose what was finished; kills lose nothing",
-    LINK: "names are made by exclusive opening instead",
-    SYMLINK: "runs need none",
+    LINK: "files are put in place by renaming alone instead",
+    SYMLINK: "names are made by exclusive opening instead",
 }
 
 

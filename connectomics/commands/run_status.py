@@ -101,7 +101,10 @@ class WorkerStatus:
 
     def line(self) -> str:
         """Return the text for the screen."""
-        text, ago = f"{self.host}, process {self.pid}, since {_date(self.since)}", _duration(self.unchanged_s)
+        text, ago = (
+            f"{self.host or 'unknown host'}, process {self.pid}, since {_date(self.since)}",
+            _duration(self.unchanged_s),
+        )
         if self.state == SILENT:
             text += f"; no sign of life for {ago}, others take over after {_duration(self.limit_s)}"
         elif self.state == REVOKED:

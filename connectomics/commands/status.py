@@ -28,7 +28,7 @@ from connectomics.core.errors import LedgerError
 from connectomics.core.process import is_dead
 from connectomics.execution.append_log import whole_lines
 from connectomics.execution.block_claims import lease_name, quarantined
-from connectomics.execution.coordination import Version
+from connectomics.execution.coordination import Version, content_of
 from connectomics.execution.lease import (
     FAILED,
     HELD,
@@ -82,7 +82,7 @@ class _Records:
     def read(self, name: str) -> Version | None:
         """The record as it was when this was made."""
         try:
-            return Version(self._highest[name], self._path(name).read_bytes())
+            return Version(self._highest[name], content_of(self._path(name)))
         except (KeyError, OSError):
             return None
 
@@ -94,7 +94,7 @@ class _Records:
     def changed(self, name: str, changes: int = 0) -> float:
         """When the record was changed last, or so many changes before that, by the clock of the disk."""
         try:
-            return self._path(name, changes).stat().st_mtime
+            return self._path(name, changes).lstat().st_mtime
         except OSError:
             return time.time()
 
@@ -144,7 +144,7 @@ def _workers(records: _Records, ledgers: list[Ledger]) -> Iterator[tuple[str, Wo
     found = list[tuple[str, WorkerStatus]]()
     for name in records.names(SESSION):
         mark, seen = name.removeprefix(SESSION), records.read(name)
-        told = (None if seen is None else presence_of(seen)) or Presence(mark, "unknown host", 0, 0, limit_s=LIMIT_S)
+        told = (None if seen is None else presence_of(seen)) or Presence(mark, host="", pid=0, since=0, limit_s=LIMIT_S)
         if told.state == LEFT:
             continue
         silent_s = max(0.0, time.time() - records.changed(name))

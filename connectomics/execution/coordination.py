@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from connectomics.core.errors import StorageError
-from connectomics.core.process import is_dead, new_mark
 from connectomics.execution.retry import PAUSES_S, retried
 
 T = TypeVar("T")
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
-"""What file systems say that know no hard links, or no more of them."""
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EACCES)
+"""What file systems say that know no symbolic links, or do not allow them."""
+LONGEST_LINK = 1000  # bytes of a content that a link may carry
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +62,11 @@ class CoordinationStore(Protocol):
 
 
 class DiskStore:
-    """Records in a folder, which must exist: version n of NAME is the file NAME.n, and the highest is the current one.
+    """Records in a folder, which must exist: version n of NAME is the name NAME.n, and the highest is the current one.
 
-    Works on every file system whose exclusive creation is exclusive: a file is written under a name of its own
-    and linked to NAME.n; where there are no links it is created exclusively and then filled.
+    A name is a symbolic link to nowhere that carries the content, so that both come into being at once, after a loss of
+    power too. Where there are no links it is a file, which is created exclusively and then filled. Works on every
+    file system whose exclusive creation is exclusive.
     """
 
     def __init__(self, folder: Path, pauses_s: tuple[float, ...] = PAUSES_S) -> None:
@@ -93,7 +93,7 @@ class DiskStore:
 
         def current() -> Version | None:
             number = self._highest(name)
-            return None if number < 0 else Version(number, self._path(name, number).read_bytes())
+            return None if number < 0 else Version(number, content_of(self._path(name, number)))
 
         return self._patiently(current, f"reading {name}")
 
@@ -107,12 +107,6 @@ class DiskStore:
 
         return sorted(self._patiently(names, f"listing {self._folder}"))
 
-    def sweep(self) -> None:
-        """Remove what processes of this machine left that ended while they made a record."""
-        for path in self._folder.glob(".*"):
-            if is_dead(path.name.removeprefix(".")):
-                path.unlink(missing_ok=True)
-
     def _path(self, name: str, number: int) -> Path:
         return self._folder / f"{name}.{number}"
 
@@ -120,18 +114,22 @@ class DiskStore:
         path = self._path(name, version.number)
 
         def made() -> bool:
-            if self._links:
+            if self._links and len(version.content) <= LONGEST_LINK:
                 try:
-                    return self._linked(path, version.content)
+                    return _linked(path, version.content)
                 except OSError as error:
                     if error.errno not in NO_LINKS:
                         raise
                     self._links = False
             return _created(path, version.content)
 
-        if not self._patiently(made, f"making {path.name}") and self._content(path) != version.content:
+        def found() -> bytes:
+            return content_of(path)
+
+        won = self._patiently(made, f"making {path.name}")
+        if not won and self._patiently(found, f"reading {path.name}") != version.content:
             return None
-        if version.number and not self._path(name, version.number - 1).exists():
+        if version.number and not os.path.lexists(self._path(name, version.number - 1)):
             path.unlink(missing_ok=True)  # the record ended, and its files were removed, since it was seen
             return None
         self._known[name] = max(version.number, self._known.get(name, -1))
@@ -143,31 +141,16 @@ class DiskStore:
             self._path(name, number).unlink(missing_ok=True)
         self._known.pop(name, None)
 
-    def _linked(self, path: Path, content: bytes) -> bool:
-        own = self._folder / f".{new_mark()}"
-        try:
-            own.write_bytes(content)
-            os.link(own, path)
-        except FileExistsError:
-            return False
-        finally:
-            with contextlib.suppress(OSError):
-                own.unlink(missing_ok=True)
-        return True
-
-    def _content(self, path: Path) -> bytes:
-        return self._patiently(path.read_bytes, f"reading {path.name}")
-
     def _highest(self, name: str) -> int:
         """Number of the current version, -1 where there is none: versions are without gaps, so it is searched for."""
         low = self._known.get(name, -1)
         step = 1
-        while self._path(name, low + step).exists():
+        while os.path.lexists(self._path(name, low + step)):
             low, step = low + step, 2 * step
         high = low + step  # is absent; all up to ``low`` are there
         while high - low > 1:
             middle = (low + high) // 2
-            if self._path(name, middle).exists():
+            if os.path.lexists(self._path(name, middle)):
                 low = middle
             else:
                 high = middle
@@ -184,6 +167,24 @@ class DiskStore:
                 f"{self._folder}: the records of the run cannot be read or written ({why}); mend the disk and run "
                 "again, finished blocks are kept"
             ) from error
+
+
+def _linked(path: Path, content: bytes) -> bool:
+    try:
+        os.symlink(content, os.fsencode(path))  # noqa: PTH211 - pathlib would tidy the content up
+    except FileExistsError:
+        return False
+    return True
+
+
+def content_of(path: Path) -> bytes:
+    """What the name of a version carries."""
+    try:
+        return os.readlink(os.fsencode(path))  # noqa: PTH115
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # it is no link but a file
+            raise
+        return path.read_bytes()
 
 
 def _created(path: Path, content: bytes) -> bool:

@@ -217,7 +217,6 @@ def retire(folder: Path, names: Sequence[str], work: Path) -> None:
         if store.replace(_name(stem), seen, _packed(over)) is not None:
             store.remove(_name(stem))
     with contextlib.suppress(OSError):  # others have claims there
-        store.sweep()
         (folder / CLAIMS).rmdir()
 
 

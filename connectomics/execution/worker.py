@@ -105,11 +105,16 @@ class Worker:
             self._first = self._first or self._session.told
             self.attempt = self._attempt(alone=first and not self.others())
 
-    def leave(self) -> None:
-        """Give back what is held, and end."""
+    def give_back(self) -> None:
+        """Give back what is held, so that a kill from here on counts against no block."""
         with contextlib.suppress(ConnectomicsError):  # the disk may be gone; all of it goes with the process then
             for name in list(self._held):
                 self.release(name)
+
+    def leave(self) -> None:
+        """Give back what is held, and end."""
+        self.give_back()
+        with contextlib.suppress(ConnectomicsError):
             if self._session is not None:
                 self._session.leave()
 

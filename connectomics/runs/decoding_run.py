@@ -45,6 +45,7 @@ from connectomics.stages.output.finish import (
     export_output,
     seal,
     settle,
+    withdrawing,
     work_folder,
 )
 from connectomics.volumes.store import Store, discard_locks
@@ -160,15 +161,21 @@ def run_decode(
 
     voxels = Box.of_shape(job.volume.info.extent).voxels
     subject = Subject(job.run_folder, work, lambda: ledger_folders(work), voxels)
-    with Accounting(subject) as accounting, Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker:
+    with (
+        withdrawing(job.run_folder, work, (job.output,)),
+        Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker,
+    ):
 
         def run(task: Task, ledger: Ledger) -> BlocksDone:
             stages.append(run_blocks(task, ledger, executor, worker, on_block=on_block, apart=apart))
             return stages[-1]
 
-        with NameClaims(settings.folder, [(job.output.stem, job.output.result_key)], work, worker) as claims:
+        names = [(job.output.stem, job.output.result_key)]
+        with (
+            NameClaims(settings.folder, names, work, worker) as claims,
+            Accounting(subject, worker, idle=standing() is not None),
+        ):
             check_names((job.output,), settings.folder)  # another run may have made them until just now
-            accounting.joined(worker, idle=standing() is not None)
             report = until_it_stands(
                 lambda: _attempt(job, settings, worker, claims, run=run, stages=stages, began=began), standing
             )

@@ -2,6 +2,7 @@
 
 Who did which block stands in the ledgers. When a process ends it leaves a file of its own beside them, which says when
 it worked, and makes ``report.json`` of all that is there; ``runs.volume`` and ``runs.decoding_run`` see to it.
+Their own files go when the run is finished; of a later run of the same work the ledgers still tell who did what.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from connectomics.core.errors import ConnectomicsError, LedgerError
 from connectomics.core.files import make_folder, write_text
 from connectomics.execution.block_claims import quarantined
 from connectomics.execution.ledger import Ledger
-from connectomics.execution.run_folder import REPORT, REPORTS
+from connectomics.execution.run_folder import COORDINATION, REPORT, REPORTS
 from connectomics.execution.task import RunReport
 from connectomics.execution.worker import Worker
 
@@ -97,11 +98,22 @@ class _Sum:
 
 
 class Accounting:
-    """Makes the report when a process ends, in whichever way; a context manager around all its work, its leases too."""
+    """Makes the report when a process ends, in whichever way; a context manager around all that it does.
 
-    def __init__(self, subject: Subject) -> None:
+    Parameters
+    ----------
+    subject
+        What is told of.
+    worker
+        This process. It gives back what it holds first, since telling takes a while and nobody should wait for it.
+    idle
+        Whether this process has found all done by others, and has nothing to add.
+    """
+
+    def __init__(self, subject: Subject, worker: Worker, *, idle: bool) -> None:
         self._subject = subject
-        self._worker: Worker | None = None
+        self._worker = worker
+        self._silent = idle and (subject.run_folder / REPORT).exists()
         self._began = time.perf_counter()
         self._since = time.time()
 
@@ -111,17 +123,13 @@ class Accounting:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._worker is None:
-            return
+        self._worker.give_back()
+        if self._silent or not (self._subject.work / COORDINATION).is_dir():
+            return  # others have finished and tidied while this process stood still
         try:
             self._tell(self._worker.signature)
         except (ConnectomicsError, OSError) as cause:
             log.warning("%s could not be written: %s", self._subject.run_folder / REPORT, cause)
-
-    def joined(self, worker: Worker, *, idle: bool) -> None:
-        """From now on there is something to tell, unless this process has found all done by others (``idle``)."""
-        if not (idle and (self._subject.run_folder / REPORT).exists()):
-            self._worker = worker
 
     def _tell(self, signature: Mapping[str, Any]) -> None:
         if not any(True for _ in self._subject.ledgers()):

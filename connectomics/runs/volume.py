@@ -41,6 +41,7 @@ from connectomics.stages.output.finish import (
     export_output,
     seal,
     settle,
+    withdrawing,
     work_folder,
 )
 from connectomics.stages.predict import precision_check as agreements
@@ -99,11 +100,11 @@ def run_volume(
     voxels = Box.of_shape(reader.info.extent).voxels
     subject = Subject(job.run_folder, work, lambda: (work / LEDGER,), voxels, predicted_s=job.record.predicted_s)
     with (
-        Accounting(subject) as accounting,
+        withdrawing(job.run_folder, work, job.outputs),
         Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker,
         NameClaims(settings.folder, names, work, worker) as claims,
+        Accounting(subject, worker, idle=standing() is not None),
     ):
-        accounting.joined(worker, idle=standing() is not None)
         check_names(job.outputs, settings.folder)  # another run may have made them until just now
         crew = _Crew(worker, claims, executor, on_block, apart=apart)
         report = until_it_stands(lambda: _attempt(work, job, reader, settings, crew=crew), standing)

@@ -26,7 +26,7 @@ class TestDiskStoreWithoutLinks(CoordinationStoreContract):
         def refused(*_: Any, **__: Any) -> None:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
-        monkeypatch.setattr(os, "link", refused)
+        monkeypatch.setattr(os, "symlink", refused)
 
     def store(self, folder: Path) -> CoordinationStore:
         return DiskStore(folder)
@@ -54,7 +54,7 @@ RECORDS: dict[Path, dict[str, list[bytes]]] = {}
 def test_what_fails_for_a_moment_is_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, done: bool
 ) -> None:
-    store, link, failures = DiskStore(tmp_path, pauses_s=(0.0, 0.0)), os.link, [code]
+    store, link, failures = DiskStore(tmp_path, pauses_s=(0.0, 0.0)), os.symlink, [code]
 
     def failing(*arguments: Any) -> None:
         if not failures:
@@ -65,7 +65,7 @@ def test_what_fails_for_a_moment_is_done_again(
         failures.clear()
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "link", failing)
+    monkeypatch.setattr(os, "symlink", failing)
     made = store.create("name", b"mine")
     assert made is not None and not failures
     assert DiskStore(tmp_path).read("name") == made
@@ -89,7 +89,8 @@ def test_a_record_that_was_taken_away_cannot_be_changed(tmp_path: Path) -> None:
     assert store.create("name", b"2") is not None
 
 
-def test_makers_that_died_leave_nothing(tmp_path: Path) -> None:
-    (tmp_path / ".0123abcd-77-5-aaaaaaaa").touch()
-    DiskStore(tmp_path).sweep()
-    assert len(list(tmp_path.iterdir())) == 1, "another machine's may be at work"
+def test_a_long_content_is_kept_in_a_file(tmp_path: Path) -> None:
+    long = b"x" * 5000
+    made = DiskStore(tmp_path).create("name", long)
+    assert made is not None and DiskStore(tmp_path).read("name") == made
+    assert DiskStore(tmp_path).replace("name", made, b"short") is not None

@@ -22,6 +22,7 @@ from small_jobs import em_like, final_names, finals, ledger_lines, quick_folder,
 COMPONENTS = "decoding=[{name: connected_components, connectivity: 6}]"
 NAMES = {f"v_instances{ending}" for ending in (".h5", ".zarr", ".v2.zarr", ".n5", ".precomputed", ".tif", ".parquet")}
 STAGES = ("cut", "join", "paint")
+CHUNKED = ("zarr", "zarr2", "n5", "precomputed")
 BLOCKS = 8
 
 
@@ -96,8 +97,11 @@ def test_status_lists_the_stages_in_order(bench: Bench, command: Command) -> Non
     code, printed = command("status", str(bench.reference / "v_instances.run"), "--json")
     status = json.loads(printed)
     assert code == 0
-    assert [stage["stage"] for stage in status["stages"]] == [f"1_connected_components.{name}" for name in STAGES]
-    assert all(stage["done"] == stage["planned"] == BLOCKS for stage in status["stages"])
+    steps, exports = status["stages"][: len(STAGES)], status["stages"][len(STAGES) :]
+    assert [stage["stage"] for stage in steps] == [f"1_connected_components.{name}" for name in STAGES]
+    assert {stage["stage"].rpartition(".")[0] for stage in exports} == {f"objects.{form}" for form in CHUNKED}
+    assert all(stage["done"] == stage["planned"] for stage in status["stages"])
+    assert {stage["planned"] for stage in steps} == {BLOCKS}
     assert set(status["finished"]) == NAMES
     lines = command("status", str(bench.reference / "v_instances.run"))[1].splitlines()
     assert "1_connected_components.paint 8/8 blocks (100.0%)" in lines[3]

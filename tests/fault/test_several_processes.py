@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from collections.abc import Iterator
@@ -60,7 +61,23 @@ def require_shared(bench: Bench, output: Path, *, most: int) -> list[int]:
     lines = ledger_lines(run)
     assert len({line["block"] for line in lines}) == BLOCKS
     assert BLOCKS <= len(lines) <= most
+    require_told(run, len(lines) - BLOCKS)
     return [path.read_bytes().count(b"\n") - 1 for path in run.glob("*/ledger/*.jsonl")]
+
+
+def require_told(run: Path, repeated: int) -> None:
+    """The report is the sum over all, whoever wrote it last; the log's lines say whose they are."""
+    report = json.loads((run / "report.json").read_text())
+    assert [report[key] for key in ("planned", "skipped", "done", "failed")] == [BLOCKS, 0, BLOCKS, 0]
+    workers, ledgers = report["workers"], list(run.glob("*/ledger/*.jsonl"))
+    assert sum(worker["blocks"] for worker in workers) == BLOCKS
+    assert sum(worker["windows"] for worker in workers) == report["windows"]
+    assert report["repeated"] == repeated
+    assert {worker["pid"] for worker in workers if worker["blocks"]} <= {int(p.name.split("-")[1]) for p in ledgers}
+    assert len([worker for worker in workers if worker["until"] is None]) <= 1, "one at most was killed"
+    logged = re.findall(r"(?m)^\S+ \S+ \S+ (\w{8}-\d+) INFO \S+: predict, block", (run / "run.log").read_text())
+    assert set(logged) <= {"-".join(path.name.split("-")[:2]) for path in ledgers}
+    assert len(set(logged)) >= len(ledgers) - 1
 
 
 @pytest.mark.parametrize("count", [2, 4])

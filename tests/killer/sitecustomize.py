@@ -1,4 +1,4 @@
-"""Kills this process when it opens a file whose path ends as the variable KILLER says.
+"""Kills this process when it opens a file in whose path the pattern is found that the variable KILLER holds.
 
 Python runs this file when it starts, where its folder is in PYTHONPATH; ``fork_server`` does so in its children.
 """
@@ -6,17 +6,18 @@ Python runs this file when it starts, where its folder is in PYTHONPATH; ``fork_
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from typing import Any
 
-ENDING = os.environ.get("KILLER", "")
+PATTERN = os.environ.get("KILLER", "")
 
 
 def look(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "open" and str(arguments[0]).endswith(ENDING):
+    if event == "open" and re.search(PATTERN, str(arguments[0])):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-if ENDING:
+if PATTERN:
     sys.addaudithook(look)

@@ -143,7 +143,7 @@ def test_a_disk_that_cannot_rename_over_a_file_is_refused(tmp_path: Path, monkey
     assert [finding.ok for finding in found(report, "operations")] == [True, False]
 
 
-def linked_anyway(old: Path, new: Path) -> None:
+def linked_anyway(old: str, new: Path, *more: Any) -> None:
     with contextlib.suppress(FileExistsError):
         LINKED(old, new)
 
@@ -152,10 +152,10 @@ def opened_anyway(path: Any, flags: int, *more: Any, **options: Any) -> int:
     return OPENED(path, flags & ~os.O_EXCL if "raced" in str(path) else flags, *more, **options)
 
 
-LINKED, OPENED = os.link, os.open
+LINKED, OPENED = os.symlink, os.open
 
 
-@pytest.mark.parametrize(("name", "wrong"), [("link", linked_anyway), ("open", opened_anyway)])
+@pytest.mark.parametrize(("name", "wrong"), [("symlink", linked_anyway), ("open", opened_anyway)])
 def test_a_name_with_two_makers_ends_with_3(
     name: str,
     wrong: Callable[..., Any],
@@ -174,12 +174,12 @@ def test_a_name_with_two_makers_ends_with_3(
 
 
 def test_a_lost_reply_is_no_lost_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def linked(old: Path, new: Path) -> None:
+    def linked(old: str, new: Path, *more: Any) -> None:
         LINKED(old, new)
         if "raced" in str(new):
             raise FileExistsError(errno.EEXIST, "exists")
 
-    monkeypatch.setattr(os, "link", linked)
+    monkeypatch.setattr(os, "symlink", linked)
     assert measured(tmp_path).pair.creations["link"].exclusive
 
 

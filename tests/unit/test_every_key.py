@@ -244,9 +244,9 @@ def stale_after(world: World) -> bool:
     seen = []
 
     def spy(inner: Callable[..., Any]) -> Callable[..., Any]:
-        def run(job: Any, settings: Any, *more: Any) -> Any:
+        def run(job: Any, settings: Any, *more: Any, **named: Any) -> Any:
             seen.append((inner.__name__, settings.stale_s))
-            return inner(job, settings, *more)
+            return inner(job, settings, *more, **named)
 
         return run
 

@@ -50,13 +50,13 @@ def left_by_dead(folder: Path, **deaths: int) -> None:
     assert is_dead(mark)
     for name, count in deaths.items():
         key = f"{name.removeprefix('block_')}-0-0"
-        assert store.create(f"marks.{key}", packed(Lease(mark, epoch=count + 1, deaths=count)))
+        assert store.create(f"predict.{key}", packed(Lease(mark, epoch=count + 1, deaths=count)))
 
 
 def deaths(folder: Path) -> dict[str, int]:
     """Deaths at each block of which there is a lease."""
     store = DiskStore(folder / "coordination")
-    found = {name: store.read(name) for name in store.list("marks.")}
+    found = {name: store.read(name) for name in store.list("predict.")}
     leases = {name: None if seen is None else lease_of(seen) for name, seen in found.items()}
     return {name: lease.deaths for name, lease in leases.items() if lease is not None and name.endswith("-0-0")}
 
@@ -91,7 +91,11 @@ def test_a_block_at_which_two_processes_ended_is_run_apart(tmp_path: Path) -> No
     done = run(tmp_path, apart)
     assert apart.blocks == ["3-0-0", "7-0-0"]
     assert (done.done, done.failures) == (BLOCKS, ())
-    assert {k: n for k, n in deaths(tmp_path).items() if n} == {"marks.3-0-0": 2, "marks.4-0-0": 1, "marks.7-0-0": 6}
+    assert {k: n for k, n in deaths(tmp_path).items() if n} == {
+        "predict.3-0-0": 2,
+        "predict.4-0-0": 1,
+        "predict.7-0-0": 6,
+    }
 
 
 def test_a_block_that_kills_its_child_is_named_and_all_others_are_done(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_working_stores_that_a_kill_left_behind_a_finished_volume_are_removed(fo
     (outcome,) = VolumeProcessor(config, engine).run(sources(folder, "v0"))
     assert outcome.state == "skipped"
     assert outcome.paths == (output / "v0_labels.h5",)
-    assert {path.name for path in work.iterdir() if path.is_dir()} == {"ledger", "reports"}
+    assert {path.name for path in work.iterdir() if path.is_dir()} == {"ledger"}
 
 
 def test_a_finished_volume_whose_input_is_gone_is_a_failure(folder: Path, output: Path) -> None:

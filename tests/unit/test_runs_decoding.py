@@ -94,7 +94,7 @@ def test_a_file_becomes_objects_and_a_table(folder: Path, labels: Array, decode:
         work.name,
     }
     stages = [f"ledger_1_connected_components.{stage}" for stage in ("cut", "join", "paint")]
-    assert sorted(path.name for path in work.iterdir()) == [*stages, "ledgers.json", "reports"]
+    assert sorted(path.name for path in work.iterdir()) == [*stages, "ledgers.json"]
     provenance = json.loads((run / "provenance.json").read_text())
     assert provenance["objects"] == ids.max()
     assert provenance["decoding"][0]["name"] == "connected_components"

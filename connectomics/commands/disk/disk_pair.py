@@ -26,7 +26,6 @@ from connectomics.commands.disk.disk_sight import (
     Sight,
     Tempo,
     sight_of,
-    text_in,
     watch,
 )
 
@@ -141,8 +140,6 @@ def _race(folder: Path, role: str, names: int, *, start: float, spread: float) -
     The times of one process run from ``spread`` s before to ``spread`` s after those of the other, so that they meet
     at some names although clocks are compared only so well.
     """
-    ready = folder / f"ready.{role}"
-    ready.write_text(role)
     wins: dict[str, Any] = {}
     for turn, way in enumerate(WAYS):
         won, refused = list[int](), ""
@@ -151,7 +148,7 @@ def _race(folder: Path, role: str, names: int, *, start: float, spread: float) -
             _sleep_until(start + (turn * names + number) * STEP_S + shift)
             path = folder / f"{way}.{number}"
             try:
-                if _linked(ready, path) if way == "link" else _opened(path, role):
+                if _linked(role, path) if way == "link" else _opened(path, role):
                     won.append(number)
             except OSError as error:
                 refused = _reason(error)
@@ -160,11 +157,11 @@ def _race(folder: Path, role: str, names: int, *, start: float, spread: float) -
     return wins
 
 
-def _linked(ready: Path, path: Path) -> bool:
+def _linked(role: str, path: Path) -> bool:
     try:
-        os.link(ready, path)
+        path.symlink_to(role)
     except FileExistsError:
-        return text_in(path) == ready.read_text()  # made by this process, and the reply was lost
+        return str(path.readlink()) == role  # made by this process, and the reply was lost
     return True
 
 

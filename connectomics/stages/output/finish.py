@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.core.errors import OutputError
+from connectomics.core.errors import ConnectomicsError, OutputError
 from connectomics.core.files import discard, fsync_path, make_folder, require_short, write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.execution.name_claims import retire
 from connectomics.execution.publishing import STAGING, Staging
-from connectomics.execution.run_folder import COORDINATION, LEDGER, PROVENANCE, REPORTS, checksums_of
+from connectomics.execution.run_folder import COORDINATION, LEDGER, PROVENANCE, checksums_of
 from connectomics.execution.runner import RunStage
 from connectomics.execution.stage import PROBABILITIES
 from connectomics.execution.worker import is_deserted
@@ -210,9 +211,9 @@ def seal(run_folder: Path, paths: Iterable[Path]) -> None:
 
 
 def discard_stores(work: Path) -> None:
-    """Remove all that lies in a work folder but ledgers, reports and what the processes agree on."""
+    """Remove all that lies in a work folder but ledgers and what the processes agree on."""
     for path in list(work.iterdir()):
-        if path.is_dir() and not path.name.startswith((LEDGER, REPORTS, COORDINATION)):
+        if path.is_dir() and not path.name.startswith((LEDGER, COORDINATION)):
             discard(path)
 
 
@@ -226,3 +227,15 @@ def settle(run_folder: Path, work: Path, outputs: Sequence[FinalOutput], paths: 
     for path in work.glob(f"{STAGING}*"):
         discard(path)
     retire(run_folder.parent, [output.stem for output in outputs], work)
+
+
+@contextlib.contextmanager
+def withdrawing(run_folder: Path, work: Path, outputs: Sequence[FinalOutput]) -> Iterator[None]:
+    """Where a run ends early, give back the names that it claimed, unless a result may still be about to appear."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(ConnectomicsError, OSError):  # what went wrong is told
+            if is_deserted(work / COORDINATION) and not any(work.glob(f"{STAGING}*")):
+                retire(run_folder.parent, [output.stem for output in outputs], work)
+        raise
