@@ -82,11 +82,11 @@ class DiskStore:
 
     def create(self, name: str, content: bytes) -> Version | None:
         """Make a record unless there is one of this name."""
-        return self._make(name, Version(0, content))
+        return self._make(name, Version(0, content), None)
 
     def replace(self, name: str, seen: Version, content: bytes) -> Version | None:
         """Change a record that still is as it was seen."""
-        return self._make(name, Version(seen.number + 1, content))
+        return self._make(name, Version(seen.number + 1, content), seen)
 
     def read(self, name: str) -> Version | None:
         """The record as it is now."""
@@ -110,7 +110,7 @@ class DiskStore:
     def _path(self, name: str, number: int) -> Path:
         return self._folder / f"{name}.{number}"
 
-    def _make(self, name: str, version: Version) -> Version | None:
+    def _make(self, name: str, version: Version, seen: Version | None) -> Version | None:
         path = self._path(name, version.number)
 
         def made() -> bool:
@@ -129,11 +129,22 @@ class DiskStore:
         won = self._patiently(made, f"making {path.name}")
         if not won and self._patiently(found, f"reading {path.name}") != version.content:
             return None
-        if version.number and not os.path.lexists(self._path(name, version.number - 1)):
-            path.unlink(missing_ok=True)  # the record ended, and its files were removed, since it was seen
+        if seen is not None and not self._stands(name, seen):
+            path.unlink(missing_ok=True)  # the record ended since it was seen, and another may have begun
             return None
         self._known[name] = max(version.number, self._known.get(name, -1))
         return version
+
+    def _stands(self, name: str, version: Version) -> bool:
+        """Whether a version is there as it was seen."""
+
+        def same() -> bool:
+            try:
+                return content_of(self._path(name, version.number)) == version.content
+            except FileNotFoundError:
+                return False
+
+        return self._patiently(same, f"reading {name}")
 
     def remove(self, name: str) -> None:
         """Take a record away that nobody needs any more; whoever saw it once cannot change it then."""

@@ -156,20 +156,24 @@ class NameClaims:
             else:
                 made = None
             if made is not None:
+                self._revoke_before(made)
                 self._seen[stem] = made
                 return
             first = False
             self._worker.sleep(pause)
 
     def _take_over(self, name: str, own: Claim, other: Claim | None, seen: Version) -> Version | None:
-        """Take a name from a run that is over; whoever of it wakes up later publishes nothing any more."""
+        """Take a name from a run that is over."""
         counter = seen.number + 1
         if other is not None:
             own = dataclasses.replace(own, before=tuple(sorted({*other.before, other.work} - {own.work})))
-        made = self._store.replace(name, seen, _packed(dataclasses.replace(own, counter=counter)))
-        for work in own.before if made is not None else ():
+        return self._store.replace(name, seen, _packed(dataclasses.replace(own, counter=counter)))
+
+    def _revoke_before(self, made: Version) -> None:
+        """Let runs that had the name before publish nothing any more; whoever took it from them may sleep meanwhile."""
+        claim = _claim_of(made)
+        for work in () if claim is None else claim.before:
             revoke_all(self._folder / work)
-        return made
 
     def _is_over(self, stem: str, other: Claim | None, seen: Version, observers: dict[str, Witness]) -> bool:
         """Whether the run that has a name is gone, or not known to be yet; an OutputError if it surely lives."""

@@ -46,6 +46,7 @@ class Staging:
         self._confirm = confirm
         self._aside = 0
         held = worker.held(lease)
+        self._epoch = held.epoch
         self.folder = work / f"{STAGING}{held.epoch}.{held.holder}"
 
     def __enter__(self) -> Staging:
@@ -53,18 +54,21 @@ class Staging:
         self._inode = os.open(self.folder, os.O_RDONLY)
         self.confirm()
         for other in self._work.glob(f"{STAGING}*"):
-            if other != self.folder:
+            if other != self.folder and _epoch_of(other) <= self._epoch:  # later ones are of who has taken over here
                 revoke(other, self._adopt)
         self.confirm()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        stands = self._stands()
         os.close(self._inode)
         if kind is None:
             discard(self.folder)
         elif isinstance(error, Exception) and not isinstance(error, LeaseLostError):
             with contextlib.suppress(StorageError):
                 self._confirm()  # what went wrong may be that another run has the names by now
+            if not stands:
+                raise LeaseLostError(self._lease) from error
 
     def place(self, name: str) -> Path:
         """Where something is built that will be published."""
@@ -104,6 +108,13 @@ class Staging:
         with contextlib.suppress(FileNotFoundError):
             rename(path, self._unused(), None, self._inode)
 
+    def _stands(self) -> bool:
+        """Whether the folder is where it was made."""
+        try:
+            return os.path.samestat(os.fstat(self._inode), self.folder.stat())
+        except OSError:
+            return False
+
     def _adopt(self, entry: Path) -> None:
         target = self.folder / (self._unused() if entry.name.startswith(ASIDE) else entry.name)
         if target.exists():
@@ -113,6 +124,11 @@ class Staging:
     def _unused(self) -> str:
         self._aside += 1
         return f"{ASIDE}{self._aside}"
+
+
+def _epoch_of(folder: Path) -> int:
+    epoch = folder.name.removeprefix(STAGING).partition(".")[0]
+    return int(epoch) if epoch.isdecimal() else -1
 
 
 def rename(source: Path | str, target: Path | str, source_folder: int | None, target_folder: int | None) -> None:

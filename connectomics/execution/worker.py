@@ -196,11 +196,14 @@ class Worker:
             if not self._change(name, HELD):
                 raise LeaseLostError(name)
 
-    def release(self, name: str) -> None:
-        """Give a lease back; one that another took over is left to it."""
+    def release(self, name: str) -> bool:
+        """Give a lease back; one that another took over is left to it, and False is returned."""
         with self._lock:
-            if name in self._held:
-                self._change(name, FREE)
+            if name not in self._held:
+                return False
+            try:
+                return self._change(name, FREE)
+            finally:
                 self._held.pop(name, None)
 
     def fail(self, name: str, why: str) -> None:
@@ -249,7 +252,7 @@ class Worker:
 
     @contextlib.contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """Wait for a lease and hold it; a LeaseLostError instead of what went wrong where it was lost meanwhile."""
+        """Wait for a lease and hold it; a LeaseLostError where it was lost meanwhile, whatever else went wrong."""
         for pause in pauses(self.limit_s):
             if self.acquire(name):
                 break
@@ -261,6 +264,9 @@ class Worker:
         except Exception as error:
             self._still(name, error)
             raise
+        else:
+            if not self.release(name):
+                raise LeaseLostError(name)
         finally:
             with contextlib.suppress(ConnectomicsError):
                 self.release(name)
