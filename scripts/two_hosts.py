@@ -10,8 +10,9 @@ Printed is a table: how each process ended, blocks that were recorded twice, sec
 differ, if a process that was not killed did not end with 0, or if the one to be killed was not. It is 2 if this machine
 cannot do it: it needs Linux, root and ``unshare``, and for mounts ``bindfs`` and /dev/fuse.
 
-All of it takes about half an hour, most of which is waiting: a host that is killed is missed after
-``system.stale_after_s``, which is three times the caches' seconds and 30, as ``connectomics doctor`` recommends.
+All of it takes about half an hour, a quarter with ``--at-once 4``, most of which is waiting: a host that is killed is
+missed after ``system.stale_after_s``, which is three times the caches' seconds and 30, as ``connectomics doctor``
+recommends.
 """
 
 from __future__ import annotations
