@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,13 +26,15 @@ MEMORY, NEEDED_BYTES = Path("/dev/shm"), 4 << 30
 
 
 def pytest_configure() -> None:
-    """Give a test one thread, and pytest's own temporary folders memory where there is any: runs wait for many fsyncs.
+    """Give a test one thread, and temporary folders memory where there is any: runs wait for many fsyncs.
 
     As in ``small_jobs.quick_folder``; what a killed process leaves does not depend on the disk.
     """
     usable = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= NEEDED_BYTES
     if usable:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+        os.environ.setdefault("TMPDIR", str(MEMORY))
+        tempfile.tempdir = None  # is looked for anew
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many workers as cores: more threads wait for each other
 
 

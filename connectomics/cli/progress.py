@@ -88,7 +88,7 @@ class ProgressBar:
     def _left_of_volume(self, finished: int, planned: int) -> str:
         """How long the blocks that are left will take, judged by those computed since the volume began."""
         now = time.monotonic()
-        if self._first is None:
+        if self._first is None or finished < self._first[0]:  # a stage begins, or blocks were undone
             self._first = (finished, now)
         before, since = self._first
         if finished == before:

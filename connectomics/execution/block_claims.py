@@ -10,6 +10,7 @@ from pathlib import Path
 from connectomics.core.errors import ConnectomicsError, QuarantineError
 from connectomics.core.files import make_folder, write_text
 from connectomics.core.geometry import Block
+from connectomics.execution.lease import HELD, lease_of
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.publishing import STAGING
 from connectomics.execution.run_folder import stage_of
@@ -120,7 +121,7 @@ class BlockClaims:
                     self._worker.release(lease)
                     continue
                 self._taken.add(lease)
-                if self._apart is not None and self._worker.held(lease).deaths >= MOST_DEATHS:
+                if self._apart is not None and self._deaths(block.key) >= MOST_DEATHS:
                     self._suspect = block
                     return
                 taken = True
@@ -134,7 +135,7 @@ class BlockClaims:
 
     def _run_apart(self, block: Block) -> BlockRecord | BlockFailure:
         assert self._apart is not None
-        deaths = self._worker.held(self._lease(block.key)).deaths
+        deaths = self._deaths(block.key)
         log.warning(
             "%s, block %s: %d processes ended at it; it gets one of its own", self._task.name, block.key, deaths
         )
@@ -146,6 +147,16 @@ class BlockClaims:
         if why is not None:
             self._failed[block.key] = BlockFailure(block.key, block.core, why, "")
         return why is not None
+
+    def _deaths(self, key: str) -> int:
+        """How many processes ended with a block in hand; of one that is built for publishing, in earlier epochs too."""
+        deaths = self._worker.held(self._lease(key)).deaths
+        own = self._ledger.folder.parent
+        for other in own.parent.glob(f"{STAGING}*") if own.name.startswith(STAGING) else ():
+            seen = self._worker.store.read(lease_name(other / self._ledger.folder.name, key)) if other != own else None
+            before = None if seen is None else lease_of(seen)
+            deaths += 0 if before is None else before.deaths + (before.state == HELD)
+        return deaths
 
     def _lease(self, key: str) -> str:
         return lease_name(self._ledger.folder, key)

@@ -252,7 +252,7 @@ class Worker:
 
     @contextlib.contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """Wait for a lease and hold it; a LeaseLostError where it was lost meanwhile, whatever else went wrong or right."""
+        """Wait for a lease and hold it; a LeaseLostError where it was lost meanwhile, whatever else went wrong."""
         for pause in pauses(self.limit_s):
             if self.acquire(name):
                 break

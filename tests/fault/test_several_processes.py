@@ -68,10 +68,11 @@ def require_shared(bench: Bench, output: Path, *, most: int) -> list[int]:
 def require_told(run: Path, repeated: int) -> None:
     """The report is the sum over all, whoever wrote it last; the log's lines say whose they are."""
     report = json.loads((run / "report.json").read_text())
-    assert [report[key] for key in ("planned", "skipped", "done", "failed")] == [BLOCKS, 0, BLOCKS, 0]
+    assert (report["planned"], report["skipped"] + report["done"], report["failed"]) == (BLOCKS, BLOCKS, 0)
     workers, ledgers = report["workers"], list(run.glob("*/ledger/*.jsonl"))
     assert sum(worker["blocks"] for worker in workers) == BLOCKS
-    assert sum(worker["windows"] for worker in workers) == report["windows"]
+    if report["skipped"] == 0:  # else one was killed before the others came
+        assert sum(worker["windows"] for worker in workers) == report["windows"]
     assert report["repeated"] == repeated
     assert {worker["pid"] for worker in workers if worker["blocks"]} <= {int(p.name.split("-")[1]) for p in ledgers}
     assert len([worker for worker in workers if worker["until"] is None]) <= 1, "one at most was killed"
@@ -89,6 +90,7 @@ def test_processes_share_one_run(bench: Bench, count: int) -> None:
         assert "Traceback" not in ended.stderr
     shares = require_shared(bench, output, most=BLOCKS)
     assert len(shares) > 1, "one process did it all"
+    assert json.loads((output / "v_labels.run" / "report.json").read_text())["done"] == BLOCKS
 
 
 @pytest.mark.parametrize(

@@ -329,6 +329,20 @@ def test_one_large_volume_has_an_estimate_after_a_resume(monkeypatch: pytest.Mon
     ]
 
 
+def test_a_stage_that_begins_after_a_resume_has_no_negative_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    console, stream = text_of(terminal=False)
+    with progress.ProgressBar(console) as bar:
+        bar.listed(1, 0)
+        bar.began("large")
+        bar.block(60, 64)
+        for finished in (0, 16):
+            clock[0] += 60
+            bar.block(finished, 64)
+    assert stream.getvalue().splitlines()[1:] == ["block 0/64, 60 s", "block 16/64, 120 s, 180 s left in this volume"]
+
+
 def test_blocks_of_minutes_have_an_estimate_on_a_terminal() -> None:
     clock = [0.0]
     console, stream = text_of(terminal=True)
