@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fork_server import Running, end
-
 from sleep_storm import LIMIT_S, Job, Steps, pause, require_ended, require_finished, require_same, side_by_side, wait
 from storm_jobs import EVERYTHING, decoding, labelling
 
@@ -127,10 +126,9 @@ def main(events: int, seed: int) -> int:
     with labelling(EVERYTHING, masked=True) as everything, decoding("h5,zarr,tiff,zarr2,n5,precomputed") as objects:
         mixes = [Mix(everything, seed, events // 2), Mix(objects, seed + 1, events - events // 2)]
         wrong = side_by_side(((f"seed {mix.seed}", mix.trial()) for mix in mixes), at_once=2)
-        for mix in mixes:
-            print(f"seed {mix.seed}: {dict(mix.done)} in {mix.runs} runs")
     end()
-    print(*wrong, sep="\n")
+    told = [f"seed {mix.seed}: {mix.done.total()} events, {dict(mix.done)}, in {mix.runs} runs" for mix in mixes]
+    sys.stdout.write("\n".join([*told, *wrong]) + "\n")
     return 1 if wrong else 0
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from fork_server import ForkServer
 from scipy import ndimage
+from sleep_storm import Job
 
 from nnunet_models import make_model
-from sleep_storm import Job
 from small_jobs import em_like, infer_words, quick_folder, write_h5
 
 UNIT_BYTES = 4096

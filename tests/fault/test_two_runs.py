@@ -1,4 +1,4 @@
-"""Two commands with different settings and one final name at once: one is refused by name, the other's result stands."""
+"""Two commands with different settings and one final name: one is refused by name, the other's result stands."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from sleep_storm import LIMIT_S, Job, Moment, Steps, left_in, pause, require_ended, require_same, side_by_side, wait
-from small_jobs import finals
 from storm_jobs import decoding
+
+from small_jobs import finals
 
 COMPUTING = Moment("computing", "connectomics.execution.ledger:Ledger.append", number=2)
 PUBLISHING = (
