@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -156,6 +157,8 @@ def test_clocks_are_stepped_by_an_hour(preloaded: Job, count: int) -> None:
         for child in children:
             require_ended(child)
             assert "gone" not in child.printed(), child.printed()
+        log = (output / "v_labels.run" / "run.log").read_text()
+        assert len(set(re.findall(r"^\S+ (\d\d):\d\d:", log, re.MULTILINE))) > 1, "no clock was stepped"
         yield from require_finished(preloaded, output)
 
     assert side_by_side([("clocks", stepped())]) == []
