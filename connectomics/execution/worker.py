@@ -13,6 +13,7 @@ from pathlib import Path
 
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.files import make_folder
+from connectomics.core.process import is_dead
 from connectomics.execution.coordination import CoordinationStore, DiskStore, Version
 from connectomics.execution.lease import (
     FAILED,
@@ -31,7 +32,8 @@ from connectomics.execution.lease import (
 )
 
 log = logging.getLogger(__name__)
-ATTEMPT = "attempt"  # the record that counts the attempts at a run, each begun when nobody else is here
+ATTEMPT = "attempt"  # the record that counts the attempts at a run, each begun when nobody of the last one is here
+MEMBER = "member-"  # begins the name of the record that a process takes part in an attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +100,12 @@ class Worker:
         self.leave()
 
     def join(self) -> None:
-        """Become one of those who are here; whoever comes and finds nobody begins a new attempt at what failed."""
+        """Become one of those who are here; whoever finds nobody of the last attempt begins another."""
         with self._lock:
             first = self._session is None
             self._session = Session(self.store, self.limit_s)
             self._first = self._first or self._session.told
-            self.attempt = self._attempt(alone=first and not self.others())
+            self.attempt = self._take_part(first=first)
 
     def give_back(self) -> None:
         """Give back what is held, so that a kill from here on counts against no block."""
@@ -292,17 +294,38 @@ class Worker:
         """Who looks at those that work in another folder, with this process's patience."""
         return Witness(DiskStore(folder), self.limit_s, self._clock.now)
 
-    def _attempt(self, *, alone: bool) -> int:
-        seen = self.store.read(ATTEMPT)
-        if seen is None:
-            self.store.create(ATTEMPT, packed(Lease(self.mark)))
-        elif alone:
-            before = lease_of(seen)
-            self.store.replace(ATTEMPT, seen, packed(Lease(self.mark, 0 if before is None else before.epoch + 1)))
-        seen = self.store.read(ATTEMPT)
-        lease = None if seen is None else lease_of(seen)
-        self._begun_by = "" if lease is None else lease.holder
-        return 0 if lease is None else lease.epoch
+    def _take_part(self, *, first: bool) -> int:
+        """Take part in the attempt of those who are here, or begin another; its number.
+
+        One who was there before and counted as gone begins none. Whoever takes part says so first and then looks
+        whether it still is the last attempt: others begin theirs by replacing the record that they saw.
+        """
+        while True:
+            seen = self.store.read(ATTEMPT)
+            last = None if seen is None else lease_of(seen)
+            number = -1 if last is None else last.epoch
+            if last is None or (first and not self._has_members(number)):
+                self._sign_in(number + 1)
+                begun = packed(Lease(self.mark, number + 1))
+                made = self.store.create(ATTEMPT, begun) if seen is None else self.store.replace(ATTEMPT, seen, begun)
+                if made is not None:
+                    self._begun_by = self.mark
+                    return number + 1
+                continue
+            self._sign_in(number)
+            now = self.store.read(ATTEMPT)
+            if now is not None and seen is not None and now.number == seen.number:
+                self._begun_by = last.holder
+                return number
+
+    def _sign_in(self, attempt: int) -> None:
+        self.store.create(f"{MEMBER}{attempt}-{self.mark}", self.mark.encode())
+
+    def _has_members(self, attempt: int) -> bool:
+        """Whether a process takes part in an attempt, or is about to, that may be alive."""
+        prefix = f"{MEMBER}{attempt}-"
+        marks = (name.removeprefix(prefix) for name in self.store.list(prefix))
+        return any(mark != self.mark and not (is_dead(mark) or self._witness.is_gone(mark)) for mark in marks)
 
 
 def is_deserted(folder: Path) -> bool:

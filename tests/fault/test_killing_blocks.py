@@ -46,7 +46,7 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
     with quick_folder() as folder:
-        model = make_model(folder / "model", dimensions=2, patch=(16, 16), features=(4, 8))
+        model = make_model(folder / "model", dimensions=2, patch=(32, 32), features=(4, 8))
         with ForkServer(folder) as server:
             yield Bench(server, folder, model, {})
 

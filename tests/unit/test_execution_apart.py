@@ -21,13 +21,13 @@ from child_blocks import BLOCKS, GRID, Marks
 from connectomics.core.errors import StorageError
 from connectomics.core.geometry import Block
 from connectomics.core.process import is_dead, new_mark
-from connectomics.execution.block_claims import Apart
+from connectomics.execution.block_claims import Apart, lease_name
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.coordination import DiskStore
 from connectomics.execution.executors.child_process import ChildProcess
 from connectomics.execution.executors.overlapping import OverlappingExecutor
 from connectomics.execution.executors.serial import SerialExecutor
-from connectomics.execution.lease import Lease, lease_of, packed
+from connectomics.execution.lease import FREE, HELD, Lease, lease_of, packed
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.retry import errno_of
 from connectomics.execution.runner import BlocksDone, run_blocks
@@ -67,8 +67,13 @@ def run(folder: Path, apart: Apart | None, task: Marks | None = None) -> BlocksD
         return run_blocks(task, ledger, SerialExecutor(), worker, lambda done, planned: None, apart=apart)
 
 
-def ledger_in(folder: Path) -> Ledger:
-    return Ledger(folder / "ledger", "key", {}, BlockPlan((1, 1, 1), (1, 1, 1)), (BLOCKS, 1, 1))
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def ledger_in(folder: Path, name: str = "ledger") -> Ledger:
+    return Ledger(folder / name, "key", {}, BlockPlan((1, 1, 1), (1, 1, 1)), (BLOCKS, 1, 1))
 
 
 class Apartment:
@@ -110,6 +115,26 @@ def test_a_block_that_kills_its_child_is_named_and_all_others_are_done(tmp_path:
     assert told.read_text().endswith("out of memory?)\n\nlast words")
     assert run(tmp_path, Apartment()).done == 1
     assert not list((tmp_path / "ledger" / "quarantine").iterdir())
+
+
+def test_deaths_in_staging_folders_of_earlier_epochs_count(tmp_path: Path) -> None:
+    """Each builder has leases of its own, and may die at the same block."""
+    store, staging = DiskStore(make(tmp_path / "coordination")), make(tmp_path / "staging.5.own")
+    for name in ("staging.1.dead", "staging.3.dead"):
+        (tmp_path / name).touch()
+        lease = Lease(dead_mark(), state=FREE if name == "staging.1.dead" else HELD)
+        assert store.create(lease_name(tmp_path / name / "ledger_marks", "3-0-0"), packed(Lease(dead_mark())))
+        assert store.create(lease_name(tmp_path / name / "ledger_marks", "4-0-0"), packed(lease))
+    apart, asked = Apartment(), list[str]()
+
+    def noted(folder: Path, block: Block) -> BlockRecord | BlockFailure:
+        assert folder == staging / "ledger_marks"
+        asked.append(block.key)
+        return apart(tmp_path / "ledger", block)
+
+    with Worker.of(tmp_path / "coordination") as worker, closing(ledger_in(staging, "ledger_marks")) as ledger:
+        done = run_blocks(Marks(tmp_path), ledger, SerialExecutor(), worker, lambda done, planned: None, apart=noted)
+    assert (asked, done.done, done.failures) == (["3-0-0"], BLOCKS, ())
 
 
 def test_others_of_the_same_attempt_leave_a_named_block_alone(tmp_path: Path) -> None:

@@ -114,8 +114,9 @@ class Publisher:
         place, record = self.staging.place(name), checksums_of(self.run_folder, path)
         write_digests(place, self.staging.place(record.name), path.name)
         self.staging.take_away(record)
-        self.staging.publish(name, path)
         make_folder(record.parent)
+        fsync_path(record.parent)  # else a loss of power brings back the checksums of what stood there
+        self.staging.publish(name, path)
         self.staging.publish(record.name, record)
         log.info("wrote %s", path)
 
