@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import signal
@@ -20,6 +21,8 @@ def prepare(
     host: str | None = None,
     traced: tuple[str, list[str]] | None = None,
     unit_bytes: int | None = None,
+    call: tuple[str, str, int] | None = None,
+    clock: str | None = None,
 ) -> None:
     """Change this process.
 
@@ -33,6 +36,11 @@ def prepare(
         A file in which each call of some functions is noted by a line.
     unit_bytes
         Of what chunked formats write at once, so that levels of small volumes have several blocks.
+    call
+        A function of the C library, a text in the path that it is given, and the number of the call before which this
+        process stops itself; needs ``shims/storm.c``.
+    clock
+        A file of an int64, the seconds by which this process's clock is wrong; needs ``shims/storm.c``.
     """
     if unit_bytes is not None:
         _write_small_units(unit_bytes)
@@ -40,6 +48,11 @@ def prepare(
         _replace("connectomics.core.process:host_mark", lambda original: lambda: host)
     for stop in stops or []:
         stop_at(**stop)
+    if call is not None:
+        function, text, number = call
+        ctypes.CDLL(None).storm_stop(function.encode(), text.encode(), number)
+    if clock is not None and ctypes.CDLL(None).storm_clock(clock.encode()) != 0:
+        raise FileNotFoundError(clock)
     if traced is not None:
         file, functions = traced
         for at in functions:

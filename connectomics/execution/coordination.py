@@ -92,8 +92,12 @@ class DiskStore:
         """The record as it is now."""
 
         def current() -> Version | None:
-            number = self._highest(name)
-            return None if number < 0 else Version(number, content_of(self._path(name, number)))
+            while (number := self._highest(name)) >= 0:
+                try:
+                    return Version(number, content_of(self._path(name, number)))
+                except FileNotFoundError:
+                    self._known.pop(name, None)  # the record ended since it was seen; another may have begun
+            return None
 
         return self._patiently(current, f"reading {name}")
 

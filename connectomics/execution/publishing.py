@@ -122,8 +122,11 @@ class Staging:
         entry.rename(target)
 
     def _unused(self) -> str:
-        self._aside += 1
-        return f"{ASIDE}{self._aside}"
+        """A name that nothing has here, also of what this holder left when it was here before."""
+        while True:
+            self._aside += 1
+            if not os.path.lexists(self.folder / f"{ASIDE}{self._aside}"):
+                return f"{ASIDE}{self._aside}"
 
 
 def _epoch_of(folder: Path) -> int:

@@ -161,24 +161,28 @@ def run_decode(
 
     voxels = Box.of_shape(job.volume.info.extent).voxels
     subject = Subject(job.run_folder, work, lambda: ledger_folders(work), voxels)
-    with (
-        withdrawing(job.run_folder, work, (job.output,)),
-        Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker,
-    ):
 
-        def run(task: Task, ledger: Ledger) -> BlocksDone:
-            stages.append(run_blocks(task, ledger, executor, worker, on_block=on_block, apart=apart))
-            return stages[-1]
-
-        names = [(job.output.stem, job.output.result_key)]
+    def joined() -> RunReport:
         with (
-            NameClaims(settings.folder, names, work, worker) as claims,
-            Accounting(subject, worker, idle=standing() is not None),
+            withdrawing(job.run_folder, work, (job.output,)),
+            Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker,
         ):
-            check_names((job.output,), settings.folder)  # another run may have made them until just now
-            report = until_it_stands(
-                lambda: _attempt(job, settings, worker, claims, run=run, stages=stages, began=began), standing
-            )
+
+            def run(task: Task, ledger: Ledger) -> BlocksDone:
+                stages.append(run_blocks(task, ledger, executor, worker, on_block=on_block, apart=apart))
+                return stages[-1]
+
+            names = [(job.output.stem, job.output.result_key)]
+            with (
+                NameClaims(settings.folder, names, work, worker) as claims,
+                Accounting(subject, worker, idle=standing() is not None),
+            ):
+                check_names((job.output,), settings.folder)  # another run may have made them until just now
+                return until_it_stands(
+                    lambda: _attempt(job, settings, worker, claims, run=run, stages=stages, began=began), standing
+                )
+
+    report = until_it_stands(joined, standing)  # others may finish and tidy while this process joins them
     settle(job.run_folder, work, (job.output,), job.paths(settings.folder))
     return report
 

@@ -99,15 +99,19 @@ def run_volume(
 
     voxels = Box.of_shape(reader.info.extent).voxels
     subject = Subject(job.run_folder, work, lambda: (work / LEDGER,), voxels, predicted_s=job.record.predicted_s)
-    with (
-        withdrawing(job.run_folder, work, job.outputs),
-        Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker,
-        NameClaims(settings.folder, names, work, worker) as claims,
-        Accounting(subject, worker, idle=standing() is not None),
-    ):
-        check_names(job.outputs, settings.folder)  # another run may have made them until just now
-        crew = _Crew(worker, claims, executor, on_block, apart=apart)
-        report = until_it_stands(lambda: _attempt(work, job, reader, settings, crew=crew), standing)
+
+    def joined() -> RunReport:
+        with (
+            withdrawing(job.run_folder, work, job.outputs),
+            Worker.of(work / COORDINATION, limit_s=settings.stale_s) as worker,
+            NameClaims(settings.folder, names, work, worker) as claims,
+            Accounting(subject, worker, idle=standing() is not None),
+        ):
+            check_names(job.outputs, settings.folder)  # another run may have made them until just now
+            crew = _Crew(worker, claims, executor, on_block, apart=apart)
+            return until_it_stands(lambda: _attempt(work, job, reader, settings, crew=crew), standing)
+
+    report = until_it_stands(joined, standing)  # others may finish and tidy while this process joins them
     settle(job.run_folder, work, job.outputs, (p for o in job.outputs for p in o.paths(settings.folder).values()))
     return report
 

@@ -89,6 +89,34 @@ def test_a_record_that_was_taken_away_cannot_be_changed(tmp_path: Path) -> None:
     assert store.create("name", b"2") is not None
 
 
+def test_a_record_that_has_begun_anew_is_not_changed_by_who_saw_the_former(tmp_path: Path) -> None:
+    """A process that slept until its run had ended, and another had begun, takes no lease of that one."""
+    store, sleeper = DiskStore(tmp_path), DiskStore(tmp_path)
+    assert store.create("name", b"0") is not None
+    seen = sleeper.read("name")
+    assert seen is not None
+    store.remove("name")
+    anew = store.create("name", b"1")
+    assert sleeper.replace("name", seen, b"2") is None
+    assert DiskStore(tmp_path).read("name") == anew
+
+
+def test_a_record_that_ended_since_it_was_seen_is_none(tmp_path: Path) -> None:
+    """Also where the folder is gone with it: that is no disk to be mended."""
+    store, sleeper = DiskStore(tmp_path / "claims"), DiskStore(tmp_path / "claims")
+    (tmp_path / "claims").mkdir()
+    first = store.create("name", b"0")
+    assert first is not None and store.replace("name", first, b"1") is not None
+    assert sleeper.read("name") is not None
+    store.remove("name")
+    assert sleeper.read("name") is None
+    anew = store.create("name", b"2")
+    assert sleeper.read("name") == anew
+    store.remove("name")
+    (tmp_path / "claims").rmdir()
+    assert sleeper.read("name") is None
+
+
 def test_a_long_content_is_kept_in_a_file(tmp_path: Path) -> None:
     long = b"x" * 5000
     made = DiskStore(tmp_path).create("name", long)

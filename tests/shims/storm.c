@@ -1,14 +1,12 @@
 /* Preloaded into processes of the tests: stops the process before a call of the C library, and shifts its clock.
 
-   Python's hooks see neither TensorStore nor HDF5; this sees all that is linked dynamically. ``storm_shim.py`` compiles
-   it and calls ``storm_stop`` in a child. The clock is shifted by the seconds in the file that STORM_CLOCK names; the
-   monotonic clock goes on as it is. */
+   Python's hooks see neither TensorStore nor HDF5; this sees all that is linked dynamically. ``sleep_hooks.prepare``
+   calls ``storm_stop`` and ``storm_clock`` in a child. The monotonic clock goes on as it is. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,6 +23,7 @@ static char stop_function[32], stop_text[512];
 static int stop_number;
 static int stop_count;
 
+/* Stop before the n-th call of a function (rename, link, unlink, mkdir, rmdir, fsync, write) whose path has a text. */
 void storm_stop(const char *function, const char *text, int number) {
     snprintf(stop_function, sizeof stop_function, "%s", function);
     snprintf(stop_text, sizeof stop_text, "%s", text);
@@ -32,7 +31,7 @@ void storm_stop(const char *function, const char *text, int number) {
     __atomic_store_n(&stop_number, number, __ATOMIC_SEQ_CST);
 }
 
-/* How many such calls there were. */
+/* How many calls there were that count. */
 int storm_count(void) { return __atomic_load_n(&stop_count, __ATOMIC_SEQ_CST); }
 
 static void seen(const char *function, const char *path) {
@@ -81,23 +80,22 @@ ssize_t pwrite64(int descriptor, const void *data, size_t size, off64_t offset) 
     return REAL(pwrite64)(descriptor, data, size, offset);
 }
 
-/* Seconds by which the clock is wrong. */
-static int64_t shift(void) {
-    static volatile int64_t *shared;
-    static int looked;
-    if (!looked) {
-        const char *name = getenv("STORM_CLOCK");
-        looked = 1;
-        int file = name ? syscall(SYS_openat, AT_FDCWD, name, O_RDONLY) : -1;
-        if (file >= 0) {
-            void *found = mmap(NULL, sizeof *shared, PROT_READ, MAP_SHARED, file, 0);
-            syscall(SYS_close, file);
-            if (found != MAP_FAILED)
-                shared = found;
-        }
-    }
-    return shared ? *shared : 0;
+static volatile int64_t *shifted_by;
+
+/* From now on the clock is wrong by the seconds in a file, an int64; whoever changes the file steps the clock. */
+int storm_clock(const char *path) {
+    int file = open(path, O_RDONLY);
+    if (file < 0)
+        return -1;
+    void *found = mmap(NULL, sizeof *shifted_by, PROT_READ, MAP_SHARED, file, 0);
+    close(file);
+    if (found == MAP_FAILED)
+        return -1;
+    shifted_by = found;
+    return 0;
 }
+
+static int64_t shift(void) { return shifted_by ? *shifted_by : 0; }
 
 int clock_gettime(clockid_t clock, struct timespec *now) {
     int result = REAL(clock_gettime)(clock, now);

@@ -188,6 +188,16 @@ def test_an_error_of_who_lost_its_lease_is_that_it_lost_it(pair: tuple[Worker, W
         raise ValueError("the consequence")
 
 
+def test_who_lost_its_lease_is_told_though_nothing_went_wrong(pair: tuple[Worker, Worker]) -> None:
+    """What it read while it slept may not be true any more, and what it wrote may be in another's way."""
+    one, two = pair
+    with pytest.raises(LeaseLostError), one.alone("a"):
+        seen = two.store.read("a")
+        assert seen is not None
+        two.store.replace("a", seen, packed(Lease(two.mark, epoch=1)))
+    assert not one.holds("a")
+
+
 def test_an_empty_record_is_of_somebody_unknown_who_expires(tmp_path: Path) -> None:
     (tmp_path / "a.0").touch()
     clock = Clock()

@@ -14,6 +14,7 @@ import pytest
 
 from connectomics.core.errors import OutputError
 from connectomics.execution import lease as leases
+from connectomics.execution import name_claims
 from connectomics.execution.coordination import DiskStore
 from connectomics.execution.lease import Session
 from connectomics.execution.name_claims import CLAIMS, NameClaims, retire
@@ -95,6 +96,20 @@ def test_a_run_elsewhere_that_shows_a_sign_of_life_is_not_robbed(
     monkeypatch.setattr(leases.Witness, "is_gone", looked)
     with pytest.raises(OutputError, match="is being made now"):
         run(tmp_path, "b").__enter__()
+
+
+def test_whoever_shares_a_name_revokes_the_run_that_had_it_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that took it over may fall asleep before it does so."""
+    foreign_run(tmp_path, "a")
+    (staging,) = tmp_path.glob(f"v_labels.run/a/{STAGING}*")
+    with monkeypatch.context() as patch:
+        patch.setattr(name_claims, "revoke_all", lambda work: None)
+        with run(tmp_path, "b"):
+            assert staging.is_dir()
+    with run(tmp_path, "b"):
+        assert staging.is_file()
 
 
 def test_who_lost_its_name_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -127,6 +128,30 @@ def test_a_sleeper_cannot_write_into_its_folder_again(work: Path, worker: Worker
         revoke_all(work)
         assert staging.folder.is_file()
         staging.folder.unlink()
+
+
+def test_a_predecessor_that_wakes_up_leaves_its_successor_alone(
+    work: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had checked that the lease was its own before it slept; its successor has nothing in its folder yet."""
+    with contextlib.suppress(LeaseLostError), worker.alone(LEASE):
+        predecessor = Staging(work, worker, LEASE)
+        monkeypatch.setattr(predecessor, "confirm", lambda: None)
+        with Worker.of(work / "coordination") as other:
+            take(other)
+            with Staging(work, other, LEASE) as staging, predecessor:
+                assert staging.folder.is_dir()
+                staging.place("v").touch()
+                staging.publish("v", work.parent / "v")
+
+
+def test_whose_folder_is_taken_away_begins_again(work: Path, worker: Worker) -> None:
+    """It is no error: somebody judged wrongly that this process was over."""
+    with pytest.raises(LeaseLostError), worker.alone(LEASE), Staging(work, worker, LEASE) as staging:
+        revoke(staging.folder)
+        staging.place("v").touch()
+    with worker.alone(LEASE), Staging(work, worker, LEASE) as later:
+        assert later.folder.is_dir()
 
 
 def test_another_disk_is_a_sentence(

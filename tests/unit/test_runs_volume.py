@@ -147,6 +147,22 @@ def test_what_another_run_made_until_just_now_is_not_replaced(tmp_path: Path, mo
     assert (labels(tmp_path) == EXPECTED).all()
 
 
+def test_who_sleeps_before_it_joins_ends_with_what_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has done and tidied all meanwhile, the folder of records too."""
+    join = Worker.join
+
+    def slept(self: Worker) -> None:
+        monkeypatch.setattr(Worker, "join", join)
+        run(tmp_path, job_in(tmp_path))
+        join(self)
+
+    monkeypatch.setattr(Worker, "join", slept)
+    report = run(tmp_path, job_in(tmp_path))
+    assert (report.planned, report.done) == (BLOCKS, 0)
+    assert (labels(tmp_path) == EXPECTED).all()
+    assert not list(tmp_path.glob("*.run/*/coordination"))
+
+
 def test_a_shard_that_vanishes_before_the_export_is_computed_again(tmp_path: Path) -> None:
     """A process that slept may remove what another works with: zeros never take its place."""
     taken: list[int] = []

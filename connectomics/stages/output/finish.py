@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectomics.core.errors import ConnectomicsError, OutputError
-from connectomics.core.files import discard, fsync_path, make_folder, require_short, write_text
+from connectomics.core.files import TEMPORARY, discard, fsync_path, make_folder, require_short, write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.execution.name_claims import retire
 from connectomics.execution.publishing import STAGING, Staging
@@ -114,8 +114,9 @@ class Publisher:
         place, record = self.staging.place(name), checksums_of(self.run_folder, path)
         write_digests(place, self.staging.place(record.name), path.name)
         self.staging.take_away(record)
-        self.staging.publish(name, path)
         make_folder(record.parent)
+        fsync_path(record.parent)  # else a loss of power brings back the checksums of what stood there
+        self.staging.publish(name, path)
         self.staging.publish(record.name, record)
         log.info("wrote %s", path)
 
@@ -215,6 +216,8 @@ def discard_stores(work: Path) -> None:
     for path in list(work.iterdir()):
         if path.is_dir() and not path.name.startswith((LEDGER, COORDINATION)):
             discard(path)
+    for left_behind in work.glob(f"{LEDGER}*/.*{TEMPORARY}"):
+        left_behind.unlink(missing_ok=True)  # by a process that was killed as it wrote a header
 
 
 def settle(run_folder: Path, work: Path, outputs: Sequence[FinalOutput], paths: Iterable[Path]) -> None:
