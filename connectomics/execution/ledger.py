@@ -104,6 +104,7 @@ class Ledger:
         self._own: LineFile | None = None
         self._read: dict[str, _Read] = {}
         self._voided: set[RecordName] = set()
+        self._undone: set[int] = set()  # blocks of which a record was voided
         self._chosen: npt.NDArray[np.bool_] | None = None
         self._header: dict[str, Any] = {
             "ledger": VERSION,
@@ -203,13 +204,20 @@ class Ledger:
             self._header["planned"] = planned
             write_text(self._folder / HEADER, json.dumps(self._header))
 
-    def unfinished(self) -> Iterator[Block]:
-        """Blocks that have something to do and are not done when their turn comes, in raster order."""
-        number = self._counts.find(0)
+    def unfinished(self, start: int = 0, stop: int | None = None) -> Iterator[int]:
+        """Numbers of blocks that have something to do and are not done when their turn comes, in raster order.
+
+        Only those from ``start`` on and before ``stop``.
+        """
+        number = self._counts.find(0, start, stop)
         while number >= 0:
             if self._chosen is None or self._chosen[number]:
-                yield self.grid.numbered(number)
-            number = self._counts.find(0, number + 1)
+                yield number
+            number = self._counts.find(0, number + 1, stop)
+
+    def was_undone(self, number: int) -> bool:
+        """Whether a record of a block was voided, as of the last ``refresh``."""
+        return number in self._undone
 
     def sign(self, signature: Mapping[str, Any]) -> None:
         """Say who records from now on; it stands in the first line of a file, which is a new one where need be."""
@@ -325,6 +333,7 @@ class Ledger:
     def _void(self, name: RecordName, number: int) -> None:
         if name not in self._voided:
             self._voided.add(name)
+            self._undone.add(number)
             if name.file in self._read and name.number < self._read[name.file].lines:
                 self._count(number, -1)
 
