@@ -22,8 +22,8 @@ from connectomics.core.errors import StorageError
 from connectomics.core.geometry import Block
 from connectomics.core.process import is_dead, new_mark
 from connectomics.execution.block_claims import Apart
-from connectomics.execution.block_shards import Shards
 from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.block_shards import Shards
 from connectomics.execution.coordination import DiskStore
 from connectomics.execution.executors.child_process import ChildProcess
 from connectomics.execution.executors.overlapping import OverlappingExecutor

@@ -10,8 +10,8 @@ import pytest
 
 from connectomics.core.geometry import Block, BlockGrid
 from connectomics.execution.block_claims import BlockClaims
-from connectomics.execution.block_shards import Shards, cut_point
 from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.block_shards import Shards
 from connectomics.execution.coordination import DiskStore
 from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.lease import LeaseLostError
