@@ -28,6 +28,7 @@ from connectomics.core.errors import LedgerError
 from connectomics.core.process import is_dead
 from connectomics.execution.append_log import whole_lines
 from connectomics.execution.block_claims import quarantined
+from connectomics.execution.block_plan import HEADER
 from connectomics.execution.block_shards import Shards
 from connectomics.execution.coordination import Version, content_of
 from connectomics.execution.lease import (
@@ -41,7 +42,7 @@ from connectomics.execution.lease import (
     lease_of,
     presence_of,
 )
-from connectomics.execution.ledger import HEADER, Ledger
+from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import (
     CHECKSUMS,
     COORDINATION,

@@ -12,7 +12,7 @@ from connectomics.core.errors import ConnectomicsError, QuarantineError
 from connectomics.core.files import make_folder, write_text
 from connectomics.core.geometry import Block
 from connectomics.execution.block_shards import Shards, cut_point
-from connectomics.execution.lease import DONE, HELD, LeaseLostError, Stretch
+from connectomics.execution.lease import DONE, HELD, LeaseLostError, Stretch, pauses
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.publishing import STAGING
 from connectomics.execution.task import BlockFailure, BlockRecord, Executor, Task
@@ -25,6 +25,8 @@ QUARANTINE = "quarantine"
 MOST_DEATHS = 2  # of a block's holders, after which it is run apart
 FAILURES_IN_A_ROW = 16  # from which on something other than these blocks must be wrong
 LOOKED_AT = 8  # shards of others, before the largest rest is cut
+SOON_S = 0.2  # between looks at what others have in hand, at most
+PAUSE_S = 0.005  # and for each process that has recorded something
 REFRESHED_S = 10.0  # how often what others finished is read while there is something to do; more files, less often
 
 
@@ -60,6 +62,7 @@ class BlockClaims:
         self._over: set[int] = set()  # of these, those that are done
         self._place: int | None = None  # among the heads, from where on they were looked at
         self._missed: dict[int, float] = {}  # blocks that are done as their leases say, and not recorded, since when
+        self._begun_at_once: int | None = None  # the block that was begun as its shard was taken
         self._refreshed = worker.now()
         self._random = random.Random(worker.mark)
 
@@ -122,10 +125,10 @@ class BlockClaims:
         Waits while others have all that are left. None comes before it waits: others may be waiting for what this
         process has in hand.
         """
-        pauses = self._worker.pauses()
+        pauses = self._pauses()
         while True:
             while (start := self._shard()) is not None:
-                pauses = self._worker.pauses()
+                pauses = self._pauses()
                 yield from self._begun(start)
                 if self._suspect is not None:
                     return
@@ -143,8 +146,9 @@ class BlockClaims:
             in_hand = self._in_hand[start]
             if number in self._failed or number in in_hand:
                 continue
-            if not self._worker.begin(self._shards.lease(start), number, in_hand):
+            if number != self._begun_at_once and not self._worker.begin(self._shards.lease(start), number, in_hand):
                 return
+            self._begun_at_once = None
             in_hand.append(number)
             block = self._task.grid.numbered(number)
             if self._apart is not None and self._deaths(number) >= MOST_DEATHS:
@@ -201,13 +205,15 @@ class BlockClaims:
 
     def _take(self, start: int, *, again: bool = False) -> bool:
         """Hold a shard if nobody has it who may be alive."""
-        lease = self._shards.lease(start)
-        if not self._worker.acquire(lease, Stretch(self._shards.end(start)), again=again):
-            self._had.add(start)
-            return False
+        lease, end = self._shards.lease(start), self._shards.end(start)
+        first = next((n for n in self._ledger.unfinished(start, end) if n not in self._failed), end)
+        anew = Stretch(end, begun=(first,), next=first + 1) if first < end else Stretch(end)
         self._had.add(start)
+        if not self._worker.acquire(lease, anew, again=again):
+            return False
         self._open.append(start)
         self._in_hand[start] = []
+        self._begun_at_once = first if self._worker.held(lease).blocks == anew else None
         if self._worker.held(lease).epoch > 0:  # what its holders before have done, and what failed there
             self._refresh()
             self._look()
@@ -246,6 +252,10 @@ class BlockClaims:
     def _has_work(self, start: int) -> bool:
         numbers = self._ledger.unfinished(start, self._shards.end(start))
         return any(number not in self._failed for number in numbers)
+
+    def _pauses(self) -> Iterator[float]:
+        """Seconds to sleep while others have all that is left: the more they are, the less often each looks."""
+        return pauses(self._worker.limit_s, max(SOON_S, PAUSE_S * len(self._ledger.files())))
 
     def _refresh(self) -> None:
         self._ledger.refresh()

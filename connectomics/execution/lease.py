@@ -310,9 +310,9 @@ class Witness:
         return mark not in self._gone and (is_alive(mark) or self.watch.has_changed(SESSION + mark))
 
 
-def pauses(limit_s: float = LIMIT_S) -> Iterator[float]:
-    """Seconds to sleep between looks at something that others do, growing, without end."""
-    pause, most = FIRST_PAUSE_S, min(LAST_PAUSE_S, limit_s / (2 * LOOKS))
+def pauses(limit_s: float = LIMIT_S, most_s: float = LAST_PAUSE_S) -> Iterator[float]:
+    """Seconds to sleep between looks at something that others do, growing to ``most_s``, without end."""
+    pause, most = FIRST_PAUSE_S, min(most_s, limit_s / (2 * LOOKS))
     while True:
         yield min(pause, most)
         pause = min(most, 1.5 * pause)

@@ -18,8 +18,8 @@ import pytest
 from connectomics.core.errors import LedgerError, StorageError
 from connectomics.core.geometry import BlockGrid
 from connectomics.execution.append_log import READ_BYTES
-from connectomics.execution.block_plan import BlockPlan
-from connectomics.execution.ledger import Ledger, plan_of
+from connectomics.execution.block_plan import BlockPlan, plan_of
+from connectomics.execution.ledger import Ledger
 from connectomics.execution.task import BlockRecord
 
 from small_jobs import quick_folder
