@@ -98,7 +98,7 @@ def left_in(output: Path) -> set[str]:
 
     def called(path: Path) -> Path:
         own = path.suffix == ".jsonl" or path.parent.name == "reports"
-        return path.parent / of_processes[path.suffix] if own else path
+        return path.parent / of_processes.get(path.suffix, path.name) if own else path
 
     return {called(path).as_posix() for path in kept}
 
