@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.core.errors import LedgerError
+from connectomics.core.errors import LedgerError, StorageError
 from connectomics.core.files import make_folder, write_once, write_text
 from connectomics.core.geometry import Block, Vec3, vec3
 from connectomics.execution.append_log import LineFile, whole_lines
@@ -240,8 +240,14 @@ class Ledger:
 
     def refresh(self) -> None:
         """Take over what other workers appended since the last time."""
-        with os.scandir(self._folder) as entries:
-            found = sorted((entry for entry in entries if entry.name.endswith(SUFFIX)), key=lambda entry: entry.name)
+        try:
+            with os.scandir(self._folder) as entries:
+                found = sorted((e for e in entries if e.name.endswith(SUFFIX)), key=lambda entry: entry.name)
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"{self._folder}: was removed or unmounted amid the run; mend the disk and run again, blocks whose "
+                "records are there are kept"
+            ) from error
         for entry in found:
             state = self._read.setdefault(entry.name, _Read())
             if not (state.damaged or _as_it_was(entry, state)):

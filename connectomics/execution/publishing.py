@@ -15,7 +15,7 @@ from pathlib import Path
 
 from connectomics.core.errors import StorageError
 from connectomics.core.files import discard, fsync_path, make_folder, other_disk
-from connectomics.execution.lease import LeaseLostError
+from connectomics.execution.lease import Lease, LeaseLostError
 from connectomics.execution.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Staging:
         self._aside = 0
         held = worker.held(lease)
         self._epoch = held.epoch
-        self.folder = work / f"{STAGING}{held.epoch}.{held.holder}"
+        self.folder = staging_folder(work, held)
 
     def __enter__(self) -> Staging:
         make_folder(self.folder)
@@ -127,6 +127,11 @@ class Staging:
             self._aside += 1
             if not os.path.lexists(self.folder / f"{ASIDE}{self._aside}"):
                 return f"{ASIDE}{self._aside}"
+
+
+def staging_folder(work: Path, lease: Lease) -> Path:
+    """Where the holder of a lease builds what it publishes."""
+    return work / f"{STAGING}{lease.epoch}.{lease.holder}"
 
 
 def _epoch_of(folder: Path) -> int:

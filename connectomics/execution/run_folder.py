@@ -14,7 +14,6 @@ COORDINATION = "coordination"  # what the processes of a run agree on
 OLD_WORKERS = "workers"  # where programs before kept their heartbeats
 SURVEY = "survey.json"
 AGREEMENT = "agreement.json"  # of fast with exact
-FILTERED = "filtered.zarr"
 REPORTS = "reports"  # of each process that took part, made when it ends and kept until the run is finished
 REPORT = "report.json"  # their sum
 CHECKSUMS = "checksums"  # of final outputs

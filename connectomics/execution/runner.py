@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.core.errors import ConnectomicsError, DeviceMemoryError, StorageError, VolumeError
+from connectomics.core.errors import ConnectomicsError, DeviceMemoryError, MissingShardError, StorageError, VolumeError
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.core.geometry import Block
 from connectomics.execution.block_claims import QUARANTINE, Apart, BlockClaims
@@ -70,8 +70,11 @@ def attempt(task: Task, block: Block, first: Callable[[], BlockRecord] | None = 
 
 
 def raise_systemic(error: Exception) -> None:
-    """Raise an error that every other block would meet too: as it is for an input, else as a ``StorageError``."""
-    if isinstance(error, StorageError | DeviceMemoryError):
+    """Raise an error that every other block would meet too: as it is for an input, else as a ``StorageError``.
+
+    So is a shard that is missing where it was recorded: its block is to be done again first.
+    """
+    if isinstance(error, StorageError | DeviceMemoryError | MissingShardError):
         raise error
     if errno_of(error) in SYSTEMIC:
         if isinstance(error, VolumeError):

@@ -43,6 +43,7 @@ from connectomics.stages.output.finish import (
     check_exportable,
     check_names,
     export_output,
+    fill_levels_of_another,
     seal,
     settle,
     withdrawing,
@@ -205,7 +206,12 @@ def _attempt(
                 discard_locks(path)
     if not finished:
         state, run_key = objects(job, settings, run, functools.partial(worker.alone, SINGLE_WRITER))
-        with worker.alone(SINGLE_WRITER), Staging(job.work, worker, SINGLE_WRITER, claims.confirm) as staging:
+        assert isinstance(state.volume, Store), "every step leaves a store"
+        meanwhile = functools.partial(
+            fill_levels_of_another, state.volume, job.output, settings.folder, worker, job.work, run=run
+        )
+        alone = worker.alone(SINGLE_WRITER, meanwhile)
+        with alone, Staging(job.work, worker, SINGLE_WRITER, claims.confirm) as staging:
             publisher = Publisher(staging, settings.folder, job.run_folder)
             _finish(job, state, run_key, publisher, run=run)
     return _report(job, stages, began)

@@ -93,7 +93,7 @@ def block_of_volume(job: VolumeJob, settings: RunSettings, folder: Path, block: 
             source = stores[output.name]
             source.expect(ledger.is_recorded)
             if output.name == LABELS and job.labeller.filters.active:
-                source = filter_store(source, ledger.grid, replace(workspace, work=staging), job.labeller.filters)
+                source = filter_store(source, ledger.grid, workspace, job.labeller.filters)
             _reach(only, begun_levels(source, output, staging, settings.folder))
 
     return only.outcome_of(way)

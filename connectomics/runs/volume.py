@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,8 @@ from connectomics.execution.ledger import Ledger
 from connectomics.execution.name_claims import NameClaims
 from connectomics.execution.publishing import Staging
 from connectomics.execution.retry import RetryingReader
-from connectomics.execution.run_folder import AGREEMENT, COORDINATION, FILTERED, LEDGER, SINGLE_WRITER, SURVEY
-from connectomics.execution.runner import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
+from connectomics.execution.run_folder import AGREEMENT, COORDINATION, LEDGER, SINGLE_WRITER, SURVEY
+from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, failure_message, run_blocks, void_lost
 from connectomics.execution.stage import LABELS, PROBABILITIES, Workspace
 from connectomics.execution.task import Executor, RunReport
 from connectomics.execution.worker import Worker
@@ -39,6 +39,7 @@ from connectomics.stages.output.finish import (
     check_exportable,
     check_names,
     export_output,
+    fill_levels_of_another,
     seal,
     settle,
     withdrawing,
@@ -59,7 +60,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """What the blocks of a volume need."""
+    """What the blocks of a volume need; ``sources`` are what is exported, which are complete."""
 
     work: Path
     run_key: str
@@ -68,6 +69,7 @@ class _Prepared:
     pending: tuple[FinalOutput, ...]
     stores: Mapping[str, Store]
     agreement: Agreement | None
+    sources: Mapping[str, Store] = field(default_factory=dict)
 
 
 def run_volume(
@@ -139,7 +141,8 @@ def _attempt(work: Path, job: VolumeJob, reader: RetryingReader, settings: RunSe
     """Go on from what is on the disk now to the final outputs; a LeaseLostError where others did so meanwhile."""
     began, worker = time.perf_counter(), crew.worker
     run = functools.partial(run_blocks, executor=crew.executor, worker=worker, on_block=crew.on_block, apart=crew.apart)
-    workspace = Workspace(work, run, job.limits.filter_block_bytes)
+    alone = functools.partial(worker.alone, SINGLE_WRITER)
+    workspace = Workspace(work, run, job.limits.filter_block_bytes, alone)
     with worker.alone(SINGLE_WRITER):
         prepared = _prepare(workspace, job, reader, settings, worker=worker)
     ledger = prepared.ledger
@@ -147,13 +150,15 @@ def _attempt(work: Path, job: VolumeJob, reader: RetryingReader, settings: RunSe
         task = predict_task(job, settings, reader, ledger.grid, surveyed=prepared.surveyed, stores=prepared.stores)
         blocks = run(task, ledger)
         if not blocks.failures:
-            with worker.alone(SINGLE_WRITER), Staging(work, worker, SINGLE_WRITER, crew.claims.confirm) as staging:
+            prepared = _filtered(prepared, job, workspace)
+            meanwhile = functools.partial(_fill_levels, prepared, settings, worker, run=run)
+            with alone(meanwhile), Staging(work, worker, SINGLE_WRITER, crew.claims.confirm) as staging:
                 publisher = Publisher(staging, settings.folder, job.run_folder)
-                _finish(prepared, job, settings, replace(workspace, work=staging.folder), publisher=publisher)
+                _finish(prepared, job, settings, run, publisher=publisher)
         return _report(job, prepared, blocks, began)
     finally:
         ledger.close()
-        for store in prepared.stores.values():
+        for store in (*prepared.stores.values(), *prepared.sources.values()):
             store.close()
 
 
@@ -209,9 +214,24 @@ def _prepare(
     return _Prepared(work, run_key, ledger, surveyed, pending=pending, stores=stores, agreement=agreement)
 
 
-def _finish(
-    prepared: _Prepared, job: VolumeJob, settings: RunSettings, workspace: Workspace, publisher: Publisher
-) -> None:
+def _filtered(prepared: _Prepared, job: VolumeJob, workspace: Workspace) -> _Prepared:
+    """What is exported, filtered together with whoever does the same."""
+    prepared.ledger.refresh()
+    sources = dict(prepared.stores)
+    for store in sources.values():
+        store.expect(prepared.ledger.is_recorded)
+    if LABELS in sources and job.labeller.filters.active:
+        sources[LABELS] = filter_store(sources[LABELS], prepared.ledger.grid, workspace, job.labeller.filters)
+    return replace(prepared, sources=sources)
+
+
+def _fill_levels(prepared: _Prepared, settings: RunSettings, worker: Worker, run: RunStage) -> None:
+    """Do blocks of chunked outputs that another process builds and will publish."""
+    for output in prepared.pending:
+        fill_levels_of_another(prepared.sources[output.name], output, settings.folder, worker, prepared.work, run=run)
+
+
+def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, run: RunStage, publisher: Publisher) -> None:
     """Write what is still missing of the outputs."""
     pending = [o for o in prepared.pending if o.missing(settings.folder)]  # another process may have been first
     if pending:
@@ -235,29 +255,18 @@ def _finish(
     rule = job.labeller.segmenter.probabilities
     for output in pending:
         unit = {PROBABILITIES: rule.facts} if rule is not None and output.name == PROBABILITIES else {}
-        _export(prepared, job, output, stamp=stamp | unit, workspace=workspace, publisher=publisher)
+        export_output(prepared.sources[output.name], output, publisher, stamp | unit, run=run)
+        _discard_sources(prepared, output.name, publisher)
     publisher.keep_ledgers()
     seal(job.run_folder, (p for o in job.outputs for p in o.paths(settings.folder).values()))
 
 
-def _export(
-    prepared: _Prepared,
-    job: VolumeJob,
-    output: FinalOutput,
-    stamp: dict[str, object],
-    workspace: Workspace,
-    publisher: Publisher,
-) -> None:
-    source = store = prepared.stores[output.name]
-    store.expect(prepared.ledger.is_recorded)
-    if output.name == LABELS and job.labeller.filters.active:
-        source = filter_store(store, prepared.ledger.grid, workspace, job.labeller.filters)
-    export_output(source, output, publisher, stamp, run=workspace.run)
-    source.close()
-    discard(workspace.work / FILTERED)
+def _discard_sources(prepared: _Prepared, name: str, publisher: Publisher) -> None:
+    """Free the disk of what was exported, where nobody else may still read it."""
     if publisher.staging.is_unobserved():
-        store.close()
-        discard(store.path)
+        for store in {prepared.sources[name], prepared.stores[name]}:
+            store.close()
+            discard(store.path)
 
 
 def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: float) -> RunReport:

@@ -11,12 +11,15 @@ from pathlib import Path
 from connectomics.core.errors import ConnectomicsError, OutputError
 from connectomics.core.files import TEMPORARY, discard, fsync_path, make_folder, require_short, write_text
 from connectomics.core.fingerprint import key_of
+from connectomics.execution.block_plan import HEADER
+from connectomics.execution.lease import HELD, LeaseLostError
+from connectomics.execution.ledger import Ledger
 from connectomics.execution.name_claims import retire
-from connectomics.execution.publishing import STAGING, Staging
-from connectomics.execution.run_folder import COORDINATION, LEDGER, PROVENANCE, checksums_of
+from connectomics.execution.publishing import STAGING, Staging, staging_folder
+from connectomics.execution.run_folder import COORDINATION, LEDGER, PROVENANCE, SINGLE_WRITER, checksums_of
 from connectomics.execution.runner import RunStage
 from connectomics.execution.stage import PROBABILITIES
-from connectomics.execution.worker import is_deserted
+from connectomics.execution.worker import Worker, is_deserted
 from connectomics.stages.output.export import (
     export_file,
     export_path,
@@ -26,7 +29,7 @@ from connectomics.stages.output.export import (
     require_exportable,
 )
 from connectomics.stages.output.formats.contract import ChunkedFormat
-from connectomics.stages.output.pyramid import LevelTask, Pyramid, fill_pyramid, level_tasks
+from connectomics.stages.output.pyramid import LevelTask, Pyramid, discard_unwritten, fill_pyramid, level_tasks
 from connectomics.volumes.digests import SUFFIX as DIGESTS
 from connectomics.volumes.digests import write_digests
 from connectomics.volumes.source import reason
@@ -110,13 +113,19 @@ class Publisher:
     run_folder: Path
 
     def publish(self, name: str, path: Path) -> None:
-        """Give what is complete in the staging folder its final name; checksums of what stood there go first."""
+        """Give what is complete in the staging folder its final name; checksums of what stood there go first.
+
+        A helper that sleeps in the middle of a file finds no name of it left when it wakes up.
+        """
         place, record = self.staging.place(name), checksums_of(self.run_folder, path)
+        discard_unwritten(place)
         write_digests(place, self.staging.place(record.name), path.name)
         self.staging.take_away(record)
         make_folder(record.parent)
         fsync_path(record.parent)  # else a loss of power brings back the checksums of what stood there
+        discard_unwritten(place)
         self.staging.publish(name, path)
+        discard_unwritten(path)
         self.staging.publish(record.name, record)
         log.info("wrote %s", path)
 
@@ -140,7 +149,10 @@ def export_output(
     read back equal.
     """
     paths = output.paths(publisher.folder)
-    for form in output.missing(publisher.folder):
+    chunked_first = sorted(
+        output.missing(publisher.folder), key=lambda f: not isinstance(output_format(f), ChunkedFormat)
+    )
+    for form in chunked_first:  # others take part in these
         full = stamp | {"result_key": output.result_key}
         name = _staged(output, form)
         place = publisher.staging.place(name)
@@ -191,6 +203,27 @@ def begun_levels(store: Store, output: FinalOutput, staging: Path, folder: Path)
         if isinstance(output_format(form), ChunkedFormat) and place.is_dir():
             found |= level_tasks(_pyramid_of(store, output, form, path=path, place=place), store)
     return found
+
+
+def fill_levels_of_another(
+    store: Store, output: FinalOutput, folder: Path, worker: Worker, work: Path, run: RunStage
+) -> None:
+    """Do blocks of the chunked outputs that another process builds now and will publish, until these are done.
+
+    ``store``, ``output`` and ``folder`` are those of ``begun_levels``. What goes wrong here the other process meets as
+    well, or it was replaced meanwhile.
+    """
+    lease = worker.look(SINGLE_WRITER)
+    if lease is None or lease.state != HELD:
+        return
+    try:
+        for place, task in begun_levels(store, output, staging_folder(work, lease), folder).items():
+            if (place / HEADER).exists():
+                with contextlib.closing(Ledger.existing(place)) as ledger:
+                    if ledger.finished < ledger.planned:
+                        run(task, ledger)
+    except (ConnectomicsError, LeaseLostError, OSError) as error:
+        log.info("no longer helping with %s: %s", output.stem, error)
 
 
 def _staged(output: FinalOutput, form: str) -> str:
