@@ -25,7 +25,7 @@ from connectomics.execution.ledger import HEADER, Ledger, plan_of, read_header
 from connectomics.execution.name_claims import NameClaims
 from connectomics.execution.publishing import Staging
 from connectomics.execution.retry import RetryingReader
-from connectomics.execution.run_folder import AGREEMENT, COORDINATION, FILTERED, LEDGER, SINGLE_WRITER, SURVEY
+from connectomics.execution.run_folder import AGREEMENT, COORDINATION, FILTERED, LEDGER, SINGLE_WRITER
 from connectomics.execution.runner import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
 from connectomics.execution.stage import LABELS, PROBABILITIES, Workspace
 from connectomics.execution.task import Executor, RunReport
@@ -33,6 +33,7 @@ from connectomics.execution.worker import Worker
 from connectomics.runs.job import RunSettings, VolumeJob, command_with_blocks
 from connectomics.runs.perseverance import until_it_stands
 from connectomics.runs.run_report import Accounting, Subject
+from connectomics.runs.surveying import survey_together, surveyed_before
 from connectomics.stages.output.finish import (
     FinalOutput,
     Publisher,
@@ -50,7 +51,6 @@ from connectomics.stages.predict.precision_check import SAMPLED_VOXELS, Agreemen
 from connectomics.stages.predict.segmenter import Surveyed
 from connectomics.stages.predict.task import PredictTask
 from connectomics.stages.survey.region import RegionOfInterest
-from connectomics.stages.survey.survey import load_survey, save_survey
 from connectomics.volumes.store import Store, create_store, discard_locks, open_store
 from connectomics.volumes.volume import VolumeInfo, VolumeReader
 
@@ -140,8 +140,9 @@ def _attempt(work: Path, job: VolumeJob, reader: RetryingReader, settings: RunSe
     began, worker = time.perf_counter(), crew.worker
     run = functools.partial(run_blocks, executor=crew.executor, worker=worker, on_block=crew.on_block, apart=crew.apart)
     workspace = Workspace(work, run, job.limits.filter_block_bytes)
+    kept = survey_together(job, reader, workspace)
     with worker.alone(SINGLE_WRITER):
-        prepared = _prepare(workspace, job, reader, settings, worker=worker)
+        prepared = _prepare(workspace, job, reader, settings, worker=worker, kept=kept)
     ledger = prepared.ledger
     try:
         task = predict_task(job, settings, reader, ledger.grid, surveyed=prepared.surveyed, stores=prepared.stores)
@@ -179,7 +180,12 @@ def predict_task(
 
 
 def _prepare(
-    workspace: Workspace, job: VolumeJob, reader: RetryingReader, settings: RunSettings, worker: Worker
+    workspace: Workspace,
+    job: VolumeJob,
+    reader: RetryingReader,
+    settings: RunSettings,
+    worker: Worker,
+    kept: Surveyed | None,
 ) -> _Prepared:
     """Survey, agreement, ledger and stores; records whose shards were lost are undone."""
     work = workspace.work
@@ -188,7 +194,7 @@ def _prepare(
         job.labeller.segmenter.try_memory(plan.block_shape)
     facts = _result_keys(job) | {"grid": list(plan.block_shape), "program": settings.program}
     run_key, extent = key_of(facts), reader.info.extent
-    surveyed = surveyed_before(job, reader, workspace)
+    surveyed = surveyed_before(job, reader, workspace, kept)
     agreement = _agreement(work, job, reader, surveyed)
     ledger = Ledger(
         work / LEDGER, run_key, settings.numeric_class, plan, volume=extent, allow_other_class=settings.allow_mixed
@@ -329,18 +335,6 @@ def _choose_blocks(ledger: Ledger, job: VolumeJob, roi: RegionOfInterest) -> Non
     outside = job.labeller.segmenter.outside((1, 1, 1))
     if not any(outside[o.name].any() for o in job.outputs):
         ledger.choose(flags)
-
-
-def surveyed_before(job: VolumeJob, reader: VolumeReader, workspace: Workspace) -> Surveyed:
-    """What is known of the volume before its first block: what is kept in the work folder, or surveyed and kept now."""
-    path = workspace.work / SURVEY
-    kept = load_survey(path)
-    if kept is not None:
-        return job.labeller.segmenter.masked(kept, reader, workspace)
-    surveyed = job.labeller.segmenter.survey(reader, job.name, job.limits.readers, workspace)
-    save_survey(surveyed, path)
-    log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
-    return surveyed
 
 
 def measure_agreement(
