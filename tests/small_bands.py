@@ -9,8 +9,7 @@ from connectomics.stages.survey import bands, tiles
 
 def prepare(tile_voxels: int, least_bytes: int, most_bytes: int, patch: pytest.MonkeyPatch | None = None) -> None:
     """From now on cut surveys so, however small the volume is; ``patch`` undoes it."""
-    wanted = {"AT_ONCE_BYTES": 0, "LEAST_BYTES": least_bytes, "MOST_BYTES": most_bytes}
     patch = patch or pytest.MonkeyPatch()
     patch.setattr(tiles, "TILE_VOXELS", tile_voxels)
-    for name, value in wanted.items():
-        patch.setattr(bands, name, value)
+    patch.setattr(bands, "LEAST_BYTES", least_bytes)
+    patch.setattr(bands, "MOST_BYTES", most_bytes)

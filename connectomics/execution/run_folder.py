@@ -20,7 +20,7 @@ REPORT = "report.json"  # their sum
 CHECKSUMS = "checksums"  # of final outputs
 LOG = "run.log"
 PROVENANCE = "provenance.json"  # of the outputs that were made last
-SINGLE_WRITER = "single_writer"  # the lease on what one process alone does: survey, stores, filters, exports
+SINGLE_WRITER = "single_writer"  # the lease on what one process alone does: keep the survey, stores, filters, exports
 
 
 def work_folders(run: Path) -> list[Path]:

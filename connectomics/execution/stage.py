@@ -1,4 +1,4 @@
-"""What the stages of a run share: names of their outputs, and where work that one process looks after is done."""
+"""What the stages of a run share: names of their outputs, and where work beside the first blocks is done."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BEHIND_BYTES = 32 << 20  # outputs of a block that may be written while the next
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Where work that one process alone looks after is done, and with what.
+    """Where work beside the first blocks is done, and with what: by one process alone, but for the survey's bands.
 
     Parameters
     ----------

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import small_bands
 from fork_server import ForkServer, Running
 
 from connectomics.commands.status import status_of
@@ -30,6 +29,7 @@ from connectomics.runs.job import VolumeJob
 from connectomics.stages.predict.segmenter import EnsembleMember
 from connectomics.stages.survey.bands import Bands
 
+import small_bands
 from nnunet_models import make_model
 from small_jobs import em_like, finals, infer_words, ledger_lines, quick_folder, write_h5
 from small_runs import Failing, NotNegative, Reader, changed, job_in, labels, run

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_bands
 from scipy import ndimage
 
 from connectomics.cli import main
@@ -21,6 +20,7 @@ from connectomics.execution.run_folder import stage_of
 from connectomics.execution.task import BlockFailure, BlockRecord
 from connectomics.jobs.apart import labelled_block
 
+import small_bands
 from nnunet_models import make_model
 from parity_table import train_second_stage
 from small_jobs import em_like, finals, infer_words, quick_folder, write_h5

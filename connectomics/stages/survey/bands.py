@@ -30,9 +30,8 @@ from connectomics.stages.survey.tiles import SurveyPass, tile_shape
 from connectomics.volumes.volume import Array, VolumeInfo
 
 STAGE = "survey"
-AT_ONCE_BYTES = 64 << 20  # raw voxels up to which a volume is one band
-LEAST_BYTES, MOST_BYTES = 128 << 20, 1 << 30  # raw voxels of a band
-FEW, MANY = 32, 1 << 14  # bands that a volume has at least and at most, where their bytes allow it
+LEAST_BYTES, MOST_BYTES = 256 << 20, 1 << 30  # raw voxels of a band: seconds of work; smaller volumes are one
+FEW, MANY = 32, 1 << 14  # bands that a volume has where their bytes allow it; to stay under the latter they grow
 SPLIT = 62  # bits of the lower half of a sum of squares, which may exceed int64
 TALLIES = ("counts", "sums", "limits", "boxes", "inside")
 PLANES = ("plane_counts", "plane_low", "plane_high")
@@ -46,12 +45,9 @@ def band_shape(info: VolumeInfo) -> Vec3:
     >>> band_shape(VolumeInfo((1, 600, 4096, 4096), np.dtype(np.uint8), (1, 4096, 4096)))
     (18, 4096, 4096)
     >>> band_shape(VolumeInfo((1, 1, 40000, 40000), np.dtype(np.uint8), (1, 512, 512)))
-    (1, 3072, 40000)
+    (1, 6656, 40000)
     """
-    total = math.prod(info.extent)
-    voxel_bytes = info.channels * info.dtype.itemsize
-    if total * voxel_bytes <= AT_ONCE_BYTES:
-        return info.extent
+    total, voxel_bytes = math.prod(info.extent), info.channels * info.dtype.itemsize
     wanted = min(max(total * voxel_bytes // FEW, LEAST_BYTES), MOST_BYTES) // voxel_bytes
     most = max(wanted, total // MANY)
     shape = list(tile_shape(info))
