@@ -37,7 +37,11 @@ from small_runs import Failing, NotNegative, Reader, changed, job_in, labels, ru
 BANDS = 8  # of the volume below: one for each section
 CUT = {"tile_voxels": 1024, "least_bytes": 64 * 48 * 4, "most_bytes": 64 * 48 * 4}
 AT_ONCE = CUT | {"least_bytes": 1 << 20, "most_bytes": 1 << 20}  # in the same tiles, which decide the last bits
-SETTINGS = ("inference.block_shape=[2,48,64]", "inference.test_time_augmentation.enabled=false")
+SETTINGS = (
+    "inference.block_shape=[2,48,64]",
+    "inference.test_time_augmentation.enabled=false",
+    "system.stale_after_s=2",
+)
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,23 @@ def test_others_take_over_the_band_of_one_that_is_killed(bench: Bench, moment: i
     assert finals(output) == bench.reference
     assert len(bands_done(output)) == BANDS
     assert bands_done(output).total() <= BANDS + 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moment", [2, 5, 8])
+def test_one_that_slept_in_a_band_wakes_when_all_is_done(bench: Bench, moment: int) -> None:
+    output = bench.folder / f"slept_{moment}"
+    sleeper = bench.begin(output, "sleeper", signal_at=(signal.SIGSTOP, "/survey/", moment))
+    while sleeper.state == "running":
+        time.sleep(0.05)
+    assert sleeper.state == "stopped"
+    other = bench.begin(output, "other")
+    assert bench.ended(other) == [0], other.printed()
+    assert finals(output) == bench.reference
+    sleeper.send(signal.SIGCONT)
+    assert bench.ended(sleeper) == [0], sleeper.printed()
+    assert finals(output) == bench.reference
+    assert len(bands_done(output)) == BANDS
 
 
 @pytest.mark.parametrize("count", [1, 2])
