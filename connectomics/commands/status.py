@@ -47,6 +47,7 @@ from connectomics.execution.run_folder import (
     CHECKSUMS,
     COORDINATION,
     LOG,
+    PREPARATION,
     PROVENANCE,
     SINGLE_WRITER,
     SURVEY,
@@ -171,10 +172,11 @@ def _workers(records: _Records, ledgers: list[Ledger]) -> Iterator[tuple[str, Wo
 def _in_hand(records: _Records, ledgers: list[Ledger]) -> dict[str, list[InHand]]:
     """What each session holds, by its mark."""
     held = defaultdict[str, list[InHand]](list)
-    single = records.lease(SINGLE_WRITER)
-    if single is not None and single.state == HELD:
-        since = int(records.changed(SINGLE_WRITER, single.counter))
-        held[single.holder].append(InHand(SINGLE_WRITER.replace("_", " "), "", since))
+    for name in (PREPARATION, SINGLE_WRITER):
+        single = records.lease(name)
+        if single is not None and single.state == HELD:
+            since = int(records.changed(name, single.counter))
+            held[single.holder].append(InHand(name.replace("_", " "), "", since))
     for ledger in ledgers:
         for name, lease in _leases(records, Shards.of(ledger.folder, len(ledger.grid))):
             if lease.state == HELD and lease.blocks is not None:

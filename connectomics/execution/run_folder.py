@@ -19,7 +19,8 @@ REPORT = "report.json"  # their sum
 CHECKSUMS = "checksums"  # of final outputs
 LOG = "run.log"
 PROVENANCE = "provenance.json"  # of the outputs that were made last
-SINGLE_WRITER = "single_writer"  # the lease on what one process alone does: survey, stores, filters, exports
+PREPARATION = "preparation"  # the lease on what one process alone does before the blocks: survey's end, stores
+SINGLE_WRITER = "single_writer"  # the lease on what one process alone does behind the blocks: exports, publishing
 
 
 def work_folders(run: Path) -> list[Path]:

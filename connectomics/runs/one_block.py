@@ -22,7 +22,8 @@ from connectomics.execution.stage import LABELS, Workspace
 from connectomics.execution.task import BlockFailure, BlockRecord, Task
 from connectomics.runs.decoding_run import DecodeJob, DecodeSettings, objects
 from connectomics.runs.job import RunSettings, VolumeJob
-from connectomics.runs.volume import patient, predict_task, surveyed_before
+from connectomics.runs.surveying import surveyed_before
+from connectomics.runs.volume import patient, predict_task
 from connectomics.stages.decode.context import PLAN, kept_plan
 from connectomics.stages.output.finish import begun_levels, work_folder
 from connectomics.stages.predict.filters import filter_store

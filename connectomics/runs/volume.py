@@ -21,11 +21,12 @@ from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
 from connectomics.execution.block_claims import Apart
 from connectomics.execution.block_plan import HEADER, BlockPlan, plan_of, read_header
+from connectomics.execution.lease import LeaseLostError
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.name_claims import NameClaims
 from connectomics.execution.publishing import Staging
 from connectomics.execution.retry import RetryingReader
-from connectomics.execution.run_folder import AGREEMENT, COORDINATION, LEDGER, SINGLE_WRITER, SURVEY
+from connectomics.execution.run_folder import AGREEMENT, COORDINATION, LEDGER, PREPARATION, SINGLE_WRITER
 from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, failure_message, run_blocks, void_lost
 from connectomics.execution.stage import LABELS, PROBABILITIES, Workspace
 from connectomics.execution.task import Executor, RunReport
@@ -33,6 +34,7 @@ from connectomics.execution.worker import Worker
 from connectomics.runs.job import RunSettings, VolumeJob, command_with_blocks
 from connectomics.runs.perseverance import until_it_stands
 from connectomics.runs.run_report import Accounting, Subject
+from connectomics.runs.surveying import survey_together, surveyed_before
 from connectomics.stages.output.finish import (
     FinalOutput,
     Publisher,
@@ -51,7 +53,6 @@ from connectomics.stages.predict.precision_check import SAMPLED_VOXELS, Agreemen
 from connectomics.stages.predict.segmenter import Surveyed
 from connectomics.stages.predict.task import PredictTask
 from connectomics.stages.survey.region import RegionOfInterest
-from connectomics.stages.survey.survey import load_survey, save_survey
 from connectomics.volumes.store import Store, create_store, discard_locks, open_store
 from connectomics.volumes.volume import VolumeInfo, VolumeReader
 
@@ -143,8 +144,9 @@ def _attempt(work: Path, job: VolumeJob, reader: RetryingReader, settings: RunSe
     run = functools.partial(run_blocks, executor=crew.executor, worker=worker, on_block=crew.on_block, apart=crew.apart)
     alone = functools.partial(worker.alone, SINGLE_WRITER)
     workspace = Workspace(work, run, job.limits.filter_block_bytes, alone)
-    with worker.alone(SINGLE_WRITER):
-        prepared = _prepare(workspace, job, reader, settings, worker=worker)
+    kept = survey_together(job, reader, workspace)
+    with worker.alone(PREPARATION):
+        prepared = _prepare(workspace, job, reader, settings, worker=worker, kept=kept)
     ledger = prepared.ledger
     try:
         task = predict_task(job, settings, reader, ledger.grid, surveyed=prepared.surveyed, stores=prepared.stores)
@@ -184,7 +186,12 @@ def predict_task(
 
 
 def _prepare(
-    workspace: Workspace, job: VolumeJob, reader: RetryingReader, settings: RunSettings, worker: Worker
+    workspace: Workspace,
+    job: VolumeJob,
+    reader: RetryingReader,
+    settings: RunSettings,
+    worker: Worker,
+    kept: Surveyed | None,
 ) -> _Prepared:
     """Survey, agreement, ledger and stores; records whose shards were lost are undone."""
     work = workspace.work
@@ -193,19 +200,22 @@ def _prepare(
         job.labeller.segmenter.try_memory(plan.block_shape)
     facts = _result_keys(job) | {"grid": list(plan.block_shape), "program": settings.program}
     run_key, extent = key_of(facts), reader.info.extent
-    surveyed = surveyed_before(job, reader, workspace)
+    surveyed = surveyed_before(job, reader, workspace, kept)
     agreement = _agreement(work, job, reader, surveyed)
     ledger = Ledger(
         work / LEDGER, run_key, settings.numeric_class, plan, volume=extent, allow_other_class=settings.allow_mixed
     )
     try:
-        pending = tuple(o for o in job.outputs if o.missing(settings.folder))
+        missing = {output: output.missing(settings.folder) for output in job.outputs}
+        pending = tuple(output for output, formats in missing.items() if formats)
         stores = {o.name: _store(work / f"{o.name}.zarr", job, o.name, plan) for o in pending}
         if not worker.others():
             for store in stores.values():
                 discard_locks(store.path)
         if job.labeller.roi is not None:
             _choose_blocks(ledger, job, job.labeller.roi)
+        if any(output.missing(settings.folder) != found for output, found in missing.items()):
+            raise LeaseLostError(PREPARATION)  # published meanwhile: what it was made from may be gone already
         if pending:
             void_lost(ledger, work, [store.path.name for store in stores.values()])
     except BaseException:
@@ -338,18 +348,6 @@ def _choose_blocks(ledger: Ledger, job: VolumeJob, roi: RegionOfInterest) -> Non
     outside = job.labeller.segmenter.outside((1, 1, 1))
     if not any(outside[o.name].any() for o in job.outputs):
         ledger.choose(flags)
-
-
-def surveyed_before(job: VolumeJob, reader: VolumeReader, workspace: Workspace) -> Surveyed:
-    """What is known of the volume before its first block: what is kept in the work folder, or surveyed and kept now."""
-    path = workspace.work / SURVEY
-    kept = load_survey(path)
-    if kept is not None:
-        return job.labeller.segmenter.masked(kept, reader, workspace)
-    surveyed = job.labeller.segmenter.survey(reader, job.name, job.limits.readers, workspace)
-    save_survey(surveyed, path)
-    log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
-    return surveyed
 
 
 def measure_agreement(
