@@ -19,7 +19,7 @@ REPORT = "report.json"  # their sum
 CHECKSUMS = "checksums"  # of final outputs
 LOG = "run.log"
 PROVENANCE = "provenance.json"  # of the outputs that were made last
-PREPARATION = "preparation"  # the lease on what one process alone does before the blocks: survey's end, stores
+PREPARATION = "preparation"  # the lease on what one process makes for all: the survey's end, stores, tables
 SINGLE_WRITER = "single_writer"  # the lease on what one process alone does behind the blocks: exports, publishing
 
 

@@ -26,7 +26,7 @@ from connectomics.execution.ledger import Ledger
 from connectomics.execution.name_claims import NameClaims
 from connectomics.execution.publishing import Staging
 from connectomics.execution.retry import PAUSES_S, RetryingReader, retried
-from connectomics.execution.run_folder import COORDINATION, SINGLE_WRITER, ledger_folders
+from connectomics.execution.run_folder import COORDINATION, PREPARATION, SINGLE_WRITER, ledger_folders
 from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blocks
 from connectomics.execution.task import Executor, RunReport, Task
 from connectomics.execution.worker import Worker
@@ -198,14 +198,14 @@ def _attempt(
     began: float,
 ) -> RunReport:
     """Go on from what is on the disk now to the final volume; a LeaseLostError where others did so meanwhile."""
-    with worker.alone(SINGLE_WRITER):
+    with worker.alone(PREPARATION):
         job = replace(job, plan=kept_plan(job.work / PLAN, job.plan))
         finished = job.is_finished(settings.folder)
         if not worker.others():
             for path in job.work.glob("*.zarr"):
                 discard_locks(path)
     if not finished:
-        state, run_key = objects(job, settings, run, functools.partial(worker.alone, SINGLE_WRITER))
+        state, run_key = objects(job, settings, run, functools.partial(worker.alone, PREPARATION))
         assert isinstance(state.volume, Store), "every step leaves a store"
         meanwhile = functools.partial(
             fill_levels_of_another, state.volume, job.output, settings.folder, worker, job.work, run=run

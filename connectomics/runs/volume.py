@@ -142,10 +142,10 @@ def _attempt(work: Path, job: VolumeJob, reader: RetryingReader, settings: RunSe
     """Go on from what is on the disk now to the final outputs; a LeaseLostError where others did so meanwhile."""
     began, worker = time.perf_counter(), crew.worker
     run = functools.partial(run_blocks, executor=crew.executor, worker=worker, on_block=crew.on_block, apart=crew.apart)
-    alone = functools.partial(worker.alone, SINGLE_WRITER)
+    alone = functools.partial(worker.alone, PREPARATION)
     workspace = Workspace(work, run, job.limits.filter_block_bytes, alone)
     kept = survey_together(job, reader, workspace)
-    with worker.alone(PREPARATION):
+    with alone():
         prepared = _prepare(workspace, job, reader, settings, worker=worker, kept=kept)
     ledger = prepared.ledger
     try:
@@ -154,7 +154,8 @@ def _attempt(work: Path, job: VolumeJob, reader: RetryingReader, settings: RunSe
         if not blocks.failures:
             prepared = _filtered(prepared, job, workspace)
             meanwhile = functools.partial(_fill_levels, prepared, settings, worker, run=run)
-            with alone(meanwhile), Staging(work, worker, SINGLE_WRITER, crew.claims.confirm) as staging:
+            single = worker.alone(SINGLE_WRITER, meanwhile)
+            with single, Staging(work, worker, SINGLE_WRITER, crew.claims.confirm) as staging:
                 publisher = Publisher(staging, settings.folder, job.run_folder)
                 _finish(prepared, job, settings, run, publisher=publisher)
         return _report(job, prepared, blocks, began)
