@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.core.errors import OutputError, QuarantineError
+from connectomics.core.errors import MissingShardError, OutputError, QuarantineError
 from connectomics.core.files import discard, make_folder
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
@@ -27,7 +27,15 @@ from connectomics.execution.name_claims import NameClaims
 from connectomics.execution.publishing import Staging
 from connectomics.execution.retry import RetryingReader
 from connectomics.execution.run_folder import AGREEMENT, COORDINATION, LEDGER, PREPARATION, SINGLE_WRITER
-from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, failure_message, run_blocks, void_lost
+from connectomics.execution.runner import (
+    BlocksDone,
+    OnBlock,
+    RunStage,
+    failure_message,
+    run_blocks,
+    void_lost,
+    void_lost_if_any,
+)
 from connectomics.execution.stage import LABELS, PROBABILITIES, Workspace
 from connectomics.execution.task import Executor, RunReport
 from connectomics.execution.worker import Worker
@@ -159,6 +167,9 @@ def _attempt(work: Path, job: VolumeJob, reader: RetryingReader, settings: RunSe
                 publisher = Publisher(staging, settings.folder, job.run_folder)
                 _finish(prepared, job, settings, run, publisher=publisher)
         return _report(job, prepared, blocks, began)
+    except MissingShardError:  # whoever reads it undoes the record
+        void_lost(ledger, work, [store.path.name for store in prepared.stores.values()])
+        raise
     finally:
         ledger.close()
         for store in (*prepared.stores.values(), *prepared.sources.values()):
@@ -218,7 +229,7 @@ def _prepare(
         if any(output.missing(settings.folder) != found for output, found in missing.items()):
             raise LeaseLostError(PREPARATION)  # published meanwhile: what it was made from may be gone already
         if pending:
-            void_lost(ledger, work, [store.path.name for store in stores.values()])
+            void_lost_if_any(ledger, work, [store.path.name for store in stores.values()])
     except BaseException:
         ledger.close()
         raise
