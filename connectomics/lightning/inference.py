@@ -48,7 +48,7 @@ from connectomics.jobs.cascade import previous_labels
 from connectomics.jobs.outcome import NullObserver, Observer, VolumeOutcome, attempted, outcomes_of
 from connectomics.jobs.resume import ResumedEngines
 from connectomics.lightning.array_input import image_of
-from connectomics.runs.volume import run_volume
+from connectomics.runs.small_volume import run_any_volume
 from connectomics.stages.output.finish import check_names, settle, work_folder
 from connectomics.stages.predict.segmenter import Segmenter
 from connectomics.volumes.in_memory import ArrayVolume
@@ -308,7 +308,7 @@ class VolumeProcessor:
             check_names(job.outputs, settings.folder)
             job = self._forecaster.with_forecast(engine, sample.shared_by(engine, job))
             apart = labelled_apart(engine, source)
-            report = run_volume(job, engine.settings, OverlappingExecutor(), self._observer.block, apart=apart)
+            report = run_any_volume(job, engine.settings, OverlappingExecutor(), self._observer.block, apart=apart)
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report
 
 

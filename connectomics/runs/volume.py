@@ -6,18 +6,16 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from connectomics.core.errors import OutputError, QuarantineError
-from connectomics.core.files import discard, make_folder
-from connectomics.core.fingerprint import key_of
+from connectomics.core.files import discard, fsync_path, make_folder
 from connectomics.core.geometry import BlockGrid, Box
 from connectomics.execution.block_claims import Apart
 from connectomics.execution.block_plan import BlockPlan
@@ -30,9 +28,10 @@ from connectomics.execution.runner import BlocksDone, OnBlock, failure_message, 
 from connectomics.execution.stage import LABELS, PROBABILITIES, Workspace
 from connectomics.execution.task import Executor, RunReport
 from connectomics.execution.worker import Worker
-from connectomics.runs.job import RunSettings, VolumeJob, command_with_blocks
+from connectomics.runs.job import RunSettings, VolumeJob
 from connectomics.runs.perseverance import until_it_stands
 from connectomics.runs.run_report import Accounting, Subject
+from connectomics.runs.stamps import record_of, run_key_of, stamp_of, unit_of
 from connectomics.stages.output.finish import (
     FinalOutput,
     Publisher,
@@ -97,8 +96,11 @@ def run_volume(
             planned, planned, done=0, failed=0, windows=0, voxels=Box.of_shape(reader.info.extent).voxels, seconds=0.0
         )
 
+    def ledgers() -> tuple[Path, ...]:
+        return (work / LEDGER,) if _is_begun(work) else ()  # else a process made it in memory
+
     voxels = Box.of_shape(reader.info.extent).voxels
-    subject = Subject(job.run_folder, work, lambda: (work / LEDGER,), voxels, predicted_s=job.record.predicted_s)
+    subject = Subject(job.run_folder, work, ledgers, voxels, predicted_s=job.record.predicted_s)
 
     def joined() -> RunReport:
         with (
@@ -109,7 +111,7 @@ def run_volume(
         ):
             check_names(job.outputs, settings.folder)  # another run may have made them until just now
             crew = _Crew(worker, claims, executor, on_block, apart=apart)
-            return until_it_stands(lambda: _attempt(work, job, reader, settings, crew=crew), standing)
+            return until_it_stands(lambda: _attempt(work, job, reader, settings, crew, standing), standing)
 
     report = until_it_stands(joined, standing)  # others may finish and tidy while this process joins them
     settle(job.run_folder, work, job.outputs, (p for o in job.outputs for p in o.paths(settings.folder).values()))
@@ -135,12 +137,25 @@ def patient(job: VolumeJob, settings: RunSettings) -> tuple[VolumeJob, RetryingR
     return job, RetryingReader(job.reader, job.name, settings.pauses_s)
 
 
-def _attempt(work: Path, job: VolumeJob, reader: RetryingReader, settings: RunSettings, crew: _Crew) -> RunReport:
+def _is_begun(work: Path) -> bool:
+    return (work / LEDGER / HEADER).exists()
+
+
+def _attempt(
+    work: Path,
+    job: VolumeJob,
+    reader: RetryingReader,
+    settings: RunSettings,
+    crew: _Crew,
+    standing: Callable[[], RunReport | None],
+) -> RunReport:
     """Go on from what is on the disk now to the final outputs; a LeaseLostError where others did so meanwhile."""
     began, worker = time.perf_counter(), crew.worker
     run = functools.partial(run_blocks, executor=crew.executor, worker=worker, on_block=crew.on_block, apart=crew.apart)
     workspace = Workspace(work, run, job.limits.filter_block_bytes)
     with worker.alone(SINGLE_WRITER):
+        if not _is_begun(work) and (told := standing()):
+            return told  # another process made it in memory at once
         prepared = _prepare(workspace, job, reader, settings, worker=worker)
     ledger = prepared.ledger
     try:
@@ -186,8 +201,7 @@ def _prepare(
     plan = plan_of(work / LEDGER) or job.plan  # a rerun elsewhere cuts the volume as it was begun
     if job.limits.on_device and plan != job.plan:
         job.labeller.segmenter.try_memory(plan.block_shape)
-    facts = _result_keys(job) | {"grid": list(plan.block_shape), "program": settings.program}
-    run_key, extent = key_of(facts), reader.info.extent
+    run_key, extent = run_key_of(job, plan, settings.program), reader.info.extent
     surveyed = surveyed_before(job, reader, workspace)
     agreement = _agreement(work, job, reader, surveyed)
     ledger = Ledger(
@@ -217,25 +231,15 @@ def _finish(
     if pending:
         job.record.require_unchanged()
     prepared.ledger.refresh()
-    stamp = dict(job.record.provenance) | {
-        "numeric_class": "mixed" if prepared.ledger.mixed else dict(settings.numeric_class),
-        "run_key": prepared.run_key,
-        "filtered": job.labeller.filters.active,
-        "cases": len(prepared.surveyed[0]),
-        "statistics": [asdict(c) for c in prepared.surveyed[0][0].channels],
+    stamp = stamp_of(job, prepared.surveyed, prepared.agreement, run_key=prepared.run_key) | {
+        "numeric_class": "mixed" if prepared.ledger.mixed else dict(settings.numeric_class)
     }
-    if prepared.agreement is not None:
-        stamp |= {"agreement": asdict(prepared.agreement) | {"share": prepared.agreement.share}}
     if pending:
         plan = BlockPlan(prepared.ledger.grid.block_shape, job.plan.chunk_shape)
-        command = command_with_blocks(job.record.command, plan)
-        record = stamp | dict(job.record.told) | {"result_keys": _result_keys(job), "command": command}
-        record |= {"outputs": [path.name for o in job.outputs for path in o.paths(settings.folder).values()]}
-        publisher.tell(json.dumps(record, indent=1) + "\n")
-    rule = job.labeller.segmenter.probabilities
+        publisher.tell(record_of(job, settings, stamp, plan))
     for output in pending:
-        unit = {PROBABILITIES: rule.facts} if rule is not None and output.name == PROBABILITIES else {}
-        _export(prepared, job, output, stamp=stamp | unit, workspace=workspace, publisher=publisher)
+        full = stamp | unit_of(job, output)
+        _export(prepared, job, output, stamp=full, workspace=workspace, publisher=publisher)
     publisher.keep_ledgers()
     seal(job.run_folder, (p for o in job.outputs for p in o.paths(settings.folder).values()))
 
@@ -291,20 +295,18 @@ def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: floa
 
 def begun_class(run_folder: Path, outputs: Sequence[FinalOutput], program: str) -> Mapping[str, object] | None:
     """The numeric class in which unfinished work on these outputs was begun, or None where there is none."""
-    ledger = work_folder(run_folder, outputs, program) / LEDGER
-    if not (ledger / HEADER).exists():
+    work = work_folder(run_folder, outputs, program)
+    if not _is_begun(work):
         return None
-    begun: Mapping[str, object] = read_header(ledger)["numeric_class"]
+    begun: Mapping[str, object] = read_header(work / LEDGER)["numeric_class"]
     return begun
-
-
-def _result_keys(job: VolumeJob) -> dict[str, object]:
-    return {o.name: o.result_key for o in job.outputs}
 
 
 def _make_work_folder(work: Path) -> None:
     """Make it, and name unfinished work of other settings beside it."""
     try:
+        if work.is_dir():  # by who thought to be done at once
+            fsync_path(work.parent)
         make_folder(work)
     except OSError as error:
         raise OutputError(

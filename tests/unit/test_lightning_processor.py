@@ -163,7 +163,7 @@ def test_whatever_goes_wrong_is_an_outcome_and_in_the_log(
     folder: Path, output: Path, error: Exception, reason: str, traceback: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, engine = engine_for(folder)
-    with mock.patch.object(inference, "run_volume", side_effect=error):
+    with mock.patch.object(inference, "run_any_volume", side_effect=error):
         (outcome,) = VolumeProcessor(config, engine).run(sources(folder, "v0"))
     assert outcome.state == "failed"
     assert reason in outcome.reason
@@ -175,7 +175,7 @@ def test_whatever_goes_wrong_is_an_outcome_and_in_the_log(
 
 def test_an_interruption_is_no_outcome(folder: Path, output: Path) -> None:
     config, engine = engine_for(folder)
-    with mock.patch.object(inference, "run_volume", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(inference, "run_any_volume", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         VolumeProcessor(config, engine).run(sources(folder, "v0", "v1"))
     log = (output / "v0_labels.run" / "run.log").read_text()
     assert "stopped: " in log and "Traceback" not in log
