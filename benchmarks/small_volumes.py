@@ -4,8 +4,8 @@ Each run is a process of its own: ``connectomics infer-volume`` over all images,
 one around the volumes, so that starting and loading the model do not count. With ``--against CHECKOUT`` (a ``git
 worktree`` of the version to compare with) the two take turns, and the medians of their time beside the network are
 compared, round by round. Before that each version makes a few volumes with a library preloaded that counts calls of
-fsync, also those of TensorStore and HDF5. The results of both must be equal, byte for byte. Exits with 1 where a volume takes more
-flushes than ``--flushes``, or this checkout more than ``--most`` of the other's time.
+fsync, also those of TensorStore and HDF5. The results of both must be equal, byte for byte. Exits with 1 where a volume
+takes more flushes than ``--flushes``, or this checkout more than ``--most`` of the other's time.
 """
 
 from __future__ import annotations

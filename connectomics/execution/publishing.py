@@ -127,7 +127,7 @@ class Staging:
             raise LeaseLostError(self._lease) from error
 
     def keep(self) -> None:
-        """Make all that was moved out of this folder last: a rename is one step, whichever of two folders is flushed."""
+        """Flush what was moved out of here: a rename is one step, whichever of its two folders is flushed."""
         fsync_path(self.folder)
 
     def take_away(self, path: Path) -> None:

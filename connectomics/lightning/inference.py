@@ -43,6 +43,7 @@ from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.execution.task import RunReport
 from connectomics.forecast.volumes import JobForecaster
 from connectomics.inference.case import ReadBox
+from connectomics.jobs.ahead import FoldersAhead
 from connectomics.jobs.apart import labelled_apart
 from connectomics.jobs.cascade import previous_labels
 from connectomics.jobs.outcome import NullObserver, Observer, VolumeOutcome, attempted, outcomes_of
@@ -269,14 +270,17 @@ class VolumeProcessor:
         sample = sample or SharedSample(sources)
         finished = {s.name: paths for s in sources if (paths := self._finished(s)) is not None}
 
+        folders = [run_folder(self._engine.inference.outputs, source) for source in sources]
+
         def process(number: int) -> VolumeOutcome:
-            source = sources[number]
+            source, folder = sources[number], folders[number]
             self._observer.began(source.name)
-            folder = run_folder(self._engine.inference.outputs, source)
+            ahead.make(folder)
             return attempted(source.name, folder, functools.partial(self._process, source, sample))
 
         names = [source.name for source in sources]
-        return outcomes_of(names, finished, process, self._observer, stop_on_error=self._stop_on_error)
+        with FoldersAhead([f for f, name in zip(folders, names, strict=True) if name not in finished]) as ahead:
+            return outcomes_of(names, finished, process, self._observer, stop_on_error=self._stop_on_error)
 
     def _finished(self, source: VolumeSource) -> tuple[Path, ...] | None:
         """Final paths of a volume that is done, or None; a volume that cannot be opened is not done."""

@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from connectomics.core.errors import AgreementError, ConnectomicsError
 from connectomics.core.files import fsync_path
 from connectomics.core.geometry import Block, BlockGrid, Box
@@ -113,7 +111,7 @@ def is_small(job: VolumeJob) -> bool:
 def _is_untouched(run_folder: Path) -> bool:
     """Whether RUN holds nothing but a log."""
     try:
-        return set(os.listdir(run_folder)) <= {LOG}
+        return all(path.name == LOG for path in run_folder.iterdir())
     except FileNotFoundError:
         return False
 
@@ -160,18 +158,17 @@ def _made(job: VolumeJob, settings: RunSettings, work: Path, worker: Worker) -> 
     surveyed = job.labeller.segmenter.survey(volume, job.name)
     log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
     agreement = _agreement(job)
-    task = _InMemory(BlockGrid(reader.info.extent, job.plan.block_shape), job, volume.read, surveyed, {})
+    task = _InMemory(BlockGrid(reader.info.extent, job.plan.block_shape), job, volume.read, surveyed, arrays={})
     (block,) = task.grid
     lease = lease_name(work / LEDGER, block.key)
     if not worker.acquire(lease) or worker.held(lease).deaths:
         return None
-    log.info("predict: 1 blocks planned, 0 finished before")
     record = attempt(task, block)
     worker.release(lease)
     if isinstance(record, BlockFailure):
         return None
     log.info("predict, block %s: %d windows, %.2f s", record.block, record.windows, record.seconds)
-    return _Made(task.arrays, surveyed, agreement, record, worker.signature, since=since, began=began)
+    return _Made(task.arrays, surveyed, agreement, record, who=worker.signature, since=since, began=began)
 
 
 def _agreement(job: VolumeJob) -> Agreement | None:
@@ -243,13 +240,14 @@ def _published(job: VolumeJob, settings: RunSettings, made: _Made, staging: Stag
             export_file(source, staging.place(path.name), form, full, path=path)
             finals[path.name] = path
     told = {PROVENANCE: record_of(job, settings, stamp | _survey(made.surveyed), job.plan)}
-    told |= {checksums_of(Path(), path).name: "".join(digest_lines(staging.place(name))) for name, path in finals.items()}
+    told |= {
+        checksums_of(Path(), path).name: "".join(digest_lines(staging.place(name))) for name, path in finals.items()
+    }
     report = _report(job, made)
     told[REPORT] = json.dumps(_facts(report, made), indent=1) + "\n"
     for name, text in told.items():
         _write(staging.place(name), text)
     staging.place(CHECKSUMS).mkdir()
-    staging.confirm()
     staging.move(CHECKSUMS, job.run_folder / CHECKSUMS)
     for name in told:
         of_run = name in (PROVENANCE, REPORT)
@@ -286,8 +284,17 @@ def _report(job: VolumeJob, made: _Made | None) -> RunReport:
     seconds = round(time.perf_counter() - made.began, 3)
     predicted = job.record.predicted_s
     ratio = round(seconds / predicted, 3) if predicted else None
-    windows = made.record.windows
-    return RunReport(1, 0, 1, 0, windows, voxels, seconds, predicted_s=predicted, ratio=ratio)
+    return RunReport(
+        1,
+        0,
+        done=1,
+        failed=0,
+        windows=made.record.windows,
+        voxels=voxels,
+        seconds=seconds,
+        predicted_s=predicted,
+        ratio=ratio,
+    )
 
 
 def _facts(report: RunReport, made: _Made) -> dict[str, object]:

@@ -25,7 +25,7 @@ from connectomics.execution.publishing import Staging
 from connectomics.execution.retry import RetryingReader
 from connectomics.execution.run_folder import AGREEMENT, COORDINATION, FILTERED, LEDGER, SINGLE_WRITER, SURVEY
 from connectomics.execution.runner import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
-from connectomics.execution.stage import LABELS, PROBABILITIES, Workspace
+from connectomics.execution.stage import LABELS, Workspace
 from connectomics.execution.task import Executor, RunReport
 from connectomics.execution.worker import Worker
 from connectomics.runs.job import RunSettings, VolumeJob
@@ -111,7 +111,9 @@ def run_volume(
         ):
             check_names(job.outputs, settings.folder)  # another run may have made them until just now
             crew = _Crew(worker, claims, executor, on_block, apart=apart)
-            return until_it_stands(lambda: _attempt(work, job, reader, settings, crew, standing), standing)
+            return until_it_stands(
+                lambda: _attempt(work, job, reader, settings, crew=crew, standing=standing), standing
+            )
 
     report = until_it_stands(joined, standing)  # others may finish and tidy while this process joins them
     settle(job.run_folder, work, job.outputs, (p for o in job.outputs for p in o.paths(settings.folder).values()))

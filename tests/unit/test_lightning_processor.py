@@ -175,7 +175,10 @@ def test_whatever_goes_wrong_is_an_outcome_and_in_the_log(
 
 def test_an_interruption_is_no_outcome(folder: Path, output: Path) -> None:
     config, engine = engine_for(folder)
-    with mock.patch.object(inference, "run_any_volume", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with (
+        mock.patch.object(inference, "run_any_volume", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
         VolumeProcessor(config, engine).run(sources(folder, "v0", "v1"))
     log = (output / "v0_labels.run" / "run.log").read_text()
     assert "stopped: " in log and "Traceback" not in log
