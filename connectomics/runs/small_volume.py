@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from connectomics.core.errors import AgreementError, ConnectomicsError
+from connectomics.core.errors import AgreementError, ConnectomicsError, VolumeError
 from connectomics.core.files import fsync_path
 from connectomics.core.geometry import Block, BlockGrid, Box
 from connectomics.execution.block_claims import Apart, lease_name
@@ -66,7 +66,7 @@ def run_any_volume(
 def run_at_once(job: VolumeJob, settings: RunSettings, on_block: OnBlock) -> RunReport | None:
     """Bring a small volume that nobody has begun to its final outputs; None where ``run_volume`` must do it.
 
-    Raises AgreementError where fast changes too many labels.
+    Raises VolumeError where the volume cannot be labelled, AgreementError where fast changes too many labels.
     """
     if not is_small(job):
         return None
@@ -82,7 +82,7 @@ def run_at_once(job: VolumeJob, settings: RunSettings, on_block: OnBlock) -> Run
     try:
         with withdrawing(job.run_folder, work, job.outputs):
             report = _alone(job, settings, work, on_block)
-    except AgreementError:
+    except (AgreementError, VolumeError):
         raise
     except (LeaseLostError, ConnectomicsError, OSError, MemoryError) as error:
         log.info("%s goes the way of larger volumes: %s", job.name, error)
@@ -143,10 +143,9 @@ def _alone(job: VolumeJob, settings: RunSettings, work: Path, on_block: OnBlock)
             made = _made(job, settings, work, worker=worker)
             if made is None:
                 return None
-            with Staging(work, worker, SINGLE_WRITER, claims.confirm, lasting=False) as staging:
-                report = _published(job, settings, made, staging)
             on_block(1, 1)
-            return report
+            with Staging(work, worker, SINGLE_WRITER, claims.confirm, lasting=False) as staging:
+                return _published(job, settings, made, staging)
 
 
 def _made(job: VolumeJob, settings: RunSettings, work: Path, worker: Worker) -> _Made | None:
@@ -155,7 +154,7 @@ def _made(job: VolumeJob, settings: RunSettings, work: Path, worker: Worker) -> 
     job, reader = patient(job, settings)
     whole = Box.of_shape(reader.info.extent)
     volume = ArrayVolume(reader.read(whole), reader.info.chunk_shape)
-    surveyed = job.labeller.segmenter.survey(volume, job.name)
+    surveyed = job.labeller.segmenter.survey(volume, job.name, job.limits.readers)
     log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
     agreement = _agreement(job)
     task = _InMemory(BlockGrid(reader.info.extent, job.plan.block_shape), job, volume.read, surveyed, arrays={})
@@ -258,6 +257,8 @@ def _published(job: VolumeJob, settings: RunSettings, made: _Made, staging: Stag
     fsync_path(settings.folder)
     for path in finals.values():
         log.info("wrote %s", path)
+    if report.predicted_s:
+        log.info("took %.1f s, predicted were %.1f s", report.seconds, report.predicted_s)
     return report
 
 

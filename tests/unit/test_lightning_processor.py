@@ -22,6 +22,7 @@ from connectomics.core.errors import ConfigError
 from connectomics.jobs.outcome import NullObserver, Observer, VolumeOutcome
 from connectomics.lightning import inference
 from connectomics.lightning.inference import VolumeProcessor, check_output_folder
+from connectomics.runs import small_volume
 from connectomics.volumes.listing import VolumeSource
 
 from nnunet_models import make_model
@@ -217,7 +218,10 @@ def test_a_run_folder_that_cannot_be_made_fails_its_volume(folder: Path, output:
     assert "cannot make the RUN folder (File exists)" in outcomes[0].reason
 
 
-def test_working_stores_that_a_kill_left_behind_a_finished_volume_are_removed(folder: Path, output: Path) -> None:
+def test_working_stores_that_a_kill_left_behind_a_finished_volume_are_removed(
+    folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_volume, "SMALL_BYTES", 0)
     config, engine = engine_for(folder)
     VolumeProcessor(config, engine).run(sources(folder, "v0"))
     (work,) = (path.parent for path in (output / "v0_labels.run").glob("*/ledger"))
