@@ -49,7 +49,7 @@ from connectomics.jobs.cascade import previous_labels
 from connectomics.jobs.outcome import NullObserver, Observer, VolumeOutcome, attempted, outcomes_of
 from connectomics.jobs.resume import ResumedEngines
 from connectomics.lightning.array_input import image_of
-from connectomics.runs.small_volume import run_any_volume
+from connectomics.runs.small_volume import is_in_hand, run_any_volume
 from connectomics.stages.output.finish import check_names, settle, work_folder
 from connectomics.stages.predict.segmenter import Segmenter
 from connectomics.volumes.in_memory import ArrayVolume
@@ -280,7 +280,14 @@ class VolumeProcessor:
 
         names = [source.name for source in sources]
         with FoldersAhead([f for f, name in zip(folders, names, strict=True) if name not in finished]) as ahead:
-            return outcomes_of(names, finished, process, self._observer, stop_on_error=self._stop_on_error)
+            return outcomes_of(
+                names,
+                finished,
+                process,
+                self._observer,
+                stop_on_error=self._stop_on_error,
+                put_off=lambda number: is_in_hand(folders[number]),
+            )
 
     def _finished(self, source: VolumeSource) -> tuple[Path, ...] | None:
         """Final paths of a volume that is done, or None; a volume that cannot be opened is not done."""

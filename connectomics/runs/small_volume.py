@@ -6,7 +6,6 @@ process has it in hand, or something goes wrong, goes the way of larger volumes,
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from connectomics.core.errors import AgreementError, ConnectomicsError, VolumeError
-from connectomics.core.files import fsync_path
+from connectomics.core.files import discard, fsync_path
 from connectomics.core.geometry import Block, BlockGrid, Box
 from connectomics.execution.block_claims import Apart, lease_name
 from connectomics.execution.coordination import DiskStore
@@ -32,12 +31,13 @@ from connectomics.execution.run_folder import (
     PROVENANCE,
     REPORT,
     SINGLE_WRITER,
+    SURVEY,
     checksums_of,
 )
 from connectomics.execution.runner import OnBlock, attempt
 from connectomics.execution.stage import LABELS
 from connectomics.execution.task import BlockFailure, BlockRecord, Executor, RunReport
-from connectomics.execution.worker import Worker
+from connectomics.execution.worker import Worker, is_deserted
 from connectomics.inference.case import ReadBox
 from connectomics.runs.job import RunSettings, VolumeJob
 from connectomics.runs.stamps import record_of, run_key_of, stamp_of, unit_of
@@ -89,8 +89,6 @@ def run_at_once(job: VolumeJob, settings: RunSettings, on_block: OnBlock) -> Run
         return None
     if report is not None:
         settle(job.run_folder, work, job.outputs, paths)
-        with contextlib.suppress(OSError):  # others are here
-            work.rmdir()
     return report
 
 
@@ -108,10 +106,19 @@ def is_small(job: VolumeJob) -> bool:
     )
 
 
-def _is_untouched(run_folder: Path) -> bool:
-    """Whether RUN holds nothing but a log."""
+def is_in_hand(run_folder: Path) -> bool:
+    """Whether another process makes a volume in memory now, as far as is known without waiting."""
+    begun = (LEDGER, SURVEY)
+    return any(
+        not any((records.parent / name).exists() for name in begun) and not is_deserted(records)
+        for records in run_folder.glob(f"*/{COORDINATION}")
+    )
+
+
+def _is_untouched(run_folder: Path, *own: str) -> bool:
+    """Whether RUN holds nothing but a log and what is named."""
     try:
-        return all(path.name == LOG for path in run_folder.iterdir())
+        return all(path.name in (LOG, *own) for path in run_folder.iterdir())
     except FileNotFoundError:
         return False
 
@@ -139,13 +146,19 @@ def _alone(job: VolumeJob, settings: RunSettings, work: Path, on_block: OnBlock)
             return None
         with NameClaims(settings.folder, names, work, worker) as claims:
             check_names(job.outputs, settings.folder)  # another run may have made them until just now
+            if not _is_untouched(job.run_folder, work.name):
+                return None  # another process of this run has
             on_block(0, 1)
             made = _made(job, settings, work, worker=worker)
             if made is None:
                 return None
             on_block(1, 1)
             with Staging(work, worker, SINGLE_WRITER, claims.confirm, lasting=False) as staging:
-                return _published(job, settings, made, staging)
+                try:
+                    return _published(job, settings, made, staging)
+                except BaseException:
+                    discard(staging.folder)  # nobody could go on with it
+                    raise
 
 
 def _made(job: VolumeJob, settings: RunSettings, work: Path, worker: Worker) -> _Made | None:
