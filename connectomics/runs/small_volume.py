@@ -153,12 +153,14 @@ def _alone(job: VolumeJob, settings: RunSettings, work: Path, on_block: OnBlock)
             if made is None:
                 return None
             on_block(1, 1)
-            with Staging(work, worker, SINGLE_WRITER, claims.confirm, lasting=False) as staging:
-                try:
+            staging = Staging(work, worker, SINGLE_WRITER, claims.confirm, lasting=False)
+            try:
+                with staging:
                     return _published(job, settings, made, staging)
-                except BaseException:
+            except BaseException:
+                if staging.folder.is_dir():
                     discard(staging.folder)  # nobody could go on with it
-                    raise
+                raise
 
 
 def _made(job: VolumeJob, settings: RunSettings, work: Path, worker: Worker) -> _Made | None:
