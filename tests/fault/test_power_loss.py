@@ -27,6 +27,7 @@ from power_loss import (
 )
 from preloads import compiled, run_with
 
+from connectomics.assembly.reproduction import reproduce
 from connectomics.stages.output.export import read_stamp
 
 from nnunet_models import make_model
@@ -213,6 +214,19 @@ def test_flushing_that_is_forgotten_is_found(inference: Recorded, forgotten: str
 def test_flushing_of_small_volumes_that_is_forgotten_is_found(small: Recorded, forgotten: str) -> None:
     run = dataclasses.replace(small, events=without_flushing(small.events, forgotten))
     assert published_too_early(run.start, run.events, NEVER_FLUSHED)
+
+
+def test_what_stands_of_small_volumes_tells_how_it_was_made(small: Recorded, tmp_path: Path) -> None:
+    """Whatever the disk kept, a result that is there has its provenance beside it."""
+    found = 0
+    for seed, step in enumerate(publishing(small.events)):
+        for kept in (0.0, 0.5, 1.0):
+            output = tmp_path / f"{seed}_{kept}"
+            small.after((step + 1, kept, FATES), seed, output)
+            for name in stamped(output) if output.exists() else ():
+                assert reproduce(output / name).startswith("connectomics infer-volume")
+                found += 1
+    assert found > 10
 
 
 def test_mapped_pages_are_lost_until_they_are_flushed(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from connectomics.stages.predict.filters import BinaryFilters
 
 from nnunet_models import make_model
 from small_jobs import finals, infer_words, quick_folder, write_png
-from small_runs import EXTENT, IMAGE, Reader, changed, job_in, run, settings_in, silent
+from small_runs import EXTENT, IMAGE, Reader, changed, cores, job_in, run, settings_in, silent
 
 ONE = BlockPlan(EXTENT, (1, 6, 10))
 FORMATS = ("h5", "tiff", "png")
@@ -146,6 +146,15 @@ def test_a_block_that_fails_is_tried_and_told_as_ever(tmp_path: Path, monkeypatc
     assert (report.done, len(calls)) == (1, 4), "twice in memory, and by the way of larger volumes the second time"
     assert set(finals(tmp_path)) == {"v_labels.h5"}
     assert list(tmp_path.glob("*.run/*/ledger/*.jsonl"))
+
+
+def test_who_waited_for_it_does_nothing_again(tmp_path: Path) -> None:
+    assert at_once(tmp_path, small_job(tmp_path)).done == 1
+    told = (tmp_path / "v_labels.run" / "report.json").read_bytes()
+    late = small_job(tmp_path)
+    assert run(tmp_path, late).skipped == 1
+    assert cores(late) == [] and (tmp_path / "v_labels.run" / "report.json").read_bytes() == told
+    assert {path.name for path in (tmp_path / "v_labels.run").iterdir()} == LEFT
 
 
 def test_an_input_that_changed_has_no_result(tmp_path: Path) -> None:
