@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from connectomics.core.errors import AgreementError, ConnectomicsError, VolumeError
@@ -278,10 +278,10 @@ def _published(job: VolumeJob, settings: RunSettings, made: _Made, staging: Stag
 
 
 def _survey(surveyed: Surveyed) -> dict[str, object]:
-    """All cases of each model, where ``provenance.json`` does not tell them already; masks are left out."""
-    if all(len(cases) == 1 for cases in surveyed):
+    """All cases of each model, where there is more than the one of which all is told anyway; masks are left out."""
+    if len(surveyed) == len(surveyed[0]) == 1:
         return {}
-    return {"survey": [[asdict(case) for case in cases] for cases in surveyed]}
+    return {"survey": [[asdict(replace(case, mask=None)) for case in cases] for cases in surveyed]}
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from golden_cases import CASES, OUTPUT, run_case
 
 from connectomics.cli import main
 from connectomics.core.errors import VolumeError
@@ -270,3 +271,20 @@ def test_the_commands_know_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert main(words) == 0, "the remedy"
         assert result.read_bytes() == whole
         assert main(["verify-run", left]) == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES)
+def test_every_configuration_gives_the_bytes_of_larger_volumes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for largest in (small_volume.SMALL_BYTES, 0):
+        monkeypatch.setattr(small_volume, "SMALL_BYTES", largest)
+        with quick_folder() as folder:
+            monkeypatch.chdir(folder)
+            keys = run_case(CASES[name], folder)
+            found.append(({run: described["run_key"] for run, described in keys.items()}, finals(folder / OUTPUT)))
+    (keys_at_once, at_once), (keys, larger) = found
+    assert keys_at_once == keys and at_once.keys() == larger.keys()
+    assert [path for path in larger if at_once[path] != larger[path]] == []
