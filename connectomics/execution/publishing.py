@@ -37,10 +37,21 @@ class Staging:
         Who holds the lease.
     confirm
         What else must still hold when something is published; raises LeaseLostError where it does not.
+    lasting
+        Whether what is built here outlasts a loss of power, so that it can be gone on with.
     """
 
-    def __init__(self, work: Path, worker: Worker, lease: str, confirm: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        work: Path,
+        worker: Worker,
+        lease: str,
+        confirm: Callable[[], None] = lambda: None,
+        *,
+        lasting: bool = True,
+    ) -> None:
         self._work = work
+        self._lasting = lasting
         self._worker = worker
         self._lease = lease
         self._confirm = confirm
@@ -50,13 +61,18 @@ class Staging:
         self.folder = staging_folder(work, held)
 
     def __enter__(self) -> Staging:
-        make_folder(self.folder)
+        if self._lasting:
+            make_folder(self.folder)
+        else:
+            self.folder.mkdir(exist_ok=True)
         self._inode = os.open(self.folder, os.O_RDONLY)
         self.confirm()
-        for other in self._work.glob(f"{STAGING}*"):
-            if other != self.folder and _epoch_of(other) <= self._epoch:  # later ones are of who has taken over here
+        others = [path for path in self._work.glob(f"{STAGING}*") if path != self.folder]
+        for other in others:
+            if _epoch_of(other) <= self._epoch:  # later ones are of who has taken over here
                 revoke(other, self._adopt)
-        self.confirm()
+        if others:
+            self.confirm()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
@@ -102,6 +118,17 @@ class Staging:
                     raise
             self.confirm()
         fsync_path(final.parent)
+
+    def move(self, name: str, target: Path) -> None:
+        """Rename what is here to a free name, as ``publish`` does, without asking and flushing; see ``keep``."""
+        try:
+            rename(name, target, self._inode, None)
+        except FileNotFoundError as error:
+            raise LeaseLostError(self._lease) from error
+
+    def keep(self) -> None:
+        """Flush what was moved out of here: a rename is one step, whichever of its two folders is flushed."""
+        fsync_path(self.folder)
 
     def take_away(self, path: Path) -> None:
         """Move a file or folder here, if it is there, to be removed with this folder."""

@@ -251,10 +251,10 @@ def stale_after(world: World) -> bool:
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "run_volume", spy(inference.run_volume))
+        patch.setattr(inference, "run_any_volume", spy(inference.run_any_volume))
         patch.setattr(decode, "run_decode", spy(decode.run_decode))
         result = world.again(world.folder / "stale", "system.stale_after_s=7.5", DECODED)
-    return result.code == 0 and seen == [("run_volume", 7.5), ("run_decode", 7.5)]
+    return result.code == 0 and seen == [("run_any_volume", 7.5), ("run_decode", 7.5)]
 
 
 OPENVINO = "system.backend=openvino"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectomics.core.errors import ConnectomicsError, OutputError
-from connectomics.core.files import TEMPORARY, discard, fsync_path, make_folder, require_short, write_text
+from connectomics.core.files import TAKEN, TEMPORARY, discard, fsync_path, make_folder, require_short, write_text
 from connectomics.core.fingerprint import key_of
 from connectomics.execution.block_plan import HEADER
 from connectomics.execution.lease import HELD, LeaseLostError
@@ -259,10 +259,17 @@ def settle(run_folder: Path, work: Path, outputs: Sequence[FinalOutput], paths: 
         return
     seal(run_folder, paths)
     discard_stores(work)
-    discard(work / COORDINATION)
+    try:
+        discard(work / COORDINATION)
+    except OSError as error:
+        if error.errno not in TAKEN:
+            raise
+        return  # somebody has just come, and will tidy
     for path in work.glob(f"{STAGING}*"):
         discard(path)
     retire(run_folder.parent, [output.stem for output in outputs], work)
+    with contextlib.suppress(OSError):  # it holds the ledgers, but of what was made in memory
+        work.rmdir()
 
 
 @contextlib.contextmanager
