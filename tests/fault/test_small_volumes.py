@@ -138,7 +138,7 @@ def test_a_kill_in_a_block_counts(job: Job) -> None:
         child.send(number)
         child.send(signal.SIGCONT)
         assert side_by_side([("the child", wait(child))]) == []
-        seen = DiskStore(records).read("predict.0-0-0")
+        seen = DiskStore(records).read("predict.blocks-0")
         lease = None if seen is None else lease_of(seen)
         states.append(None if lease is None else lease.state == HELD)
         require_resumed(job, output, f"after signal {number}")
