@@ -81,7 +81,7 @@ class Here:
     blocks: list[str] = field(default_factory=list)
 
     def __call__(self, task: Task, ledger: Ledger) -> BlocksDone:
-        for block in list(ledger.unfinished()):
+        for block in [ledger.grid.numbered(number) for number in ledger.unfinished()]:
             if len(self.blocks) == self.stop_after:
                 raise KeyboardInterrupt
             ledger.append(task.process(block))
@@ -281,6 +281,25 @@ def test_what_is_no_number_is_refused_as_by_one_pass(tmp_path: Path, by_slice: b
         image[~np.isfinite(image)] = 0  # as the message says
         cases = survey(volume, "v.h5", SCHEMES, workspace=Workspace(tmp_path, run, 1 << 30), **options)
     assert cases == survey(volume, "v.h5", SCHEMES, **options)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_of_several_values_the_first_is_named_whichever_was_met(tmp_path: Path, axis: int) -> None:
+    image = image_of("float32", 4)
+    image[1, 4, 17, 20] = image[0, 5, 3, 21] = image[0, 6, 2, 9] = np.nan
+    volume = ArrayVolume(image, (1, 8, 31))
+
+    def backwards(task: Task, ledger: Ledger) -> BlocksDone:
+        for number in reversed(list(ledger.unfinished())):
+            ledger.append(task.process(ledger.grid.numbered(number)))
+        raise AssertionError
+
+    options: dict[str, Any] = {"by_slice": True, "section_axis": axis}
+    with pytest.raises(VolumeError) as expected:
+        survey(volume, "v.h5", SCHEMES, **options)
+    with pytest.raises(VolumeError) as found:
+        survey(volume, "v.h5", SCHEMES, workspace=Workspace(tmp_path, backwards, 1 << 30), **options)
+    assert str(found.value) == str(expected.value)
 
 
 def test_infinities_that_are_clipped_are_taken(tmp_path: Path) -> None:

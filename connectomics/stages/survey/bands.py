@@ -76,9 +76,9 @@ def band_bytes(info: VolumeInfo) -> int:
 class _RefusedVolume(StorageError):
     """Carries a refusal past what tries blocks again and sets them aside: no other block helps a refused volume."""
 
-    def __init__(self, refusal: VolumeError) -> None:
+    def __init__(self, refusal: VolumeError, block: Block) -> None:
         super().__init__(str(refusal))
-        self.refusal = refusal
+        self.refusal, self.block = refusal, block
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +131,26 @@ class Bands:
             try:
                 blocks = self.workspace.run(BlockTask(self.grid, self.folder, self), ledger)
             except _RefusedVolume as refused:
-                refusal = refused.refusal
+                refusal = self._first(refused, ledger)
             if refusal is not None:  # raised here, so that its cause stays what it was
                 raise refusal
             if blocks.failures:
                 raise QuarantineError(failure_message(blocks.failures, blocks.planned, place))
+
+    def _first(self, refused: _RefusedVolume, ledger: Ledger) -> VolumeError:
+        """The refusal that one pass alone meets: bands before that are not done are looked at, whoever has them."""
+        ledger.refresh()
+        back, grid = self.look.order.inverse, self.grid
+        for band in BlockGrid(self.look.info.extent, band_shape(self.look.info)):
+            block = grid.block(back.turn(band.index))
+            if block == refused.block:
+                break
+            try:
+                if not ledger.is_done(block):
+                    self(grid, block)
+            except _RefusedVolume as earlier:
+                return earlier.refusal
+        return refused.refusal
 
     def __call__(self, grid: BlockGrid, block: Block) -> Mapping[str, Array]:
         """The arrays of a band: a row for each section of each of its parts."""
@@ -146,7 +161,7 @@ class Bands:
             parts = rows(tiles) if self.look.exact else (tallies for _, tallies in tiles)
             packed = [_packed(list(tallies)) for tallies in parts]
         except VolumeError as refusal:
-            raise _RefusedVolume(refusal) from None
+            raise _RefusedVolume(refusal, block) from None
         arrays = {name: np.concatenate([part[name] for part in packed]) for name in TALLIES}
         if planes is not None:
             arrays |= zip(PLANES, (planes.nonzero, planes.low, planes.high), strict=True)
