@@ -31,6 +31,7 @@ PIECE = np.dtype(
     ]
 )
 """One piece, or one object: what is known of it and can be merged with another piece by sums, minima and maxima."""
+JOINT_KEYS = "joint_keys"
 MERGED_BY: Mapping[str, np.ufunc] = {
     "first": np.minimum,
     "value": np.minimum,
@@ -72,9 +73,10 @@ class Pieces:
 
     def arrays(self) -> dict[str, Array]:
         """What is kept of them, by name."""
-        values = self.rows["value"][self.joints.astype(np.int64) - 1]
+        touching = self.joints.astype(np.int64) - 1
         found = {"rows": self.rows, "lengths": self.lengths, "labels": self.labels, "joints": self.joints}
-        return found | {"joint_values": values} | self.planes
+        found |= {"joint_values": self.rows["value"][touching], JOINT_KEYS: self.rows["first"][touching]}
+        return found | self.planes
 
 
 def nothing(count: int) -> Array:

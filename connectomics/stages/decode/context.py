@@ -7,6 +7,7 @@ their own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -18,19 +19,31 @@ from typing import Any
 import numpy as np
 
 from connectomics.core.errors import OutputError, QuarantineError
-from connectomics.core.files import make_folder, replacing, write_once
+from connectomics.core.files import (
+    discard,
+    discard_temporaries,
+    make_folder,
+    put_in_place,
+    replacing,
+    sync_tree,
+    temporary_beside,
+    write_once,
+)
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.runner import RunStage, failure_message, void_lost
 from connectomics.execution.task import Task
-from connectomics.objects.merge import Cuts, merge, number_by_first
+from connectomics.objects.merge import Cuts
+from connectomics.objects.numbering.ranges import KeyRanges, prepare
+from connectomics.objects.numbering.tables import Numbered, Numbering
 from connectomics.objects.selection import Rule, Selection, select
 from connectomics.objects.table import MeasurementUnits
 from connectomics.stages.decode.tasks import (
     BlockFunction,
     BlockJoins,
+    BlockNumbers,
     BlockPieces,
     BlockTask,
     PaintTask,
@@ -50,6 +63,8 @@ CHUNK = 64
 CUT = "cut"
 JOIN = "join"
 TABLES = "tables"
+RANGES = "ranges"  # the plan by which many objects are numbered
+PARTS = "parts"  # what each range of that gave
 PLAN = "ledgers.json"  # the plan of all ledgers of a decoding
 SUMMARY = "summary.json"
 
@@ -171,23 +186,57 @@ class StepContext:
         """Tables of the objects that stay, how many they are, and the largest number that is painted.
 
         Pieces are joined over faces, or else by value and numbered by it; with ``by_first`` by their first voxels.
+        Few objects are numbered by one process alone, many in ranges that all processes share.
         """
-        _, ny, nx = self.grid.counts
-        joins = self.place(JOIN)
+        joins, tables = self.place(JOIN), self.place(kind)
         cuts = Cuts(
             len(self.grid),
-            ny * nx,
             lambda number: block_file(pieces, self.grid.numbered(number)),
             (lambda number: block_file(joins, self.grid.numbered(number))) if joined else None,
         )
+        numbering = Numbering(cuts, rule, by_first)
+        if not tables.exists():
+            ranges = self.place(f"{kind}.{RANGES}")
+            if not ranges.exists():
+                with self.alone():
+                    if not (tables.exists() or ranges.exists()):
+                        _make(lambda path: self._prepare(numbering, tables=path, ranges=ranges), tables)
+            if not tables.exists():
+                self._number(numbering, KeyRanges.of(ranges), kind)
+        return self._summary(tables)
 
-        def find(folder: Path) -> int:
-            found = merge(cuts, folder)
-            if by_first:
-                number_by_first(folder, found)
-            return found
+    def _prepare(self, numbering: Numbering, tables: Path, ranges: Path) -> None:
+        """Put the tables in place where they are small, else the plan by which they are made."""
+        scratch = temporary_beside(tables)
+        discard_temporaries(tables)
+        try:
+            scratch.mkdir()
+            plan, target = prepare(numbering.cuts, scratch), ranges
+            if len(plan) == 1:
+                _summarise(numbering.write_alone(plan, scratch), scratch)
+                target = tables
+            sync_tree(scratch)
+            put_in_place(scratch, target)
+        finally:
+            discard(scratch)
 
-        return self.selected(kind, find, rule)
+    def _number(self, numbering: Numbering, plan: KeyRanges, kind: str) -> None:
+        """Number the objects of all ranges, together with other processes, and write their tables."""
+        grid = BlockGrid((len(plan), 1, 1), (1, 1, 1))
+        context = self.cut_by(grid)
+        parts = context.fill(f"{kind}.{PARTS}", BlockNumbers(numbering, plan))
+
+        def make(path: Path) -> None:
+            with replacing(path) as temporary:
+                temporary.mkdir()
+                file = functools.partial(_file_in, parts, grid)
+                _summarise(numbering.write(plan, file, temporary), temporary)
+
+        self.made(kind, make)
+
+    def cut_by(self, grid: BlockGrid) -> StepContext:
+        """Return the context with blocks that are those of another grid."""
+        return dataclasses.replace(self, grid=grid, plan=BlockPlan(grid.block_shape, grid.block_shape))
 
     def selected(self, kind: str, find: Callable[[Path], int], rule: Rule) -> tuple[Path, int, int]:
         """Do as ``objects`` does with the tables that ``find`` leaves in a folder; it gives the number of objects."""
@@ -196,12 +245,13 @@ class StepContext:
             with replacing(path) as temporary:
                 temporary.mkdir()
                 found = find(temporary)
-                kept, largest = select(temporary, found, rule)
-                (temporary / SUMMARY).write_text(json.dumps({"found": found, "kept": kept, "largest": largest}))
-                log.info("%s: %d of %d objects stay", path.stem, kept, found)
+                _summarise(Numbered(found, *select(temporary, found, rule)), temporary)
 
-        tables = self.made(kind, make)
+        return self._summary(self.made(kind, make))
+
+    def _summary(self, tables: Path) -> tuple[Path, int, int]:
         summary = json.loads((tables / SUMMARY).read_text())
+        log.info("%s: %d of %d objects stay", tables.stem, summary["kept"], summary["found"])
         return tables, int(summary["kept"]), int(summary["largest"])
 
     def paint(
@@ -221,6 +271,14 @@ class StepContext:
             create_store(path, kept, shard_shape=self.plan.block_shape, attributes={}).close()
 
         return open_store(self.made("zarr", make))
+
+
+def _summarise(numbered: Numbered, folder: Path) -> None:
+    (folder / SUMMARY).write_text(json.dumps(asdict(numbered)))
+
+
+def _file_in(folder: Path, grid: BlockGrid, number: int) -> Path:
+    return block_file(folder, grid.numbered(number))
 
 
 def _make(make: Callable[[Path], None], path: Path) -> None:
