@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,25 +20,6 @@ from connectomics.volumes.volume import Array
 AT_ONCE = 1 << 22  # rows, nodes or pairs that are in memory at a time
 FIRST_ID = 1
 IDS, OFFSETS, OBJECTS = "ids.npy", "offsets.npy", "objects.npy"
-
-
-@dataclass(frozen=True, slots=True)
-class Cuts:
-    """Where the blocks' results lie.
-
-    Parameters
-    ----------
-    count
-        Number of blocks, in raster order.
-    pieces
-        File of a block's pieces, by its number.
-    joins
-        File of a block's pairs with later blocks, by its number; None where pieces are joined by value.
-    """
-
-    count: int
-    pieces: Callable[[int], Path]
-    joins: Callable[[int], Path] | None = None
 
 
 def spans(count: int, at_once: int) -> Iterator[slice]:

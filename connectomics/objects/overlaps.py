@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from connectomics.core.geometry import Vec3
-from connectomics.objects.arrays import load
 from connectomics.volumes.volume import Array
 
 VOXELS_AT_ONCE = 1 << 20
@@ -97,8 +95,3 @@ def summed(rows: Array) -> Array:
     if len(edges) < len(rows):
         result["voxels"] = np.add.reduceat(rows["voxels"], edges)
     return result
-
-
-def load_overlaps(path: Path) -> tuple[Array, ...]:
-    """The columns of a saved file, i64 [n] each."""
-    return load(path, *COLUMNS)

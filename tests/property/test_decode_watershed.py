@@ -14,7 +14,8 @@ from skimage.segmentation import watershed
 
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.objects.distance import beyond, squared_distance
-from connectomics.objects.merge import Cuts, number_by_first
+from connectomics.objects.merge import number_by_first
+from connectomics.objects.numbering.cuts import BlockFiles
 from connectomics.objects.numbering.tables import merge
 from connectomics.objects.watershed import flooding_order
 from connectomics.stages.decode.tasks import BlockPieces, BlockTask, block_file, painted_block
@@ -185,7 +186,7 @@ def test_numbers_by_the_first_voxel(at_once: int, folder: Path) -> None:
         made.mkdir()
     for block in blocks:
         task.process(block)
-    cuts = Cuts(len(grid), lambda n: block_file(pieces, blocks[n]))
+    cuts = BlockFiles([block_file(pieces, block) for block in blocks]).cuts()
     count = merge(cuts, folder / "tables", at_once=at_once, range_pieces=(at_once, at_once))
     number_by_first(folder / "tables", count, at_once=at_once)
     expected = canonical(values)

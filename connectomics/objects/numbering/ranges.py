@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.objects.arrays import load, shapes, view
-from connectomics.objects.mapped_tables import flush, table
-from connectomics.objects.merge import AT_ONCE, OFFSETS, Cuts, roots, spans, unite
-from connectomics.objects.pieces import JOINT_KEYS
+from connectomics.objects.mapped_tables import flush, mapped, table
+from connectomics.objects.merge import AT_ONCE, OFFSETS, roots, spans, unite
+from connectomics.objects.numbering.cuts import Cuts
 from connectomics.volumes.volume import Array
 
 RANGE_PIECES = (1 << 17, 1 << 20)  # least and most of a range, beside what sampling errs
@@ -89,7 +88,7 @@ class KeyRanges:
         if (folder / NODES).exists():
             nodes = Nodes(np.load(folder / NODES), _mapped(folder / PIECE_OF), _mapped(folder / LEADER))
         offsets, bounds, splits = (np.load(folder / name) for name in (OFFSETS, BOUNDS, SPLITS))
-        return cls(offsets, bounds, splits, nodes, folder)
+        return cls(offsets, bounds, splits, nodes=nodes, folder=folder)
 
     def __len__(self) -> int:
         return len(self.splits) + 1
@@ -120,11 +119,6 @@ def _mapped(path: Path) -> Array:
     return found
 
 
-def key_name(cuts: Cuts) -> str:
-    """The field of ``PIECE`` that is the key."""
-    return "value" if cuts.joins is None else "first"
-
-
 def prepare(cuts: Cuts, folder: Path, *, pieces: tuple[int, int] | None = None, at_once: int = AT_ONCE) -> KeyRanges:
     """Cut numbering into ranges and find which pieces are one object; leaves its files in a folder.
 
@@ -143,22 +137,21 @@ def prepare(cuts: Cuts, folder: Path, *, pieces: tuple[int, int] | None = None, 
     bounds[:, 0] = END
     samples, weights = [np.zeros(0, np.uint64)], [np.zeros(0)]
     for block in range(cuts.count):
-        rows = view(cuts.pieces(block), "rows")
-        offsets[block + 1] = offsets[block] + len(rows)
-        if len(rows):
-            keys = rows[key_name(cuts)]
+        keys = cuts.rows(block).keys
+        offsets[block + 1] = offsets[block] + len(keys)
+        if len(keys):
             bounds[block] = keys[0], keys[-1]
-            taken = min(len(rows), max(BLOCK_SAMPLES, SAMPLES // cuts.count))
-            places = ((np.arange(taken) + block * GOLDEN % 1) * len(rows) / taken).astype(np.int64)
+            taken = min(len(keys), max(BLOCK_SAMPLES, SAMPLES // cuts.count))
+            places = ((np.arange(taken) + block * GOLDEN % 1) * len(keys) / taken).astype(np.int64)
             samples.append(keys[places])
-            weights.append(np.full(taken, len(rows) / taken))
+            weights.append(np.full(taken, len(keys) / taken))
     total = int(offsets[-1])
     least, most = pieces or RANGE_PIECES
     size = min(max(least, -(-total // PARTS)), most)
     splits = _splits(np.concatenate(samples), np.concatenate(weights), -(-total // size))
     for name, array in ((OFFSETS, offsets), (BOUNDS, bounds), (SPLITS, splits)):
         np.save(folder / name, array)
-    if cuts.joins is not None:
+    if cuts.nodes is not None:
         _join(cuts, offsets, splits, folder, at_once=at_once)
     return KeyRanges.of(folder)
 
@@ -173,21 +166,26 @@ def _splits(samples: Array, weights: Array, ranges: int) -> Array:
 
 def _join(cuts: Cuts, offsets: Array, splits: Array, folder: Path, *, at_once: int) -> None:
     """Union of the nodes that touch; then the piece of each object with the smallest key leads it."""
-    assert cuts.joins is not None
-    nodes = np.cumsum([0, *(shapes(cuts.pieces(block))["joints"][0] for block in range(cuts.count))])
+    assert cuts.nodes is not None and cuts.pairs is not None
+    nodes = np.zeros(cuts.count + 1, np.int64)
+    with (folder / "scratch_pieces").open("wb") as pieces_file, (folder / "scratch_keys").open("wb") as keys_file:
+        for block in range(cuts.count):
+            pieces, own = cuts.nodes(block)
+            nodes[block + 1] = nodes[block] + len(pieces)
+            pieces_file.write((pieces + offsets[block]).tobytes())
+            keys_file.write(np.ascontiguousarray(own).tobytes())
     total = int(nodes[-1])
-    piece_of, leader = table(folder / PIECE_OF, total, np.int64), table(folder / LEADER, total, np.int64)
-    keys, parent = (table(folder / f"scratch_{name}", total, kind) for name, kind in (("k", "u8"), ("p", "i8")))
-    smallest, of_root = (table(folder / f"scratch_{name}", total, kind) for name, kind in (("s", "u8"), ("r", "i8")))
-    for block in range(cuts.count):
-        here = slice(nodes[block], nodes[block + 1])
-        (joints,) = load(cuts.pieces(block), "joints")
-        piece_of[here] = joints.astype(np.int64) - 1 + offsets[block]
-        keys[here] = _joint_keys(cuts.pieces(block), joints)
+    keys = mapped(folder / "scratch_keys", total, np.uint64)
+    piece_of, leader, parent, of_root = (
+        table(folder / name, total, np.int64) for name in (PIECE_OF, LEADER, "scratch_parent", "scratch_of_root")
+    )
+    smallest = table(folder / "scratch_smallest", total, np.uint64)
+    pieces_of_nodes = mapped(folder / "scratch_pieces", total, np.int64)
     for span in spans(total, at_once):
+        piece_of[span] = pieces_of_nodes[span]
         parent[span] = np.arange(span.start, span.stop)
         smallest[span] = END
-    for pairs in _pairs(cuts, nodes, at_once):
+    for pairs in cuts.pairs(nodes, folder, at_once):
         unite(parent, pairs)
     for span in spans(total, at_once):
         parent[span] = root = roots(parent, np.arange(span.start, span.stop))
@@ -203,28 +201,6 @@ def _join(cuts: Cuts, offsets: Array, splits: Array, folder: Path, *, at_once: i
     _sorted_by_range(leader, keys, splits, folder, total=total, at_once=at_once)
     for path in folder.glob("scratch_*"):
         path.unlink()
-
-
-def _joint_keys(path: Path, joints: Array) -> Array:
-    """First voxels of the pieces that touch other blocks; programs before have not kept them apart."""
-    if JOINT_KEYS in shapes(path):
-        return load(path, JOINT_KEYS)[0]
-    found: Array = view(path, "rows")["first"][joints.astype(np.int64) - 1]
-    return found
-
-
-def _pairs(cuts: Cuts, nodes: Array, at_once: int) -> Iterator[Array]:
-    """Nodes that touch, int64 [2, n], about so many at a time."""
-    assert cuts.joins is not None
-    waiting: list[Array] = []
-    for block in range(cuts.count):
-        here, there, other = load(cuts.joins(block), "here", "there", "other")
-        waiting.append(np.stack([here + nodes[block], there + nodes[other]]))
-        if sum(pairs.shape[1] for pairs in waiting) >= at_once:
-            yield np.concatenate(waiting, axis=1)
-            waiting.clear()
-    if waiting:
-        yield np.concatenate(waiting, axis=1)
 
 
 def _sorted_by_range(leader: Array, keys: Array, splits: Array, folder: Path, *, total: int, at_once: int) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 
 from connectomics.objects.arrays import load, shapes, write
 from connectomics.objects.mapped_tables import flush, table
-from connectomics.objects.merge import AT_ONCE, FIRST_ID, IDS, OBJECTS, OFFSETS, Cuts, number_by_first, spans
-from connectomics.objects.numbering.parts import objects_of
+from connectomics.objects.merge import AT_ONCE, FIRST_ID, IDS, OBJECTS, OFFSETS, number_by_first, spans
+from connectomics.objects.numbering.cuts import Cuts
+from connectomics.objects.numbering.parts import Finish, objects_of, unchanged
 from connectomics.objects.numbering.ranges import PLAN_FILES, KeyRanges, prepare
 from connectomics.objects.pieces import PIECE
 from connectomics.objects.selection import NUMBERS, Rule, Selection, select
@@ -20,6 +21,10 @@ from connectomics.volumes.volume import Array
 PartOf = Callable[[int], Path]
 """File with what ``objects_of`` gave for a range."""
 EVERYTHING = Selection()
+
+
+def unspread(folder: Path) -> None:
+    """Leave tables as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,11 @@ class Numbering:
         Number of the first object.
     at_once
         Rows in memory at a time.
+    finish
+        See ``objects_of``.
+    spread
+        Called with the folder of the finished tables where what was numbered consists of pieces: makes ``ids.npy`` and
+        ``offsets.npy`` those of the pieces.
     """
 
     cuts: Cuts
@@ -54,6 +64,8 @@ class Numbering:
     by_first: bool = False
     first_id: int = FIRST_ID
     at_once: int = AT_ONCE
+    finish: Finish = unchanged
+    spread: Callable[[Path], None] = unspread
 
     @property
     def early(self) -> Rule:
@@ -62,7 +74,7 @@ class Numbering:
 
     def part(self, plan: KeyRanges, number: int) -> Mapping[str, Array]:
         """The objects of a range."""
-        return objects_of(self.cuts, plan, number, self.early, self.at_once)
+        return objects_of(self.cuts, plan, number, self.early, finish=self.finish, at_once=self.at_once)
 
     def write(self, plan: KeyRanges, part_of: PartOf, folder: Path) -> Numbered:
         """Write the tables of all objects from the files of all ranges.
@@ -78,7 +90,7 @@ class Numbering:
         objects, numbers = table(folder / OBJECTS, kept, PIECE), table(folder / NUMBERS, kept, np.uint64)
         at = largest = 0
         for part in parts:
-            rows, own, painted, pieces = load(part, "rows", "numbers", "painted", "pieces")
+            rows, own, painted, pieces = load(part, *("rows", "numbers", "painted", "pieces"))
             if not self.early.by_value:
                 own += np.uint64(found)
                 painted[painted > 0] += np.uint64(found)
@@ -95,6 +107,7 @@ class Numbering:
             number_by_first(folder, found, at_once=self.at_once)
         if self.by_first or self.rule.largest is not None:
             at, largest = select(folder, found, self.rule)
+        self.spread(folder)
         return Numbered(found, at, largest)
 
     def write_alone(self, plan: KeyRanges, folder: Path) -> Numbered:

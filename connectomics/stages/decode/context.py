@@ -35,10 +35,10 @@ from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.runner import RunStage, failure_message, void_lost
 from connectomics.execution.task import Task
-from connectomics.objects.merge import Cuts
+from connectomics.objects.numbering.cuts import BlockFiles
 from connectomics.objects.numbering.ranges import KeyRanges, prepare
 from connectomics.objects.numbering.tables import Numbered, Numbering
-from connectomics.objects.selection import Rule, Selection, select
+from connectomics.objects.selection import Rule, Selection
 from connectomics.objects.table import MeasurementUnits
 from connectomics.stages.decode.tasks import (
     BlockFunction,
@@ -188,22 +188,25 @@ class StepContext:
         Pieces are joined over faces, or else by value and numbered by it; with ``by_first`` by their first voxels.
         Few objects are numbered by one process alone, many in ranges that all processes share.
         """
-        joins, tables = self.place(JOIN), self.place(kind)
-        cuts = Cuts(
-            len(self.grid),
-            lambda number: block_file(pieces, self.grid.numbered(number)),
-            (lambda number: block_file(joins, self.grid.numbered(number))) if joined else None,
+        joins = self.place(JOIN)
+        files = BlockFiles(
+            [block_file(pieces, block) for block in self.grid],
+            [block_file(joins, block) for block in self.grid] if joined else None,
         )
-        numbering = Numbering(cuts, rule, by_first)
+        return self.number(Numbering(files.cuts(), rule, by_first), kind)
+
+    def number(self, numbering: Numbering, kind: str) -> tuple[Path, int, int]:
+        """Do as ``objects`` does with whatever is numbered."""
+        tables, ranges = self.place(kind), self.place(f"{kind}.{RANGES}")
+        if not (tables.exists() or ranges.exists()):
+            with self.alone():
+                if not (tables.exists() or ranges.exists()):
+                    _make(lambda path: self._prepare(numbering, tables=path, ranges=ranges), tables)
         if not tables.exists():
-            ranges = self.place(f"{kind}.{RANGES}")
-            if not ranges.exists():
-                with self.alone():
-                    if not (tables.exists() or ranges.exists()):
-                        _make(lambda path: self._prepare(numbering, tables=path, ranges=ranges), tables)
-            if not tables.exists():
-                self._number(numbering, KeyRanges.of(ranges), kind)
-        return self._summary(tables)
+            self._number(numbering, KeyRanges.of(ranges), kind)
+        summary = json.loads((tables / SUMMARY).read_text())
+        log.info("%s: %d of %d objects stay", tables.stem, summary["kept"], summary["found"])
+        return tables, int(summary["kept"]), int(summary["largest"])
 
     def _prepare(self, numbering: Numbering, tables: Path, ranges: Path) -> None:
         """Put the tables in place where they are small, else the plan by which they are made."""
@@ -237,22 +240,6 @@ class StepContext:
     def cut_by(self, grid: BlockGrid) -> StepContext:
         """Return the context with blocks that are those of another grid."""
         return dataclasses.replace(self, grid=grid, plan=BlockPlan(grid.block_shape, grid.block_shape))
-
-    def selected(self, kind: str, find: Callable[[Path], int], rule: Rule) -> tuple[Path, int, int]:
-        """Do as ``objects`` does with the tables that ``find`` leaves in a folder; it gives the number of objects."""
-
-        def make(path: Path) -> None:
-            with replacing(path) as temporary:
-                temporary.mkdir()
-                found = find(temporary)
-                _summarise(Numbered(found, *select(temporary, found, rule)), temporary)
-
-        return self._summary(self.made(kind, make))
-
-    def _summary(self, tables: Path) -> tuple[Path, int, int]:
-        summary = json.loads((tables / SUMMARY).read_text())
-        log.info("%s: %d of %d objects stay", tables.stem, summary["kept"], summary["found"])
-        return tables, int(summary["kept"]), int(summary["largest"])
 
     def paint(
         self, pieces: Path, tables: Path, info: VolumeInfo, dtype: np.dtype[Any], under: Read | None = None
