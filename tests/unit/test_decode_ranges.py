@@ -76,7 +76,7 @@ def test_many_ranges_find_what_one_does(
     name: str, undivided: dict[str, tuple[Array, dict[str, list[Any]]]], small_ranges: None, folder: Path
 ) -> None:
     decoded = decode_array(blobs(), list(STEPS[name]), BLOCK, folder, fused=True)
-    parts = list(folder.glob("*.parts/*"))
+    parts = list(folder.glob("0.*.parts/*"))
     assert len(parts) > 5 or name.startswith("watershed"), "ids of a volume, or its components, are in several ranges"
     ids, table = undivided[name]
     assert np.array_equal(decoded.ids, ids) and decoded.ids.dtype == ids.dtype and ids.max() > 2
@@ -157,7 +157,7 @@ def test_ranges_that_are_finished_are_kept(
     decoded = decode_array(blobs(), list(STEPS[name]), BLOCK, folder, fused=True)
     assert np.array_equal(decoded.ids, undivided[name][0]) and table_of(decoded, folder) == undivided[name][1]
     stage = "tables" if name == "components" else "sections"
-    ranges_there = len(list(folder.glob(f"*.{stage}.parts/*")))
+    ranges_there = len(list(folder.glob(f"0.{stage}.parts/*")))
     assert sorted(calls[: ranges_there + 1]) == sorted([*range(ranges_there), calls[3]]), (
         "only the fourth is done twice"
     )
