@@ -1,11 +1,13 @@
 """`connectomics decode` by several processes at once against one, on real dense labels.
 
-    python benchmarks/decode_workers.py                       # 1 and 2 processes, connected components, Zarr
-    python benchmarks/decode_workers.py --before OTHER_CHECKOUT   # also one process of another checkout, interleaved
+    python benchmarks/decode_workers.py                            # 1 and 2 processes, connected components, Zarr
+    python benchmarks/decode_workers.py --steps slice_linking --every 4      # many small objects
+    python benchmarks/decode_workers.py --before OTHER_CHECKOUT    # the same of another checkout, in the same rounds
 
-The processes import everything, then wait for each other, so that the start of Python is in no ratio; how long it
-takes is printed. Rounds are interleaved and medians compared. What a process does while it holds the lease of the
-single writer nobody else can do beside it: its processor time is held against that of all that is done.
+The processes import everything and decode a few voxels, then wait for each other, so that the start of Python is in no
+ratio; how long it takes is printed. Rounds are interleaved, ratios are medians of rounds. "Steps" are what decoding
+does before it writes final outputs, "whole" is the command from start to end. What a process does while it holds the lease
+of the single writer nobody else can do beside it: its processor time is held against that of all that is done.
 """
 
 from __future__ import annotations
@@ -40,52 +42,68 @@ READY, GO = "ready\n", "go\n"
 
 
 class Clock:
-    """Wall and processor seconds of this process, by what it was doing."""
+    """Wall and processor seconds of this process, by what it was doing; whether it is at the steps."""
 
     def __init__(self) -> None:
         self.wall: dict[str, float] = defaultdict(float)
         self.cpu: dict[str, float] = defaultdict(float)
+        self.part = "output"
 
     @contextlib.contextmanager
     def counting(self, name: str) -> Iterator[None]:
         """Count what is done meanwhile."""
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = time.monotonic(), time.process_time()
         try:
             yield
         finally:
-            self.wall[name] += time.perf_counter() - wall
+            self.wall[name] += time.monotonic() - wall
             self.cpu[name] += time.process_time() - cpu
 
 
 def watched(clock: Clock) -> None:
-    """Have stages and the single writer's lease counted."""
+    """Have the steps, their stages and the single writer's lease counted."""
     from connectomics.execution.worker import Worker
     from connectomics.runs import decoding_run
 
     alone: Callable[..., Any] = Worker.alone
     run: Callable[..., Any] = decoding_run.run_blocks
+    objects: Callable[..., Any] = decoding_run.objects
 
     @contextlib.contextmanager
     def held(self: Worker, name: str) -> Iterator[None]:
-        with alone(self, name), clock.counting("alone"):
+        with alone(self, name), clock.counting(f"alone, {clock.part}"):
             yield
 
     def blocks(task: Any, *arguments: Any, **named: Any) -> Any:
-        with clock.counting(f"stage {task.name.partition('_')[2]}"):
+        with clock.counting(task.name.partition("_")[2] or task.name):
             return run(task, *arguments, **named)
+
+    def steps(*arguments: Any, **named: Any) -> Any:
+        clock.part = "steps"
+        try:
+            with clock.counting("steps"):
+                return objects(*arguments, **named)
+        finally:
+            clock.part = "output"
+            clock.wall["end of steps"] = time.monotonic()
 
     Worker.alone = held  # type: ignore[method-assign]
     decoding_run.run_blocks = blocks
+    decoding_run.objects = steps
 
 
 def child(words: list[str]) -> None:
     """Be one of the processes: import, say so, wait, decode, and say what it took."""
-    began = time.perf_counter()
+    began = time.monotonic()
     from connectomics.cli.program import main as decode
 
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
+        np.save(Path(name) / "few.npy", np.eye(4, dtype=np.uint8)[None])
+        few = [word for word in words[1:] if "output_path" not in word]
+        decode(["decode", str(Path(name) / "few.npy"), f"inference.data.output_path={name}", *few])
     clock = Clock()
     watched(clock)
-    started = time.perf_counter() - began
+    started = time.monotonic() - began
     sys.stdout.write(READY)
     sys.stdout.flush()
     sys.stdin.readline()
@@ -95,8 +113,8 @@ def child(words: list[str]) -> None:
     sys.stdout.write(json.dumps(told) + "\n")
 
 
-def decoded(processes: int, checkout: Path, words: list[str]) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds from the moment all were ready until the last had ended, and what each has told."""
+def decoded(processes: int, checkout: Path, words: list[str]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Seconds from the moment all were ready until the last had ended, whole and steps, and what each has told."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--child", *words]
     running = [
@@ -114,26 +132,27 @@ def decoded(processes: int, checkout: Path, words: list[str]) -> tuple[float, li
         assert each.stdout is not None
         if each.stdout.readline() != READY:
             raise SystemExit(f"{' '.join(command)}: did not start")
-    began = time.perf_counter()
+    began = time.monotonic()
     for each in running:
         assert each.stdin is not None
         each.stdin.write(GO)
         each.stdin.flush()
     told = [json.loads(each.communicate()[0]) for each in running]
-    seconds = time.perf_counter() - began
+    seconds = {"whole": time.monotonic() - began}
     if any(each["code"] for each in told):
         raise SystemExit(f"{' '.join(command)}: exit codes {[each['code'] for each in told]}")
+    seconds["steps"] = max(each["wall"]["end of steps"] for each in told) - began
     return seconds, told
 
 
-def labels_of(shape: tuple[int, int, int], path: Path) -> None:
-    """The shared segmentation of neurons (z, y, x), tiled to a shape, as .npy."""
+def labels_of(shape: tuple[int, int, int], every: int, path: Path) -> None:
+    """Each so many-th voxel of the shared segmentation of neurons (z, y, x), tiled to a shape, as .npy."""
     import crackle
 
     stated = os.environ.get("CONNECTOMICS_SHARED_DATA")
     data = Path(stated) if stated else ROOT.parent / "shared" / "data"
     packed = data / "em" / "labels" / "cc3d_connectomics" / "connectomics.npy.ckl.gz"
-    whole = crackle.decompress(gzip.decompress(packed.read_bytes())).T
+    whole = crackle.decompress(gzip.decompress(packed.read_bytes())).T[::every, ::every, ::every]
     at = [np.arange(n) % size for n, size in zip(shape, whole.shape, strict=True)]
     np.save(path, np.ascontiguousarray(whole[np.ix_(*at)]))
 
@@ -161,8 +180,8 @@ def measured(step: str, source: Path, place: Path, words: argparse.Namespace) ->
     sides: list[tuple[str, int, Path]] = [(f"{n}", n, ROOT) for n in words.processes]
     if words.before:
         sides += [(f"{n} before", n, words.before.resolve()) for n in words.processes]
-    times: dict[str, list[float]] = defaultdict(list)
-    told: dict[str, list[dict[str, Any]]] = {}
+    times: dict[str, list[dict[str, float]]] = defaultdict(list)
+    told: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
     digests: set[str] = set()
     for number in range(words.rounds):
         for name, count, checkout in sides if number % 2 == 0 else sides[::-1]:
@@ -176,25 +195,38 @@ def measured(step: str, source: Path, place: Path, words: argparse.Namespace) ->
                 f"inference.voxel_size_nm={VOXEL_SIZE}",
                 f"system.memory_budget_gb={words.budget}",
             ]
-            seconds, told[name] = decoded(count, checkout, settings)
+            seconds, said = decoded(count, checkout, settings)
             times[name].append(seconds)
+            told[name].append(said)
             digests.add(digest(out) if words.format != "h5" else "")
             shutil.rmtree(out)
-    one = times["1"]
-    for name, seconds in times.items():
-        ratio = statistics.median(a / b for a, b in zip(one, seconds, strict=True))
-        part = shares(told[name])
-        print(
-            f"{step}, {words.format}, {name}: median {statistics.median(seconds):.2f} s "
-            f"({min(seconds):.2f} to {max(seconds):.2f}), speed x{ratio:.2f} of one process; "
-            f"alone {100 * part['alone']:.0f} % of all processor time "
-            f"({sum(each['cpu']['all'] for each in told[name]):.1f} s); "
-            + ", ".join(f"{key} {100 * value:.0f}" for key, value in part.items() if key.startswith("stage")),
-            flush=True,
+    result: dict[str, Any] = {"step": step, "format": words.format, "equal": len(digests) == 1}
+    for name in times:
+        result[name] = summary = summarised(times[name], times["1"], told[name])
+        print(f"{step}, {words.format}, {name} process(es): {json.dumps(summary)}", flush=True)
+    started = statistics.median(each["started"] for said in told["1"] for each in said)
+    print(f"{step}: to start takes {started:.1f} s, not counted; bytes equal: {len(digests) == 1}", flush=True)
+    return result
+
+
+def summarised(
+    seconds: list[dict[str, float]], one: list[dict[str, float]], told: list[list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """Medians over the rounds of one side: seconds, speed against one process, shares of processor time."""
+    parts = [shares(said) for said in told]
+    result: dict[str, Any] = {}
+    for kind in ("whole", "steps"):
+        result[f"{kind}_s"] = round(statistics.median(each[kind] for each in seconds), 2)
+        result[f"{kind}_speed"] = round(
+            statistics.median(a[kind] / b[kind] for a, b in zip(one, seconds, strict=True)), 2
         )
-    started = statistics.median(each["started"] for each in told["1"])
-    print(f"{step}: import takes {started:.1f} s, not counted; bytes equal: {len(digests) == 1}", flush=True)
-    return {"step": step, "format": words.format, "seconds": times, "equal": len(digests) == 1, "last": told}
+    result["cpu_s"] = round(statistics.median(sum(each["cpu"]["all"] for each in said) for said in told), 2)
+    alone = statistics.median(part["alone, steps"] / part["steps"] for part in parts)
+    result["alone_of_steps"] = round(alone, 4)
+    result["share_of_cpu"] = {
+        name: round(statistics.median(part[name] for part in parts), 3) for name in parts[0] if name != "all"
+    }
+    return result
 
 
 def main() -> None:
@@ -203,6 +235,7 @@ def main() -> None:
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shape", nargs=3, type=int, default=[256, 512, 512])
+    parser.add_argument("--every", type=int, default=1, help="take each so many-th voxel: smaller, more objects")
     parser.add_argument("--format", default="zarr")
     parser.add_argument("--budget", type=float, default=4.0, help="memory_budget_gb")
     parser.add_argument("--before", type=Path, help="another checkout, measured in the same rounds")
@@ -211,7 +244,7 @@ def main() -> None:
     words = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=words.folder) as name:
         place = Path(name)
-        labels_of(tuple(words.shape), place / "labels.npy")
+        labels_of(tuple(words.shape), words.every, place / "labels.npy")
         results = [measured(step, place / "labels.npy", place, words) for step in words.steps]
     if words.json:
         words.json.write_text(json.dumps(results, indent=1) + "\n")

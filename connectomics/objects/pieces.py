@@ -280,12 +280,13 @@ def _rows(
 ) -> tuple[Array, Array, Array]:
     """Runs in their smallest types, and a row for each label from 1 on, all of which occur."""
     shape = cut.core.shape
+    labels = labels.astype(np.min_scalar_type(int(labels.max(initial=0))))  # what is small sorts faster
     order = np.argsort(labels, kind="stable")
     order = order[np.count_nonzero(labels == 0) :]
     label, start, length = labels[order], starts[order], lengths[order].astype(np.uint64)
     edges = np.flatnonzero(np.diff(label, prepend=0))
     rows = nothing(len(edges))
-    small = (lengths.astype(np.min_scalar_type(shape[2])), labels.astype(np.min_scalar_type(len(edges))))
+    small = (lengths.astype(np.min_scalar_type(shape[2])), labels)
     if not len(edges):
         return (*small, rows)
     line, x = np.divmod(start, shape[2])
