@@ -56,7 +56,7 @@ class Mix:
                 yield from pause(1.2 * LIMIT_S)
         yield from crew.end()
         require_same(self.job, output, "when all had ended")
-        yield from require_finished(self.job, output)
+        yield from require_finished(self.job, output, tidied=not crew.victims)
         shutil.rmtree(output)
 
 

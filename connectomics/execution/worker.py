@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.core.errors import ConnectomicsError
+from connectomics.core.errors import ConnectomicsError, StorageError
 from connectomics.core.files import make_folder
 from connectomics.core.process import is_dead
 from connectomics.execution.coordination import CoordinationStore, DiskStore, Version
@@ -330,7 +330,12 @@ class Worker:
 
 def is_deserted(folder: Path) -> bool:
     """Whether nobody who may be alive works in a folder, as far as is known without waiting."""
-    return not folder.is_dir() or not any(Witness(DiskStore(folder), LIMIT_S).present())
+    try:
+        return not folder.is_dir() or not any(Witness(DiskStore(folder), LIMIT_S).present())
+    except StorageError:
+        if folder.is_dir():
+            raise
+        return True  # another process has just found it deserted, and removed it
 
 
 def _next(lease: Lease, before: Lease | None, seen: Version) -> Lease:
