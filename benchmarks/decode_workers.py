@@ -6,8 +6,8 @@
 
 The processes import everything and decode a few voxels, then wait for each other, so that the start of Python is in no
 ratio; how long it takes is printed. Rounds are interleaved, ratios are medians of rounds. "Steps" are what decoding
-does before it writes final outputs, "whole" is the command from start to end. What a process does while it holds the lease
-of the single writer nobody else can do beside it: its processor time is held against that of all that is done.
+does before it writes final outputs, "whole" is the command from start to end. What a process does while it holds the
+lease of the single writer nobody else can do beside it: its processor time is held against that of all that is done.
 """
 
 from __future__ import annotations
