@@ -6,8 +6,9 @@
 
 The processes import everything and decode a few voxels, then wait for each other, so that the start of Python is in no
 ratio; how long it takes is printed. Rounds are interleaved, ratios are medians of rounds. "Steps" are what decoding
-does before it writes final outputs, "whole" is the command from start to end. What a process does while it holds the
-lease of the single writer nobody else can do beside it: its processor time is held against that of all that is done.
+does before it writes final outputs, from when the first process begins them; "whole" is the command from start to end.
+What a process does while it holds the lease of the single writer nobody else can do beside it: its processor time is
+held against that of all that is done.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def watched(clock: Clock) -> None:
 
     def steps(*arguments: Any, **named: Any) -> Any:
         clock.part = "steps"
+        clock.wall["begin of steps"] = time.monotonic()
         try:
             with clock.counting("steps"):
                 return objects(*arguments, **named)
@@ -141,7 +143,8 @@ def decoded(processes: int, checkout: Path, words: list[str]) -> tuple[dict[str,
     seconds = {"whole": time.monotonic() - began}
     if any(each["code"] for each in told):
         raise SystemExit(f"{' '.join(command)}: exit codes {[each['code'] for each in told]}")
-    seconds["steps"] = max(each["wall"]["end of steps"] for each in told) - began
+    ended, first = ([each["wall"][f"{end} of steps"] for each in told] for end in ("end", "begin"))
+    seconds["steps"] = max(ended) - min(first)
     return seconds, told
 
 

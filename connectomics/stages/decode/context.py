@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -31,7 +32,7 @@ from connectomics.core.files import (
 )
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.execution.block_plan import BlockPlan
-from connectomics.execution.ledger import Ledger
+from connectomics.execution.ledger import Ledger, plan_of
 from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.runner import RunStage, failure_message, void_lost
 from connectomics.execution.task import Task
@@ -59,6 +60,7 @@ ProbabilityOf = Callable[[Box, Read], Array]
 EVERYTHING = Selection()
 BLOCK_VOXELS = 1 << 24
 VOXEL_BYTES = 40  # of a block: values, components, runs, probabilities as they are summed
+MANY_BLOCKS, FINE_VOXELS, FINE_CHUNK = 16, 1 << 21, 8
 CHUNK = 64
 CUT = "cut"
 JOIN = "join"
@@ -137,6 +139,17 @@ class StepContext:
     def part(self, name: str) -> StepContext:
         """Return the context of a part of the step."""
         return dataclasses.replace(self, name=f"{self.name}.{name}")
+
+    def finer(self, chunk_shape: Vec3) -> StepContext:
+        """Return the context with smaller blocks where there are few, so that several processes have their share.
+
+        Blocks stay whole chunks of what is read, whose chunks have this shape. Where the step was begun with other
+        blocks, by a program before, it goes on with those.
+        """
+        plan = finer_plan(self.plan, self.grid.volume, chunk_shape)
+        if plan_of(self.work / f"{LEDGER}_{self.name}.{CUT}") not in (None, plan):
+            return self
+        return dataclasses.replace(self, plan=plan, grid=BlockGrid(self.grid.volume, plan.block_shape))
 
     def place(self, kind: str) -> Path:
         """Where the step's result of this kind is."""
@@ -306,6 +319,29 @@ def decode_plan(info: VolumeInfo, budget_bytes: int) -> BlockPlan:
             break
         shape[axis] *= 2
     return in_chunks(vec3(shape))
+
+
+def finer_plan(plan: BlockPlan, volume: Vec3, chunk_shape: Vec3) -> BlockPlan:
+    """Halve blocks until there are ``MANY_BLOCKS`` or they would have less than ``FINE_VOXELS`` voxels.
+
+    They stay whole chunks of what is read; chunks of what is written are halved with them where need be.
+
+    Examples
+    --------
+    >>> finer_plan(BlockPlan((64, 512, 512), (64, 64, 64)), (256, 512, 512), (1, 512, 512))
+    BlockPlan(block_shape=(16, 512, 512), chunk_shape=(16, 64, 64))
+    """
+    shape, chunk = list(plan.block_shape), list(plan.chunk_shape)
+    units = [min(read, extent) for read, extent in zip(chunk_shape, volume, strict=True)]
+    while len(BlockGrid(volume, vec3(shape))) < MANY_BLOCKS and math.prod(shape) >= 2 * FINE_VOXELS:
+        axes = [axis for axis in (1, 2, 0) if shape[axis] % math.lcm(2 * units[axis], 2 * FINE_CHUNK) == 0]
+        if not axes:
+            break
+        axis = max(axes, key=lambda axis: shape[axis])
+        shape[axis] //= 2
+        while shape[axis] % chunk[axis]:
+            chunk[axis] //= 2
+    return BlockPlan(vec3(shape), vec3(chunk))
 
 
 def in_chunks(block_shape: Vec3) -> BlockPlan:

@@ -162,6 +162,7 @@ class SliceLinking:
 
     def run(self, state: DecodingState, context: StepContext) -> DecodingState:
         """Link objects, or those of labels."""
+        context = context.finer(state.volume.info.chunk_shape)
         values, depth = Values(state.volume), context.grid.volume[0]
         rule = Linking(self.measure, self.threshold, self.max_gap, self.one_to_one)
         likely, classes = state.probabilities, state.frame.classes
