@@ -60,7 +60,7 @@ ProbabilityOf = Callable[[Box, Read], Array]
 EVERYTHING = Selection()
 BLOCK_VOXELS = 1 << 24
 VOXEL_BYTES = 40  # of a block: values, components, runs, probabilities as they are summed
-MANY_BLOCKS, FINE_VOXELS, FINE_CHUNK = 16, 1 << 21, 8
+MANY_BLOCKS, FINE_VOXELS, FINE_CHUNK = 8, 1 << 21, 8
 CHUNK = 64
 CUT = "cut"
 JOIN = "join"
@@ -329,7 +329,7 @@ def finer_plan(plan: BlockPlan, volume: Vec3, chunk_shape: Vec3) -> BlockPlan:
     Examples
     --------
     >>> finer_plan(BlockPlan((64, 512, 512), (64, 64, 64)), (256, 512, 512), (1, 512, 512))
-    BlockPlan(block_shape=(16, 512, 512), chunk_shape=(16, 64, 64))
+    BlockPlan(block_shape=(32, 512, 512), chunk_shape=(32, 64, 64))
     """
     shape, chunk = list(plan.block_shape), list(plan.chunk_shape)
     units = [min(read, extent) for read, extent in zip(chunk_shape, volume, strict=True)]
