@@ -234,7 +234,8 @@ def objects(
     for number, each in enumerate(job.passes, 1):
         name = f"{number}_{each.step.name}"
         state = each.step.run(state, replace(context, name=name, selection=each.selection))
-    return state, run_key
+    assert isinstance(state.volume, Store), "every step leaves a store"
+    return replace(state, volume=state.volume.told_in(job.plan.block_shape, job.plan.chunk_shape)), run_key
 
 
 def _patiently(read: Read, name: str, pauses_s: tuple[float, ...]) -> Read:
