@@ -208,7 +208,7 @@ def _attempt(
         state, run_key = objects(job, settings, run, functools.partial(worker.alone, PREPARATION))
         assert isinstance(state.volume, Store), "every step leaves a store"
         meanwhile = functools.partial(
-            fill_levels_of_another, state.volume, job.output, settings.folder, worker, job.work, run=run
+            fill_levels_of_another, state.volume, job.output, settings.folder, worker, work=job.work, run=run
         )
         alone = worker.alone(SINGLE_WRITER, meanwhile)
         with alone, Staging(job.work, worker, SINGLE_WRITER, claims.confirm) as staging:

@@ -268,7 +268,9 @@ def _filtered(prepared: _Prepared, job: VolumeJob, workspace: Workspace) -> _Pre
 def _fill_levels(prepared: _Prepared, settings: RunSettings, worker: Worker, run: RunStage) -> None:
     """Do blocks of chunked outputs that another process builds and will publish."""
     for output in prepared.pending:
-        fill_levels_of_another(prepared.sources[output.name], output, settings.folder, worker, prepared.work, run=run)
+        fill_levels_of_another(
+            prepared.sources[output.name], output, settings.folder, worker, work=prepared.work, run=run
+        )
 
 
 def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, run: RunStage, publisher: Publisher) -> None:
