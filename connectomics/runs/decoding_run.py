@@ -39,11 +39,11 @@ from connectomics.stages.decode.step_contract import DecodingPass
 from connectomics.stages.decode.tasks import Read
 from connectomics.stages.output.finish import (
     FinalOutput,
+    LevelsOfAnother,
     Publisher,
     check_exportable,
     check_names,
     export_output,
-    fill_levels_of_another,
     seal,
     settle,
     withdrawing,
@@ -207,9 +207,8 @@ def _attempt(
     if not finished:
         state, run_key = objects(job, settings, run, functools.partial(worker.alone, PREPARATION))
         assert isinstance(state.volume, Store), "every step leaves a store"
-        meanwhile = functools.partial(
-            fill_levels_of_another, state.volume, job.output, settings.folder, worker, work=job.work, run=run
-        )
+        levels = LevelsOfAnother(worker, job.work, settings.folder, run)
+        meanwhile = functools.partial(levels.fill, state.volume, job.output)
         alone = worker.alone(SINGLE_WRITER, meanwhile)
         with alone, Staging(job.work, worker, SINGLE_WRITER, claims.confirm) as staging:
             publisher = Publisher(staging, settings.folder, job.run_folder)

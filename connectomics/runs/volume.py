@@ -45,11 +45,11 @@ from connectomics.runs.stamps import record_of, run_key_of, stamp_of, unit_of
 from connectomics.runs.surveying import survey_together, surveyed_before
 from connectomics.stages.output.finish import (
     FinalOutput,
+    LevelsOfAnother,
     Publisher,
     check_exportable,
     check_names,
     export_output,
-    fill_levels_of_another,
     seal,
     settle,
     withdrawing,
@@ -180,7 +180,7 @@ def _attempt(
         blocks = run(task, ledger)
         if not blocks.failures:
             prepared = _filtered(prepared, job, workspace)
-            meanwhile = functools.partial(_fill_levels, prepared, settings, worker, run=run)
+            meanwhile = functools.partial(_fill_levels, prepared, LevelsOfAnother(worker, work, settings.folder, run))
             single = worker.alone(SINGLE_WRITER, meanwhile)
             with single, Staging(work, worker, SINGLE_WRITER, crew.claims.confirm) as staging:
                 publisher = Publisher(staging, settings.folder, job.run_folder)
@@ -265,12 +265,10 @@ def _filtered(prepared: _Prepared, job: VolumeJob, workspace: Workspace) -> _Pre
     return replace(prepared, sources=sources)
 
 
-def _fill_levels(prepared: _Prepared, settings: RunSettings, worker: Worker, run: RunStage) -> None:
+def _fill_levels(prepared: _Prepared, levels: LevelsOfAnother) -> None:
     """Do blocks of chunked outputs that another process builds and will publish."""
     for output in prepared.pending:
-        fill_levels_of_another(
-            prepared.sources[output.name], output, settings.folder, worker, work=prepared.work, run=run
-        )
+        levels.fill(prepared.sources[output.name], output)
 
 
 def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, run: RunStage, publisher: Publisher) -> None:

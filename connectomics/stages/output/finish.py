@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from connectomics.core.errors import ConnectomicsError, OutputError
@@ -205,25 +205,50 @@ def begun_levels(store: Store, output: FinalOutput, staging: Path, folder: Path)
     return found
 
 
-def fill_levels_of_another(
-    store: Store, output: FinalOutput, folder: Path, worker: Worker, work: Path, run: RunStage
-) -> None:
-    """Do blocks of the chunked outputs that another process builds now and will publish, until these are done.
+@dataclass(frozen=True, slots=True)
+class LevelsOfAnother:
+    """Does blocks of the chunked outputs that another process builds now and will publish.
 
-    ``store``, ``output`` and ``folder`` are those of ``begun_levels``. What goes wrong here the other process meets as
-    well, or it was replaced meanwhile.
+    Parameters
+    ----------
+    worker, work
+        This process, and the work folder.
+    folder
+        That of the final outputs.
+    run
+        Does the blocks of a level.
+    done
+        Ledgers of levels that need nobody any more.
     """
-    lease = worker.look(SINGLE_WRITER)
-    if lease is None or lease.state != HELD:
-        return
-    try:
-        for place, task in begun_levels(store, output, staging_folder(work, lease), folder).items():
-            if (place / HEADER).exists():
+
+    worker: Worker
+    work: Path
+    folder: Path
+    run: RunStage
+    done: set[Path] = field(default_factory=set)
+
+    def fill(self, store: Store, output: FinalOutput) -> None:
+        """Do blocks of what is begun of an output, until that is done; ``store`` is its complete working store.
+
+        What goes wrong here the other process meets as well, or it was replaced meanwhile.
+        """
+        lease = self.worker.look(SINGLE_WRITER)
+        if lease is None or lease.state != HELD:
+            return
+        staging = staging_folder(self.work, lease)
+        begun = {path.parent for path in staging.glob(f"{LEDGER}_{output.name}.*/{HEADER}")} - self.done
+        if not begun:
+            return
+        try:
+            tasks = begun_levels(store, output, staging, self.folder)
+            for place in (place for place in tasks if place in begun):
                 with contextlib.closing(Ledger.existing(place)) as ledger:
                     if ledger.finished < ledger.planned:
-                        run(task, ledger)
-    except (ConnectomicsError, LeaseLostError, OSError) as error:
-        log.info("no longer helping with %s: %s", output.stem, error)
+                        self.run(tasks[place], ledger)
+                self.done.add(place)
+        except (ConnectomicsError, LeaseLostError, OSError) as error:
+            log.info("no longer helping with %s: %s", output.stem, error)
+            self.done.update(begun)
 
 
 def _staged(output: FinalOutput, form: str) -> str:
