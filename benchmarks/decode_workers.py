@@ -71,8 +71,8 @@ def watched(clock: Clock) -> None:
     objects: Callable[..., Any] = decoding_run.objects
 
     @contextlib.contextmanager
-    def held(self: Worker, name: str) -> Iterator[None]:
-        with alone(self, name), clock.counting(f"alone, {clock.part}"):
+    def held(self: Worker, name: str, *more: Callable[[], object]) -> Iterator[None]:
+        with alone(self, name, *more), clock.counting(f"alone, {clock.part}"):
             yield
 
     def blocks(task: Any, *arguments: Any, **named: Any) -> Any:
