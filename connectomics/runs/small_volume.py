@@ -18,9 +18,10 @@ from pathlib import Path
 from connectomics.core.errors import AgreementError, ConnectomicsError, VolumeError
 from connectomics.core.files import discard, fsync_path
 from connectomics.core.geometry import Block, BlockGrid, Box
-from connectomics.execution.block_claims import Apart, lease_name
+from connectomics.execution.block_claims import Apart
+from connectomics.execution.block_shards import Shards
 from connectomics.execution.coordination import DiskStore
-from connectomics.execution.lease import LeaseLostError
+from connectomics.execution.lease import LeaseLostError, Stretch
 from connectomics.execution.name_claims import NameClaims
 from connectomics.execution.publishing import Staging
 from connectomics.execution.run_folder import (
@@ -174,8 +175,8 @@ def _made(job: VolumeJob, settings: RunSettings, work: Path, worker: Worker) -> 
     agreement = _agreement(job)
     task = _InMemory(BlockGrid(reader.info.extent, job.plan.block_shape), job, volume.read, surveyed, arrays={})
     (block,) = task.grid
-    lease = lease_name(work / LEDGER, block.key)
-    if not worker.acquire(lease) or worker.held(lease).deaths:
+    lease = Shards.of(work / LEDGER, len(task.grid)).lease(0)
+    if not worker.acquire(lease, Stretch(1, begun=(0,), next=1)) or worker.held(lease).epoch > 0:
         return None
     record = attempt(task, block)
     worker.release(lease)
