@@ -175,11 +175,8 @@ def _made(job: VolumeJob, settings: RunSettings, work: Path, worker: Worker) -> 
     agreement = _agreement(job)
     task = _InMemory(BlockGrid(reader.info.extent, job.plan.block_shape), job, volume.read, surveyed, arrays={})
     (block,) = task.grid
-    lease = Shards.of(work / LEDGER, 1).lease(0)
-    if not worker.acquire(lease, Stretch(1, next=1, begun=(0,))):
-        return None
-    blocks = worker.held(lease).blocks
-    if blocks is None or blocks.deaths:
+    lease = Shards.of(work / LEDGER, len(task.grid)).lease(0)
+    if not worker.acquire(lease, Stretch(1, begun=(0,), next=1)) or worker.held(lease).epoch > 0:
         return None
     record = attempt(task, block)
     worker.release(lease)

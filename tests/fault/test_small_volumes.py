@@ -11,6 +11,7 @@ import pytest
 from fork_server import ForkServer
 from sleep_storm import Job, Moment, Steps, require_ended, require_same, side_by_side, wait
 
+from connectomics.execution.block_shards import Shards
 from connectomics.execution.coordination import DiskStore
 from connectomics.execution.lease import HELD, lease_of
 
@@ -138,8 +139,9 @@ def test_a_kill_in_a_block_counts(job: Job) -> None:
         child.send(number)
         child.send(signal.SIGCONT)
         assert side_by_side([("the child", wait(child))]) == []
-        seen = DiskStore(records).read("predict.blocks-0")
+        seen = DiskStore(records).read(Shards.of(records.parent / "ledger", 1).lease(0))
         lease = None if seen is None else lease_of(seen)
-        states.append(None if lease is None else lease.state == HELD)
+        in_hand = lease is not None and lease.state == HELD and lease.blocks is not None
+        states.append(in_hand and lease.blocks.after_death().deaths == {0: 1})
         require_resumed(job, output, f"after signal {number}")
-    assert states[0] is True and states[1] is not True
+    assert states == [True, False]
