@@ -129,6 +129,7 @@ def decoded(processes: int, checkout: Path, words: list[str]) -> tuple[dict[str,
             stderr=subprocess.DEVNULL,
             env=environment,
             text=True,
+            start_new_session=True,  # Linux shares processors among sessions: both in one would get what one gets
         )
         for _ in range(processes)
     ]
