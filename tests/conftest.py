@@ -34,7 +34,8 @@ def pytest_configure() -> None:
     if usable:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
         os.environ.setdefault("TMPDIR", str(MEMORY))
-        tempfile.tempdir = None  # is looked for anew
+        tempfile.tempdir = None
+        tempfile.gettempdir()  # is looked for anew now, not when a test has set TMPDIR to a folder of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many workers as cores: more threads wait for each other
 
 

@@ -9,7 +9,7 @@ import contextlib
 import json
 import re
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from connectomics.commands.run_status import (
 from connectomics.core.errors import LedgerError
 from connectomics.core.process import is_dead
 from connectomics.execution.append_log import whole_lines
-from connectomics.execution.block_claims import lease_name, quarantined
+from connectomics.execution.block_claims import quarantined
+from connectomics.execution.block_plan import HEADER
+from connectomics.execution.block_shards import Shards
 from connectomics.execution.coordination import Version, content_of
 from connectomics.execution.lease import (
-    FAILED,
     HELD,
     LEFT,
     LIMIT_S,
@@ -41,7 +42,7 @@ from connectomics.execution.lease import (
     lease_of,
     presence_of,
 )
-from connectomics.execution.ledger import HEADER, Ledger
+from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import (
     CHECKSUMS,
     COORDINATION,
@@ -59,7 +60,6 @@ from connectomics.volumes.digests import SUFFIX
 
 RECENT = 64  # records of each worker that its rate is taken from
 LOG_BYTES = 1 << 16  # of the end of run.log, where the last error is looked for
-BLOCK = re.compile(r"\d+-\d+-\d+")
 WROTE = re.compile(r" INFO \S+: wrote ")
 
 
@@ -171,35 +171,45 @@ def _workers(records: _Records, ledgers: list[Ledger]) -> Iterator[tuple[str, Wo
 def _in_hand(records: _Records, ledgers: list[Ledger]) -> dict[str, list[InHand]]:
     """What each session holds, by its mark."""
     held = defaultdict[str, list[InHand]](list)
-    leases = [(SINGLE_WRITER, SINGLE_WRITER.replace("_", " "), "")]
-    leases += [(name, stage_of(each.folder), key) for each in ledgers for name, key in _leases(records, each)]
-    for name, stage, key in leases:
-        lease = records.lease(name)
-        if lease is not None and lease.state == HELD:
-            held[lease.holder].append(InHand(stage, key, int(records.changed(name, lease.counter))))
+    single = records.lease(SINGLE_WRITER)
+    if single is not None and single.state == HELD:
+        since = int(records.changed(SINGLE_WRITER, single.counter))
+        held[single.holder].append(InHand(SINGLE_WRITER.replace("_", " "), "", since))
+    for ledger in ledgers:
+        for name, lease in _leases(records, Shards.of(ledger.folder, len(ledger.grid))):
+            if lease.state == HELD and lease.blocks is not None:
+                keys = (ledger.grid.numbered(n).key for n in lease.blocks.begun if not _is_done(ledger, n))
+                held[lease.holder] += [InHand(stage_of(ledger.folder), key, int(records.changed(name))) for key in keys]
     return held
 
 
-def _leases(records: _Records, ledger: Ledger) -> Iterator[tuple[str, str]]:
-    """Yield the name of each lease on a block that is not done, and the block's key."""
-    prefix = lease_name(ledger.folder, "")
-    for name in records.names(prefix):
-        key = name.removeprefix(prefix)
-        if BLOCK.fullmatch(key) and not ledger.is_done(ledger.block(key)):
-            yield name, key
+def _is_done(ledger: Ledger, number: int) -> bool:
+    return ledger.is_done(ledger.grid.numbered(number))
+
+
+def _leases(records: _Records, shards: Shards) -> Iterator[tuple[str, Lease]]:
+    """Yield the leases on shards of blocks, each with the name of its record."""
+    for name in records.names(shards.prefix):
+        lease = records.lease(name) if name.removeprefix(shards.prefix).isdecimal() else None
+        if lease is not None:
+            yield name, lease
 
 
 def _troubled(records: _Records, ledger: Ledger) -> Iterator[TroubledBlock]:
     """Yield the blocks of a stage that failed in this attempt or that processes ended with."""
-    attempt = records.lease(ATTEMPT)
-    for name, key in _leases(records, ledger):
+    attempt, shards = records.lease(ATTEMPT), Shards.of(ledger.folder, len(ledger.grid))
+    deaths, failed = Counter[int](), dict[int, str]()
+    for _, each in _leases(records, shards):
+        deaths.update(each.blocks.deaths if each.blocks is not None else {})
+    prefix = shards.failed_prefix
+    for name in records.names(prefix):
         lease = records.lease(name)
-        if lease is None:
-            continue
-        number, _, why = lease.note.partition(" ")
-        failed = lease.state == FAILED and attempt is not None and number == str(attempt.epoch)
-        if failed or lease.deaths:
-            yield TroubledBlock(key, lease.deaths, why if failed else "")
+        count, _, why = ("" if lease is None else lease.note).partition(" ")
+        if attempt is not None and count == str(attempt.epoch):
+            failed[int(name.removeprefix(prefix))] = why
+    for number in sorted({*deaths, *failed}):
+        if not _is_done(ledger, number):
+            yield TroubledBlock(ledger.grid.numbered(number).key, deaths[number], failed.get(number, ""))
 
 
 def _stage(work: Path, ledger: Ledger, records: _Records, here: set[str]) -> StageStatus:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from connectomics.core.errors import VolumeError
 from connectomics.core.files import discard
-from connectomics.execution.ledger import HEADER, Ledger, plan_of, read_header
+from connectomics.execution.block_plan import HEADER, plan_of, read_header
+from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import (
     CHECKSUMS,
     COORDINATION,

@@ -14,8 +14,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from connectomics.core.process import is_alive, is_dead, new_mark
@@ -27,7 +27,7 @@ RENEWALS = 6  # of a session in its limit
 LOOKS = 4  # of an observer at a session before it may be revoked
 SESSION = "session-"
 HERE, LEFT, REVOKED = "here", "left", "revoked"
-HELD, FREE, FAILED = "held", "free", "failed"
+HELD, FREE, FAILED, DONE = "held", "free", "failed", "done"
 FIRST_PAUSE_S = 0.02
 LAST_PAUSE_S = 1.0
 
@@ -51,6 +51,41 @@ class Presence:
 
 
 @dataclass(frozen=True, slots=True)
+class Stretch:
+    """Consecutive blocks that a lease is for, by their numbers; the first is in the name of the lease.
+
+    Parameters
+    ----------
+    stop
+        Behind the last one. It only ever goes down: whoever has nothing to do takes the upper part of another's.
+    next
+        No block from here on was begun by the holder.
+    begun
+        Blocks that are in hand.
+    deaths
+        Of blocks: how many processes ended that had them in hand.
+    """
+
+    stop: int
+    next: int = 0
+    begun: tuple[int, ...] = ()
+    deaths: Mapping[int, int] = field(default_factory=dict)
+
+    def holding(self, begun: tuple[int, ...] | None) -> Stretch | None:
+        """The same with other blocks in hand (None: those it has), None where the last of them is behind it."""
+        if begun is None:
+            return self
+        following = max(self.next, begun[-1] + 1) if begun else self.next
+        return None if following > self.stop else replace(self, begun=begun, next=following)
+
+    def after_death(self) -> Stretch:
+        """What is left when the holder ended without giving it back."""
+        numbers = sorted({*self.deaths, *self.begun})
+        deaths = {number: self.deaths.get(number, 0) + (number in self.begun) for number in numbers}
+        return replace(self, begun=(), next=0, deaths=deaths)
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """What a lease's record says.
 
@@ -63,19 +98,19 @@ class Lease:
     counter
         Of the changes in an epoch.
     state
-        Whether it is held, free, or what it is for has failed.
-    deaths
-        Holders that ended while they held it, without giving it back.
+        Whether it is held, free, or what it is for has failed or is done.
     note
-        Why it failed.
+        In which attempt that was so, and why.
+    blocks
+        What a lease on blocks is for.
     """
 
     holder: str
     epoch: int = 0
     counter: int = 0
     state: str = HELD
-    deaths: int = 0
     note: str = ""
+    blocks: Stretch | None = None
 
 
 def packed(record: Presence | Lease) -> bytes:
@@ -103,9 +138,15 @@ def presence_of(version: Version) -> Presence | None:
 def lease_of(version: Version) -> Lease | None:
     """The lease that a record tells of, None where it is not whole."""
     try:
-        return Lease(**unpacked(version.content))
-    except TypeError:
+        lease = Lease(**unpacked(version.content))
+        return lease if lease.blocks is None else replace(lease, blocks=_stretch(lease.blocks))
+    except (TypeError, ValueError, AttributeError):
         return None
+
+
+def _stretch(fields: Any) -> Stretch:
+    deaths = {int(number): int(count) for number, count in fields.pop("deaths").items()}
+    return Stretch(**fields | {"begun": tuple(fields["begun"])}, deaths=deaths)
 
 
 @dataclass(slots=True)
@@ -269,9 +310,9 @@ class Witness:
         return mark not in self._gone and (is_alive(mark) or self.watch.has_changed(SESSION + mark))
 
 
-def pauses(limit_s: float = LIMIT_S) -> Iterator[float]:
-    """Seconds to sleep between looks at something that others do, growing, without end."""
-    pause, most = FIRST_PAUSE_S, min(LAST_PAUSE_S, limit_s / (2 * LOOKS))
+def pauses(limit_s: float = LIMIT_S, most_s: float = LAST_PAUSE_S) -> Iterator[float]:
+    """Seconds to sleep between looks at something that others do, growing to ``most_s``, without end."""
+    pause, most = FIRST_PAUSE_S, min(most_s, limit_s / (2 * LOOKS))
     while True:
         yield min(pause, most)
         pause = min(most, 1.5 * pause)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,15 +21,14 @@ import numpy.typing as npt
 
 from connectomics.core.errors import LedgerError
 from connectomics.core.files import make_folder, write_once, write_text
-from connectomics.core.geometry import Block, BlockGrid, Vec3, vec3
+from connectomics.core.geometry import Block, Vec3, vec3
 from connectomics.execution.append_log import LineFile, whole_lines
-from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.block_plan import HEADER, VERSION, BlockPlan, grid_of, plan_in, read_header
 from connectomics.execution.task import BlockRecord
 
 log = logging.getLogger(__name__)
-VERSION = 2
-HEADER = "header.json"
 SUFFIX = ".jsonl"
+OPENED_S = 5.0  # after which a file is opened though it seems not to have grown
 MOST = 255  # records of one block that are counted
 
 
@@ -49,6 +50,7 @@ class _Read:
         self.numeric_class: Mapping[str, object] | None = None
         self.signature: Mapping[str, Any] = {}
         self.last = 0
+        self.opened = -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class Ledger:
         self._own: LineFile | None = None
         self._read: dict[str, _Read] = {}
         self._voided: set[RecordName] = set()
+        self._undone: set[int] = set()  # blocks of which a record was voided
         self._chosen: npt.NDArray[np.bool_] | None = None
         self._header: dict[str, Any] = {
             "ledger": VERSION,
@@ -138,7 +141,7 @@ class Ledger:
             folder,
             header["run_key"],
             header["numeric_class"],
-            _plan_in(header),
+            plan_in(header),
             volume=vec3(header["volume"]),
             begin=False,
         )
@@ -203,13 +206,20 @@ class Ledger:
             self._header["planned"] = planned
             write_text(self._folder / HEADER, json.dumps(self._header))
 
-    def unfinished(self) -> Iterator[Block]:
-        """Blocks that have something to do and are not done when their turn comes, in raster order."""
-        number = self._counts.find(0)
+    def unfinished(self, start: int = 0, stop: int | None = None) -> Iterator[int]:
+        """Numbers of blocks that have something to do and are not done when their turn comes, in raster order.
+
+        Only those from ``start`` on and before ``stop``.
+        """
+        number = self._counts.find(0, start, stop)
         while number >= 0:
             if self._chosen is None or self._chosen[number]:
-                yield self.grid.numbered(number)
-            number = self._counts.find(0, number + 1)
+                yield number
+            number = self._counts.find(0, number + 1, stop)
+
+    def was_undone(self, number: int) -> bool:
+        """Whether a record of a block was voided, as of the last ``refresh``."""
+        return number in self._undone
 
     def sign(self, signature: Mapping[str, Any]) -> None:
         """Say who records from now on; it stands in the first line of a file, which is a new one where need be."""
@@ -230,16 +240,22 @@ class Ledger:
 
     def refresh(self) -> None:
         """Take over what other workers appended since the last time."""
-        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
-            state = self._read.setdefault(path.name, _Read())
-            if state.damaged:
-                continue
-            for line, end in whole_lines(path, state.bytes):
-                if not self._take(path.name, state, line):
-                    state.damaged = True
-                    log.warning("%s: damaged behind byte %d; nothing from there on is trusted", path, state.bytes)
-                    break
-                state.bytes = end
+        with os.scandir(self._folder) as entries:
+            found = sorted((entry for entry in entries if entry.name.endswith(SUFFIX)), key=lambda entry: entry.name)
+        for entry in found:
+            state = self._read.setdefault(entry.name, _Read())
+            if not (state.damaged or _as_it_was(entry, state)):
+                self._go_on(self._folder / entry.name, state)
+
+    def _go_on(self, path: Path, state: _Read) -> None:
+        """Read what is new in a file."""
+        state.opened = time.monotonic()
+        for line, end in whole_lines(path, state.bytes):
+            if not self._take(path.name, state, line):
+                state.damaged = True
+                log.warning("%s: damaged behind byte %d; nothing from there on is trusted", path, state.bytes)
+                break
+            state.bytes = end
 
     def records(self) -> Iterator[BlockRecord]:
         """Records that stand, read from the disk one by one; a block may have several."""
@@ -325,6 +341,7 @@ class Ledger:
     def _void(self, name: RecordName, number: int) -> None:
         if name not in self._voided:
             self._voided.add(name)
+            self._undone.add(number)
             if name.file in self._read and name.number < self._read[name.file].lines:
                 self._count(number, -1)
 
@@ -334,37 +351,14 @@ class Ledger:
         self._finished += (self._counts[number] > 0) - (before > 0)
 
 
-def read_header(folder: Path) -> dict[str, Any]:
-    """The header of the ledger in ``folder``; a LedgerError if there is none of this version."""
-    path = folder / HEADER
+def _as_it_was(entry: os.DirEntry[str], state: _Read) -> bool:
+    """Whether a file is as long as when it was read; opened now and then, since networks hide what grew until then."""
+    if time.monotonic() - state.opened > OPENED_S:
+        return False
     try:
-        header = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise LedgerError(
-            f"{path}: is not a ledger's header ({error}); remove {folder.parent} to start this volume over"
-        ) from error
-    if not isinstance(header, dict) or header.get("ledger") != VERSION:
-        raise LedgerError(
-            f"{path}: found ledger version {header!r:.80}, expected {VERSION}; finish the run with the program "
-            f"that began it, or remove {folder.parent} to start over"
-        )
-    return header
-
-
-def plan_of(folder: Path) -> BlockPlan | None:
-    """The plan in the header of the ledger in ``folder``, None where there is no ledger; errors of ``read_header``."""
-    if not (folder / HEADER).exists():
-        return None
-    return _plan_in(read_header(folder))
-
-
-def _plan_in(header: Mapping[str, Any]) -> BlockPlan:
-    return BlockPlan(vec3(header["plan"]["block_shape"]), vec3(header["plan"]["chunk_shape"]))
-
-
-def grid_of(header: Mapping[str, Any]) -> BlockGrid:
-    """The blocks that a header tells of."""
-    return BlockGrid(vec3(header["volume"]), vec3(header["plan"]["block_shape"]))
+        return entry.stat().st_size <= state.bytes
+    except FileNotFoundError:
+        return True
 
 
 def _index(key: str) -> Vec3:

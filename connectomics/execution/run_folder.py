@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from connectomics.core.errors import ConfigError
-from connectomics.execution.ledger import HEADER
+from connectomics.execution.block_plan import HEADER
 from connectomics.volumes.digests import SUFFIX
 
 LEDGER = "ledger"  # of the predict stage; those of other stages are called ledger_STAGE

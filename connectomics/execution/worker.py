@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from connectomics.core.files import make_folder
 from connectomics.core.process import is_dead
 from connectomics.execution.coordination import CoordinationStore, DiskStore, Version
 from connectomics.execution.lease import (
+    DONE,
     FAILED,
     FREE,
     HELD,
@@ -25,6 +26,7 @@ from connectomics.execution.lease import (
     LeaseLostError,
     Presence,
     Session,
+    Stretch,
     Witness,
     lease_of,
     packed,
@@ -148,10 +150,11 @@ class Worker:
         """Sessions of others that have not ended, as far as is known now."""
         return [mark for mark in self._witness.present() if mark != self.mark]
 
-    def acquire(self, name: str) -> bool:
+    def acquire(self, name: str, blocks: Stretch | None = None, *, again: bool = False) -> bool:
         """Take a lease if nobody holds it who may be alive.
 
-        What has failed in this attempt is not to be had. A session that was revoked is replaced by a new one first.
+        What has failed in this attempt is not to be had, nor what is done in it, but ``again``. A session that was
+        revoked is replaced by a new one first. ``blocks`` are those of a lease that nobody had before.
         """
         with self._lock:
             if self._session is None or self._session.lost:
@@ -161,12 +164,12 @@ class Worker:
             if name in self._held:
                 return False
             seen = self.store.read(name)
-            lease = Lease(self.mark, note=str(self.attempt))
+            lease = Lease(self.mark, note=str(self.attempt), blocks=blocks)
             if seen is None:
                 made = self.store.create(name, packed(lease))
             else:
                 before = lease_of(seen)
-                if before is not None and not self._is_free(before):
+                if before is not None and not (self._is_free(before) or (again and before.state == DONE)):
                     return False
                 if before is None and not self._witness.watch.is_stale(name, seen.number, self.limit_s):
                     return False  # it has just been made, or its maker died as it made it
@@ -177,7 +180,7 @@ class Worker:
             return made is not None
 
     def _is_free(self, lease: Lease) -> bool:
-        if lease.state == FAILED:
+        if lease.state in (FAILED, DONE):
             return lease.note.partition(" ")[0] != str(self.attempt)
         return lease.state == FREE or self._witness.is_gone(lease.holder)
 
@@ -210,10 +213,41 @@ class Worker:
 
     def fail(self, name: str, why: str) -> None:
         """Give a lease back for the last time in this attempt, since what it is for fails."""
+        self._end(name, FAILED, f"{self.attempt} {why}")
+
+    def done(self, name: str) -> bool:
+        """Give a lease back for the last time in this attempt, as what it is for is done; False where it was lost."""
+        return self._end(name, DONE, str(self.attempt))
+
+    def _end(self, name: str, state: str, note: str) -> bool:
         with self._lock:
-            if name in self._held:
-                self._change(name, FAILED, f"{self.attempt} {why}")
-                self._held.pop(name, None)
+            ended = self._change(name, state, note)
+            self._held.pop(name, None)
+            return ended
+
+    def begin(self, name: str, number: int, in_hand: Iterable[int]) -> bool:
+        """Say that a block is begun while others are in hand; False where it is another's by now, or all are."""
+        with self._lock:
+            if self._session is None or self._session.lost:
+                return False
+            return self._change(name, HELD, begun=(*in_hand, number))
+
+    def cut(self, name: str, at: int) -> Stretch | None:
+        """Take from a lease's holder the blocks from a number on; which these were, None where that was too late."""
+        seen = self.store.read(name)
+        lease = None if seen is None else lease_of(seen)
+        if seen is None or lease is None or lease.state != HELD or lease.blocks is None:
+            return None
+        if not lease.blocks.next <= at < lease.blocks.stop:
+            return None
+        left = dataclasses.replace(lease, note=f"{self.attempt} cut by {self.mark}", counter=lease.counter + 1)
+        left = dataclasses.replace(left, blocks=dataclasses.replace(lease.blocks, stop=at))
+        return None if self.store.replace(name, seen, packed(left)) is None else lease.blocks
+
+    def look(self, name: str) -> Lease | None:
+        """What the record of a lease says, None where there is none or it is not whole."""
+        seen = self.store.read(name)
+        return None if seen is None else lease_of(seen)
 
     def count(self, name: str, value: int) -> int:
         """How often this was called in this attempt, by any process, since ``value`` is what it is."""
@@ -231,26 +265,43 @@ class Worker:
 
     def failure(self, name: str) -> str | None:
         """Why what a lease is for failed in this attempt, or None where it did not."""
-        seen = self.store.read(name)
-        lease = None if seen is None else lease_of(seen)
+        lease = self.look(name)
         if lease is None or lease.state != FAILED or self._is_free(lease):
             return None
         return lease.note.partition(" ")[2]
 
-    def _change(self, name: str, state: str, note: str | None = None) -> bool:
-        """Write a held lease anew; where it is not this process's any more, it is held no longer."""
-        held = self._held.get(name)
-        if held is None:
-            return False
-        lease = dataclasses.replace(held.lease, counter=held.lease.counter + 1, state=state)
-        if note is not None:
-            lease = dataclasses.replace(lease, note=note)
-        seen = self.store.replace(name, held.seen, packed(lease))
-        if seen is None:
-            del self._held[name]
-            return False
-        self._held[name] = _Held(lease, seen)
-        return True
+    def _change(
+        self,
+        name: str,
+        state: str,
+        note: str | None = None,
+        *,
+        begun: tuple[int, ...] | None = None,
+    ) -> bool:
+        """Write a held lease anew; where it is not this process's any more, it is held no longer.
+
+        Others may have taken the upper part of its blocks meanwhile: False where the last of ``begun`` is among them.
+        """
+        while (held := self._held.get(name)) is not None:
+            lease = dataclasses.replace(held.lease, counter=held.lease.counter + 1, state=state)
+            if lease.blocks is not None:
+                kept = lease.blocks.holding(begun if state == HELD else ())
+                if kept is None:
+                    return False
+                lease = dataclasses.replace(lease, blocks=kept)
+            if note is not None:
+                lease = dataclasses.replace(lease, note=note)
+            seen = self.store.replace(name, held.seen, packed(lease))
+            if seen is not None:
+                self._held[name] = _Held(lease, seen)
+                return True
+            now = self.store.read(name)
+            left = None if now is None else lease_of(now)
+            if now is None or left is None or (left.holder, left.epoch) != (held.lease.holder, held.lease.epoch):
+                del self._held[name]
+            else:
+                self._held[name] = _Held(left, now)
+        return False
 
     @contextlib.contextmanager
     def alone(self, name: str) -> Iterator[None]:
@@ -285,6 +336,10 @@ class Worker:
     def pauses(self) -> Iterator[float]:
         """Seconds to sleep between looks at what others do."""
         return pauses(self.limit_s)
+
+    def now(self) -> float:
+        """What time it is, in seconds that only grow."""
+        return self._clock.now()
 
     def sleep(self, seconds: float) -> None:
         """Wait."""
@@ -339,8 +394,10 @@ def is_deserted(folder: Path) -> bool:
 
 
 def _next(lease: Lease, before: Lease | None, seen: Version) -> Lease:
-    """The lease of the next holder, who inherits the deaths of those before."""
+    """The lease of the next holder, who inherits the blocks of those before, and their deaths."""
     if before is None:
         return dataclasses.replace(lease, epoch=seen.number + 1)
-    died = before.state == HELD
-    return dataclasses.replace(lease, epoch=before.epoch + 1, deaths=before.deaths + died)
+    blocks = before.blocks
+    if blocks is not None:
+        blocks = blocks.after_death() if before.state == HELD else dataclasses.replace(blocks, begun=(), next=0)
+    return dataclasses.replace(lease, epoch=before.epoch + 1, blocks=blocks)

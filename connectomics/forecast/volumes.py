@@ -14,7 +14,7 @@ from connectomics.assembly.shared_sample import SharedSample
 from connectomics.assembly.volumes import job_of, opened_source
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import BlockGrid, Box, vec3
-from connectomics.execution.ledger import plan_of
+from connectomics.execution.block_plan import plan_of
 from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.stage import PROBABILITIES
 from connectomics.forecast.calibration import WindowTimes, measure_pace, measure_windows

@@ -20,8 +20,8 @@ from connectomics.core.files import discard, make_folder
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid, Box
 from connectomics.execution.block_claims import Apart
-from connectomics.execution.block_plan import BlockPlan
-from connectomics.execution.ledger import HEADER, Ledger, plan_of, read_header
+from connectomics.execution.block_plan import HEADER, BlockPlan, plan_of, read_header
+from connectomics.execution.ledger import Ledger
 from connectomics.execution.name_claims import NameClaims
 from connectomics.execution.publishing import Staging
 from connectomics.execution.retry import RetryingReader

@@ -232,7 +232,7 @@ class DecodingStepContract:
                 self.cut(sample, block, folder, first)
             resumed = self.cut(sample, block, folder, second)
             assert resumed.ids.tobytes() == expected.ids.tobytes() and rows_of(resumed) == rows_of(expected)
-            assert first.done + second.done == undisturbed.done, "blocks were done twice, or left out"
+            assert sorted(first.done + second.done) == sorted(undisturbed.done), "blocks were done twice, or left out"
 
     def test_a_selection_with_it_is_that_of_filters_behind(self, tmp_path: Path) -> None:
         if not self.step().selects:

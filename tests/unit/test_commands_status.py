@@ -19,9 +19,10 @@ from connectomics.commands.status import status_of
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Block
 from connectomics.core.process import host_mark
+from connectomics.execution.block_shards import Shards
 from connectomics.execution.coordination import DiskStore
 from connectomics.execution.executors.serial import SerialExecutor
-from connectomics.execution.lease import HELD, LOOKS, Lease, Session, Witness, lease_of, packed
+from connectomics.execution.lease import HELD, LOOKS, Lease, Session, Stretch, Witness, lease_of, packed
 from connectomics.execution.stage import LABELS
 from connectomics.execution.task import BlockFailure, BlockRecord, Task
 from connectomics.execution.worker import Worker
@@ -32,6 +33,7 @@ from small_jobs import quick_folder
 from small_runs import BLOCKS, Failing, Reader, job_in, run
 
 FOREIGN = "00000000-4711-1-00000000"  # of a process on another machine
+SHARDS = Shards("predict.blocks-", BLOCKS)
 ENDED = f"{host_mark()}-{1 << 30}-1-00000000"  # of one of this machine that is no more
 
 
@@ -48,6 +50,12 @@ def coordination(folder: Path) -> Path:
         run(folder, job_in(folder), Failing(after=5))
     (found,) = run_folder(folder).glob("*/coordination")
     return found
+
+
+def takes(worker: Worker, number: int) -> bool:
+    """Take a block and begin it."""
+    lease = SHARDS.lease(number)
+    return worker.acquire(lease, Stretch(number + 1)) and worker.begin(lease, number, [])
 
 
 def run_folder(folder: Path) -> Path:
@@ -78,9 +86,9 @@ def in_hand(worker: WorkerStatus) -> list[tuple[str, str]]:
 
 def test_it_says_who_holds_what_since_when(folder: Path, coordination: Path) -> None:
     with Worker.of(coordination) as one, Worker.of(coordination) as other:
-        assert one.acquire("predict.3-1-1") and one.acquire("predict.3-0-0") and other.acquire("single_writer")
-        assert one.acquire("predict.0-0-0"), "this one is done: what is left of its lease is nobody's work"
-        shift(coordination, "predict.3-1-1", 90)
+        assert all(takes(one, number) for number in (15, 12)) and other.acquire("single_writer")
+        assert takes(one, 0), "this one is done: what is left of its lease is nobody's work"
+        shift(coordination, SHARDS.lease(15), 90)
         shift(coordination, "single_writer", 7200)
         for _ in range(3):
             other.confirm("single_writer")  # which changes the record
@@ -95,7 +103,7 @@ def test_it_says_who_holds_what_since_when(folder: Path, coordination: Path) -> 
         assert f"predict      5/{BLOCKS} blocks (31.2%), 2 in hand" in text
         assert re.search(r"since 20.*; has in hand: predict 3-0-0 for \d+ s, predict 3-1-1 for 2 min\n", text + "\n")
         assert "; has in hand: single writer for 2.0 h" in text
-        one.release("predict.3-0-0")
+        one.release(SHARDS.lease(12))
         assert [("predict", "3-1-1")] in map(in_hand, looked(folder).workers)
     assert not looked(folder).workers and not looked(folder).gone, "who left is not told"
 
@@ -121,21 +129,23 @@ def test_it_tells_of_those_who_are_silent_ended_and_revoked(folder: Path, coordi
 
 
 def test_it_tells_of_blocks_that_processes_ended_with(folder: Path, coordination: Path) -> None:
-    store, block = DiskStore(coordination), "predict.3-1-1"
+    store, block = DiskStore(coordination), SHARDS.lease(15)
     Session(store, 180.0, ENDED)
-    store.create(block, packed(Lease(ENDED)))
+    store.create(block, packed(Lease(ENDED, blocks=Stretch(16, begun=(15,)))))
     (gone,) = looked(folder).gone
     assert in_hand(gone) == [("predict", "3-1-1")] and not looked(folder).stages[0].troubled
     assert "had in hand: predict 3-1-1 for" in screen(folder)
     with Worker.of(coordination) as worker:
-        assert worker.acquire(block)
+        assert takes(worker, 15)
         assert "3-1-1 was in hand when a process ended" in screen(folder)
         assert not looked(folder).gone[0].in_hand
     seen = store.read(block)
-    assert seen is not None
-    store.replace(block, seen, packed(replace(lease_of(seen) or Lease(""), holder=ENDED, epoch=9, state=HELD)))
+    lease = None if seen is None else lease_of(seen)
+    assert seen is not None and lease is not None and lease.blocks is not None
+    dead = replace(lease, holder=ENDED, epoch=9, state=HELD, blocks=replace(lease.blocks, begun=(15,)))
+    assert store.replace(block, seen, packed(dead))
     with Worker.of(coordination) as worker:
-        assert worker.acquire(block)
+        assert takes(worker, 15)
         assert [(each.block, each.deaths) for each in looked(folder).stages[0].troubled] == [("3-1-1", 2)]
         assert "3-1-1 was in hand when 2 processes ended" in screen(folder)
     run(folder, job_in(folder))

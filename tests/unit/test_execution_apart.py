@@ -21,13 +21,14 @@ from child_blocks import BLOCKS, GRID, Marks
 from connectomics.core.errors import StorageError
 from connectomics.core.geometry import Block
 from connectomics.core.process import is_dead, new_mark
-from connectomics.execution.block_claims import Apart, lease_name
+from connectomics.execution.block_claims import Apart
 from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.block_shards import Shards
 from connectomics.execution.coordination import DiskStore
 from connectomics.execution.executors.child_process import ChildProcess
 from connectomics.execution.executors.overlapping import OverlappingExecutor
 from connectomics.execution.executors.serial import SerialExecutor
-from connectomics.execution.lease import FREE, HELD, Lease, lease_of, packed
+from connectomics.execution.lease import FREE, HELD, Lease, Stretch, lease_of, packed
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.retry import errno_of
 from connectomics.execution.runner import BlocksDone, run_blocks
@@ -35,6 +36,7 @@ from connectomics.execution.task import BlockFailure, BlockRecord
 from connectomics.execution.worker import Worker
 
 BLOCK = GRID.block((3, 0, 0))
+SHARDS = Shards("predict.blocks-", BLOCKS)
 
 
 def dead_mark() -> str:
@@ -49,16 +51,20 @@ def left_by_dead(folder: Path, **deaths: int) -> None:
     store, mark = DiskStore(folder / "coordination"), dead_mark()
     assert is_dead(mark)
     for name, count in deaths.items():
-        key = f"{name.removeprefix('block_')}-0-0"
-        assert store.create(f"predict.{key}", packed(Lease(mark, epoch=count + 1, deaths=count)))
+        number = int(name.removeprefix("block_"))
+        blocks = Stretch(number + 1, begun=(number,), deaths={number: count})
+        assert store.create(SHARDS.lease(number), packed(Lease(mark, epoch=count + 1, blocks=blocks)))
 
 
-def deaths(folder: Path) -> dict[str, int]:
-    """Deaths at each block of which there is a lease."""
-    store = DiskStore(folder / "coordination")
-    found = {name: store.read(name) for name in store.list("predict.")}
-    leases = {name: None if seen is None else lease_of(seen) for name, seen in found.items()}
-    return {name: lease.deaths for name, lease in leases.items() if lease is not None and name.endswith("-0-0")}
+def deaths(folder: Path) -> dict[int, int]:
+    """Deaths at blocks."""
+    store, found = DiskStore(folder / "coordination"), dict[int, int]()
+    for start in SHARDS.names(store).shards:
+        seen = store.read(SHARDS.lease(start))
+        lease = None if seen is None else lease_of(seen)
+        assert lease is not None and lease.blocks is not None
+        found |= lease.blocks.deaths
+    return found
 
 
 def run(folder: Path, apart: Apart | None, task: Marks | None = None) -> BlocksDone:
@@ -94,12 +100,12 @@ def test_a_block_at_which_two_processes_ended_is_run_apart(tmp_path: Path) -> No
     left_by_dead(tmp_path, block_3=1, block_4=0, block_7=5)
     apart = Apartment()
     done = run(tmp_path, apart)
-    assert apart.blocks == ["3-0-0", "7-0-0"]
+    assert sorted(apart.blocks) == ["3-0-0", "7-0-0"]
     assert (done.done, done.failures) == (BLOCKS, ())
-    assert {k: n for k, n in deaths(tmp_path).items() if n} == {
-        "predict.3-0-0": 2,
-        "predict.4-0-0": 1,
-        "predict.7-0-0": 6,
+    assert deaths(tmp_path) == {
+        3: 2,
+        4: 1,
+        7: 6,
     }
 
 
@@ -122,9 +128,11 @@ def test_deaths_in_staging_folders_of_earlier_epochs_count(tmp_path: Path) -> No
     store, staging = DiskStore(make(tmp_path / "coordination")), make(tmp_path / "staging.5.own")
     for name in ("staging.1.dead", "staging.3.dead"):
         (tmp_path / name).touch()
-        lease = Lease(dead_mark(), state=FREE if name == "staging.1.dead" else HELD)
-        assert store.create(lease_name(tmp_path / name / "ledger_marks", "3-0-0"), packed(Lease(dead_mark())))
-        assert store.create(lease_name(tmp_path / name / "ledger_marks", "4-0-0"), packed(lease))
+        shards = Shards.of(tmp_path / name / "ledger_marks", BLOCKS)
+        state = FREE if name == "staging.1.dead" else HELD
+        for number, how in ((3, HELD), (4, state)):
+            lease = Lease(dead_mark(), state=how, blocks=Stretch(number + 1, begun=(number,) if how == HELD else ()))
+            assert store.create(shards.lease(number), packed(lease))
     apart, asked = Apartment(), list[str]()
 
     def noted(folder: Path, block: Block) -> BlockRecord | BlockFailure:
@@ -168,7 +176,7 @@ def test_an_orderly_stop_is_no_death(tmp_path: Path) -> None:
     for _ in range(3):
         with pytest.raises(Stopped):
             run(tmp_path, Apartment(), Stopping(tmp_path, killer="5-0-0"))
-    assert set(deaths(tmp_path).values()) == {0}
+    assert deaths(tmp_path) == {}
     apart = Apartment()
     assert run(tmp_path, apart).failures == () and apart.blocks == []
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from connectomics.core.geometry import Block, BlockGrid
-from connectomics.execution.block_claims import BlockClaims, lease_name
+from connectomics.execution.block_claims import BlockClaims
 from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.block_shards import Shards
 from connectomics.execution.coordination import DiskStore
 from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.lease import LeaseLostError
@@ -20,6 +21,7 @@ from connectomics.execution.task import BlockFailure, BlockRecord, Task
 from connectomics.execution.worker import Time, Worker
 
 LIMIT_S = 8.0
+SHARDS = Shards("nothing.blocks-", 4)
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,12 @@ def test_a_block_that_another_has_taken_over_is_not_set_aside(tmp_path: Path, le
     sleeper, other = worker_in(tmp_path, clock), worker_in(tmp_path, clock)
     claims = BlockClaims(task, ledger, sleeper)
     block = next(claims.results(SerialExecutor())).block
-    lease = lease_name(ledger.folder, block)
+    lease = SHARDS.lease(int(block[0]))
     take_over(other, lease)
     with pytest.raises(LeaseLostError):
         claims.fail(failure_of(task, block))
     assert not list(ledger.folder.glob("quarantine*"))
-    assert other.failure(lease) is None
+    assert other.failure(SHARDS.failed(int(block[0]))) is None
     other.confirm(lease)
 
 
@@ -110,7 +112,7 @@ def test_blocks_in_hand_are_given_back_when_a_stage_ends_early(tmp_path: Path, l
     with pytest.raises(Exception, match="No space left"):
         run_blocks(Nothing(refused="2-0-0"), ledger, Ahead(), one, on_block=lambda finished, planned: None)
     assert ledger.finished == 2
-    assert other.acquire(lease_name(ledger.folder, "2-0-0")) and other.acquire(lease_name(ledger.folder, "3-0-0"))
+    assert other.acquire(SHARDS.lease(2)) and other.acquire(SHARDS.lease(3))
     other.leave()
     done = run_blocks(Nothing(), ledger, SerialExecutor(), one, on_block=lambda finished, planned: None)
     assert (done.done, ledger.finished) == (2, 4)
@@ -118,7 +120,7 @@ def test_blocks_in_hand_are_given_back_when_a_stage_ends_early(tmp_path: Path, l
 
 def test_each_builder_has_leases_of_its_own(tmp_path: Path) -> None:
     """A builder that was replaced, and wakes up, can neither take nor set aside a block of its successor."""
-    names = {lease_name(tmp_path / folder / "ledger_a.n5.0", "0-0-1") for folder in ("staging.0.m", "staging.1.n")}
-    assert names == {"staging.0.m.a.n5.0.0-0-1", "staging.1.n.a.n5.0.0-0-1"}
-    assert lease_name(tmp_path / "ledger", "0-0-1") == "predict.0-0-1"
-    assert lease_name(tmp_path / "ledger_a.cut", "0-0-1") == "a.cut.0-0-1"
+    names = {Shards.of(tmp_path / f / "ledger_a.n5.0", 4).lease(3) for f in ("staging.0.m", "staging.1.n")}
+    assert names == {"staging.0.m.a.n5.0.blocks-3", "staging.1.n.a.n5.0.blocks-3"}
+    assert Shards.of(tmp_path / "ledger", 4).lease(3) == "predict.blocks-3"
+    assert Shards.of(tmp_path / "ledger_a.cut", 4).lease(3) == "a.cut.blocks-3"

@@ -14,7 +14,17 @@ import pytest
 from connectomics.core import process
 from connectomics.core.process import is_alive, is_dead, is_mark, new_mark
 from connectomics.execution.coordination import DiskStore
-from connectomics.execution.lease import LOOKS, Lease, LeaseLostError, Session, Watch, lease_of, packed, pauses
+from connectomics.execution.lease import (
+    LOOKS,
+    Lease,
+    LeaseLostError,
+    Session,
+    Stretch,
+    Watch,
+    lease_of,
+    packed,
+    pauses,
+)
 from connectomics.execution.worker import Time, Worker, is_deserted
 
 FOREIGN = "0123abcd-77-5-aaaaaaaa"  # a process of another machine
@@ -37,7 +47,7 @@ def leave(folder: Path, mark: str, name: str) -> None:
     """What a process leaves that was killed with a lease in hand."""
     store = DiskStore(folder)
     Session(store, LIMIT_S, mark)
-    store.create(name, packed(Lease(mark)))
+    store.create(name, packed(Lease(mark, blocks=Stretch(8, 4, (3,)))))
 
 
 class Clock:
@@ -114,9 +124,25 @@ def test_a_killed_process_of_this_machine_is_known_at_once(tmp_path: Path) -> No
     leave(tmp_path, ended_mark(), "a")
     with Worker.of(tmp_path) as worker:
         assert worker.acquire("a")
-        assert worker.held("a").deaths == 1
+        assert worker.held("a").blocks == Stretch(8, deaths={3: 1})
+        assert worker.begin("a", 5, [4]) and worker.held("a").blocks == Stretch(8, 6, (4, 5), {3: 1})
         worker.release("a")
-        assert worker.acquire("a") and worker.held("a").deaths == 1, "giving back is no death"
+        assert worker.acquire("a") and worker.held("a").blocks == Stretch(8, deaths={3: 1}), "giving back is no death"
+
+
+def test_the_upper_part_of_another_s_blocks_can_be_taken(tmp_path: Path) -> None:
+    """The holder goes on below it, and begins nothing above."""
+    with Worker.of(tmp_path) as one, Worker.of(tmp_path) as two:
+        assert one.acquire("a", Stretch(8)) and one.begin("a", 0, [])
+        assert two.cut("a", 0) is None, "it is begun"
+        before = two.cut("a", 4)
+        assert before is not None and before.stop == 8
+        assert two.cut("a", 4) is None, "it is gone"
+        assert one.begin("a", 1, [0]) and one.begin("a", 3, []) and not one.begin("a", 4, []) and one.holds("a")
+        one.confirm("a")
+        assert one.held("a").blocks == Stretch(4, 4, (3,))
+        assert one.done("a") and not two.acquire("a") and two.acquire("a", again=True)
+        assert two.held("a").blocks == Stretch(4), "what is in hand ends with it"
 
 
 def test_a_process_of_another_machine_is_taken_over_after_the_limit(tmp_path: Path) -> None:
@@ -217,7 +243,7 @@ def test_failures_count_for_all_and_a_new_attempt_forgets_them(tmp_path: Path) -
         assert [w.count("failing", 5) for w in (one, two, one)] == [1, 2, 3]
         assert two.count("failing", 6) == 1, "a block was finished in between"
     with Worker.of(tmp_path) as later:
-        assert later.failure("a") is None and later.acquire("a") and later.held("a").deaths == 0
+        assert later.failure("a") is None and later.acquire("a")
         assert later.count("failing", 6) == 1
 
 

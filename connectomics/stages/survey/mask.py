@@ -105,6 +105,6 @@ def _stored(reader: VolumeReader, inside: ReadBox, name: str, workspace: Workspa
 
 def _in_order(task: Task, ledger: Ledger) -> BlocksDone:
     """Blocks one after the other, without any retry."""
-    for block in ledger.unfinished():
-        ledger.append(task.process(block))
+    for number in ledger.unfinished():
+        ledger.append(task.process(task.grid.numbered(number)))
     return BlocksDone(ledger.planned, 0, ledger.finished, 0, failures=())
