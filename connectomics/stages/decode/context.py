@@ -31,8 +31,8 @@ from connectomics.core.files import (
     write_once,
 )
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.execution.block_plan import BlockPlan
-from connectomics.execution.ledger import Ledger, plan_of
+from connectomics.execution.block_plan import BlockPlan, plan_of
+from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.runner import RunStage, failure_message, void_lost
 from connectomics.execution.task import Task
