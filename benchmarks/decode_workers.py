@@ -8,7 +8,8 @@ The processes import everything and decode a few voxels, then wait for each othe
 ratio; how long it takes is printed. Rounds are interleaved, ratios are medians of rounds. "Steps" are what decoding
 does before it writes final outputs, from when the first process begins them; "whole" is the command from start to end.
 What a process does while it holds the lease of the single writer nobody else can do beside it: its processor time is
-held against that of all that is done.
+held against that of all that is done. "Path" is the processor time of what must follow each other (of each stage its
+busiest process, and all that is done alone), against one process's: what other work on the machine does not disturb.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ STEPS = {
 }
 VOXEL_SIZE = "[40,16,16]"
 READY, GO = "ready\n", "go\n"
+OTHERS = ("all", "steps", "alone, steps", "alone, output")
 
 
 class Clock:
@@ -127,6 +129,7 @@ def decoded(processes: int, checkout: Path, words: list[str]) -> tuple[dict[str,
             stderr=subprocess.DEVNULL,
             env=environment,
             text=True,
+            start_new_session=True,  # Linux shares processors among sessions: both in one would get what one gets
         )
         for _ in range(processes)
     ]
@@ -205,15 +208,25 @@ def measured(step: str, source: Path, place: Path, words: argparse.Namespace) ->
             shutil.rmtree(out)
     result: dict[str, Any] = {"step": step, "format": words.format, "equal": len(digests) == 1}
     for name in times:
-        result[name] = summary = summarised(times[name], times["1"], told[name])
+        result[name] = summary = summarised(times[name], times["1"], told[name], told["1"])
         print(f"{step}, {words.format}, {name} process(es): {json.dumps(summary)}", flush=True)
     started = statistics.median(each["started"] for said in told["1"] for each in said)
     print(f"{step}: to start takes {started:.1f} s, not counted; bytes equal: {len(digests) == 1}", flush=True)
     return result
 
 
+def path(said: list[dict[str, Any]]) -> float:
+    """Processor seconds of the steps that follow each other: of each stage its busiest process, and all done alone."""
+    stages = {name for each in said for name in each["cpu"] if name not in OTHERS and "final." not in name}
+    busiest = sum(max(each["cpu"].get(stage, 0.0) for each in said) for stage in stages)
+    return float(busiest + sum(each["cpu"].get("alone, steps", 0.0) for each in said))
+
+
 def summarised(
-    seconds: list[dict[str, float]], one: list[dict[str, float]], told: list[list[dict[str, Any]]]
+    seconds: list[dict[str, float]],
+    one: list[dict[str, float]],
+    told: list[list[dict[str, Any]]],
+    told_one: list[list[dict[str, Any]]],
 ) -> dict[str, Any]:
     """Medians over the rounds of one side: seconds, speed against one process, shares of processor time."""
     parts = [shares(said) for said in told]
@@ -224,6 +237,9 @@ def summarised(
             statistics.median(a[kind] / b[kind] for a, b in zip(one, seconds, strict=True)), 2
         )
     result["cpu_s"] = round(statistics.median(sum(each["cpu"]["all"] for each in said) for said in told), 2)
+    result["steps_path_speed"] = round(
+        statistics.median(path(a) / path(b) for a, b in zip(told_one, told, strict=True)), 2
+    )
     alone = statistics.median(part["alone, steps"] / part["steps"] for part in parts)
     result["alone_of_steps"] = round(alone, 4)
     result["share_of_cpu"] = {

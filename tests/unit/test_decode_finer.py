@@ -10,8 +10,7 @@ import pytest
 from connectomics.cli import main
 from connectomics.core.errors import OutputError
 from connectomics.core.geometry import BlockGrid
-from connectomics.execution.block_plan import BlockPlan
-from connectomics.execution.ledger import plan_of
+from connectomics.execution.block_plan import BlockPlan, plan_of
 from connectomics.stages.decode import context as contexts
 from connectomics.stages.decode.context import finer_plan
 
