@@ -151,6 +151,16 @@ def decoded(processes: int, checkout: Path, words: list[str]) -> tuple[dict[str,
     return seconds, told
 
 
+def spinning(processes: int) -> int:
+    """What so many processes count to in a second, together: what the machine has left for them."""
+    code = "import time; n, end = 0, time.monotonic() + 1\nwhile time.monotonic() < end: n += 1\nprint(n)"
+    command = [sys.executable, "-c", code]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) for _ in range(processes)
+    ]
+    return sum(int(each.communicate()[0]) for each in running)
+
+
 def labels_of(shape: tuple[int, int, int], every: int, path: Path) -> None:
     """Each so many-th voxel of the shared segmentation of neurons (z, y, x), tiled to a shape, as .npy."""
     import crackle
@@ -189,7 +199,10 @@ def measured(step: str, source: Path, place: Path, words: argparse.Namespace) ->
     times: dict[str, list[dict[str, float]]] = defaultdict(list)
     told: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
     digests: set[str] = set()
+    spun: dict[int, list[int]] = defaultdict(list)
     for number in range(words.rounds):
+        for count in words.processes:
+            spun[count].append(spinning(count))
         for name, count, checkout in sides if number % 2 == 0 else sides[::-1]:
             out = place / "out"
             shutil.rmtree(out, ignore_errors=True)
@@ -210,6 +223,9 @@ def measured(step: str, source: Path, place: Path, words: argparse.Namespace) ->
     for name in times:
         result[name] = summary = summarised(times[name], times["1"], told[name], told["1"])
         print(f"{step}, {words.format}, {name} process(es): {json.dumps(summary)}", flush=True)
+    for count in words.processes:
+        ratio = statistics.median(a / b for a, b in zip(spun[count], spun[words.processes[0]], strict=True))
+        print(f"{step}: {count} process(es) that only count get x{ratio:.2f} of the first side here", flush=True)
     started = statistics.median(each["started"] for said in told["1"] for each in said)
     print(f"{step}: to start takes {started:.1f} s, not counted; bytes equal: {len(digests) == 1}", flush=True)
     return result
