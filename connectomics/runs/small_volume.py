@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from connectomics.core.errors import AgreementError, ConnectomicsError, VolumeError
+from connectomics.core.errors import AgreementError, ConnectomicsError, StorageError, VolumeError
 from connectomics.core.files import discard, fsync_path
 from connectomics.core.geometry import Block, BlockGrid, Box
 from connectomics.execution.block_claims import Apart
@@ -110,10 +110,13 @@ def is_small(job: VolumeJob) -> bool:
 def is_in_hand(run_folder: Path) -> bool:
     """Whether another process makes a volume in memory now, as far as is known without waiting."""
     begun = (LEDGER, SURVEY)
-    return any(
-        not any((records.parent / name).exists() for name in begun) and not is_deserted(records)
-        for records in run_folder.glob(f"*/{COORDINATION}")
-    )
+    try:
+        return any(
+            not any((records.parent / name).exists() for name in begun) and not is_deserted(records)
+            for records in run_folder.glob(f"*/{COORDINATION}")
+        )
+    except (OSError, StorageError):
+        return False  # whoever begins the volume meets it, too, and tells
 
 
 def _is_untouched(run_folder: Path, *own: str) -> bool:
