@@ -37,7 +37,8 @@ from connectomics.execution.task import Task
 from connectomics.execution.worker import Worker
 from connectomics.objects.arrays import save
 from connectomics.objects.components import Connectivity
-from connectomics.objects.merge import Cuts, merge
+from connectomics.objects.numbering.cuts import BlockFiles
+from connectomics.objects.numbering.tables import merge
 from connectomics.objects.pieces import Pieces, nothing
 from connectomics.objects.selection import Selection
 from connectomics.stages.decode.context import StepContext
@@ -278,7 +279,8 @@ def merge_pairs(place: Path, blocks: int) -> None:
     """The merge alone."""
     tables = place / "tables"
     tables.mkdir()
-    merge(Cuts(blocks, 1, lambda i: place / f"p{i}.members", lambda i: place / f"j{i}.members"), tables)
+    files = ([place / f"{kind}{i}.members" for i in range(blocks)] for kind in "pj")
+    merge(BlockFiles(*files).cuts(), tables)
 
 
 def main() -> None:

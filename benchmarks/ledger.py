@@ -59,11 +59,16 @@ def measure(folder: Path, blocks: int) -> dict[str, float]:
     assert sum(1 for _ in ledger.records()) == blocks
     records_s = time.perf_counter() - began
     began = time.perf_counter()
+    joined = Ledger(folder, "key", {"threads": 1}, PLAN, volume)
+    join_s = time.perf_counter() - began
+    assert joined.finished == blocks
+    began = time.perf_counter()
     ledger.refresh()
     assert next(ledger.unfinished(), None) is None
     return {
         "blocks": blocks,
         "open_s": round(open_s, 2),
+        "join_s": round(join_s, 3),
         "stream_records_s": round(records_s, 2),
         "refresh_s": round(time.perf_counter() - began, 4),
         "json_alone_s": round(json_s, 2),

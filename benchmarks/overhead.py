@@ -62,7 +62,7 @@ def child(words: Sequence[str], figures: Path) -> int:
             spent["windows"] += batch.shape[0]
             return logits
 
-    predictor, run_volume = rules.RollingPredictor, inference.run_volume
+    predictor, run_volume = rules.RollingPredictor, inference.run_any_volume
 
     def clocked(folds: Any, *rest: Any) -> Any:
         return predictor(tuple(Clocked(backend) for backend in folds), *rest)
@@ -78,7 +78,7 @@ def child(words: Sequence[str], figures: Path) -> int:
             for name in ("network", "network_cpu"):
                 spent[f"volume_{name}"] = spent[name] - before[name]
 
-    rules.RollingPredictor, inference.run_volume = clocked, volume  # type: ignore[misc, assignment]
+    rules.RollingPredictor, inference.run_any_volume = clocked, volume  # type: ignore[misc, assignment]
     code = command(words)
     spent |= {"whole": time.time() - started, "whole_cpu": time.process_time(), "first": first[0]}
     figures.write_text(json.dumps(spent))

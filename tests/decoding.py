@@ -12,7 +12,9 @@ import pyarrow.parquet
 
 from connectomics.core.geometry import BlockGrid, Vec3
 from connectomics.objects.components import Connectivity
-from connectomics.objects.merge import AT_ONCE, FIRST_ID, Cuts, merge
+from connectomics.objects.merge import AT_ONCE, FIRST_ID
+from connectomics.objects.numbering.cuts import BlockFiles
+from connectomics.objects.numbering.tables import merge
 from connectomics.objects.table import COLUMNS, write_table
 from connectomics.stages.decode.tasks import BlockJoins, BlockPieces, BlockTask, block_file, painted_block
 from connectomics.testing.decoding_step import VOXEL_SIZE_NM, Decoded, decode_array, in_order
@@ -58,13 +60,10 @@ def components_by_blocks(
     ):
         for each in blocks:
             task.process(each)
-    cuts = Cuts(
-        len(grid),
-        grid.counts[1] * grid.counts[2],
-        lambda number: block_file(pieces, blocks[number]),
-        lambda number: block_file(joins, blocks[number]),
-    )
-    merge(cuts, tables, first_id=first_id, at_once=at_once)
+    cuts = BlockFiles(
+        [block_file(pieces, each) for each in blocks], [block_file(joins, each) for each in blocks]
+    ).cuts()
+    merge(cuts, tables, first_id=first_id, at_once=at_once, range_pieces=(at_once, at_once))
     result = np.zeros(values.shape, np.uint64)
     for each in blocks:
         result[each.core.slices] = painted_block(grid, each, pieces, tables, np.dtype(np.uint64))

@@ -16,6 +16,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -292,6 +293,7 @@ def _child(request: dict[str, Any]) -> None:
 
     os.environ.clear()
     os.environ.update(request["environment"])
+    tempfile.tempdir = None  # that of the environment, as in any other process
     sys.addaudithook(hook)
     for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         if Path(folder, "sitecustomize.py").is_file():

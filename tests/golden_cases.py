@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -270,7 +271,7 @@ def keys_of(output: Path, case: GoldenCase) -> dict[str, dict[str, Any]]:
         if "objects" in result_keys or "probabilities" in result_keys:
             facts |= case.unstated
         grids = [json.loads(header.read_text())["plan"]["block_shape"] for header in run.glob("*/ledger*/header.json")]
-        assert grids, f"{run} has no ledger"
+        grids = grids or [_logged_grid(run / "run.log")]
         assert all(grid == grids[0] for grid in grids)
         if run.parent == output:
             _require_stamped(run, result_keys, run_key)
@@ -283,6 +284,13 @@ def keys_of(output: Path, case: GoldenCase) -> dict[str, dict[str, Any]]:
             "unknown": sorted(n for n in provenance if n not in IN_KEYS + DESCRIBING and not n[0].isdecimal()),
         }
     return described
+
+
+def _logged_grid(log: Path) -> list[int]:
+    """The block's shape of a volume that was made in memory, which leaves no ledger."""
+    found = re.findall(r"plan: 1 blocks of \((\d+), (\d+), (\d+)\) voxels", log.read_text())
+    assert found, f"{log.parent} has neither a ledger nor the plan of one block"
+    return [int(n) for n in found[-1]]
 
 
 def _require_stamped(run: Path, result_keys: Mapping[str, str], run_key: str) -> None:

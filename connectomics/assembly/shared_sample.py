@@ -13,8 +13,8 @@ from connectomics.assembly.volumes import job_of, opened_source
 from connectomics.core.errors import ConnectomicsError
 from connectomics.core.geometry import Box
 from connectomics.execution.retry import RetryingReader
+from connectomics.runs.agreement import measure_agreement
 from connectomics.runs.job import VolumeJob
-from connectomics.runs.volume import measure_agreement
 from connectomics.stages.predict.precision_check import SAMPLED_VOXELS, Agreement, spread
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.volume import VolumeInfo

@@ -46,8 +46,11 @@ from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import (
     CHECKSUMS,
     COORDINATION,
+    LEDGER,
     LOG,
+    PREPARATION,
     PROVENANCE,
+    REPORT,
     SINGLE_WRITER,
     SURVEY,
     begun_folders,
@@ -106,7 +109,7 @@ def status_of(run: Path) -> RunStatus:
     """Look at a RUN folder, also of a run that failed before its first block; a ConfigError if it is none."""
     stages, workers = list[StageStatus](), list[WorkerStatus]()
     works = begun_folders(run) if (run / LOG).is_file() else work_folders(run)
-    for work in works:
+    for work in sorted({*works, *(path.parent for path in run.glob(f"*/{COORDINATION}"))}):
         records = _Records(work / COORDINATION)
         ledgers = [ledger for folder in ledger_folders(work) if (ledger := _existing(folder)) is not None]
         found = list(_workers(records, ledgers))
@@ -117,15 +120,28 @@ def status_of(run: Path) -> RunStatus:
     finished = tuple(name for name in recorded if (run.parent / name).exists())
     outputs = _outputs(run)
     complete = outputs is not None and outputs <= set(finished) and not any(stage.quarantined for stage in stages)
+    at_once = list(_made_at_once(run)) if complete and not works else []
     return RunStatus(
         run,
-        any((work / SURVEY).exists() for work in works),
-        tuple(stages),
+        bool(at_once) or any((work / SURVEY).exists() for work in works),
+        tuple(stages or at_once),
         tuple(worker for worker in workers if worker.present),
         gone=tuple(worker for worker in workers if not worker.present),
         finished=finished,
         last_error=_last_error(run / LOG, complete=complete),
     )
+
+
+def _made_at_once(run: Path) -> Iterator[StageStatus]:
+    """The one block of a volume that was made in memory, as its report tells of it: such a volume has no ledger."""
+    try:
+        told = json.loads((run / REPORT).read_bytes())
+        ago = max(0.0, time.time() - max(worker["until"] for worker in told["workers"]))
+        done = int(told["skipped"]) + int(told["done"])
+        stage, planned = stage_of(Path(LEDGER)), int(told["planned"])
+        yield StageStatus("", stage, planned, done, quarantined=(), blocks_per_s=0.0, last_block_s_ago=ago)
+    except (OSError, ValueError, KeyError, TypeError):
+        return
 
 
 def _existing(folder: Path) -> Ledger | None:
@@ -171,10 +187,11 @@ def _workers(records: _Records, ledgers: list[Ledger]) -> Iterator[tuple[str, Wo
 def _in_hand(records: _Records, ledgers: list[Ledger]) -> dict[str, list[InHand]]:
     """What each session holds, by its mark."""
     held = defaultdict[str, list[InHand]](list)
-    single = records.lease(SINGLE_WRITER)
-    if single is not None and single.state == HELD:
-        since = int(records.changed(SINGLE_WRITER, single.counter))
-        held[single.holder].append(InHand(SINGLE_WRITER.replace("_", " "), "", since))
+    for name in (PREPARATION, SINGLE_WRITER):
+        single = records.lease(name)
+        if single is not None and single.state == HELD:
+            since = int(records.changed(name, single.counter))
+            held[single.holder].append(InHand(name.replace("_", " "), "", since))
     for ledger in ledgers:
         for name, lease in _leases(records, Shards.of(ledger.folder, len(ledger.grid))):
             if lease.state == HELD and lease.blocks is not None:

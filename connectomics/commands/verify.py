@@ -25,7 +25,7 @@ from connectomics.core.errors import ConfigError, VolumeError
 from connectomics.core.files import write_text
 from connectomics.core.geometry import Box, vec3
 from connectomics.lightning.inference import InferenceManager
-from connectomics.stages.survey.survey import nonzero_box
+from connectomics.stages.survey.tallies import nonzero_box
 from connectomics.volumes.listing import VolumeSource
 from connectomics.volumes.volume import Array, VolumeReader
 

@@ -24,6 +24,7 @@ from connectomics.execution.run_folder import (
     PROVENANCE,
     SINGLE_WRITER,
     SURVEY,
+    begun_folders,
     ledger_folders,
     stage_of,
     work_folders,
@@ -76,9 +77,10 @@ def verify_run(run: Path, sample: int | None = None) -> list[DamageReport]:
     ConfigError
         If it is not a RUN folder.
     """
-    works = work_folders(run)
+    records = sorted((run / CHECKSUMS).glob("*" + SUFFIX))
+    works = begun_folders(run) if records else work_folders(run)  # what was made in memory has no ledger
     found = [finding for work in works for finding in _verify_blocks(work, sample)]
-    for record in sorted((run / CHECKSUMS).glob("*" + SUFFIX)):
+    for record in records:
         found.append(_verify_output(run, works, record, sample))
     return found
 

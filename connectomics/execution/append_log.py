@@ -1,18 +1,58 @@
-"""Append-only files of lines that survive a kill: each line is on the disk when ``append`` returns."""
+"""Append-only files of lines that survive a kill, and generations: what was read of all of them, kept as one file.
+
+Each line is on the disk when ``append`` returns. A generation spares whoever comes later the reading; the lines stay.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from connectomics.core.errors import StorageError
-from connectomics.core.files import fsync_path
+from connectomics.core.files import fsync_path, write_once
 from connectomics.core.process import new_mark
 
 READ_BYTES = 1 << 20
+GENERATION = "generation-"
+NEVER = -1e9
+OPENED_S = 5.0  # after which a file is opened though it seems not to have grown
+
+
+@dataclass(slots=True)
+class FileRead:
+    """How far a file was read, and when it was opened last; ``lines`` are records, the first line tells of them all."""
+
+    bytes: int = 0
+    lines: int = 0
+    damaged: bool = False
+    numeric_class: Mapping[str, object] | None = None
+    signature: Mapping[str, Any] = field(default_factory=dict)
+    last: int = 0
+    opened: float = NEVER
+
+    def is_all_of(self, entry: os.DirEntry[str]) -> bool:
+        """Whether a file is as long as when it was read; not if that is long ago, as networks hide what grew."""
+        if time.monotonic() - self.opened > OPENED_S:
+            return False
+        try:
+            return entry.stat().st_size <= self.bytes
+        except FileNotFoundError:
+            return True
+
+    def stands_in(self, path: Path) -> bool:
+        """Whether all that was read is there."""
+        try:
+            return path.stat().st_size >= self.bytes
+        except FileNotFoundError:
+            return False
 
 
 class LineFile:
@@ -62,3 +102,25 @@ def whole_lines(path: Path, start: int) -> Iterator[tuple[bytes, int]]:
                 return
             start += len(line)
             yield line, start
+
+
+def keep_generation(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Keep what was read of the files in a folder as the next generation; another may be first, which is as good."""
+    number = max(_generations(folder), default=-1) + 1
+    content = json.dumps(facts)
+    write_once(folder / f"{GENERATION}{number}", f"{hashlib.sha256(content.encode()).hexdigest()}\n{content}")
+
+
+def last_generation(folder: Path) -> dict[str, Any] | None:
+    """What was kept last and can be read, or None where nothing was."""
+    for number in sorted(_generations(folder), reverse=True):
+        checksum, _, content = (folder / f"{GENERATION}{number}").read_bytes().partition(b"\n")
+        if hashlib.sha256(content).hexdigest().encode() == checksum:
+            facts: dict[str, Any] = json.loads(content)
+            return facts
+    return None
+
+
+def _generations(folder: Path) -> list[int]:
+    numbers = (path.name.removeprefix(GENERATION) for path in folder.glob(f"{GENERATION}*"))
+    return [int(number) for number in numbers if number.isdecimal()]

@@ -149,6 +149,16 @@ def _stretch(fields: Any) -> Stretch:
     return Stretch(**fields | {"begun": tuple(fields["begun"])}, deaths=deaths)
 
 
+def following(lease: Lease, before: Lease | None, seen: Version) -> Lease:
+    """The lease of the next holder, who inherits the blocks of those before, and their deaths."""
+    if before is None:
+        return replace(lease, epoch=seen.number + 1)
+    blocks = before.blocks
+    if blocks is not None:
+        blocks = blocks.after_death() if before.state == HELD else replace(blocks, begun=(), next=0)
+    return replace(lease, epoch=before.epoch + 1, blocks=blocks)
+
+
 @dataclass(slots=True)
 class _Look:
     """What an observer saw of a record: since when it has stood as it is."""

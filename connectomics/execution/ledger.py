@@ -6,11 +6,12 @@ by a further line that names the record it voids, so the order between files nev
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
-import math
 import os
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,16 +20,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from connectomics.core.errors import LedgerError
+from connectomics.core.errors import LedgerError, StorageError
 from connectomics.core.files import make_folder, write_once, write_text
 from connectomics.core.geometry import Block, Vec3, vec3
-from connectomics.execution.append_log import LineFile, whole_lines
+from connectomics.execution.append_log import NEVER, FileRead, LineFile, keep_generation, last_generation, whole_lines
 from connectomics.execution.block_plan import HEADER, VERSION, BlockPlan, grid_of, plan_in, read_header
 from connectomics.execution.task import BlockRecord
 
 log = logging.getLogger(__name__)
 SUFFIX = ".jsonl"
-OPENED_S = 5.0  # after which a file is opened though it seems not to have grown
+GENERATION_LINES = 50_000  # after which what was read is kept for whoever comes later
 MOST = 255  # records of one block that are counted
 
 
@@ -38,19 +39,6 @@ class RecordName:
 
     file: str
     number: int
-
-
-class _Read:
-    """How far a worker's file was read."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.lines = 0
-        self.damaged = False
-        self.numeric_class: Mapping[str, object] | None = None
-        self.signature: Mapping[str, Any] = {}
-        self.last = 0
-        self.opened = -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +92,7 @@ class Ledger:
         self._signature: Mapping[str, Any] = {}
         self._lenient = allow_other_class
         self._own: LineFile | None = None
-        self._read: dict[str, _Read] = {}
+        self._read: dict[str, FileRead] = {}
         self._voided: set[RecordName] = set()
         self._undone: set[int] = set()  # blocks of which a record was voided
         self._chosen: npt.NDArray[np.bool_] | None = None
@@ -130,6 +118,9 @@ class Ledger:
         self._extent = self.grid.counts
         self._counts = bytearray(len(self.grid))
         self._finished = 0
+        self._since = 0  # lines that no generation has
+        self._begins = begin
+        self._take_generation()
         self.refresh()
         self._join(found)
 
@@ -240,14 +231,45 @@ class Ledger:
 
     def refresh(self) -> None:
         """Take over what other workers appended since the last time."""
-        with os.scandir(self._folder) as entries:
-            found = sorted((entry for entry in entries if entry.name.endswith(SUFFIX)), key=lambda entry: entry.name)
+        try:
+            with os.scandir(self._folder) as entries:
+                found = sorted((e for e in entries if e.name.endswith(SUFFIX)), key=lambda entry: entry.name)
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"{self._folder}: was removed or unmounted amid the run; mend the disk and run again, blocks whose "
+                "records are there are kept"
+            ) from error
         for entry in found:
-            state = self._read.setdefault(entry.name, _Read())
-            if not (state.damaged or _as_it_was(entry, state)):
+            state = self._read.setdefault(entry.name, FileRead())
+            if not (state.damaged or state.is_all_of(entry)):
                 self._go_on(self._folder / entry.name, state)
+        if self._begins and self._since >= GENERATION_LINES and not any(r.damaged for r in self._read.values()):
+            self._since = 0
+            keep_generation(self._folder, self._as_read())
 
-    def _go_on(self, path: Path, state: _Read) -> None:
+    def _as_read(self) -> dict[str, Any]:
+        """What a generation says: how far each file was read, and what was found in them."""
+        return {
+            "counts": base64.b64encode(zlib.compress(bytes(self._counts))).decode(),
+            "voided": [[name.file, name.number] for name in self._voided],
+            "undone": sorted(self._undone),
+            "files": {file: asdict(state) for file, state in self._read.items()},
+        }
+
+    def _take_generation(self) -> None:
+        """Begin with what another process kept of its reading, where all files that it read are there."""
+        kept = last_generation(self._folder)
+        if kept is None:
+            return
+        files = {file: FileRead(**state | {"opened": NEVER}) for file, state in kept["files"].items()}
+        counts = zlib.decompress(base64.b64decode(kept["counts"]))
+        if len(counts) != len(self._counts) or not all(r.stands_in(self._folder / f) for f, r in files.items()):
+            return
+        self._read, self._counts, self._finished = files, bytearray(counts), len(counts) - counts.count(0)
+        self._voided = {RecordName(file, number) for file, number in kept["voided"]}
+        self._undone = set(kept["undone"])
+
+    def _go_on(self, path: Path, state: FileRead) -> None:
         """Read what is new in a file."""
         state.opened = time.monotonic()
         for line, end in whole_lines(path, state.bytes):
@@ -256,6 +278,7 @@ class Ledger:
                 log.warning("%s: damaged behind byte %d; nothing from there on is trusted", path, state.bytes)
                 break
             state.bytes = end
+            self._since += 1
 
     def records(self) -> Iterator[BlockRecord]:
         """Records that stand, read from the disk one by one; a block may have several."""
@@ -279,7 +302,7 @@ class Ledger:
                     continue
                 name, fields = RecordName(file, number), json.loads(line)
                 if "void" not in fields and name not in self._voided:
-                    yield name, _record(fields)
+                    yield name, record_of(fields)
 
     def close(self) -> None:
         """Close the file; safe to call twice."""
@@ -299,7 +322,7 @@ class Ledger:
         except BaseException:
             self.close()  # its last line may be torn: what follows goes into another file
             raise
-        state = self._read.setdefault(own.path.name, _Read())
+        state = self._read.setdefault(own.path.name, FileRead())
         if self._take(own.path.name, state, json.dumps(fields).encode()):
             state.bytes = own.bytes
 
@@ -308,7 +331,7 @@ class Ledger:
         if found.get("numeric_class") != self._class and not self._lenient:
             raise self._other_class(found)
 
-    def _take(self, file: str, state: _Read, line: bytes) -> bool:
+    def _take(self, file: str, state: FileRead, line: bytes) -> bool:
         """Take over a line; False where it is damaged."""
         try:
             fields = json.loads(line)
@@ -351,29 +374,19 @@ class Ledger:
         self._finished += (self._counts[number] > 0) - (before > 0)
 
 
-def _as_it_was(entry: os.DirEntry[str], state: _Read) -> bool:
-    """Whether a file is as long as when it was read; opened now and then, since networks hide what grew until then."""
-    if time.monotonic() - state.opened > OPENED_S:
-        return False
-    try:
-        return entry.stat().st_size <= state.bytes
-    except FileNotFoundError:
-        return True
-
-
 def _index(key: str) -> Vec3:
     return vec3([int(part) for part in key.split("-")])
 
 
 def _require_whole(fields: Mapping[str, Any]) -> None:
-    """Raise what ``_record`` would, without making one."""
+    """Raise what ``record_of`` would, without making one."""
     if not isinstance(fields["checksums"], dict):
         raise TypeError("checksums")
     int(fields["windows"])
     float(fields["seconds"])
 
 
-def _record(fields: Mapping[str, Any]) -> BlockRecord:
+def record_of(fields: Mapping[str, Any]) -> BlockRecord:
     """The record in a line; errors are those of damaged JSON."""
     return BlockRecord(
         str(fields["block"]), dict(fields["checksums"]), int(fields["windows"]), float(fields["seconds"])

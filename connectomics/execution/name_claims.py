@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from connectomics.core.errors import OutputError
-from connectomics.core.files import make_folder
+from connectomics.core.errors import OutputError, StorageError
 from connectomics.core.process import is_alive, is_dead, new_mark
 from connectomics.execution.coordination import DiskStore, Version
 from connectomics.execution.lease import Witness, unpacked
@@ -89,7 +88,6 @@ class NameClaims:
         self._seen: dict[str, Version] = {}
 
     def __enter__(self) -> NameClaims:
-        make_folder(self._folder / CLAIMS)
         _require_no_old_worker(self._work.parent)
         for stem, key in self._names:
             self._claim(stem, key)
@@ -146,7 +144,7 @@ class NameClaims:
             seen = self._store.read(name)
             other = None if seen is None else _claim_of(seen)
             if seen is None:
-                made = self._store.create(name, _packed(own))
+                made = self._made_first(name, own)
             elif self._is_ours(other, key):
                 made = self._store.replace(name, seen, _packed(self._renewed(seen)))
                 if made is None and not first:
@@ -161,6 +159,19 @@ class NameClaims:
                 return
             first = False
             self._worker.sleep(pause)
+
+    def _made_first(self, name: str, own: Claim) -> Version | None:
+        """Make a claim where there is none; a run that ends may remove their folder meanwhile, while it is empty.
+
+        The folder need not outlast a loss of power, since no process that has a claim does.
+        """
+        while True:
+            (self._folder / CLAIMS).mkdir(exist_ok=True)
+            try:
+                return self._store.create(name, _packed(own))
+            except StorageError as error:
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
 
     def _take_over(self, name: str, own: Claim, other: Claim | None, seen: Version) -> Version | None:
         """Take a name from a run that is over."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from connectomics.core.errors import StorageError
 from connectomics.core.files import discard, fsync_path, make_folder, other_disk
-from connectomics.execution.lease import LeaseLostError
+from connectomics.execution.lease import Lease, LeaseLostError
 from connectomics.execution.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -37,26 +37,42 @@ class Staging:
         Who holds the lease.
     confirm
         What else must still hold when something is published; raises LeaseLostError where it does not.
+    lasting
+        Whether what is built here outlasts a loss of power, so that it can be gone on with.
     """
 
-    def __init__(self, work: Path, worker: Worker, lease: str, confirm: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        work: Path,
+        worker: Worker,
+        lease: str,
+        confirm: Callable[[], None] = lambda: None,
+        *,
+        lasting: bool = True,
+    ) -> None:
         self._work = work
+        self._lasting = lasting
         self._worker = worker
         self._lease = lease
         self._confirm = confirm
         self._aside = 0
         held = worker.held(lease)
         self._epoch = held.epoch
-        self.folder = work / f"{STAGING}{held.epoch}.{held.holder}"
+        self.folder = staging_folder(work, held)
 
     def __enter__(self) -> Staging:
-        make_folder(self.folder)
+        if self._lasting:
+            make_folder(self.folder)
+        else:
+            self.folder.mkdir(exist_ok=True)
         self._inode = os.open(self.folder, os.O_RDONLY)
         self.confirm()
-        for other in self._work.glob(f"{STAGING}*"):
-            if other != self.folder and _epoch_of(other) <= self._epoch:  # later ones are of who has taken over here
+        others = [path for path in self._work.glob(f"{STAGING}*") if path != self.folder]
+        for other in others:
+            if _epoch_of(other) <= self._epoch:  # later ones are of who has taken over here
                 revoke(other, self._adopt)
-        self.confirm()
+        if others:
+            self.confirm()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
@@ -103,6 +119,17 @@ class Staging:
             self.confirm()
         fsync_path(final.parent)
 
+    def move(self, name: str, target: Path) -> None:
+        """Rename what is here to a free name, as ``publish`` does, without asking and flushing; see ``keep``."""
+        try:
+            rename(name, target, self._inode, None)
+        except FileNotFoundError as error:
+            raise LeaseLostError(self._lease) from error
+
+    def keep(self) -> None:
+        """Flush what was moved out of here: a rename is one step, whichever of its two folders is flushed."""
+        fsync_path(self.folder)
+
     def take_away(self, path: Path) -> None:
         """Move a file or folder here, if it is there, to be removed with this folder."""
         with contextlib.suppress(FileNotFoundError):
@@ -127,6 +154,11 @@ class Staging:
             self._aside += 1
             if not os.path.lexists(self.folder / f"{ASIDE}{self._aside}"):
                 return f"{ASIDE}{self._aside}"
+
+
+def staging_folder(work: Path, lease: Lease) -> Path:
+    """Where the holder of a lease builds what it publishes."""
+    return work / f"{STAGING}{lease.epoch}.{lease.holder}"
 
 
 def _epoch_of(folder: Path) -> int:

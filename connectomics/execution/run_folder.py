@@ -14,13 +14,13 @@ COORDINATION = "coordination"  # what the processes of a run agree on
 OLD_WORKERS = "workers"  # where programs before kept their heartbeats
 SURVEY = "survey.json"
 AGREEMENT = "agreement.json"  # of fast with exact
-FILTERED = "filtered.zarr"
 REPORTS = "reports"  # of each process that took part, made when it ends and kept until the run is finished
 REPORT = "report.json"  # their sum
 CHECKSUMS = "checksums"  # of final outputs
 LOG = "run.log"
 PROVENANCE = "provenance.json"  # of the outputs that were made last
-SINGLE_WRITER = "single_writer"  # the lease on what one process alone does: survey, stores, filters, exports
+PREPARATION = "preparation"  # the lease on what one process makes for all: the survey's end, stores, tables
+SINGLE_WRITER = "single_writer"  # the lease on what one process alone does behind the blocks: exports, publishing
 
 
 def work_folders(run: Path) -> list[Path]:

@@ -6,17 +6,21 @@ Every block-wise stage is a ``Task`` with a ledger of its own that goes through 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import logging
+import random
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.core.errors import ConnectomicsError, DeviceMemoryError, StorageError, VolumeError
+from connectomics.core.errors import ConnectomicsError, DeviceMemoryError, MissingShardError, StorageError, VolumeError
 from connectomics.core.fingerprint import sha256_of_file
 from connectomics.core.geometry import Block
+from connectomics.execution.append_log import whole_lines
 from connectomics.execution.block_claims import QUARANTINE, Apart, BlockClaims
-from connectomics.execution.ledger import Ledger
+from connectomics.execution.ledger import Ledger, record_of
 from connectomics.execution.retry import PAUSES_S, SYSTEMIC, errno_of, retried
 from connectomics.execution.task import BlockFailure, BlockRecord, Executor, Task
 from connectomics.execution.worker import Worker
@@ -27,6 +31,8 @@ log = logging.getLogger(__name__)
 OnBlock = Callable[[int, int], None]
 ATTEMPTS = 2  # of a block within one run, beside what is retried within it
 SHOWN_FAILURES = 5
+FEW_RECORDS = 64  # are all looked at
+SAMPLED_BYTES = 1 << 13
 CHECKED_BLOCKS = 16  # recorded blocks whose checksums are compared on resume; of all others the files must exist
 
 
@@ -70,8 +76,11 @@ def attempt(task: Task, block: Block, first: Callable[[], BlockRecord] | None = 
 
 
 def raise_systemic(error: Exception) -> None:
-    """Raise an error that every other block would meet too: as it is for an input, else as a ``StorageError``."""
-    if isinstance(error, StorageError | DeviceMemoryError):
+    """Raise an error that every other block would meet too: as it is for an input, else as a ``StorageError``.
+
+    So is a shard that is missing where it was recorded: its block is to be done again first.
+    """
+    if isinstance(error, StorageError | DeviceMemoryError | MissingShardError):
         raise error
     if errno_of(error) in SYSTEMIC:
         if isinstance(error, VolumeError):
@@ -174,6 +183,27 @@ def void_lost(ledger: Ledger, work: Path, stores: Collection[str]) -> int:
     if lost:
         log.warning("%d recorded blocks are missing or damaged on disk and are computed again", lost)
     return lost
+
+
+def void_lost_if_any(ledger: Ledger, work: Path, stores: Collection[str]) -> int:
+    """As ``void_lost``, where a sample gives reason to, or there are few records: who joins looks at no more.
+
+    What is missing all the same is found by whoever reads it.
+    """
+    few = ledger.finished <= FEW_RECORDS
+    if few or not all(is_kept(work, record, stores, compared=True) for record in _some_records(ledger)):
+        return void_lost(ledger, work, stores)
+    return 0
+
+
+def _some_records(ledger: Ledger) -> Iterator[BlockRecord]:
+    """Records from anywhere in some of the workers' files."""
+    files = [ledger.folder / file.name for file in ledger.files()]
+    for path in random.sample(files, min(CHECKED_BLOCKS, len(files))):
+        lines = whole_lines(path, random.randrange(max(1, path.stat().st_size - SAMPLED_BYTES)))
+        for line, _ in itertools.islice(lines, 1, 1 + CHECKED_BLOCKS // len(files) + 1):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a record that is damaged or voids another
+                yield record_of(json.loads(line))
 
 
 def is_kept(work: Path, record: BlockRecord, stores: Collection[str], *, compared: bool) -> bool:

@@ -1,7 +1,9 @@
-"""What the stages of a run share: names of their outputs, and where work that one process looks after is done."""
+"""What the stages of a run share: names of their outputs, and where they work."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ BEHIND_BYTES = 32 << 20  # outputs of a block that may be written while the next
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Where work that one process alone looks after is done, and with what.
+    """Where a stage works, and with what.
 
     Parameters
     ----------
@@ -27,8 +29,11 @@ class Workspace:
         Brings the blocks of a stage into its ledger.
     block_bytes
         Host memory that a block may take.
+    alone
+        Held while something is made that one process alone may make.
     """
 
     work: Path
     run: RunStage
     block_bytes: int
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext

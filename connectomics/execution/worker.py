@@ -28,6 +28,7 @@ from connectomics.execution.lease import (
     Session,
     Stretch,
     Witness,
+    following,
     lease_of,
     packed,
     pauses,
@@ -173,7 +174,7 @@ class Worker:
                     return False
                 if before is None and not self._witness.watch.is_stale(name, seen.number, self.limit_s):
                     return False  # it has just been made, or its maker died as it made it
-                lease = _next(lease, before, seen)
+                lease = following(lease, before, seen)
                 made = self.store.replace(name, seen, packed(lease))
             if made is not None:
                 self._held[name] = _Held(lease, made)
@@ -304,11 +305,15 @@ class Worker:
         return False
 
     @contextlib.contextmanager
-    def alone(self, name: str) -> Iterator[None]:
-        """Wait for a lease and hold it; a LeaseLostError where it was lost meanwhile, whatever else went wrong."""
+    def alone(self, name: str, meanwhile: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Wait for a lease and hold it; a LeaseLostError where it was lost meanwhile, whatever else went wrong.
+
+        ``meanwhile`` is called again and again while another has it.
+        """
         for pause in pauses(self.limit_s):
             if self.acquire(name):
                 break
+            meanwhile()
             self._clock.sleep(pause)
         try:
             yield
@@ -391,13 +396,3 @@ def is_deserted(folder: Path) -> bool:
         if folder.is_dir():
             raise
         return True  # another process has just found it deserted, and removed it
-
-
-def _next(lease: Lease, before: Lease | None, seen: Version) -> Lease:
-    """The lease of the next holder, who inherits the blocks of those before, and their deaths."""
-    if before is None:
-        return dataclasses.replace(lease, epoch=seen.number + 1)
-    blocks = before.blocks
-    if blocks is not None:
-        blocks = blocks.after_death() if before.state == HELD else dataclasses.replace(blocks, begun=(), next=0)
-    return dataclasses.replace(lease, epoch=before.epoch + 1, blocks=blocks)

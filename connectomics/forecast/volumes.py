@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,17 +111,30 @@ class JobForecaster:
     def __init__(self) -> None:
         self._times: dict[int, tuple[Engine, WindowTimes]] = {}
         self._paces: dict[int, CostModel] = {}
+        self._told: dict[Hashable, tuple[Engine, str, float | None]] = {}
 
     def with_forecast(self, engine: Engine, job: VolumeJob) -> VolumeJob:
         """The job with its predicted time, and a line of the plan in the log."""
         try:
-            told = forecast(engine, job, self._pace(engine, job))
+            short, predicted_s = self._forecast(engine, job)
         except (ConnectomicsError, OSError, MemoryError) as error:  # the run itself will say what is wrong
             log.info("plan: none (%s)", error)
             return job
-        log.info("plan: %s%s", told.short(), "; too short to be timed" if told.time is None else "")
-        predicted_s = None if told.time is None else told.time.seconds.median
+        log.info("plan: %s%s", short, "; too short to be timed" if predicted_s is None else "")
         return replace(job, record=replace(job.record, predicted_s=predicted_s))
+
+    def _forecast(self, engine: Engine, job: VolumeJob) -> tuple[str, float | None]:
+        """What is told of a volume and how many seconds it takes, if that is known; equal volumes are equal."""
+        info, roi = job.reader.info, job.labeller.roi
+        begun = (work_folder(job.run_folder, job.outputs, engine.settings.program) / LEDGER).exists()
+        alike = (id(engine), id(engine) in self._paces, info.shape, info.dtype, info.chunk_shape, job.plan)
+        if roi is None and not begun and alike in self._told:
+            return self._told[alike][1:]
+        told = forecast(engine, job, self._pace(engine, job))
+        found = engine, told.short(), None if told.time is None else told.time.seconds.median
+        if roi is None and not begun:
+            self._told = {alike: found}  # one is enough, since equal ones follow each other
+        return found[1:]
 
     def _pace(self, engine: Engine, job: VolumeJob) -> CostModel | None:
         """None where measuring would take a good part of the run."""

@@ -351,9 +351,14 @@ class _Rows:
 
 def _read_ahead(reads: Iterable[Part]) -> Generator[Array]:
     """What sources give at boxes, in order; while one is used, another thread reads and normalises the next."""
+    reads = iter(reads)
+    first = list(itertools.islice(reads, 2))
+    if len(first) == 1:  # a thread costs more than it saves
+        yield first[0][0].get(first[0][1])
+        return
     with ThreadPoolExecutor(1) as reader:
         coming: Future[Array] | None = None
-        for source, box in reads:
+        for source, box in itertools.chain(first, reads):
             before, coming = coming, reader.submit(source.get, box)
             if before is not None:
                 yield before.result()

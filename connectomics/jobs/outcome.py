@@ -71,6 +71,7 @@ def outcomes_of(
     observer: Observer,
     *,
     stop_on_error: bool = False,
+    put_off: Callable[[int], bool] = lambda number: False,
 ) -> list[VolumeOutcome]:
     """Bring volumes to an end one after the other; when the disk of the results refuses, no other is begun.
 
@@ -84,21 +85,41 @@ def outcomes_of(
         Hears of all but what happens within a volume.
     stop_on_error
         Whether the first failure is the last outcome.
+    put_off
+        Whether the volume with this number is asked for again after all others.
+
+    Returns
+    -------
+    outcomes
+        In the order of the names.
     """
     observer.listed(len(names), len(kept))
-    outcomes: list[VolumeOutcome] = []
-    for number, name in enumerate(names):
+    outcomes, storage = dict[int, VolumeOutcome](), False
+    for number in _turns(len(names), lambda number: names[number] not in kept and put_off(number)):
+        name = names[number]
         if name in kept:
             outcome = VolumeOutcome(name, "skipped", paths=kept[name])
-        elif any(earlier.storage for earlier in outcomes):
+        elif storage:
             outcome = VolumeOutcome(name, "failed", NOT_BEGUN, storage=True)
         else:
             outcome = process(number)
         observer.ended(outcome)
-        outcomes.append(outcome)
+        outcomes[number] = outcome
+        storage = storage or outcome.storage
         if stop_on_error and outcome.state == "failed":
             break
-    return outcomes
+    return [outcomes[number] for number in sorted(outcomes)]
+
+
+def _turns(count: int, put_off: Callable[[int], bool]) -> Iterator[int]:
+    """Numbers in order, but for those that are put off when it is their turn."""
+    later: list[int] = []
+    for number in range(count):
+        if put_off(number):
+            later.append(number)
+        else:
+            yield number
+    yield from later
 
 
 def attempted(name: str, folder: Path, run: Callable[[], tuple[tuple[Path, ...], RunReport]]) -> VolumeOutcome:

@@ -43,12 +43,13 @@ from connectomics.execution.stage import LABELS, PROBABILITIES
 from connectomics.execution.task import RunReport
 from connectomics.forecast.volumes import JobForecaster
 from connectomics.inference.case import ReadBox
+from connectomics.jobs.ahead import FoldersAhead
 from connectomics.jobs.apart import labelled_apart
 from connectomics.jobs.cascade import previous_labels
 from connectomics.jobs.outcome import NullObserver, Observer, VolumeOutcome, attempted, outcomes_of
 from connectomics.jobs.resume import ResumedEngines
 from connectomics.lightning.array_input import image_of
-from connectomics.runs.volume import run_volume
+from connectomics.runs.small_volume import is_in_hand, run_any_volume
 from connectomics.stages.output.finish import check_names, settle, work_folder
 from connectomics.stages.predict.segmenter import Segmenter
 from connectomics.volumes.in_memory import ArrayVolume
@@ -269,14 +270,24 @@ class VolumeProcessor:
         sample = sample or SharedSample(sources)
         finished = {s.name: paths for s in sources if (paths := self._finished(s)) is not None}
 
+        folders = [run_folder(self._engine.inference.outputs, source) for source in sources]
+
         def process(number: int) -> VolumeOutcome:
-            source = sources[number]
+            source, folder = sources[number], folders[number]
             self._observer.began(source.name)
-            folder = run_folder(self._engine.inference.outputs, source)
+            ahead.make(folder)
             return attempted(source.name, folder, functools.partial(self._process, source, sample))
 
         names = [source.name for source in sources]
-        return outcomes_of(names, finished, process, self._observer, stop_on_error=self._stop_on_error)
+        with FoldersAhead([f for f, name in zip(folders, names, strict=True) if name not in finished]) as ahead:
+            return outcomes_of(
+                names,
+                finished,
+                process,
+                self._observer,
+                stop_on_error=self._stop_on_error,
+                put_off=lambda number: is_in_hand(folders[number]),
+            )
 
     def _finished(self, source: VolumeSource) -> tuple[Path, ...] | None:
         """Final paths of a volume that is done, or None; a volume that cannot be opened is not done."""
@@ -308,7 +319,7 @@ class VolumeProcessor:
             check_names(job.outputs, settings.folder)
             job = self._forecaster.with_forecast(engine, sample.shared_by(engine, job))
             apart = labelled_apart(engine, source)
-            report = run_volume(job, engine.settings, OverlappingExecutor(), self._observer.block, apart=apart)
+            report = run_any_volume(job, engine.settings, OverlappingExecutor(), self._observer.block, apart=apart)
         return tuple(p for o in job.outputs for p in o.paths(settings.folder).values()), report
 
 

@@ -1,29 +1,32 @@
 """Objects of sections linked over z: which links are made of the overlaps of all blocks, and the objects they make.
 
-Runs once all blocks have counted; like in ``merge``, tables are files that are mapped, of which memory holds a part.
+Once all blocks have counted, spans of the objects of sections find what may be linked, each for itself; links are then
+chosen by one process, and what they make is numbered as pieces of blocks are, see ``numbering``.
 """
 
 from __future__ import annotations
 
-import itertools
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from connectomics.objects.arrays import view, write
 from connectomics.objects.mapped_tables import flush, mapped, table
-from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS, ascending, roots, spans, unite
-from connectomics.objects.overlaps import COLUMNS, OVERLAP, load_overlaps, summed
-from connectomics.objects.pieces import PIECE, merged, nothing, together
+from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS, spans
+from connectomics.objects.numbering.cuts import BlockRows, Cuts, NodePairs
+from connectomics.objects.numbering.ranges import PARTS, between, prepare
+from connectomics.objects.numbering.tables import EVERYTHING, Numbering
+from connectomics.objects.overlaps import COLUMNS, OVERLAP, summed
+from connectomics.objects.selection import Rule
 from connectomics.volumes.volume import Array
 
 AT_ONCE = 1 << 20  # rows or pairs that are in memory at a time
 IOU = "iou"
 CANDIDATE = np.dtype([*((name, "i8") for name in COLUMNS), ("distance", "i8"), ("measure", "f8")])
 NOBODY = -1
-WIDE = 16  # words of a row that is read whole
+SPAN_OBJECTS = (1 << 17, 1 << 19)  # least and most of the objects of sections that are looked at together
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +65,11 @@ class Sections:
     Parameters
     ----------
     folder
-        Tables of the objects, which ``merge`` has left and ``select`` has worked on; in the order of their sections.
+        Tables of the objects, see ``Numbering.write``; in the order of their sections.
     count
         Objects in them.
     classes
-        Class of each of some rows, u64 [n]; only equal ones are linked.
+        Class of each of some rows, u64 [n], of linked objects too; only equal ones are linked.
     blocks
         Number of blocks.
     overlaps
@@ -82,76 +85,169 @@ class Sections:
     overlaps: Callable[[int], Path]
     depth: int
 
+    @property
+    def rows(self) -> Array:
+        """``PIECE`` [count], mapped."""
+        found: Array = np.load(self.folder / OBJECTS, mmap_mode="r")[: self.count]
+        return found
 
-def link(sections: Sections, rule: Linking, folder: Path) -> int:
-    """Link objects of sections, number what becomes of them by its first voxel and measure it; how many there are.
+    def spans(self) -> list[slice]:
+        """The objects in parts that are looked at one by one; there is one at least."""
+        size = min(max(SPAN_OBJECTS[0], -(-self.count // PARTS)), SPAN_OBJECTS[1])
+        return list(spans(self.count, size)) or [slice(0, 0)]
 
-    Leaves in ``folder``, which is empty before, the tables that ``merge`` leaves, now of linked objects. ``AT_ONCE``
-    rows are in memory at a time; the overlaps of one object always are.
+    def finish(self, rows: Array) -> None:
+        """Make of rows that are merged from objects of sections those of objects of the volume, in place."""
+        rows["value"] = self.classes(rows)
+        if self.depth > 1:  # components of sections know no border in z
+            rows["border"] |= (rows["start"][:, 0] == 0) | (rows["stop"][:, 0] == self.depth)
+
+
+def candidates(sections: Sections, rule: Linking, span: slice) -> dict[str, Array]:
+    """What may be linked of a span of the objects of sections with later ones, and the order of its first voxels.
+
+    Returns
+    -------
+    arrays
+        The fields of ``CANDIDATE`` [n], in the order of the first object; only pairs that are alike and overlap enough.
+        ``keys``: u8 [span], first voxels, ascending; ``order``: i8 [span], whose they are, counted from the span's
+        first object.
     """
-    rows = np.load(sections.folder / OBJECTS, mmap_mode="r")
-    classes = table(folder / "scratch_classes", sections.count, np.uint64)
-    parent = table(folder / "scratch_parent", sections.count, np.int64)
-    for span in spans(sections.count, AT_ONCE):
-        classes[span] = sections.classes(rows[span])
-        parent[span] = np.arange(span.start, span.stop)
-    candidates = _candidates(sections, rows, classes, rule, folder=folder)
-    for links in _links(candidates, sections.count, rule, folder):
-        for span in spans(len(links), AT_ONCE):
-            unite(parent, np.stack([links["here"][span], links["there"][span]]))
-    numbers, count = _numbered(rows, parent, sections.count, folder)
-    _written(sections, classes, numbers, count, folder=folder)
-    for path in folder.glob("scratch_*"):
-        path.unlink()
-    return count
+    rows = sections.rows
+    firsts = np.array(rows["first"][span])
+    order = np.argsort(firsts, kind="stable")
+    found = [np.zeros(0, CANDIDATE)]
+    found += [_alike(sections, rows, pairs, rule) for pairs in _pairs(sections, span)]
+    together = np.concatenate(found)
+    return {**{name: together[name] for name in CANDIDATE.names or ()}, "keys": firsts[order], "order": order}
 
 
-def _candidates(sections: Sections, rows: Array, classes: Array, rule: Linking, folder: Path) -> Array:
-    """All pairs of objects, in the order of the first, that are alike and overlap enough."""
-    section, voxels = rows["start"][:, 0], rows["voxels"]
-    path, count = folder / "scratch_candidates", 0
-    with path.open("wb") as stream:
-        for pairs in _pairs(sections, folder):
-            pairs = pairs[classes[pairs["here"]] == classes[pairs["there"]]]
-            here, there, shared = (pairs[name] for name in COLUMNS)
-            found = np.empty(len(pairs), CANDIDATE)
-            for name in COLUMNS:
-                found[name] = pairs[name]
-            found["distance"] = section[there].astype(np.int64) - section[here]
-            size, other = voxels[here].astype(np.int64), voxels[there].astype(np.int64)
-            found["measure"] = shared / (size + other - shared if rule.measure == IOU else np.minimum(size, other))
-            found = found[found["measure"] >= rule.threshold]
-            stream.write(found.tobytes())
-            count += len(found)
-    return mapped(path, count, CANDIDATE)
+def _alike(sections: Sections, rows: Array, pairs: Array, rule: Linking) -> Array:
+    """The pairs that may be linked, ``CANDIDATE`` [n]."""
+    ends, place = np.unique(np.concatenate([pairs["here"], pairs["there"]]), return_inverse=True)
+    own = rows[ends]
+    here, there = np.split(place, 2)
+    section, voxels = own["start"][:, 0].astype(np.int64), own["voxels"].astype(np.int64)
+    classes, shared = sections.classes(own), pairs["voxels"]
+    found = np.empty(len(pairs), CANDIDATE)
+    for name in COLUMNS:
+        found[name] = pairs[name]
+    found["distance"] = section[there] - section[here]
+    size, other = voxels[here], voxels[there]
+    found["measure"] = shared / (size + other - shared if rule.measure == IOU else np.minimum(size, other))
+    alike: Array = found[(classes[here] == classes[there]) & (found["measure"] >= rule.threshold)]
+    return alike
 
 
-def _pairs(sections: Sections, folder: Path) -> Iterator[Array]:
-    """``OVERLAP`` rows of whole objects, some at a time, in the order of the first object."""
-    paths = [folder / f"scratch_{name}" for name in COLUMNS]
-    edges = [0]
-    with paths[0].open("wb") as here, paths[1].open("wb") as there, paths[2].open("wb") as voxels:
-        for block in range(sections.blocks):
-            columns = load_overlaps(sections.overlaps(block))
-            for stream, column in zip((here, there, voxels), columns, strict=True):
-                stream.write(column.tobytes())
-            edges.append(edges[-1] + len(columns[0]))
-    columns = tuple(mapped(path, edges[-1], np.int64) for path in paths)
-    waiting = [((0, sections.count), list(itertools.pairwise(edges)))]
+def _pairs(sections: Sections, span: slice) -> Iterator[Array]:
+    """``OVERLAP`` rows of the objects of a span, whole, some at a time, in the order of the first object."""
+    columns = [tuple(view(sections.overlaps(block), name) for name in COLUMNS) for block in range(sections.blocks)]
+    runs = [between(here, span.start, span.stop - 1) for here, _, _ in columns]
+    waiting = [((span.start, span.stop), runs)]
     while waiting:
         objects, runs = waiting.pop()
-        runs = [run for run in runs if run[1] > run[0]]
-        total = sum(b - a for a, b in runs)
+        total = sum(run.stop - run.start for run in runs)
         if total > AT_ONCE and objects[1] - objects[0] > 1:
             middle = sum(objects) // 2
-            cuts = [int(a + np.searchsorted(columns[0][a:b], middle)) for a, b in runs]
-            waiting.append(((middle, objects[1]), [(c, b) for c, (_, b) in zip(cuts, runs, strict=True)]))
-            waiting.append(((objects[0], middle), [(a, c) for c, (a, _) in zip(cuts, runs, strict=True)]))
+            cuts = [
+                run.start + int(np.searchsorted(here[run], middle))
+                for (here, _, _), run in zip(columns, runs, strict=True)
+            ]
+            later = [slice(cut, run.stop) for cut, run in zip(cuts, runs, strict=True)]
+            earlier = [slice(run.start, cut) for cut, run in zip(cuts, runs, strict=True)]
+            waiting += [((middle, objects[1]), later), ((objects[0], middle), earlier)]
         elif total:
             rows = np.empty(total, OVERLAP)
-            for name, column in zip(COLUMNS, columns, strict=True):
-                rows[name] = np.concatenate([column[a:b] for a, b in runs])
+            for name, parts in zip(COLUMNS, zip(*columns, strict=True), strict=True):
+                rows[name] = np.concatenate([part[run] for part, run in zip(parts, runs, strict=True)])
             yield summed(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """Objects of sections as pieces of what links make of them.
+
+    Parameters
+    ----------
+    sections
+        They.
+    rule
+        Which are linked.
+    parts
+        What ``candidates`` gave for a span, by its number and the array's name.
+    """
+
+    sections: Sections
+    rule: Linking
+    parts: Callable[[int, str], Array]
+
+    def numbering(self, selection: Rule = EVERYTHING) -> Numbering:
+        """How they are numbered, by first voxels, and measured."""
+        cuts = Cuts(len(self.sections.spans()), self._rows, self._nodes, self._linked)
+        return Numbering(cuts, selection, at_once=AT_ONCE, finish=self.sections.finish, spread=self._spread)
+
+    def _rows(self, number: int) -> BlockRows:
+        keys, order = self.parts(number, "keys"), self.parts(number, "order")
+        return BlockRows(self.sections.rows[self.sections.spans()[number]], keys, order)
+
+    def _nodes(self, number: int) -> tuple[Array, Array]:
+        keys = self.parts(number, "keys")
+        return np.arange(len(keys)), keys
+
+    def _linked(self, offsets: Array, folder: Path, at_once: int) -> NodePairs:
+        places = self._places(folder)
+        if self.rule.max_gap == 0 and not self.rule.one_to_one:
+            numbers = range(len(self.sections.spans()))
+            ends = ((self.parts(number, "here"), self.parts(number, "there")) for number in numbers)
+        else:
+            found = self._candidates(folder)
+            ends = ((some["here"], some["there"]) for some in _links(found, self.sections.count, self.rule, folder))
+        for here, there in ends:
+            for span in spans(len(here), at_once):
+                yield np.stack([places[here[span]], places[there[span]]])
+
+    def _places(self, folder: Path) -> Array:
+        """Where each object of a section lies when those of each span are in the order of their first voxels."""
+        places = table(folder / "scratch_places", self.sections.count, np.int64)
+        for number, span in enumerate(self.sections.spans()):
+            places[span.start + self.parts(number, "order")] = np.arange(span.start, span.stop)
+        return places
+
+    def _candidates(self, folder: Path) -> Array:
+        """All that may be linked, in the order of the first object."""
+        path, count = folder / "scratch_candidates", 0
+        with path.open("wb") as stream:
+            for number in range(len(self.sections.spans())):
+                rows = np.empty(len(self.parts(number, "here")), CANDIDATE)
+                for name in CANDIDATE.names or ():
+                    rows[name] = self.parts(number, name)
+                stream.write(rows.tobytes())
+                count += len(rows)
+        return mapped(path, count, CANDIDATE)
+
+    def _spread(self, folder: Path) -> None:
+        """Make of what is painted for each object of a section what is painted for each piece."""
+        (folder / IDS).rename(folder / "scratch_ids")
+        offsets = np.load(self.sections.folder / OFFSETS)
+        np.save(folder / OFFSETS, offsets)
+        total, places = int(offsets[-1]), self._places(folder)
+        painted, before = (
+            np.load(path, mmap_mode="r") for path in (folder / "scratch_ids", self.sections.folder / IDS)
+        )
+        ids = table(folder / IDS, total, np.uint64)
+        for span in spans(total, AT_ONCE):
+            ids[span] = painted[places[before[span].astype(np.int64) - FIRST_ID]]
+        flush(ids)
+        for path in folder.glob("scratch_*"):
+            path.unlink()
+
+
+def link(sections: Sections, rule: Linking, folder: Path) -> int:
+    """Link, number and measure in this process alone; how many objects there are. ``folder`` is empty before."""
+    for number, span in enumerate(sections.spans()):
+        write(folder / f"plan_links_{number}", **candidates(sections, rule, span))
+    numbering = Linked(sections, rule, lambda number, name: view(folder / f"plan_links_{number}", name)).numbering()
+    return numbering.write_alone(prepare(numbering.cuts, folder, at_once=AT_ONCE), folder).found
 
 
 def _links(candidates: Array, count: int, rule: Linking, folder: Path) -> Iterator[Array]:
@@ -202,44 +298,3 @@ def _best(candidates: Array, count: int, possible: Callable[[slice], Array], fol
             first = order[np.flatnonzero(np.diff(rows[side][order], prepend=NOBODY))]
             best[side][rows[side][first]] = places[first]
     return best["here"], best["there"]
-
-
-def _numbered(rows: Array, parent: Array, count: int, folder: Path) -> tuple[Array, int]:
-    """Number of each object of a section, from 0 on: that of its linked object, by the first voxel; and how many."""
-    first = table(folder / "scratch_first", count, np.uint64)
-    numbers = table(folder / "scratch_numbers", count, np.int64)
-    for span in spans(count, AT_ONCE):
-        first[span] = np.iinfo(np.uint64).max
-    for span in spans(count, AT_ONCE):
-        parent[span] = root = roots(parent, np.arange(span.start, span.stop))
-        np.minimum.at(first, root, rows["first"][span])
-    following = 0
-    leaders = (
-        span.start + np.flatnonzero(parent[span] == np.arange(span.start, span.stop)) for span in spans(count, AT_ONCE)
-    )
-    for some in ascending(first, leaders, folder, AT_ONCE):
-        numbers[some] = np.arange(following, following + len(some))
-        following += len(some)
-    for span in spans(count, AT_ONCE):  # leaders keep theirs
-        numbers[span] = numbers[parent[span]]
-    return numbers, following
-
-
-def _written(sections: Sections, classes: Array, numbers: Array, count: int, folder: Path) -> None:
-    """The tables of linked objects."""
-    shutil.copyfile(sections.folder / OFFSETS, folder / OFFSETS)
-    total = int(np.load(folder / OFFSETS)[-1])
-    before, ids = np.load(sections.folder / IDS, mmap_mode="r"), table(folder / IDS, total, np.uint64)
-    for span in spans(total, AT_ONCE):
-        ids[span] = numbers[before[span].astype(np.int64) - FIRST_ID] + FIRST_ID
-    of_sections, objects = np.load(sections.folder / OBJECTS, mmap_mode="r"), table(folder / OBJECTS, count, PIECE)
-    for span in spans(count, max(1, AT_ONCE // WIDE)):
-        objects[span] = nothing(span.stop - span.start)
-    for span in spans(sections.count, max(1, AT_ONCE // WIDE)):
-        rows = np.array(of_sections[span])
-        rows["value"] = classes[span]
-        if sections.depth > 1:  # components of sections know no border in z
-            rows["border"] |= (rows["start"][:, 0] == 0) | (rows["stop"][:, 0] == sections.depth)
-        rows, at = merged(rows, numbers[span])
-        objects[at] = together(objects[at], rows)
-    flush(ids, objects)

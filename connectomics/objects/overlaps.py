@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from connectomics.core.geometry import Vec3
-from connectomics.objects.arrays import load
 from connectomics.volumes.volume import Array
 
 VOXELS_AT_ONCE = 1 << 20
@@ -81,17 +79,21 @@ def _of_sections(here: PieceRuns, z: int, there: PieceRuns, other: int) -> Itera
         end = min(ny * nx, begin + step)
         starts, labels = here.part(z * ny * nx + begin, z * ny * nx + end)
         starts_there, labels_there = there.part(other * ny * nx + begin, other * ny * nx + end)
-        edges = np.union1d(starts, starts_there)
-        rows = np.empty(len(edges), OVERLAP)
-        rows["here"] = labels[np.searchsorted(starts, edges, "right") - 1]
-        rows["there"] = labels_there[np.searchsorted(starts_there, edges, "right") - 1]
-        rows["voxels"] = np.diff(edges, append=end - begin)
-        yield summed(rows[(rows["here"] > 0) & (rows["there"] > 0)])
+        edges = np.concatenate([starts, starts_there])
+        edges.sort(kind="stable")  # two sorted parts, which it merges
+        edges = edges[np.flatnonzero(np.diff(edges, prepend=-1))]
+        one = labels[np.searchsorted(starts, edges, "right") - 1]
+        two = labels_there[np.searchsorted(starts_there, edges, "right") - 1]
+        both = np.flatnonzero((one > 0) & (two > 0))
+        rows = np.empty(len(both), OVERLAP)
+        rows["here"], rows["there"] = one[both], two[both]
+        rows["voxels"] = np.diff(edges, append=end - begin)[both]
+        yield summed(rows)
 
 
 def summed(rows: Array) -> Array:
     """``OVERLAP`` rows of equal pair added up, sorted by pair."""
-    rows = rows[np.lexsort((rows["there"], rows["here"]))]
+    rows = rows[_order(rows["here"], rows["there"])]
     edges = np.flatnonzero(np.diff(rows["here"], prepend=-1) | np.diff(rows["there"], prepend=-1))
     result = rows[edges]
     if len(edges) < len(rows):
@@ -99,6 +101,8 @@ def summed(rows: Array) -> Array:
     return result
 
 
-def load_overlaps(path: Path) -> tuple[Array, ...]:
-    """The columns of a saved file, i64 [n] each."""
-    return load(path, *COLUMNS)
+def _order(here: Array, there: Array) -> Array:
+    """Places of pairs in ascending order; as one number each, which sorts faster, where they are small enough."""
+    if len(here) and max(int(here.max()), int(there.max())) < 1 << 31:
+        return np.argsort((here << 31) | there, kind="stable")
+    return np.lexsort((there, here))

@@ -31,6 +31,7 @@ PIECE = np.dtype(
     ]
 )
 """One piece, or one object: what is known of it and can be merged with another piece by sums, minima and maxima."""
+JOINT_KEYS = "joint_keys"
 MERGED_BY: Mapping[str, np.ufunc] = {
     "first": np.minimum,
     "value": np.minimum,
@@ -72,9 +73,10 @@ class Pieces:
 
     def arrays(self) -> dict[str, Array]:
         """What is kept of them, by name."""
-        values = self.rows["value"][self.joints.astype(np.int64) - 1]
+        touching = self.joints.astype(np.int64) - 1
         found = {"rows": self.rows, "lengths": self.lengths, "labels": self.labels, "joints": self.joints}
-        return found | {"joint_values": values} | self.planes
+        found |= {"joint_values": self.rows["value"][touching], JOINT_KEYS: self.rows["first"][touching]}
+        return found | self.planes
 
 
 def nothing(count: int) -> Array:
@@ -278,12 +280,13 @@ def _rows(
 ) -> tuple[Array, Array, Array]:
     """Runs in their smallest types, and a row for each label from 1 on, all of which occur."""
     shape = cut.core.shape
+    labels = labels.astype(np.min_scalar_type(int(labels.max(initial=0))))  # what is small sorts faster
     order = np.argsort(labels, kind="stable")
     order = order[np.count_nonzero(labels == 0) :]
     label, start, length = labels[order], starts[order], lengths[order].astype(np.uint64)
     edges = np.flatnonzero(np.diff(label, prepend=0))
     rows = nothing(len(edges))
-    small = (lengths.astype(np.min_scalar_type(shape[2])), labels.astype(np.min_scalar_type(len(edges))))
+    small = (lengths.astype(np.min_scalar_type(shape[2])), labels)
     if not len(edges):
         return (*small, rows)
     line, x = np.divmod(start, shape[2])

@@ -25,6 +25,11 @@ class Rule(Protocol):
     @property
     def largest(self) -> int | None: ...
 
+    @property
+    def by_value(self) -> bool:
+        """Whether what is painted does not depend on the objects' ids."""
+        ...
+
     def fits(self, rows: Array) -> Array:
         """Which of the objects fulfil all but ``largest``; bool [n]."""
         ...
@@ -86,6 +91,7 @@ class Holes:
     """
 
     largest: int | None = None
+    by_value: bool = True
 
     def fits(self, rows: Array) -> Array:
         """Which are holes; bool [n]."""

@@ -26,7 +26,7 @@ from connectomics.execution.ledger import Ledger
 from connectomics.execution.name_claims import NameClaims
 from connectomics.execution.publishing import Staging
 from connectomics.execution.retry import PAUSES_S, RetryingReader, retried
-from connectomics.execution.run_folder import COORDINATION, SINGLE_WRITER, ledger_folders
+from connectomics.execution.run_folder import COORDINATION, PREPARATION, SINGLE_WRITER, ledger_folders
 from connectomics.execution.runner import BlocksDone, OnBlock, RunStage, run_blocks
 from connectomics.execution.task import Executor, RunReport, Task
 from connectomics.execution.worker import Worker
@@ -39,6 +39,7 @@ from connectomics.stages.decode.step_contract import DecodingPass
 from connectomics.stages.decode.tasks import Read
 from connectomics.stages.output.finish import (
     FinalOutput,
+    LevelsOfAnother,
     Publisher,
     check_exportable,
     check_names,
@@ -197,15 +198,19 @@ def _attempt(
     began: float,
 ) -> RunReport:
     """Go on from what is on the disk now to the final volume; a LeaseLostError where others did so meanwhile."""
-    with worker.alone(SINGLE_WRITER):
+    with worker.alone(PREPARATION):
         job = replace(job, plan=kept_plan(job.work / PLAN, job.plan))
         finished = job.is_finished(settings.folder)
         if not worker.others():
             for path in job.work.glob("*.zarr"):
                 discard_locks(path)
     if not finished:
-        state, run_key = objects(job, settings, run, functools.partial(worker.alone, SINGLE_WRITER))
-        with worker.alone(SINGLE_WRITER), Staging(job.work, worker, SINGLE_WRITER, claims.confirm) as staging:
+        state, run_key = objects(job, settings, run, functools.partial(worker.alone, PREPARATION))
+        assert isinstance(state.volume, Store), "every step leaves a store"
+        levels = LevelsOfAnother(worker, job.work, settings.folder, run)
+        meanwhile = functools.partial(levels.fill, state.volume, job.output)
+        alone = worker.alone(SINGLE_WRITER, meanwhile)
+        with alone, Staging(job.work, worker, SINGLE_WRITER, claims.confirm) as staging:
             publisher = Publisher(staging, settings.folder, job.run_folder)
             _finish(job, state, run_key, publisher, run=run)
     return _report(job, stages, began)
@@ -228,7 +233,8 @@ def objects(
     for number, each in enumerate(job.passes, 1):
         name = f"{number}_{each.step.name}"
         state = each.step.run(state, replace(context, name=name, selection=each.selection))
-    return state, run_key
+    assert isinstance(state.volume, Store), "every step leaves a store"
+    return replace(state, volume=state.volume.told_in(job.plan.block_shape, job.plan.chunk_shape)), run_key
 
 
 def _patiently(read: Read, name: str, pauses_s: tuple[float, ...]) -> Read:

@@ -22,7 +22,8 @@ from connectomics.execution.stage import LABELS, Workspace
 from connectomics.execution.task import BlockFailure, BlockRecord, Task
 from connectomics.runs.decoding_run import DecodeJob, DecodeSettings, objects
 from connectomics.runs.job import RunSettings, VolumeJob
-from connectomics.runs.volume import patient, predict_task, surveyed_before
+from connectomics.runs.surveying import surveyed_before
+from connectomics.runs.volume import patient, predict_task
 from connectomics.stages.decode.context import PLAN, kept_plan
 from connectomics.stages.output.finish import begun_levels, work_folder
 from connectomics.stages.predict.filters import filter_store
@@ -93,7 +94,7 @@ def block_of_volume(job: VolumeJob, settings: RunSettings, folder: Path, block: 
             source = stores[output.name]
             source.expect(ledger.is_recorded)
             if output.name == LABELS and job.labeller.filters.active:
-                source = filter_store(source, ledger.grid, replace(workspace, work=staging), job.labeller.filters)
+                source = filter_store(source, ledger.grid, workspace, job.labeller.filters)
             _reach(only, begun_levels(source, output, staging, settings.folder))
 
     return only.outcome_of(way)

@@ -6,35 +6,46 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from connectomics.core.errors import OutputError, QuarantineError
-from connectomics.core.files import discard, make_folder
-from connectomics.core.fingerprint import key_of
+from connectomics.core.errors import MissingShardError, OutputError, QuarantineError
+from connectomics.core.files import discard, fsync_path, make_folder
 from connectomics.core.geometry import BlockGrid, Box
 from connectomics.execution.block_claims import Apart
 from connectomics.execution.block_plan import HEADER, BlockPlan, plan_of, read_header
+from connectomics.execution.lease import LeaseLostError
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.name_claims import NameClaims
 from connectomics.execution.publishing import Staging
 from connectomics.execution.retry import RetryingReader
-from connectomics.execution.run_folder import AGREEMENT, COORDINATION, FILTERED, LEDGER, SINGLE_WRITER, SURVEY
-from connectomics.execution.runner import BlocksDone, OnBlock, failure_message, run_blocks, void_lost
-from connectomics.execution.stage import LABELS, PROBABILITIES, Workspace
+from connectomics.execution.run_folder import COORDINATION, LEDGER, PREPARATION, SINGLE_WRITER
+from connectomics.execution.runner import (
+    BlocksDone,
+    OnBlock,
+    RunStage,
+    failure_message,
+    run_blocks,
+    void_lost,
+    void_lost_if_any,
+)
+from connectomics.execution.stage import LABELS, Workspace
 from connectomics.execution.task import Executor, RunReport
 from connectomics.execution.worker import Worker
-from connectomics.runs.job import RunSettings, VolumeJob, command_with_blocks
+from connectomics.runs.agreement import agreement_of
+from connectomics.runs.job import RunSettings, VolumeJob
 from connectomics.runs.perseverance import until_it_stands
 from connectomics.runs.run_report import Accounting, Subject
+from connectomics.runs.stamps import record_of, run_key_of, stamp_of, unit_of
+from connectomics.runs.surveying import survey_together, surveyed_before
 from connectomics.stages.output.finish import (
     FinalOutput,
+    LevelsOfAnother,
     Publisher,
     check_exportable,
     check_names,
@@ -44,22 +55,20 @@ from connectomics.stages.output.finish import (
     withdrawing,
     work_folder,
 )
-from connectomics.stages.predict import precision_check as agreements
 from connectomics.stages.predict.filters import filter_store
-from connectomics.stages.predict.precision_check import SAMPLED_VOXELS, Agreement
+from connectomics.stages.predict.precision_check import Agreement
 from connectomics.stages.predict.segmenter import Surveyed
 from connectomics.stages.predict.task import PredictTask
 from connectomics.stages.survey.region import RegionOfInterest
-from connectomics.stages.survey.survey import load_survey, save_survey
 from connectomics.volumes.store import Store, create_store, discard_locks, open_store
-from connectomics.volumes.volume import VolumeInfo, VolumeReader
+from connectomics.volumes.volume import VolumeInfo
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """What the blocks of a volume need."""
+    """What the blocks of a volume need; ``sources`` are what is exported, which are complete."""
 
     work: Path
     run_key: str
@@ -68,6 +77,7 @@ class _Prepared:
     pending: tuple[FinalOutput, ...]
     stores: Mapping[str, Store]
     agreement: Agreement | None
+    sources: Mapping[str, Store] = field(default_factory=dict)
 
 
 def run_volume(
@@ -97,8 +107,11 @@ def run_volume(
             planned, planned, done=0, failed=0, windows=0, voxels=Box.of_shape(reader.info.extent).voxels, seconds=0.0
         )
 
+    def ledgers() -> tuple[Path, ...]:
+        return (work / LEDGER,) if _is_begun(work) else ()  # else a process made it in memory
+
     voxels = Box.of_shape(reader.info.extent).voxels
-    subject = Subject(job.run_folder, work, lambda: (work / LEDGER,), voxels, predicted_s=job.record.predicted_s)
+    subject = Subject(job.run_folder, work, ledgers, voxels, predicted_s=job.record.predicted_s)
 
     def joined() -> RunReport:
         with (
@@ -109,7 +122,9 @@ def run_volume(
         ):
             check_names(job.outputs, settings.folder)  # another run may have made them until just now
             crew = _Crew(worker, claims, executor, on_block, apart=apart)
-            return until_it_stands(lambda: _attempt(work, job, reader, settings, crew=crew), standing)
+            return until_it_stands(
+                lambda: _attempt(work, job, reader, settings, crew=crew, standing=standing), standing
+            )
 
     report = until_it_stands(joined, standing)  # others may finish and tidy while this process joins them
     settle(job.run_folder, work, job.outputs, (p for o in job.outputs for p in o.paths(settings.folder).values()))
@@ -135,25 +150,48 @@ def patient(job: VolumeJob, settings: RunSettings) -> tuple[VolumeJob, RetryingR
     return job, RetryingReader(job.reader, job.name, settings.pauses_s)
 
 
-def _attempt(work: Path, job: VolumeJob, reader: RetryingReader, settings: RunSettings, crew: _Crew) -> RunReport:
+def _is_begun(work: Path) -> bool:
+    return (work / LEDGER / HEADER).exists()
+
+
+def _attempt(
+    work: Path,
+    job: VolumeJob,
+    reader: RetryingReader,
+    settings: RunSettings,
+    crew: _Crew,
+    standing: Callable[[], RunReport | None],
+) -> RunReport:
     """Go on from what is on the disk now to the final outputs; a LeaseLostError where others did so meanwhile."""
     began, worker = time.perf_counter(), crew.worker
     run = functools.partial(run_blocks, executor=crew.executor, worker=worker, on_block=crew.on_block, apart=crew.apart)
-    workspace = Workspace(work, run, job.limits.filter_block_bytes)
-    with worker.alone(SINGLE_WRITER):
-        prepared = _prepare(workspace, job, reader, settings, worker=worker)
+    alone = functools.partial(worker.alone, PREPARATION)
+    workspace = Workspace(work, run, job.limits.filter_block_bytes, alone)
+    if not _is_begun(work):
+        with worker.alone(SINGLE_WRITER):
+            if told := standing():
+                return told  # another process made it in memory at once
+    kept = survey_together(job, reader, workspace)
+    with alone():
+        prepared = _prepare(workspace, job, reader, settings, worker=worker, kept=kept)
     ledger = prepared.ledger
     try:
         task = predict_task(job, settings, reader, ledger.grid, surveyed=prepared.surveyed, stores=prepared.stores)
         blocks = run(task, ledger)
         if not blocks.failures:
-            with worker.alone(SINGLE_WRITER), Staging(work, worker, SINGLE_WRITER, crew.claims.confirm) as staging:
+            prepared = _filtered(prepared, job, workspace)
+            meanwhile = functools.partial(_fill_levels, prepared, LevelsOfAnother(worker, work, settings.folder, run))
+            single = worker.alone(SINGLE_WRITER, meanwhile)
+            with single, Staging(work, worker, SINGLE_WRITER, crew.claims.confirm) as staging:
                 publisher = Publisher(staging, settings.folder, job.run_folder)
-                _finish(prepared, job, settings, replace(workspace, work=staging.folder), publisher=publisher)
+                _finish(prepared, job, settings, run, publisher=publisher)
         return _report(job, prepared, blocks, began)
+    except MissingShardError:  # whoever reads it undoes the record
+        void_lost(ledger, work, [store.path.name for store in prepared.stores.values()])
+        raise
     finally:
         ledger.close()
-        for store in prepared.stores.values():
+        for store in (*prepared.stores.values(), *prepared.sources.values()):
             store.close()
 
 
@@ -179,85 +217,85 @@ def predict_task(
 
 
 def _prepare(
-    workspace: Workspace, job: VolumeJob, reader: RetryingReader, settings: RunSettings, worker: Worker
+    workspace: Workspace,
+    job: VolumeJob,
+    reader: RetryingReader,
+    settings: RunSettings,
+    worker: Worker,
+    kept: Surveyed | None,
 ) -> _Prepared:
     """Survey, agreement, ledger and stores; records whose shards were lost are undone."""
     work = workspace.work
     plan = plan_of(work / LEDGER) or job.plan  # a rerun elsewhere cuts the volume as it was begun
     if job.limits.on_device and plan != job.plan:
         job.labeller.segmenter.try_memory(plan.block_shape)
-    facts = _result_keys(job) | {"grid": list(plan.block_shape), "program": settings.program}
-    run_key, extent = key_of(facts), reader.info.extent
-    surveyed = surveyed_before(job, reader, workspace)
-    agreement = _agreement(work, job, reader, surveyed)
+    run_key, extent = run_key_of(job, plan, settings.program), reader.info.extent
+    surveyed = surveyed_before(job, reader, workspace, kept)
+    agreement = agreement_of(work, job, reader, surveyed)
     ledger = Ledger(
         work / LEDGER, run_key, settings.numeric_class, plan, volume=extent, allow_other_class=settings.allow_mixed
     )
     try:
-        pending = tuple(o for o in job.outputs if o.missing(settings.folder))
+        missing = {output: output.missing(settings.folder) for output in job.outputs}
+        pending = tuple(output for output, formats in missing.items() if formats)
         stores = {o.name: _store(work / f"{o.name}.zarr", job, o.name, plan) for o in pending}
         if not worker.others():
             for store in stores.values():
                 discard_locks(store.path)
         if job.labeller.roi is not None:
             _choose_blocks(ledger, job, job.labeller.roi)
+        if any(output.missing(settings.folder) != found for output, found in missing.items()):
+            raise LeaseLostError(PREPARATION)  # published meanwhile: what it was made from may be gone already
         if pending:
-            void_lost(ledger, work, [store.path.name for store in stores.values()])
+            void_lost_if_any(ledger, work, [store.path.name for store in stores.values()])
     except BaseException:
         ledger.close()
         raise
     return _Prepared(work, run_key, ledger, surveyed, pending=pending, stores=stores, agreement=agreement)
 
 
-def _finish(
-    prepared: _Prepared, job: VolumeJob, settings: RunSettings, workspace: Workspace, publisher: Publisher
-) -> None:
+def _filtered(prepared: _Prepared, job: VolumeJob, workspace: Workspace) -> _Prepared:
+    """What is exported, filtered together with whoever does the same."""
+    prepared.ledger.refresh()
+    sources = dict(prepared.stores)
+    for store in sources.values():
+        store.expect(prepared.ledger.is_recorded)
+    if LABELS in sources and job.labeller.filters.active:
+        sources[LABELS] = filter_store(sources[LABELS], prepared.ledger.grid, workspace, job.labeller.filters)
+    return replace(prepared, sources=sources)
+
+
+def _fill_levels(prepared: _Prepared, levels: LevelsOfAnother) -> None:
+    """Do blocks of chunked outputs that another process builds and will publish."""
+    for output in prepared.pending:
+        levels.fill(prepared.sources[output.name], output)
+
+
+def _finish(prepared: _Prepared, job: VolumeJob, settings: RunSettings, run: RunStage, publisher: Publisher) -> None:
     """Write what is still missing of the outputs."""
     pending = [o for o in prepared.pending if o.missing(settings.folder)]  # another process may have been first
     if pending:
         job.record.require_unchanged()
     prepared.ledger.refresh()
-    stamp = dict(job.record.provenance) | {
-        "numeric_class": "mixed" if prepared.ledger.mixed else dict(settings.numeric_class),
-        "run_key": prepared.run_key,
-        "filtered": job.labeller.filters.active,
-        "cases": len(prepared.surveyed[0]),
-        "statistics": [asdict(c) for c in prepared.surveyed[0][0].channels],
+    stamp = stamp_of(job, prepared.surveyed, prepared.agreement, run_key=prepared.run_key) | {
+        "numeric_class": "mixed" if prepared.ledger.mixed else dict(settings.numeric_class)
     }
-    if prepared.agreement is not None:
-        stamp |= {"agreement": asdict(prepared.agreement) | {"share": prepared.agreement.share}}
     if pending:
         plan = BlockPlan(prepared.ledger.grid.block_shape, job.plan.chunk_shape)
-        command = command_with_blocks(job.record.command, plan)
-        record = stamp | dict(job.record.told) | {"result_keys": _result_keys(job), "command": command}
-        record |= {"outputs": [path.name for o in job.outputs for path in o.paths(settings.folder).values()]}
-        publisher.tell(json.dumps(record, indent=1) + "\n")
-    rule = job.labeller.segmenter.probabilities
+        publisher.tell(record_of(job, settings, stamp, plan))
     for output in pending:
-        unit = {PROBABILITIES: rule.facts} if rule is not None and output.name == PROBABILITIES else {}
-        _export(prepared, job, output, stamp=stamp | unit, workspace=workspace, publisher=publisher)
+        export_output(prepared.sources[output.name], output, publisher, stamp | unit_of(job, output), run=run)
+        _discard_sources(prepared, output.name, publisher)
     publisher.keep_ledgers()
     seal(job.run_folder, (p for o in job.outputs for p in o.paths(settings.folder).values()))
 
 
-def _export(
-    prepared: _Prepared,
-    job: VolumeJob,
-    output: FinalOutput,
-    stamp: dict[str, object],
-    workspace: Workspace,
-    publisher: Publisher,
-) -> None:
-    source = store = prepared.stores[output.name]
-    store.expect(prepared.ledger.is_recorded)
-    if output.name == LABELS and job.labeller.filters.active:
-        source = filter_store(store, prepared.ledger.grid, workspace, job.labeller.filters)
-    export_output(source, output, publisher, stamp, run=workspace.run)
-    source.close()
-    discard(workspace.work / FILTERED)
+def _discard_sources(prepared: _Prepared, name: str, publisher: Publisher) -> None:
+    """Free the disk of what was exported, where nobody else may still read it."""
     if publisher.staging.is_unobserved():
-        store.close()
-        discard(store.path)
+        for store in {prepared.sources[name], prepared.stores[name]}:
+            store.close()
+            discard(store.path)
 
 
 def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: float) -> RunReport:
@@ -291,20 +329,18 @@ def _report(job: VolumeJob, prepared: _Prepared, blocks: BlocksDone, began: floa
 
 def begun_class(run_folder: Path, outputs: Sequence[FinalOutput], program: str) -> Mapping[str, object] | None:
     """The numeric class in which unfinished work on these outputs was begun, or None where there is none."""
-    ledger = work_folder(run_folder, outputs, program) / LEDGER
-    if not (ledger / HEADER).exists():
+    work = work_folder(run_folder, outputs, program)
+    if not _is_begun(work):
         return None
-    begun: Mapping[str, object] = read_header(ledger)["numeric_class"]
+    begun: Mapping[str, object] = read_header(work / LEDGER)["numeric_class"]
     return begun
-
-
-def _result_keys(job: VolumeJob) -> dict[str, object]:
-    return {o.name: o.result_key for o in job.outputs}
 
 
 def _make_work_folder(work: Path) -> None:
     """Make it, and name unfinished work of other settings beside it."""
     try:
+        if work.is_dir():  # by who thought to be done at once
+            fsync_path(work.parent)
         make_folder(work)
     except OSError as error:
         raise OutputError(
@@ -329,43 +365,6 @@ def _choose_blocks(ledger: Ledger, job: VolumeJob, roi: RegionOfInterest) -> Non
     outside = job.labeller.segmenter.outside((1, 1, 1))
     if not any(outside[o.name].any() for o in job.outputs):
         ledger.choose(flags)
-
-
-def surveyed_before(job: VolumeJob, reader: VolumeReader, workspace: Workspace) -> Surveyed:
-    """What is known of the volume before its first block: what is kept in the work folder, or surveyed and kept now."""
-    path = workspace.work / SURVEY
-    kept = load_survey(path)
-    if kept is not None:
-        return job.labeller.segmenter.masked(kept, reader, workspace)
-    surveyed = job.labeller.segmenter.survey(reader, job.name, job.limits.readers, workspace)
-    save_survey(surveyed, path)
-    log.info("surveyed %s cases", " + ".join(str(len(cases)) for cases in surveyed))
-    return surveyed
-
-
-def measure_agreement(
-    job: VolumeJob, reader: VolumeReader, surveyed: Surveyed, voxels: int = SAMPLED_VOXELS
-) -> Agreement:
-    """What a fast run changes in a sample of this volume of at least so many voxels, if it has them."""
-    assert job.labeller.contract is not None
-    roi = Box.of_shape(reader.info.extent) if job.labeller.roi is None else job.labeller.roi.box
-    seed = int(job.outputs[0].result_key[:16], 16)
-    return job.labeller.contract.measure(
-        job.labeller.segmenter, reader.read, surveyed, roi, seed=seed, name=Path(job.name).name, voxels=voxels
-    )
-
-
-def _agreement(work: Path, job: VolumeJob, reader: RetryingReader, surveyed: Surveyed) -> Agreement | None:
-    """What fast changes in this volume's sample, measured once a run, or None; an AgreementError if it is too much."""
-    if job.labeller.contract is None:
-        return None
-    found = agreements.load(work / AGREEMENT)
-    if found is None:
-        shared = job.labeller.contract.shared
-        found = measure_agreement(job, reader, surveyed) if shared is None else shared()
-        agreements.save(found, work / AGREEMENT)
-    job.labeller.contract.require(found, job.name)
-    return found
 
 
 def _store(path: Path, job: VolumeJob, name: str, plan: BlockPlan) -> Store:

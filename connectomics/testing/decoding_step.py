@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -76,6 +77,7 @@ def decode_array(
     *,
     fused: bool = False,
     run: RunStage = in_order,
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Decoded:
     """Run steps on a volume in memory, with stores, tables and ledgers in a folder.
 
@@ -93,12 +95,14 @@ def decode_array(
         Whether selections are made together with the step before them, as in a run.
     run
         Brings the blocks of a stage into its ledger.
+    alone
+        Held while something is made that one process alone may make.
     """
     grid = BlockGrid(vec3(values.shape), block)
     read = None if probabilities is None else lambda box: probabilities[box.slices]
     units = None if probabilities is None else (255.0, 255.0)
     state = DecodingState(volume_of(values), MeasurementUnits(VOXEL_SIZE_NM, probability_units=units), read)
-    context = StepContext(folder, "", BlockPlan(block, block), grid, run_key="0" * 64, run=run)
+    context = StepContext(folder, "", BlockPlan(block, block), grid, run_key="0" * 64, run=run, alone=alone)
     made = passes(steps, VOXEL_SIZE_NM) if fused else [DecodingPass(step) for step in steps]
     for number, each in enumerate(made):
         state = each.step.run(state, dataclasses.replace(context, name=str(number), selection=each.selection))

@@ -19,8 +19,12 @@ def write_digests(output: Path, record: Path, name: str = "") -> None:
     """
     make_folder(record.parent)
     with replacing(record) as temporary, temporary.open("w") as stream:
-        for below, path in _files(output):
-            stream.write(f"{sha256_of_file(path)}  {name or output.name}{below}\n")
+        stream.writelines(digest_lines(output, name))
+
+
+def digest_lines(output: Path, name: str = "") -> Iterator[str]:
+    """Lines of such a record: the sha256 of a file, or of every file in a folder, and its path."""
+    return (f"{sha256_of_file(path)}  {name or output.name}{below}\n" for below, path in _files(output))
 
 
 def digests(record: Path) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ shard is one file that TensorStore writes under a temporary name and renames, so
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -39,6 +40,7 @@ class Store:
         self._attributes = attributes
         self._disk = ChunksOnDisk(path)
         self._shard_shape = vec3(array.chunk_layout.write_chunk.shape[-3:])
+        self._told_shape = self._shard_shape
         chunk_shape = vec3(array.chunk_layout.read_chunk.shape[-3:])
         self._info = dataclasses.replace(reader.info, chunk_shape=chunk_shape)
         self._expected: Callable[[Vec3], bool] | None = None
@@ -55,8 +57,15 @@ class Store:
 
     @property
     def shard_shape(self) -> Vec3:
-        """(z, y, x) of what one file holds; shards at the far faces are clipped."""
-        return self._shard_shape
+        """(z, y, x) of what one file holds, or see ``told_in``; shards at the far faces are clipped."""
+        return self._told_shape
+
+    def told_in(self, shard_shape: Vec3, chunk_shape: Vec3) -> Store:
+        """The same store, which tells those who make final outputs of it to do so in these shards and chunks."""
+        other = copy.copy(self)
+        other._told_shape = shard_shape
+        other._info = dataclasses.replace(self._info, chunk_shape=chunk_shape)
+        return other
 
     @property
     def attributes(self) -> dict[str, object]:

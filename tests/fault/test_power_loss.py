@@ -27,10 +27,11 @@ from power_loss import (
 )
 from preloads import compiled, run_with
 
+from connectomics.assembly.reproduction import reproduce
 from connectomics.stages.output.export import read_stamp
 
 from nnunet_models import make_model
-from small_jobs import em_like, final_names, finals, infer_words, quick_folder, write_h5
+from small_jobs import em_like, final_names, finals, infer_words, quick_folder, write_h5, write_png
 
 FORMATS = "inference.output.formats=[h5,tiff,png,zarr,zarr2,n5,precomputed]"
 SIZE = "inference.voxel_size_nm=[30,8,8]"
@@ -102,6 +103,8 @@ def bench() -> Iterator[tuple[Path, ForkServer]]:
         library = compiled("power_loss", folder)
         make_model(folder / "model", dimensions=2, patch=(16, 16), features=(4, 8))
         write_h5(folder / "v.h5", em_like((2, 32, 48)))
+        for name in "ab":
+            write_png(folder / "small" / f"{name}.png", (16, 24), seed=ord(name))
         write_h5(folder / "cells.h5", (em_like((4, 32, 48)) > 150).astype(np.uint8))
         with ForkServer(folder, library) as server:
             yield folder, server
@@ -173,7 +176,16 @@ def decoding(bench: tuple[Path, ForkServer]) -> Recorded:
     return recorded(bench, "decoding", decode(bench[0], DECODE))
 
 
-@pytest.fixture(params=["inference", "decoding"])
+@pytest.fixture(scope="module")
+def small(bench: tuple[Path, ForkServer]) -> Recorded:
+    """Volumes of one block, which are made in memory."""
+    words = infer_words(bench[0] / "model", Path("unused"), bench[0] / "small" / "*.png", INFER[-1])
+    made = recorded(bench, "small_out", [word for word in words if "output_path" not in word])
+    assert len(made.reference) == 2 and not any(event.path.endswith(".jsonl") for event in made.events)
+    return made
+
+
+@pytest.fixture(params=["inference", "decoding", "small"])
 def run(request: pytest.FixtureRequest) -> Recorded:
     found: Recorded = request.getfixturevalue(request.param)
     return found
@@ -196,6 +208,25 @@ def test_flushing_that_is_forgotten_is_found(inference: Recorded, forgotten: str
     run = dataclasses.replace(inference, events=without_flushing(inference.events, forgotten))
     assert published_too_early(run.start, run.events, NEVER_FLUSHED)
     assert run.failure((len(run.events), *NOTHING), 0)
+
+
+@pytest.mark.parametrize("forgotten", [r"/staging\.[^/]*$", r"/a_labels\.h5$", r"provenance\.json$"])
+def test_flushing_of_small_volumes_that_is_forgotten_is_found(small: Recorded, forgotten: str) -> None:
+    run = dataclasses.replace(small, events=without_flushing(small.events, forgotten))
+    assert published_too_early(run.start, run.events, NEVER_FLUSHED)
+
+
+def test_what_stands_of_small_volumes_tells_how_it_was_made(small: Recorded, tmp_path: Path) -> None:
+    """Whatever the disk kept, a result that is there has its provenance beside it."""
+    found = 0
+    for seed, step in enumerate(publishing(small.events)):
+        for kept in (0.0, 0.5, 1.0):
+            output = tmp_path / f"{seed}_{kept}"
+            small.after((step + 1, kept, FATES), seed, output)
+            for name in stamped(output) if output.exists() else ():
+                assert reproduce(output / name).startswith("connectomics infer-volume")
+                found += 1
+    assert found > 10
 
 
 def test_mapped_pages_are_lost_until_they_are_flushed(tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def test_thick_sections_are_refused_unless_they_are_resampled_or_allowed(
 def test_sections_across_any_axis_have_the_statistics_of_numpys_slices(
     image: np.ndarray, dtype: str, axis: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("connectomics.stages.survey.survey.TILE_VOXELS", 500)
+    monkeypatch.setattr("connectomics.stages.survey.tiles.TILE_VOXELS", 500)
     pixels = np.concatenate([image, 255 - image[:, ::-1] // 2]).astype(dtype)
     pixels[:, 5] = pixels[:, :, 7] = pixels[..., 11] = 0
     schemes = [ChannelNormalisation("ZScoreNormalization")] * 2

@@ -14,7 +14,9 @@ from skimage.segmentation import watershed
 
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
 from connectomics.objects.distance import beyond, squared_distance
-from connectomics.objects.merge import Cuts, merge, number_by_first
+from connectomics.objects.merge import number_by_first
+from connectomics.objects.numbering.cuts import BlockFiles
+from connectomics.objects.numbering.tables import merge
 from connectomics.objects.watershed import flooding_order
 from connectomics.stages.decode.tasks import BlockPieces, BlockTask, block_file, painted_block
 from connectomics.stages.decode.watershed.flooding import Distance
@@ -184,7 +186,8 @@ def test_numbers_by_the_first_voxel(at_once: int, folder: Path) -> None:
         made.mkdir()
     for block in blocks:
         task.process(block)
-    count = merge(Cuts(len(grid), 4, lambda n: block_file(pieces, blocks[n])), folder / "tables", at_once=at_once)
+    cuts = BlockFiles([block_file(pieces, block) for block in blocks]).cuts()
+    count = merge(cuts, folder / "tables", at_once=at_once, range_pieces=(at_once, at_once))
     number_by_first(folder / "tables", count, at_once=at_once)
     expected = canonical(values)
     for block in blocks:

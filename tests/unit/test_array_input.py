@@ -19,7 +19,7 @@ import connectomics
 from connectomics import Box, InferenceManager, VolumeProcessor, build_engine, list_sources, load_config, open_volume
 from connectomics.core.errors import ConfigError, ConnectomicsError, VolumeError
 from connectomics.lightning.array_input import image_of
-from connectomics.stages.survey import survey
+from connectomics.stages.survey import tiles
 
 from nnunet_models import make_model
 from small_jobs import em_like, write_h5
@@ -104,7 +104,7 @@ def test_each_kind_of_image_has_the_labels_of_the_array(
 
 
 def test_a_lazy_array_is_read_piece_by_piece(manager: InferenceManager, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "TILE_VOXELS", 32 * 32)
+    monkeypatch.setattr(tiles, "TILE_VOXELS", 32 * 32)
     large = em_like((3, 32, 32))
     given = Counted(large)
     found = image_of(given)

@@ -20,6 +20,7 @@ from connectomics.core.errors import QuarantineError
 from connectomics.core.geometry import Vec3, vec3
 from connectomics.objects import links, overlaps
 from connectomics.objects.links import Linking
+from connectomics.objects.numbering import ranges
 from connectomics.stages.decode.connected_components import ConnectedComponents
 from connectomics.stages.decode.object_filters import Filters
 from connectomics.stages.decode.slice_linking import SliceLinking
@@ -116,6 +117,8 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def small(at_once: int) -> None:
         monkeypatch.setattr(links, "AT_ONCE", at_once)
+        monkeypatch.setattr(links, "SPAN_OBJECTS", (at_once, at_once))
+        monkeypatch.setattr(ranges, "RANGE_PIECES", (at_once, at_once))
         monkeypatch.setattr(overlaps, "VOXELS_AT_ONCE", 30)
 
     yield small

@@ -24,7 +24,7 @@ from connectomics.commands import decode
 from connectomics.config.load import known_keys
 from connectomics.lightning import inference
 from connectomics.models.backends import torch_eager
-from connectomics.stages.survey import survey
+from connectomics.stages.survey import tiles
 
 from nnunet_models import make_model
 from parity_table import train_second_stage
@@ -193,13 +193,13 @@ def workers(world: World) -> bool:
     """Threads that read ahead."""
     seen = []
 
-    class Pool(survey.ThreadPoolExecutor):  # type: ignore[misc, name-defined]
+    class Pool(tiles.ThreadPoolExecutor):  # type: ignore[misc, name-defined]
         def __init__(self, max_workers: int) -> None:
             seen.append(max_workers)
             super().__init__(max_workers)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(survey, "ThreadPoolExecutor", Pool)
+        patch.setattr(tiles, "ThreadPoolExecutor", Pool)
         world.again(world.folder / "workers", "system.inference.num_workers=3")
     return seen == [3]
 
@@ -251,10 +251,10 @@ def stale_after(world: World) -> bool:
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "run_volume", spy(inference.run_volume))
+        patch.setattr(inference, "run_any_volume", spy(inference.run_any_volume))
         patch.setattr(decode, "run_decode", spy(decode.run_decode))
         result = world.again(world.folder / "stale", "system.stale_after_s=7.5", DECODED)
-    return result.code == 0 and seen == [("run_volume", 7.5), ("run_decode", 7.5)]
+    return result.code == 0 and seen == [("run_any_volume", 7.5), ("run_decode", 7.5)]
 
 
 OPENVINO = "system.backend=openvino"

@@ -17,6 +17,7 @@ import pytest
 
 from connectomics.core.errors import LedgerError, StorageError
 from connectomics.core.geometry import BlockGrid
+from connectomics.execution import ledger as ledgers
 from connectomics.execution.append_log import READ_BYTES
 from connectomics.execution.block_plan import BlockPlan, plan_of
 from connectomics.execution.ledger import Ledger
@@ -358,3 +359,46 @@ def test_blocks_that_are_left_out_are_neither_planned_nor_unfinished(folder: Pat
     again = Ledger.existing(folder)
     assert (again.planned, again.finished) == (int(flags.sum()), 1)
     again.close()
+
+
+def test_who_comes_later_begins_with_what_others_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another process kept of its reading, where it is whole and all that was read is still there."""
+    monkeypatch.setattr(ledgers, "GENERATION_LINES", 4)
+    seen = list[int]()
+    more = [BlockRecord(block.key, {}, 1, 0.0) for block in GRID]
+    first = opened(folder)
+    for record in more[:5]:
+        first.append(record)
+    (name, undone), *_ = first.named_records()
+    first.void(name, undone.block)
+    opened(folder).close()
+    first.append(more[5])
+    real = ledgers.whole_lines
+
+    def whole_lines(path: Path, start: int) -> Iterator[tuple[bytes, int]]:
+        seen.append(start)
+        return real(path, start)
+
+    monkeypatch.setattr(ledgers, "whole_lines", whole_lines)
+    later = opened(folder)
+    keys = {record.block for record in more[:6]} - {undone.block}
+    assert {record.block for record in later.records()} == keys and later.finished == 5
+    assert later.was_undone(GRID.number(later.block(undone.block).index))
+    assert seen[0] > 0, "it read only what came after"
+    (kept,) = folder.glob("generation-*")
+    kept.write_bytes(kept.read_bytes().replace(b"counts", b"stnuoc"))
+    seen.clear()
+    assert opened(folder).finished == 5 and seen[0] == 0
+
+
+def test_what_was_read_of_a_file_that_is_gone_is_not_believed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledgers, "GENERATION_LINES", 1)
+    first = opened(folder)
+    for record in RECORDS[:3]:
+        first.append(record)
+    first.close()
+    opened(folder).close()
+    assert list(folder.glob("generation-*"))
+    for path in folder.glob("*.jsonl"):
+        path.unlink()
+    assert opened(folder).finished == 0

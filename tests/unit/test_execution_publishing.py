@@ -168,13 +168,13 @@ def test_another_disk_is_a_sentence(
 
 
 def test_another_run_that_has_the_name_is_the_reason_of_whatever_went_wrong(work: Path, worker: Worker) -> None:
-    answers = iter([None, None, OutputError("another run has taken this name")])
+    taken = False
 
     def confirm() -> None:
-        answer = next(answers)
-        if answer is not None:
-            raise answer
+        if taken:
+            raise OutputError("another run has taken this name")
 
     with pytest.raises(OutputError, match="another run has taken"), worker.alone(LEASE):  # noqa: SIM117
         with Staging(work, worker, LEASE, confirm):
+            taken = True
             raise FileNotFoundError

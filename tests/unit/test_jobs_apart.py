@@ -20,6 +20,7 @@ from connectomics.execution.run_folder import stage_of
 from connectomics.execution.task import BlockFailure, BlockRecord
 from connectomics.jobs.apart import labelled_block
 
+import small_bands
 from nnunet_models import make_model
 from parity_table import train_second_stage
 from small_jobs import em_like, finals, infer_words, quick_folder, write_h5
@@ -35,7 +36,7 @@ LABELLING = (
     "inference.test_time_augmentation.enabled=false",
 )
 LABELLING_STAGES = {
-    *("mask.cut", "mask.join", "mask.paint", "predict"),
+    *("survey", "mask.cut", "mask.join", "mask.paint", "predict"),
     *(f"filter.{what}.{stage}" for what in ("dust", "holes") for stage in ("cut", "join", "paint")),
     *(f"{name}.{form}.0" for name in ("labels", "probabilities") for form in ("zarr", "n5")),
 }
@@ -85,10 +86,14 @@ def labelling(place: Path) -> list[str]:
     return words
 
 
-def test_every_block_of_labelling(place: Path, labelling: list[str], children: Children) -> None:
+def test_every_block_of_labelling(
+    place: Path, labelling: list[str], children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_bands.prepare(1024, 2048, 2048, monkeypatch)
     assert main([word.replace("OUT", "apart") for word in labelling]) == 0
     assert set(children.stages) >= LABELLING_STAGES
     assert children.stages["predict"] == 4
+    assert children.stages["survey"] == 2
     assert finals(place / "apart") == finals(place / "whole")
 
 

@@ -22,6 +22,7 @@ from connectomics.core.errors import ConfigError
 from connectomics.jobs.outcome import NullObserver, Observer, VolumeOutcome
 from connectomics.lightning import inference
 from connectomics.lightning.inference import VolumeProcessor, check_output_folder
+from connectomics.runs import small_volume
 from connectomics.volumes.listing import VolumeSource
 
 from nnunet_models import make_model
@@ -163,7 +164,7 @@ def test_whatever_goes_wrong_is_an_outcome_and_in_the_log(
     folder: Path, output: Path, error: Exception, reason: str, traceback: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, engine = engine_for(folder)
-    with mock.patch.object(inference, "run_volume", side_effect=error):
+    with mock.patch.object(inference, "run_any_volume", side_effect=error):
         (outcome,) = VolumeProcessor(config, engine).run(sources(folder, "v0"))
     assert outcome.state == "failed"
     assert reason in outcome.reason
@@ -175,7 +176,10 @@ def test_whatever_goes_wrong_is_an_outcome_and_in_the_log(
 
 def test_an_interruption_is_no_outcome(folder: Path, output: Path) -> None:
     config, engine = engine_for(folder)
-    with mock.patch.object(inference, "run_volume", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with (
+        mock.patch.object(inference, "run_any_volume", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
         VolumeProcessor(config, engine).run(sources(folder, "v0", "v1"))
     log = (output / "v0_labels.run" / "run.log").read_text()
     assert "stopped: " in log and "Traceback" not in log
@@ -214,7 +218,10 @@ def test_a_run_folder_that_cannot_be_made_fails_its_volume(folder: Path, output:
     assert "cannot make the RUN folder (File exists)" in outcomes[0].reason
 
 
-def test_working_stores_that_a_kill_left_behind_a_finished_volume_are_removed(folder: Path, output: Path) -> None:
+def test_working_stores_that_a_kill_left_behind_a_finished_volume_are_removed(
+    folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_volume, "SMALL_BYTES", 0)
     config, engine = engine_for(folder)
     VolumeProcessor(config, engine).run(sources(folder, "v0"))
     (work,) = (path.parent for path in (output / "v0_labels.run").glob("*/ledger"))

@@ -5,20 +5,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from connectomics.core.files import discard, put_in_place
 from connectomics.core.fingerprint import key_of
 from connectomics.core.geometry import BlockGrid
 from connectomics.execution.block_plan import BlockPlan
-from connectomics.execution.run_folder import FILTERED, LEDGER
 from connectomics.execution.stage import Workspace
 from connectomics.objects.components import Connectivity
 from connectomics.objects.selection import Holes, Selection
 from connectomics.stages.decode.context import BLOCK_VOXELS, PLAN, VOXEL_BYTES, StepContext, decode_plan, kept_plan
 from connectomics.stages.decode.tasks import BlockPieces
 from connectomics.stages.decode.values import Values
-from connectomics.volumes.store import Store, open_store
+from connectomics.volumes.store import Store
 
 OBJECTS, BACKGROUND = Connectivity(26), Connectivity(6)
 FILTER = "filter"
@@ -27,7 +23,7 @@ FILTER = "filter"
 def filter_labels(
     store: Store, grid: BlockGrid, workspace: Workspace, *, minimum_voxels: int, fill_holes: bool
 ) -> Store:
-    """Write filtered labels, block by block, continuing what an earlier run left; one process alone does so.
+    """Write filtered labels, block by block, continuing what an earlier run left, together with whoever does the same.
 
     Parameters
     ----------
@@ -36,7 +32,7 @@ def filter_labels(
     grid
         How the volume was cut; blocks that are too large for labelling are cut smaller.
     workspace
-        Where the filtered store, ``filtered.zarr``, stands once it is complete.
+        Where the filtered store is.
     minimum_voxels
         Components (26-connected, of one label) of fewer voxels become background; 0 for none.
     fill_holes
@@ -47,32 +43,21 @@ def filter_labels(
     QuarantineError
         If blocks failed.
     """
-    work, target = workspace.work, workspace.work / FILTERED
-    if not target.exists():
-        plan = BlockPlan(grid.block_shape, store.info.chunk_shape)
-        if grid.block((0, 0, 0)).core.voxels > min(BLOCK_VOXELS, workspace.block_bytes // VOXEL_BYTES):
-            plan = decode_plan(store.info, workspace.block_bytes)
-        plan = kept_plan(work / f"{FILTER}.{PLAN}", plan)
-        facts = {"small": minimum_voxels, "holes": fill_holes, "block": list(plan.block_shape)}
-        cut = BlockGrid(grid.volume, plan.block_shape)
-        context = StepContext(work, FILTER, plan, cut, run_key=key_of(facts), run=workspace.run)
-        current = store
-        if minimum_voxels > 0:
-            current = _without_small_objects(current, minimum_voxels, context.part("dust"))
-        if fill_holes:
-            current = _without_holes(current, context.part("holes"))
-        current.close()
-        put_in_place(current.path, target)
-    discard_unfinished(work)
-    filtered = open_store(target)
-    filtered.expect(lambda index: True)
+    plan = BlockPlan(grid.block_shape, store.info.chunk_shape)
+    if grid.block((0, 0, 0)).core.voxels > min(BLOCK_VOXELS, workspace.block_bytes // VOXEL_BYTES):
+        plan = decode_plan(store.info, workspace.block_bytes)
+    plan = kept_plan(workspace.work / f"{FILTER}.{PLAN}", plan)
+    facts = {"small": minimum_voxels, "holes": fill_holes, "block": list(plan.block_shape)}
+    cut = BlockGrid(grid.volume, plan.block_shape)
+    context = StepContext(
+        workspace.work, FILTER, plan, cut, run_key=key_of(facts), run=workspace.run, alone=workspace.alone
+    )
+    filtered = store
+    if minimum_voxels > 0:
+        filtered = _without_small_objects(filtered, minimum_voxels, context.part("dust"))
+    if fill_holes:
+        filtered = _without_holes(filtered, context.part("holes"))
     return filtered
-
-
-def discard_unfinished(work: Path) -> None:
-    """Forget how far filtering has come."""
-    for path in (*work.glob(f"{FILTER}.*"), *work.glob(f"{LEDGER}_{FILTER}.*")):
-        discard(path)
 
 
 def _without_small_objects(store: Store, minimum_voxels: int, context: StepContext) -> Store:

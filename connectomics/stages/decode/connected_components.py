@@ -58,7 +58,7 @@ class ConnectedComponents:
 
     def run(self, state: DecodingState, context: StepContext) -> DecodingState:
         """Label a volume."""
-        connectivity = Connectivity(self.connectivity)
+        context, connectivity = context.finer(state.volume.info.chunk_shape), Connectivity(self.connectivity)
         values = Values(state.volume, self.channel, self.threshold, not self.per_class)
         likely, units, of_labels = state.probabilities, state.frame.probability_units, state.of_labels
         if self.threshold is not None:

@@ -7,8 +7,10 @@ their own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -18,19 +20,31 @@ from typing import Any
 import numpy as np
 
 from connectomics.core.errors import OutputError, QuarantineError
-from connectomics.core.files import make_folder, replacing, write_once
+from connectomics.core.files import (
+    discard,
+    discard_temporaries,
+    make_folder,
+    put_in_place,
+    replacing,
+    sync_tree,
+    temporary_beside,
+    write_once,
+)
 from connectomics.core.geometry import BlockGrid, Box, Vec3, vec3
-from connectomics.execution.block_plan import BlockPlan
+from connectomics.execution.block_plan import BlockPlan, plan_of
 from connectomics.execution.ledger import Ledger
 from connectomics.execution.run_folder import LEDGER
 from connectomics.execution.runner import RunStage, failure_message, void_lost
 from connectomics.execution.task import Task
-from connectomics.objects.merge import Cuts, merge, number_by_first
-from connectomics.objects.selection import Rule, Selection, select
+from connectomics.objects.numbering.cuts import BlockFiles
+from connectomics.objects.numbering.ranges import KeyRanges, prepare
+from connectomics.objects.numbering.tables import Numbered, Numbering
+from connectomics.objects.selection import Rule, Selection
 from connectomics.objects.table import MeasurementUnits
 from connectomics.stages.decode.tasks import (
     BlockFunction,
     BlockJoins,
+    BlockNumbers,
     BlockPieces,
     BlockTask,
     PaintTask,
@@ -46,10 +60,13 @@ ProbabilityOf = Callable[[Box, Read], Array]
 EVERYTHING = Selection()
 BLOCK_VOXELS = 1 << 24
 VOXEL_BYTES = 40  # of a block: values, components, runs, probabilities as they are summed
+MANY_BLOCKS, FINE_VOXELS, FINE_CHUNK = 8, 1 << 21, 8
 CHUNK = 64
 CUT = "cut"
 JOIN = "join"
 TABLES = "tables"
+RANGES = "ranges"  # the plan by which many objects are numbered
+PARTS = "parts"  # what each range of that gave
 PLAN = "ledgers.json"  # the plan of all ledgers of a decoding
 SUMMARY = "summary.json"
 
@@ -123,6 +140,17 @@ class StepContext:
         """Return the context of a part of the step."""
         return dataclasses.replace(self, name=f"{self.name}.{name}")
 
+    def finer(self, chunk_shape: Vec3) -> StepContext:
+        """Return the context with smaller blocks where there are few, so that several processes have their share.
+
+        Blocks stay whole chunks of what is read, whose chunks have this shape. Where the step was begun with other
+        blocks, by a program before, it goes on with those.
+        """
+        plan = finer_plan(self.plan, self.grid.volume, chunk_shape)
+        if plan_of(self.work / f"{LEDGER}_{self.name}.{CUT}") not in (None, plan):
+            return self
+        return dataclasses.replace(self, plan=plan, grid=BlockGrid(self.grid.volume, plan.block_shape))
+
     def place(self, kind: str) -> Path:
         """Where the step's result of this kind is."""
         return self.work / f"{self.name}.{kind}"
@@ -171,38 +199,60 @@ class StepContext:
         """Tables of the objects that stay, how many they are, and the largest number that is painted.
 
         Pieces are joined over faces, or else by value and numbered by it; with ``by_first`` by their first voxels.
+        Few objects are numbered by one process alone, many in ranges that all processes share.
         """
-        _, ny, nx = self.grid.counts
         joins = self.place(JOIN)
-        cuts = Cuts(
-            len(self.grid),
-            ny * nx,
-            lambda number: block_file(pieces, self.grid.numbered(number)),
-            (lambda number: block_file(joins, self.grid.numbered(number))) if joined else None,
+        files = BlockFiles(
+            [block_file(pieces, block) for block in self.grid],
+            [block_file(joins, block) for block in self.grid] if joined else None,
         )
+        return self.number(Numbering(files.cuts(), rule, by_first), kind)
 
-        def find(folder: Path) -> int:
-            found = merge(cuts, folder)
-            if by_first:
-                number_by_first(folder, found)
-            return found
+    def number(self, numbering: Numbering, kind: str) -> tuple[Path, int, int]:
+        """Do as ``objects`` does with whatever is numbered."""
+        tables, ranges = self.place(kind), self.place(f"{kind}.{RANGES}")
+        if not (tables.exists() or ranges.exists()):
+            with self.alone():
+                if not (tables.exists() or ranges.exists()):
+                    _make(lambda path: self._prepare(numbering, tables=path, ranges=ranges), tables)
+        if not tables.exists():
+            self._number(numbering, KeyRanges.of(ranges), kind)
+        summary = json.loads((tables / SUMMARY).read_text())
+        log.info("%s: %d of %d objects stay", tables.stem, summary["kept"], summary["found"])
+        return tables, int(summary["kept"]), int(summary["largest"])
 
-        return self.selected(kind, find, rule)
+    def _prepare(self, numbering: Numbering, tables: Path, ranges: Path) -> None:
+        """Put the tables in place where they are small, else the plan by which they are made."""
+        scratch = temporary_beside(tables)
+        discard_temporaries(tables)
+        try:
+            scratch.mkdir()
+            plan, target = prepare(numbering.cuts, scratch), ranges
+            if len(plan) == 1:
+                _summarise(numbering.write_alone(plan, scratch), scratch)
+                target = tables
+            sync_tree(scratch)
+            put_in_place(scratch, target)
+        finally:
+            discard(scratch)
 
-    def selected(self, kind: str, find: Callable[[Path], int], rule: Rule) -> tuple[Path, int, int]:
-        """Do as ``objects`` does with the tables that ``find`` leaves in a folder; it gives the number of objects."""
+    def _number(self, numbering: Numbering, plan: KeyRanges, kind: str) -> None:
+        """Number the objects of all ranges, together with other processes, and write their tables."""
+        grid = BlockGrid((len(plan), 1, 1), (1, 1, 1))
+        context = self.cut_by(grid)
+        parts = context.fill(f"{kind}.{PARTS}", BlockNumbers(numbering, plan))
 
         def make(path: Path) -> None:
             with replacing(path) as temporary:
                 temporary.mkdir()
-                found = find(temporary)
-                kept, largest = select(temporary, found, rule)
-                (temporary / SUMMARY).write_text(json.dumps({"found": found, "kept": kept, "largest": largest}))
-                log.info("%s: %d of %d objects stay", path.stem, kept, found)
+                file = functools.partial(_file_in, parts, grid)
+                _summarise(numbering.write(plan, file, temporary), temporary)
 
-        tables = self.made(kind, make)
-        summary = json.loads((tables / SUMMARY).read_text())
-        return tables, int(summary["kept"]), int(summary["largest"])
+        self.made(kind, make)
+
+    def cut_by(self, grid: BlockGrid) -> StepContext:
+        """Return the context with blocks that are those of another grid."""
+        return dataclasses.replace(self, grid=grid, plan=BlockPlan(grid.block_shape, grid.block_shape))
 
     def paint(
         self, pieces: Path, tables: Path, info: VolumeInfo, dtype: np.dtype[Any], under: Read | None = None
@@ -221,6 +271,14 @@ class StepContext:
             create_store(path, kept, shard_shape=self.plan.block_shape, attributes={}).close()
 
         return open_store(self.made("zarr", make))
+
+
+def _summarise(numbered: Numbered, folder: Path) -> None:
+    (folder / SUMMARY).write_text(json.dumps(asdict(numbered)))
+
+
+def _file_in(folder: Path, grid: BlockGrid, number: int) -> Path:
+    return block_file(folder, grid.numbered(number))
 
 
 def _make(make: Callable[[Path], None], path: Path) -> None:
@@ -261,6 +319,29 @@ def decode_plan(info: VolumeInfo, budget_bytes: int) -> BlockPlan:
             break
         shape[axis] *= 2
     return in_chunks(vec3(shape))
+
+
+def finer_plan(plan: BlockPlan, volume: Vec3, chunk_shape: Vec3) -> BlockPlan:
+    """Halve blocks until there are ``MANY_BLOCKS`` or they would have less than ``FINE_VOXELS`` voxels.
+
+    They stay whole chunks of what is read; chunks of what is written are halved with them where need be.
+
+    Examples
+    --------
+    >>> finer_plan(BlockPlan((64, 512, 512), (64, 64, 64)), (256, 512, 512), (1, 512, 512))
+    BlockPlan(block_shape=(32, 512, 512), chunk_shape=(32, 64, 64))
+    """
+    shape, chunk = list(plan.block_shape), list(plan.chunk_shape)
+    units = [min(read, extent) for read, extent in zip(chunk_shape, volume, strict=True)]
+    while len(BlockGrid(volume, vec3(shape))) < MANY_BLOCKS and math.prod(shape) >= 2 * FINE_VOXELS:
+        axes = [axis for axis in (1, 2, 0) if shape[axis] % math.lcm(2 * units[axis], 2 * FINE_CHUNK) == 0]
+        if not axes:
+            break
+        axis = max(axes, key=lambda axis: shape[axis])
+        shape[axis] //= 2
+        while shape[axis] % chunk[axis]:
+            chunk[axis] //= 2
+    return BlockPlan(vec3(shape), vec3(chunk))
 
 
 def in_chunks(block_shape: Vec3) -> BlockPlan:

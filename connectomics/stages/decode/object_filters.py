@@ -146,6 +146,7 @@ def passes(steps: Sequence[DecodingStep], voxel_size_nm: Nanometres | None) -> t
 
 
 def _selected(state: DecodingState, selection: Selection, context: StepContext) -> DecodingState:
+    context = context.finer(state.volume.info.chunk_shape)
     cut = BlockPieces(Values(state.volume), None, probabilities=state.probabilities, flat=state.frame.flat)
     pieces = context.pieces(cut)
     tables, count, largest = context.objects(pieces, dataclasses.replace(selection, by_value=True), joined=False)
@@ -160,7 +161,7 @@ def _selected(state: DecodingState, selection: Selection, context: StepContext) 
 
 def _filled(state: DecodingState, connectivity: int, context: StepContext) -> DecodingState:
     assert state.tables is not None
-    values = Values(state.volume)
+    context, values = context.finer(state.volume.info.chunk_shape), Values(state.volume)
     background = Connectivity(connectivity)
     likely = state.probabilities if state.of_labels is None else None
     pieces = context.pieces(BlockPieces(values, background, probabilities=likely, holes=True))

@@ -1,11 +1,12 @@
 """The step ``slice_linking`` of decoding: objects of sections are found, overlaps counted, objects linked over z.
 
-Its stages are cut, join (of labels), overlaps and paint.
+Its stages are cut, join (of labels), overlaps and paint; links and parts where there are many objects.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ import numpy as np
 from connectomics.core.errors import VolumeError
 from connectomics.core.geometry import Block, BlockGrid, Box
 from connectomics.execution.block_plan import BlockPlan
-from connectomics.objects.arrays import load
+from connectomics.objects.arrays import load, view
 from connectomics.objects.components import Connectivity
-from connectomics.objects.links import Linking, Sections, link
+from connectomics.objects.links import Linked, Linking, Sections, candidates
 from connectomics.objects.merge import FIRST_ID, IDS, OBJECTS, OFFSETS
 from connectomics.objects.overlaps import COLUMNS, OVERLAP, PieceRuns, overlaps, summed
 from connectomics.objects.selection import NUMBERS
@@ -29,7 +30,7 @@ from connectomics.stages.decode.tasks import BlockPieces, block_file, smallest_d
 from connectomics.stages.decode.values import Values
 from connectomics.volumes.volume import Array, VolumeInfo
 
-SECTIONS, OVERLAPS = "sections", "overlaps"
+SECTIONS, OVERLAPS, LINKS = "sections", "overlaps", "links"
 IN_SECTIONS = Connectivity(8)
 MEASURES = ("iou", "overlap")
 
@@ -101,6 +102,18 @@ class BlockOverlaps:
         return ids
 
 
+@dataclass(frozen=True, slots=True)
+class BlockCandidates:
+    """Find which objects of a span of the objects of sections may be linked; the blocks are the spans."""
+
+    sections: Sections
+    rule: Linking
+
+    def __call__(self, grid: BlockGrid, block: Block) -> Mapping[str, Array]:
+        """Return the arrays of what may be linked."""
+        return candidates(self.sections, self.rule, self.sections.spans()[grid.number(block.index)])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceLinking:
     """Objects of sections become objects of the volume where they overlap; numbered by their first voxel.
@@ -149,6 +162,7 @@ class SliceLinking:
 
     def run(self, state: DecodingState, context: StepContext) -> DecodingState:
         """Link objects, or those of labels."""
+        context = context.finer(state.volume.info.chunk_shape)
         values, depth = Values(state.volume), context.grid.volume[0]
         rule = Linking(self.measure, self.threshold, self.max_gap, self.one_to_one)
         likely, classes = state.probabilities, state.frame.classes
@@ -170,10 +184,21 @@ class SliceLinking:
             return block_file(counted, context.grid.numbered(number))
 
         linked = Sections(sections, found, of_rows, len(context.grid), overlaps=file, depth=depth)
-        tables, count, largest = context.selected(TABLES, lambda folder: link(linked, rule, folder), context.selection)
+        pairs = Linked(linked, rule, _candidates(linked, rule, context))
+        tables, count, largest = context.number(pairs.numbering(context.selection), TABLES)
         store = context.paint(pieces, tables, state.volume.info, smallest_dtype(largest))
         frame = dataclasses.replace(state.frame, flat=False, classes=classes)
         return dataclasses.replace(state, volume=store, frame=frame, tables=tables, count=count)
+
+
+def _candidates(sections: Sections, rule: Linking, context: StepContext) -> Callable[[int, str], Array]:
+    """What may be linked: of many objects in spans that all processes share, of few by whoever asks for it."""
+    grid = BlockGrid((len(sections.spans()), 1, 1), (1, 1, 1))
+    if len(grid) > 1:
+        parts = context.cut_by(grid).fill(LINKS, BlockCandidates(sections, rule))
+        return lambda number, name: view(block_file(parts, grid.numbered(number)), name)
+    found = functools.cache(lambda: candidates(sections, rule, sections.spans()[0]))
+    return lambda number, name: found()[name]
 
 
 def _classes(state: DecodingState, named: SectionIds) -> Callable[[Array], Array]:

@@ -24,6 +24,8 @@ from connectomics.objects.arrays import SUFFIX, load, save
 from connectomics.objects.components import Connectivity
 from connectomics.objects.faces import directions, first_axis, neighbour, pairs
 from connectomics.objects.merge import IDS, OFFSETS
+from connectomics.objects.numbering.ranges import KeyRanges
+from connectomics.objects.numbering.tables import Numbering
 from connectomics.objects.pieces import BlockPlacement, component_pieces, hole_pieces, painted, plane_name, value_pieces
 from connectomics.volumes.source import reason
 from connectomics.volumes.store import Store
@@ -140,6 +142,18 @@ class BlockJoins:
         """A block's outermost plane, and the value of each of its joints."""
         plane, values = load(block_file(self.pieces, block), plane_name(axis, high), "joint_values")
         return plane, values
+
+
+@dataclass(frozen=True, slots=True)
+class BlockNumbers:
+    """Number the objects of a range of keys; the blocks are the ranges of a plan."""
+
+    numbering: Numbering
+    plan: KeyRanges
+
+    def __call__(self, grid: BlockGrid, block: Block) -> Mapping[str, Array]:
+        """Return the arrays of the range's objects."""
+        return self.numbering.part(self.plan, grid.number(block.index))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,17 @@ from connectomics.core.errors import OutputError
 from connectomics.core.features import OUTPUT_FORMATS
 from connectomics.core.files import discard, sync_tree
 from connectomics.core.geometry import Vec3
-from connectomics.stages.output.formats.contract import UNIT_BYTES, ChunkedFormat, FileFormat, Multiscale, OutputFormat
+from connectomics.stages.output.formats.contract import (
+    UNIT_BYTES,
+    ChunkedFormat,
+    FileFormat,
+    Multiscale,
+    OutputFormat,
+    WholeVolume,
+)
 from connectomics.stages.output.size import FILE_BYTES, STAMP_BYTES, OutputSize
 from connectomics.stages.output.slabs import EXPORT_COPIES
 from connectomics.volumes.source import READ_ERRORS, Source, reason
-from connectomics.volumes.store import Store
 from connectomics.volumes.volume import VolumeInfo
 
 FORMATS = OUTPUT_FORMATS.names()
@@ -73,13 +79,15 @@ def require_exportable(info: VolumeInfo, path: Path, format: str, budget_bytes: 
         raise OutputError(f"{path}: {why}")
 
 
-def export_file(source: Store, place: Path, format: str, stamp: dict[str, object], path: Path | None = None) -> None:
-    """Write the store as a file or a stack, verified and on the disk.
+def export_file(
+    source: WholeVolume, place: Path, format: str, stamp: dict[str, object], path: Path | None = None
+) -> None:
+    """Write a volume as a file or a stack, verified and on the disk.
 
     Parameters
     ----------
     source
-        The complete working store.
+        The complete working store, or a small volume in memory.
     place
         Where it is written; what stands there is replaced, and nothing is left there where that fails.
     format
@@ -115,7 +123,7 @@ def export_file(source: Store, place: Path, format: str, stamp: dict[str, object
             discard(place)
 
 
-def _compare(source: Store, temporary: Path, kind: FileFormat, path: Path) -> None:
+def _compare(source: WholeVolume, temporary: Path, kind: FileFormat, path: Path) -> None:
     """Read a written file back and compare every voxel, bit for bit, with the store."""
     info = source.info
     written = kind.open(Source(str(temporary), temporary, axes="zyx" if info.channels == 1 else "czyx"))

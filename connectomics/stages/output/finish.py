@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from connectomics.core.errors import ConnectomicsError, OutputError
-from connectomics.core.files import TEMPORARY, discard, fsync_path, make_folder, require_short, write_text
+from connectomics.core.files import TAKEN, TEMPORARY, discard, fsync_path, make_folder, require_short, write_text
 from connectomics.core.fingerprint import key_of
+from connectomics.execution.block_plan import HEADER
+from connectomics.execution.lease import HELD, LeaseLostError
+from connectomics.execution.ledger import Ledger
 from connectomics.execution.name_claims import retire
-from connectomics.execution.publishing import STAGING, Staging
-from connectomics.execution.run_folder import COORDINATION, LEDGER, PROVENANCE, checksums_of
+from connectomics.execution.publishing import STAGING, Staging, staging_folder
+from connectomics.execution.run_folder import COORDINATION, LEDGER, PROVENANCE, SINGLE_WRITER, checksums_of
 from connectomics.execution.runner import RunStage
 from connectomics.execution.stage import PROBABILITIES
-from connectomics.execution.worker import is_deserted
+from connectomics.execution.worker import Worker, is_deserted
 from connectomics.stages.output.export import (
     export_file,
     export_path,
@@ -26,7 +29,7 @@ from connectomics.stages.output.export import (
     require_exportable,
 )
 from connectomics.stages.output.formats.contract import ChunkedFormat
-from connectomics.stages.output.pyramid import LevelTask, Pyramid, fill_pyramid, level_tasks
+from connectomics.stages.output.pyramid import LevelTask, Pyramid, discard_unwritten, fill_pyramid, level_tasks
 from connectomics.volumes.digests import SUFFIX as DIGESTS
 from connectomics.volumes.digests import write_digests
 from connectomics.volumes.source import reason
@@ -110,13 +113,19 @@ class Publisher:
     run_folder: Path
 
     def publish(self, name: str, path: Path) -> None:
-        """Give what is complete in the staging folder its final name; checksums of what stood there go first."""
+        """Give what is complete in the staging folder its final name; checksums of what stood there go first.
+
+        A helper that sleeps in the middle of a file finds no name of it left when it wakes up.
+        """
         place, record = self.staging.place(name), checksums_of(self.run_folder, path)
+        discard_unwritten(place)
         write_digests(place, self.staging.place(record.name), path.name)
         self.staging.take_away(record)
         make_folder(record.parent)
         fsync_path(record.parent)  # else a loss of power brings back the checksums of what stood there
+        discard_unwritten(place)
         self.staging.publish(name, path)
+        discard_unwritten(path)
         self.staging.publish(record.name, record)
         log.info("wrote %s", path)
 
@@ -140,7 +149,10 @@ def export_output(
     read back equal.
     """
     paths = output.paths(publisher.folder)
-    for form in output.missing(publisher.folder):
+    chunked_first = sorted(
+        output.missing(publisher.folder), key=lambda f: not isinstance(output_format(f), ChunkedFormat)
+    )
+    for form in chunked_first:  # others take part in these
         full = stamp | {"result_key": output.result_key}
         name = _staged(output, form)
         place = publisher.staging.place(name)
@@ -193,6 +205,52 @@ def begun_levels(store: Store, output: FinalOutput, staging: Path, folder: Path)
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class LevelsOfAnother:
+    """Does blocks of the chunked outputs that another process builds now and will publish.
+
+    Parameters
+    ----------
+    worker, work
+        This process, and the work folder.
+    folder
+        That of the final outputs.
+    run
+        Does the blocks of a level.
+    done
+        Ledgers of levels that need nobody any more.
+    """
+
+    worker: Worker
+    work: Path
+    folder: Path
+    run: RunStage
+    done: set[Path] = field(default_factory=set)
+
+    def fill(self, store: Store, output: FinalOutput) -> None:
+        """Do blocks of what is begun of an output, until that is done; ``store`` is its complete working store.
+
+        What goes wrong here the other process meets as well, or it was replaced meanwhile.
+        """
+        lease = self.worker.look(SINGLE_WRITER)
+        if lease is None or lease.state != HELD:
+            return
+        staging = staging_folder(self.work, lease)
+        begun = {path.parent for path in staging.glob(f"{LEDGER}_{output.name}.*/{HEADER}")} - self.done
+        if not begun:
+            return
+        try:
+            tasks = begun_levels(store, output, staging, self.folder)
+            for place in (place for place in tasks if place in begun):
+                with contextlib.closing(Ledger.existing(place)) as ledger:
+                    if ledger.finished < ledger.planned:
+                        self.run(tasks[place], ledger)
+                self.done.add(place)
+        except (ConnectomicsError, LeaseLostError, OSError) as error:
+            log.info("no longer helping with %s: %s", output.stem, error)
+            self.done.update(begun)
+
+
 def _staged(output: FinalOutput, form: str) -> str:
     """What an output is called while it is built."""
     return f"{output.name}.final.{form}"
@@ -226,10 +284,17 @@ def settle(run_folder: Path, work: Path, outputs: Sequence[FinalOutput], paths: 
         return
     seal(run_folder, paths)
     discard_stores(work)
-    discard(work / COORDINATION)
+    try:
+        discard(work / COORDINATION)
+    except OSError as error:
+        if error.errno not in TAKEN:
+            raise
+        return  # somebody has just come, and will tidy
     for path in work.glob(f"{STAGING}*"):
         discard(path)
     retire(run_folder.parent, [output.stem for output in outputs], work)
+    with contextlib.suppress(OSError):  # it holds the ledgers, but of what was made in memory
+        work.rmdir()
 
 
 @contextlib.contextmanager

@@ -188,13 +188,18 @@ def _prepare(pyramid: Pyramid, *, anew: bool) -> None:
                 discard(_ledger_folder(pyramid, k))
             discard(pyramid.place)
             _create(pyramid)
-        for pattern in LEFT_BEHIND:
-            for file in pyramid.place.rglob(pattern):
-                file.unlink()
+        discard_unwritten(pyramid.place)
     except OSError as error:
         raise OutputError(
             f"cannot make {pyramid.place}: {reason(error)}. Free disk space or mend the permission, then run again."
         ) from error
+
+
+def discard_unwritten(place: Path) -> None:
+    """Remove files from an output's folder that were not written to their end."""
+    for pattern in LEFT_BEHIND:
+        for file in place.rglob(pattern):
+            file.unlink(missing_ok=True)
 
 
 def _create(pyramid: Pyramid) -> None:

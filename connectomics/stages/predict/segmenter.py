@@ -18,10 +18,12 @@ from connectomics.inference.resample import ImageSource, ResampledPredictor, Res
 from connectomics.inference.transfer import on_host
 from connectomics.models.backends.contract import torch_threads
 from connectomics.models.spec import ChannelNormalisation
+from connectomics.stages.survey.bands import STAGE, bands_of
 from connectomics.stages.survey.mask import make_mask
 from connectomics.stages.survey.region import RegionOfInterest
 from connectomics.stages.survey.section_reader import SlabReader
 from connectomics.stages.survey.survey import keeps_mask, survey
+from connectomics.stages.survey.tiles import survey_pass
 from connectomics.volumes.volume import Array, VolumeReader
 
 Surveyed = Sequence[Sequence[Case]]  # the cases of each member
@@ -173,24 +175,45 @@ class Segmenter:
     def survey(self, reader: VolumeReader, name: str, workers: int = 1, workspace: Workspace | None = None) -> Surveyed:
         """The cases of a volume for each member; the volume is read once for members that see it alike.
 
-        Masks are kept in the work folder of ``workspace``, in memory without one.
+        What was read already is kept in the work folder of ``workspace``, as masks are; without one all is in memory.
         """
-        found: dict[object, Sequence[Case]] = {}
-        for m in self.members:
-            if m.sees not in found:
-                found[m.sees] = survey(
-                    reader,
-                    name,
-                    m.schemes,
-                    by_slice=m.by_slice,
-                    section_axis=m.section_axis or 0,
-                    workers=workers,
-                    plane_axis=m.plane_axis,
-                    with_mask=m.keeps_mask,
-                    previous=m.labels_in_mask,
-                    workspace=workspace,
-                )
+        found = {
+            m.sees: survey(
+                reader,
+                name,
+                m.schemes,
+                by_slice=m.by_slice,
+                section_axis=m.section_axis or 0,
+                workers=workers,
+                plane_axis=m.plane_axis,
+                with_mask=m.keeps_mask,
+                previous=m.labels_in_mask,
+                workspace=workspace,
+                stage=stage,
+            )
+            for stage, m in self._passes()
+        }
         return tuple(found[m.sees] for m in self.members)
+
+    def share_survey(self, reader: VolumeReader, name: str, workers: int, workspace: Workspace) -> None:
+        """Read a volume for ``survey``, together with all processes that do so in the same workspace.
+
+        A volume that is not worth it is left to ``survey``. Raises what that does.
+        """
+        for stage, m in self._passes():
+            across, along = m.section_axis, m.plane_axis
+            look = survey_pass(reader, name, m.schemes, section_axis=across, plane_axis=along, workers=workers)
+            bands = bands_of(look, workspace, stage)
+            if bands is not None:
+                bands.do()
+
+    def _passes(self) -> Iterator[tuple[str, EnsembleMember]]:
+        """A member for each pass over a volume, and the name of its stage."""
+        first: dict[object, EnsembleMember] = {}
+        for m in self.members:
+            first.setdefault(m.sees, m)
+        for number, m in enumerate(first.values(), start=1):
+            yield STAGE if number == 1 else f"{STAGE}_{number}", m
 
     def masked(self, surveyed: Surveyed, reader: VolumeReader, workspace: Workspace) -> Surveyed:
         """Cases that were kept without their masks, with them."""

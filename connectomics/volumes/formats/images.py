@@ -63,7 +63,7 @@ def open_image(source: Source) -> StoredVolume:
             f"{source.uri}: the axes {source.axes!r} do not fit an image of {dims} axes; state "
             f"inference.axes={'yx' if dims == 2 else 'cyx'}, or null."
         )
-    return _open_sections(source, [(source.path,)], grey=grey)
+    return _open_sections(source, [(source.path,)], header, grey=grey)
 
 
 def open_stack(source: Source) -> StoredVolume:
@@ -79,10 +79,11 @@ def open_stack(source: Source) -> StoredVolume:
             f"{source.uri}: a folder of images has no inner part {source.inner!r}; name the folder alone."
         )
     images = _listed(source)
-    samples = _header(source, images[0]).channels
-    grey = _saved_as_colour(source, images, samples)
-    sections = sections_of(source, images, colours=samples > 1 and not grey)
-    return _open_sections(source, sections, grey=grey)
+    header = _header(source, images[0])
+    grey = _saved_as_colour(source, images, header.channels)
+    sections = sections_of(source, images, colours=header.channels > 1 and not grey)
+    first = sections[0][0]
+    return _open_sections(source, sections, header if first == images[0] else _header(source, first), grey=grey)
 
 
 def _listed(source: Source) -> list[Path]:
@@ -114,11 +115,13 @@ def _saved_as_colour(source: Source, images: Sequence[Path], samples: int) -> bo
         return False  # what is damaged says so when it is read
 
 
-def _open_sections(source: Source, sections: Sequence[tuple[Path, ...]], *, grey: bool) -> StoredVolume:
+def _open_sections(
+    source: Source, sections: Sequence[tuple[Path, ...]], header: _ImageHeader, *, grey: bool
+) -> StoredVolume:
+    """Open images, the first of which has a header that all others must have."""
     turned = source.axes is not None and source.axes.index("x") < source.axes.index("y")
-    first = sections[0][0]
-    header = _header(source, first)
-    for path in (path for section in sections for path in section):
+    first, *others = (path for section in sections for path in section)
+    for path in others:
         found = _header(source, path)
         if found != header:
             raise VolumeError(

@@ -65,8 +65,10 @@ def stated_frame(source: Source, file: Any, dataset: Any, layout: Layout, *, nam
     spatial = "".join(letter for letter in layout.letters if letter in SPATIAL)
     order = spatial if named and source.axes is None and len(spatial) == 3 else SPATIAL
     frames: list[Frame] = []
-    for holder in (dataset, dataset.file, file):
-        values = {name: holder.attrs[name] for name in ATTRIBUTES if name in holder.attrs}
+    own = dataset.file
+    for holder in (dataset, own) if own.filename == file.filename else (dataset, own, file):
+        attributes = holder.attrs
+        values = {name: attributes[name] for name in ATTRIBUTES if name in attributes}
         frames.append(AttributeHolder(source, values, holder.name or "/", order=order, letters=layout.letters).frame())
         if frames[-1].voxel_size_nm is not None:
             break

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from connectomics.core.geometry import Box
-from connectomics.stages.output.formats.contract import FileFormat
+from connectomics.stages.output.formats.contract import FileFormat, WholeVolume
 from connectomics.stages.output.size import FILE_BYTES, STAMP_BYTES, OutputSize
 from connectomics.stages.output.slabs import sections
 from connectomics.volumes.formats.mapped import MappedArray
 from connectomics.volumes.input_formats import InputFormat
 from connectomics.volumes.source import READ_ERRORS, Source, file_identity, refuse_inner, unreadable
-from connectomics.volumes.store import Store
 from connectomics.volumes.stored import StoredVolume, info_of, layout_of
 from connectomics.volumes.volume import VolumeInfo
 
@@ -42,8 +41,8 @@ def open_voxels(source: Source) -> StoredVolume:
     return StoredVolume(source, info, layout, fetch=array.fetch, identity=lambda: identity, release=release)
 
 
-def _write(store: Store, path: Path, stamp: dict[str, object]) -> None:
-    info = store.info
+def _write(volume: WholeVolume, path: Path, stamp: dict[str, object]) -> None:
+    info = volume.info
     header: dict[str, Any] = {
         "dtype": info.dtype.str,
         "shape": info.shape if info.channels > 1 else info.extent,
@@ -56,7 +55,7 @@ def _write(store: Store, path: Path, stamp: dict[str, object]) -> None:
         for channel in range(info.channels):
             for z in range(info.extent[0]):
                 box = Box((z, 0, 0), (z + 1, *info.extent[1:]))
-                file.write(store.read(box)[channel].tobytes())
+                file.write(volume.read(box)[channel].tobytes())
 
 
 def _stamp_of(path: Path) -> object:

@@ -264,7 +264,7 @@ def _counted(contests: ContestedComponents) -> tuple[dict[str, int], Array]:
 
 def _in_subvolumes(cut: BlockBasins, grid: BlockGrid, context: StepContext) -> FloodedSubvolumes:
     """Flood what is too large to be flooded whole."""
-    coarse_context, count = _cut_by(grid, context), cut.seeds.count
+    coarse_context, count = context.cut_by(grid), cut.seeds.count
     basins = coarse_context.fill("basins", cut)
     bridges = coarse_context.fill("bridges", BlockBridges(basins, cut.connectivity))
 
@@ -275,9 +275,4 @@ def _in_subvolumes(cut: BlockBasins, grid: BlockGrid, context: StepContext) -> F
 
     coarse = FloodedSubvolumes(grid, basins, count, context.made("trees", make))
     fine = refining_grid(grid)
-    return FloodedSubvolumes(fine, _cut_by(fine, context).fill("refined", BlockRefinement(cut, coarse)), count)
-
-
-def _cut_by(grid: BlockGrid, context: StepContext) -> StepContext:
-    """Return the context with blocks that are the subvolumes of a grid."""
-    return dataclasses.replace(context, grid=grid, plan=BlockPlan(grid.block_shape, grid.block_shape))
+    return FloodedSubvolumes(fine, context.cut_by(fine).fill("refined", BlockRefinement(cut, coarse)), count)

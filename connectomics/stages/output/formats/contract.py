@@ -17,8 +17,7 @@ from connectomics.stages.output.size import OutputSize
 from connectomics.stages.output.slabs import SLAB_BYTES
 from connectomics.volumes.levels import Level
 from connectomics.volumes.source import Source
-from connectomics.volumes.store import Store
-from connectomics.volumes.volume import VolumeInfo, VolumeReader
+from connectomics.volumes.volume import Array, VolumeInfo, VolumeReader
 
 UNIT_BYTES = 32 << 20
 """Uncompressed size of what is written at once, a shard where the format has them; OME-Zarr 0.5 has larger ones."""
@@ -35,6 +34,23 @@ def a_slab(section_bytes: int) -> int:
     return SLAB_BYTES
 
 
+class WholeVolume(Protocol):
+    """What a file is written from: a complete working store, or a small volume in memory.
+
+    ``path`` is the folder of the work, for messages; ``info.chunk_shape`` is that of the output's chunks.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def info(self) -> VolumeInfo: ...
+
+    def read(self, box: Box) -> Array:
+        """Voxels of a box as a new (c, z, y, x) array."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class FileFormat:
     """An output that one writer makes at once: a file or a stack of images.
@@ -44,7 +60,7 @@ class FileFormat:
     suffix
         Of the final name.
     write
-        Write a complete store at a path that is free, with a stamp, holding a part at a time; may raise OSError.
+        Write a complete volume at a path that is free, with a stamp, holding a part at a time; may raise OSError.
     open
         Open what was written, for comparing; the request states its axes: zyx of one channel, else czyx.
     parts
@@ -60,7 +76,7 @@ class FileFormat:
     """
 
     suffix: str
-    write: Callable[[Store, Path, dict[str, object]], None]
+    write: Callable[[WholeVolume, Path, dict[str, object]], None]
     open: Callable[[Source], VolumeReader]
     parts: Callable[[VolumeInfo], Iterator[Box]]
     stamp_of: Callable[[Path], object]

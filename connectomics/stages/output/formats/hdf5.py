@@ -11,12 +11,11 @@ from typing import Any
 import h5py
 import numpy as np
 
-from connectomics.stages.output.formats.contract import FileFormat
+from connectomics.stages.output.formats.contract import FileFormat, WholeVolume
 from connectomics.stages.output.size import FILE_BYTES, STAMP_BYTES, OutputSize, cells, packed
 from connectomics.stages.output.slabs import whole_chunks
 from connectomics.volumes.formats.hdf5 import DEFAULT_DATASET, open_hdf5
 from connectomics.volumes.metadata.hdf5_parts import opened_file
-from connectomics.volumes.store import Store
 from connectomics.volumes.volume import VolumeInfo
 
 STAMP = "connectomics"
@@ -53,7 +52,7 @@ class _Sink(io.FileIO):
             raise self.error
 
 
-def _write_hdf5(source: Store, path: Path, stamp: dict[str, object]) -> None:
+def _write_hdf5(source: WholeVolume, path: Path, stamp: dict[str, object]) -> None:
     """Pieces that are all zero are left out: HDF5 gives zeros where a chunk was never written."""
     info = source.info
     several = info.channels > 1

@@ -10,11 +10,10 @@ import numpy as np
 from PIL import Image
 
 from connectomics.core.geometry import Box
-from connectomics.stages.output.formats.contract import STAMP_FILE, FileFormat, stamp_in
+from connectomics.stages.output.formats.contract import STAMP_FILE, FileFormat, WholeVolume, stamp_in
 from connectomics.stages.output.size import FILE_BYTES, STAMP_BYTES, OutputSize, packed
 from connectomics.stages.output.slabs import EXPORT_COPIES, SLAB_BYTES, section_bytes, sections
 from connectomics.volumes.formats.images import open_stack
-from connectomics.volumes.store import Store
 from connectomics.volumes.volume import VolumeInfo
 
 
@@ -34,7 +33,7 @@ def _refusal(info: VolumeInfo, budget_bytes: int | None) -> str:
     )
 
 
-def _write_png(source: Store, path: Path, stamp: dict[str, object]) -> None:
+def _write_png(source: WholeVolume, path: Path, stamp: dict[str, object]) -> None:
     path.mkdir()
     info = source.info
     digits = max(4, len(str(info.extent[0] - 1)))

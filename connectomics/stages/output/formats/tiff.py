@@ -11,11 +11,10 @@ import numpy as np
 import tifffile
 
 from connectomics.core.geometry import BlockGrid
-from connectomics.stages.output.formats.contract import FileFormat
+from connectomics.stages.output.formats.contract import FileFormat, WholeVolume
 from connectomics.stages.output.size import FILE_BYTES, STAMP_BYTES, OutputSize, cells, packed
 from connectomics.stages.output.slabs import fits_slab, section_bytes, sections
 from connectomics.volumes.formats.tiff import open_tiff
-from connectomics.volumes.store import Store
 from connectomics.volumes.volume import Array, VolumeInfo
 
 STAMP = "connectomics"
@@ -28,12 +27,12 @@ def _is_tiled(info: VolumeInfo) -> bool:
     return not fits_slab(section_bytes(info))
 
 
-def _sections(source: Store, channel: int) -> Iterator[Array]:
+def _sections(source: WholeVolume, channel: int) -> Iterator[Array]:
     for slab in sections(source.info):
         yield from source.read(slab)[channel]
 
 
-def _tiles(source: Store, channel: int) -> Iterator[Array]:
+def _tiles(source: WholeVolume, channel: int) -> Iterator[Array]:
     """Tiles of each section in raster order, those at the far faces padded; read by rows of tiles that fit."""
     info = source.info
     width = info.extent[2] if fits_slab(section_bytes(info) // info.extent[1] * TILE) else TILE
@@ -46,7 +45,7 @@ def _tiles(source: Store, channel: int) -> Iterator[Array]:
             yield tile
 
 
-def _write_tiff(source: Store, path: Path, stamp: dict[str, object]) -> None:
+def _write_tiff(source: WholeVolume, path: Path, stamp: dict[str, object]) -> None:
     info = source.info
     several = info.channels > 1
     raw_bytes = int(np.prod(info.shape)) * info.dtype.itemsize
