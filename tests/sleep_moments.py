@@ -76,7 +76,7 @@ ELSEWHERE = (
     Moment("after the filter", "connectomics.stages.predict.filters:filter_store", after=True),
     Moment("in pieces of objects", "connectomics.objects.arrays:save", 60, after=True),
     Moment("in tables of objects", "connectomics.stages.decode.context:StepContext.made", 5),
-    Moment("in later tables of objects", "connectomics.stages.decode.context:StepContext.made", 9, after=True),
+    Moment("in later tables of objects", "connectomics.stages.decode.context:StepContext.made", 7, after=True),
     Moment("before a stage of decoding", "connectomics.stages.decode.context:StepContext.do", 9),
     Moment("as objects are painted", "connectomics.volumes.store:Store.write", 40),
     Moment("in the table of objects", "connectomics.objects.table:write_table"),

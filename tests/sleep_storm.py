@@ -93,7 +93,7 @@ class Job:
 def left_in(output: Path) -> set[str]:
     """All that a job leaves beside the voxels; names of processes do not count."""
     paths = (path.relative_to(output) for path in output.rglob("*"))
-    kept = (path for path in paths if path.parts[0].endswith(".run") or len(path.parts) == 1)
+    kept = (path for path in paths if path.parts[0].endswith((".run", ".claims")) or len(path.parts) == 1)
     of_processes = {".jsonl": "any.jsonl", ".json": "any.json"}
 
     def called(path: Path) -> Path:

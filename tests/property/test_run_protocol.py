@@ -30,7 +30,7 @@ from simulation import Process, World, interrupted
 from connectomics.core.errors import ConnectomicsError, VolumeError
 from connectomics.core.files import discard
 from connectomics.core.geometry import Block, BlockGrid
-from connectomics.execution import append_log, lease, name_claims, publishing, worker
+from connectomics.execution import append_log, block_shards, lease, name_claims, publishing, worker
 from connectomics.execution.block_plan import BlockPlan
 from connectomics.execution.executors.serial import SerialExecutor
 from connectomics.execution.ledger import Ledger
@@ -42,7 +42,7 @@ from connectomics.execution.worker import Time, Worker
 from connectomics.runs.perseverance import until_it_stands
 
 LIMIT_S = 2.0
-BLOCKS = 3
+BLOCKS = 4  # one shard, which others may cut
 KEYS = ("a", "b")
 FINAL = "v"
 MOST_PROCESSES = 4
@@ -171,6 +171,7 @@ class Protocol(RuleBasedStateMachine):
             self.patches.enter_context(patch.object(module, "DiskStore", self.world.store))
         for module in (worker, lease):
             self.patches.enter_context(patch.object(module, "threading", self.world.threading()))
+        self.patches.enter_context(patch.object(block_shards, "SHARDS", 1))
         marks = itertools.count()
         for module in (append_log, lease):
             self.patches.enter_context(patch.object(module, "new_mark", lambda: f"mark-{next(marks):04}"))
