@@ -22,8 +22,8 @@ MOST = 3
 PAUSE_S = (0.02, 0.6)
 KINDS = ("kill", "stop", "stop long", "continue", "start", "start on a full disk")
 WEIGHTS = (2, 3, 2, 4, 4, 1)
-FULL_BYTES = (200, 20_000)
-"""How large files may grow for a process whose disk is full."""
+FULL_BYTES = (3_000, 20_000)
+"""How large files may grow for a process whose disk is full; what it says goes into a file, too."""
 
 
 @dataclass

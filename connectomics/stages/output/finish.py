@@ -274,8 +274,9 @@ def discard_stores(work: Path) -> None:
     for path in list(work.iterdir()):
         if path.is_dir() and not path.name.startswith((LEDGER, COORDINATION)):
             discard(path)
-    for left_behind in work.glob(f"{LEDGER}*/.*{TEMPORARY}"):
-        left_behind.unlink(missing_ok=True)  # by a process that was killed as it wrote a header
+    for pattern in (f".*{TEMPORARY}", f"{LEDGER}*/.*{TEMPORARY}"):
+        for left_behind in work.glob(pattern):
+            left_behind.unlink(missing_ok=True)  # by a process that was killed as it wrote a header or a plan
 
 
 def settle(run_folder: Path, work: Path, outputs: Sequence[FinalOutput], paths: Iterable[Path]) -> None:
