@@ -17,7 +17,7 @@ from connectomics.execution.run_folder import stage_of
 
 SHARDS = 256  # at the beginning, at least, where there are so many blocks
 MOST_BLOCKS = 1024  # of a shard
-FAILED = "failed-"
+FAILED_BLOCK = "failed-"
 OVER = "-over-"
 FAILING = "failing"
 
@@ -82,7 +82,7 @@ class Shards:
     @property
     def failed_prefix(self) -> str:
         """Begins the names of the records that blocks failed."""
-        return self.prefix + FAILED
+        return self.prefix + FAILED_BLOCK
 
     def failed(self, number: int) -> str:
         """Name of the record that a block failed."""
@@ -119,8 +119,8 @@ class Shards:
                 over.add((int(start), int(attempt)))
             elif rest.isdecimal():
                 shards.add(int(rest))
-            elif rest.startswith(FAILED):
-                failed.add(int(rest.removeprefix(FAILED)))
+            elif rest.startswith(FAILED_BLOCK):
+                failed.add(int(rest.removeprefix(FAILED_BLOCK)))
         return Names(frozenset(shards), frozenset(over), frozenset(failed))
 
     def around(self, number: int, store: CoordinationStore) -> tuple[int, Lease | None]:

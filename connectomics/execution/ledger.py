@@ -325,6 +325,7 @@ class Ledger:
         state = self._read.setdefault(own.path.name, FileRead())
         if self._take(own.path.name, state, json.dumps(fields).encode()):
             state.bytes = own.bytes
+            self._since += 1
 
     def _require_same_class(self) -> None:
         found = read_header(self._folder)

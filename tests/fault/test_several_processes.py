@@ -16,7 +16,13 @@ from nnunet_models import make_model
 from small_jobs import em_like, finals, infer_words, ledger_lines, quick_folder, write_h5
 
 BLOCKS = 24
-LATER = (("/coordination/predict", 5), ("survey.json", 1), ("filtered.zarr", 2), ("v_labels.h5", 1), ("checksums", 1))
+LATER = (
+    ("/coordination/predict", 5),
+    ("survey.json", 1),
+    ("filter.dust.zarr", 2),
+    ("v_labels.h5", 1),
+    ("checksums", 1),
+)
 SETTINGS = (
     "inference.block_shape=[1,32,64]",
     "inference.output.formats=[h5,zarr,png]",

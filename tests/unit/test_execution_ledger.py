@@ -402,3 +402,15 @@ def test_what_was_read_of_a_file_that_is_gone_is_not_believed(folder: Path, monk
     for path in folder.glob("*.jsonl"):
         path.unlink()
     assert opened(folder).finished == 0
+
+
+def test_what_one_process_recorded_alone_is_kept_for_whoever_comes_later(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledgers, "GENERATION_LINES", 2)
+    alone = opened(folder)
+    for record in RECORDS:
+        alone.append(record)
+    assert not list(folder.glob("generation-*"))
+    alone.refresh()
+    assert list(folder.glob("generation-*")) and opened(folder).finished == len(RECORDS)
